@@ -1,0 +1,77 @@
+# Everything runs in a virtual environment that the first target makes; nothing is needed beside a Python >= 3.10.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+NANO_OUTPUT ?= runs/fusion-nano
+DEMO_IMAGE ?= docs/assets/red_circle.png
+DEMO_QUESTION ?= what color is the shape?
+OLDEST_TRANSFORMERS := 5.17.0
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# One thread per test process: two workers with two threads each are slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+# A stamp stands for an installation: it is made again only when what it was made from changes.
+CORE := $(VENV)/.installed-core
+TEST := $(VENV)/.installed-test
+INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test test-slow test-oldest lint format nano bench clean
+
+help:  ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): $(INPUTS) | $(BIN)/python
+	@echo "Installing the package into $(VENV); the first time this downloads PyTorch."
+	$(INSTALL) -e .
+	@touch $@
+
+$(TEST): $(INPUTS) | $(CORE)
+	@echo "Installing the test and training dependencies into $(VENV)."
+	$(INSTALL) -e ".[test]"
+	@touch $@
+
+venv: $(BIN)/python  ## make the virtual environment
+
+install: $(CORE)  ## install the package into it
+
+demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
+	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
+
+test: lint  ## lint, types and the fast tests
+	$(PYTEST) -m "not slow"
+
+test-slow: $(TEST)  ## the tests that take long
+	$(PYTEST) -m slow
+
+test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest.txt
+
+$(VENV)-oldest.txt: constraints.txt Makefile
+	sed 's/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/' constraints.txt > $@
+
+lint: $(TEST)  ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(TEST)  ## mend style and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
+	$(BIN)/python -m fusion_hf.nano.train --output $(NANO_OUTPUT)
+
+bench: $(TEST)  ## time preprocessing, prefill and decoding
+	$(BIN)/python benchmarks/inference.py
+
+clean:  ## remove environments, builds and caches
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

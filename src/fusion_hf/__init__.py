@@ -1,0 +1,2 @@
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel

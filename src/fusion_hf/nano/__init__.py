@@ -1,0 +1,1 @@
+"""`fusion-nano`: the small FUSION that is trained from scratch and shipped with the package."""

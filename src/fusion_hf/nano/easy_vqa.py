@@ -1,0 +1,47 @@
+"""Reader of the `easy-vqa` data set (5,000 pictures of one coloured shape, 48,248 questions, 13 answers)."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EasyVqaPicture:
+    """One picture with its questions: `questions` are (question, answer) pairs, verbatim and in the file's order."""
+
+    image_id: int
+    path: Path
+    questions: tuple[tuple[str, str], ...]
+
+
+def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaPicture]:
+    """All pictures of one part of the data set, ordered by id.
+
+    Raises:
+        ImportError: if the package `easy-vqa` is not installed.
+        ValueError: if `part` is unknown or a question names a picture that does not exist.
+    """
+    package = _import_package()
+    if part == "train":
+        texts, answers, image_ids = package.get_train_questions()
+        paths = package.get_train_image_paths()
+    elif part == "test":
+        texts, answers, image_ids = package.get_test_questions()
+        paths = package.get_test_image_paths()
+    else:
+        raise ValueError(f"part is {part!r}, allowed are train, test")
+    questions: dict[int, list[tuple[str, str]]] = {image_id: [] for image_id in sorted(paths)}
+    for text, answer, image_id in zip(texts, answers, image_ids, strict=True):
+        if image_id not in questions:
+            raise ValueError(f"easy-vqa {part}: question {text!r} is about picture {image_id}, which does not exist")
+        questions[image_id].append((text, answer))
+    return [EasyVqaPicture(i, Path(paths[i]), tuple(pairs)) for i, pairs in questions.items()]
+
+
+def _import_package() -> ModuleType:
+    try:
+        return importlib.import_module("easy_vqa")
+    except ModuleNotFoundError as error:
+        raise ImportError("the data set easy-vqa is not installed: pip install fusion_hf[train]") from error

@@ -1,0 +1,263 @@
+"""Pictures drawn for `fusion-nano`: one shape, several shapes, two shapes apart, and a written word.
+
+Everything is drawn on a canvas of twice the picture's side and reduced with a bilinear filter, which is how the
+pictures of easy-vqa look (measured on its training pictures: edge pixels carry the weights 1/8, 1/2, 7/8).
+Their other statistics are measured as well: background channels uniform in 230 to 255, upright shapes whose sizes are
+uniform in 8 to 32 pixels and whose places are uniform inside the picture.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from PIL import Image, ImageDraw, ImageFont
+
+PICTURE_SIDE = 64  # pixels, as in easy-vqa
+CANVAS_SIDE = 2 * PICTURE_SIDE  # all coordinates below are canvas pixels
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+# Yellow letters on the light background are hard to read for people too.
+WORD_COLORS = tuple(color for color in COLORS if color != "yellow")
+# Words of the same length differ in at least two letters.
+WORDS = tuple(
+    "bed box bus cat cup dog egg ice jam key map owl pen sun toy zoo "
+    "bird book door fish frog gold kite lamp milk moon rain road ship star tree wolf "
+    "apple bread chair cloud house lemon night piano plant queen river stone table tiger train zebra".split()
+)
+DIRECTIONS = ("left", "right", "above", "below")
+MAX_COUNT = 5
+
+BACKGROUND_RANGE = (230, 255)
+SINGLE_SIZE_RANGE = (16, 64)
+COUNT_SIZE_RANGE = (18, 32)
+COUNT_GRID = 3  # shapes of a counting picture sit in different cells of a COUNT_GRID x COUNT_GRID grid
+COUNT_MARGIN = 2
+SPATIAL_SIZE_RANGE = (20, 44)
+SPATIAL_GAP = 6  # free canvas pixels between two shapes along the axis that the answer names
+SPATIAL_SLOPE = 0.5  # the other axis' offset is at most this share of the named axis' offset
+WORD_SIZE_RANGE = (38, 56)
+WORD_MARGIN = 4
+SAME_KIND_SHARE = 0.5  # of counting pictures have one kind of shape only
+SAME_COLOR_SHARE = 0.5  # ... one colour only
+
+TRIANGLE_ASPECT = 3**0.5 / 2  # height of an equilateral triangle of side 1
+
+Category = Literal["single", "count", "spatial", "text"]
+Split = Literal["train", "validation", "test"]
+CATEGORIES: tuple[Category, ...] = ("single", "count", "spatial", "text")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One coloured shape; the box is in canvas pixels."""
+
+    kind: str
+    color: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return self.left + self.width / 2, self.top + self.height / 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Word:
+    """One written word; `left`, `top` is the ink's corner and `size` the font size, in canvas pixels."""
+
+    text: str
+    color: str
+    size: int
+    left: int
+    top: int
+
+
+@dataclass(frozen=True)
+class PictureSpec:
+    """All that is needed to draw a picture and to know the answers about it."""
+
+    category: Category
+    background: tuple[int, int, int]
+    shapes: tuple[Shape, ...] = ()
+    word: Word | None = None
+
+    def render(self) -> Image.Image:
+        """Draws the picture: RGB, PICTURE_SIDE x PICTURE_SIDE."""
+        canvas = Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), self.background)
+        draw = ImageDraw.Draw(canvas)
+        for shape in self.shapes:
+            _draw_shape(draw, shape)
+        if self.word is not None:
+            _draw_word(draw, self.word)
+        return canvas.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BILINEAR)
+
+
+def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0) -> PictureSpec:
+    """The `index`-th picture of a category and split.
+
+    Splits are disjoint because the split's name is part of the random generator's seed.
+
+    Raises:
+        ValueError: if the category or the split is unknown.
+    """
+    if category not in CATEGORIES:
+        raise ValueError(f"category is {category!r}, allowed are {', '.join(CATEGORIES)}")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, allowed are {', '.join(SPLITS)}")
+    return _SPEC_MAKERS[category](random.Random(f"{category}/{split}/{seed}/{index}"))
+
+
+def direction(seen: Shape, reference: Shape) -> str | None:
+    """Where `seen` is from `reference`, one of `DIRECTIONS`; None if no axis has a clear margin."""
+    dx, dy = (a - b for a, b in zip(seen.center, reference.center, strict=True))
+    horizontal_gap = abs(dx) - (seen.width + reference.width) / 2
+    vertical_gap = abs(dy) - (seen.height + reference.height) / 2
+    if horizontal_gap >= SPATIAL_GAP and abs(dy) <= SPATIAL_SLOPE * abs(dx):
+        return "left" if dx < 0 else "right"
+    if vertical_gap >= SPATIAL_GAP and abs(dx) <= SPATIAL_SLOPE * abs(dy):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def single_spec(rng: random.Random) -> PictureSpec:
+    """A look-alike of an easy-vqa picture."""
+    kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
+    width, height = _random_size(rng, kind, SINGLE_SIZE_RANGE)
+    left, top = rng.uniform(0, CANVAS_SIDE - width), rng.uniform(0, CANVAS_SIDE - height)
+    return PictureSpec("single", _random_background(rng), (_whole_shape(kind, color, left, top, width, height),))
+
+
+def count_spec(rng: random.Random) -> PictureSpec:
+    """One to MAX_COUNT shapes that do not touch each other."""
+    count = rng.randint(1, MAX_COUNT)
+    kinds = SHAPES if rng.random() >= SAME_KIND_SHARE else (rng.choice(SHAPES),)
+    colors = tuple(COLORS) if rng.random() >= SAME_COLOR_SHARE else (rng.choice(tuple(COLORS)),)
+    cell_side = CANVAS_SIDE / COUNT_GRID
+    shapes = []
+    for cell in rng.sample(range(COUNT_GRID**2), count):
+        row, column = divmod(cell, COUNT_GRID)
+        kind = rng.choice(kinds)
+        width, height = _random_size(rng, kind, COUNT_SIZE_RANGE)
+        left = column * cell_side + rng.uniform(COUNT_MARGIN, cell_side - width - COUNT_MARGIN)
+        top = row * cell_side + rng.uniform(COUNT_MARGIN, cell_side - height - COUNT_MARGIN)
+        shapes.append(_whole_shape(kind, rng.choice(colors), left, top, width, height))
+    return PictureSpec("count", _random_background(rng), tuple(shapes))
+
+
+def spatial_spec(rng: random.Random) -> PictureSpec:
+    """Two shapes of different kinds and colours, clearly apart along one axis."""
+    kinds, colors = rng.sample(SHAPES, 2), rng.sample(tuple(COLORS), 2)
+    sizes = [_random_size(rng, kind, SPATIAL_SIZE_RANGE) for kind in kinds]
+    along = rng.randrange(2)  # 0: side by side, 1: one above the other
+    across = 1 - along
+    reach = (sizes[0][along] + sizes[1][along]) / 2
+    # Rounding to whole canvas pixels moves a distance by at most one, hence the extra pixel.
+    along_distance = rng.uniform(reach + SPATIAL_GAP + 1, CANVAS_SIDE - reach)
+    across_reach = (sizes[0][across] + sizes[1][across]) / 2
+    across_limit = min(SPATIAL_SLOPE * (along_distance - 1) - 1, CANVAS_SIDE - across_reach)
+    offset = [0.0, 0.0]
+    offset[along] = along_distance
+    offset[across] = rng.uniform(-across_limit, across_limit)
+    starts = [_random_starts(rng, offset[axis], sizes[0][axis], sizes[1][axis]) for axis in range(2)]
+    shapes = [
+        _whole_shape(kinds[i], colors[i], starts[0][i], starts[1][i], sizes[i][0], sizes[i][1]) for i in range(2)
+    ]
+    rng.shuffle(shapes)
+    return PictureSpec("spatial", _random_background(rng), tuple(shapes))
+
+
+def text_spec(rng: random.Random) -> PictureSpec:
+    """One word of WORDS, wholly inside the picture."""
+    text, color = rng.choice(WORDS), rng.choice(WORD_COLORS)
+    room = CANVAS_SIDE - 2 * WORD_MARGIN
+    largest = WORD_SIZE_RANGE[1]
+    while _ink_box(text, largest)[2] > room:
+        largest -= 1
+    size = rng.randint(min(WORD_SIZE_RANGE[0], largest), largest)
+    _, _, width, height = _ink_box(text, size)
+    left = WORD_MARGIN + rng.randint(0, room - width)
+    top = WORD_MARGIN + rng.randint(0, room - height)
+    return PictureSpec("text", _random_background(rng), word=Word(text, color, size, left, top))
+
+
+_SPEC_MAKERS: dict[Category, Callable[[random.Random], PictureSpec]] = {
+    "single": single_spec,
+    "count": count_spec,
+    "spatial": spatial_spec,
+    "text": text_spec,
+}
+
+
+def _random_background(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randint(*BACKGROUND_RANGE), rng.randint(*BACKGROUND_RANGE), rng.randint(*BACKGROUND_RANGE)
+
+
+def _random_size(rng: random.Random, kind: str, size_range: tuple[int, int]) -> tuple[float, float]:
+    """Width and height: free for rectangles, one size for circles and equilateral triangles."""
+    width = rng.randint(*size_range)
+    if kind == "rectangle":
+        return width, rng.randint(*size_range)
+    if kind == "triangle":
+        return width, width * TRIANGLE_ASPECT
+    return width, width
+
+
+def _random_starts(rng: random.Random, offset: float, first: float, second: float) -> tuple[float, float]:
+    """Starts of two intervals of the given lengths inside the canvas, whose centres differ by `offset`."""
+    shift = offset + (first - second) / 2  # between the starts
+    low, high = max(0.0, -shift), min(CANVAS_SIDE - first, CANVAS_SIDE - second - shift)
+    start = rng.uniform(low, high)
+    return start, start + shift
+
+
+def _whole_shape(kind: str, color: str, left: float, top: float, width: float, height: float) -> Shape:
+    """A shape whose corner lies on whole canvas pixels, as in easy-vqa."""
+    return Shape(kind, color, round(left), round(top), width, height)
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
+    left, top, right, bottom = shape.left, shape.top, shape.left + shape.width, shape.top + shape.height
+    color = COLORS[shape.color]
+    if shape.kind == "circle":
+        draw.ellipse((left, top, right, bottom), fill=color)
+    elif shape.kind == "rectangle":
+        draw.rectangle((left, top, right, bottom), fill=color)
+    else:
+        draw.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=color)
+
+
+def _draw_word(draw: ImageDraw.ImageDraw, word: Word) -> None:
+    ink_left, ink_top, _, _ = _ink_box(word.text, word.size)
+    draw.text((word.left - ink_left, word.top - ink_top), word.text, COLORS[word.color], font=_font(word.size))
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font: nothing beside Pillow is needed, and every machine draws the same letters."""
+    return ImageFont.load_default(size)
+
+
+@cache
+def _ink_box(text: str, size: int) -> tuple[int, int, int, int]:
+    """Left and top bearing of the ink, its width and its height."""
+    left, top, right, bottom = _font(size).getbbox(text)
+    return int(left), int(top), int(right - left), int(bottom - top)

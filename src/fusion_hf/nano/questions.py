@@ -1,0 +1,219 @@
+"""Questions and captions of `fusion-nano`'s pictures.
+
+FUSION's tower reads all questions of a conversation (the instruct text), so a question must not give away what another
+one asks: "what is the blue shape?" answers "what color is the shape?". Each question therefore carries the attribute
+that it asks and those that it gives away.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from fusion_hf.nano.pictures import COLORS, SHAPES, PictureSpec, Shape, direction
+
+SHAPE_FORMS = ("what shape is in the image?", "what shape does the image contain?", "what shape is present?")
+SHAPE_OF_FORM = "what is the {color} shape?"
+COLOR_FORMS = ("what color is the {kind}?", "what is the color of the {kind}?")
+PRESENCE_FORMS = (
+    "is there {a} in the image?",
+    "is there {a}?",
+    "does the image contain {a}?",
+    "is {a} present?",
+)
+ABSENCE_FORMS = (
+    "is there not {a} in the image?",
+    "is there not {a}?",
+    "does the image not contain {a}?",
+    "is no {bare} present?",
+)
+COUNT_FORMS = ("how many {plural} are there?", "how many {plural} are in the image?")
+RELATION_FORM = "where is the {seen}, seen from the {reference}?"
+WORD_FORMS = ("what word is written?", "which word is in the image?", "what does the picture say?")
+
+YES_NO = ("yes", "no")
+YES_NO_QUESTIONS = 4  # per look-alike of an easy-vqa picture
+TRUE_CANDIDATE_SHARE = 0.5  # of yes/no questions propose the true value
+RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+
+_VALUE = re.compile(rf"\b({'|'.join((*SHAPES, *COLORS))})\b")
+_ATTRIBUTES = {**dict.fromkeys(SHAPES, "shape"), **dict.fromkeys(COLORS, "color")}
+_NEGATION = re.compile(r"\b(not|no)\b")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer, the attribute that it asks, and those that it gives away.
+
+    `candidate` is the value that a yes/no question proposes ("is there a red shape?"), else None.
+    """
+
+    text: str
+    answer: str
+    asks: str
+    names: frozenset[str] = frozenset()
+    candidate: str | None = None
+
+
+def compatible(first: Question, second: Question) -> bool:
+    """True if neither question gives away what the other one asks.
+
+    Two questions about one attribute are compatible only as yes/no questions that propose different values: with the
+    same value, the second answer would be a copy of the first.
+    """
+    if first.asks in second.names or second.asks in first.names:
+        return False
+    if first.asks != second.asks:
+        return True
+    return None not in (first.candidate, second.candidate) and first.candidate != second.candidate
+
+
+def parse_easy_vqa(text: str, answer: str) -> Question:
+    """Finds out what a question of easy-vqa asks and gives away.
+
+    Raises:
+        ValueError: if the question has none of easy-vqa's forms.
+    """
+    values = _VALUE.findall(text)
+    if answer in YES_NO and len(values) == 1:
+        return Question(text, answer, _ATTRIBUTES[values[0]], candidate=values[0])
+    if answer in _ATTRIBUTES:
+        return Question(text, answer, _ATTRIBUTES[answer], frozenset(_ATTRIBUTES[value] for value in values))
+    raise ValueError(f"easy-vqa question {text!r} with the answer {answer!r} has no known form")
+
+
+def drawn_questions(spec: PictureSpec, rng: random.Random) -> tuple[Question, ...]:
+    """Questions about a drawn picture."""
+    if spec.word is not None:
+        return (
+            Question(rng.choice(WORD_FORMS), spec.word.text, "word"),
+            Question(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color"),
+        )
+    if spec.category == "count":
+        return _count_questions(spec.shapes, rng)
+    if spec.category == "spatial":
+        return _spatial_questions(spec.shapes, rng)
+    return _single_questions(spec.shapes[0], rng)
+
+
+def drawn_caption(spec: PictureSpec) -> str:
+    """What a drawn picture shows, in one sentence."""
+    if spec.word is not None:
+        return f'the {spec.word.color} word "{spec.word.text}".'
+    if spec.category == "spatial":
+        first, second = spec.shapes
+        return f"a {first.name} {RELATION_PHRASES[_relation(first, second)]} a {second.name}."
+    if spec.category == "count":
+        return _count_caption(spec.shapes)
+    return f"a {spec.shapes[0].name}."
+
+
+def easy_vqa_caption(questions: tuple[Question, ...]) -> str | None:
+    """The caption that follows from the questions and answers about an easy-vqa picture; None if they do not tell."""
+    known: dict[str, str] = {}
+    for question in questions:
+        if question.candidate is None:
+            known[question.asks] = question.answer
+            known |= {_ATTRIBUTES[value]: value for value in _VALUE.findall(question.text)}
+        elif (question.answer == "yes") != bool(_NEGATION.search(question.text)):
+            known[question.asks] = question.candidate
+    if known.keys() >= {"color", "shape"}:
+        return f"a {known['color']} {known['shape']}."
+    return None
+
+
+def casual(text: str, rng: random.Random, share: float) -> str:
+    """Sometimes begins a question with a capital letter, and sometimes leaves out the question mark."""
+    if rng.random() < share:
+        text = text[0].upper() + text[1:]
+    return text.removesuffix("?") if rng.random() < share else text
+
+
+def _single_questions(shape: Shape, rng: random.Random) -> tuple[Question, ...]:
+    """Questions in easy-vqa's forms about its kind of picture."""
+    named_shape = Question(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", names=frozenset({"color"}))
+    named_color = Question(
+        rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", names=frozenset({"shape"})
+    )
+    questions = [
+        Question(rng.choice(SHAPE_FORMS), shape.kind, "shape"),
+        Question(rng.choice(COLOR_FORMS).format(kind="shape"), shape.color, "color"),
+        rng.choice((named_shape, named_color)),
+    ]
+    for _ in range(YES_NO_QUESTIONS):
+        questions.append(_yes_no_question(shape, rng))
+    return tuple(questions)
+
+
+def _yes_no_question(shape: Shape, rng: random.Random) -> Question:
+    attribute = rng.choice(("shape", "color"))
+    truth, values = (shape.kind, SHAPES) if attribute == "shape" else (shape.color, tuple(COLORS))
+    others = [value for value in values if value != truth]
+    candidate = truth if rng.random() < TRUE_CANDIDATE_SHARE else rng.choice(others)
+    bare = candidate if attribute == "shape" else f"{candidate} shape"
+    negated = rng.random() < 1 / 2
+    text = rng.choice(ABSENCE_FORMS if negated else PRESENCE_FORMS).format(a=f"a {bare}", bare=bare)
+    answer = "yes" if (candidate == truth) != negated else "no"
+    return Question(text, answer, attribute, candidate=candidate)
+
+
+def _count_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Question, ...]:
+    """Counts of all shapes, of one kind that is there, and of one colour that is there; the colour if there is one."""
+    kind, color = rng.choice(shapes).kind, rng.choice(shapes).color
+    counted = {
+        "shapes": len(shapes),
+        f"{kind}s": sum(shape.kind == kind for shape in shapes),
+        f"{color} shapes": sum(shape.color == color for shape in shapes),
+    }
+    gives_away = {"shapes": frozenset(), f"{kind}s": frozenset({"shape"}), f"{color} shapes": frozenset({"color"})}
+    questions = [
+        Question(rng.choice(COUNT_FORMS).format(plural=plural), str(count), "count", gives_away[plural])
+        for plural, count in counted.items()
+    ]
+    if len({shape.color for shape in shapes}) == 1 and len(shapes) > 1:
+        questions.append(Question("what color are the shapes?", color, "color", frozenset({"count"})))
+    return tuple(questions)
+
+
+def _spatial_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Question, ...]:
+    """The relation in both directions, and shape and colour of one of the two."""
+    questions = []
+    for first, second in (shapes, shapes[::-1]):
+        seen, reference, names = rng.choice(
+            (
+                (first.name, second.name, frozenset({"shape", "color"})),
+                (first.kind, second.kind, frozenset({"shape"})),
+                (f"{first.color} shape", f"{second.color} shape", frozenset({"color"})),
+            )
+        )
+        text = RELATION_FORM.format(seen=seen, reference=reference)
+        questions.append(Question(text, _relation(first, second), "relation", names))
+    shape = rng.choice(shapes)
+    questions.append(
+        Question(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
+    )
+    questions.append(Question(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"})))
+    return tuple(questions)
+
+
+def _relation(seen: Shape, reference: Shape) -> str:
+    """As `direction`, for shapes that are known to be clearly apart."""
+    found = direction(seen, reference)
+    if found is None:
+        raise ValueError(f"the {seen.name} and the {reference.name} are not clearly apart along one axis")
+    return found
+
+
+def _count_caption(shapes: tuple[Shape, ...]) -> str:
+    """For example "3 circles.", "2 red triangles.", "4 shapes: 1 circle, 3 rectangles."."""
+    kinds = Counter(shape.kind for shape in shapes)
+    colors = sorted({shape.color for shape in shapes})
+    color = f"{colors[0]} " if len(colors) == 1 else ""
+    if len(kinds) == 1:
+        return f"{len(shapes)} {color}{_plural(shapes[0].kind, len(shapes))}."
+    parts = [f"{kinds[kind]} {_plural(kind, kinds[kind])}" for kind in SHAPES if kind in kinds]
+    return f"{len(shapes)} {color}shapes: {', '.join(parts)}."
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"

@@ -1,0 +1,217 @@
+"""Training and evaluation records of `fusion-nano`: captions, and conversations of up to three questions."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from fusion_hf.nano.easy_vqa import EasyVqaPicture, read_easy_vqa
+from fusion_hf.nano.pictures import CATEGORIES, Category, PictureSpec, Split, draw_spec
+from fusion_hf.nano.questions import (
+    Question,
+    casual,
+    compatible,
+    drawn_caption,
+    drawn_questions,
+    easy_vqa_caption,
+    parse_easy_vqa,
+)
+
+Stage = Literal["1", "1.5", "2"]
+STAGES: tuple[Stage, ...] = ("1", "1.5", "2")
+
+VALIDATION_SHARE = 0.1  # of easy-vqa's training pictures
+SPLIT_SEED = 20250414
+MAX_TURNS = 3
+TURN_WEIGHTS = (0.6, 0.25, 0.15)  # of conversations with at most one, two, three turns
+CASUAL_SHARE = 0.1  # of questions in stage 2 begin with a capital letter, and as many lack the question mark
+OWN_ATTRIBUTES = {"count": "count", "spatial": "relation", "text": "word"}
+CAPTION_PROMPTS = ("describe the picture.", "describe the image.", "what is in the picture?")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what can be said about it. `key` identifies it across splits."""
+
+    image: Path | PictureSpec
+    category: str
+    key: str
+    questions: tuple[Question, ...]
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation about one picture; `turns` are (question, answer) pairs."""
+
+    image: Path | PictureSpec
+    turns: tuple[tuple[str, str], ...]
+    category: str
+    key: str
+
+    def open_image(self) -> Image.Image:
+        """The picture as RGB, 64 x 64."""
+        if isinstance(self.image, PictureSpec):
+            return self.image.render()
+        with Image.open(self.image) as image:
+            return image.convert("RGB")
+
+    def to_llava(self) -> dict[str, Any]:
+        """The record as the training data of LLaVA is shaped, with the picture as a PIL image."""
+        conversations = []
+        for index, (question, answer) in enumerate(self.turns):
+            mark = "<image>\n" if index == 0 else ""
+            conversations.append({"from": "human", "value": mark + question})
+            conversations.append({"from": "gpt", "value": answer})
+        return {"id": self.key, "image": self.open_image(), "conversations": conversations}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many drawn pictures of each category a stage uses beside easy-vqa's pictures."""
+
+    single: int = 6000
+    count: int = 5000
+    spatial: int = 5000
+    text: int = 8000
+
+
+def stage_records(
+    stage: Stage, split: Literal["train", "validation"] = "train", seed: int = 0, mixture: Mixture | None = None
+) -> list[Record]:
+    """The shuffled records of a training stage.
+
+    Stage 1: one caption per picture. Stage 1.5: one caption and one conversation per picture. Stage 2: conversations
+    that use every question of every picture. Each stage draws its own pictures.
+
+    Raises:
+        ValueError: if the stage or the split is unknown.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, allowed are {', '.join(STAGES)}")
+    pictures = easy_vqa_pictures(split) + drawn_pictures(split, mixture or Mixture(), seed=f"stage {stage}/{seed}")
+    rng = random.Random(f"records/{stage}/{split}/{seed}")
+    records: list[Record] = []
+    if stage != "2":
+        records += caption_records(pictures, rng)
+    if stage != "1":
+        conversations_per_picture = 1 if stage == "1.5" else None
+        records += question_records(pictures, rng, conversations_per_picture)
+    rng.shuffle(records)
+    return records
+
+
+def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[Record]:
+    """Single questions for choosing settings: all of easy-vqa's split, and `drawn` pictures of each other category."""
+    return _single_questions(easy_vqa_pictures(split) + _drawn_for_evaluation(split, seed, drawn))
+
+
+def test_records(seed: int = 0, drawn: int = 1000) -> list[Record]:
+    """Single questions for the final figures only: easy-vqa's test questions, and `drawn` pictures per category."""
+    easy_vqa = [_easy_vqa_picture(picture, "test") for picture in read_easy_vqa("test")]
+    return _single_questions(easy_vqa + _drawn_for_evaluation("test", seed, drawn))
+
+
+def easy_vqa_pictures(split: Literal["train", "validation"]) -> list[Picture]:
+    """easy-vqa's training pictures, split by picture (VALIDATION_SHARE of them are for validation).
+
+    Raises:
+        ValueError: if the split is unknown. The test pictures are reached through `test_records` alone.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(f"split is {split!r}, allowed are train, validation")
+    pictures = read_easy_vqa("train")
+    count = round(VALIDATION_SHARE * len(pictures))
+    held_out = set(random.Random(SPLIT_SEED).sample([picture.image_id for picture in pictures], count))
+    wanted = split == "validation"
+    return [_easy_vqa_picture(picture, "train") for picture in pictures if (picture.image_id in held_out) == wanted]
+
+
+def drawn_pictures(split: Split, mixture: Mixture, seed: int | str) -> list[Picture]:
+    """The drawn pictures of a split; other seeds give other pictures."""
+    amounts: dict[Category, int] = {
+        "single": mixture.single,
+        "count": mixture.count,
+        "spatial": mixture.spatial,
+        "text": mixture.text,
+    }
+    return [
+        _drawn_picture(category, split, index, seed) for category in CATEGORIES for index in range(amounts[category])
+    ]
+
+
+def caption_records(pictures: Iterable[Picture], rng: random.Random) -> list[Record]:
+    """One caption per picture; pictures whose content is not known (a few of easy-vqa) are left out."""
+    return [
+        Record(picture.image, ((rng.choice(CAPTION_PROMPTS), picture.caption),), picture.category, picture.key)
+        for picture in pictures
+        if picture.caption is not None
+    ]
+
+
+def question_records(
+    pictures: Iterable[Picture], rng: random.Random, conversations_per_picture: int | None = None
+) -> list[Record]:
+    """Conversations about each picture: all of its questions, or the first few conversations only."""
+    records = []
+    for picture in pictures:
+        for turns in group_turns(picture.questions, rng)[:conversations_per_picture]:
+            texts = tuple((casual(question.text, rng, CASUAL_SHARE), question.answer) for question in turns)
+            records.append(Record(picture.image, texts, picture.category, picture.key))
+    return records
+
+
+def group_turns(questions: Sequence[Question], rng: random.Random) -> list[list[Question]]:
+    """Shuffles questions and groups them into conversations in which no question gives away another's answer."""
+    waiting = rng.sample(questions, len(questions))
+    conversations = []
+    while waiting:
+        (length,) = rng.choices(range(1, MAX_TURNS + 1), TURN_WEIGHTS)
+        turns = [waiting.pop(0)]
+        for question in list(waiting):
+            if len(turns) < length and all(compatible(question, turn) for turn in turns):
+                turns.append(question)
+                waiting.remove(question)
+        conversations.append(turns)
+    return conversations
+
+
+def training_texts(seed: int = 0, mixture: Mixture | None = None) -> list[str]:
+    """Every question, answer and caption of the three stages' training records, for building the tokenizer."""
+    records = [record for stage in STAGES for record in stage_records(stage, "train", seed, mixture)]
+    return [text for record in records for turn in record.turns for text in turn]
+
+
+def _drawn_picture(category: Category, split: Split, index: int, seed: int | str) -> Picture:
+    spec = draw_spec(category, split, index, seed)
+    key = f"{category}/{split}/{seed}/{index}"
+    questions = drawn_questions(spec, random.Random(f"questions/{key}"))
+    return Picture(spec, category, key, questions, drawn_caption(spec))
+
+
+def _easy_vqa_picture(picture: EasyVqaPicture, part: Literal["train", "test"]) -> Picture:
+    questions = tuple(parse_easy_vqa(text, answer) for text, answer in picture.questions)
+    key = f"easy-vqa/{part}/{picture.image_id}"
+    return Picture(picture.path, "easy-vqa", key, questions, easy_vqa_caption(questions))
+
+
+def _drawn_for_evaluation(split: Split, seed: int, amount: int) -> list[Picture]:
+    """Pictures of the categories that easy-vqa does not have, each with one question of its own category."""
+    mixture = Mixture(single=0, count=amount, spatial=amount, text=amount)
+    rng = random.Random(f"evaluation/{split}/{seed}")
+    chosen = []
+    for picture in drawn_pictures(split, mixture, seed=f"evaluation/{seed}"):
+        own = [question for question in picture.questions if question.asks == OWN_ATTRIBUTES[picture.category]]
+        chosen.append(replace(picture, questions=(rng.choice(own),)))
+    return chosen
+
+
+def _single_questions(pictures: Iterable[Picture]) -> list[Record]:
+    return [
+        Record(picture.image, ((question.text, question.answer),), picture.category, picture.key)
+        for picture in pictures
+        for question in picture.questions
+    ]
