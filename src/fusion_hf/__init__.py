@@ -1,2 +1,4 @@
 from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
+from fusion_hf.processing_fusion import FusionProcessor
