@@ -1,4 +1,48 @@
-from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.image_processing_fusion import FusionImageProcessor
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
-from fusion_hf.processing_fusion import FusionProcessor
+"""FUSION, the vision-language model family with text-guided vision encoding, for transformers.
+
+Importing this package makes the auto classes and pipelines know FUSION. Neither torch nor a model class is imported
+until one is used: `import fusion_hf` costs little more than `import transformers`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fusion_hf.registration import register_lazily
+
+
+if TYPE_CHECKING:
+    from fusion_hf.configuration_fusion import FusionConfig
+    from fusion_hf.image_processing_fusion import FusionImageProcessor
+    from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
+    from fusion_hf.processing_fusion import FusionProcessor
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "FusionConfig": "fusion_hf.configuration_fusion",
+    "FusionForConditionalGeneration": "fusion_hf.modeling_fusion",
+    "FusionImageProcessor": "fusion_hf.image_processing_fusion",
+    "FusionModel": "fusion_hf.modeling_fusion",
+    "FusionProcessor": "fusion_hf.processing_fusion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'fusion_hf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])
+
+
+register_lazily()
+
+__all__ = [
+    "FusionConfig",
+    "FusionForConditionalGeneration",
+    "FusionImageProcessor",
+    "FusionModel",
+    "FusionProcessor",
+]

@@ -1,4 +1,4 @@
-"""Configuration of FUSION: a SigLIP tower that reads the question, a decoder-only LLM, latent tokens and their samplers.
+"""Configuration of FUSION: a SigLIP tower that reads the question, a decoder-only LLM, latent tokens and samplers.
 
 Source: FUSION, arXiv 2504.09925, and the behaviour of its authors' released checkpoints.
 """
@@ -14,6 +14,13 @@ EARLY_TEXT_ATTENTION = ("uniform", "uniform_padded", "masked")
 # the picture is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
 TILES_PER_SIDE = 2
 NUM_TILES = TILES_PER_SIDE**2
+# every auto class that can load a FUSION folder without this package
+AUTO_MAP = {
+    "AutoConfig": "configuration_fusion.FusionConfig",
+    "AutoModel": "modeling_fusion.FusionModel",
+    "AutoModelForImageTextToText": "modeling_fusion.FusionForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_fusion.FusionForConditionalGeneration",
+}
 NUM_CONNECTOR_GROUPS = 2  # the connector averages two groups of hidden states, each `vision_early_layers` long
 
 
@@ -24,14 +31,17 @@ def is_perfect_square(number: int) -> bool:
 
 class FusionConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`FusionForConditionalGeneration`]. The defaults are FUSION 3B (Phi-3.5-mini, SigLIP so400m/14 at 384).
+    Configuration of a [`FusionForConditionalGeneration`]. The defaults have FUSION 3B's shape (Phi-3, SigLIP so400m/14
+    at 384); the files in `configs/models` are the published family.
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*): the language model (phi3, llama, qwen2, ...).
-        vision_config (`dict` or `SiglipVisionConfig`, *optional*): the tower; `num_hidden_layers` counts the layers that
-            are kept and run (one less than the published tower has).
-        image_token_id (`int`, *optional*): placeholder of one image feature. Default: the first id after the LLM's vocabulary.
-        latent_token_id (`int`, *optional*): placeholder of one latent token. Default: the second id after the vocabulary.
+        vision_config (`dict` or `SiglipVisionConfig`, *optional*): the tower; `num_hidden_layers` counts the layers
+            that are kept and run (one less than the published tower has).
+        image_token_id (`int`, *optional*): placeholder of one image feature. Default: the first id after the LLM's
+            vocabulary.
+        latent_token_id (`int`, *optional*): placeholder of one latent token. Default: the second id after the
+            vocabulary.
         vision_start_token_id, vision_end_token_id (`int`, *optional*): frame of image and latent blocks. Default: the
             last two ids of the vocabulary, where the authors' checkpoints have them.
         query_len (`int`): latent tokens per question at inference, a perfect square.
@@ -47,8 +57,8 @@ class FusionConfig(PreTrainedConfig):
             `"masked"`: as the paper says, patches do not see the question there.
         image_token_grid (`int`, *optional*): side of the grid that image features are resized to (FUSION-L: 16).
         mapping_loss_weight (`float`): weight of the two mapping losses.
-        instruct_pad_token_id (`int`): this id is ignored in the question (0, also where 0 is a real token: the authors'
-            mask is `ids != 0`).
+        instruct_pad_token_id (`int`): this id is ignored in the question (0, also where 0 is a real token: the
+            authors' mask is `ids != 0`).
         projector_hidden_act (`str`): activation of both projectors.
 
     Raises:
@@ -58,18 +68,19 @@ class FusionConfig(PreTrainedConfig):
     model_type = "fusion"
     sub_configs = {"text_config": AutoConfig, "vision_config": SiglipVisionConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    image_token_id: int | None = None
-    latent_token_id: int | None = None
-    vision_start_token_id: int | None = None
-    vision_end_token_id: int | None = None
+    # None until `__post_init__` has filled in what other fields imply, never after it: hence Any
+    text_config: Any = None
+    vision_config: Any = None
+    image_token_id: Any = None
+    latent_token_id: Any = None
+    vision_start_token_id: Any = None
+    vision_end_token_id: Any = None
     query_len: int = 36
     query_lens: list[int] = field(default_factory=lambda: [4, 16, 36, 64, 144])
     window_size: int = 3
-    sampler_layers: list[int] | None = None
+    sampler_layers: Any = None
     sampler_num_heads: int = 16
-    vision_early_layers: int | None = None
+    vision_early_layers: Any = None
     early_text_attention: str = "uniform"
     image_token_grid: int | None = None
     mapping_loss_weight: float = 0.1
@@ -107,7 +118,7 @@ class FusionConfig(PreTrainedConfig):
         # some backbones tie their head and say so only in their own configuration
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         self.check_values()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
     @property
     def num_patches_per_side(self) -> int:
@@ -177,8 +188,11 @@ def _build_sub_config(
     values = dict(value) if value is not None else dict(default_values)
     model_type = values.pop("model_type", default_type)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"FusionConfig.{name}.model_type is {model_type!r}; allowed: a model type that transformers knows.")
+        allowed = "a model type that transformers knows"
+        raise ValueError(f"FusionConfig.{name}.model_type is {model_type!r}; allowed: {allowed}.")
     return CONFIG_MAPPING[model_type](**values)
 
+
+FusionConfig.register_for_auto_class()  # so that saving a model or processor brings the code files along
 
 __all__ = ["FusionConfig"]

@@ -165,4 +165,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+FusionImageProcessor.register_for_auto_class()
+
 __all__ = ["FusionImageProcessor"]

@@ -228,7 +228,9 @@ class FusionModel(FusionPreTrainedModel):
             is_prompt = pixel_values is not None or turns
             marks = PromptMarks.find(input_ids, self.config)
             if not torch.compiler.is_compiling() and (is_prompt or input_ids.shape[1] > 1):
-                check_prompt(self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, query_len, past_key_values)
+                check_prompt(
+                    self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, query_len, past_key_values
+                )
             inputs_embeds = self.get_input_embeddings()(torch.where(marks.image | marks.latent, 0, input_ids))
             if is_prompt:
                 if pixel_values is None:  # latent tokens without a picture look at grey ones
@@ -368,7 +370,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
 
         loss = language_loss = None
         if labels is not None:
-            language_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            vocab_size = self.config.text_config.vocab_size
+            language_loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size)
             loss = language_loss
             if outputs.mapping_loss is not None:
                 loss = loss + self.config.mapping_loss_weight * outputs.mapping_loss
@@ -415,7 +418,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         limit = self.config.text_config.original_max_position_embeddings
         return input_ids.shape[1] > limit >= past_key_values.get_seq_length()
 
-    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> None:
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 f"prefill_chunk_size is {generation_config.prefill_chunk_size}; allowed: None. FUSION's samplers need "
@@ -426,5 +431,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         return _InVocabulary(super()._get_logits_processor(*args, **kwargs), self.config)
 
+
+# so that saving a model brings the code files along
+FusionModel.register_for_auto_class("AutoModel")
+FusionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["FusionForConditionalGeneration", "FusionModel", "FusionPreTrainedModel"]

@@ -39,7 +39,7 @@ class LatentUpdates(NamedTuple):
 
 
 class FusionSampler(nn.Module):
-    """Rewrites the latent tokens of each turn from its question and the global context ("recursive alignment decoding")."""
+    """Rewrites the latent tokens of each turn from its question and the global context."""
 
     def __init__(self, config: FusionConfig):
         super().__init__()
@@ -71,7 +71,7 @@ class FusionSampler(nn.Module):
         return hidden_states.scatter_add(1, positions, change.flatten(1, 2).to(hidden_states.dtype))
 
     def attend(self, inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Latent token j of every turn looks at window j. Keys and values belong to the picture: once for all turns."""
+        """Latent token j of every turn looks at window j; keys and values belong to the picture: once for all turns."""
         batch, turns, latents, width = inputs.shape
         context = self.proj_context(windows.to(inputs.dtype))  # (B, q, w * w, D)
         heads = (self.num_heads, width // self.num_heads)
@@ -215,7 +215,8 @@ def _blocks(positions: list[int]) -> list[range]:
 def _check_turns(row: int, blocks: list[range], ends: list[int], query_len: int, last: int) -> None:
     for number, block in enumerate(blocks):
         if len(block) != query_len and not (len(block) < query_len and block[-1] == last):
-            raise ValueError(f"Sample {row}: latent block {number} has {len(block)} tokens, but query_len is {query_len}.")
+            count = len(block)
+            raise ValueError(f"Sample {row}: latent block {number} has {count} tokens, but query_len is {query_len}.")
     if len(ends) > len(blocks):
         raise ValueError(f"Sample {row} has {len(ends)} prompt_end_positions for {len(blocks)} latent blocks.")
     for turn, end in enumerate(ends):
@@ -223,6 +224,6 @@ def _check_turns(row: int, blocks: list[range], ends: list[int], query_len: int,
         limit = blocks[turn + 1].start - 1 if turn + 1 < len(blocks) else last
         if len(block) != query_len or not block[-1] < end <= limit:
             raise ValueError(
-                f"Sample {row}: prompt_end_positions[{turn}] is {end}; allowed: {block[-1] + 1} to {limit}, behind its "
-                "latent block and before the next one."
+                f"Sample {row}: prompt_end_positions[{turn}] is {end}; allowed: {block[-1] + 1} to {limit}, behind "
+                "its latent block and before the next one."
             )

@@ -104,19 +104,23 @@ class FusionVisionModel(SiglipPreTrainedModel):
             text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): true where a question token is valid.
         """
         patch_embeddings = self.embeddings(pixel_values)  # (B, N, Dv)
-        hidden_states, attention_mask, early_kwargs = patch_embeddings, None, {}
+        hidden_states, attention_mask = patch_embeddings, None
+        early_kwargs: dict[str, Any] = {}
         if text_embeds is not None and text_mask is not None and text_embeds.shape[1] > 0:
             hidden_states = torch.cat([patch_embeddings, text_embeds], dim=1)  # (B, N + T, Dv)
             key_mask = nn.functional.pad(text_mask, (patch_embeddings.shape[1], 0), value=True)  # (B, N + T)
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask)
-            early_kwargs = {"num_patches": patch_embeddings.shape[1], "uniform_weights": self.uniform_weights(key_mask)}
+            num_patches, uniform_weights = patch_embeddings.shape[1], self.uniform_weights(key_mask)
+            early_kwargs = {"num_patches": num_patches, "uniform_weights": uniform_weights}
 
         # running sums of h_0 .. h_{k-1} and h_k .. h_{2k-1}: the states themselves are never kept
-        sums: list[torch.Tensor | None] = [None] * NUM_CONNECTOR_GROUPS
+        sums: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
             group = index // self.early_layers
-            if group < NUM_CONNECTOR_GROUPS:
-                sums[group] = hidden_states if sums[group] is None else sums[group] + hidden_states
+            if group == len(sums) < NUM_CONNECTOR_GROUPS:
+                sums.append(hidden_states)
+            elif group < NUM_CONNECTOR_GROUPS:
+                sums[group] = sums[group] + hidden_states
             kwargs = early_kwargs if index < self.early_layers else {}
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         means = [total / self.early_layers for total in sums]

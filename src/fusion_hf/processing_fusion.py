@@ -188,7 +188,9 @@ class FusionProcessor(ProcessorMixin):
         if text is None:
             return super().__call__(images=images, **kwargs)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
-        texts = [self._arrange(t, length, strict=query_len is not None) for t in ([text] if isinstance(text, str) else text)]
+        given = [text] if isinstance(text, str) else text
+        texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
+        shifts = [len(self._prefix(t)) for t in given]
         flat_images = _flatten(images)
         text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
         tensors = text_kwargs.get("return_tensors")
@@ -213,10 +215,14 @@ class FusionProcessor(ProcessorMixin):
             **self._questions(texts),
             "prompt_end_positions": _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1),
         }
+        if tensors is not None:  # of whole numbers, even where there are no turns
+            data["prompt_end_positions"] = np.array(data["prompt_end_positions"], dtype=np.int64).reshape(len(rows), -1)
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
-            data["offset_mapping"] = [row.offsets for row in rows]
+            # character spans in the prompt without the prefix that was put before it
+            pairs = zip(rows, shifts, strict=True)
+            data["offset_mapping"] = [[(max(a - n, 0), max(b - n, 0)) for a, b in row.offsets] for row, n in pairs]
         if text_kwargs.get("return_text_replacement_offsets"):
             data["text_replacement_offsets"] = features["text_replacement_offsets"]
         if text_kwargs.get("return_mm_token_type_ids"):
@@ -281,9 +287,11 @@ class FusionProcessor(ProcessorMixin):
                 raise ValueError(f"A latent block has {count} tokens, but query_len is {query_len}.")
         marks.sort(key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
         ordered = iter(marks)
-        prefix = CHAT_FORMATS[self.chat_format].prompt_prefix
+        return self._prefix(text) + MARKS.sub(lambda _: next(ordered), text)
+
+    def _prefix(self, text: str) -> str:
         begins_special = text.startswith(tuple(t.content for t in self.tokenizer.added_tokens_decoder.values()))
-        return (prefix if begins_special else "") + MARKS.sub(lambda _: next(ordered), text)
+        return CHAT_FORMATS[self.chat_format].prompt_prefix if begins_special else ""
 
     @staticmethod
     def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
@@ -376,5 +384,7 @@ def _one_per_sample(pixel_values: Any, has_image: list[bool]) -> list[np.ndarray
     empty = np.zeros_like(np.asarray(pixel_values[0]))
     return [next(pictures) if present else empty for present in has_image]
 
+
+FusionProcessor.register_for_auto_class()
 
 __all__ = ["FusionProcessor"]

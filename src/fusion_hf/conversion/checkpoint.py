@@ -1,0 +1,190 @@
+"""Weights on disk: which files a folder has, what is in them, and one tensor at a time out of them.
+
+Nothing here executes what a file says: safetensors hold no code, and `.bin` files are read with `weights_only=True`.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fusion_hf.conversion.errors import ConversionError
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# In order of preference; of each pair the index is looked for first.
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it is, known without reading it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # a string: a type that is no plain floating-point number
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        size = self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1
+        return torch.Size(self.shape).numel() * size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConversionError: if the file is missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}; allowed: a JSON object.")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line and without its full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, in order; empty if it has none.
+
+    Raises:
+        ConversionError: if an index names a file that does not exist or lies outside the folder.
+    """
+    for name in WEIGHT_NAMES:
+        index = folder / (name + INDEX_SUFFIX)
+        if index.is_file():
+            shards = sorted(set(read_index(index).values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise ConversionError(f"{index} names missing shards: {', '.join(missing)}. Download them again.")
+            return [folder / shard for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Key -> shard of an index file.
+
+    Raises:
+        ConversionError: if it is no index, or a shard is not a plain file name.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{path} has no weight_map; allowed: an object of tensor names and shard names.")
+    for shard in weight_map.values():
+        # also refuses Windows paths on other systems and the other way round
+        if not isinstance(shard, str) or PurePath(shard).name != shard or "\\" in shard or shard in ("", "..", "."):
+            raise ConversionError(f"{path} names the shard {shard!r}; allowed: the name of a file in the same folder.")
+    return weight_map
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """What the files hold, from their headers alone.
+
+    Raises:
+        ConversionError: for a file that is broken, for a key that two files hold, and for an index that disagrees.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.key in stored:
+                raise ConversionError(f"{tensor.key} is in both {stored[tensor.key].file.name} and {file.name}.")
+            stored[tensor.key] = tensor
+    return stored
+
+
+def check_index(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Compare the index of a folder, if it has one, with what its files hold.
+
+    Raises:
+        ConversionError: lists every tensor that is not where the index says.
+    """
+    for name in WEIGHT_NAMES:
+        index = folder / (name + INDEX_SUFFIX)
+        if index.is_file():
+            listed = read_index(index)
+            wrong = [k for k, shard in listed.items() if k not in stored or stored[k].file.name != shard]
+            wrong += [key for key in stored if key not in listed]
+            if wrong:
+                raise ConversionError(f"{index} and its shards disagree about: {', '.join(wrong)}.")
+            return
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    if file.suffix != ".safetensors":
+        tensors = load_bin(file, "meta")
+        return [StoredTensor(file, key, tuple(t.shape), _plain_dtype(t.dtype)) for key, t in tensors.items()]
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+            return [
+                StoredTensor(file, key, tuple(s.get_shape()), SAFETENSORS_DTYPES.get(s.get_dtype(), s.get_dtype()))
+                for key, s in slices.items()
+            ]
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{file} is truncated or no safetensors file: {first_line(error)}.") from error
+
+
+def _plain_dtype(dtype: torch.dtype) -> torch.dtype | str:
+    return dtype if dtype in SAFETENSORS_DTYPES.values() else str(dtype)
+
+
+def load_bin(file: Path, device: str) -> dict[str, torch.Tensor]:
+    """Tensors of a `.bin` file, mapped from disk (or, in torch's format before 1.6, read).
+
+    Raises:
+        ConversionError: if the file is broken or holds anything but tensors by name.
+    """
+    try:
+        content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ConversionError(f"{file} is refused: it is no weights file, or holds code that would run.") from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{file} is truncated or no weights file: {first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} holds a {type(content).__name__}; allowed: tensors by name.")
+    others = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)]
+    if others:
+        raise ConversionError(f"{file} holds entries that are no tensors: {', '.join(others)}.")
+    return content
+
+
+class TensorReader:
+    """Reads tensors with at most one file open, so that at most one shard is in memory."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._content: Any = None
+
+    def load(self, tensor: StoredTensor) -> torch.Tensor:
+        """One tensor on the CPU; it may be a view of the mapped file."""
+        if tensor.file != self._file:
+            self.close()
+            is_bin = tensor.file.suffix != ".safetensors"
+            self._content = load_bin(tensor.file, "cpu") if is_bin else safe_open(tensor.file, framework="pt")
+            self._file = tensor.file
+        if isinstance(self._content, dict):
+            return self._content[tensor.key]
+        return self._content.get_tensor(tensor.key)
+
+    def close(self) -> None:
+        """Let go of the file: its pages leave memory with the last tensor that was read from it."""
+        self._file = self._content = None

@@ -1,0 +1,198 @@
+"""The authors' `config.json`, in which the language model's fields lie beside FUSION's, to a `FusionConfig`.
+
+Only fields that the language model's own configuration declares are taken over, so that no generation setting, code
+reference (`auto_map`) or path (`_name_or_path`) survives.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.conversion.checkpoint import first_line, read_json
+from fusion_hf.conversion.errors import ConversionError
+
+TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
+# Names that a transformers 4 configuration has for `rope_parameters`; the configuration classes translate them.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+# `use_cache` is off in checkpoints that training saved before its end
+NOT_TAKEN_OVER = ("use_cache",)
+FUSION_FIELDS = (
+    "query_len",
+    "window_size",
+    "num_of_vision_sampler_layers",
+    "start_of_vision_sampler_layers",
+    "stride_of_vision_sampler_layers",
+)
+DEFAULT_QUERY_LEN = 36
+
+# What the authors' code chooses by the tower's name; counts all layers of the published towers.
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14}
+GIANT_OPT = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40, "patch_size": 16}
+SHARED_SIZES = {"num_attention_heads": 16, "image_size": 384}
+GIANT_MARK = "siglip2"
+# Without these a sizes file would silently mean some other tower's defaults.
+REQUIRED_SIZES = (*SO400M, *SHARED_SIZES)
+
+
+def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_token_grid: int | None) -> FusionConfig:
+    """A `FusionConfig` from the content of the authors' `config.json`.
+
+    Args:
+        upstream: the content.
+        tower: sizes of the whole tower; its last layer is not kept.
+        image_token_grid: side of the reduced grid of FUSION-L, or None.
+
+    Raises:
+        ConversionError: for missing fields and impossible values.
+    """
+    model_type = upstream.get("model_type")
+    if model_type not in TEXT_MODEL_TYPES:
+        allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
+        raise ConversionError(f"config.json: model_type is {model_type!r}; allowed: {allowed}.")
+    missing = [name for name in FUSION_FIELDS if name not in upstream]
+    if missing:
+        raise ConversionError(f"config.json lacks {', '.join(missing)}: it is no FUSION checkpoint's.")
+    counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
+    wrong = [f"{name} is {value!r}" for name, value in counts.items() if type(value) is not int]
+    if wrong:
+        raise ConversionError(f"config.json: {', '.join(wrong)}; allowed: whole numbers.")
+    text = convert_text_config(upstream, TEXT_MODEL_TYPES[model_type])
+    number, start = counts["num_of_vision_sampler_layers"], counts["start_of_vision_sampler_layers"]
+    stride = counts["stride_of_vision_sampler_layers"]
+    return build_config(
+        text,
+        tower,
+        query_lens=parse_query_lens(upstream["query_len"]),
+        window_size=counts["window_size"],
+        sampler_layers=sampler_layers(number, start, stride, text.num_hidden_layers),
+        image_token_grid=image_token_grid,
+    )
+
+
+def convert_text_config(values: dict[str, Any], model_type: str) -> PreTrainedConfig:
+    """The language model's configuration from a flat dict; fields that its class does not declare are left behind.
+
+    Raises:
+        ConversionError: for a value that the class refuses.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    values = values | {"rope_scaling": _complete_rope(values)}
+    inherited = {field.name for field in fields(PreTrainedConfig)} | set(NOT_TAKEN_OVER)
+    names = {field.name for field in fields(config_class)} - inherited | set(ROPE_FIELDS)
+    try:
+        return config_class(**{name: values[name] for name in names if values.get(name) is not None})
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"config.json: no {model_type} configuration: {first_line(error)}.") from error
+
+
+def _complete_rope(values: dict[str, Any]) -> Any:
+    """Long RoPE with the factor that its transformers 4 form leaves implicit, and its type under one name."""
+    rope = values.get("rope_scaling")
+    sizes = [values.get(name) for name in ("max_position_embeddings", "original_max_position_embeddings")]
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "longrope":
+        return rope
+    rope = {name: value for name, value in rope.items() if name != "type"} | {"rope_type": "longrope"}
+    longest, original = sizes
+    if "factor" not in rope and isinstance(longest, int) and isinstance(original, int) and original > 0:
+        rope["factor"] = longest / original
+    return rope
+
+
+def build_config(
+    text: PreTrainedConfig,
+    tower: SiglipVisionConfig,
+    query_lens: list[int],
+    window_size: int,
+    sampler_layers: list[int],
+    image_token_grid: int | None = None,
+) -> FusionConfig:
+    """A `FusionConfig` around a language model and a whole tower.
+
+    Raises:
+        ConversionError: for impossible values.
+    """
+    kept = SiglipVisionConfig(**_sizes(tower.to_dict()) | {"num_hidden_layers": tower.num_hidden_layers - 1})
+    try:
+        return FusionConfig(
+            text_config=text,
+            vision_config=kept,
+            query_len=DEFAULT_QUERY_LEN if DEFAULT_QUERY_LEN in query_lens else query_lens[0],
+            query_lens=query_lens,
+            window_size=window_size,
+            sampler_layers=sampler_layers,
+            image_token_grid=image_token_grid,
+            architectures=["FusionForConditionalGeneration"],
+        )
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(first_line(error) + ".") from error
+
+
+def sampler_layers(number: int, start: int, stride: int, num_layers: int) -> list[int]:
+    """LLM layers of the samplers.
+
+    Raises:
+        ConversionError: if there are none, or more than layers.
+    """
+    if not 0 < number <= num_layers or stride < 1:
+        raise ConversionError(
+            f"There are {number} samplers with stride {stride}; allowed: 1 to {num_layers} samplers, stride 1 or more."
+        )
+    return [start + stride * index for index in range(number)]
+
+
+def parse_query_lens(value: object) -> list[int]:
+    """Latent lengths from the authors' text "4,16,36,64,144", a number or a list.
+
+    Raises:
+        ConversionError: if they are no whole numbers.
+    """
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        return [int(item) for item in items]
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"query_len is {value!r}; allowed: numbers such as '4,16,36,64,144'.") from error
+
+
+def named_tower(name: object) -> SiglipVisionConfig:
+    """The tower that the authors' code loads for `mm_vision_tower`.
+
+    Raises:
+        ConversionError: if it is no name.
+    """
+    if not isinstance(name, str):
+        raise ConversionError(f"config.json: mm_vision_tower is {name!r}; allowed: the name of a tower.")
+    return SiglipVisionConfig(**(GIANT_OPT if GIANT_MARK in name.lower() else SO400M), **SHARED_SIZES)
+
+
+def read_tower_config(path: Path) -> SiglipVisionConfig:
+    """The whole tower's sizes from a JSON file, or from the `config.json` of a SigLIP folder.
+
+    Raises:
+        ConversionError: for missing or impossible sizes.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    values = read_json(file)
+    values = values.get("vision_config", values)
+    if not isinstance(values, dict):
+        raise ConversionError(f"{file}: vision_config is {values!r}; allowed: an object.")
+    missing = [name for name in REQUIRED_SIZES if name not in values]
+    if missing:
+        raise ConversionError(f"{file} lacks {', '.join(missing)}.")
+    wrong = [f"{n} is {values[n]!r}" for n in REQUIRED_SIZES if type(values[n]) is not int or values[n] < 1]
+    if wrong:
+        raise ConversionError(f"{file}: {', '.join(wrong)}; allowed: whole numbers, 1 or more.")
+    try:
+        return SiglipVisionConfig(**_sizes(values))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(f"{file}: {first_line(error)}.") from error
+
+
+def _sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a tower's configuration that describe its layers."""
+    inherited = {field.name for field in fields(PreTrainedConfig)} | {"vision_use_head"}
+    names = {field.name for field in fields(SiglipVisionConfig)} - inherited
+    return {name: value for name, value in values.items() if name in names}

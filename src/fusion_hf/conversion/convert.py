@@ -1,0 +1,272 @@
+"""A checkpoint of the authors to a Hub folder: read headers, check everything, then stream the weights."""
+
+import hashlib
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.conversion import hub, lora
+from fusion_hf.conversion.card import Provenance, write_card
+from fusion_hf.conversion.checkpoint import (
+    StoredTensor,
+    check_index,
+    find_weight_files,
+    read_headers,
+    read_json,
+)
+from fusion_hf.conversion.config import TEXT_MODEL_TYPES, convert_config, named_tower, read_tower_config
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.family import LAST_STAGE
+from fusion_hf.conversion.folder import (
+    check_output,
+    make_generation_config,
+    make_processor,
+    new_folder,
+    set_dtype,
+    write_files,
+)
+from fusion_hf.conversion.hub import Location, locate
+from fusion_hf.conversion.keys import CHECKPOINT_TABLE, TOWER_TABLE
+from fusion_hf.conversion.plan import Plan, RecipeReader, Source, make_plan
+from fusion_hf.conversion.tokenizer import add_marks, has_tokenizer, load_tokenizer
+from fusion_hf.conversion.writer import DTYPE_NAMES, MAX_SHARD_BYTES, write_weights
+
+logger = logging.getLogger(__name__)
+
+NO_TOKENIZER = "none"
+UPSTREAM_TOWER = "model.vision_tower."
+STAGE = re.compile(r"Stage1(?:\.5)?", re.IGNORECASE)
+FINGERPRINT_DIGITS = 16
+TOWER_HINT = "A frozen tower is not in the checkpoint: give --vision-config a SigLIP folder with its weights."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; see its help."""
+
+    checkpoint: str
+    output: Path | None
+    vision_config: str | None = None
+    tokenizer: str | None = None
+    base: str | None = None
+    dtype: torch.dtype | None = None
+    image_token_grid: int | None = None
+    push_to_hub: str | None = None
+    private: bool = False
+    dry_run: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors that go in, and where they come from."""
+
+    sources: list[Source]
+    locations: dict[str, Location]
+    updates: dict[str, lora.LoraPair]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checked conversion: everything but the weights themselves is known."""
+
+    config: FusionConfig
+    plan: Plan
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerFast | None
+    locations: dict[str, Location]
+
+    @property
+    def summary(self) -> str:
+        """One line about what fits."""
+        return (
+            f"{len(self.plan.recipes)} tensors, {self.plan.num_parameters:,} parameters in "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.plan.num_dropped} dropped, none unknown or missing"
+        )
+
+
+def convert(options: Options) -> str:
+    """Convert, or with `dry_run` only check; returns a line that says what was done.
+
+    Raises:
+        ConversionError: for anything that does not fit; nothing is left behind then.
+    """
+    if options.push_to_hub is not None:
+        hub.check_can_push(options.push_to_hub)
+    if options.output is not None:
+        check_output(options.output)
+    conversion = prepare(options)
+    if options.dry_run or options.output is None:
+        return f"The checkpoint fits: {conversion.summary}. Nothing was written."
+    with new_folder(options.output.absolute()) as folder:
+        write(folder, conversion, options)
+    done = f"Wrote {options.output}: {conversion.summary}."
+    if options.push_to_hub is not None:
+        source = conversion.locations["checkpoint"].name
+        url = hub.push(options.output, options.push_to_hub, options.private, f"Convert {source} to transformers")
+        done += f" Pushed: {url}"
+    return done
+
+
+def prepare(options: Options) -> Conversion:
+    """Read configurations, headers and tokenizer, and check that they fit together."""
+    checkpoint = locate(options.checkpoint, "--checkpoint", "headers" if options.dry_run else "all")
+    upstream = read_json(checkpoint.path / "config.json")
+    base = None
+    if options.base is not None:
+        base = locate(options.base, "--base", "headers" if options.dry_run else "all")
+    vision = None
+    if options.vision_config is not None:
+        vision = locate(options.vision_config, "--vision-config", "configuration" if base is None else "all")
+    tower = read_tower_config(vision.path) if vision else named_tower(upstream.get("mm_vision_tower"))
+    config = convert_config(upstream, tower, options.image_token_grid)
+
+    weights = read_weights(checkpoint, base, vision, TEXT_MODEL_TYPES[upstream["model_type"]])
+    tower_name = vision.name if vision else f"mm_vision_tower {upstream['mm_vision_tower']!r}"
+    plan = make_plan(config, weights.sources, weights.updates, tower_name, TOWER_HINT)
+    tokenizer = find_tokenizer(options.tokenizer, [checkpoint, base], config, upstream)
+    if tokenizer is not None:
+        config.text_config.pad_token_id = tokenizer.pad_token_id
+    dtype = options.dtype or plan.main_dtype
+    if dtype not in DTYPE_NAMES:
+        dtype = torch.float32
+    set_dtype(config, dtype)
+    return Conversion(config, plan, dtype, tokenizer, weights.locations)
+
+
+def read_weights(checkpoint: Location, base: Location | None, vision: Location | None, text_type: str) -> Weights:
+    """Headers of everything that a full, LoRA or adapter-only checkpoint consists of.
+
+    Raises:
+        ConversionError: if the layout needs a `--base` that is not there, or the other way round.
+    """
+    folder = checkpoint.path
+    is_lora, is_adapter = (folder / lora.ADAPTER_CONFIG).is_file(), (folder / lora.PROJECTOR).is_file()
+    is_full = checkpoint.is_remote or bool(find_weight_files(folder)) or not (is_lora or is_adapter)
+    if is_full and base is not None:
+        raise ConversionError(f"--base is for LoRA and adapter-only runs, but {checkpoint.name} is a full checkpoint.")
+    if not is_full and base is None:
+        kind = "a LoRA run" if is_lora else "an adapter-only run"
+        raise ConversionError(f"{checkpoint.name} is {kind}: give the model that it was trained on with --base.")
+    locations = {"checkpoint": checkpoint}
+    sources, updates = [], {}
+    if base is None:
+        sources.append(Source(_read_full(checkpoint), CHECKPOINT_TABLE))
+    else:
+        locations["base"] = base
+        base_type = read_json(base.path / "config.json").get("model_type")
+        if TEXT_MODEL_TYPES.get(str(base_type), base_type) != text_type:
+            raise ConversionError(f"--base: {base.name} is a {base_type!r} model; the checkpoint needs {text_type!r}.")
+        sources.append(Source(_read_full(base), CHECKPOINT_TABLE, grows=base_type == text_type))
+        if is_lora:
+            updates = lora.read_lora(folder)
+        for name in (lora.NON_LORA, lora.PROJECTOR):
+            if (folder / name).is_file():
+                sources.append(Source(lora.read_trained_whole(folder / name), CHECKPOINT_TABLE))
+    has_tower = any(key.startswith(UPSTREAM_TOWER) for source in sources for key in source.tensors)
+    if vision is not None:
+        locations["tower"] = vision
+        tower_files = find_weight_files(vision.path) if vision.path.is_dir() else []
+        if tower_files and not has_tower:
+            sources.insert(0, Source(read_headers(tower_files), TOWER_TABLE))
+    return Weights(sources, locations, updates)
+
+
+def _read_full(location: Location) -> dict[str, StoredTensor]:
+    """Headers of a folder with complete weights, or of a repository whose weights were not downloaded."""
+    if location.is_remote:
+        return hub.read_remote_headers(location)
+    files = find_weight_files(location.path)
+    if not files:
+        raise ConversionError(
+            f"{location.name} has no weights; allowed: model.safetensors or pytorch_model.bin, in one file or in "
+            "shards with their index."
+        )
+    stored = read_headers(files)
+    check_index(location.path, stored)
+    return stored
+
+
+def find_tokenizer(
+    wanted: str | None, locations: list[Location | None], config: FusionConfig, upstream: dict[str, object]
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer with its marks: the one asked for, or the first that a location has, or none with a warning."""
+    if wanted is not None and wanted != NO_TOKENIZER:
+        found = locate(wanted, "--tokenizer", "configuration")
+        if not has_tokenizer(found.path):
+            raise ConversionError(f"--tokenizer: {found.name} has no tokenizer files.")
+    elif wanted == NO_TOKENIZER:
+        found = None
+    else:
+        found = next((location for location in locations if location and has_tokenizer(location.path)), None)
+    if found is None:
+        logger.warning("No tokenizer is written: the result cannot answer questions by itself (see --tokenizer).")
+        return None
+    longest = upstream.get("tokenizer_model_max_length")
+    if not isinstance(longest, int):
+        longest = config.text_config.max_position_embeddings
+    tokenizer = load_tokenizer(found.path, config.text_config.model_type, longest)
+    add_marks(tokenizer, config.text_config.vocab_size)
+    return tokenizer
+
+
+def write(folder: Path, conversion: Conversion, options: Options) -> None:
+    """Write all files of the result into an empty folder."""
+    config, plan = conversion.config, conversion.plan
+    shapes = {name: recipe.shape for name, recipe in plan.recipes.items()}
+    reader = RecipeReader()
+    with tqdm(total=plan.num_parameters, unit="parameters", unit_scale=True, disable=None) as progress:
+
+        def load(name: str) -> torch.Tensor:
+            weight = reader.load(plan.recipes[name], conversion.dtype)
+            progress.update(weight.numel())
+            return weight
+
+        write_weights(folder, shapes, conversion.dtype, load, options.max_shard_bytes)
+    reader.close()
+
+    checkpoint = conversion.locations["checkpoint"]
+    settings = checkpoint.path / "generation_config.json"
+    generation = make_generation_config(
+        config, conversion.tokenizer, read_json(settings) if settings.is_file() else {}
+    )
+    provenance = _provenance(conversion, options)
+    write_files(
+        folder, config, make_processor(config, conversion.tokenizer), generation, write_card(config, provenance)
+    )
+
+
+def _provenance(conversion: Conversion, options: Options) -> Provenance:
+    output = options.output.name if options.output is not None else conversion.locations["checkpoint"].name
+    stage = STAGE.search(conversion.locations["checkpoint"].name)
+    towers = conversion.locations.get("tower")
+    bases = (conversion.locations.get("base"), towers)
+    notes = [f"{conversion.plan.num_dropped} tensors that FUSION does not use were dropped."]
+    if conversion.config.image_token_grid is not None:
+        notes.append(f"FUSION-L: image features are reduced to a grid of side {conversion.config.image_token_grid}.")
+    return Provenance(
+        title=(options.push_to_hub or output).split("/")[-1],
+        model_id=options.push_to_hub or output,
+        sources=tuple((role, _describe(location)) for role, location in conversion.locations.items()),
+        base_models=tuple(location.name for location in bases if location is not None and "/" in location.name),
+        dtype=conversion.dtype,
+        num_parameters=conversion.plan.num_parameters,
+        has_tokenizer=conversion.tokenizer is not None,
+        stage=stage[0] if stage else LAST_STAGE,
+        notes=tuple(notes),
+    )
+
+
+def _describe(location: Location) -> str:
+    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    if location.revision is not None:
+        return f"`{location.name}`, revision `{location.revision}`"
+    file = location.path / "config.json" if location.path.is_dir() else location.path
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:FINGERPRINT_DIGITS]
+    return f"`{location.name}`, local, revision unknown (SHA-256 of `{file.name}` begins with `{digest}`)"

@@ -1,0 +1,157 @@
+"""The files of a Hub folder beside its weights: configuration, processor, generation settings, code, model card."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+import fusion_hf
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.tokenizer import find_chat_format
+from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.processing_fusion import FusionProcessor
+
+PACKAGE = Path(fusion_hf.__file__).parent
+CODE_PATTERN = "*_fusion*.py"
+MODEL_CLASS = "modeling_fusion.FusionForConditionalGeneration"
+AUTO_MAPS = {
+    "config.json": {
+        "AutoConfig": "configuration_fusion.FusionConfig",
+        "AutoModel": "modeling_fusion.FusionModel",
+        "AutoModelForImageTextToText": MODEL_CLASS,
+        "AutoModelForMultimodalLM": MODEL_CLASS,
+    },
+    "preprocessor_config.json": {"AutoImageProcessor": "image_processing_fusion.FusionImageProcessor"},
+    "processor_config.json": {
+        "AutoImageProcessor": "image_processing_fusion.FusionImageProcessor",
+        "AutoProcessor": "processing_fusion.FusionProcessor",
+    },
+}
+# Tokens that end an answer, by chat format, and their ids in the published checkpoints (for one without a tokenizer).
+STOP_TOKENS = {
+    "phi3": ("<|end|>", "<|assistant|>", "<|endoftext|>"),
+    "llama3": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_end|>", "<|endoftext|>"),
+}
+PUBLISHED_STOP_IDS = {("phi3", 32_013): (32_007, 32_001, 32_000), ("llama", 128_258): (128_001, 128_008, 128_009)}
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name if all goes well, and else disappears.
+
+    Raises:
+        ConversionError: if `output` exists and is not an empty folder.
+    """
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if output.is_dir():
+            output.rmdir()  # it is empty; not every system renames onto an existing folder
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write into something that exists.
+
+    Raises:
+        ConversionError: if `output` is a file or a folder that is not empty.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise ConversionError(f"--output: {output} exists and is not an empty folder; give a new one.")
+
+
+def set_dtype(config: FusionConfig, dtype: torch.dtype) -> None:
+    """Write the weights' type into the configuration and both of its parts."""
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+
+
+def make_generation_config(
+    config: FusionConfig, tokenizer: PreTrainedTokenizerFast | None, source: dict[str, Any]
+) -> GenerationConfig:
+    """Greedy decoding that stops at the backbone's ends and never writes one of the four marks.
+
+    Args:
+        config: of the new model.
+        tokenizer: knows the tokens that end an answer; without it, the published ids or the backbone's own.
+        source: content of the checkpoint's `generation_config.json`, if it has one.
+    """
+    text = config.text_config
+    ends = _as_list(source.get("eos_token_id")) or _as_list(text.eos_token_id)
+    if tokenizer is not None:
+        names = STOP_TOKENS[find_chat_format(tokenizer.backend_tokenizer)]
+        ends += [i for i in map(tokenizer.backend_tokenizer.token_to_id, names) if i is not None]
+    else:
+        ends += PUBLISHED_STOP_IDS.get((text.model_type, text.vocab_size), ())
+    stops = sorted({end for end in ends if isinstance(end, int) and 0 <= end < text.vocab_size})
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=stops,
+        pad_token_id=text.pad_token_id,
+        suppress_tokens=[
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+            config.image_token_id,
+            config.latent_token_id,
+        ],
+        do_sample=False,
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def make_processor(
+    config: FusionConfig, tokenizer: PreTrainedTokenizerFast | None
+) -> FusionProcessor | FusionImageProcessor:
+    """The processor, or its image half if there is no tokenizer."""
+    side = config.vision_config.image_size
+    image_processor = FusionImageProcessor(size={"height": side, "width": side})
+    if tokenizer is None:
+        return image_processor
+    return FusionProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_format=find_chat_format(tokenizer.backend_tokenizer),
+        num_image_tokens=config.num_image_tokens,
+        query_len=config.query_len,
+        instruct_pad_token_id=config.instruct_pad_token_id,
+    )
+
+
+def write_files(
+    folder: Path,
+    config: FusionConfig,
+    processor: FusionProcessor | FusionImageProcessor,
+    generation_config: GenerationConfig,
+    card: str,
+) -> None:
+    """Write everything of a Hub folder but the weights."""
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if isinstance(processor, FusionProcessor):
+        processor.image_processor.save_pretrained(folder)
+    for name, auto_map in AUTO_MAPS.items():
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text(encoding="utf-8")) | {"auto_map": auto_map}
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in sorted(PACKAGE.glob(CODE_PATTERN)):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")

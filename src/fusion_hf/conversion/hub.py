@@ -1,0 +1,147 @@
+"""Where inputs come from and where results go: local folders first, else repositories of the Hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import httpx  # huggingface_hub's own client, whose errors pass through it
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from fusion_hf.conversion.checkpoint import SAFETENSORS_DTYPES, StoredTensor, first_line
+from fusion_hf.conversion.errors import ConversionError
+
+Wanted = Literal["all", "headers", "configuration"]
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+SAFE_WEIGHTS = ("*.safetensors",)
+BIN_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+TRAINED_WHOLE = ("non_lora_trainables.bin", "mm_projector.bin")
+IN_FOLDERS = "*/*"
+REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+REVISION = re.compile(r"[0-9a-f]{40}")
+HUB_ERRORS = (OSError, httpx.HTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file on disk.
+
+    Attributes:
+        path: where it is.
+        name: the repository, or the folder's own name (never its full path: it goes into the model card).
+        revision: commit of the repository, as far as it is known.
+        is_remote: whether the weights are in a repository and only their headers are to be read.
+    """
+
+    path: Path
+    name: str
+    revision: str | None
+    is_remote: bool = False
+
+
+def locate(source: str, flag: str, wanted: Wanted = "all") -> Location:
+    """A local path, or a repository that is downloaded into the cache.
+
+    Args:
+        source: what the user gave.
+        flag: the option that it was given with, for errors.
+        wanted: what to download of a repository. `"headers"` leaves safetensors where they are; `"configuration"`
+            fetches no weights at all.
+
+    Raises:
+        ConversionError: if it is neither, or the download fails.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        path = path.resolve()
+        return Location(path, path.name, _local_revision(path))
+    if not REPOSITORY.fullmatch(source) or ".." in source:
+        raise ConversionError(f"{flag}: {source!r} is neither an existing path nor the name of a Hub repository.")
+    patterns, is_remote = list(SMALL_FILES), False
+    try:
+        if wanted != "configuration":
+            names = HfApi().list_repo_files(source)
+            is_full = any(name in names for name in ("model.safetensors", "model.safetensors.index.json"))
+            is_remote = is_full and wanted == "headers"
+            if not is_remote:
+                patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *(() if is_full else BIN_WEIGHTS))
+        folder = snapshot_download(source, allow_patterns=patterns, ignore_patterns=[IN_FOLDERS])
+    except LocalEntryNotFoundError as error:
+        raise ConversionError(
+            f"{flag}: {source!r} is no local path, and the Hub cannot be reached: check the name or the network."
+        ) from error
+    except HUB_ERRORS as error:
+        raise ConversionError(f"{flag}: {source!r} cannot be fetched from the Hub: {first_line(error)}.") from error
+    path = Path(folder)
+    return Location(path, source, _local_revision(path), is_remote=is_remote)
+
+
+def _local_revision(path: Path) -> str | None:
+    """The commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
+    if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
+        return path.name
+    trace = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    if trace.is_file():
+        lines = trace.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines and REVISION.fullmatch(lines[0]):
+            return lines[0]
+    return None
+
+
+def read_remote_headers(location: Location) -> dict[str, StoredTensor]:
+    """What a repository's safetensors hold, from their headers alone: nothing else is downloaded.
+
+    Raises:
+        ConversionError: if the repository has no safetensors, or cannot be reached.
+    """
+    try:
+        metadata = HfApi().get_safetensors_metadata(location.name, revision=location.revision)
+    except HUB_ERRORS as error:
+        raise ConversionError(
+            f"The weights' headers of {location.name} cannot be read: {first_line(error)}."
+        ) from error
+    return {
+        key: StoredTensor(
+            location.path / file, key, tuple(tensor.shape), SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype)
+        )
+        for file, content in metadata.files_metadata.items()
+        for key, tensor in content.tensors.items()
+    }
+
+
+def check_can_push(repository: str) -> None:
+    """Refuse a push that is bound to fail before hours of work.
+
+    Raises:
+        ConversionError: for an impossible name, or if nobody is logged in.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConversionError(f"--push-to-hub: {first_line(error)}.") from error
+    if get_token() is None:
+        raise ConversionError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.")
+
+
+def push(folder: Path, repository: str, private: bool, message: str) -> str:
+    """Upload a folder in one commit; returns the commit's address.
+
+    Raises:
+        ConversionError: if the upload fails; the folder stays.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
+        raise ConversionError(
+            f"The result is complete in {folder}, but pushing it to {repository} failed: {first_line(error)}."
+        ) from error
+    return commit.commit_url

@@ -1,0 +1,247 @@
+"""What every weight of the new model is made from, checked completely before anything is written."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.keys import KeyMap, Row
+from fusion_hf.conversion.lora import LoraPair
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+NUM_MARKS = 2  # rows for <vision_start> and <vision_end>
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tensors under one naming scheme. `grows`: its vocabulary may lack the two marks, as a plain LLM's does."""
+
+    tensors: dict[str, StoredTensor]
+    table: tuple[Row, ...]
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one weight.
+
+    Attributes:
+        stored: the weight on disk.
+        lora: a low-rank update to add.
+        rows: cut the matrix to this many rows, of which the last two become the mean of the others: what the authors'
+            training does to a backbone's embeddings before it begins.
+    """
+
+    stored: StoredTensor
+    lora: LoraPair | None = None
+    rows: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that comes out."""
+        return self.stored.shape if self.rows is None else (self.rows, *self.stored.shape[1:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All weights of the new model, in the order in which they lie on disk."""
+
+    recipes: dict[str, Recipe]
+    num_dropped: int
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The type that most of the stored bytes have."""
+        sizes: Counter[torch.dtype] = Counter()
+        for recipe in self.recipes.values():
+            if isinstance(recipe.stored.dtype, torch.dtype):
+                sizes[recipe.stored.dtype] += recipe.stored.num_bytes
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the new model."""
+        return sum(torch.Size(recipe.shape).numel() for recipe in self.recipes.values())
+
+
+def expected_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that the model saves, from a model without memory.
+
+    Raises:
+        ConversionError: if the language model is not supported.
+    """
+    try:
+        with torch.device("meta"):
+            model = FusionForConditionalGeneration(config)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return shapes
+
+
+def make_plan(
+    config: FusionConfig, sources: Iterable[Source], lora: dict[str, LoraPair], tower_name: str, hint: str = ""
+) -> Plan:
+    """Assign a stored tensor to every weight; later sources replace what earlier ones hold.
+
+    Args:
+        config: the new model.
+        sources: what is on disk.
+        lora: low-rank updates by the name that the authors' checkpoint gives the weight.
+        tower_name: where the tower's sizes come from, for the error about a wrong tower.
+        hint: what to do about missing weights.
+
+    Raises:
+        ConversionError: lists every unknown, missing, doubly given or wrongly shaped tensor.
+    """
+    sources = list(sources)
+    num_stored = sum(len(source.tensors) for source in sources)
+    if config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers > num_stored:
+        # before a model of that many layers is built
+        raise ConversionError(
+            f"The configuration has {config.text_config.num_hidden_layers} + {config.vision_config.num_hidden_layers} "
+            f"layers, but the checkpoint has only {num_stored} tensors."
+        )
+    recipes: dict[str, Recipe] = {}
+    unknown: list[str] = []
+    num_dropped = 0
+    for source in sources:
+        found, dropped = _rename(config, source, unknown)
+        recipes.update(found)
+        num_dropped += dropped
+    _check_tower(config, recipes, tower_name)
+    unknown += _attach_lora(recipes, lora, KeyMap(sources[-1].table, config))
+    _check(recipes, expected_shapes(config), unknown, hint)
+    files = list(dict.fromkeys(recipe.stored.file for recipe in recipes.values()))
+    ordered = sorted(recipes.items(), key=lambda item: files.index(item[1].stored.file))
+    return Plan(dict(ordered), num_dropped)
+
+
+def _rename(config: FusionConfig, source: Source, unknown: list[str]) -> tuple[dict[str, Recipe], int]:
+    """Recipes by our names, and the number of tensors that are dropped. Appends to `unknown`."""
+    key_map = KeyMap(source.table, config)
+    recipes: dict[str, Recipe] = {}
+    dropped = 0
+    for key, tensor in source.tensors.items():
+        try:
+            name = key_map(key)
+        except KeyError:
+            unknown.append(key)
+            continue
+        if name is None or (name == HEAD and config.tie_word_embeddings):
+            dropped += 1
+        elif name in recipes:
+            unknown.append(f"{key} (a second {recipes[name].stored.key})")
+        else:
+            grown = source.grows and name in (EMBEDDING, HEAD) and len(tensor.shape) > 1
+            rows = config.text_config.vocab_size
+            changes = grown and tensor.shape[0] >= rows - NUM_MARKS and tensor.shape[0] != rows
+            recipes[name] = Recipe(tensor, rows=rows if changes else None)
+    return recipes, dropped
+
+
+def _attach_lora(recipes: dict[str, Recipe], lora: dict[str, LoraPair], key_map: KeyMap) -> list[str]:
+    """Put each update beside its weight; returns the updates that have none."""
+    homeless = []
+    for key, pair in lora.items():
+        try:
+            name = key_map(key)
+        except KeyError:
+            name = None
+        if name is None or name not in recipes or pair.shape != recipes[name].shape:
+            homeless.append(f"{pair.a.key} (an update of shape {pair.shape})")
+        else:
+            recipes[name] = replace(recipes[name], lora=pair)
+    return homeless
+
+
+def _check_tower(config: FusionConfig, recipes: dict[str, Recipe], tower_name: str) -> None:
+    """Compare the sizes that a tower's weights show with the configured ones."""
+    prefix = "model.vision_tower."
+    shapes = {name.removeprefix(prefix): r.stored.shape for name, r in recipes.items() if name.startswith(prefix)}
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
+    patch, positions = (
+        shapes.get("embeddings.patch_embedding.weight"),
+        shapes.get("embeddings.position_embedding.weight"),
+    )
+    mlp = shapes.get("layers.0.mlp.fc1.weight")
+    if patch is None or positions is None or mlp is None or len(patch) < 3:
+        return  # missing or misshapen tensors are listed by name
+    vision = config.vision_config
+    stored = (patch[0], mlp[0], max(layers), patch[2], positions[0])
+    # the table drops the layer behind the last one that is kept, so that a complete tower shows the same largest index
+    wanted = (
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.num_hidden_layers - 1,
+        vision.patch_size,
+        config.num_patches_per_side**2,
+    )
+    if stored != wanted:
+        raise ConversionError(
+            f"Wrong tower: the checkpoint's has {_describe_tower(*stored)}; {tower_name} has "
+            f"{_describe_tower(*wanted)}. Give the checkpoint's tower with --vision-config."
+        )
+
+
+def _describe_tower(width: int, mlp: int, last_layer: int, patch: int, positions: int) -> str:
+    return f"width {width}, MLP {mlp}, {last_layer + 1} kept layers, patches of {patch}, {positions} positions"
+
+
+def _check(recipes: dict[str, Recipe], expected: dict[str, tuple[int, ...]], unknown: list[str], hint: str) -> None:
+    """Compare recipes and expectation in both directions, and report all that differs at once."""
+    unknown = unknown + [recipe.stored.key for name, recipe in recipes.items() if name not in expected]
+    missing = [name for name in expected if name not in recipes]
+    known = {name: recipe for name, recipe in recipes.items() if name in expected}
+    misshapen = [
+        f"{r.stored.key} has {list(r.shape)} instead of {list(expected[name])}"
+        for name, r in known.items()
+        if r.shape != expected[name]
+    ]
+    mistyped = [
+        f"{r.stored.key} is {r.stored.dtype}" for r in known.values() if not isinstance(r.stored.dtype, torch.dtype)
+    ]
+    problems = [
+        f"{title} ({len(names)}): {', '.join(names)}"
+        for title, names in (
+            ("unknown tensors", unknown),
+            ("missing tensors", missing),
+            ("wrong shapes", misshapen),
+            ("not floating point", mistyped),
+        )
+        if names
+    ]
+    if problems:
+        advice = f" {hint}" if missing and hint else ""
+        raise ConversionError(f"Nothing was written: the checkpoint does not fit. {'; '.join(problems)}.{advice}")
+
+
+class RecipeReader:
+    """Makes weights, with at most one shard of the checkpoint in memory (and a small adapter file beside it)."""
+
+    def __init__(self) -> None:
+        self._shards, self._adapters = TensorReader(), TensorReader()
+
+    def load(self, recipe: Recipe, dtype: torch.dtype) -> torch.Tensor:
+        """The weight on the CPU, contiguous, in the type `dtype`."""
+        tensor = self._shards.load(recipe.stored)
+        if recipe.rows is not None:
+            kept = tensor[: recipe.rows - NUM_MARKS]
+            mean = kept.mean(dim=0, keepdim=True, dtype=torch.float32).to(kept.dtype)
+            tensor = torch.cat([kept, mean.expand(NUM_MARKS, *mean.shape[1:])])
+        if recipe.lora is not None:
+            tensor = recipe.lora.add_to(tensor, self._adapters)
+        return tensor.to(dtype).contiguous()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._shards.close()
+        self._adapters.close()

@@ -1,0 +1,113 @@
+"""`fusion-nano` before training: sizes, processor, and an initialisation that lets it learn from scratch."""
+
+from dataclasses import replace
+from math import sqrt
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import initialization as init
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_decoder import FusionSampler
+from fusion_hf.modeling_fusion_vision import FusionVisionModel
+from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
+
+
+TILE_SIDE = 48  # pixels of a tile; the four tiles show the picture at twice that
+EMBEDDING_STD = 0.3
+HEAD_STD = 0.02
+BACKGROUND = 0.9  # mean normalised value of the light backgrounds: the patch bias maps it to about zero
+CHAT_FORMAT = "chatml"
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) -> FusionProcessor:
+    """The processor of `config`; its chat template has an empty system message, for a vocabulary of so few words."""
+    tokenizer.padding_side = "left"
+    image_processor = FusionImageProcessor(size={"height": TILE_SIDE, "width": TILE_SIDE})
+    return FusionProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=replace(CHAT_FORMATS[CHAT_FORMAT], system="").chat_template,
+        chat_format=CHAT_FORMAT,
+        num_image_tokens=config.num_image_tokens,
+        query_len=config.query_len,
+        instruct_pad_token_id=config.instruct_pad_token_id,
+    )
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
+    """Every mechanism of the large models at about two million parameters."""
+    ids = tokenizer.convert_tokens_to_ids(["<image>", "<latent_image>", "<vision_start>", "<vision_end>"])
+    return FusionConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            image_size=TILE_SIDE,
+            patch_size=8,
+        ),
+        image_token_id=ids[0],
+        latent_token_id=ids[1],
+        vision_start_token_id=ids[2],
+        vision_end_token_id=ids[3],
+        query_len=16,
+        query_lens=[4, 16],
+        window_size=2,
+        sampler_layers=[0, 2],
+        sampler_num_heads=4,
+        instruct_pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_model(config: FusionConfig, seed: int) -> FusionForConditionalGeneration:
+    """A model with fresh weights: variance-preserving layers, small residual outputs, light background at zero."""
+    torch.manual_seed(seed)
+    model = FusionForConditionalGeneration(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=1 / sqrt(module.in_features))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=EMBEDDING_STD)
+    init.normal_(model.lm_head.weight, std=HEAD_STD)
+    _init_tower(model.model.vision_tower)
+    layers = model.model.language_model.layers
+    for layer in layers:
+        _shrink(layer.self_attn.o_proj, len(layers))
+        _shrink(layer.mlp.down_proj, len(layers))
+        if isinstance(layer.vision_sampler, FusionSampler):
+            _shrink(layer.vision_sampler.linear_2, len(layers))
+    return model
+
+
+def _init_tower(tower: FusionVisionModel) -> None:
+    patches = tower.embeddings.patch_embedding
+    init.normal_(patches.weight, std=1 / sqrt(patches.weight[0].numel()))
+    with torch.no_grad():
+        init.copy_(patches.bias, -BACKGROUND * patches.weight.sum(dim=(1, 2, 3)))
+    for layer in tower.layers:
+        _shrink(layer.self_attn.out_proj, len(tower.layers))
+        _shrink(layer.mlp.fc2, len(tower.layers))
+
+
+def _shrink(linear: nn.Linear, num_layers: int) -> None:
+    """Two residual branches per layer: their sum keeps the variance of one."""
+    init.normal_(linear.weight, std=1 / sqrt(linear.in_features) / sqrt(2 * num_layers))

@@ -1,0 +1,123 @@
+"""Trains `fusion-nano` from scratch through FUSION's three stages on a CPU.
+
+Tested command: `make nano`, that is `torchrun --nproc-per-node 2 -m fusion_hf.nano.train --output runs/nano`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.nano.build import build_config, build_model, build_processor
+from fusion_hf.nano.evaluate import accuracies, generate_answers
+from fusion_hf.nano.records import Record, Stage, evaluation_records, stage_records, training_texts
+from fusion_hf.nano.tokenizer import build_tokenizer
+from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.training import FusionDataCollator
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its records, number of optimizer steps and peak learning rate."""
+
+    stage: Stage
+    steps: int
+    learning_rate: float = 5e-4
+
+
+PLAN = (StagePlan("1", 3500), StagePlan("1.5", 1500), StagePlan("2", 7000))
+GLOBAL_BATCH_SIZE = 16
+
+
+class RecordDataset(Dataset):
+    """Records, rendered when they are asked for."""
+
+    def __init__(self, records: Sequence[Record]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.records[index].to_llava()
+
+
+def train_stage(
+    model: FusionForConditionalGeneration, processor: FusionProcessor, plan: StagePlan, output: Path, seed: int
+) -> None:
+    """Run one stage with `transformers.Trainer`; the model is changed in place."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = TrainingArguments(
+        output_dir=str(output / f"stage{plan.stage}"),
+        max_steps=plan.steps,
+        per_device_train_batch_size=GLOBAL_BATCH_SIZE // processes,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(0.03 * plan.steps),
+        adam_beta2=0.98,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=True,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+    )
+    records = stage_records(plan.stage, "train", seed)
+    logger.info("stage %s: %d records, %d steps", plan.stage, len(records), plan.steps)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=RecordDataset(records),
+        data_collator=FusionDataCollator(processor, query_lens=model.config.query_lens, seed=seed),
+    )
+    trainer.train()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's steps, for a trial")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+
+    tokenizer = build_tokenizer(training_texts(arguments.seed))
+    config = build_config(tokenizer)
+    processor = build_processor(tokenizer, config)
+    model = build_model(config, arguments.seed)
+    logger.info("%d parameters", model.num_parameters())
+    for plan in PLAN:
+        scaled = StagePlan(plan.stage, max(1, round(plan.steps * arguments.steps_scale)), plan.learning_rate)
+        train_stage(model, processor, scaled, arguments.output, arguments.seed)
+        logger.info("stage %s done after %.0f s", plan.stage, time.monotonic() - begin)
+        if int(os.environ.get("RANK", "0")) == 0:
+            records = evaluation_records("validation", arguments.seed, drawn=200)
+            sample = random.Random(0).sample(records, 1000)
+            scores = accuracies(sample, generate_answers(model, processor, sample))
+            logger.info("validation after stage %s: %s", plan.stage, json.dumps(scores))
+    if int(os.environ.get("RANK", "0")) == 0:
+        model.to(torch.bfloat16).save_pretrained(arguments.output)
+        processor.save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Tells transformers' auto classes about FUSION when, and only when, somebody uses them.
+
+`AutoConfig.register` and its siblings take classes, so calling them at once would import torch with every
+`import fusion_hf`. A finder on `sys.meta_path` waits instead until the auto modules are imported. They and our own
+modules import each other, so it registers when the outermost of these imports is finished.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+AUTO_MODULES = tuple(
+    f"transformers.models.auto.{name}_auto" for name in ("configuration", "modeling", "processing", "image_processing")
+)
+OWN_MODULES = tuple(f"fusion_hf.{name}_fusion" for name in ("configuration", "modeling", "processing", "image_processing"))
+
+
+def register() -> None:
+    """Register FUSION's classes in transformers' auto classes, so that no `trust_remote_code` is needed."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+
+    # transformers 5.17's top level hides it where torchvision is missing
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from fusion_hf.configuration_fusion import FusionConfig
+    from fusion_hf.image_processing_fusion import FusionImageProcessor
+    from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
+    from fusion_hf.processing_fusion import FusionProcessor
+
+    AutoConfig.register(FusionConfig.model_type, FusionConfig, exist_ok=True)
+    AutoModel.register(FusionConfig, FusionModel, exist_ok=True)
+    AutoModelForImageTextToText.register(FusionConfig, FusionForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(FusionConfig, FusionForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(FusionConfig, FusionProcessor, exist_ok=True)
+    processors = {"pil": FusionImageProcessor}
+    AutoImageProcessor.register(FusionConfig, image_processor_classes=processors, exist_ok=True)
+
+
+class _Watcher(MetaPathFinder):
+    """Registers behind the outermost import of an auto module or of one of ours."""
+
+    def __init__(self) -> None:
+        self.waiting = {*AUTO_MODULES, *OWN_MODULES}
+        self.depth = 0
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        self.waiting.remove(fullname)  # the search below must not end here again
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _WatchedLoader(spec.loader, self)
+        return spec
+
+    def finished(self) -> None:
+        """Called behind each watched import that went well."""
+        if self.depth == 0 and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register()
+
+
+class _WatchedLoader(Loader):
+    """Loads a module as its own loader does, and tells the watcher."""
+
+    def __init__(self, loader: Loader, watcher: _Watcher):
+        self.loader = loader
+        self.watcher = watcher
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader
+        self.watcher.depth += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.watcher.depth -= 1
+        self.watcher.finished()
+
+
+def register_lazily() -> None:
+    """Register now if the auto classes are imported already, else as soon as they are."""
+    if AUTO_MODULES[1] in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _Watcher())

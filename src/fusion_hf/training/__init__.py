@@ -1,0 +1,6 @@
+"""Training FUSION with `transformers.Trainer`."""
+
+from fusion_hf.training.collator import FusionDataCollator
+
+
+__all__ = ["FusionDataCollator"]
