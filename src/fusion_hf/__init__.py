@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_hf.registration import register_lazily
 
-
 if TYPE_CHECKING:
     from fusion_hf.configuration_fusion import FusionConfig
     from fusion_hf.image_processing_fusion import FusionImageProcessor

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
-
 EARLY_TEXT_ATTENTION = ("uniform", "uniform_padded", "masked")
 # the picture is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
 TILES_PER_SIDE = 2

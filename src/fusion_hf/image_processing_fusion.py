@@ -4,6 +4,7 @@ import base64
 import binascii
 import os
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,15 @@ from transformers.processing_utils import ImagesKwargs
 
 from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
-
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
 ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
 
 
-class FusionImageProcessorKwargs(ImagesKwargs, total=False):
+class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
-    exif_transpose (`bool`): turn the picture upright by its EXIF orientation. The authors' code does not: pass False for
-        pixels equal to theirs on such photos.
+    exif_transpose (`bool`): turn the picture upright by its EXIF orientation. The authors' code does not: pass False
+        for pixels equal to theirs on such photos.
     max_image_pixels (`int`): pictures with more pixels are refused before they are decoded.
     """
 
@@ -139,7 +139,7 @@ def _open(source: str) -> Image.Image:
             response = httpx.get(source, follow_redirects=True)
             response.raise_for_status()
             return Image.open(BytesIO(response.content))
-        if not source.startswith("data:") and os.path.isfile(source):
+        if not source.startswith("data:") and Path(source).is_file():
             return Image.open(source)
         content = source.split(",", 1)[1] if source.startswith("data:") else source
         return Image.open(BytesIO(base64.b64decode("".join(content.split()), validate=True)))

@@ -16,14 +16,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, TILES_PER_SIDE, FusionConfig
-from .modeling_fusion_decoder import DECODER_LAYERS, FusionSampler, PromptMarks, check_prompt
+from .modeling_fusion_decoder import DECODER_LAYERS, FusionSampler, LatentUpdates, PromptMarks, check_prompt
 from .modeling_fusion_vision import FusionProjector, FusionVisionModel
-
 
 # what describes the prompt's picture and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
-
-
 
 
 @dataclass
@@ -67,6 +64,15 @@ class EncodedPicture(NamedTuple):
     instruct_embeds: torch.Tensor  # (B, T, D)
     instruct_features: torch.Tensor  # (B, T, D)
     instruct_mask: torch.Tensor  # (B, T)
+
+
+class EmbeddedPrompt(NamedTuple):
+    """What enters the language model."""
+
+    inputs_embeds: torch.Tensor  # (B, S, D)
+    latent_updates: LatentUpdates | None = None
+    image_features: torch.Tensor | None = None  # (B, num_image_tokens, D)
+    mapping_loss: torch.Tensor | None = None  # ()
 
 
 class FusionPreTrainedModel(PreTrainedModel):
@@ -196,6 +202,42 @@ class FusionModel(FusionPreTrainedModel):
         vision_loss = (1 - nn.functional.cosine_similarity(picture.patch_embeddings, mapped_back, dim=-1)).mean()
         return text_loss + vision_loss
 
+    def _embed_text(self, input_ids: torch.Tensor, marks: PromptMarks) -> torch.Tensor:
+        """Embeddings `(B, S, D)`; zeros where `marks` keep places free, whose ids have no embedding."""
+        free = marks.image | marks.latent
+        return torch.where(free.unsqueeze(-1), 0, self.get_input_embeddings()(torch.where(free, 0, input_ids)))
+
+    def embed_prompt(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        instruct_input_ids: torch.Tensor | None,
+        instruct_attention_mask: torch.Tensor | None,
+        prompt_end_positions: torch.Tensor | None,
+        query_len: int,
+        output_mapping_loss: bool = False,
+    ) -> "EmbeddedPrompt":
+        """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
+        marks = PromptMarks.find(input_ids, self.config)
+        inputs_embeds = self._embed_text(input_ids, marks)
+        if pixel_values is None:
+            size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+            pixel_values = inputs_embeds.new_zeros(len(input_ids), NUM_TILES + 1, channels, size, size)
+        picture = self.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
+        image_features = self.reduce_grid(picture.image_features)
+        latents, windows = self.pool_context(picture.global_features, query_len)
+        # a sample without image tokens starts from zero latents
+        latents = torch.where(marks.image.any(1)[:, None, None], latents, 0)
+        updates = None
+        if prompt_end_positions is not None and prompt_end_positions.numel() > 0:
+            updates = marks.latent_updates(windows, prompt_end_positions, query_len)
+        return EmbeddedPrompt(
+            inputs_embeds=marks.fill(inputs_embeds, image_features, latents),
+            latent_updates=updates,
+            image_features=image_features,
+            mapping_loss=self.compute_mapping_loss(picture) if output_mapping_loss else None,
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -216,48 +258,42 @@ class FusionModel(FusionPreTrainedModel):
         """
         See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        image_features = mapping_loss = None
-        if input_ids is None:
+        if input_ids is not None and inputs_embeds is None:
+            query_len = self.config.query_len if query_len is None else query_len
+            has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
+            is_prompt = pixel_values is not None or has_turns
+            if (is_prompt or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
+                inputs = (input_ids, attention_mask, pixel_values, prompt_end_positions)
+                check_prompt(self.config, *inputs, query_len, past_key_values)
+            if is_prompt:
+                prompt = self.embed_prompt(
+                    input_ids,
+                    pixel_values,
+                    instruct_input_ids,
+                    instruct_attention_mask,
+                    prompt_end_positions,
+                    query_len,
+                    output_mapping_loss,
+                )
+            else:
+                prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
+        elif inputs_embeds is not None and input_ids is None:
             if pixel_values is not None:
                 raise ValueError("pixel_values need input_ids: image and latent tokens are found by their ids.")
+            prompt = EmbeddedPrompt(inputs_embeds)
         else:
-            query_len = self.config.query_len if query_len is None else query_len
-            turns = prompt_end_positions is not None and prompt_end_positions.shape[1] > 0
-            is_prompt = pixel_values is not None or turns
-            marks = PromptMarks.find(input_ids, self.config)
-            if not torch.compiler.is_compiling() and (is_prompt or input_ids.shape[1] > 1):
-                check_prompt(
-                    self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, query_len, past_key_values
-                )
-            inputs_embeds = self.get_input_embeddings()(torch.where(marks.image | marks.latent, 0, input_ids))
-            if is_prompt:
-                if pixel_values is None:  # latent tokens without a picture look at grey ones
-                    size = self.config.vision_config.image_size
-                    channels = self.config.vision_config.num_channels
-                    pixel_values = inputs_embeds.new_zeros(len(input_ids), NUM_TILES + 1, channels, size, size)
-                picture = self.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
-                image_features = self.reduce_grid(picture.image_features)
-                latents, windows = self.pool_context(picture.global_features, query_len)
-                # a sample without image tokens starts from zero latents
-                latents = torch.where(marks.image.any(1)[:, None, None], latents, 0)
-                inputs_embeds = marks.fill(inputs_embeds, image_features, latents)
-                if turns:
-                    kwargs["latent_updates"] = marks.latent_updates(windows, prompt_end_positions, query_len)
-                if output_mapping_loss:
-                    mapping_loss = self.compute_mapping_loss(picture)
-            elif input_ids.shape[1] > 1:
-                inputs_embeds = torch.where(marks.latent.unsqueeze(-1), 0, inputs_embeds)
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if prompt.latent_updates is not None:
+            kwargs["latent_updates"] = prompt.latent_updates
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # count from the first real token, so that left padding changes nothing (long RoPE depends on lengths)
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -prompt.inputs_embeds.shape[1] :]
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=prompt.inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
@@ -266,8 +302,8 @@ class FusionModel(FusionPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
-            mapping_loss=mapping_loss,
+            image_hidden_states=prompt.image_features,
+            mapping_loss=prompt.mapping_loss,
         )
 
 

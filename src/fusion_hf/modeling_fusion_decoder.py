@@ -1,4 +1,4 @@
-"""The decoding side of FUSION: latent tokens in the prompt, and the samplers that rewrite them inside the LLM's layers.
+"""The decoding side of FUSION: latent tokens in the prompt, and samplers that rewrite them inside the LLM's layers.
 
 Shapes: B batch, S sequence length, R user turns, q latent tokens per turn, w window size, D LLM width.
 Source: FUSION, arXiv 2504.09925, "context-aware recursive alignment decoding".
@@ -18,8 +18,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 from .configuration_fusion import NUM_TILES, FusionConfig, is_perfect_square
-
-
 
 
 class LatentUpdates(NamedTuple):
@@ -71,7 +69,7 @@ class FusionSampler(nn.Module):
         return hidden_states.scatter_add(1, positions, change.flatten(1, 2).to(hidden_states.dtype))
 
     def attend(self, inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Latent token j of every turn looks at window j; keys and values belong to the picture: once for all turns."""
+        """Latent token j of every turn looks at window j. Keys and values, of the picture, serve all turns."""
         batch, turns, latents, width = inputs.shape
         context = self.proj_context(windows.to(inputs.dtype))  # (B, q, w * w, D)
         heads = (self.num_heads, width // self.num_heads)
@@ -198,8 +196,8 @@ def check_prompt(
             raise ValueError(f"Sample {row} has {len(image)} image tokens, but pixel_values is None.")
         complete = len(image) == config.num_image_tokens
         if image and not complete and (len(image) > config.num_image_tokens or image[-1] != last):
-            expected = f"one picture gives {config.num_image_tokens}"
-            raise ValueError(f"Sample {row} has {len(image)} image tokens; {expected}.")
+            allowed = f"one picture gives {config.num_image_tokens}"
+            raise ValueError(f"Sample {row} has {len(image)} image tokens; {allowed}.")
         if image and latent and image[-1] > latent[0]:
             raise ValueError(f"Sample {row}: the image must come before the first latent block.")
         _check_turns(row, _blocks(latent), [end for end in turns[row] if end != -1], query_len, last)

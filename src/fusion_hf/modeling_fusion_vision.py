@@ -23,8 +23,6 @@ from transformers.utils import ModelOutput
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, FusionConfig
 
 
-
-
 class FusionVisionAttention(SiglipAttention):
     """SigLIP attention whose question rows, in early layers, attend uniformly."""
 

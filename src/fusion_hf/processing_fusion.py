@@ -13,7 +13,6 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_fusion import is_perfect_square
 
-
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
 MARKS = re.compile(f"{IMAGE_TOKEN}|(?:{LATENT_TOKEN})+")
@@ -23,9 +22,10 @@ BREAK = "\ufdd0"
 
 PHI3_SYSTEM = "You are a helpful AI assistant."
 LLAMA3_SYSTEM = (
-    "You are a helpful, highly intelligent language and vision assistant. You are able to understand the visual content "
-    "that the user provides, and assist the user with a variety of tasks using natural language. Whenever an image is "
-    "present in the conversation, very carefully examine it and consider its content when formulating your response."
+    "You are a helpful, highly intelligent language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural language. Whenever an "
+    "image is present in the conversation, very carefully examine it and consider its content when formulating your "
+    "response."
 )
 
 
@@ -160,8 +160,9 @@ class FusionProcessor(ProcessorMixin):
         Messages (or a list of conversations) to text or, with `tokenize=True, return_dict=True`, to model inputs.
 
         A message's content is a string or a list of `{"type": "text", "text": ...}` and one
-        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read before
-        the first question, whichever user message carries it. What looks like a special token in a message stays text.
+        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
+        before the first question, whichever user message carries it. What looks like a special token in a message
+        stays text.
         """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         prepared = [self._prepare_messages(c) for c in (conversation if batched else [conversation])]
@@ -176,14 +177,14 @@ class FusionProcessor(ProcessorMixin):
         """
         Prompts, as `apply_chat_template` writes them, and one picture for each `<image>` in them.
 
-        A single `<latent_image>` stands for a block of `query_len`. The authors' order of marks (latent block before the
-        image) is accepted and swapped. Batches that become tensors are padded.
+        A single `<latent_image>` stands for a block of `query_len`. The authors' order of marks (latent block before
+        the image) is accepted and swapped. Batches that become tensors are padded.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
 
         Raises:
-            ValueError: for counts that disagree and prompts longer than `tokenizer.model_max_length` (both counts named).
+            ValueError: for counts that disagree, and prompts longer than `tokenizer.model_max_length`; names both.
         """
         if text is None:
             return super().__call__(images=images, **kwargs)
@@ -209,14 +210,16 @@ class FusionProcessor(ProcessorMixin):
         ]
         if not text_kwargs.get("truncation"):
             self._check_length(rows)
-        data = {
+        data: dict[str, Any] = {
             "input_ids": [row.ids for row in rows],
             "attention_mask": [row.mask for row in rows],
             **self._questions(texts),
             "prompt_end_positions": _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1),
         }
         if tensors is not None:  # of whole numbers, even where there are no turns
-            data["prompt_end_positions"] = np.array(data["prompt_end_positions"], dtype=np.int64).reshape(len(rows), -1)
+            data["prompt_end_positions"] = np.array(data["prompt_end_positions"], dtype=np.int64).reshape(
+                len(rows), -1
+            )
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
@@ -248,7 +251,9 @@ class FusionProcessor(ProcessorMixin):
                     pictures.append(_as_image_block(block))
                 else:
                     allowed = "text, and image in user messages"
-                    raise ValueError(f"A {message['role']} message has a block of type {block['type']!r}; allowed: {allowed}.")
+                    raise ValueError(
+                        f"A {message['role']} message has a block of type {block['type']!r}; allowed: {allowed}."
+                    )
             protected = [{"type": "text", "text": self._protect(t)} for t in texts]
             prepared.append({**message, "content": protected})
         if len(pictures) > 1:
@@ -299,8 +304,8 @@ class FusionProcessor(ProcessorMixin):
         breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
         if not breaks:
             return row
-        dropped = [start in breaks and end == start + 1 for start, end in row.offsets]
-        return _Tokens(*([x for x, drop in zip(column, dropped, strict=True) if not drop] for column in row))
+        kept = [i for i, (start, end) in enumerate(row.offsets) if not (start in breaks and end == start + 1)]
+        return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
 
     def _check_length(self, rows: list["_Tokens"]) -> None:
         longest, most = max(sum(row.mask) for row in rows), self.tokenizer.model_max_length
@@ -317,7 +322,9 @@ class FusionProcessor(ProcessorMixin):
             question = "".join(VISION_BLOCKS.sub("", message).strip() for message in messages)
             questions.append(question if IMAGE_TOKEN in text else "")
         encoded = self.tokenizer(questions, return_offsets_mapping=True, padding=False)
-        columns = zip(encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True)
+        columns = zip(
+            encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True
+        )
         rows = [self._drop_breaks(_Tokens(*tokens), question).ids for *tokens, question in columns]
         rows = [ids if IMAGE_TOKEN in text else [] for ids, text in zip(rows, texts, strict=True)]
         ids = _pad([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)

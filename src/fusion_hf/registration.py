@@ -1,22 +1,20 @@
 """Tells transformers' auto classes about FUSION when, and only when, somebody uses them.
 
 `AutoConfig.register` and its siblings take classes, so calling them at once would import torch with every
-`import fusion_hf`. A finder on `sys.meta_path` waits instead until the auto modules are imported. They and our own
-modules import each other, so it registers when the outermost of these imports is finished.
+`import fusion_hf`. A finder on `sys.meta_path` waits instead until the auto modules are imported. The modules of
+transformers and ours import each other in many orders, so it registers when the outermost import is finished.
 """
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-
 
 AUTO_MODULES = tuple(
     f"transformers.models.auto.{name}_auto" for name in ("configuration", "modeling", "processing", "image_processing")
 )
-OWN_MODULES = tuple(f"fusion_hf.{name}_fusion" for name in ("configuration", "modeling", "processing", "image_processing"))
+WATCHED = ("transformers.", "fusion_hf.")
 
 
 def register() -> None:
@@ -47,26 +45,24 @@ def register() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Registers behind the outermost import of an auto module or of one of ours."""
+    """Registers behind the outermost import in whose course an auto module was loaded."""
 
     def __init__(self) -> None:
-        self.waiting = {*AUTO_MODULES, *OWN_MODULES}
         self.depth = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.waiting:
+        if not fullname.startswith(WATCHED):
             return None
-        self.waiting.remove(fullname)  # the search below must not end here again
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _WatchedLoader(spec.loader, self)
         return spec
 
     def finished(self) -> None:
         """Called behind each watched import that went well."""
-        if self.depth == 0 and self in sys.meta_path:
+        if self.depth == 0 and self in sys.meta_path and not sys.modules.keys().isdisjoint(AUTO_MODULES):
             sys.meta_path.remove(self)
             register()
 
@@ -94,7 +90,7 @@ class _WatchedLoader(Loader):
 
 def register_lazily() -> None:
     """Register now if the auto classes are imported already, else as soon as they are."""
-    if AUTO_MODULES[1] in sys.modules:
+    if not sys.modules.keys().isdisjoint(AUTO_MODULES):
         register()
     else:
         sys.meta_path.insert(0, _Watcher())

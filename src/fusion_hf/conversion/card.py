@@ -142,8 +142,6 @@ def _metadata(provenance: Provenance, member: Member | None) -> str:
         language="en",
         library_name="transformers",
         license=member.backbone.licence if member else "other",
-        license_name=None if member else "license-of-the-base-models",
-        license_link=None if member else "#licence",
         pipeline_tag="image-text-to-text",
         tags=["fusion", "vision-language", *([UNTRAINED_TAG] if provenance.is_untrained else [])],
     )
@@ -156,7 +154,7 @@ def _introduction(config: FusionConfig, provenance: Provenance, member: Member |
     made = (
         "It is **untrained**: the language model and the tower have their weights, the parts between them are fresh."
         if provenance.is_untrained
-        else "The weights are the authors' numbers, renamed; nothing was trained."
+        else "The weights are those of the checkpoint named below, renamed; nothing was trained."
     )
     parts = f"a {config.text_config.model_type} language model and a SigLIP tower of {vision.num_hidden_layers} layers"
     return (

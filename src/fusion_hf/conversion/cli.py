@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from fusion_hf.conversion.checkpoint import first_line
-from fusion_hf.conversion.convert import NO_TOKENIZER, Options, convert
+from fusion_hf.conversion.convert import Options, convert
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.tokenizer import NO_TOKENIZER
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERROR, INTERRUPTED = 2, 130  # exit statuses

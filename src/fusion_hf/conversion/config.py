@@ -63,7 +63,7 @@ def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_to
     text = convert_text_config(upstream, TEXT_MODEL_TYPES[model_type])
     number, start = counts["num_of_vision_sampler_layers"], counts["start_of_vision_sampler_layers"]
     stride = counts["stride_of_vision_sampler_layers"]
-    return build_config(
+    return fusion_config(
         text,
         tower,
         query_lens=parse_query_lens(upstream["query_len"]),
@@ -102,7 +102,7 @@ def _complete_rope(values: dict[str, Any]) -> Any:
     return rope
 
 
-def build_config(
+def fusion_config(
     text: PreTrainedConfig,
     tower: SiglipVisionConfig,
     query_lens: list[int],
@@ -144,7 +144,7 @@ def sampler_layers(number: int, start: int, stride: int, num_layers: int) -> lis
     return [start + stride * index for index in range(number)]
 
 
-def parse_query_lens(value: object) -> list[int]:
+def parse_query_lens(value: Any) -> list[int]:
     """Latent lengths from the authors' text "4,16,36,64,144", a number or a list.
 
     Raises:
@@ -179,6 +179,11 @@ def read_tower_config(path: Path) -> SiglipVisionConfig:
     values = values.get("vision_config", values)
     if not isinstance(values, dict):
         raise ConversionError(f"{file}: vision_config is {values!r}; allowed: an object.")
+    model_type = values.get("model_type")
+    if model_type not in (None, SiglipVisionConfig.model_type):
+        raise ConversionError(f"{file}: model_type is {model_type!r}; allowed: {SiglipVisionConfig.model_type!r}.")
+    if model_type is not None:  # a model's own file leaves out what its class has as default
+        values = SiglipVisionConfig().to_dict() | values
     missing = [name for name in REQUIRED_SIZES if name not in values]
     if missing:
         raise ConversionError(f"{file} lacks {', '.join(missing)}.")

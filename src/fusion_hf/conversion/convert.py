@@ -1,7 +1,5 @@
 """A checkpoint of the authors to a Hub folder: read headers, check everything, then stream the weights."""
 
-import hashlib
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +32,11 @@ from fusion_hf.conversion.folder import (
 from fusion_hf.conversion.hub import Location, locate
 from fusion_hf.conversion.keys import CHECKPOINT_TABLE, TOWER_TABLE
 from fusion_hf.conversion.plan import Plan, RecipeReader, Source, make_plan
-from fusion_hf.conversion.tokenizer import add_marks, has_tokenizer, load_tokenizer
+from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer
 from fusion_hf.conversion.writer import DTYPE_NAMES, MAX_SHARD_BYTES, write_weights
 
-logger = logging.getLogger(__name__)
-
-NO_TOKENIZER = "none"
 UPSTREAM_TOWER = "model.vision_tower."
 STAGE = re.compile(r"Stage1(?:\.5)?", re.IGNORECASE)
-FINGERPRINT_DIGITS = 16
 TOWER_HINT = "A frozen tower is not in the checkpoint: give --vision-config a SigLIP folder with its weights."
 
 
@@ -130,8 +124,12 @@ def prepare(options: Options) -> Conversion:
     weights = read_weights(checkpoint, base, vision, TEXT_MODEL_TYPES[upstream["model_type"]])
     tower_name = vision.name if vision else f"mm_vision_tower {upstream['mm_vision_tower']!r}"
     plan = make_plan(config, weights.sources, weights.updates, tower_name, TOWER_HINT)
-    tokenizer = find_tokenizer(options.tokenizer, [checkpoint, base], config, upstream)
+    longest = upstream.get("tokenizer_model_max_length")
+    if not isinstance(longest, int):
+        longest = config.text_config.max_position_embeddings
+    tokenizer = choose_tokenizer(options.tokenizer, [checkpoint, base], config.text_config.model_type, longest)
     if tokenizer is not None:
+        add_marks(tokenizer, config.text_config.vocab_size)
         config.text_config.pad_token_id = tokenizer.pad_token_id
     dtype = options.dtype or plan.main_dtype
     if dtype not in DTYPE_NAMES:
@@ -193,29 +191,6 @@ def _read_full(location: Location) -> dict[str, StoredTensor]:
     return stored
 
 
-def find_tokenizer(
-    wanted: str | None, locations: list[Location | None], config: FusionConfig, upstream: dict[str, object]
-) -> PreTrainedTokenizerFast | None:
-    """The tokenizer with its marks: the one asked for, or the first that a location has, or none with a warning."""
-    if wanted is not None and wanted != NO_TOKENIZER:
-        found = locate(wanted, "--tokenizer", "configuration")
-        if not has_tokenizer(found.path):
-            raise ConversionError(f"--tokenizer: {found.name} has no tokenizer files.")
-    elif wanted == NO_TOKENIZER:
-        found = None
-    else:
-        found = next((location for location in locations if location and has_tokenizer(location.path)), None)
-    if found is None:
-        logger.warning("No tokenizer is written: the result cannot answer questions by itself (see --tokenizer).")
-        return None
-    longest = upstream.get("tokenizer_model_max_length")
-    if not isinstance(longest, int):
-        longest = config.text_config.max_position_embeddings
-    tokenizer = load_tokenizer(found.path, config.text_config.model_type, longest)
-    add_marks(tokenizer, config.text_config.vocab_size)
-    return tokenizer
-
-
 def write(folder: Path, conversion: Conversion, options: Options) -> None:
     """Write all files of the result into an empty folder."""
     config, plan = conversion.config, conversion.plan
@@ -245,15 +220,17 @@ def write(folder: Path, conversion: Conversion, options: Options) -> None:
 def _provenance(conversion: Conversion, options: Options) -> Provenance:
     output = options.output.name if options.output is not None else conversion.locations["checkpoint"].name
     stage = STAGE.search(conversion.locations["checkpoint"].name)
-    towers = conversion.locations.get("tower")
-    bases = (conversion.locations.get("base"), towers)
+    bases = [conversion.locations.get(role) for role in ("base", "tower")]
     notes = [f"{conversion.plan.num_dropped} tensors that FUSION does not use were dropped."]
+    num_updates = sum(recipe.lora is not None for recipe in conversion.plan.recipes.values())
+    if num_updates:
+        notes.append(f"LoRA updates were added to {num_updates} weights.")
     if conversion.config.image_token_grid is not None:
         notes.append(f"FUSION-L: image features are reduced to a grid of side {conversion.config.image_token_grid}.")
     return Provenance(
         title=(options.push_to_hub or output).split("/")[-1],
         model_id=options.push_to_hub or output,
-        sources=tuple((role, _describe(location)) for role, location in conversion.locations.items()),
+        sources=tuple((role, hub.describe(location)) for role, location in conversion.locations.items()),
         base_models=tuple(location.name for location in bases if location is not None and "/" in location.name),
         dtype=conversion.dtype,
         num_parameters=conversion.plan.num_parameters,
@@ -261,12 +238,3 @@ def _provenance(conversion: Conversion, options: Options) -> Provenance:
         stage=stage[0] if stage else LAST_STAGE,
         notes=tuple(notes),
     )
-
-
-def _describe(location: Location) -> str:
-    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
-    if location.revision is not None:
-        return f"`{location.name}`, revision `{location.revision}`"
-    file = location.path / "config.json" if location.path.is_dir() else location.path
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:FINGERPRINT_DIGITS]
-    return f"`{location.name}`, local, revision unknown (SHA-256 of `{file.name}` begins with `{digest}`)"

@@ -1,5 +1,6 @@
 """Where inputs come from and where results go: local folders first, else repositories of the Hub."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ TRAINED_WHOLE = ("non_lora_trainables.bin", "mm_projector.bin")
 IN_FOLDERS = "*/*"
 REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 REVISION = re.compile(r"[0-9a-f]{40}")
+FINGERPRINT_DIGITS = 16
 HUB_ERRORS = (OSError, httpx.HTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError)
 
 
@@ -114,6 +116,15 @@ def read_remote_headers(location: Location) -> dict[str, StoredTensor]:
         for file, content in metadata.files_metadata.items()
         for key, tensor in content.tensors.items()
     }
+
+
+def describe(location: Location) -> str:
+    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    if location.revision is not None:
+        return f"`{location.name}`, revision `{location.revision}`"
+    file = location.path / "config.json" if location.path.is_dir() else location.path
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:FINGERPRINT_DIGITS]
+    return f"`{location.name}`, local, revision unknown (SHA-256 of `{file.name}` begins with `{digest}`)"
 
 
 def check_can_push(repository: str) -> None:

@@ -88,7 +88,12 @@ def expected_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make_plan(
-    config: FusionConfig, sources: Iterable[Source], lora: dict[str, LoraPair], tower_name: str, hint: str = ""
+    config: FusionConfig,
+    sources: Iterable[Source],
+    lora: dict[str, LoraPair],
+    tower_name: str,
+    hint: str = "",
+    fresh: re.Pattern[str] | None = None,
 ) -> Plan:
     """Assign a stored tensor to every weight; later sources replace what earlier ones hold.
 
@@ -98,6 +103,7 @@ def make_plan(
         lora: low-rank updates by the name that the authors' checkpoint gives the weight.
         tower_name: where the tower's sizes come from, for the error about a wrong tower.
         hint: what to do about missing weights.
+        fresh: names that nothing on disk gives.
 
     Raises:
         ConversionError: lists every unknown, missing, doubly given or wrongly shaped tensor.
@@ -119,7 +125,10 @@ def make_plan(
         num_dropped += dropped
     _check_tower(config, recipes, tower_name)
     unknown += _attach_lora(recipes, lora, KeyMap(sources[-1].table, config))
-    _check(recipes, expected_shapes(config), unknown, hint)
+    expected = expected_shapes(config)
+    if fresh is not None:
+        expected = {name: shape for name, shape in expected.items() if not fresh.search(name)}
+    _check(recipes, expected, unknown, hint)
     files = list(dict.fromkeys(recipe.stored.file for recipe in recipes.values()))
     ordered = sorted(recipes.items(), key=lambda item: files.index(item[1].stored.file))
     return Plan(dict(ordered), num_dropped)
@@ -141,10 +150,10 @@ def _rename(config: FusionConfig, source: Source, unknown: list[str]) -> tuple[d
         elif name in recipes:
             unknown.append(f"{key} (a second {recipes[name].stored.key})")
         else:
-            grown = source.grows and name in (EMBEDDING, HEAD) and len(tensor.shape) > 1
             rows = config.text_config.vocab_size
-            changes = grown and tensor.shape[0] >= rows - NUM_MARKS and tensor.shape[0] != rows
-            recipes[name] = Recipe(tensor, rows=rows if changes else None)
+            grows = source.grows and name in (EMBEDDING, HEAD) and len(tensor.shape) > 1
+            has_enough = grows and tensor.shape[0] >= rows - NUM_MARKS
+            recipes[name] = Recipe(tensor, rows=rows if has_enough else None)
     return recipes, dropped
 
 

@@ -6,6 +6,8 @@ behind every special token, so that form is rewritten here.
 """
 
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fusion_hf.conversion.checkpoint import first_line, read_json
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.hub import Location, locate
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, LATENT_TOKEN, VISION_END, VISION_START
 
+logger = logging.getLogger(__name__)
+
+NO_TOKENIZER = "none"
 MARKS = (VISION_START, VISION_END, IMAGE_TOKEN, LATENT_TOKEN)  # in the order of their ids
 NUM_PLACEHOLDERS = 2  # <image> and <latent_image> have an id but no row in the embedding
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -29,6 +35,32 @@ PAD_TOKENS = {"phi3": "<unk>", "llama3": "<|reserved_special_token_0|>"}
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def choose_tokenizer(
+    wanted: str | None, locations: Iterable[Location | None], model_type: str, model_max_length: int
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer asked for, or the first that a location has, or none with a warning; without the marks.
+
+    Args:
+        wanted: a folder, a repository, `"none"`, or nothing.
+        locations: where to look if nothing is wanted.
+        model_type, model_max_length: see [`load_tokenizer`].
+
+    Raises:
+        ConversionError: if what is wanted has no tokenizer.
+    """
+    found = None
+    if wanted is None:
+        found = next((location for location in locations if location and has_tokenizer(location.path)), None)
+    elif wanted != NO_TOKENIZER:
+        found = locate(wanted, "--tokenizer", "configuration")
+        if not has_tokenizer(found.path):
+            raise ConversionError(f"--tokenizer: {found.name} has no tokenizer files.")
+    if found is None:
+        logger.warning("No tokenizer is written: the result cannot answer questions by itself (see --tokenizer).")
+        return None
+    return load_tokenizer(found.path, model_type, model_max_length)
 
 
 def load_tokenizer(folder: Path, model_type: str, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -130,11 +162,12 @@ def _content(token: object) -> str | None:
 
 def _is_sentencepiece(state: dict[str, Any]) -> bool:
     """Whether white space is written as `▁`, by a normalizer that prepends or by a pre-tokenizer."""
-    steps = []
+    steps: list[dict[str, Any]] = []
     for part in ("normalizer", "pre_tokenizer"):
         step = state.get(part)
         if isinstance(step, dict):
-            steps += [step, *step.get("normalizers", step.get("pretokenizers", []))]
+            steps.append(step)
+            steps.extend(step.get("normalizers") or step.get("pretokenizers") or [])
     return any(step.get("type") == "Metaspace" or step.get("prepend") == WHITE_SPACE for step in steps)
 
 

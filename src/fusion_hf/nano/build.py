@@ -12,9 +12,8 @@ from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import FusionSampler
-from fusion_hf.modeling_fusion_vision import FusionVisionModel
+from fusion_hf.modeling_fusion_vision import FusionVisionLayer, FusionVisionModel
 from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
-
 
 TILE_SIDE = 48  # pixels of a tile; the four tiles show the picture at twice that
 EMBEDDING_STD = 0.3
@@ -104,6 +103,7 @@ def _init_tower(tower: FusionVisionModel) -> None:
     with torch.no_grad():
         init.copy_(patches.bias, -BACKGROUND * patches.weight.sum(dim=(1, 2, 3)))
     for layer in tower.layers:
+        assert isinstance(layer, FusionVisionLayer)
         _shrink(layer.self_attn.out_proj, len(tower.layers))
         _shrink(layer.mlp.fc2, len(tower.layers))
 

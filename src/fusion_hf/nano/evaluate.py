@@ -11,7 +11,6 @@ from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.nano.records import Record
 from fusion_hf.processing_fusion import FusionProcessor
 
-
 YES_NO = ("yes", "no")
 MAX_NEW_TOKENS = 6  # the longest answer is a word of one token and its end
 

@@ -26,7 +26,6 @@ from fusion_hf.nano.tokenizer import build_tokenizer
 from fusion_hf.processing_fusion import FusionProcessor
 from fusion_hf.training import FusionDataCollator
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +38,7 @@ class StagePlan:
     learning_rate: float = 5e-4
 
 
-PLAN = (StagePlan("1", 3500), StagePlan("1.5", 1500), StagePlan("2", 7000))
+PLAN = (StagePlan("1", 3000), StagePlan("1.5", 1500), StagePlan("2", 7000))
 GLOBAL_BATCH_SIZE = 16
 
 
@@ -111,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("stage %s done after %.0f s", plan.stage, time.monotonic() - begin)
         if int(os.environ.get("RANK", "0")) == 0:
             records = evaluation_records("validation", arguments.seed, drawn=200)
+            model.save_pretrained(arguments.output / f"stage{plan.stage}")
             sample = random.Random(0).sample(records, 1000)
             scores = accuracies(sample, generate_answers(model, processor, sample))
             logger.info("validation after stage %s: %s", plan.stage, json.dumps(scores))

@@ -2,5 +2,4 @@
 
 from fusion_hf.training.collator import FusionDataCollator
 
-
 __all__ = ["FusionDataCollator"]

@@ -7,7 +7,6 @@ from typing import Any
 
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, FusionProcessor
 
-
 IGNORE_INDEX = -100
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -16,8 +15,8 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """
     The chat messages of a record `{"image", "conversations": [{"from", "value"}]}` or `{"image", "messages"}`.
 
-    The picture (path, PIL or None) becomes an image block of the first user message; image marks in LLaVA-shaped values
-    are taken out.
+    The picture (path, PIL or None) becomes an image block of the first user message; image marks in LLaVA-shaped
+    values are taken out.
 
     Raises:
         ValueError: for an unknown speaker, no user message, or an image mark without a picture.
@@ -108,4 +107,3 @@ class FusionDataCollator:
             if attended and end > start and any(first <= start < last for first, last in spans):
                 labels[index] = token
         return labels
-
