@@ -7,8 +7,8 @@ transformers and ours import each other in many orders, so it registers when the
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 
 AUTO_MODULES = tuple(
@@ -56,8 +56,8 @@ class _Watcher(MetaPathFinder):
         if not fullname.startswith(WATCHED):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _WatchedLoader(spec.loader, self)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _WatchedLoader(spec.loader.name, spec.loader.path, self)
         return spec
 
     def finished(self) -> None:
@@ -67,22 +67,17 @@ class _Watcher(MetaPathFinder):
             register()
 
 
-class _WatchedLoader(Loader):
-    """Loads a module as its own loader does, and tells the watcher."""
+class _WatchedLoader(SourceFileLoader):
+    """Loads a module as usual, and tells the watcher."""
 
-    def __init__(self, loader: Loader, watcher: _Watcher):
-        self.loader = loader
+    def __init__(self, fullname: str, path: str, watcher: _Watcher):
+        super().__init__(fullname, path)
         self.watcher = watcher
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
     def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self.loader
         self.watcher.depth += 1
         try:
-            self.loader.exec_module(module)
+            super().exec_module(module)
         finally:
             self.watcher.depth -= 1
         self.watcher.finished()

@@ -1,0 +1,153 @@
+"""The comparison: the same FUSION computed the way the authors' released code computes it.
+
+Written anew from the method, not copied, and kept as fast as the method allows: weights, inputs, language model and
+everything that is not named below are ours. What is the authors' method:
+
+- the tower keeps the hidden states of all layers, and the connector stacks each group of them;
+- attention in the tower is eager: scores, additive mask and a float32 softmax are whole matrices;
+- the question's mask is materialised for all (N + T) x (N + T) pairs, and early layers overwrite the question's rows;
+- a sampler copies the windows of the global context once per turn and computes keys and values from every copy.
+
+Left out in the reference's favour, although the authors' code does it at inference: the unused layer norm behind the
+tower, mapping the image tokens back for a loss that is not taken, unfolding the windows again in every sampler, logits
+of the whole prompt. The samplers' attention is `scaled_dot_product_attention` in their code too.
+"""
+
+import torch
+from torch import nn
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_decoder import FusionSampler, LatentUpdates
+from fusion_hf.modeling_fusion_vision import FusionVisionModelOutput
+
+
+class ReferenceAttention(nn.Module):
+    """Eager attention with a float32 softmax."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, uniform_from: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`(B, S, Dv)`)
+            attention_mask (`(B, 1, S, S)`, *optional*): added to the scores.
+            uniform_from (`int`, *optional*): rows from here on get one constant for all scores.
+        """
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.scale  # (B, heads, S, S)
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        if uniform_from is not None:
+            scores[:, :, uniform_from:] = torch.finfo(scores.dtype).min
+        # float32 also where the model is in half precision, as the authors have it
+        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        output = torch.matmul(weights, value).transpose(1, 2).flatten(2)
+        # the weights go back with the output, so a layer holds them until it ends: so do theirs and transformers'
+        return self.out_proj(output), weights
+
+
+class ReferenceLayer(SiglipEncoderLayer):
+    """transformers' layer; only attention differs."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        self.self_attn = ReferenceAttention(config)
+
+
+class ReferenceVisionModel(nn.Module):
+    """Tower and connector with the parameter names of `FusionVisionModel`, so that its weights load."""
+
+    def __init__(self, config: SiglipVisionConfig, early_layers: int):
+        super().__init__()
+        self.early_layers = early_layers
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.layers = nn.ModuleList([ReferenceLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+    ) -> FusionVisionModelOutput:
+        """See `FusionVisionModel.forward`; a padded question is averaged with its padding."""
+        patch_embeddings = self.embeddings(pixel_values)  # (B, N, Dv)
+        hidden_states, attention_mask, uniform_from = patch_embeddings, None, None
+        if text_embeds is not None and text_mask is not None:
+            uniform_from = patch_embeddings.shape[1]
+            hidden_states = torch.cat([patch_embeddings, text_embeds], dim=1)  # (B, N + T, Dv)
+            key_mask = nn.functional.pad(text_mask, (uniform_from, 0), value=True)  # (B, N + T)
+            batch, length = key_mask.shape
+            # made once per picture, as theirs is, but with a value for every pair
+            attention_mask = hidden_states.new_zeros(batch, 1, length, length)
+            attention_mask.masked_fill_(~key_mask[:, None, None], torch.finfo(hidden_states.dtype).min)
+        states = [hidden_states]
+        for index, layer in enumerate(self.layers):
+            early = index < self.early_layers
+            states.append(layer(states[-1], attention_mask, uniform_from=uniform_from if early else None))
+        return FusionVisionModelOutput(self.connect(states), patch_embeddings)
+
+    def connect(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """All hidden states `(B, S, Dv)` to `(B, S, 3 * Dv)`."""
+        size = self.early_layers
+        # one stack at a time: the first is gone when the second is made
+        means = [torch.stack(states[start : start + size]).sum(0) / size for start in (0, size)]
+        return torch.cat([states[-1], *means], dim=-1)
+
+
+class ReferenceSampler(FusionSampler):
+    """The sampler with one copy of the windows per turn; same parameters."""
+
+    def forward(self, hidden_states: torch.Tensor, updates: LatentUpdates) -> torch.Tensor:
+        """`(B, S, D)` to `(B, S, D)`."""
+        batch, turns, latents = updates.latent_positions.shape
+        width = hidden_states.shape[-1]
+        rows = torch.arange(batch, device=hidden_states.device)
+        previous = hidden_states[rows[:, None, None], updates.latent_positions]  # (B, R, q, D)
+        questions = hidden_states[rows[:, None], updates.prompt_end_positions]  # (B, R, D)
+        questions = questions.unsqueeze(2).expand_as(previous)
+        inputs = self.proj_in(torch.cat([questions, previous], dim=-1))  # (B, R, q, D)
+
+        windows = updates.windows.to(inputs.dtype).unsqueeze(1).expand(-1, turns, -1, -1, -1).contiguous()
+        context = self.proj_context(windows.flatten(0, 2))  # (B * R * q, w * w, D)
+        query = self.q_proj(self.q_norm(inputs.flatten(0, 2).unsqueeze(1)))  # (B * R * q, 1, D)
+        key, value = self.k_proj(self.k_norm(context)), self.v_proj(self.v_norm(context))
+        heads = (self.num_heads, width // self.num_heads)
+        query, key, value = (x.unflatten(-1, heads).transpose(1, 2) for x in (query, key, value))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        attended = attended.transpose(1, 2).reshape(batch, turns, latents, width)
+
+        outputs = self.norm(self.o_proj(attended) + inputs)
+        latent_states = self.linear_2(self.act(self.linear_1(outputs))) + previous
+        samples, valid_turns = updates.valid.nonzero(as_tuple=True)
+        changed = hidden_states.clone()
+        positions = updates.latent_positions[samples, valid_turns]  # (valid turns, q)
+        changed[samples[:, None], positions] = latent_states[samples, valid_turns].to(changed.dtype)
+        return changed
+
+
+def build_reference(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
+    """A model that shares the weights of `model` and computes tower and samplers as above."""
+    config = FusionConfig.from_dict(model.config.to_dict())
+    reference = FusionForConditionalGeneration._from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    reference.model.vision_tower = ReferenceVisionModel(config.vision_config, config.vision_early_layers)
+    for index in config.sampler_layers:
+        reference.model.language_model.layers[index].vision_sampler = ReferenceSampler(config)
+    reference.to(model.device)
+    reference.load_state_dict(model.state_dict(), assign=True)
+    reference.generation_config.eos_token_id = model.generation_config.eos_token_id
+    return reference.eval()

@@ -1,0 +1,183 @@
+"""What the benchmarks run: a middle-sized FUSION with random weights, one prompt, one photo."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from transformers import LlamaConfig, SiglipVisionConfig
+
+from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionImageProcessor
+
+
+SEED = 0
+FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
+SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS = 12, 20, 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a benchmark. `vision_layers` counts the tower's layers that run; lengths in tokens, sides in pixels."""
+
+    vision_layers: int
+    vision_early_layers: int
+    vision_width: int
+    vision_heads: int
+    vision_mlp: int
+    image_side: int
+    patch_side: int
+    text_layers: int
+    text_width: int
+    text_heads: int
+    text_mlp: int
+    vocab_size: int
+    sampler_layers: tuple[int, ...]
+    query_len: int
+    window_size: int
+    new_tokens: int  # generated in every repeat; all but the first are timed as decoding
+    many_turns: int  # turns of the conversation over which the samplers alone are timed
+    photo: tuple[int, int]  # width, height
+    matrix_side: int  # of the square matrices whose product gives the machine's rate
+    copied_bytes: int  # of the copy that gives the machine's memory bandwidth
+
+
+SIZES = {
+    "middle": Size(
+        vision_layers=27,
+        vision_early_layers=13,
+        vision_width=384,
+        vision_heads=6,
+        vision_mlp=1536,
+        image_side=384,
+        patch_side=14,
+        text_layers=12,
+        text_width=512,
+        text_heads=8,
+        text_mlp=1408,
+        vocab_size=32000,
+        sampler_layers=(0, 3, 6, 9),
+        query_len=36,
+        window_size=3,
+        new_tokens=33,
+        many_turns=8,
+        photo=(4000, 3000),
+        matrix_side=2048,
+        copied_bytes=2**28,
+    ),
+    # for tests: every mechanism, no meaning in its times
+    "tiny": Size(
+        vision_layers=5,
+        vision_early_layers=2,
+        vision_width=32,
+        vision_heads=2,
+        vision_mlp=64,
+        image_side=56,
+        patch_side=14,
+        text_layers=3,
+        text_width=64,
+        text_heads=4,
+        text_mlp=96,
+        vocab_size=128,
+        sampler_layers=(0, 2),
+        query_len=4,
+        window_size=2,
+        new_tokens=3,
+        many_turns=2,
+        photo=(120, 90),
+        matrix_side=64,
+        copied_bytes=2**16,
+    ),
+}
+
+
+def build_config(size: Size) -> FusionConfig:
+    """A FUSION over a Llama-type language model."""
+    text = LlamaConfig(
+        hidden_size=size.text_width,
+        intermediate_size=size.text_mlp,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=size.text_heads,
+        vocab_size=size.vocab_size,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=size.vision_width,
+        intermediate_size=size.vision_mlp,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        image_size=size.image_side,
+        patch_size=size.patch_side,
+    )
+    return FusionConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_early_layers=size.vision_early_layers,
+        sampler_layers=list(size.sampler_layers),
+        query_len=size.query_len,
+        query_lens=[size.query_len],
+        window_size=size.window_size,
+    )
+
+
+def build_model(size: Size, dtype: torch.dtype, device: torch.device) -> FusionForConditionalGeneration:
+    """Random weights, the same in every run."""
+    torch.manual_seed(SEED)
+    # the package's own constructor of a configured model: parameters in `dtype`, rotary tables in float32
+    model = FusionForConditionalGeneration._from_config(
+        build_config(size), dtype=dtype, attn_implementation="sdpa"
+    )
+    model.generation_config.eos_token_id = None  # random weights must not end the answer early
+    return model.eval().to(device)
+
+
+def build_eager(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
+    """The same weights (shared) with eager attention in tower and language model."""
+    config = FusionConfig.from_dict(model.config.to_dict())
+    eager = FusionForConditionalGeneration._from_config(config, dtype=model.dtype, attn_implementation="eager")
+    eager.to(model.device)
+    eager.load_state_dict(model.state_dict(), assign=True)
+    eager.generation_config.eos_token_id = None
+    return eager.eval()
+
+
+def make_photo(size: Size) -> Image.Image:
+    """A decoded RGB photo: a portrait of an astronaut (public domain), enlarged."""
+    return Image.fromarray(skimage.data.astronaut()).resize(size.photo, Image.Resampling.BICUBIC)
+
+
+def make_image_processor(size: Size) -> FusionImageProcessor:
+    return FusionImageProcessor(size={"height": size.image_side, "width": size.image_side})
+
+
+def make_prompt(config: FusionConfig, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    One picture, one question, no padding: the inputs of `generate`.
+
+    Args:
+        pixel_values (`(1, 5, 3, H, W)`): also decides the device.
+    """
+    random = np.random.default_rng(SEED)
+    last_ordinary = config.text_config.vocab_size - 2  # the two marks lie behind it
+
+    def words(count: int) -> list[int]:
+        return random.integers(FIRST_ORDINARY_ID, last_ordinary, count).tolist()
+
+    question = words(QUESTION_TOKENS)
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    ids = [
+        *words(SYSTEM_TOKENS),
+        *(start, *[config.image_token_id] * config.num_image_tokens, end),
+        *(start, *[config.latent_token_id] * config.query_len, end),
+        *question,
+        *words(HEADER_TOKENS),
+    ]
+    device = pixel_values.device
+    input_ids = torch.tensor([ids], device=device)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": pixel_values,
+        "instruct_input_ids": torch.tensor([question], device=device),
+        "instruct_attention_mask": torch.ones(1, QUESTION_TOKENS, dtype=torch.long, device=device),
+        "prompt_end_positions": torch.tensor([[len(ids) - 1]], device=device),
+    }
