@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, TILES_PER_SIDE, FusionConfig
 from .modeling_fusion_decoder import DECODER_LAYERS, FusionSampler, LatentUpdates, PromptMarks, check_prompt
@@ -130,18 +131,41 @@ class FusionModel(FusionPreTrainedModel):
         pixel_values: torch.Tensor,
         instruct_input_ids: torch.Tensor | None = None,
         instruct_attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        Encode pictures `(B, 5, 3, H, W)` under their questions `(B, T)`.
+        Encode the overviews of pictures `(B, 5, 3, H, W)` under their questions `(B, T)`.
 
         Returns `pooler_output`, the projected features `(B, num_image_tokens, D)` that the LLM reads, and
-        `last_hidden_state`, the connector's features `(B, N, 3 * Dv)`.
+        `last_hidden_state`, the tower's last layer `(B, N, Dv)`. The tower's `hidden_states` and (with eager
+        attention) `attentions`, if asked for, are those of patches and question tokens, N + T.
         """
-        picture = self.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
+        overview = pixel_values[:, NUM_TILES]
+        guided, _, _ = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask, **kwargs)
+        patch_features = guided.features[:, : guided.patch_embeddings.shape[1]]  # (B, N, 3 Dv)
         return BaseModelOutputWithPooling(
-            last_hidden_state=picture.patch_features, pooler_output=self.reduce_grid(picture.image_features)
+            last_hidden_state=patch_features[..., : self.config.vision_config.hidden_size],
+            pooler_output=self.reduce_grid(self.vision_projector(patch_features)),
+            hidden_states=guided.hidden_states,
+            attentions=guided.attentions,
         )
+
+    def guide_tower(
+        self,
+        overview: torch.Tensor,
+        instruct_input_ids: torch.Tensor | None,
+        instruct_attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The tower's output for `(B, 3, H, W)` and its question; the question's embeddings `(B, T, D)` and mask."""
+        if instruct_input_ids is None:
+            instruct_input_ids = torch.zeros(len(overview), 0, dtype=torch.long, device=overview.device)
+        mask = instruct_input_ids != self.config.instruct_pad_token_id  # (B, T)
+        if instruct_attention_mask is not None:
+            mask = mask & instruct_attention_mask.bool()
+        instruct_embeds = self.get_input_embeddings()(instruct_input_ids)  # (B, T, D)
+        guided = self.vision_tower(overview, self.vision_projector_back(instruct_embeds), mask, **kwargs)
+        return guided, instruct_embeds, mask
 
     def encode_picture(
         self,
@@ -151,13 +175,7 @@ class FusionModel(FusionPreTrainedModel):
     ) -> EncodedPicture:
         """Tower and projector over the overview with its question, and over the four tiles without it."""
         tiles, overview = pixel_values[:, :NUM_TILES].flatten(0, 1), pixel_values[:, NUM_TILES]
-        if instruct_input_ids is None:
-            instruct_input_ids = torch.zeros(len(pixel_values), 0, dtype=torch.long, device=pixel_values.device)
-        mask = instruct_input_ids != self.config.instruct_pad_token_id  # (B, T)
-        if instruct_attention_mask is not None:
-            mask = mask & instruct_attention_mask.bool()
-        instruct_embeds = self.get_input_embeddings()(instruct_input_ids)  # (B, T, D)
-        guided = self.vision_tower(overview, self.vision_projector_back(instruct_embeds), mask)
+        guided, instruct_embeds, mask = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask)
         num_patches = guided.patch_embeddings.shape[1]
         projected = self.vision_projector(guided.features)  # (B, N + T, D)
 
@@ -253,7 +271,7 @@ class FusionModel(FusionPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_mapping_loss: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FusionModelOutputWithPast:
         """
         See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
@@ -330,6 +348,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
     """FUSION with its language head: answers questions about pictures, and trains."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     # Trainer would else stop dividing the loss by the accumulation steps, and the mapping loss would weigh too much
     accepts_loss_kwargs = False
 
@@ -368,7 +387,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FusionCausalLMOutputWithPast:
         """
         Args:
@@ -381,11 +400,13 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             prompt_end_positions (`(B, R)`, *optional*): index in `input_ids` of each turn's last prompt token, -1
                 padded. Turn t belongs to latent block t; blocks beyond the last given turn stay as they are.
             query_len (`int`, *optional*): None reads it from the configuration.
-            labels (`(B, S)`, *optional*): -100 is ignored.
+            labels (`(B, S)`, *optional*): -100 is ignored. Trainers that split sequences also give `shift_labels`,
+                which are aligned with the logits already.
 
         Raises:
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -407,7 +428,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         loss = language_loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            language_loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size)
+            language_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=vocab_size, shift_labels=shift_labels
+            )
             loss = language_loss
             if outputs.mapping_loss is not None:
                 loss = loss + self.config.mapping_loss_weight * outputs.mapping_loss

@@ -86,12 +86,23 @@ class FusionDecoderLayerMixin:
 
     vision_sampler: FusionSampler | None  # no default: a class attribute would hide the registered module
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, latent_updates: LatentUpdates | None = None, **kwargs: Any
+    def __call__(
+        self, hidden_states: torch.Tensor, latent_updates: LatentUpdates | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        hidden_states = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        if latent_updates is not None and self.vision_sampler is not None:
-            hidden_states = self.vision_sampler(hidden_states, latent_updates)
+        # reentrant checkpointing brings gradients to positional tensors only, so the windows become one
+        windows = () if latent_updates is None else (latent_updates.windows,)
+        return super().__call__(hidden_states, *windows, latent_updates=latent_updates, **kwargs)  # type: ignore[misc]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        windows: torch.Tensor | None = None,
+        latent_updates: LatentUpdates | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        hidden_states = super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        if windows is not None and latent_updates is not None and self.vision_sampler is not None:
+            hidden_states = self.vision_sampler(hidden_states, LatentUpdates(windows, *latent_updates[1:]))
         return hidden_states
 
 

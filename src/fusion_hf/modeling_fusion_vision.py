@@ -18,7 +18,9 @@ from transformers.models.siglip.modeling_siglip import (
     SiglipPreTrainedModel,
     SiglipVisionEmbeddings,
 )
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, FusionConfig
 
@@ -40,17 +42,25 @@ class FusionVisionAttention(SiglipAttention):
             num_patches (`int`, *optional*): N, given in early layers only.
             uniform_weights (`torch.Tensor` of shape `(B, 1, N + T)`, *optional*): weights that sum to one, over the
                 keys that a question row averages. None in an early layer: patches do not see the question instead.
+
+        Returns the output `(B, N + T, Dv)` and, with eager attention, the weights `(B, heads, N + T, N + T)`.
         """
         output, weights = super().forward(hidden_states, attention_mask, **kwargs)
         if num_patches is None:
             return output, weights
         patches, text = output.split([num_patches, output.shape[1] - num_patches], dim=1)
         if uniform_weights is None:
-            patches, _ = super().forward(hidden_states[:, :num_patches], None, **kwargs)
+            patches, patch_weights = super().forward(hidden_states[:, :num_patches], None, **kwargs)
+            if weights is not None and patch_weights is not None:
+                patch_weights = nn.functional.pad(patch_weights, (0, text.shape[1]))
+                weights = torch.cat([patch_weights, weights[:, :, num_patches:]], dim=2)
         else:
             # the mean of the values is the value of the mean, so one row through two layers stands for all T
             mean = torch.bmm(uniform_weights.to(hidden_states.dtype), hidden_states)  # (B, 1, Dv)
             text = self.out_proj(self.v_proj(mean)).expand_as(text)
+            if weights is not None:
+                text_weights = uniform_weights.to(weights.dtype).unsqueeze(1).expand_as(weights[:, :, num_patches:])
+                weights = torch.cat([weights[:, :, :num_patches], text_weights], dim=2)
         return torch.cat([patches, text], dim=1), weights
 
 
@@ -67,10 +77,13 @@ class FusionVisionModelOutput(ModelOutput):
     """
     features (`(B, N + T, 3 * Dv)`): last hidden state and the means of two groups of hidden states, for every token.
     patch_embeddings (`(B, N, Dv)`): what enters the first layer for each patch.
+    hidden_states, attentions (*optional*): of every layer, over patches and question tokens; only where asked for.
     """
 
     features: torch.Tensor | None = None
     patch_embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class FusionVisionModel(SiglipPreTrainedModel):
@@ -80,6 +93,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["FusionVisionLayer"]
+    _can_record_outputs = {"hidden_states": FusionVisionLayer, "attentions": FusionVisionAttention}
 
     def __init__(self, config: SiglipVisionConfig, early_layers: int, early_text_attention: str):
         super().__init__(config)
@@ -89,11 +103,13 @@ class FusionVisionModel(SiglipPreTrainedModel):
         self.layers = nn.ModuleList([FusionVisionLayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         pixel_values: torch.Tensor,
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FusionVisionModelOutput:
         """
         Args:
@@ -119,8 +135,8 @@ class FusionVisionModel(SiglipPreTrainedModel):
                 sums.append(hidden_states)
             elif group < NUM_CONNECTOR_GROUPS:
                 sums[group] = sums[group] + hidden_states
-            kwargs = early_kwargs if index < self.early_layers else {}
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            layer_kwargs = early_kwargs if index < self.early_layers else {}
+            hidden_states = layer(hidden_states, attention_mask, **layer_kwargs, **kwargs)
         means = [total / self.early_layers for total in sums]
         return FusionVisionModelOutput(torch.cat([hidden_states, *means], dim=-1), patch_embeddings)
 

@@ -5,6 +5,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def text_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the language model."""
     width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     kv = width // heads * config["num_key_value_heads"]
-    shapes = {name: (config["vocab_size"], width) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    shapes = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (config["vocab_size"], width))
     shapes["model.norm.weight"] = (width,)
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
@@ -161,7 +162,7 @@ def random_tensors(
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def our_name(key: str) -> str | None:
+def our_name(key: str, sampler_layers: Sequence[int] = SAMPLER_LAYERS) -> str | None:
     """The name in this package; None for what it drops."""
     if key.startswith(TOWER_PREFIX):
         name = key.removeprefix(TOWER_PREFIX)
@@ -176,7 +177,7 @@ def our_name(key: str) -> str | None:
         rest = match[2].replace("proj_out.", "").replace("cross_attn.", "")
         rest = re.sub(r"([qkv])_proj\.0", r"\1_norm", rest)
         rest = re.sub(r"([qkv])_proj\.1", r"\1_proj", rest)
-        return f"model.language_model.layers.{SAMPLER_LAYERS[int(match[1])]}.vision_sampler.{rest}"
+        return f"model.language_model.layers.{sampler_layers[int(match[1])]}.vision_sampler.{rest}"
     return key if key.startswith("lm_head") else key.replace("model.", "model.language_model.", 1)
 
 

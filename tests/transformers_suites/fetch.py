@@ -59,6 +59,7 @@ def extract_tests(archive: Path, target: Path) -> Path:
             file.write_bytes(source.read())
     if not target.is_dir():
         raise SuitesUnavailableError(f"{archive.name} has no folder tests.")
+    (target / "__init__.py").touch()  # the repository has it, the distribution does not
     return target
 
 

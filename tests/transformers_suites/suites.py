@@ -1,6 +1,7 @@
 """Imports transformers' common test suites, whose package is incomplete: what is missing has a stand-in here."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -41,6 +42,7 @@ def load(module: str) -> ModuleType:
         SuitesUnavailableError: where they can neither be found nor downloaded.
     """
     if PACKAGE not in sys.modules:
+        os.environ.setdefault("RUN_SLOW", "1")  # the suites' own switch; all of this is slow here
         folder = fetch_suites()
         _add_module(PACKAGE, [str(folder)])
         for name, attributes in STAND_INS.items():
@@ -63,14 +65,18 @@ def _local_path(url: str, return_url_if_not_found: bool = True) -> str:
     return str(PICTURE)
 
 
-class _Empty:
-    """A mixin that the source distribution lacks; see `test_generation_ground.py` for what generation misses by it."""
+class GenerationTesterMixin:
+    """The source distribution lacks it; `test_generation_ground.py` covers its ground."""
+
+
+class ExportTesterMixin:
+    """The source distribution lacks it."""
 
 
 # The distribution has the files `tests/test*.py` and no sub-folder. These modules are imported by them all the same.
 STAND_INS: dict[str, dict[str, type | dict[str, Any] | Callable[..., Any]]] = {
-    f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": _Empty},
-    f"{PACKAGE}.exporters.test_export": {"ExportTesterMixin": _Empty},
+    f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
+    f"{PACKAGE}.exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
     # used for configurations without sub-configurations only, which ours is not
     f"{PACKAGE}.utils.test_configuration_utils": {"config_common_kwargs": {}},
     "fetch_hub_objects_for_ci": {"url_to_local_path": _local_path},

@@ -35,7 +35,6 @@ class Row:
 TOWER_ROWS = (
     Row(r"embeddings\.position_ids", None, RECOMPUTED),
     Row(r"embeddings\.(.+)", r"model.vision_tower.embeddings.\1"),
-    Row(r"encoder\.layers\.{last_layer}\..+", None, NEVER_RUN),
     Row(r"encoder\.layers\.(.+)", r"model.vision_tower.layers.\1"),
     Row(r"post_layernorm\..+", None, NEVER_RUN),
     Row(r"head\..+", None, NEVER_RUN),
@@ -73,6 +72,8 @@ CHECKPOINT_TABLE = (
     *LANGUAGE_MODEL_ROWS,
 )
 TOWER_TABLE = (
+    # The authors' checkpoints have the last layer no more: there, one layer too many means another tower.
+    Row(r"(?:vision_model\.)?encoder\.layers\.{last_layer}\..+", None, NEVER_RUN),
     *_prefixed(r"(?:vision_model\.)?", TOWER_ROWS),
     Row(r"text_model\..+", None, NEVER_RUN),
     Row(r"logit_(?:scale|bias)", None, NEVER_RUN),

@@ -186,7 +186,6 @@ def _check_tower(config: FusionConfig, recipes: dict[str, Recipe], tower_name: s
         return  # missing or misshapen tensors are listed by name
     vision = config.vision_config
     stored = (patch[0], mlp[0], max(layers), patch[2], positions[0])
-    # the table drops the layer behind the last one that is kept, so that a complete tower shows the same largest index
     wanted = (
         vision.hidden_size,
         vision.intermediate_size,

@@ -1,0 +1,138 @@
+"""The command `fusion-hf`. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from math import isqrt
+from typing import NoReturn
+
+from fusion_hf import __version__
+from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
+from fusion_hf.errors import InputError
+
+DEBUG = "--debug"
+CONVERT = "convert"
+MAX_NEW_TOKENS = 256
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def make_parser() -> Parser:
+    """The command line of `fusion-hf`."""
+    parser = Parser(prog="fusion-hf", description="FUSION vision-language models: ask, chat, convert.")
+    parser.add_argument("--version", action="version", version=f"fusion-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    shared = _shared_arguments()
+
+    ask = commands.add_parser(
+        "ask",
+        parents=[shared],
+        help="answer a question about one or more pictures",
+        description="Answer a question about one picture, or about several: one line for each, after its name.",
+    )
+    ask.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file, or an http(s) address")
+    ask.add_argument("question", metavar="QUESTION", help="in quotation marks")
+
+    chat = commands.add_parser(
+        "chat",
+        parents=[shared],
+        help="talk about a picture",
+        description="Talk about a picture: a question per line. /reset begins anew, /exit leaves.",
+    )
+    chat.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+
+    # its arguments are its own: `main` hands them over before this parser sees them
+    commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
+    return parser
+
+
+def _shared_arguments() -> Parser:
+    shared = Parser(add_help=False)
+    shared.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
+    )
+    shared.add_argument(
+        "--query-len",
+        type=_square,
+        metavar="N",
+        help="latent tokens per question, a perfect square: more of them look more closely; default: the model's",
+    )
+    shared.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer; default: %(default)s",
+    )
+    shared.add_argument("--device", default="auto", help="auto (default: cuda, else mps, else cpu) or one of torch's")
+    shared.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16 or auto (default: bfloat16 on cuda, else float32)",
+    )
+    shared.add_argument(DEBUG, action="store_true", help="show where an error comes from, and the libraries' notes")
+    return shared
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
+    return int(text)
+
+
+def _square(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number == 0 or isqrt(number) ** 2 != number:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a perfect square (1, 4, 9, 16, ...)")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    Args:
+        argv: the arguments; None: the process's own.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    debug = DEBUG in given
+    make_streams_tolerant()
+    try:
+        return _run(given)
+    except InputError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted.\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # who reads our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        return FAILED
+    except Exception as error:  # the last resort of a command: one line instead of a traceback
+        if debug:
+            raise
+        kind = type(error).__name__
+        sys.stderr.write(f"error: {kind}: {one_line(error)} (run it with {DEBUG} to see where this comes from)\n")
+        return FAILED
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == [CONVERT]:
+        from fusion_hf.conversion import cli as conversion
+
+        return conversion.main(argv[1:])
+    arguments = make_parser().parse_args(argv)
+    if arguments.command == "ask":
+        from fusion_hf.cli import ask
+
+        return ask.run(arguments)
+    from fusion_hf.cli import chat
+
+    return chat.run(arguments)

@@ -1,0 +1,38 @@
+"""`fusion-hf ask`: one question about one picture, or about each of several."""
+
+import argparse
+import sys
+
+from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line
+from fusion_hf.errors import InputError
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer; returns the exit status. A picture that cannot be read does not keep the others from being answered."""
+    check_question(arguments.question)
+    for image in arguments.images:
+        check_picture_exists(image)
+
+    from tqdm import tqdm
+
+    from fusion_hf.cli.session import AnswerStreamer, load_assistant
+    from fusion_hf.inference import Conversation
+
+    assistant = load_assistant(arguments)
+    settings = (arguments.max_new_tokens, arguments.query_len)
+    if len(arguments.images) == 1:
+        conversation = Conversation(assistant, assistant.open_picture(arguments.images[0]), *settings)
+        conversation.ask(arguments.question, AnswerStreamer(assistant.processor.tokenizer))
+        return 0
+
+    status = 0
+    for image in tqdm(arguments.images, desc="ask", unit="picture", disable=None):  # no bar where there is no terminal
+        try:
+            picture = assistant.open_picture(image)
+        except InputError as error:
+            tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+            status = USER_ERROR
+            continue
+        answer = Conversation(assistant, picture, *settings).ask(arguments.question)
+        tqdm.write(one_line(f"{image}: {answer}"), file=sys.stdout)
+    return status

@@ -1,0 +1,43 @@
+"""`fusion-hf chat`: a conversation about a picture in the terminal, or line by line through pipes."""
+
+import argparse
+import contextlib
+import sys
+
+from fusion_hf.cli.terminal import check_picture_exists, one_line
+from fusion_hf.errors import InputError
+
+EXIT, RESET = "/exit", "/reset"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Talk until `/exit`, the end of the input or Ctrl-C; returns the exit status."""
+    check_picture_exists(arguments.image)
+
+    from fusion_hf.cli.session import AnswerStreamer, load_assistant
+    from fusion_hf.inference import Conversation
+
+    assistant = load_assistant(arguments)
+    picture = assistant.open_picture(arguments.image)
+    conversation = Conversation(assistant, picture, arguments.max_new_tokens, arguments.query_len)
+    streamer = AnswerStreamer(assistant.processor.tokenizer)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 (arrow keys in `input`)
+        sys.stdout.write(f"{one_line(arguments.image)}: ask about it. {RESET} begins anew, {EXIT} leaves.\n")
+    try:
+        while (question := input("> " if is_terminal else "").strip()) != EXIT:
+            if question == RESET:
+                conversation.reset()
+            elif question.startswith("/"):
+                sys.stderr.write(f"error: {one_line(question)} is no command; allowed: {RESET}, {EXIT}.\n")
+            elif question:
+                try:
+                    conversation.ask(question, streamer)
+                except InputError as error:
+                    sys.stderr.write(f"error: {one_line(error)} Ask something shorter, or begin anew with {RESET}.\n")
+    except (EOFError, KeyboardInterrupt):
+        if is_terminal:
+            sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,45 @@
+"""What `ask` and `chat` share once the heavy libraries are needed: a model, and answers that appear word by word."""
+
+import argparse
+import sys
+import warnings
+
+import huggingface_hub
+import transformers
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from fusion_hf.cli.terminal import printable
+from fusion_hf.inference import Assistant
+
+
+def load_assistant(arguments: argparse.Namespace) -> Assistant:
+    """The model that the arguments name, on the device that they name."""
+    if not arguments.debug:
+        silence_libraries()
+    return Assistant.load(arguments.model, arguments.device, arguments.dtype)
+
+
+def silence_libraries() -> None:
+    """No advice and no loading bars of the libraries; downloads from the Hub keep their bars."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # which the line before has disabled as well
+
+
+class AnswerStreamer(TextStreamer):
+    """Writes an answer to the standard output while it is made, and ends its line."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.has_begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with each further piece of the answer."""
+        text = printable(text)
+        if not self.has_begun:
+            text = text.lstrip()
+        self.has_begun = (self.has_begun or bool(text)) and not stream_end
+        sys.stdout.write(text + "\n" if stream_end else text)
+        sys.stdout.flush()

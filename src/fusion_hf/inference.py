@@ -1,0 +1,256 @@
+"""A model with its processor, and conversations with it: what `fusion-hf ask` and `fusion-hf chat` are made of.
+
+Whose model it is does not matter: the classes are this package's own, and no code of a model folder is ever run.
+"""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx  # huggingface_hub's own client, whose errors pass through it
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+from transformers.generation.streamers import BaseStreamer
+
+from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
+from fusion_hf.errors import InputError
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.processing_fusion import FusionProcessor
+
+NANO = "checkpoints/fusion-nano"
+AUTO = "auto"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTHORS_MODEL_TYPES = ("fusion_phi", "fusion_llama")
+# a folder of the Hub without its code, which is not needed, and without weights in formats that can hold code
+HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+IN_FOLDERS = "*/*"
+LONGEST_NAME = 80  # characters of a picture's name that an error repeats: data URIs are long
+
+
+def nano_path() -> str:
+    """Folder of the bundled `fusion-nano`, as every `from_pretrained` takes it."""
+    return str(resources.files("fusion_hf") / NANO)
+
+
+def choose_device(name: str = AUTO) -> torch.device:
+    """The device called `name`; for `"auto"` a GPU of Nvidia's or AMD's, else Apple's, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == AUTO:
+        return torch.device(next(kind for kind, there in available.items() if there))
+    allowed = ", ".join([AUTO, *(kind for kind, there in available.items() if there)])
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}; allowed here: {allowed}.") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not available.get(device.type, False) or (device.index or 0) >= count:
+        raise InputError(f"device is {name!r}; allowed here: {allowed}.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type called `name`; `"auto"` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == AUTO:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}; allowed: {', '.join([AUTO, *DTYPES])}.")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A model and its processor, ready to answer."""
+
+    model: FusionForConditionalGeneration
+    processor: FusionProcessor
+
+    @classmethod
+    def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO) -> "Assistant":
+        """
+        Args:
+            name: a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+            device: `"auto"` or a device of torch.
+            dtype: `"auto"` or a key of `DTYPES`.
+
+        Raises:
+            InputError: if there is no such FUSION, or no such device.
+        """
+        chosen = choose_device(device)
+        folder = find_folder(nano_path() if name is None else name)
+        kind = choose_dtype(dtype, chosen)
+        try:
+            processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
+            model, info = FusionForConditionalGeneration.from_pretrained(folder, dtype=kind, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(f"The model {folder} cannot be loaded: {error}") from error
+        # what is missing would be random numbers, and so would the answers
+        absent = sorted(info["missing_keys"])
+        if absent:
+            raise InputError(
+                f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again."
+            )
+        return cls(model.to(chosen).eval(), processor)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model can read and write together."""
+        return min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+
+    def open_picture(self, source: str) -> Image.Image:
+        """The picture in a file, or at an http(s) address, as upright RGB.
+
+        Raises:
+            InputError: if it cannot be read or is too large; begins with its name.
+        """
+        processor = self.processor.image_processor
+        name = source if len(source) <= LONGEST_NAME else f"{source[:LONGEST_NAME]}..."
+        try:
+            return processor.process_image(
+                processor.fetch_images(source),
+                exif_transpose=processor.exif_transpose,
+                max_image_pixels=processor.max_image_pixels,
+            )
+        except (ValueError, httpx.HTTPError) as error:
+            raise InputError(f"{name}: {error} Give another picture, or save it as PNG or JPEG.") from error
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        messages: list[dict[str, Any]],
+        max_new_tokens: int,
+        query_len: int | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> str:
+        """
+        The most likely answer to a conversation that ends with a question; the same one every time.
+
+        Args:
+            messages: chat messages of the ecosystem, with at most one picture.
+            max_new_tokens: where to stop an answer that does not end.
+            query_len: latent tokens per question, a perfect square; None: the model's.
+            streamer: is given the tokens as they come.
+
+        Raises:
+            InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
+        """
+        length = self.processor.query_len if query_len is None else query_len
+        if not is_perfect_square(length) or length >= self.max_length:
+            allowed = f"a perfect square (1, 4, 9, 16, ...) below the model's maximum of {self.max_length} tokens"
+            raise InputError(f"query_len is {length}; allowed: {allowed}.")
+        try:
+            inputs = self.processor.apply_chat_template(
+                messages,
+                query_len=length,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=True,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        prompt = inputs["input_ids"].shape[1]
+        if prompt >= self.max_length:
+            raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        output = self.model.generate(
+            **inputs,
+            query_len=length,
+            max_new_tokens=min(max_new_tokens, self.max_length - prompt),
+            do_sample=False,
+            num_beams=1,
+            streamer=streamer,
+        )
+        return self.processor.decode(output[0, prompt:], skip_special_tokens=True).strip()
+
+
+class Conversation:
+    """
+    Questions and answers about one picture. The whole conversation is encoded again for each question, since the
+    questions guide the vision tower together.
+
+    Args:
+        assistant: who answers.
+        picture: what the questions are about.
+        max_new_tokens, query_len: see `Assistant.answer`.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        picture: Image.Image,
+        max_new_tokens: int,
+        query_len: int | None = None,
+    ):
+        self.assistant = assistant
+        self.picture = picture
+        self.max_new_tokens = max_new_tokens
+        self.query_len = query_len
+        self.messages: list[dict[str, Any]] = []
+
+    def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
+        """The answer; both become part of the conversation, but not if there is an error.
+
+        Raises:
+            InputError: see `Assistant.answer`.
+        """
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if not self.messages:
+            content.insert(0, {"type": "image", "image": self.picture})
+        messages = [*self.messages, {"role": "user", "content": content}]
+        answer = self.assistant.answer(messages, self.max_new_tokens, self.query_len, streamer)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return answer
+
+    def reset(self) -> None:
+        """Forget all questions and answers."""
+        self.messages = []
+
+
+def find_folder(name: str) -> Path:
+    """The folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's.
+
+    Raises:
+        InputError: if there is no such model, or it is no FUSION.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_model_type(folder, name)
+        return folder
+    if folder.exists():
+        raise InputError(f"The model {name} is a file; allowed: the folder that holds it, or a repository of the Hub.")
+    _check_model_type(_download(name, ("config.json",)), name)  # before gigabytes of another model come
+    return _download(name, HUB_FILES)
+
+
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=[IN_FOLDERS]))
+    except HFValidationError as error:
+        raise InputError(f"The model {name} is no folder, and no repository of the Hub can have that name.") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"The model {name} is no folder, and the Hub cannot be reached: check the name or the network."
+        ) from error
+    except (OSError, httpx.HTTPError) as error:
+        raise InputError(f"The model {name} is no folder, and cannot be fetched from the Hub: {error}") from error
+
+
+def _check_model_type(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"The model {name} has no config.json; allowed: a model folder, as save_pretrained writes it."
+        )
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The model {name} has an unreadable config.json: {error}") from error
+    model_type = values.get("model_type")
+    if model_type in AUTHORS_MODEL_TYPES:
+        raise InputError(f"The model {name} is a checkpoint of the authors' code: convert it with fusion-hf convert.")
+    if model_type != FusionConfig.model_type:
+        raise InputError(f"The model {name} is a {model_type!r} model; allowed: {FusionConfig.model_type!r}.")

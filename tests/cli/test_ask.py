@@ -1,0 +1,111 @@
+"""`fusion-hf ask` answers: one picture, several, and nothing but answers on its outputs."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fusion_hf.inference import Assistant, Conversation, choose_device, nano_path
+
+QUESTION = "what color is the shape?"
+# wall seconds from a cold start on two quiet cores; shared machines of continuous integration get more
+COLD_SECONDS = 60 if "CI" in os.environ else 15
+ATTEMPTS = 3
+
+
+@pytest.fixture(scope="module")
+def assistant(nano: Path) -> Assistant:
+    return Assistant.load()
+
+
+def test_answers_within_seconds(run, picture):
+    best = float("inf")
+    for _ in range(ATTEMPTS):  # what else the machine does must not decide
+        begin = time.perf_counter()
+        result = run("ask", picture, QUESTION)
+        best = min(best, time.perf_counter() - begin)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "red\n", "")
+        if best < COLD_SECONDS:
+            return
+    pytest.fail(f"the fastest of {ATTEMPTS} cold starts took {best:.1f} s")
+
+
+def test_several_pictures_give_a_line_each_and_broken_ones_an_error(run, picture, tmp_path):
+    whole = Path(picture).read_bytes()
+    copy, broken = tmp_path / "copy of it.png", tmp_path / "broken.png"
+    copy.write_bytes(whole)
+    broken.write_bytes(whole[: len(whole) // 2])
+
+    result = run("ask", picture, broken, copy, QUESTION)
+
+    assert result.stdout == f"{picture}: red\n{copy}: red\n"
+    assert result.stderr.count("\n") == 1
+    assert str(broken) in result.stderr
+    assert result.returncode == 2
+
+
+def test_prints_what_the_library_answers(run, assistant, picture):
+    question = "how many shapes are there?"
+    expected = Conversation(assistant, assistant.open_picture(picture), 5, query_len=4).ask(question)
+    result = run("ask", picture, question, "--query-len", 4, "--max-new-tokens", 5, "--dtype", "float32")
+    assert (result.returncode, result.stdout, result.stderr) == (0, expected + "\n", "")
+
+
+def test_max_new_tokens_limits_the_answer(assistant, picture):
+    messages = [{"role": "user", "content": QUESTION}]
+    answer = assistant.answer(messages, max_new_tokens=1)
+    assert len(assistant.processor.tokenizer.tokenize(answer)) <= 1
+
+
+def test_code_of_a_model_folder_is_not_run(run, picture, nano, tmp_path):
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    shutil.copytree(nano, folder)
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(trace)!r}).touch()\nclass Evil: pass\n")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        values = json.loads(path.read_text())
+        classes = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+        values["auto_map"] = dict.fromkeys(classes, "evil.Evil")
+        if name == "tokenizer_config.json":
+            values["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        path.write_text(json.dumps(values))
+
+    result = run("ask", picture, QUESTION, "--model", folder)
+
+    assert not trace.exists()
+    assert "Traceback" not in result.stderr
+    assert result.stdout in ("red\n", "")
+
+
+def test_stops_quietly_when_nobody_reads(command, offline, picture):
+    process = subprocess.Popen(
+        [*command, "ask", picture, picture, QUESTION], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=offline
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_default_is_the_bundled_model(nano):
+    assert Path(nano_path()).resolve() == nano.resolve()
+
+
+def test_automatic_device_exists():
+    assert choose_device().type in ("cuda", "mps", "cpu")
+
+
+def test_convert_has_arguments_of_its_own(run):
+    result = run("convert", "--help")
+    assert result.returncode == 0
+    assert "--checkpoint" in result.stdout
+
+    result = run("convert")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "--checkpoint" in result.stderr

@@ -1,0 +1,136 @@
+"""`fusion-hf chat`: through pipes, and in a terminal."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusion_hf.cli.session import AnswerStreamer
+from fusion_hf.inference import Assistant, Conversation
+
+QUESTIONS = ("what color is the shape?", "what shape is it?")
+SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def assistant(nano: Path) -> Assistant:
+    return Assistant.load()
+
+
+@pytest.fixture(scope="module")
+def answers(assistant: Assistant, picture: str) -> list[str]:
+    """To both questions in one conversation."""
+    conversation = Conversation(assistant, assistant.open_picture(picture), max_new_tokens=16)
+    return [conversation.ask(question) for question in QUESTIONS]
+
+
+def test_two_turns_through_pipes(run, picture, answers):
+    result = run("chat", picture, "--max-new-tokens", 16, stdin="\n".join(QUESTIONS))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(answers) + "\n", "")
+
+
+def test_commands_and_errors_do_not_end_it(run, picture, answers):
+    lines = [QUESTIONS[0], "/help", "", "why? " * 20_000, "/reset", *QUESTIONS, "/exit", "what?"]
+    result = run("chat", picture, "--max-new-tokens", 16, stdin="\n".join(lines))
+    assert result.stdout.splitlines() == [answers[0], *answers]
+    errors = result.stderr.splitlines()
+    assert errors[0] == "error: /help is no command; allowed: /reset, /exit."
+    assert errors[1].startswith("error: A prompt has ") and errors[1].endswith("/reset.")
+    assert len(errors) == 2
+    assert result.returncode == 0
+
+
+def test_history_is_kept_and_forgotten(assistant, picture, monkeypatch):
+    seen = []
+
+    def answer(self, messages, max_new_tokens, query_len, streamer):
+        seen.append([(message["role"], message["content"]) for message in messages])
+        return f"answer {len(seen)}"
+
+    monkeypatch.setattr(Assistant, "answer", answer)
+    image = assistant.open_picture(picture)
+    conversation = Conversation(assistant, image, 16)
+    for question in QUESTIONS:
+        conversation.ask(question)
+    conversation.reset()
+    conversation.ask(QUESTIONS[1])
+
+    def first(question: str) -> tuple:
+        return "user", [{"type": "image", "image": image}, {"type": "text", "text": question}]
+
+    second = ("user", [{"type": "text", "text": QUESTIONS[1]}])
+    assert seen[0] == [first(QUESTIONS[0])]
+    assert seen[1] == [first(QUESTIONS[0]), ("assistant", "answer 1"), second]
+    assert seen[2] == [first(QUESTIONS[1])]
+
+
+def test_answers_are_streamed_without_control_characters(assistant, capsys):
+    tokenizer = assistant.processor.tokenizer
+    streamer = AnswerStreamer(tokenizer)
+    for _ in range(2):  # one streamer serves a whole conversation
+        streamer.put(tokenizer("prompt", return_tensors="pt").input_ids)
+        streamer.put(tokenizer(" red and ", return_tensors="pt").input_ids[0])
+        assert capsys.readouterr().out == "red and "
+        streamer.put(tokenizer("\x1b[2Jblue", return_tensors="pt").input_ids[0])
+        streamer.end()
+        assert capsys.readouterr().out == "[2Jblue\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo terminals")
+class TestTerminal:
+    """In a pseudo terminal."""
+
+    @pytest.fixture
+    def terminal(self, command, offline, picture):
+        import pty
+
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*command, "chat", picture, "--max-new-tokens", "16"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**offline, "TERM": "dumb"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+        yield process, ours
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+    def read_until(self, ours: int, end: str) -> str:
+        text, deadline = "", time.monotonic() + SECONDS
+        while not text.endswith(end):
+            assert time.monotonic() < deadline, f"{text!r} does not end in {end!r}"
+            text += os.read(ours, 1000).decode()
+        return text
+
+    def read_rest(self, ours: int) -> str:
+        text = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+            while piece := os.read(ours, 1000):
+                text += piece
+        return text.decode()
+
+    def test_two_turns_and_the_end_of_the_input(self, terminal, picture, answers):
+        process, ours = terminal
+        assert picture in self.read_until(ours, "> ")
+        for question, answer in zip(QUESTIONS, answers, strict=True):
+            os.write(ours, f"{question}\n".encode())
+            assert f"{answer}\r\n> " in self.read_until(ours, f"{answer}\r\n> ")
+        os.write(ours, b"\x04")
+        assert "Traceback" not in self.read_rest(ours)
+        assert process.wait(SECONDS) == 0
+
+    def test_interrupt_leaves(self, terminal):
+        process, ours = terminal
+        self.read_until(ours, "> ")
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in self.read_rest(ours)
+        assert process.wait(SECONDS) == 0

@@ -1,0 +1,179 @@
+"""What a user can do wrong is one line on the standard error, with exit status 2 and no traceback."""
+
+import json
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+
+QUESTION = "what color is the shape?"
+BOMB_SIDE = 20_000  # pixels; a gigabyte when decoded
+LARGE_SIDE = 10_000  # above our limit, below the one at which PIL itself refuses
+CLOSED_PORT = "http://127.0.0.1:9"
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    body = name + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png_of_claimed_size(side: int) -> bytes:
+    """A few bytes that say they are a picture of side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(b"")), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def check_one_line(result, *parts: str, status: int = 2) -> None:
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+    assert result.returncode == status
+
+
+# no model is loaded for these
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "paint"),
+        (["ask", "picture.png"], "QUESTION"),
+        (["ask", "nowhere.png", QUESTION], "'nowhere.png' is no file"),
+        (["ask", "docs/assets/red_circle.png", "what", "color", "is it?"], "quotation marks"),
+        (["ask", "docs", QUESTION], "docs is a folder"),
+        (["ask", "x" * 10_000, QUESTION], "is no file"),
+        (["ask", "docs/assets/red_circle.png", ""], "question is empty"),
+        (["ask", "docs/assets/red_circle.png", " \n"], "question is empty"),
+        (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "10"], "perfect square"),
+        (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "-4"], "perfect square"),
+        (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "many"], "perfect square"),
+        (["ask", "docs/assets/red_circle.png", QUESTION, "--max-new-tokens", "0"], "whole number from 1"),
+        (["chat", "nowhere.png"], "'nowhere.png' is no file"),
+    ],
+)
+def test_wrong_command_line(run, arguments, part):
+    check_one_line(run(*arguments), part)
+
+
+def test_unreadable_pictures(run, tmp_path):
+    contents = {
+        "text.png": b"What color is the shape?",
+        "empty.png": b"",
+        "truncated.png": Path("docs/assets/red_circle.png").read_bytes()[:200],
+        "bomb.png": png_of_claimed_size(BOMB_SIDE),
+        "large.png": png_of_claimed_size(LARGE_SIDE),
+    }
+    files = {name: tmp_path / name for name in contents}
+    for name, content in contents.items():
+        files[name].write_bytes(content)
+
+    result = run("ask", *files.values(), QUESTION)
+
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(files)
+    for line, path in zip(lines, files.values(), strict=True):
+        assert line.startswith(f"error: {path}: ")
+        assert line.endswith("Give another picture, or save it as PNG or JPEG.")
+    assert str(BOMB_SIDE**2) in lines[-2] and "limit" in lines[-2]
+    assert f"{LARGE_SIDE} x {LARGE_SIDE}" in lines[-1] and "allowed: max_image_pixels = " in lines[-1]
+
+
+def test_unreadable_picture_alone(run, tmp_path):
+    path = tmp_path / "text.png"
+    path.write_text("no picture")
+    check_one_line(run("ask", path, QUESTION), str(path))
+
+
+def test_question_longer_than_the_model_reads(run, picture, nano):
+    most = json.loads((nano / "tokenizer_config.json").read_text())["model_max_length"]
+    check_one_line(run("ask", picture, "why? " * 20_000), "tokens", str(most))
+
+
+def test_more_latent_tokens_than_the_model_reads(run, picture):
+    check_one_line(run("ask", picture, QUESTION, "--query-len", 10**8), "query_len is 100000000", "below the model's")
+
+
+@pytest.mark.parametrize("option", ["--device", "--dtype"])
+def test_unknown_device_or_type(run, picture, option):
+    check_one_line(run("ask", picture, QUESTION, option, "abacus"), "'abacus'", "allowed", "auto")
+
+
+class TestModel:
+    """`--model` that is no FUSION, or a broken one."""
+
+    @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a b", "owner/..", "no\x1bwhere"])
+    def test_impossible_name(self, run, picture, name):
+        check_one_line(run("ask", picture, QUESTION, "--model", name), "is no folder")
+
+    def test_file(self, run, picture):
+        check_one_line(run("ask", picture, QUESTION, "--model", "README.md"), "README.md is a file")
+
+    def test_no_network(self, run, picture, tmp_path):
+        variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}
+        result = run("ask", picture, QUESTION, "--model", "someone/something", **variables)
+        check_one_line(result, "someone/something is no folder", "the Hub cannot be reached")
+
+    def test_folder_without_a_model(self, run, picture):
+        check_one_line(run("ask", picture, QUESTION, "--model", "docs"), "docs has no config.json")
+
+    @pytest.mark.parametrize(
+        ("config", "part"),
+        [
+            ({"model_type": "llama"}, "is a 'llama' model"),
+            ({}, "is a None model"),
+            ({"model_type": "fusion_phi"}, "fusion-hf convert"),
+            ({"model_type": "fusion", "query_len": 10}, "FusionConfig.query_len is 10"),
+        ],
+    )
+    def test_other_configuration(self, run, picture, nano, tmp_path, config, part):
+        folder = self.copy(nano, tmp_path)
+        (folder / "config.json").write_text(json.dumps(config))
+        check_one_line(run("ask", picture, QUESTION, "--model", folder), str(folder), part)
+
+    def test_configuration_that_is_no_json(self, run, picture, nano, tmp_path):
+        folder = self.copy(nano, tmp_path)
+        (folder / "config.json").write_text("{")
+        check_one_line(run("ask", picture, QUESTION, "--model", folder), "unreadable config.json")
+
+    def test_missing_weights(self, run, picture, nano, tmp_path):
+        folder = self.copy(nano, tmp_path)
+        (folder / "model.safetensors").unlink()
+        check_one_line(run("ask", picture, QUESTION, "--model", folder), "cannot be loaded", "model.safetensors")
+
+    def test_truncated_weights(self, run, picture, nano, tmp_path):
+        folder = self.copy(nano, tmp_path)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        check_one_line(run("ask", picture, QUESTION, "--model", folder), "cannot be loaded")
+
+    def test_missing_tensors(self, run, picture, nano, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        folder = self.copy(nano, tmp_path)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        check_one_line(run("ask", picture, QUESTION, "--model", folder), "lack 1 tensors", "lm_head.weight")
+
+    def test_what_nobody_foresaw_ends_in_one_line_as_well(self, run, picture, nano, tmp_path):
+        folder = self.copy(nano, tmp_path)
+        (folder / "tokenizer.json").write_text("{}")
+        check_one_line(run("ask", picture, QUESTION, "--model", folder), "--debug", status=1)
+
+    @staticmethod
+    def copy(nano: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(nano, tmp_path / "model"))
+
+
+def test_debug_shows_the_traceback(run, picture):
+    result = run("ask", "nowhere.png", QUESTION, "--debug")
+    assert result.stderr.startswith("Traceback")
+    assert result.returncode == 1
