@@ -67,7 +67,8 @@ format: $(TEST)  ## mend style and format
 	$(BIN)/ruff format
 
 nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
-	$(BIN)/python -m fusion_hf.nano.train --output $(NANO_OUTPUT)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m fusion_hf.nano.train --output $(NANO_OUTPUT)
+	$(BIN)/python -m fusion_hf.nano.report $(NANO_OUTPUT)
 
 bench: $(TEST)  ## time preprocessing, prefill and decoding
 	$(BIN)/python benchmarks/inference.py

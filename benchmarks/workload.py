@@ -10,7 +10,6 @@ from transformers import LlamaConfig, SiglipVisionConfig
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionImageProcessor
 
-
 SEED = 0
 FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
 SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS = 12, 20, 4
@@ -123,9 +122,7 @@ def build_model(size: Size, dtype: torch.dtype, device: torch.device) -> FusionF
     """Random weights, the same in every run."""
     torch.manual_seed(SEED)
     # the package's own constructor of a configured model: parameters in `dtype`, rotary tables in float32
-    model = FusionForConditionalGeneration._from_config(
-        build_config(size), dtype=dtype, attn_implementation="sdpa"
-    )
+    model = FusionForConditionalGeneration._from_config(build_config(size), dtype=dtype, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None  # random weights must not end the answer early
     return model.eval().to(device)
 

@@ -12,6 +12,7 @@ from fusion_hf.registration import register_lazily
 if TYPE_CHECKING:
     from fusion_hf.configuration_fusion import FusionConfig
     from fusion_hf.image_processing_fusion import FusionImageProcessor
+    from fusion_hf.inference import nano_path
     from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
     from fusion_hf.processing_fusion import FusionProcessor
 
@@ -23,6 +24,7 @@ _MODULES = {
     "FusionImageProcessor": "fusion_hf.image_processing_fusion",
     "FusionModel": "fusion_hf.modeling_fusion",
     "FusionProcessor": "fusion_hf.processing_fusion",
+    "nano_path": "fusion_hf.inference",
 }
 
 
@@ -44,4 +46,5 @@ __all__ = [
     "FusionImageProcessor",
     "FusionModel",
     "FusionProcessor",
+    "nano_path",
 ]

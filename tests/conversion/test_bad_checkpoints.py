@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from fusion_hf.conversion.cli import main
 from tests.helpers.checkpoints import (
     TOWER,
     TOWER_PREFIX,
@@ -24,6 +22,8 @@ from tests.helpers.checkpoints import (
     write_checkpoint,
     write_json,
 )
+
+from fusion_hf.conversion.cli import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,12 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from fusion_hf import FusionConfig, FusionForConditionalGeneration
-from fusion_hf.conversion.config import convert_config, named_tower
-from fusion_hf.conversion.convert import Options
-from fusion_hf.conversion.convert import convert as run_conversion
 from tests.helpers.checkpoints import (
     BAGGAGE,
     LAYERS,
@@ -30,6 +24,12 @@ from tests.helpers.checkpoints import (
     write_checkpoint,
     write_json,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf.conversion.config import convert_config, named_tower
+from fusion_hf.conversion.convert import Options
+from fusion_hf.conversion.convert import convert as run_conversion
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 RANK, ALPHA = 4, 6
@@ -201,7 +201,9 @@ def test_published_configs(name):
     if rope["rope_type"] == "longrope":  # as Phi-3.5's published config has it
         rope = {"type": "longrope", "long_factor": rope["long_factor"], "short_factor": rope["short_factor"]}
     upstream["rope_scaling"] = rope
-    tower = named_tower("google/siglip2-giant-opt-patch16-384" if "-x-" in name else "google/siglip-so400m-patch14-384")
+    tower = named_tower(
+        "google/siglip2-giant-opt-patch16-384" if "-x-" in name else "google/siglip-so400m-patch14-384"
+    )
     converted = convert_config(upstream, tower, image_token_grid=16 if "-l-" in name else None).to_dict()
     for part in (family, family["text_config"], family["vision_config"]):
         part["dtype"] = None

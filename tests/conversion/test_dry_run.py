@@ -1,13 +1,13 @@
-"""`--dry-run` checks real-size checkpoints from their headers: the files here have holes where the weights would be."""
+"""`--dry-run` checks real-size checkpoints from their headers: these files have holes where the weights would be."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.checkpoints import checkpoint_shapes, upstream_config, write_checkpoint, write_json
 
 from fusion_hf.conversion.cli import main
-from tests.helpers.checkpoints import checkpoint_shapes, upstream_config, write_checkpoint, write_json
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14, "image_size": 384}
 GIANT = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40, "patch_size": 16, "image_size": 384}
@@ -91,7 +91,9 @@ def test_full_size_with_one_wrong_tensor(tmp_path, capsys):
     write_sparse(tmp_path / "checkpoint", config | {"intermediate_size": 8190}, SO400M)
     write_json(tmp_path / "checkpoint" / "config.json", config)
     assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--dry-run"]) == 2
-    assert "model.layers.31.mlp.gate_up_proj.weight has [16380, 3072] instead of [16384, 3072]" in capsys.readouterr().err
+    assert (
+        "model.layers.31.mlp.gate_up_proj.weight has [16380, 3072] instead of [16384, 3072]" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

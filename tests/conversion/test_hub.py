@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
 from fusion_hf.conversion import hub as hub_module
 from fusion_hf.conversion.errors import ConversionError
-from tests.helpers.checkpoints import write_checkpoint
-from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
 ROOT = Path(__file__).parents[2]
 # Several commands in one process, since most of the time goes into importing torch.
@@ -96,7 +96,7 @@ def test_push_needs_a_login_before_any_work(monkeypatch):
 
 
 def test_checkpoints_from_the_hub(tmp_path, hub, run):
-    stored = write_checkpoint(tmp_path / "checkpoint", num_shards=3, hidden_size=256)
+    stored = write_checkpoint(tmp_path / "checkpoint", "llama", num_shards=3, hidden_size=256)
     publish(hub, tmp_path / "checkpoint", "authors/FUSION-Stage1.5")
     hub.state.repositories["authors/FUSION-Stage1.5"] |= {"original/params.json": b"{}", "optimizer.pt": b"x"}
     publish(hub, tmp_path / "checkpoint", "authors/headers")

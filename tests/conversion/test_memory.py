@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tests.helpers.checkpoints import TOWER, checkpoint_shapes, save_weights, upstream_config, write_json
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on the loopback interface: what uploads, downloads and header reads of huggingface_hub need."""
+"""A stand-in for the Hub on the loopback interface: enough of it for uploads, downloads and header reads."""
 
 import base64
 import hashlib

@@ -14,8 +14,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizers"
 BEGIN = "<|begin_of_text|>"
 LLAMA3_NAMED = (
     "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|> "
-    "<|finetune_right_pad_id|> <|reserved_special_token_2|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> "
-    "<|python_tag|>"
+    "<|finetune_right_pad_id|> <|reserved_special_token_2|> <|start_header_id|> <|end_header_id|> <|eom_id|> "
+    "<|eot_id|> <|python_tag|>"
 ).split()
 NUM_LLAMA3_SPECIAL = 256
 

@@ -67,10 +67,12 @@ def test_training_pass(recording: Recording) -> None:
         for key in (key.removeprefix("sketch.") for key in recorded if key.startswith("sketch.grad.")):
             ours = our_name(key.removeprefix("grad."), samplers)
             checked.add(ours)
-            if ours.endswith(NO_GRADIENT):
-                assert gradients[ours].norm() < NOISE and recorded[f"norm.{key}"] < NOISE
+            norm = recorded[f"norm.{key}"].item()
+            # a sampler behind the last layer changes no labelled position: zero in both
+            if ours.endswith(NO_GRADIENT) or norm == 0:
+                assert norm < NOISE and gradients[ours].norm() < NOISE
                 continue
-            error = relative_error(key, gradients[ours], recorded[f"sketch.{key}"], recorded[f"norm.{key}"].item())
+            error = relative_error(key, gradients[ours], recorded[f"sketch.{key}"], norm)
             assert error < GRADIENT_TOLERANCE, (name, ours, error)
         assert checked == set(gradients)
 

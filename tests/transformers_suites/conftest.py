@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Marks that the suites carry; they mean nothing here.
 FOREIGN_MARKS = """
     accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test is_pipeline_test is_training_test

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 import transformers
 from filelock import FileLock
 
-
 CACHE_VARIABLE = "FUSION_HF_SUITES_CACHE"
 DOWNLOAD_SECONDS = 300
 

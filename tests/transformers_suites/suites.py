@@ -12,7 +12,6 @@ from typing import Any
 
 from tests.transformers_suites.fetch import SuitesUnavailableError, fetch_suites
 
-
 PACKAGE = "transformers_own_tests"
 PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
 

@@ -5,17 +5,24 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
+import torch
+from tests.transformers_suites.not_applicable import NotApplicable
+from tests.transformers_suites.suites import load, mixin
+from tests.transformers_suites.tiny import BEHIND_VOCAB, SMALL_IDS, FusionModelTester, tiny_config, tiny_inputs
 from transformers.models.auto import modeling_auto
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionModel
-from tests.transformers_suites.suites import load, mixin
-from tests.transformers_suites.tiny import FusionModelTester
-
+from fusion_hf.modeling_fusion_vision import FusionVisionLayer
 
 pytestmark = pytest.mark.slow
 
+# Placeholders lie behind the vocabulary, so they have no embedding that could be given in place of their ids.
+TEXT_ONLY = ("test_inputs_embeds", "test_inputs_embeds_matches_input_ids")
+# These clamp ids to a vocabulary that they have cut, and would turn placeholders into words.
+WITH_SMALL_PLACEHOLDERS = ("test_resize_tokens_embeddings", "test_resize_embeddings_untied")
 
-class ModelSuite(mixin("test_modeling_common", "ModelTesterMixin")):
+
+class ModelSuite(NotApplicable, mixin("test_modeling_common", "ModelTesterMixin")):
     all_model_classes = (FusionModel, FusionForConditionalGeneration)
     additional_model_inputs: ClassVar = ["pixel_values", "instruct_input_ids", "prompt_end_positions"]
     test_can_init_all_missing_weights_before_2023 = True
@@ -23,13 +30,16 @@ class ModelSuite(mixin("test_modeling_common", "ModelTesterMixin")):
     backbone: str
 
     def setUp(self) -> None:
-        self.model_tester = FusionModelTester(self, self.backbone)
+        super().setUp()
+        name = self._testMethodName
+        placeholders = SMALL_IDS if name in WITH_SMALL_PLACEHOLDERS else BEHIND_VOCAB
+        self.model_tester = FusionModelTester(self, self.backbone, placeholders, text_only=name in TEXT_ONLY)
         # the suites find out by these tables, which list transformers' own classes, what each class is for
-        for name, model in (
+        for table, model in (
             ("MODEL_MAPPING_NAMES", "FusionModel"),
             ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "FusionForConditionalGeneration"),
         ):
-            patcher = patch.dict(getattr(modeling_auto, name), {"fusion": model})
+            patcher = patch.dict(getattr(modeling_auto, table), {"fusion": model})
             patcher.start()
             self.addCleanup(patcher.stop)
 
@@ -42,3 +52,36 @@ class LlamaModelTest(ModelSuite, unittest.TestCase):
             self, FusionConfig, has_text_modality=False, common_properties=["text_config", "vision_config"]
         )
         tester.run_common_tests()
+
+
+class Phi3ModelTest(ModelSuite, unittest.TestCase):
+    backbone = "phi3"
+
+
+class Qwen2ModelTest(ModelSuite, unittest.TestCase):
+    backbone = "qwen2"
+
+
+def gradients(model: FusionForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"].clamp(max=model.config.text_config.vocab_size - 1)).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("backbone", ["llama", "phi3", "qwen2"])
+def test_checkpointing_keeps_gradients(backbone: str, use_reentrant: bool) -> None:
+    """In place of the suite's tests of checkpointing, and stricter: they compare only which gradients are not zero."""
+    torch.manual_seed(0)
+    model = FusionForConditionalGeneration(tiny_config(backbone, sampler_layers=[0, 1])).train()
+    inputs = tiny_inputs(batch_size=2, turns=2, answer=3)
+    expected = gradients(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = []
+    layer = next(module for module in model.modules() if isinstance(module, FusionVisionLayer))
+    layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    found = gradients(model, inputs)
+    assert len(calls) == 4  # overview and tiles, each computed twice: the suite's tests expect one call of a layer
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, SiglipVisionConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast, SiglipVisionConfig
 
-from fusion_hf import FusionConfig
-
+from fusion_hf import FusionConfig, FusionImageProcessor
 
 VOCAB_SIZE = 99
-IMAGE_ID, LATENT_ID = VOCAB_SIZE, VOCAB_SIZE + 1  # behind the vocabulary, where FusionConfig puts them
 VISION_START_ID, VISION_END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
-FIRST_TEXT_ID = 5  # smaller ids are special in some backbones' configurations
+FIRST_TEXT_ID = 5  # smaller ids are special in the backbone's configuration, or the placeholders
+BEHIND_VOCAB = (VOCAB_SIZE, VOCAB_SIZE + 1)  # image and latent placeholder where FusionConfig puts them
+SMALL_IDS = (3, 4)
 IMAGE_SIZE, PATCH_SIZE = 16, 4
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 QUERY_LEN = 4
@@ -58,23 +59,47 @@ def framed(batch_size: int, token_id: int, length: int) -> torch.Tensor:
     return block
 
 
-def tiny_inputs(batch_size: int, turns: int = 1, answer: int = 0) -> dict[str, torch.Tensor]:
+def tiny_inputs(
+    batch_size: int, turns: int = 1, answer: int = 0, placeholders: tuple[int, int] = BEHIND_VOCAB
+) -> dict[str, torch.Tensor]:
     """Prompts with one picture; `answer` tokens follow each of `turns` questions."""
-    pieces = [text_ids(batch_size, 3), framed(batch_size, IMAGE_ID, IMAGE_TOKENS)]
+    image_id, latent_id = placeholders
+    pieces = [text_ids(batch_size, 3), framed(batch_size, image_id, IMAGE_TOKENS)]
     ends = []
     for _ in range(turns):
-        pieces += [framed(batch_size, LATENT_ID, QUERY_LEN), text_ids(batch_size, 3)]
+        pieces += [framed(batch_size, latent_id, QUERY_LEN), text_ids(batch_size, 3)]
         ends.append(sum(piece.shape[1] for piece in pieces) - 1)
         pieces.append(text_ids(batch_size, answer))
-    input_ids = torch.cat(pieces, dim=1)
     return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
+        **text_inputs(torch.cat(pieces, dim=1)),
         "pixel_values": torch.rand(batch_size, TILES, 3, IMAGE_SIZE, IMAGE_SIZE),
         "instruct_input_ids": text_ids(batch_size, 3),
         "instruct_attention_mask": torch.ones(batch_size, 3, dtype=torch.long),
         "prompt_end_positions": torch.tensor(ends).expand(batch_size, -1).clone(),
     }
+
+
+def text_inputs(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Ids and a mask that masks nothing."""
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, and the special tokens of a ChatML backbone and of FUSION."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left"
+    )
+    marks = ["<|im_start|>", "<vision_start>", "<vision_end>", "<image>", "<latent_image>"]
+    fast.add_tokens(marks, special_tokens=True)
+    return fast
+
+
+def tiny_image_processor() -> FusionImageProcessor:
+    return FusionImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
 @dataclass
@@ -83,21 +108,26 @@ class FusionModelTester:
 
     parent: Any
     backbone: str = "llama"
+    placeholders: tuple[int, int] = BEHIND_VOCAB
+    text_only: bool = False
     batch_size: int = 7  # the suites compare seven samples, and would invent the missing ones
     turns: int = 2
     answer: int = 3  # the suites mask up to two tokens at either end
     is_training: bool = True
 
     def __post_init__(self) -> None:
-        text = self.get_config().text_config
-        self.num_hidden_layers = text.num_hidden_layers
-        self.num_attention_heads = text.num_attention_heads
-        self.hidden_size = text.hidden_size
-        self.vocab_size = text.vocab_size
-        self.seq_length = tiny_inputs(1, self.turns, self.answer)["input_ids"].shape[1]
+        config, inputs = self.prepare_config_and_inputs_for_common()
+        self.num_hidden_layers = config.text_config.num_hidden_layers
+        self.num_attention_heads = config.text_config.num_attention_heads
+        self.hidden_size = config.text_config.hidden_size
+        self.vocab_size = config.text_config.vocab_size
+        self.seq_length = inputs["input_ids"].shape[1]
 
     def get_config(self) -> FusionConfig:
-        return tiny_config(self.backbone)
+        image_id, latent_id = self.placeholders
+        return tiny_config(self.backbone, image_token_id=image_id, latent_token_id=latent_id)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FusionConfig, dict[str, torch.Tensor]]:
-        return self.get_config(), tiny_inputs(self.batch_size, self.turns, self.answer)
+        if self.text_only:
+            return self.get_config(), text_inputs(text_ids(self.batch_size, 11))
+        return self.get_config(), tiny_inputs(self.batch_size, self.turns, self.answer, self.placeholders)

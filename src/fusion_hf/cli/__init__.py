@@ -70,7 +70,9 @@ def _shared_arguments() -> Parser:
         metavar="N",
         help="longest answer; default: %(default)s",
     )
-    shared.add_argument("--device", default="auto", help="auto (default: cuda, else mps, else cpu) or one of torch's")
+    shared.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: cuda, else mps, else cpu)"
+    )
     shared.add_argument(
         "--dtype",
         default="auto",
@@ -103,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = DEBUG in given
     make_streams_tolerant()
     try:
-        return _run(given)
+        status = _run(given)
+        sys.stdout.flush()  # while errors can still be answered
+        return status
     except InputError as error:
         if debug:
             raise

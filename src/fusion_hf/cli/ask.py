@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line
+from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
 from fusion_hf.errors import InputError
 
 
@@ -34,5 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             status = USER_ERROR
             continue
         answer = Conversation(assistant, picture, *settings).ask(arguments.question)
-        tqdm.write(one_line(f"{image}: {answer}"), file=sys.stdout)
+        line = " ".join(printable(f"{image}: {answer}").split("\n"))
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
     return status

@@ -7,6 +7,7 @@ from pathlib import Path
 from fusion_hf.errors import InputError
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
+LONGEST_ERROR = 600  # characters: a library may list every tensor of a model
 ADDRESSES = ("http://", "https://")
 
 
@@ -23,8 +24,9 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    """What an error says, in one line and not at any length."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} ..."
 
 
 def check_picture_exists(source: str) -> None:

@@ -57,8 +57,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line and without its full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.rstrip(". ")
 
 
 def find_weight_files(folder: Path) -> list[Path]:

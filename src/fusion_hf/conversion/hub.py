@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import httpx  # huggingface_hub's own client, whose errors pass through it
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
+    HTTPError,  # of the client that it uses: httpx or httpx2
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
@@ -28,7 +28,7 @@ IN_FOLDERS = "*/*"
 REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 REVISION = re.compile(r"[0-9a-f]{40}")
 FINGERPRINT_DIGITS = 16
-HUB_ERRORS = (OSError, httpx.HTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError)
+HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError)
 
 
 @dataclass(frozen=True)

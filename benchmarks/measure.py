@@ -1,0 +1,123 @@
+"""Clocks, memory and the machine's own rates."""
+
+import ctypes
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers.generation.streamers import BaseStreamer
+
+MATRIX_PRODUCTS = 4  # in one measurement of the machine's rate
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
+BYTES_PER_KIB = 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was sent to an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+class TokenClock(BaseStreamer):
+    """Notes when `generate` hands out the prompt and each token; `generate` has brought them to the CPU by then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generation_seconds(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], new_tokens: int
+) -> tuple[float, float]:
+    """Time to the first token, and mean time of each later one, of one greedy `generate`."""
+    clock = TokenClock()
+    synchronize(inputs["input_ids"].device)
+    start = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt's
+    return first - start, (last - first) / (new_tokens - 1)
+
+
+def matmul_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a product of two square matrices."""
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def products() -> None:
+        for _ in range(MATRIX_PRODUCTS):
+            torch.mm(left, right, out=out)
+
+    return MATRIX_PRODUCTS * 2 * side**3 / seconds(products, device)
+
+
+def copy_rate(size: int, device: torch.device) -> float:
+    """Bytes per second of a copy, each byte counted once as read and once as written."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)  # written, so that the copy meets no new pages
+    return 2 * size / seconds(lambda: target.copy_(source), device)
+
+
+def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
+    """
+    Most bytes that tensors made by one call held at a time, in the allocator's own count.
+
+    CUDA's allocator keeps the peak. For the CPU's, the profiler records each allocation and release, and their running
+    sum is taken: exact, and the same in every run. What libraries allocate by themselves is not in either.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result  # alive until here: what the call returns is part of its memory
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))
+
+
+def peak_resident(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Growth of the process's resident memory during one call, at its highest; None where it cannot be measured."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse pages that earlier calls have freed
+    CLEAR_REFS.write_text(RESET_PEAK)
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """A memory field of this process's status, in bytes."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * BYTES_PER_KIB

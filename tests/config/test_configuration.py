@@ -1,0 +1,45 @@
+"""Impossible configurations: the error names the field, the value and what is allowed."""
+
+from typing import Any
+
+import pytest
+from tests.helpers.tiny import tiny_config
+
+from fusion_hf import FusionConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_len": 8}, r"query_len is 8; allowed: a perfect square"),
+        ({"query_lens": [4, 7]}, r"query_lens is \[4, 7\]; allowed: perfect squares only, not 7"),
+        ({"query_lens": []}, r"query_lens is \[\]; allowed: at least one"),
+        ({"window_size": 0}, r"window_size is 0; allowed: at least 1"),
+        ({"sampler_layers": [0, 4]}, r"sampler_layers is \[0, 4\]; allowed: layers of the language model: 0 to 3"),
+        ({"sampler_layers": [1, 1]}, r"sampler_layers is \[1, 1\]; allowed: each layer once"),
+        ({"sampler_num_heads": 5}, r"sampler_num_heads is 5; allowed: a divisor of the language model's width 32"),
+        ({"vision_early_layers": 3}, r"vision_early_layers is 3; allowed: 1 to 2"),
+        ({"early_text_attention": "none"}, r"early_text_attention is 'none'; allowed: 'uniform' \| 'uniform_padded'"),
+        ({"image_token_grid": 5}, r"image_token_grid is 5; allowed: None or 1 to 4"),
+        ({"mapping_loss_weight": -1.0}, r"mapping_loss_weight is -1.0; allowed: 0 or more"),
+        ({"vision_config": {"model_type": "nothing"}}, r"vision_config.model_type is 'nothing'"),
+    ],
+)
+def test_impossible_values(changes: dict[str, Any], message: str) -> None:
+    values = tiny_config().to_dict() | changes
+    with pytest.raises(ValueError, match=message):
+        FusionConfig(**values)
+
+
+def test_derived_defaults() -> None:
+    config = FusionConfig(text_config={"model_type": "llama", "vocab_size": 100, "num_hidden_layers": 8})
+    assert (config.image_token_id, config.latent_token_id) == (100, 101)
+    assert (config.vision_start_token_id, config.vision_end_token_id) == (98, 99)
+    assert config.sampler_layers == [0, 3, 6] and config.vision_early_layers == 13
+    assert config.num_image_tokens == 729
+    assert FusionConfig(image_token_grid=16).num_image_tokens == 256
+
+
+def test_round_trip() -> None:
+    config = tiny_config("phi3", image_token_grid=2)
+    assert FusionConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()

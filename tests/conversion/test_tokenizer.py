@@ -1,0 +1,126 @@
+"""The converted tokenizer gives the ids that the authors' training saw."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.helpers.checkpoints import write_checkpoint, write_json
+from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.tokenizer import MARKS, add_marks, load_tokenizer
+
+RECORDED = Path(__file__).parents[1] / "fixtures" / "parity" / "tokenization.json"
+MAX_LENGTH = 4096
+IMAGE, LATENT = -200, -300  # upstream's placeholders
+# family -> (writer, model type, rows of the embedding, pad token, what the authors' tokenizer puts before a prompt)
+FAMILIES = {
+    "phi_3": (write_phi3_tokenizer, "phi3", 32_013, "<unk>", " "),
+    "llama_3": (write_llama3_tokenizer, "llama", 128_258, "<|reserved_special_token_0|>", ""),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """Name of a family and its converted tokenizer, loaded from disk as a user would."""
+    write, model_type, rows, _, _ = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = load_tokenizer(write(folder / "source"), model_type, MAX_LENGTH)
+    add_marks(tokenizer, rows)
+    tokenizer.save_pretrained(folder / "converted")
+    write_json(folder / "converted" / "config.json", {"model_type": "fusion"})
+    return request.param, AutoTokenizer.from_pretrained(folder / "converted")
+
+
+def conversations(name: str) -> list[dict]:
+    return json.loads(RECORDED.read_text(encoding="utf-8"))[name]
+
+
+def test_questions(family):
+    name, tokenizer = family
+    for recorded in conversations(name):
+        if recorded["has_image"]:  # a text-only conversation has no instruction
+            turns = [turn["value"] for turn in recorded["conversations"] if turn["from"] == "human"]
+            question = "".join(turn.replace("<image>", "").strip() for turn in turns)
+            assert tokenizer(question).input_ids == recorded["instruct_ids"]
+
+
+def test_prompts(family):
+    name, tokenizer = family
+    _, _, rows, _, prefix = FAMILIES[name]
+    marks = {IMAGE: rows, LATENT: rows + 1}
+    for recorded in conversations(name):
+        expected = [marks.get(token, token) for token in recorded["inference_input_ids"]]
+        assert tokenizer(prefix + recorded["inference_prompt"]).input_ids == expected
+
+
+def test_marks_and_settings(family):
+    name, tokenizer = family
+    _, _, rows, pad, _ = FAMILIES[name]
+    assert [tokenizer.convert_tokens_to_ids(mark) for mark in MARKS] == list(range(rows - 2, rows + 2))
+    assert set(MARKS) <= set(tokenizer.all_special_tokens)
+    assert tokenizer.pad_token == pad and tokenizer.padding_side == "left"
+    assert tokenizer.model_max_length == MAX_LENGTH
+    text = "Zwei  Hunde 狗\n<tag> 🙂"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_converting_twice_changes_nothing(family, tmp_path):
+    name, tokenizer = family
+    _, model_type, rows, _, _ = FAMILIES[name]
+    tokenizer.save_pretrained(tmp_path / "first")
+    again = load_tokenizer(tmp_path / "first", model_type, MAX_LENGTH)
+    add_marks(again, rows)
+    again.save_pretrained(tmp_path / "second")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_marks_that_upstream_added(tmp_path):
+    """A tokenizer saved by the authors' training has the first two marks already."""
+    folder = write_phi3_tokenizer(tmp_path)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<vision_start>", "<vision_end>"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder, "phi3", MAX_LENGTH)
+    add_marks(tokenizer, 32_013)
+    assert tokenizer.convert_tokens_to_ids("<latent_image>") == 32_014
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    tokenizer = load_tokenizer(write_phi3_tokenizer(tmp_path), "phi3", MAX_LENGTH)
+    with pytest.raises(ConversionError, match=r"<vision_start> has id 32011, but .* need id 32064"):
+        add_marks(tokenizer, 32_066)
+
+
+def test_broken_tokenizers(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "evil"}}')
+    with pytest.raises(ConversionError, match="is no tokenizer"):
+        load_tokenizer(tmp_path, "phi3", MAX_LENGTH)
+    backend = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match=r"no end of turn .*<\|end\|>"):
+        load_tokenizer(tmp_path, "llama", MAX_LENGTH)
+
+
+def test_in_the_command(tmp_path, convert, caplog):
+    """`--tokenizer` replaces, `none` leaves out, and a checkpoint without a tokenizer is warned about."""
+    write_checkpoint(tmp_path / "checkpoint", vocab_size=32_013)
+    without = convert()
+    assert "No tokenizer is written" in caplog.text
+    assert not list(without.glob("*tokenizer*")) and (without / "preprocessor_config.json").is_file()
+    assert json.loads((without / "generation_config.json").read_text())["eos_token_id"] == [2, 32000, 32001, 32007]
+
+    other = str(write_phi3_tokenizer(tmp_path / "tokenizer"))
+    given = convert("--tokenizer", other, output="given")
+    write_phi3_tokenizer(tmp_path / "checkpoint")
+    found = convert(output="found")
+    assert (given / "tokenizer.json").read_bytes() == (found / "tokenizer.json").read_bytes()
+    assert (found / "chat_template.jinja").is_file() and (found / "processor_config.json").is_file()
+    settings = json.loads((found / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [2, 32000, 32001, 32007] and settings["pad_token_id"] == 0
+    assert json.loads((found / "tokenizer_config.json").read_text())["model_max_length"] == 512
+    assert not list(convert("--tokenizer", "none", output="left out").glob("*tokenizer*"))

@@ -1,0 +1,17 @@
+"""The picture of the demo is drawn by this package."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fusion_hf.nano.pictures import PictureSpec, Shape
+
+RED_CIRCLE = PictureSpec(
+    "single", background=(244, 241, 236), shapes=(Shape("circle", "red", left=36, top=40, width=52, height=52),)
+)
+
+
+def test_red_circle(root: Path):
+    with Image.open(root / "docs" / "assets" / "red_circle.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(RED_CIRCLE.render()))

@@ -1,0 +1,81 @@
+"""The README's snippets run, and its commands exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusion_hf.cli import make_parser
+from fusion_hf.conversion import build, cli
+
+SECONDS = 600
+MARKER = "# needs "  # a line that has it is parsed instead of run
+EXPECTED = re.compile(r"^print\(.*\)  # (.*)$", re.MULTILINE)
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def execute(arguments: list[str], workspace: Path) -> str:
+    """What a process prints; it must not read anything, and it must succeed."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=workspace,
+        env=OFFLINE,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=SECONDS,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_python_block_runs(python_block: str, workspace: Path):
+    printed = execute(["-c", python_block], workspace).splitlines()
+    for expected in EXPECTED.findall(python_block):
+        assert expected in printed
+
+
+def test_bash_line(bash_line: str, workspace: Path, root: Path):
+    words = shlex.split(bash_line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets
+    elif MARKER in bash_line:
+        parse(words)
+    else:
+        assert words[0] == "fusion-hf"
+        output = execute(["-m", "fusion_hf", *words[1:]], workspace)
+        assert output or words[1] == "chat"  # which is told nothing here
+
+
+def parse(words: list[str]) -> None:
+    """Let the command's own parser read its arguments."""
+    parsers = {
+        ("fusion-hf", "convert"): cli.make_parser,
+        ("python", "conversion/build_from_backbones.py"): build.make_parser,
+    }
+    first = (words[0], words[1])
+    if first in parsers:
+        parsers[first]().parse_args(words[2:])
+    else:
+        assert words[0] == "fusion-hf"
+        make_parser().parse_args(words[1:])
+
+
+def test_expectations_are_found(root: Path):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert EXPECTED.findall(text) == ["red"] * 3
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/deviations.md"])
+def test_links_lead_somewhere(document: str, root: Path):
+    text = (root / document).read_text(encoding="utf-8")
+    targets = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]
+    local = [target for target in targets if not target.startswith("https://")]
+    assert local
+    for target in local:
+        assert (root / document).parent.joinpath(target).exists(), target

@@ -1,0 +1,110 @@
+"""The folder alone: loaded in a fresh process where the package cannot be imported and the network is off."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusion_hf import nano_path
+
+BLOCK = """
+import sys, socket
+sys.modules["fusion_hf"] = None  # importing the package fails, as if it were not installed
+
+def refuse(*args, **kwargs):
+    raise OSError("the network is off")
+
+socket.socket.connect = refuse
+FOLDER = sys.argv[1]
+from PIL import Image, ImageDraw
+picture = Image.new("RGB", (64, 64), (240, 240, 240))
+ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
+messages = [{"role": "user", "content": [
+    {"type": "image", "image": picture}, {"type": "text", "text": "what color is the shape?"}]}]
+"""
+
+AUTO_CLASSES = """
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+remote = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(FOLDER, **remote)
+assert config.model_type == "fusion" and "transformers_modules" in type(config).__module__
+base = AutoModel.from_pretrained(FOLDER, **remote)
+assert type(base).__name__ == "FusionModel"
+processor = AutoProcessor.from_pretrained(FOLDER, **remote)
+image_processor = AutoImageProcessor.from_pretrained(FOLDER, **remote)
+assert type(image_processor).__name__ == "FusionImageProcessor"
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, **remote)
+inputs = processor.apply_chat_template(
+    messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+assert tokenizer.decode(inputs["input_ids"][0]) == processor.tokenizer.decode(inputs["input_ids"][0])
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = auto.from_pretrained(FOLDER, **remote)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+"""
+
+PIPELINE = """
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model=FOLDER, trust_remote_code=True)
+print(pipe(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"].strip())
+several = [messages, [{"role": "user", "content": [
+    {"type": "image", "image": picture}, {"type": "text", "text": "what shape is present?"}]}]]
+for answer in pipe(text=several, max_new_tokens=4, return_full_text=False):
+    print(answer[0]["generated_text"].strip())
+"""
+
+SAVE_AGAIN = """
+from transformers import AutoModelForImageTextToText, AutoProcessor
+target = sys.argv[2]
+AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(target)
+AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(target)
+"""
+
+
+def run(script: str, *arguments: object, cache: Path) -> list[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", BLOCK + script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_auto_classes(tmp_path: Path) -> None:
+    assert run(AUTO_CLASSES, nano_path(), cache=tmp_path) == ["red", "red"]
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    assert run(PIPELINE, nano_path(), cache=tmp_path) == ["red", "red", "circle"]
+
+
+def test_saved_again_it_is_complete(tmp_path: Path) -> None:
+    """Weights equal to the byte; code, processor and template files are all there; and it still answers."""
+    copy = tmp_path / "copy"
+    run(SAVE_AGAIN, nano_path(), copy, cache=tmp_path)
+    original = Path(nano_path())
+    assert (copy / "model.safetensors").read_bytes() == (original / "model.safetensors").read_bytes()
+    missing = {path.name for path in original.iterdir() if path.is_file()} - {path.name for path in copy.iterdir()}
+    assert missing <= {"README.md"}, missing
+    assert run(PIPELINE, copy, cache=tmp_path) == ["red", "red", "circle"]
+
+
+def test_folder_names_every_auto_class() -> None:
+    config = json.loads((Path(nano_path()) / "config.json").read_text())
+    expected = {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(config["auto_map"]) >= expected
+    processor = json.loads((Path(nano_path()) / "processor_config.json").read_text())
+    assert processor["auto_map"]["AutoProcessor"] == "processing_fusion.FusionProcessor"
+
+
+@pytest.mark.parametrize("name", ["configuration", "modeling", "image_processing", "processing"])
+def test_the_code_files_are_the_packages(name: str) -> None:
+    file = f"{name}_fusion.py"
+    import fusion_hf
+
+    package = Path(fusion_hf.__file__).parent
+    assert (Path(nano_path()) / file).read_text() == (package / file).read_text()
