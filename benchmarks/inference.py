@@ -11,6 +11,8 @@ import argparse
 import json
 import platform
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -95,9 +97,6 @@ class Benchmark:
     def prefill(self, model: FusionForConditionalGeneration) -> Any:
         return model(**self.prompt, use_cache=True, logits_to_keep=1)
 
-    def decode(self, model: FusionForConditionalGeneration, cache: Any) -> Any:
-        return model(self.prompt["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
-
     def rewrite(self, model: FusionForConditionalGeneration, hidden: torch.Tensor, updates: LatentUpdates) -> None:
         """All samplers, without the layers that they follow."""
         for index in self.size.sampler_layers:
@@ -123,31 +122,34 @@ class Benchmark:
         conversation = self.long_conversation()
         for name in turned(list(self.models), index):
             model = self.models[name]
-            add["vision_seconds"][name].append(seconds(lambda model=model: self.encode(model), self.device))
+            add["vision_seconds"][name].append(seconds(partial(self.encode, model), self.device))
             first, later = generation_seconds(model, self.prompt, self.size.new_tokens)
             add["first_token_seconds"][name].append(first)
             add["per_token_seconds"][name].append(later)
-            elapsed = seconds(lambda model=model: self.rewrite(model, *conversation), self.device)
+            elapsed = seconds(partial(self.rewrite, model, *conversation), self.device)
             add["samplers_seconds"][name].append(elapsed)
         rate = matmul_rate(self.size.matrix_side, self.dtype, self.device)
         add["machine"]["matmul_flops_per_second"].append(rate)
         add["machine"]["copy_bytes_per_second"].append(copy_rate(self.size.copied_bytes, self.device))
 
     def memory_round(self, index: int) -> None:
-        """One value of every memory figure: what each phase needs above the weights and its inputs."""
+        """How much each phase adds to the process's resident memory, above the weights and its inputs."""
+        for name, phase, function in self.phases(index):
+            grown = peak_resident(function, self.device)
+            if grown is not None:
+                self.measured[f"{phase}_resident_bytes"][name].append(grown)
+
+    def count_allocations(self) -> None:
+        """How much each phase allocates: the same in every run, so once is enough."""
+        for name, phase, function in self.phases():
+            self.measured[f"{phase}_allocated_bytes"][name].append(peak_allocated(function, self.device))
+
+    def phases(self, index: int = 0) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+        """Variant, name and call of what is measured for its memory. Decoding needs little but the cache."""
         for name in turned(list(self.models), index):
             model = self.models[name]
-            cache = self.prefill(model).past_key_values
-            phases = {
-                "vision": lambda model=model: self.encode(model),
-                "first_token": lambda model=model: self.prefill(model),
-                "per_token": lambda model=model, cache=cache: self.decode(model, cache),
-            }
-            for phase, function in phases.items():
-                resident = peak_resident(function, self.device)
-                if resident is not None:
-                    self.measured[f"{phase}_resident_bytes"][name].append(resident)
-                self.measured[f"{phase}_allocated_bytes"][name].append(peak_allocated(function, self.device))
+            yield name, "vision", partial(self.encode, model)
+            yield name, "first_token", partial(self.prefill, model)
 
     def work(self) -> dict[str, int]:
         """What a prompt and a token must at least do: operations of matrix products, and bytes of weights read."""
@@ -213,6 +215,7 @@ def run(size: str, dtype: str, device: str, repeats: int, threads: int) -> dict[
             benchmark.time_round(index)
         for index in tqdm(range(repeats), desc="memory"):
             benchmark.memory_round(index)
+        benchmark.count_allocations()
         work = benchmark.work()
     measured = {figure: dict(variants) for figure, variants in benchmark.measured.items()}
     medians = {

@@ -81,8 +81,9 @@ class ReferenceVisionModel(nn.Module):
         pixel_values: torch.Tensor,
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
+        early_text_attention: str = "uniform_padded",
     ) -> FusionVisionModelOutput:
-        """See `FusionVisionModel.forward`; a padded question is averaged with its padding."""
+        """See `FusionVisionModel.forward`; the authors have only `"uniform_padded"`, which equals `"uniform"` here."""
         patch_embeddings = self.embeddings(pixel_values)  # (B, N, Dv)
         hidden_states, attention_mask, uniform_from = patch_embeddings, None, None
         if text_embeds is not None and text_mask is not None:

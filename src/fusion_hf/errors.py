@@ -1,5 +1,12 @@
-"""The error of whoever uses a model: says in one line what is wrong and what to do. Imports nothing."""
+"""The error of whoever uses a model. Imports nothing."""
+
+LONGEST_NAME = 80  # characters: a picture may be named by a data URI
 
 
 class InputError(ValueError):
-    """Something about the given picture, question, model or setting that its giver can mend."""
+    """Something about the given picture, question, model or setting that its giver can mend; says how, in one line."""
+
+
+def short_name(name: str) -> str:
+    """The beginning of a name, for an error to repeat."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
-from fusion_hf.errors import InputError
+from fusion_hf.errors import InputError, short_name
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.processing_fusion import FusionProcessor
 
@@ -29,7 +29,6 @@ AUTHORS_MODEL_TYPES = ("fusion_phi", "fusion_llama")
 # a folder of the Hub without its code, which is not needed, and without weights in formats that can hold code
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 IN_FOLDERS = "*/*"
-LONGEST_NAME = 80  # characters of a picture's name that an error repeats: data URIs are long
 
 
 def nano_path() -> str:
@@ -87,7 +86,7 @@ class Assistant:
             processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
             model, info = FusionForConditionalGeneration.from_pretrained(folder, dtype=kind, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"The model {folder} cannot be loaded: {error}") from error
+            raise InputError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
         # what is missing would be random numbers, and so would the answers
         absent = sorted(info["missing_keys"])
         if absent:
@@ -108,7 +107,6 @@ class Assistant:
             InputError: if it cannot be read or is too large; begins with its name.
         """
         processor = self.processor.image_processor
-        name = source if len(source) <= LONGEST_NAME else f"{source[:LONGEST_NAME]}..."
         try:
             return processor.process_image(
                 processor.fetch_images(source),
@@ -116,7 +114,8 @@ class Assistant:
                 max_image_pixels=processor.max_image_pixels,
             )
         except (ValueError, httpx.HTTPError) as error:
-            raise InputError(f"{name}: {error} Give another picture, or save it as PNG or JPEG.") from error
+            advice = "Give another picture, or save it as PNG or JPEG."
+            raise InputError(f"{short_name(source)}: {error} {advice}") from error
 
     @torch.inference_mode()
     def answer(

@@ -12,12 +12,20 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, TILES_PER_SIDE, FusionConfig
-from .modeling_fusion_decoder import DECODER_LAYERS, FusionSampler, LatentUpdates, PromptMarks, check_prompt
+from .modeling_fusion_decoder import (
+    DECODER_LAYERS,
+    FusionSampler,
+    LatentUpdates,
+    PromptMarks,
+    check_continuation,
+    check_prompt,
+)
 from .modeling_fusion_vision import FusionProjector, FusionVisionModel
 
 # what describes the prompt's picture and turns: needed while the prompt is processed, never after it
@@ -61,7 +69,6 @@ class EncodedPicture(NamedTuple):
     image_features: torch.Tensor  # (B, N, D)
     global_features: torch.Tensor  # (B, D, 2P, 2P)
     patch_embeddings: torch.Tensor  # (B, N, Dv)
-    patch_features: torch.Tensor  # (B, N, 3 Dv)
     instruct_embeds: torch.Tensor  # (B, T, D)
     instruct_features: torch.Tensor  # (B, T, D)
     instruct_mask: torch.Tensor  # (B, T)
@@ -90,6 +97,12 @@ class FusionPreTrainedModel(PreTrainedModel):
     # Engines that take over attention also take over the loop, drop our keywords, and would answer without samplers.
     _supports_attention_backend = False
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the parts' configurations are told the data type of the weights as well."""
+        for name in self.config.sub_configs:
+            getattr(self.config, name).dtype = self.dtype
+        super().save_pretrained(*args, **kwargs)
+
 
 class FusionModel(FusionPreTrainedModel):
     """Tower, both projectors and the language model, without the language head."""
@@ -98,9 +111,7 @@ class FusionModel(FusionPreTrainedModel):
         super().__init__(config)
         text_width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
         self.vision_tower = FusionVisionModel._from_config(
-            config.vision_config,
-            early_layers=config.vision_early_layers,
-            early_text_attention=config.early_text_attention,
+            config.vision_config, early_layers=config.vision_early_layers
         )
         self.vision_projector = FusionProjector(config, (1 + NUM_CONNECTOR_GROUPS) * vision_width, text_width)
         self.vision_projector_back = FusionProjector(config, text_width, vision_width)
@@ -164,7 +175,8 @@ class FusionModel(FusionPreTrainedModel):
         if instruct_attention_mask is not None:
             mask = mask & instruct_attention_mask.bool()
         instruct_embeds = self.get_input_embeddings()(instruct_input_ids)  # (B, T, D)
-        guided = self.vision_tower(overview, self.vision_projector_back(instruct_embeds), mask, **kwargs)
+        text_embeds, early = self.vision_projector_back(instruct_embeds), self.config.early_text_attention
+        guided = self.vision_tower(overview, text_embeds, mask, early_text_attention=early, **kwargs)
         return guided, instruct_embeds, mask
 
     def encode_picture(
@@ -188,7 +200,6 @@ class FusionModel(FusionPreTrainedModel):
             image_features=projected[:, :num_patches],
             global_features=global_features,
             patch_embeddings=guided.patch_embeddings,
-            patch_features=guided.features[:, :num_patches],
             instruct_embeds=instruct_embeds,
             instruct_features=projected[:, num_patches:],
             instruct_mask=mask,
@@ -303,7 +314,8 @@ class FusionModel(FusionPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if prompt.latent_updates is not None:
             kwargs["latent_updates"] = prompt.latent_updates
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        # a mask of four dimensions, or one for each kind of layer, comes with its position ids
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             # count from the first real token, so that left padding changes nothing (long RoPE depends on lengths)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -prompt.inputs_embeds.shape[1] :]
 
@@ -332,16 +344,35 @@ def _adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
     return nn.functional.adaptive_max_pool2d(feature_map, side)
 
 
+def _in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
+    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
+    return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
+
+
 class _InVocabulary(LogitsProcessorList):
-    """Shows the processors ids that exist in the logits: image and latent placeholders lie behind the vocabulary."""
+    """Shows the processors ids that exist in the logits."""
 
     def __init__(self, processors: LogitsProcessorList, config: FusionConfig):
         super().__init__(processors)
         self.config = config
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        inside = torch.where(input_ids < scores.shape[-1], input_ids, self.config.vision_start_token_id)
-        return super().__call__(inside, scores, **kwargs)
+        return super().__call__(_in_vocabulary(input_ids, self.config), scores, **kwargs)
+
+
+class _WordLookup(CandidateGenerator):
+    """Prompt lookup that proposes no placeholders: the text before a picture may be what the model says last."""
+
+    def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):
+        self.lookup = lookup
+        self.config = config
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        candidates, logits = self.lookup.get_candidates(_in_vocabulary(input_ids, self.config), **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
+        self.lookup.update_candidate_strategy(*args, **kwargs)
 
 
 class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
@@ -448,25 +479,32 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
-        use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Picture and turns go into the prompt's pass only; without a cache every pass is a prompt's."""
+        """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
         if not is_first_iteration and self._long_rope_begins(input_ids, past_key_values):
-            past_key_values, is_first_iteration = None, True
-            kwargs["next_sequence_length"] = None
+            past_key_values = next_sequence_length = None
+        # an assistant's first pass is not announced by `is_first_iteration`, so the length tells
+        is_prompt = inputs_embeds is None and (
+            next_sequence_length is None or next_sequence_length >= input_ids.shape[1]
+        )
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
-            is_first_iteration=is_first_iteration,
-            use_cache=use_cache,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration or is_prompt,
             **kwargs,
         )
-        if use_cache and not is_first_iteration:
+        if inputs_embeds is None and not is_prompt:
             for name in PROMPT_INPUTS:
                 model_inputs.pop(name, None)
+            if is_first_iteration:
+                check_continuation(self.config, model_inputs["input_ids"])
         return model_inputs
 
     def _long_rope_begins(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
@@ -487,8 +525,19 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             )
         super()._validate_generation_mode(generation_mode, generation_config, *args, **kwargs)
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return _InVocabulary(super()._get_logits_processor(*args, **kwargs), self.config)
+    def _get_logits_processor(
+        self, *args: Any, encoder_input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        if encoder_input_ids is not None and encoder_input_ids.ndim == 2:  # the prompt's ids, not its embeddings
+            encoder_input_ids = _in_vocabulary(encoder_input_ids, self.config)
+        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        return _InVocabulary(processors, self.config)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            return _WordLookup(generator, self.config)
+        return generator
 
 
 # so that saving a model brings the code files along

@@ -195,8 +195,9 @@ def check_prompt(
     if len(turns) != batch:
         raise ValueError(f"prompt_end_positions has {len(turns)} rows for {batch} samples.")
     if any(turns) and past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError("A prompt with latent blocks cannot continue a cache: pass the whole conversation at once.")
-    if attention_mask is None or attention_mask.ndim != 2:
+        check_continuation(config, input_ids)
+        raise ValueError("prompt_end_positions belong to a whole prompt, but the cache holds its beginning already.")
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         attention_mask = torch.ones_like(input_ids)
     for row, (ids, mask) in enumerate(zip(input_ids.cpu(), attention_mask[:, -length:].cpu(), strict=True)):
         attended = mask.nonzero().flatten().tolist()
@@ -212,6 +213,13 @@ def check_prompt(
         if image and latent and image[-1] > latent[0]:
             raise ValueError(f"Sample {row}: the image must come before the first latent block.")
         _check_turns(row, _blocks(latent), [end for end in turns[row] if end != -1], query_len, last)
+
+
+def check_continuation(config: FusionConfig, input_ids: torch.Tensor) -> None:
+    """Raise a `ValueError` if ids `(B, S)` that follow a cache hold a picture or a latent block."""
+    marks = PromptMarks.find(input_ids, config)
+    if bool((marks.image | marks.latent).any()):
+        raise ValueError("A prompt with latent blocks cannot continue a cache: pass the whole conversation at once.")
 
 
 def _blocks(positions: list[int]) -> list[range]:

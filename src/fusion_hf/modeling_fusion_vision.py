@@ -22,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_fusion import NUM_CONNECTOR_GROUPS, FusionConfig
+from .configuration_fusion import EARLY_TEXT_ATTENTION, NUM_CONNECTOR_GROUPS, FusionConfig
 
 
 class FusionVisionAttention(SiglipAttention):
@@ -95,10 +95,9 @@ class FusionVisionModel(SiglipPreTrainedModel):
     _no_split_modules = ["FusionVisionLayer"]
     _can_record_outputs = {"hidden_states": FusionVisionLayer, "attentions": FusionVisionAttention}
 
-    def __init__(self, config: SiglipVisionConfig, early_layers: int, early_text_attention: str):
+    def __init__(self, config: SiglipVisionConfig, early_layers: int):
         super().__init__(config)
         self.early_layers = early_layers
-        self.early_text_attention = early_text_attention
         self.embeddings = SiglipVisionEmbeddings(config)
         self.layers = nn.ModuleList([FusionVisionLayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
@@ -109,6 +108,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
         pixel_values: torch.Tensor,
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
+        early_text_attention: str = "uniform",
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionVisionModelOutput:
         """
@@ -116,6 +116,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): one tile of each picture.
             text_embeds (`torch.Tensor` of shape `(B, T, Dv)`, *optional*): the question in the tower's width.
             text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): true where a question token is valid.
+            early_text_attention (`str`): see [`FusionConfig`].
         """
         patch_embeddings = self.embeddings(pixel_values)  # (B, N, Dv)
         hidden_states, attention_mask = patch_embeddings, None
@@ -124,8 +125,8 @@ class FusionVisionModel(SiglipPreTrainedModel):
             hidden_states = torch.cat([patch_embeddings, text_embeds], dim=1)  # (B, N + T, Dv)
             key_mask = nn.functional.pad(text_mask, (patch_embeddings.shape[1], 0), value=True)  # (B, N + T)
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask)
-            num_patches, uniform_weights = patch_embeddings.shape[1], self.uniform_weights(key_mask)
-            early_kwargs = {"num_patches": num_patches, "uniform_weights": uniform_weights}
+            weights = _uniform_weights(key_mask, early_text_attention)
+            early_kwargs = {"num_patches": patch_embeddings.shape[1], "uniform_weights": weights}
 
         # running sums of h_0 .. h_{k-1} and h_k .. h_{2k-1}: the states themselves are never kept
         sums: list[torch.Tensor] = []
@@ -140,13 +141,16 @@ class FusionVisionModel(SiglipPreTrainedModel):
         means = [total / self.early_layers for total in sums]
         return FusionVisionModelOutput(torch.cat([hidden_states, *means], dim=-1), patch_embeddings)
 
-    def uniform_weights(self, key_mask: torch.Tensor) -> torch.Tensor | None:
-        """Weights `(B, 1, N + T)` of the mean that a question row takes in early layers; None for `"masked"`."""
-        if self.early_text_attention == "masked":
-            return None
-        mask = torch.ones_like(key_mask) if self.early_text_attention == "uniform_padded" else key_mask
-        weights = mask.float()
-        return (weights / weights.sum(-1, keepdim=True)).unsqueeze(1)
+
+def _uniform_weights(key_mask: torch.Tensor, early_text_attention: str) -> torch.Tensor | None:
+    """Weights `(B, 1, N + T)` of the mean that a question row takes in early layers; None for `"masked"`."""
+    if early_text_attention not in EARLY_TEXT_ATTENTION:
+        allowed = " | ".join(map(repr, EARLY_TEXT_ATTENTION))
+        raise ValueError(f"early_text_attention is {early_text_attention!r}; allowed: {allowed}.")
+    if early_text_attention == "masked":
+        return None
+    weights = (torch.ones_like(key_mask) if early_text_attention == "uniform_padded" else key_mask).float()
+    return (weights / weights.sum(-1, keepdim=True)).unsqueeze(1)
 
 
 class FusionProjector(nn.Module):

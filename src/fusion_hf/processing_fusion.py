@@ -167,8 +167,14 @@ class FusionProcessor(ProcessorMixin):
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         prepared = [self._prepare_messages(c) for c in (conversation if batched else [conversation])]
         length = self.query_len if query_len is None else _checked_query_len(query_len)
+        # a block of one latent token looks like a mark that stands for a block: say that it is none
+        processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {}), "query_len": length}
         return super().apply_chat_template(
-            prepared if batched else prepared[0], chat_template=chat_template, query_len=length, **kwargs
+            prepared if batched else prepared[0],
+            chat_template=chat_template,
+            query_len=length,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
         )
 
     def __call__(
@@ -196,7 +202,7 @@ class FusionProcessor(ProcessorMixin):
         text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
         tensors = text_kwargs.get("return_tensors")
         kwargs = _without(kwargs, "return_tensors")
-        if tensors is not None and "padding" not in text_kwargs:
+        if tensors is not None and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
             kwargs["padding"] = True
         kwargs["return_offsets_mapping"] = True
         features = super().__call__(images=flat_images or None, text=list(texts), **kwargs)

@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import transformers
+
+from fusion_hf.cli import main
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # a hung process fails its test instead of stopping all
@@ -40,6 +45,24 @@ def run(command: list[str], offline: dict[str, str]) -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """The same without a process, where it is only about a message: a process takes seconds to import torch."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        status = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(list(arguments), status, printed.out, printed.err)
+
+    monkeypatch.chdir(ROOT)
+    verbosity = transformers.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield run
+    transformers.logging.set_verbosity(verbosity[0])
+    huggingface_hub.logging.set_verbosity(verbosity[1])
+    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -195,6 +195,7 @@ def test_bin_file_with_other_things_than_tensors(tmp_path, refuse):
         ({"model_type": None}, "None"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"hidden_size": 31}, "config.json"),
+        ({"intermediate_size": 10**18}, "configuration"),
         ({"num_hidden_layers": 10**9}, "1000000000"),
         ({"window_size": 0}, "window_size"),
         ({"window_size": "3"}, "window_size is '3'"),

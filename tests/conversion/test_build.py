@@ -108,7 +108,7 @@ def assert_backbones(weights: dict[str, torch.Tensor], text: dict[str, torch.Ten
         ("llama", {"tie_word_embeddings": True}),  # as SmolLM2
         ("qwen2", {"tie_word_embeddings": True, "spare_rows": 13}),
         ("qwen3", {"head_dim": 16}),
-        ("smollm3", {}),
+        ("smollm3", {"tie_word_embeddings": False}),
         ("mistral", {}),
         ("phi3", {"num_key_value_heads": 4}),
     ],
@@ -183,7 +183,7 @@ def test_without_tokenizer(tmp_path, build):
     [
         (["--num-samplers", "10"], "10 samplers"),
         (["--start", "3"], "sampler_layers"),
-        (["--query-lens", "5"], "query_lens"),
+        (["--query-lens", "4,5"], "query_lens"),
         (["--window-size", "0"], "window_size"),
         (["--text", "VISION"], "siglip"),
         (["--vision", "TEXT"], "model_type is 'llama'"),

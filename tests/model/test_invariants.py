@@ -72,7 +72,7 @@ def test_early_text_attention(early: str) -> None:
     assert same == (early != "uniform_padded")
     others = {"uniform", "masked"} - {early}
     for other in others:
-        model.model.vision_tower.early_text_attention = other
+        model.config.early_text_attention = other
         different = not torch.allclose(model(**inputs).logits, base, **CLOSE)
         # without padding the two uniform ways are one
         assert different == (other == "masked" or early == "masked")
@@ -80,18 +80,17 @@ def test_early_text_attention(early: str) -> None:
 
 @torch.no_grad()
 def test_masked_patches_do_not_see_the_question_early() -> None:
-    config = tiny_config(early_text_attention="masked")
+    config = tiny_config()
     tower = tiny_model(config).model.vision_tower
     pixels, width = torch.randn(2, 3, 32, 32), config.vision_config.hidden_size
     text, mask = torch.randn(2, 3, width), torch.ones(2, 3, dtype=torch.bool)
-    groups = [slice(width, 2 * width)]  # the mean of the early hidden states
-    with_text, without = tower(pixels, text, mask), tower(pixels)
-    num_patches = without.features.shape[1]
-    for group in groups:
-        torch.testing.assert_close(with_text.features[:, :num_patches, group], without.features[..., group])
-    tower.early_text_attention = "uniform"
-    seen = tower(pixels, text, mask).features[:, :num_patches, groups[0]]
-    assert (seen - without.features[..., groups[0]]).abs().max() > 1e-4
+    early_mean = slice(width, 2 * width)  # of the early hidden states
+    alone = tower(pixels).features[..., early_mean]
+    for early, sees in (("masked", False), ("uniform", True)):
+        features = tower(pixels, text, mask, early_text_attention=early).features[:, : alone.shape[1], early_mean]
+        assert ((features - alone).abs().max() > 1e-4) == sees
+    with pytest.raises(ValueError, match="early_text_attention is 'other'; allowed: 'uniform'"):
+        tower(pixels, text, mask, early_text_attention="other")
 
 
 @torch.no_grad()

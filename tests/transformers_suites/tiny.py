@@ -12,6 +12,7 @@ from fusion_hf import FusionConfig, FusionImageProcessor
 VOCAB_SIZE = 99
 VISION_START_ID, VISION_END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 FIRST_TEXT_ID = 5  # smaller ids are special in the backbone's configuration, or the placeholders
+LAST_TEXT_ID = VOCAB_SIZE - 16  # the suites cut 15 ids off
 BEHIND_VOCAB = (VOCAB_SIZE, VOCAB_SIZE + 1)  # image and latent placeholder where FusionConfig puts them
 SMALL_IDS = (3, 4)
 IMAGE_SIZE, PATCH_SIZE = 16, 4
@@ -49,7 +50,7 @@ def tiny_config(backbone: str = "llama", tower_layers: int = 2, **kwargs: Any) -
 
 def text_ids(batch_size: int, length: int) -> torch.Tensor:
     """Random ids `(B, length)` of ordinary tokens."""
-    return torch.randint(FIRST_TEXT_ID, VISION_START_ID, (batch_size, length))
+    return torch.randint(FIRST_TEXT_ID, LAST_TEXT_ID + 1, (batch_size, length))
 
 
 def framed(batch_size: int, token_id: int, length: int) -> torch.Tensor:

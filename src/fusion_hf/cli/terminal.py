@@ -4,7 +4,7 @@ import io
 import sys
 from pathlib import Path
 
-from fusion_hf.errors import InputError
+from fusion_hf.errors import InputError, short_name
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
 LONGEST_ERROR = 600  # characters: a library may list every tensor of a model
@@ -43,9 +43,10 @@ def check_picture_exists(source: str) -> None:
     except OSError:  # a name longer than any file's
         is_file = is_folder = False
     if is_folder:
-        raise InputError(f"{source} is a folder; give the pictures in it.")
+        raise InputError(f"{short_name(source)} is a folder; give the pictures in it.")
     if not is_file:
-        raise InputError(f"{source!r} is no file; check the name, and put the question in quotation marks.")
+        advice = "check its name, or put the question in quotation marks"
+        raise InputError(f"{short_name(source)!r} is no file; {advice}.")
 
 
 def check_question(question: str) -> None:

@@ -51,8 +51,8 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-More latent tokens per question look more closely: `query_len` (a square, trained: {query_lens}) is an argument of
-`apply_chat_template`, and `inputs` carries the result.
+More latent tokens per question look more closely: pass the same `query_len` (trained: {query_lens}) to
+`apply_chat_template` and to `generate`.
 
 ```python
 from transformers import pipeline

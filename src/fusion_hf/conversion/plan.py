@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader
+from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader, first_line
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.keys import KeyMap, Row
 from fusion_hf.conversion.lora import LoraPair
@@ -79,8 +79,8 @@ def expected_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = FusionForConditionalGeneration(config)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    except (ValueError, RuntimeError) as error:  # torch raises the latter for sizes beyond its integers
+        raise ConversionError(f"The configuration makes no model: {first_line(error)}.") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]

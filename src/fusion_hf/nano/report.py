@@ -114,7 +114,7 @@ def card_text(figures: Figures, parameters: int) -> str:
         f"| drawn, {titles[name]} | {percent(figures.accuracy, name)} | {percent(figures.fewest_latents, name)} | | |"
         for name in DRAWN
     ]
-    steps = ", ".join(f"{plan.steps} in stage {plan.stage}" for plan in PLAN)
+    steps = ", ".join(f"{plan.steps} ({plan.name})" for plan in PLAN)
     return CARD.format(
         parameters=f"{parameters / 1e6:.2f}",
         questions=figures.questions,
