@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf.nano import records as nano_records
 from fusion_hf.nano.evaluate import accuracies
-from fusion_hf.nano.records import Record, test_records
+from fusion_hf.nano.records import Record
 from fusion_hf.nano.report import most_frequent_answers, shuffled
 from fusion_hf.nano.train import PLAN
 
@@ -51,7 +52,7 @@ def test_accuracies() -> None:
 
 def test_question_only_baseline_and_shuffled_pictures() -> None:
     """The figures that easy-vqa's questions alone allow, computed from the data set."""
-    records = [record for record in test_records(drawn=1) if record.category == "easy-vqa"]
+    records = [record for record in nano_records.test_records(drawn=1) if record.category == "easy-vqa"]
     assert len(records) == 9673
     scores = accuracies(records, most_frequent_answers(records))
     assert scores["easy-vqa"] == pytest.approx(0.670, abs=0.002)

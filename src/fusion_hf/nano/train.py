@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fusion_hf.conversion.folder import make_generation_config
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.nano.build import build_config, build_model, build_processor
 from fusion_hf.nano.evaluate import accuracies, generate_answers
@@ -137,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             scores = accuracies(sample, generate_answers(model, processor, sample))
             logger.info("validation after %s: %s", plan.name, json.dumps(scores))
     if is_main:
+        model.generation_config = make_generation_config(config, tokenizer, {})
         model.to(torch.bfloat16).save_pretrained(arguments.output)
         processor.save_pretrained(arguments.output)
 
