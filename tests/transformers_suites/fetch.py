@@ -78,8 +78,9 @@ def _download(version: str, folder: Path) -> Path:
 
 
 def _advice(requirement: str, problem: str) -> str:
+    folder = cache_folder() / requirement.replace("==", "-")
     return (
         f"These tests are transformers' own suites, from the source distribution of {requirement}, which cannot be "
-        f"downloaded ({problem}). Run them with a package index within reach, or put the distribution's folder `tests` "
-        f"into {cache_folder()}/{requirement.replace('==', '-')}/."
+        f"downloaded ({problem}). Run them with a package index within reach, or put the distribution's folder "
+        f"`tests` into {folder}."
     )

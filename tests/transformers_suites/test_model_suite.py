@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.transformers_suites.not_applicable import NotApplicable
+from packaging.version import Version
+from tests.transformers_suites.not_applicable import NOT_APPLICABLE, NotApplicable
 from tests.transformers_suites.suites import load, mixin
 from tests.transformers_suites.tiny import BEHIND_VOCAB, SMALL_IDS, FusionModelTester, tiny_config, tiny_inputs
 from transformers.models.auto import modeling_auto
@@ -85,3 +86,13 @@ def test_checkpointing_keeps_gradients(backbone: str, use_reentrant: bool) -> No
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the table is of the newest version")
+def test_the_table_names_tests_of_the_suites() -> None:
+    suites = [
+        mixin("test_modeling_common", "ModelTesterMixin"),
+        mixin("test_image_processing_common", "ImageProcessingTestMixin"),
+        mixin("test_processing_common", "ProcessorTesterMixin"),
+    ]
+    assert [name for name in NOT_APPLICABLE if not any(hasattr(suite, name) for suite in suites)] == []

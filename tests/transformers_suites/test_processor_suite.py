@@ -11,6 +11,7 @@ from tests.transformers_suites.tiny import tiny_image_processor, tiny_tokenizer
 from fusion_hf import FusionImageProcessor, FusionProcessor
 
 pytestmark = pytest.mark.slow
+PROCESSOR_VALUES = {"chat_format": "chatml", "num_image_tokens": 16, "query_len": 4}
 
 
 class ProcessorTest(NotApplicable, mixin("test_processing_common", "ProcessorTesterMixin"), unittest.TestCase):
@@ -26,4 +27,38 @@ class ProcessorTest(NotApplicable, mixin("test_processing_common", "ProcessorTes
 
     @staticmethod
     def prepare_processor_dict() -> dict[str, Any]:
-        return {"chat_format": "chatml", "num_image_tokens": 16, "query_len": 4}
+        return dict(PROCESSOR_VALUES)
+
+
+def test_processor_files_survive_loading(tmp_path: Path) -> None:
+    """In place of the suite's comparison of processors, one of what they save."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES).save_pretrained(first)
+    FusionProcessor.from_pretrained(first).save_pretrained(second)
+    names = {path.name for path in first.iterdir()}
+    assert names == {path.name for path in second.iterdir()}
+    for name in names - {"tokenizer_config.json"}:  # to which transformers adds how it was loaded
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="older versions shift the mask by the expanded image"
+)
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_assistant_mask_of_a_conversation_with_a_picture(padding_side: str) -> None:
+    """In place of the suite's conversations of three pictures."""
+    processor = FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES)
+    picture = {"type": "image", "image": Image.new("RGB", (30, 20))}
+    later = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "it is"}]
+    question = {"role": "user", "content": [picture, {"type": "text", "text": "what?"}]}
+    inputs = processor.apply_chat_template(
+        [[question, {"role": "assistant", "content": "a red one"}, *later], later],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": padding_side},
+    )
+    pairs = zip(inputs["input_ids"], inputs["assistant_masks"].bool(), strict=True)
+    said = [processor.tokenizer.decode(ids[mask]) for ids, mask in pairs]
+    assert said == ["a red one<|im_end|>it is<|im_end|>", "it is<|im_end|>"]
