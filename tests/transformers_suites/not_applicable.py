@@ -35,7 +35,7 @@ NOT_APPLICABLE = {
         "test_assistant_mask_of_a_conversation_with_a_picture"
     ),
     "test_call_arguments_not_in_attributes": (
-        "it is transformers' rule for its own new processors; ours has a default query_len, and a call may name another"
+        "it is transformers' rule for its own new processors; ours has a default query_len that a call may replace"
     ),
     "test_processor_from_and_save_pretrained": (
         "save_pretrained of a class that is registered for the auto classes adds auto_map to the saved instance, and "

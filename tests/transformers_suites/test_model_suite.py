@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from tests.transformers_suites.not_applicable import NOT_APPLICABLE, NotApplicable
 from tests.transformers_suites.suites import load, mixin

@@ -1,9 +1,13 @@
 """transformers' common suite for processors."""
 
 import unittest
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
+from PIL import Image
 from tests.transformers_suites.not_applicable import NotApplicable
 from tests.transformers_suites.suites import mixin
 from tests.transformers_suites.tiny import tiny_image_processor, tiny_tokenizer

@@ -1,0 +1,197 @@
+"""Configuration of FUSION: a SigLIP tower that reads the question, a decoder-only LLM, latent tokens and samplers.
+
+Source: FUSION, arXiv 2504.09925, and the behaviour of its authors' released checkpoints.
+"""
+
+from dataclasses import field
+from math import isqrt
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
+
+EARLY_TEXT_ATTENTION = ("uniform", "uniform_padded", "masked")
+# the picture is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
+TILES_PER_SIDE = 2
+NUM_TILES = TILES_PER_SIDE**2
+# every auto class that can load a FUSION folder without this package
+AUTO_MAP = {
+    "AutoConfig": "configuration_fusion.FusionConfig",
+    "AutoModel": "modeling_fusion.FusionModel",
+    "AutoModelForImageTextToText": "modeling_fusion.FusionForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_fusion.FusionForConditionalGeneration",
+}
+NUM_CONNECTOR_GROUPS = 2  # the connector averages two groups of hidden states, each `vision_early_layers` long
+
+
+def is_perfect_square(number: int) -> bool:
+    """Whether `number` latents can be laid out as a square of at least one."""
+    return number > 0 and isqrt(number) ** 2 == number
+
+
+class FusionConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`FusionForConditionalGeneration`]. The defaults have FUSION 3B's shape (Phi-3, SigLIP so400m/14
+    at 384); the files in `configs/models` are the published family.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*): the language model (phi3, llama, qwen2, ...).
+        vision_config (`dict` or `SiglipVisionConfig`, *optional*): the tower; `num_hidden_layers` counts the layers
+            that are kept and run (one less than the published tower has).
+        image_token_id (`int`, *optional*): placeholder of one image feature. Default: the first id after the LLM's
+            vocabulary.
+        latent_token_id (`int`, *optional*): placeholder of one latent token. Default: the second id after the
+            vocabulary.
+        vision_start_token_id, vision_end_token_id (`int`, *optional*): frame of image and latent blocks. Default: the
+            last two ids of the vocabulary, where the authors' checkpoints have them.
+        query_len (`int`): latent tokens per question at inference, a perfect square.
+        query_lens (`list[int]`): training draws the number of latent tokens from these.
+        window_size (`int`): side of the window of the global context that one latent token sees.
+        sampler_layers (`list[int]`, *optional*): LLM layers after which a sampler rewrites the latent tokens.
+            Default: every third of the first thirty.
+        sampler_num_heads (`int`): attention heads of a sampler.
+        vision_early_layers (`int`, *optional*): number of early tower layers and size of each of the connector's two
+            groups. Default: half of the tower (13 of 26, 19 of 39).
+        early_text_attention (`str`): what the question's rows attend to in early layers. `"uniform"`: the mean over
+            patches and valid question tokens; `"uniform_padded"`: over padding as well (the authors' batches);
+            `"masked"`: as the paper says, patches do not see the question there.
+        image_token_grid (`int`, *optional*): side of the grid that image features are resized to (FUSION-L: 16).
+        mapping_loss_weight (`float`): weight of the two mapping losses.
+        instruct_pad_token_id (`int`): this id is ignored in the question (0, also where 0 is a real token: the
+            authors' mask is `ids != 0`).
+        projector_hidden_act (`str`): activation of both projectors.
+
+    Raises:
+        ValueError: for an impossible value; names the field, the value and what is allowed.
+    """
+
+    model_type = "fusion"
+    sub_configs = {"text_config": AutoConfig, "vision_config": SiglipVisionConfig}
+
+    # None until `__post_init__` has filled in what other fields imply, never after it: hence Any
+    text_config: Any = None
+    vision_config: Any = None
+    image_token_id: Any = None
+    latent_token_id: Any = None
+    vision_start_token_id: Any = None
+    vision_end_token_id: Any = None
+    query_len: int = 36
+    query_lens: list[int] = field(default_factory=lambda: [4, 16, 36, 64, 144])
+    window_size: int = 3
+    sampler_layers: Any = None
+    sampler_num_heads: int = 16
+    vision_early_layers: Any = None
+    early_text_attention: str = "uniform"
+    image_token_grid: int | None = None
+    mapping_loss_weight: float = 0.1
+    instruct_pad_token_id: int = 0
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _build_sub_config("text_config", self.text_config, "phi3", {"vocab_size": 32013})
+        self.vision_config = _build_sub_config(
+            "vision_config",
+            self.vision_config,
+            "siglip_vision_model",
+            {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+            },
+        )
+        vocab_size = self.text_config.vocab_size
+        defaults = {
+            "image_token_id": vocab_size,
+            "latent_token_id": vocab_size + 1,
+            "vision_start_token_id": vocab_size - 2,
+            "vision_end_token_id": vocab_size - 1,
+            "sampler_layers": list(range(0, min(30, self.text_config.num_hidden_layers), 3)),
+            "vision_early_layers": self.vision_config.num_hidden_layers // NUM_CONNECTOR_GROUPS,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        # some backbones tie their head and say so only in their own configuration
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        self.check_values()
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches per side of one tile, P."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens that the LLM reads for one picture: P * P, or the reduced grid's."""
+        side = self.image_token_grid if self.image_token_grid is not None else self.num_patches_per_side
+        return side * side
+
+    def check_values(self) -> None:
+        """Raise a `ValueError` for the first field whose value is impossible."""
+        text, vision = self.text_config, self.vision_config
+        _require(is_perfect_square(self.query_len), "query_len", self.query_len, "a perfect square (1, 4, 9, 16, ...)")
+        _require(len(self.query_lens) > 0, "query_lens", self.query_lens, "at least one perfect square")
+        for length in self.query_lens:
+            _require(is_perfect_square(length), "query_lens", self.query_lens, f"perfect squares only, not {length}")
+        _require(self.window_size > 0, "window_size", self.window_size, "at least 1")
+        layers = text.num_hidden_layers
+        for layer in self.sampler_layers:
+            allowed = f"layers of the language model: 0 to {layers - 1}"
+            _require(0 <= layer < layers, "sampler_layers", self.sampler_layers, allowed)
+        distinct = len(set(self.sampler_layers)) == len(self.sampler_layers)
+        _require(distinct, "sampler_layers", self.sampler_layers, "each layer once")
+        _require(
+            self.sampler_num_heads > 0 and text.hidden_size % self.sampler_num_heads == 0,
+            "sampler_num_heads",
+            self.sampler_num_heads,
+            f"a divisor of the language model's width {text.hidden_size}",
+        )
+        most = vision.num_hidden_layers // NUM_CONNECTOR_GROUPS
+        _require(
+            0 < self.vision_early_layers <= most,
+            "vision_early_layers",
+            self.vision_early_layers,
+            f"1 to {most}: two groups of that size must fit into the tower's {vision.num_hidden_layers} layers",
+        )
+        _require(
+            self.early_text_attention in EARLY_TEXT_ATTENTION,
+            "early_text_attention",
+            self.early_text_attention,
+            " | ".join(map(repr, EARLY_TEXT_ATTENTION)),
+        )
+        side = self.num_patches_per_side
+        _require(
+            self.image_token_grid is None or 0 < self.image_token_grid <= side,
+            "image_token_grid",
+            self.image_token_grid,
+            f"None or 1 to {side}, the tower's patches per side",
+        )
+        _require(self.mapping_loss_weight >= 0, "mapping_loss_weight", self.mapping_loss_weight, "0 or more")
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"FusionConfig.{name} is {value!r}; allowed: {allowed}.")
+
+
+def _build_sub_config(
+    name: str, value: dict | PreTrainedConfig | None, default_type: str, default_values: dict[str, Any]
+) -> PreTrainedConfig:
+    """A sub-configuration from a dict (with its `model_type`), from nothing (the defaults), or as it is."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    values = dict(value) if value is not None else dict(default_values)
+    model_type = values.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        allowed = "a model type that transformers knows"
+        raise ValueError(f"FusionConfig.{name}.model_type is {model_type!r}; allowed: {allowed}.")
+    return CONFIG_MAPPING[model_type](**values)
+
+
+FusionConfig.register_for_auto_class()  # so that saving a model or processor brings the code files along
+
+__all__ = ["FusionConfig"]

@@ -1,0 +1,169 @@
+"""Pictures to five tiles: four quarters of a 2 x 2 enlargement, then the overview (FUSION's `static_hd`)."""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
+
+GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
+ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
+
+
+class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """
+    exif_transpose (`bool`): turn the picture upright by its EXIF orientation. The authors' code does not: pass False
+        for pixels equal to theirs on such photos.
+    max_image_pixels (`int`): pictures with more pixels are refused before they are decoded.
+    """
+
+    exif_transpose: bool
+    max_image_pixels: int
+
+
+class FusionImageProcessor(PilBackend):
+    """
+    Makes `pixel_values` of shape `(num_images, 5, 3, height, width)` from pictures of any size.
+
+    The picture is resized with PIL's bicubic filter, aspect ratio ignored, to twice `size` and cut into four tiles in
+    row-major order, and to `size` for the overview, which comes last. Then `/ 255`, minus `image_mean`, divided by
+    `image_std`. Alpha is dropped, 16-bit grey is scaled to 8 bits, the first frame of an animation is taken.
+
+    Raises:
+        ValueError: for a picture that cannot be read or has more than `max_image_pixels` pixels.
+    """
+
+    valid_kwargs = FusionImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 384, "width": 384}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    exif_transpose = True
+    max_image_pixels = 89_478_485  # PIL warns above it: a quarter of a gigabyte in RGB
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open paths, URLs, base64 text and data URIs (or lists of them) without decoding; others pass through."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return _open(os.fspath(image_url_or_urls))
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(
+        self,
+        image: Any,
+        exif_transpose: bool = True,
+        max_image_pixels: int = max_image_pixels,
+        input_data_format: Any = None,
+        **kwargs: Any,
+    ) -> Image.Image:
+        """One picture (PIL, array or tensor) as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
+        if not isinstance(image, Image.Image):
+            image = to_pil_image(_drop_alpha(np.asarray(image)), input_data_format=input_data_format)
+        width, height = image.size
+        if width * height > max_image_pixels:
+            raise ValueError(
+                f"The picture has {width} x {height} = {width * height} pixels; allowed: max_image_pixels = "
+                f"{max_image_pixels}."
+            )
+        try:
+            image.load()
+            if exif_transpose and image.getexif().get(ORIENTATION_TAG, UPRIGHT) != UPRIGHT:
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"The picture cannot be decoded: {error}.") from error
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        size: SizeDict,
+        resample: PILImageResampling,
+        do_resize: bool,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        if not do_resize:
+            raise ValueError("do_resize is False; allowed: True. The tiles are cut from a resized picture.")
+        # 256 possible bytes per channel: scale and normalise them once, then look every pixel up
+        table = np.arange(LARGEST_UINT8 + 1, dtype=np.float64)[:, None].repeat(3, axis=1)
+        table = table * rescale_factor if do_rescale else table
+        table = (table - np.array(image_mean)) / np.array(image_std) if do_normalize else table
+        table = table.astype(np.float32).T  # (3, 256)
+        pixel_values = []
+        for image in images:
+            tiles = self.cut(image, size, resample)  # (5, 3, height, width)
+            pixel_values.append(np.stack([table[channel][tiles[:, channel]] for channel in range(3)], axis=1))
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    @staticmethod
+    def cut(image: Image.Image, size: SizeDict, resample: PILImageResampling) -> np.ndarray:
+        """An RGB picture as bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview."""
+        height, width = size.height, size.width
+        large = np.asarray(image.resize((TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample))
+        tiles = large.reshape(TILES_PER_SIDE, height, TILES_PER_SIDE, width, 3).transpose(0, 2, 4, 1, 3)
+        overview = np.asarray(image.resize((width, height), resample)).transpose(2, 0, 1)
+        return np.concatenate([tiles.reshape(NUM_TILES, 3, height, width), overview[None]])
+
+
+def _open(source: str) -> Image.Image:
+    """A picture from a path, an http(s) URL, base64 text or a data URI; not yet decoded."""
+    name = source if len(source) <= 100 else f"{source[:100]}..."
+    try:
+        if source.startswith(("http://", "https://")):
+            import httpx  # comes with huggingface_hub
+
+            response = httpx.get(source, follow_redirects=True)
+            response.raise_for_status()
+            return Image.open(BytesIO(response.content))
+        if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
+            return Image.open(source)
+        content = source.split(",", 1)[1] if source.startswith("data:") else source
+        return Image.open(BytesIO(base64.b64decode("".join(content.split()), validate=True)))
+    except (binascii.Error, IndexError) as error:
+        raise ValueError(f"No picture: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The picture {name!r} cannot be opened: {error}.") from error
+
+
+def _drop_alpha(array: np.ndarray) -> np.ndarray:
+    """Three of four channels, whether they come first or last."""
+    if array.ndim == 3 and array.shape[-1] == 4:
+        return array[..., :3]
+    return array[:3] if array.ndim == 3 and array.shape[0] == 4 else array
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in GRAY_16_BIT_MODES:  # PIL would clip at 255, and the picture be white
+        gray = np.asarray(image).astype(np.int64).clip(0, LARGEST_UINT16)
+        if image.mode != "I" or gray.max() > LARGEST_UINT8:
+            gray = gray * LARGEST_UINT8 // LARGEST_UINT16
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+FusionImageProcessor.register_for_auto_class()
+
+__all__ = ["FusionImageProcessor"]

@@ -1,0 +1,547 @@
+"""FUSION: a tower guided by the question, latent tokens that samplers rewrite between LLM layers, two mapping losses.
+
+Shapes: B batch, P patches per side, N = P * P, T question tokens, Dv tower width, D LLM width, q latent tokens
+(`query_len`), w window size, R user turns, S sequence length. Source: FUSION, arXiv 2504.09925.
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, TILES_PER_SIDE, FusionConfig
+from .modeling_fusion_decoder import (
+    DECODER_LAYERS,
+    FusionSampler,
+    LatentUpdates,
+    PromptMarks,
+    check_continuation,
+    check_prompt,
+)
+from .modeling_fusion_vision import FusionProjector, FusionVisionModel
+
+# what describes the prompt's picture and turns: needed while the prompt is processed, never after it
+PROMPT_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
+
+
+@dataclass
+class FusionModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    image_hidden_states (`(B, num_image_tokens, D)`, *optional*): projected image features that the LLM read.
+    mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    mapping_loss: torch.Tensor | None = None
+
+
+@dataclass
+class FusionCausalLMOutputWithPast(ModelOutput):
+    """
+    loss (`()`, *optional*): `language_loss + mapping_loss_weight * mapping_loss`.
+    language_loss (`()`, *optional*): mean cross entropy over labelled tokens.
+    mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
+    logits (`(B, S, vocabulary)`). hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the
+    last entry is after the final norm. image_hidden_states (`(B, num_image_tokens, D)`, *optional*).
+    """
+
+    loss: torch.Tensor | None = None
+    language_loss: torch.Tensor | None = None
+    mapping_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class EncodedPicture(NamedTuple):
+    """One picture per sample, after tower and projector (before any reduction of the grid)."""
+
+    image_features: torch.Tensor  # (B, N, D)
+    global_features: torch.Tensor  # (B, D, 2P, 2P)
+    patch_embeddings: torch.Tensor  # (B, N, Dv)
+    instruct_embeds: torch.Tensor  # (B, T, D)
+    instruct_features: torch.Tensor  # (B, T, D)
+    instruct_mask: torch.Tensor  # (B, T)
+
+
+class EmbeddedPrompt(NamedTuple):
+    """What enters the language model."""
+
+    inputs_embeds: torch.Tensor  # (B, S, D)
+    latent_updates: LatentUpdates | None = None
+    image_features: torch.Tensor | None = None  # (B, num_image_tokens, D)
+    mapping_loss: torch.Tensor | None = None  # ()
+
+
+class FusionPreTrainedModel(PreTrainedModel):
+    config: FusionConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FusionVisionLayer", *(layer.__name__ for layer in DECODER_LAYERS.values())]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    # Engines that take over attention also take over the loop, drop our keywords, and would answer without samplers.
+    _supports_attention_backend = False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the parts' configurations are told the data type of the weights as well."""
+        for name in self.config.sub_configs:
+            getattr(self.config, name).dtype = self.dtype
+        super().save_pretrained(*args, **kwargs)
+
+
+class FusionModel(FusionPreTrainedModel):
+    """Tower, both projectors and the language model, without the language head."""
+
+    def __init__(self, config: FusionConfig):
+        super().__init__(config)
+        text_width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.vision_tower = FusionVisionModel._from_config(
+            config.vision_config, early_layers=config.vision_early_layers
+        )
+        self.vision_projector = FusionProjector(config, (1 + NUM_CONNECTOR_GROUPS) * vision_width, text_width)
+        self.vision_projector_back = FusionProjector(config, text_width, vision_width)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._add_samplers()
+        self.post_init()
+
+    def _add_samplers(self) -> None:
+        """Make every layer of the LLM one that knows `latent_updates`, and give some of them a sampler."""
+        model_type = self.config.text_config.model_type
+        if model_type not in DECODER_LAYERS:
+            supported = ", ".join(sorted(DECODER_LAYERS))
+            raise ValueError(f"text_config.model_type is {model_type!r}; FUSION supports: {supported}.")
+        for index, layer in enumerate(self.language_model.layers):
+            # same weights, one more keyword: building the layers a second time would double the peak memory
+            layer.__class__ = DECODER_LAYERS[model_type]
+            layer.vision_sampler = FusionSampler(self.config) if index in self.config.sampler_layers else None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        instruct_input_ids: torch.Tensor | None = None,
+        instruct_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encode the overviews of pictures `(B, 5, 3, H, W)` under their questions `(B, T)`.
+
+        Returns `pooler_output`, the projected features `(B, num_image_tokens, D)` that the LLM reads, and
+        `last_hidden_state`, the tower's last layer `(B, N, Dv)`. The tower's `hidden_states` and (with eager
+        attention) `attentions`, if asked for, are those of patches and question tokens, N + T.
+        """
+        overview = pixel_values[:, NUM_TILES]
+        guided, _, _ = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask, **kwargs)
+        patch_features = guided.features[:, : guided.patch_embeddings.shape[1]]  # (B, N, 3 Dv)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patch_features[..., : self.config.vision_config.hidden_size],
+            pooler_output=self.reduce_grid(self.vision_projector(patch_features)),
+            hidden_states=guided.hidden_states,
+            attentions=guided.attentions,
+        )
+
+    def guide_tower(
+        self,
+        overview: torch.Tensor,
+        instruct_input_ids: torch.Tensor | None,
+        instruct_attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The tower's output for `(B, 3, H, W)` and its question; the question's embeddings `(B, T, D)` and mask."""
+        if instruct_input_ids is None:
+            instruct_input_ids = torch.zeros(len(overview), 0, dtype=torch.long, device=overview.device)
+        mask = instruct_input_ids != self.config.instruct_pad_token_id  # (B, T)
+        if instruct_attention_mask is not None:
+            mask = mask & instruct_attention_mask.bool()
+        instruct_embeds = self.get_input_embeddings()(instruct_input_ids)  # (B, T, D)
+        text_embeds, early = self.vision_projector_back(instruct_embeds), self.config.early_text_attention
+        guided = self.vision_tower(overview, text_embeds, mask, early_text_attention=early, **kwargs)
+        return guided, instruct_embeds, mask
+
+    def encode_picture(
+        self,
+        pixel_values: torch.Tensor,
+        instruct_input_ids: torch.Tensor | None,
+        instruct_attention_mask: torch.Tensor | None,
+    ) -> EncodedPicture:
+        """Tower and projector over the overview with its question, and over the four tiles without it."""
+        tiles, overview = pixel_values[:, :NUM_TILES].flatten(0, 1), pixel_values[:, NUM_TILES]
+        guided, instruct_embeds, mask = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask)
+        num_patches = guided.patch_embeddings.shape[1]
+        projected = self.vision_projector(guided.features)  # (B, N + T, D)
+
+        side = self.config.num_patches_per_side
+        global_features = self.vision_projector(self.vision_tower(tiles).features)  # (4 B, N, D)
+        global_features = global_features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, projected.shape[-1])
+        # (B, row, column, y, x, D) -> (B, D, row, y, column, x): the tiles form one map again
+        global_features = global_features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return EncodedPicture(
+            image_features=projected[:, :num_patches],
+            global_features=global_features,
+            patch_embeddings=guided.patch_embeddings,
+            instruct_embeds=instruct_embeds,
+            instruct_features=projected[:, num_patches:],
+            instruct_mask=mask,
+        )
+
+    def reduce_grid(self, image_features: torch.Tensor) -> torch.Tensor:
+        """FUSION-L: resize `(B, N, D)` bilinearly to `(B, image_token_grid ** 2, D)`."""
+        grid, side = self.config.image_token_grid, self.config.num_patches_per_side
+        if grid is None or grid == side:
+            return image_features
+        feature_map = image_features.transpose(1, 2).unflatten(-1, (side, side))
+        feature_map = nn.functional.interpolate(feature_map, size=(grid, grid), mode="bilinear", align_corners=False)
+        return feature_map.flatten(2).transpose(1, 2)
+
+    def pool_context(self, global_features: torch.Tensor, query_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Initial latent tokens `(B, q, D)` and the windows that samplers look at `(B, q, w * w, D)`."""
+        side, window = isqrt(query_len), self.config.window_size
+        latents = _adaptive_max_pool(global_features, side).flatten(2).transpose(1, 2)
+        windows = _adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)
+        windows = windows.unflatten(3, (side, window)).unflatten(2, (side, window))  # (B, D, s, w, s, w)
+        return latents, windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+    def compute_mapping_loss(self, picture: EncodedPicture) -> torch.Tensor:
+        """Mean cosine distances of question and features, and of patch embeddings and mapped-back image tokens."""
+        mask = picture.instruct_mask
+        distance = 1 - nn.functional.cosine_similarity(picture.instruct_embeds, picture.instruct_features, dim=-1)
+        text_loss = torch.where(mask, distance, 0).sum() / mask.sum().clamp(min=1)
+        mapped_back = self.vision_projector_back(picture.image_features)
+        vision_loss = (1 - nn.functional.cosine_similarity(picture.patch_embeddings, mapped_back, dim=-1)).mean()
+        return text_loss + vision_loss
+
+    def _embed_text(self, input_ids: torch.Tensor, marks: PromptMarks) -> torch.Tensor:
+        """Embeddings `(B, S, D)`; zeros where `marks` keep places free, whose ids have no embedding."""
+        free = marks.image | marks.latent
+        return torch.where(free.unsqueeze(-1), 0, self.get_input_embeddings()(torch.where(free, 0, input_ids)))
+
+    def embed_prompt(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        instruct_input_ids: torch.Tensor | None,
+        instruct_attention_mask: torch.Tensor | None,
+        prompt_end_positions: torch.Tensor | None,
+        query_len: int,
+        output_mapping_loss: bool = False,
+    ) -> "EmbeddedPrompt":
+        """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
+        marks = PromptMarks.find(input_ids, self.config)
+        inputs_embeds = self._embed_text(input_ids, marks)
+        if pixel_values is None:
+            size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+            pixel_values = inputs_embeds.new_zeros(len(input_ids), NUM_TILES + 1, channels, size, size)
+        picture = self.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
+        image_features = self.reduce_grid(picture.image_features)
+        latents, windows = self.pool_context(picture.global_features, query_len)
+        # a sample without image tokens starts from zero latents
+        latents = torch.where(marks.image.any(1)[:, None, None], latents, 0)
+        updates = None
+        if prompt_end_positions is not None and prompt_end_positions.numel() > 0:
+            updates = marks.latent_updates(windows, prompt_end_positions, query_len)
+        return EmbeddedPrompt(
+            inputs_embeds=marks.fill(inputs_embeds, image_features, latents),
+            latent_updates=updates,
+            image_features=image_features,
+            mapping_loss=self.compute_mapping_loss(picture) if output_mapping_loss else None,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        instruct_input_ids: torch.Tensor | None = None,
+        instruct_attention_mask: torch.Tensor | None = None,
+        prompt_end_positions: torch.Tensor | None = None,
+        query_len: int | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_mapping_loss: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FusionModelOutputWithPast:
+        """
+        See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
+        """
+        if input_ids is not None and inputs_embeds is None:
+            query_len = self.config.query_len if query_len is None else query_len
+            has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
+            is_prompt = pixel_values is not None or has_turns
+            if (is_prompt or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
+                inputs = (input_ids, attention_mask, pixel_values, prompt_end_positions)
+                check_prompt(self.config, *inputs, query_len, past_key_values)
+            if is_prompt:
+                prompt = self.embed_prompt(
+                    input_ids,
+                    pixel_values,
+                    instruct_input_ids,
+                    instruct_attention_mask,
+                    prompt_end_positions,
+                    query_len,
+                    output_mapping_loss,
+                )
+            else:
+                prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
+        elif inputs_embeds is not None and input_ids is None:
+            if pixel_values is not None:
+                raise ValueError("pixel_values need input_ids: image and latent tokens are found by their ids.")
+            prompt = EmbeddedPrompt(inputs_embeds)
+        else:
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if prompt.latent_updates is not None:
+            kwargs["latent_updates"] = prompt.latent_updates
+        # a mask of four dimensions, or one for each kind of layer, comes with its position ids
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            # count from the first real token, so that left padding changes nothing (long RoPE depends on lengths)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -prompt.inputs_embeds.shape[1] :]
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=prompt.inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return FusionModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=prompt.image_features,
+            mapping_loss=prompt.mapping_loss,
+        )
+
+
+def _adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
+    """`(B, D, H, W)` to `(B, D, side, side)`."""
+    if feature_map.device.type == "mps":  # Metal refuses sizes that do not divide
+        return nn.functional.adaptive_max_pool2d(feature_map.cpu(), side).to(feature_map.device)
+    return nn.functional.adaptive_max_pool2d(feature_map, side)
+
+
+def _in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
+    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
+    return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
+
+
+class _InVocabulary(LogitsProcessorList):
+    """Shows the processors ids that exist in the logits."""
+
+    def __init__(self, processors: LogitsProcessorList, config: FusionConfig):
+        super().__init__(processors)
+        self.config = config
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(_in_vocabulary(input_ids, self.config), scores, **kwargs)
+
+
+class _WordLookup(CandidateGenerator):
+    """Prompt lookup that proposes no placeholders: the text before a picture may be what the model says last."""
+
+    def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):
+        self.lookup = lookup
+        self.config = config
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        candidates, logits = self.lookup.get_candidates(_in_vocabulary(input_ids, self.config), **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
+        self.lookup.update_candidate_strategy(*args, **kwargs)
+
+
+class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
+    """FUSION with its language head: answers questions about pictures, and trains."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    # Trainer would else stop dividing the loss by the accumulation steps, and the mapping loss would weigh too much
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: FusionConfig):
+        super().__init__(config)
+        self.model = FusionModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See [`FusionModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        instruct_input_ids: torch.Tensor | None = None,
+        instruct_attention_mask: torch.Tensor | None = None,
+        prompt_end_positions: torch.Tensor | None = None,
+        query_len: int | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FusionCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`(B, S)`): image tokens `num_image_tokens` times; latent blocks of `query_len` tokens, one per
+                user turn; the image before the first latent block.
+            attention_mask (`(B, S)`): padded left or right.
+            pixel_values (`(B, 5, 3, H, W)`, *optional*): four tiles and the overview. A sample without image tokens in
+                a mixed batch carries zeros, and its latents are zeros.
+            instruct_input_ids, instruct_attention_mask (`(B, T)`, *optional*): the questions; T may be 0.
+            prompt_end_positions (`(B, R)`, *optional*): index in `input_ids` of each turn's last prompt token, -1
+                padded. Turn t belongs to latent block t; blocks beyond the last given turn stay as they are.
+            query_len (`int`, *optional*): None reads it from the configuration.
+            labels (`(B, S)`, *optional*): -100 is ignored. Trainers that split sequences also give `shift_labels`,
+                which are aligned with the logits already.
+
+        Raises:
+            ValueError: where ids, pictures, blocks and turns disagree (with both counts).
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            instruct_input_ids=instruct_input_ids,
+            instruct_attention_mask=instruct_attention_mask,
+            prompt_end_positions=prompt_end_positions,
+            query_len=query_len,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_mapping_loss=labels is not None,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = language_loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            language_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=vocab_size, shift_labels=shift_labels
+            )
+            loss = language_loss
+            if outputs.mapping_loss is not None:
+                loss = loss + self.config.mapping_loss_weight * outputs.mapping_loss
+        return FusionCausalLMOutputWithPast(
+            loss=loss,
+            language_loss=language_loss,
+            mapping_loss=outputs.mapping_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
+        if not is_first_iteration and self._long_rope_begins(input_ids, past_key_values):
+            past_key_values = next_sequence_length = None
+        # an assistant's first pass is not announced by `is_first_iteration`, so the length tells
+        is_prompt = inputs_embeds is None and (
+            next_sequence_length is None or next_sequence_length >= input_ids.shape[1]
+        )
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration or is_prompt,
+            **kwargs,
+        )
+        if inputs_embeds is None and not is_prompt:
+            for name in PROMPT_INPUTS:
+                model_inputs.pop(name, None)
+            if is_first_iteration:
+                check_continuation(self.config, model_inputs["input_ids"])
+        return model_inputs
+
+    def _long_rope_begins(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
+        """Phi-3's long RoPE changes all keys when a sequence outgrows the short one: the cache must be made anew."""
+        rope = self.config.text_config.rope_parameters
+        if past_key_values is None or rope.get("rope_type") != "longrope":
+            return False
+        limit = self.config.text_config.original_max_position_embeddings
+        return input_ids.shape[1] > limit >= past_key_values.get_seq_length()
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size is {generation_config.prefill_chunk_size}; allowed: None. FUSION's samplers need "
+                "the whole prompt in one pass."
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, *args, **kwargs)
+
+    def _get_logits_processor(
+        self, *args: Any, encoder_input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        if encoder_input_ids is not None and encoder_input_ids.ndim == 2:  # the prompt's ids, not its embeddings
+            encoder_input_ids = _in_vocabulary(encoder_input_ids, self.config)
+        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        return _InVocabulary(processors, self.config)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            return _WordLookup(generator, self.config)
+        return generator
+
+
+# so that saving a model brings the code files along
+FusionModel.register_for_auto_class("AutoModel")
+FusionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["FusionForConditionalGeneration", "FusionModel", "FusionPreTrainedModel"]

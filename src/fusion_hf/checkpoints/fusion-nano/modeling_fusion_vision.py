@@ -1,0 +1,167 @@
+"""The vision side of FUSION: SigLIP layers over patches and question tokens, feature connector, projectors.
+
+Shapes: B batch, N patches of a tile, T question tokens, Dv tower width, D LLM width.
+Source: FUSION, arXiv 2504.09925, "text-guided vision encoding".
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import (
+    SiglipAttention,
+    SiglipEncoderLayer,
+    SiglipPreTrainedModel,
+    SiglipVisionEmbeddings,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_fusion import EARLY_TEXT_ATTENTION, NUM_CONNECTOR_GROUPS, FusionConfig
+
+
+class FusionVisionAttention(SiglipAttention):
+    """SigLIP attention whose question rows, in early layers, attend uniformly."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_patches: int | None = None,
+        uniform_weights: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, N + T, Dv)`): patches, then question tokens.
+            num_patches (`int`, *optional*): N, given in early layers only.
+            uniform_weights (`torch.Tensor` of shape `(B, 1, N + T)`, *optional*): weights that sum to one, over the
+                keys that a question row averages. None in an early layer: patches do not see the question instead.
+
+        Returns the output `(B, N + T, Dv)` and, with eager attention, the weights `(B, heads, N + T, N + T)`.
+        """
+        output, weights = super().forward(hidden_states, attention_mask, **kwargs)
+        if num_patches is None:
+            return output, weights
+        patches, text = output.split([num_patches, output.shape[1] - num_patches], dim=1)
+        if uniform_weights is None:
+            patches, patch_weights = super().forward(hidden_states[:, :num_patches], None, **kwargs)
+            if weights is not None and patch_weights is not None:
+                patch_weights = nn.functional.pad(patch_weights, (0, text.shape[1]))
+                weights = torch.cat([patch_weights, weights[:, :, num_patches:]], dim=2)
+        else:
+            # the mean of the values is the value of the mean, so one row through two layers stands for all T
+            mean = torch.bmm(uniform_weights.to(hidden_states.dtype), hidden_states)  # (B, 1, Dv)
+            text = self.out_proj(self.v_proj(mean)).expand_as(text)
+            if weights is not None:
+                text_weights = uniform_weights.to(weights.dtype).unsqueeze(1).expand_as(weights[:, :, num_patches:])
+                weights = torch.cat([weights[:, :, :num_patches], text_weights], dim=2)
+        return torch.cat([patches, text], dim=1), weights
+
+
+class FusionVisionLayer(SiglipEncoderLayer):
+    """A SigLIP layer with FUSION's attention."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        self.self_attn = FusionVisionAttention(config)
+
+
+@dataclass
+class FusionVisionModelOutput(ModelOutput):
+    """
+    features (`(B, N + T, 3 * Dv)`): last hidden state and the means of two groups of hidden states, for every token.
+    patch_embeddings (`(B, N, Dv)`): what enters the first layer for each patch.
+    hidden_states, attentions (*optional*): of every layer, over patches and question tokens; only where asked for.
+    """
+
+    features: torch.Tensor | None = None
+    patch_embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class FusionVisionModel(SiglipPreTrainedModel):
+    """SigLIP layers that also read a question, and the feature connector (paper, "text-guided vision encoding")."""
+
+    config: SiglipVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["FusionVisionLayer"]
+    _can_record_outputs = {"hidden_states": FusionVisionLayer, "attentions": FusionVisionAttention}
+
+    def __init__(self, config: SiglipVisionConfig, early_layers: int):
+        super().__init__(config)
+        self.early_layers = early_layers
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.layers = nn.ModuleList([FusionVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        early_text_attention: str = "uniform",
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FusionVisionModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): one tile of each picture.
+            text_embeds (`torch.Tensor` of shape `(B, T, Dv)`, *optional*): the question in the tower's width.
+            text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): true where a question token is valid.
+            early_text_attention (`str`): see [`FusionConfig`].
+        """
+        patch_embeddings = self.embeddings(pixel_values)  # (B, N, Dv)
+        hidden_states, attention_mask = patch_embeddings, None
+        early_kwargs: dict[str, Any] = {}
+        if text_embeds is not None and text_mask is not None and text_embeds.shape[1] > 0:
+            hidden_states = torch.cat([patch_embeddings, text_embeds], dim=1)  # (B, N + T, Dv)
+            key_mask = nn.functional.pad(text_mask, (patch_embeddings.shape[1], 0), value=True)  # (B, N + T)
+            attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask)
+            weights = _uniform_weights(key_mask, early_text_attention)
+            early_kwargs = {"num_patches": patch_embeddings.shape[1], "uniform_weights": weights}
+
+        # running sums of h_0 .. h_{k-1} and h_k .. h_{2k-1}: the states themselves are never kept
+        sums: list[torch.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            group = index // self.early_layers
+            if group == len(sums) < NUM_CONNECTOR_GROUPS:
+                sums.append(hidden_states)
+            elif group < NUM_CONNECTOR_GROUPS:
+                sums[group] = sums[group] + hidden_states
+            layer_kwargs = early_kwargs if index < self.early_layers else {}
+            hidden_states = layer(hidden_states, attention_mask, **layer_kwargs, **kwargs)
+        means = [total / self.early_layers for total in sums]
+        return FusionVisionModelOutput(torch.cat([hidden_states, *means], dim=-1), patch_embeddings)
+
+
+def _uniform_weights(key_mask: torch.Tensor, early_text_attention: str) -> torch.Tensor | None:
+    """Weights `(B, 1, N + T)` of the mean that a question row takes in early layers; None for `"masked"`."""
+    if early_text_attention not in EARLY_TEXT_ATTENTION:
+        allowed = " | ".join(map(repr, EARLY_TEXT_ATTENTION))
+        raise ValueError(f"early_text_attention is {early_text_attention!r}; allowed: {allowed}.")
+    if early_text_attention == "masked":
+        return None
+    weights = (torch.ones_like(key_mask) if early_text_attention == "uniform_padded" else key_mask).float()
+    return (weights / weights.sum(-1, keepdim=True)).unsqueeze(1)
+
+
+class FusionProjector(nn.Module):
+    """Two linear layers with biases and an activation between them."""
+
+    def __init__(self, config: FusionConfig, in_features: int, out_features: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(out_features, out_features)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return self.linear_2(self.act(self.linear_1(features)))

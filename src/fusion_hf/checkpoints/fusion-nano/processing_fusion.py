@@ -1,0 +1,403 @@
+"""Chats and pictures to FUSION's inputs: chat templates, image and latent blocks, questions, prompt ends.
+
+The sequence is what the authors' LLM reads (FUSION, arXiv 2504.09925, and their code): image block, latent block of
+turn 1, question 1, then latent block and question of each further turn.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+
+from .configuration_fusion import is_perfect_square
+
+ROLES = ("system", "user", "assistant")
+IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
+MARKS = re.compile(f"{IMAGE_TOKEN}|(?:{LATENT_TOKEN})+")
+VISION_BLOCKS = re.compile(f"{VISION_START}(?:{IMAGE_TOKEN}|(?:{LATENT_TOKEN})*){VISION_END}|{MARKS.pattern}")
+# A code point that Unicode never assigns, put into text that looks like a special token so that it stays text.
+BREAK = "\ufdd0"
+
+PHI3_SYSTEM = "You are a helpful AI assistant."
+LLAMA3_SYSTEM = (
+    "You are a helpful, highly intelligent language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural language. Whenever an "
+    "image is present in the conversation, very carefully examine it and consider its content when formulating your "
+    "response."
+)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family of backbones writes a conversation."""
+
+    system_header: str
+    user_header: str
+    assistant_header: str
+    turn_end: str  # the last token that the assistant must learn to write
+    separator: str  # between messages, after `turn_end`
+    system: str  # what FUSION says where the messages have no system message
+    # put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer
+    prompt_prefix: str = ""
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template; `query_len` is the number of latent tokens per turn."""
+        return _TEMPLATE.format(
+            **{name: getattr(self, name).replace("\n", "\\n") for name in self.__dataclass_fields__},
+        )
+
+
+_TEMPLATE = """\
+{{%- if messages[0]['role'] != 'system' -%}}
+{{{{- '{system_header}{system}{turn_end}{separator}' -}}}}
+{{%- endif -%}}
+{{%- for message in messages -%}}
+{{%- if message['role'] == 'system' -%}}
+{{{{- '{system_header}' -}}}}
+{{%- for block in message['content'] -%}}{{{{- block['text'] -}}}}{{%- endfor -%}}
+{{{{- '{turn_end}{separator}' -}}}}
+{{%- elif message['role'] == 'user' -%}}
+{{{{- '{user_header}' -}}}}
+{{%- set image = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 0 -%}}
+{{%- if image -%}}{{{{- '<vision_start><image><vision_end>' -}}}}{{%- endif -%}}
+{{{{- '<vision_start>' + '<latent_image>' * query_len + '<vision_end>' -}}}}
+{{%- if image -%}}{{{{- '\\n' -}}}}{{%- endif -%}}
+{{%- for block in message['content'] -%}}
+{{%- if block['type'] == 'text' -%}}{{{{- block['text'] -}}}}{{%- endif -%}}
+{{%- endfor -%}}
+{{{{- '{turn_end}{separator}' -}}}}
+{{%- else -%}}
+{{{{- '{assistant_header}' -}}}}
+{{%- generation -%}}
+{{%- for block in message['content'] -%}}{{{{- block['text'] -}}}}{{%- endfor -%}}
+{{{{- '{turn_end}' -}}}}
+{{%- endgeneration -%}}
+{{{{- '{separator}' -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- '{assistant_header}' -}}}}{{%- endif -%}}
+"""
+
+CHAT_FORMATS = {
+    "phi3": ChatFormat(
+        system_header="<|system|>\n",
+        user_header="<|user|>\n",
+        assistant_header="<|assistant|>\n",
+        turn_end="<|end|>",
+        separator="\n",
+        system=PHI3_SYSTEM,
+        prompt_prefix=" ",
+    ),
+    "llama3": ChatFormat(
+        system_header="<|start_header_id|>system<|end_header_id|>\n\n",
+        user_header="<|start_header_id|>user<|end_header_id|>\n\n",
+        assistant_header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        turn_end="<|eot_id|>",
+        separator="",
+        system=LLAMA3_SYSTEM,
+    ),
+    "chatml": ChatFormat(
+        system_header="<|im_start|>system\n",
+        user_header="<|im_start|>user\n",
+        assistant_header="<|im_start|>assistant\n",
+        turn_end="<|im_end|>",
+        separator="\n",
+        system=LLAMA3_SYSTEM,
+    ),
+}
+CHAT_TEMPLATES = {name: chat_format.chat_template for name, chat_format in CHAT_FORMATS.items()}
+
+
+class FusionProcessor(ProcessorMixin):
+    """
+    Image processor and tokenizer as one, with FUSION's sequence around them.
+
+    Args:
+        image_processor ([`FusionImageProcessor`]): makes the tiles.
+        tokenizer ([`PreTrainedTokenizerBase`]): knows the four marks as special tokens.
+        chat_template (`str`, *optional*): default: the one of `chat_format`.
+        chat_format (`str`): headers and separators of the backbone, a key of `CHAT_FORMATS`.
+        num_image_tokens (`int`): image tokens that the LLM reads per picture.
+        query_len (`int`): default number of latent tokens per turn.
+        instruct_pad_token_id (`int`): padding of the question, and ignored in it.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        chat_format: str = "phi3",
+        num_image_tokens: int = 729,
+        query_len: int = 36,
+        instruct_pad_token_id: int = 0,
+        **kwargs: Any,
+    ):
+        if chat_format not in CHAT_FORMATS:
+            raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(map(repr, CHAT_FORMATS))}.")
+        self.chat_format = chat_format
+        self.num_image_tokens = num_image_tokens
+        self.query_len = _checked_query_len(query_len)
+        self.instruct_pad_token_id = instruct_pad_token_id
+        self.image_token, self.latent_token = IMAGE_TOKEN, LATENT_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+        template = CHAT_TEMPLATES[chat_format] if chat_template is None else chat_template
+        super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = ["input_ids", "attention_mask", "pixel_values"]
+        return [*names, "instruct_input_ids", "instruct_attention_mask", "prompt_end_positions"]
+
+    def apply_chat_template(
+        self, conversation: list[Any], chat_template: str | None = None, query_len: int | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        Messages (or a list of conversations) to text or, with `tokenize=True, return_dict=True`, to model inputs.
+
+        A message's content is a string or a list of `{"type": "text", "text": ...}` and one
+        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
+        before the first question, whichever user message carries it. What looks like a special token in a message
+        stays text.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        prepared = [self._prepare_messages(c) for c in (conversation if batched else [conversation])]
+        length = self.query_len if query_len is None else _checked_query_len(query_len)
+        # a block of one latent token looks like a mark that stands for a block: say that it is none
+        processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {}), "query_len": length}
+        return super().apply_chat_template(
+            prepared if batched else prepared[0],
+            chat_template=chat_template,
+            query_len=length,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, query_len: int | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """
+        Prompts, as `apply_chat_template` writes them, and one picture for each `<image>` in them.
+
+        A single `<latent_image>` stands for a block of `query_len`. The authors' order of marks (latent block before
+        the image) is accepted and swapped. Batches that become tensors are padded.
+
+        Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
+        `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
+
+        Raises:
+            ValueError: for counts that disagree, and prompts longer than `tokenizer.model_max_length`; names both.
+        """
+        if text is None:
+            return super().__call__(images=images, **kwargs)
+        length = self.query_len if query_len is None else _checked_query_len(query_len)
+        given = [text] if isinstance(text, str) else text
+        texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
+        shifts = [len(self._prefix(t)) for t in given]
+        flat_images = _flatten(images)
+        text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
+        tensors = text_kwargs.get("return_tensors")
+        kwargs = _without(kwargs, "return_tensors")
+        if tensors is not None and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
+            kwargs["padding"] = True
+        kwargs["return_offsets_mapping"] = True
+        features = super().__call__(images=flat_images or None, text=list(texts), **kwargs)
+
+        expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
+        rows = [
+            self._drop_breaks(_Tokens(*columns), t)
+            for *columns, t in zip(
+                features["input_ids"], features["attention_mask"], features["offset_mapping"], expanded, strict=True
+            )
+        ]
+        if not text_kwargs.get("truncation"):
+            self._check_length(rows)
+        data: dict[str, Any] = {
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [row.mask for row in rows],
+            **self._questions(texts),
+            "prompt_end_positions": _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1),
+        }
+        if tensors is not None:  # of whole numbers, even where there are no turns
+            data["prompt_end_positions"] = np.array(data["prompt_end_positions"], dtype=np.int64).reshape(
+                len(rows), -1
+            )
+        if flat_images:
+            data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
+        if text_kwargs.get("return_offsets_mapping"):
+            # character spans in the prompt without the prefix that was put before it
+            pairs = zip(rows, shifts, strict=True)
+            data["offset_mapping"] = [[(max(a - n, 0), max(b - n, 0)) for a, b in row.offsets] for row, n in pairs]
+        if text_kwargs.get("return_text_replacement_offsets"):
+            data["text_replacement_offsets"] = features["text_replacement_offsets"]
+        if text_kwargs.get("return_mm_token_type_ids"):
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        return IMAGE_TOKEN * self.num_image_tokens
+
+    def _prepare_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Copies of the messages as lists of blocks: text protected, the picture in the first user message."""
+        prepared, pictures = [], []
+        for message in messages:
+            if message.get("role") not in ROLES:
+                raise ValueError(f"A message's role is {message.get('role')!r}; allowed: {', '.join(ROLES)}.")
+            content = message.get("content") or ""
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts = []
+            for block in blocks:
+                if block["type"] == "text":
+                    texts.append(block["text"])
+                elif block["type"] in ("image", "image_url") and message["role"] == "user":
+                    pictures.append(_as_image_block(block))
+                else:
+                    allowed = "text, and image in user messages"
+                    raise ValueError(
+                        f"A {message['role']} message has a block of type {block['type']!r}; allowed: {allowed}."
+                    )
+            protected = [{"type": "text", "text": self._protect(t)} for t in texts]
+            prepared.append({**message, "content": protected})
+        if len(pictures) > 1:
+            raise ValueError(f"A conversation has {len(pictures)} images; FUSION reads 1.")
+        questions = [message for message in prepared if message["role"] == "user"]
+        if pictures and questions:
+            first = questions[0]
+            joined = "".join(block["text"] for block in first["content"]).strip()
+            first["content"] = [*pictures, {"type": "text", "text": joined}]
+        return prepared
+
+    def _protect(self, text: str) -> str:
+        """Break up what the tokenizer would read as a special token."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        special = [t.content for t in tokens if len(t.content) > 1 and (t.special or re.fullmatch("<.*>", t.content))]
+        pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        text = text.replace(BREAK, "")
+        while pattern.search(text):
+            text = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
+        return text
+
+    def _arrange(self, text: str, query_len: int, strict: bool) -> str:
+        """Image mark first, latent marks as whole blocks, the family's prefix in front."""
+        if not isinstance(text, str):
+            raise ValueError(f"text holds a {type(text).__name__}; allowed: a string or a list of strings.")
+        marks = MARKS.findall(text)
+        if marks.count(IMAGE_TOKEN) > 1:
+            raise ValueError(f"A prompt has {marks.count(IMAGE_TOKEN)} {IMAGE_TOKEN} marks; FUSION reads 1 image.")
+        for number, mark in enumerate(marks):
+            if mark == IMAGE_TOKEN:
+                continue
+            count = len(mark) // len(LATENT_TOKEN)
+            if count == 1:
+                marks[number] = LATENT_TOKEN * query_len
+            elif strict and count != query_len:
+                raise ValueError(f"A latent block has {count} tokens, but query_len is {query_len}.")
+        marks.sort(key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
+        ordered = iter(marks)
+        return self._prefix(text) + MARKS.sub(lambda _: next(ordered), text)
+
+    def _prefix(self, text: str) -> str:
+        begins_special = text.startswith(tuple(t.content for t in self.tokenizer.added_tokens_decoder.values()))
+        return CHAT_FORMATS[self.chat_format].prompt_prefix if begins_special else ""
+
+    @staticmethod
+    def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
+        """Without the tokens that cover nothing but a `BREAK`; padded again to the same length."""
+        breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
+        if not breaks:
+            return row
+        kept = [i for i, (start, end) in enumerate(row.offsets) if not (start in breaks and end == start + 1)]
+        return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
+
+    def _check_length(self, rows: list["_Tokens"]) -> None:
+        longest, most = max(sum(row.mask) for row in rows), self.tokenizer.model_max_length
+        if longest > most:
+            raise ValueError(f"A prompt has {longest} tokens; allowed: tokenizer.model_max_length = {most}.")
+
+    def _questions(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        """The user messages of each prompt, tokenised on their own; a prompt without image has none."""
+        chat_format = CHAT_FORMATS[self.chat_format]
+        turns = re.compile(re.escape(chat_format.user_header) + "(.*?)" + re.escape(chat_format.turn_end), re.DOTALL)
+        questions = []
+        for text in texts:
+            messages = turns.findall(text) or [text]
+            question = "".join(VISION_BLOCKS.sub("", message).strip() for message in messages)
+            questions.append(question if IMAGE_TOKEN in text else "")
+        encoded = self.tokenizer(questions, return_offsets_mapping=True, padding=False)
+        columns = zip(
+            encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True
+        )
+        rows = [self._drop_breaks(_Tokens(*tokens), question).ids for *tokens, question in columns]
+        rows = [ids if IMAGE_TOKEN in text else [] for ids, text in zip(rows, texts, strict=True)]
+        ids = _pad([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)
+        mask = [[int(i != self.instruct_pad_token_id) for i in row] for row in ids]
+        return {"instruct_input_ids": ids, "instruct_attention_mask": mask}
+
+    def _prompt_ends(self, row: "_Tokens", text: str) -> list[int]:
+        """Index of the last token of each assistant header; of the prompt, if it has no header but a latent block."""
+        attended = [i for i, mask in enumerate(row.mask) if mask]
+        if LATENT_TOKEN not in text or not attended:
+            return []
+        header = CHAT_FORMATS[self.chat_format].assistant_header
+        ends = [match.end() for match in re.finditer(re.escape(header), text)]
+        if not ends:
+            return [attended[-1]]
+        last_character = row.offsets[attended[-1]][1]  # less than the text's length after truncation
+        positions = [max(i for i in attended if row.offsets[i][0] < end) for end in ends if end <= last_character]
+        return positions
+
+
+class _Tokens(NamedTuple):
+    """One tokenised prompt: ids, attention mask, character spans."""
+
+    ids: list[int]
+    mask: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def _checked_query_len(query_len: int) -> int:
+    if not is_perfect_square(query_len):
+        raise ValueError(f"query_len is {query_len}; allowed: a perfect square (1, 4, 9, 16, ...).")
+    return query_len
+
+
+def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's `image_url` block as the ecosystem's `image` block."""
+    if block["type"] == "image":
+        return block
+    url = block["image_url"]
+    return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+
+
+def _flatten(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in _flatten(item)]
+    return [images]
+
+
+def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    """A copy of (nested) keyword arguments that lacks `name`."""
+    return {k: _without(v, name) if isinstance(v, dict) else v for k, v in kwargs.items() if k != name}
+
+
+def _pad(rows: list[list[int]], value: int) -> list[list[int]]:
+    longest = max(map(len, rows))
+    return [row + [value] * (longest - len(row)) for row in rows]
+
+
+def _one_per_sample(pixel_values: Any, has_image: list[bool]) -> list[np.ndarray]:
+    """Align pictures with samples: zeros, mid grey, for a sample without one."""
+    pictures = iter(np.asarray(picture) for picture in pixel_values)
+    empty = np.zeros_like(np.asarray(pixel_values[0]))
+    return [next(pictures) if present else empty for present in has_image]
+
+
+FusionProcessor.register_for_auto_class()
+
+__all__ = ["FusionProcessor"]
