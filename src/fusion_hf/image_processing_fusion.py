@@ -7,6 +7,8 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from huggingface_hub import get_session
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -133,9 +135,7 @@ def _open(source: str) -> Image.Image:
     name = source if len(source) <= 100 else f"{source[:100]}..."
     try:
         if source.startswith(("http://", "https://")):
-            import httpx  # comes with huggingface_hub
-
-            response = httpx.get(source, follow_redirects=True)
+            response = get_session().get(source, follow_redirects=True)
             response.raise_for_status()
             return Image.open(BytesIO(response.content))
         if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
@@ -144,7 +144,7 @@ def _open(source: str) -> Image.Image:
         return Image.open(BytesIO(base64.b64decode("".join(content.split()), validate=True)))
     except (binascii.Error, IndexError) as error:
         raise ValueError(f"No picture: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, HTTPError, Image.DecompressionBombError) as error:
         raise ValueError(f"The picture {name!r} cannot be opened: {error}.") from error
 
 

@@ -8,10 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import httpx  # huggingface_hub's own client, whose errors pass through it
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
@@ -113,7 +112,7 @@ class Assistant:
                 exif_transpose=processor.exif_transpose,
                 max_image_pixels=processor.max_image_pixels,
             )
-        except (ValueError, httpx.HTTPError) as error:
+        except (ValueError, HTTPError) as error:
             advice = "Give another picture, or save it as PNG or JPEG."
             raise InputError(f"{short_name(source)}: {error} {advice}") from error
 
@@ -235,7 +234,7 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         raise InputError(
             f"The model {name} is no folder, and the Hub cannot be reached: check the name or the network."
         ) from error
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, HTTPError) as error:
         raise InputError(f"The model {name} is no folder, and cannot be fetched from the Hub: {error}") from error
 
 

@@ -6,8 +6,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from tests.transformers_suites.not_applicable import NOT_APPLICABLE, NotApplicable
 from tests.transformers_suites.suites import load, mixin
 from tests.transformers_suites.tiny import BEHIND_VOCAB, SMALL_IDS, FusionModelTester, tiny_config, tiny_inputs
@@ -89,7 +87,6 @@ def test_checkpointing_keeps_gradients(backbone: str, use_reentrant: bool) -> No
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the table is of the newest version")
 def test_the_table_names_tests_of_the_suites() -> None:
     suites = [
         mixin("test_modeling_common", "ModelTesterMixin"),

@@ -37,8 +37,11 @@ class ProcessorTest(NotApplicable, mixin("test_processing_common", "ProcessorTes
 def test_processor_files_survive_loading(tmp_path: Path) -> None:
     """In place of the suite's comparison of processors, one of what they save."""
     first, second = tmp_path / "first", tmp_path / "second"
-    FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES).save_pretrained(first)
-    FusionProcessor.from_pretrained(first).save_pretrained(second)
+    saved = FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES)
+    saved.save_pretrained(first)
+    loaded = FusionProcessor.from_pretrained(first)
+    assert vars(saved).keys() - vars(loaded).keys() == {"auto_map"}  # what the suite's test stumbles over
+    loaded.save_pretrained(second)
     names = {path.name for path in first.iterdir()}
     assert names == {path.name for path in second.iterdir()}
     for name in names - {"tokenizer_config.json"}:  # to which transformers adds how it was loaded

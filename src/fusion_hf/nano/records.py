@@ -104,19 +104,6 @@ def stage_records(
     return records
 
 
-def focus_records(category: Category, amount: int, split: Split = "train", seed: int = 0) -> list[Record]:
-    """Single questions, of one drawn category's own kind, about `amount` pictures; shuffled."""
-    mixture = replace(Mixture(0, 0, 0, 0), **{category: amount})
-    records = [
-        Record(picture.image, ((question.text, question.answer),), picture.category, picture.key)
-        for picture in drawn_pictures(split, mixture, seed=f"focus/{seed}")
-        for question in picture.questions
-        if question.asks == OWN_ATTRIBUTES[category]
-    ]
-    random.Random(f"focus/{category}/{split}/{seed}").shuffle(records)
-    return records
-
-
 def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[Record]:
     """Single questions for choosing settings: all of easy-vqa's split, and `drawn` pictures of each other category."""
     return _single_questions(easy_vqa_pictures(split) + _drawn_for_evaluation(split, seed, drawn))
