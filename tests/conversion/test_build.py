@@ -1,6 +1,7 @@
 """`build_from_backbones.py`: an untrained FUSION whose backbones keep their weights."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests.helpers.checkpoints import TOWER
+from tests.helpers.checkpoints import TOWER, write_checkpoint
+from tests.helpers.tokenizers import write_phi3_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
@@ -212,20 +214,19 @@ def test_tokenizer_without_chat_tokens(tmp_path, build, capsys):
 @pytest.mark.slow
 def test_scripts(tmp_path):
     """The commands in the scripts' docstrings."""
-    write_text(tmp_path / "text")
-    write_vision(tmp_path / "vision")
-    script = str(ROOT / "conversion" / "build_from_backbones.py")
-    arguments = ["--text", "text", "--vision", "vision", "--output", "output", "--num-samplers", "2", "--stride", "1"]
-    subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, check=True)
-    assert (tmp_path / "output" / "model.safetensors").is_file()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
 
-    from tests.helpers.checkpoints import write_checkpoint
-    from tests.helpers.tokenizers import write_phi3_tokenizer
+    def run(script: str, arguments: str) -> None:
+        command = [sys.executable, str(ROOT / "conversion" / script), *arguments.split()]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+
+    write_text(tmp_path / "TEXT")
+    write_vision(tmp_path / "VISION")
+    run("build_from_backbones.py", "--text TEXT --vision VISION --output BUILT --num-samplers 2 --stride 1")
+    assert (tmp_path / "BUILT" / "model.safetensors").is_file()
 
     write_checkpoint(tmp_path / "CHECKPOINT", vocab_size=32_013)
     write_phi3_tokenizer(tmp_path / "TOKENIZER")
-    script = str(ROOT / "conversion" / "convert_fusion_weights_to_hf.py")
-    arguments = ["--checkpoint", "CHECKPOINT", "--vision-config", "vision_config.json"]
-    arguments += ["--tokenizer", "TOKENIZER", "--output", "OUTPUT"]
-    subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, check=True)
-    assert (tmp_path / "OUTPUT" / "chat_template.jinja").is_file()
+    arguments = "--checkpoint CHECKPOINT --vision-config vision_config.json --tokenizer TOKENIZER --output CONVERTED"
+    run("convert_fusion_weights_to_hf.py", arguments)
+    assert (tmp_path / "CONVERTED" / "chat_template.jinja").is_file()

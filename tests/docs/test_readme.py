@@ -76,6 +76,4 @@ def test_links_lead_somewhere(document: str, root: Path):
     text = (root / document).read_text(encoding="utf-8")
     targets = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]
     local = [target for target in targets if not target.startswith("https://")]
-    assert local
-    for target in local:
-        assert (root / document).parent.joinpath(target).exists(), target
+    assert [target for target in local if not (root / document).parent.joinpath(target).exists()] == []

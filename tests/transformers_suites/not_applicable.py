@@ -22,8 +22,8 @@ NOT_APPLICABLE = {
         "test_fourth_channel_is_dropped"
     ),
     "test_new_models_require_torchvision_backend": (
-        "it is transformers' rule for new models of its own; FUSION's tiles are PIL's to the byte, and the suite itself "
-        "lets the results of two backends differ (backend_equivalence_atol)"
+        "it is transformers' rule for new models of its own; FUSION's tiles are PIL's to the byte, and the suite "
+        "itself lets the results of two backends differ (backend_equivalence_atol)"
     ),
     # ProcessorTesterMixin
     "test_processor_from_and_save_pretrained": (
