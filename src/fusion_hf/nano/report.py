@@ -131,8 +131,8 @@ CARD = """\
 A FUSION of {parameters} million parameters with every mechanism of the large ones (five tiles, a tower guided by the
 question, connector, both projectors, latent tokens of several lengths, samplers, mapping losses), trained from scratch
 in three stages on one CPU. It answers questions about simple drawn pictures. It shows that the whole path works, in
-seconds and without a download. **It is no evidence for FUSION's mechanisms**: at this size and task a model without
-samplers, or without the question in the tower, does about as well.
+seconds and without a download. **It is no evidence for FUSION's mechanisms**: nothing was measured that shows whether
+they help at this size and task.
 
 ## Use
 
