@@ -98,8 +98,6 @@ class TestTerminal:
             stderr=theirs,
             env={**offline, "TERM": "dumb"},
             start_new_session=True,
-            # shells start background jobs, such as a test run may be, with interrupts ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             # a shell that runs the tests in the background has them, and so their children, ignore Ctrl-C
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
