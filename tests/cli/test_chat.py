@@ -136,6 +136,7 @@ class TestTerminal:
         assert "Traceback" not in self.read_rest(ours)
         assert process.wait(SECONDS) == 0
 
+    @pytest.mark.slow  # where a background job runs the tests, the interrupt does not arrive and it waits in vain
     def test_interrupt_leaves(self, terminal):
         process, ours = terminal
         self.read_until(ours, "> ")
