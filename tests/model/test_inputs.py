@@ -137,3 +137,15 @@ def test_chunked_prefill_is_refused(model: FusionForConditionalGeneration) -> No
 def test_unsupported_backbone() -> None:
     with pytest.raises(ValueError, match=r"'gpt2'; FUSION supports: llama, mistral, phi3, qwen2, qwen3, smollm3"):
         tiny_model(tiny_config("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "prompt_end_positions"])
+def test_what_needs_ids_is_refused_with_embeddings(
+    model: FusionForConditionalGeneration, inputs: dict[str, Any], name: str
+) -> None:
+    """Silently, they would be ignored: no picture, no samplers."""
+    embeds = torch.zeros(*inputs["input_ids"].shape, model.config.text_config.hidden_size)
+    with pytest.raises(ValueError, match=f"{name} need input_ids"):
+        model(inputs_embeds=embeds, **{name: inputs[name]})
+    with pytest.raises(ValueError, match=f"{name} need input_ids"):
+        model.generate(inputs_embeds=embeds, **{name: inputs[name]}, max_new_tokens=2)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -323,6 +324,14 @@ def test_stages_hold_captions_then_questions():
     assert 0.3 < sum(both) / len(both) < 0.6
     with pytest.raises(ValueError, match=r"stage is '3', allowed are 1, 1\.5, 2"):
         stage_records("3")
+
+
+def test_a_mixture_may_use_a_part_of_easy_vqa():
+    counts = []
+    for share in (0.1, 0.0):
+        records = stage_records("2", mixture=replace(SMALL, easy_vqa=share))
+        counts.append(len({record.key for record in records if record.category == "easy-vqa"}))
+    assert counts == [360, 0]
 
 
 def test_splits_of_records_are_disjoint():

@@ -3,7 +3,10 @@
 import base64
 import io
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import skimage.data
 import torch
 from PIL import Image
 
-from fusion_hf import FusionImageProcessor
+from fusion_hf import FusionImageProcessor, image_processing_fusion
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,42 @@ def test_a_truncated_photo(processor: FusionImageProcessor, photo: Image.Image, 
 def test_a_missing_file(processor: FusionImageProcessor) -> None:
     with pytest.raises(ValueError, match=r"no/such/file\.png' is neither a file, an http"):
         pixels(processor, "no/such/file.png")
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where the files of `tmp_path` are served."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args: object) -> None:
+            """Be quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_pictures_at_addresses(
+    processor: FusionImageProcessor,
+    photo: Image.Image,
+    tmp_path: Path,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "photo.png").write_bytes(encoded(photo, "PNG"))
+    (tmp_path / "text.png").write_bytes(b"just text")
+    assert torch.equal(pixels(processor, f"{address}/photo.png"), pixels(processor, photo))
+    with pytest.raises(ValueError, match=r"/none\.png' cannot be opened: .*404"):
+        pixels(processor, f"{address}/none.png")
+    with pytest.raises(ValueError, match=r"/text\.png' cannot be opened"):
+        pixels(processor, f"{address}/text.png")
+    monkeypatch.setattr(image_processing_fusion, "MAX_DOWNLOAD_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"/photo\.png' cannot be opened: it has more than the allowed 1000 bytes"):
+        pixels(processor, f"{address}/photo.png")
 
 
 def test_switches(processor: FusionImageProcessor, photo: Image.Image) -> None:

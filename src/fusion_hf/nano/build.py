@@ -1,7 +1,7 @@
 """`fusion-nano` before training: sizes, processor, and an initialisation that lets it learn from scratch."""
 
 from dataclasses import replace
-from math import sqrt
+from math import pi, sqrt
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ EMBEDDING_STD = 0.3
 HEAD_STD = 0.02
 BACKGROUND = 0.9  # mean normalised value of the light backgrounds: the patch bias maps it to about zero
 CHAT_FORMAT = "chatml"
+POSITION_STD = 0.3
+FINEST_WAVE = 32  # the finest position wave is this many times as short as the coarsest
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) -> FusionProcessor:
@@ -76,7 +78,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
 
 
 def build_model(config: FusionConfig, seed: int) -> FusionForConditionalGeneration:
-    """A model with fresh weights: variance-preserving layers, small residual outputs, light background at zero."""
+    """A model with fresh weights: variance-preserving layers, small residual outputs, light background at zero, and
+    position embeddings that tell left from right."""
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration(config)
     for module in model.modules():
@@ -102,10 +105,25 @@ def _init_tower(tower: FusionVisionModel) -> None:
     init.normal_(patches.weight, std=1 / sqrt(patches.weight[0].numel()))
     with torch.no_grad():
         init.copy_(patches.bias, -BACKGROUND * patches.weight.sum(dim=(1, 2, 3)))
+    side = tower.embeddings.image_size // tower.embeddings.patch_size
+    init.copy_(tower.embeddings.position_embedding.weight, _position_waves(side, tower.config.hidden_size))
     for layer in tower.layers:
         assert isinstance(layer, FusionVisionLayer)
         _shrink(layer.self_attn.out_proj, len(tower.layers))
         _shrink(layer.mlp.fc2, len(tower.layers))
+
+
+def _position_waves(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of column and row `(side * side, width)`, from a quarter of a wave per picture to finer ones.
+
+    Random vectors do not tell left from right: from them the model learns which line two shapes lie on, but not their
+    order. The coarsest waves do: they grow from one edge to the other.
+    """
+    rates = pi / 2 * FINEST_WAVE ** torch.linspace(0, 1, width // 4)
+    angles = torch.linspace(-0.5, 0.5, side)[:, None] * rates  # (side, width / 4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
+    return POSITION_STD * sqrt(2) * torch.cat([columns, rows], dim=1)
 
 
 def _shrink(linear: nn.Linear, num_layers: int) -> None:

@@ -33,6 +33,8 @@ WORD_FORMS = ("what word is written?", "which word is in the image?", "what does
 
 YES_NO = ("yes", "no")
 YES_NO_QUESTIONS = 4  # per look-alike of an easy-vqa picture
+# Colours are learned long before words and relations are.
+WORD_COLOR_SHARE = 0.25  # of word pictures have a question about the colour
 TRUE_CANDIDATE_SHARE = 0.5  # of yes/no questions propose the true value
 RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
@@ -85,10 +87,9 @@ def parse_easy_vqa(text: str, answer: str) -> Question:
 def drawn_questions(spec: PictureSpec, rng: random.Random) -> tuple[Question, ...]:
     """Questions about a drawn picture."""
     if spec.word is not None:
-        return (
-            Question(rng.choice(WORD_FORMS), spec.word.text, "word"),
-            Question(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color"),
-        )
+        word = Question(rng.choice(WORD_FORMS), spec.word.text, "word")
+        color = Question(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color")
+        return (word, color) if rng.random() < WORD_COLOR_SHARE else (word,)
     if spec.category == "count":
         return _count_questions(spec.shapes, rng)
     if spec.category == "spatial":
@@ -176,7 +177,7 @@ def _count_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Que
 
 
 def _spatial_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Question, ...]:
-    """The relation in both directions, and shape and colour of one of the two."""
+    """The relation in both directions, and shape or colour of one of the two."""
     questions = []
     for first, second in (shapes, shapes[::-1]):
         seen, reference, names = rng.choice(
@@ -189,11 +190,9 @@ def _spatial_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Q
         text = RELATION_FORM.format(seen=seen, reference=reference)
         questions.append(Question(text, _relation(first, second), "relation", names))
     shape = rng.choice(shapes)
-    questions.append(
-        Question(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
-    )
-    questions.append(Question(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"})))
-    return tuple(questions)
+    color = Question(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
+    kind = Question(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"}))
+    return (*questions, rng.choice((color, kind)))
 
 
 def _relation(seen: Shape, reference: Shape) -> str:

@@ -71,16 +71,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many drawn pictures of each category a stage uses beside easy-vqa's pictures."""
+    """How many drawn pictures of each category a stage uses, and which share of easy-vqa's pictures."""
 
     single: int = 6000
     count: int = 5000
     spatial: int = 5000
     text: int = 8000
+    easy_vqa: float = 1.0
 
 
 def stage_records(
-    stage: Stage, split: Literal["train", "validation"] = "train", seed: int = 0, mixture: Mixture | None = None
+    stage: Stage, split: Literal["train", "validation"] = "train", seed: int | str = 0, mixture: Mixture | None = None
 ) -> list[Record]:
     """The shuffled records of a training stage.
 
@@ -92,8 +93,11 @@ def stage_records(
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, allowed are {', '.join(STAGES)}")
-    pictures = easy_vqa_pictures(split) + drawn_pictures(split, mixture or Mixture(), seed=f"stage {stage}/{seed}")
+    mixture = mixture or Mixture()
     rng = random.Random(f"records/{stage}/{split}/{seed}")
+    real = easy_vqa_pictures(split)
+    pictures = rng.sample(real, round(mixture.easy_vqa * len(real)))
+    pictures += drawn_pictures(split, mixture, seed=f"stage {stage}/{seed}")
     records: list[Record] = []
     if stage != "2":
         records += caption_records(pictures, rng)

@@ -172,8 +172,7 @@ used once.
 
 Pictures of coloured circles, rectangles and triangles and of the {words} words it was trained on, on a light
 background; short questions in the forms of its training data, in English. Anything else is answered with confidence
-and at random. The table says where it is weak: of two shapes it often knows the line that they lie on, but not which
-one comes first.
+and at random.
 """
 
 
