@@ -21,6 +21,7 @@ from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
 ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
+MAX_DOWNLOAD_BYTES = 2**28  # of a picture at an address: who serves it may never stop sending
 
 
 class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -135,9 +136,7 @@ def _open(source: str) -> Image.Image:
     name = source if len(source) <= 100 else f"{source[:100]}..."
     try:
         if source.startswith(("http://", "https://")):
-            response = get_session().get(source, follow_redirects=True)
-            response.raise_for_status()
-            return Image.open(BytesIO(response.content))
+            return Image.open(BytesIO(_download(source)))
         if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
             return Image.open(source)
         content = source.split(",", 1)[1] if source.startswith("data:") else source
@@ -146,6 +145,18 @@ def _open(source: str) -> Image.Image:
         raise ValueError(f"No picture: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
     except (UnidentifiedImageError, OSError, HTTPError, Image.DecompressionBombError) as error:
         raise ValueError(f"The picture {name!r} cannot be opened: {error}.") from error
+
+
+def _download(url: str) -> bytes:
+    """What is at an http(s) address, up to MAX_DOWNLOAD_BYTES."""
+    content = bytearray()
+    with get_session().stream("GET", url, follow_redirects=True) as response:
+        response.raise_for_status()
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > MAX_DOWNLOAD_BYTES:
+                raise OSError(f"it has more than the allowed {MAX_DOWNLOAD_BYTES} bytes")
+    return bytes(content)
 
 
 def _drop_alpha(array: np.ndarray) -> np.ndarray:

@@ -287,9 +287,9 @@ class FusionModel(FusionPreTrainedModel):
         """
         See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
         """
+        has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
         if input_ids is not None and inputs_embeds is None:
             query_len = self.config.query_len if query_len is None else query_len
-            has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
             is_prompt = pixel_values is not None or has_turns
             if (is_prompt or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
                 inputs = (input_ids, attention_mask, pixel_values, prompt_end_positions)
@@ -307,8 +307,9 @@ class FusionModel(FusionPreTrainedModel):
             else:
                 prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
         elif inputs_embeds is not None and input_ids is None:
-            if pixel_values is not None:
-                raise ValueError("pixel_values need input_ids: image and latent tokens are found by their ids.")
+            if pixel_values is not None or has_turns:
+                name = "pixel_values" if pixel_values is not None else "prompt_end_positions"
+                raise ValueError(f"{name} need input_ids: image and latent tokens are found by their ids.")
             prompt = EmbeddedPrompt(inputs_embeds)
         else:
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
