@@ -12,7 +12,7 @@ from fusion_hf.nano import records as nano_records
 from fusion_hf.nano.evaluate import accuracies
 from fusion_hf.nano.records import Record
 from fusion_hf.nano.report import most_frequent_answers, shuffled
-from fusion_hf.nano.train import PLAN
+from fusion_hf.nano.train import GROUNDING, PLAN
 
 
 def train(output: Path) -> str:
@@ -26,8 +26,8 @@ def train(output: Path) -> str:
 @pytest.mark.slow
 def test_all_stages_and_resuming(tmp_path: Path) -> None:
     first = train(tmp_path)
-    for plan in PLAN:
-        assert f"{plan.name} done after" in first and f"validation after {plan.name}" in first
+    assert all(f"{plan.name} done after" in first for plan in (GROUNDING, *PLAN))
+    assert all(f"validation after {plan.name}" in first for plan in PLAN)
     model = FusionForConditionalGeneration.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.num_parameters() <= 6_000_000
@@ -35,7 +35,7 @@ def test_all_stages_and_resuming(tmp_path: Path) -> None:
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").unlink()
     second = train(tmp_path)
-    assert all(f"{plan.name} is finished" in second for plan in PLAN)
+    assert all(f"{plan.name} is finished" in second for plan in (GROUNDING, *PLAN))
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 

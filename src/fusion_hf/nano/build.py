@@ -17,10 +17,10 @@ from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
 
 TILE_SIDE = 48  # pixels of a tile; the four tiles show the picture at twice that
 EMBEDDING_STD = 0.3
-HEAD_STD = 0.02
+HEAD_SCALE = 0.3
 BACKGROUND = 0.9  # mean normalised value of the light backgrounds: the patch bias maps it to about zero
 CHAT_FORMAT = "chatml"
-POSITION_STD = 0.3
+POSITION_STD = 1.0  # as large as what a patch of a shape gives, or the place of a shape is hard to read
 FINEST_WAVE = 32  # the finest position wave is this many times as short as the coarsest
 
 
@@ -89,7 +89,10 @@ def build_model(config: FusionConfig, seed: int) -> FusionForConditionalGenerati
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=EMBEDDING_STD)
-    init.normal_(model.lm_head.weight, std=HEAD_STD)
+    # the head begins with the embeddings: what the model attends to, it first of all says
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    init.copy_(model.lm_head.weight, HEAD_SCALE * embeddings.weight)
     _init_tower(model.model.vision_tower)
     layers = model.model.language_model.layers
     for layer in layers:

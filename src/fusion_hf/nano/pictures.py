@@ -36,6 +36,7 @@ WORDS = tuple(
     "bird book door fish frog gold kite lamp milk moon rain road ship star tree wolf "
     "apple bread chair cloud field night piano pilot plant river shirt stone table tiger train zebra".split()
 )
+WHITE = 255
 DIRECTIONS = ("left", "right", "above", "below")
 MAX_COUNT = 5
 
@@ -56,6 +57,7 @@ SAME_COLOR_SHARE = 0.5  # ... one colour only
 
 TRIANGLE_ASPECT = 3**0.5 / 2  # height of an equilateral triangle of side 1
 
+Ink = int | tuple[int, int, int]
 Category = Literal["single", "count", "spatial", "text"]
 Split = Literal["train", "validation", "test"]
 CATEGORIES: tuple[Category, ...] = ("single", "count", "spatial", "text")
@@ -94,6 +96,15 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A shape or a letter of a picture: its colour, its kind or letter, and where it is: white in `mask`."""
+
+    color: str
+    name: str
+    mask: Image.Image
+
+
+@dataclass(frozen=True)
 class PictureSpec:
     """All that is needed to draw a picture and to know the answers about it."""
 
@@ -102,12 +113,16 @@ class PictureSpec:
     shapes: tuple[Shape, ...] = ()
     word: Word | None = None
 
+    def parts(self) -> list[Part]:
+        """The shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE."""
+        return [_shape_part(shape) for shape in self.shapes] + _letter_parts(self.word)
+
     def render(self) -> Image.Image:
         """Draws the picture: RGB, PICTURE_SIDE x PICTURE_SIDE."""
         canvas = Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), self.background)
         draw = ImageDraw.Draw(canvas)
         for shape in self.shapes:
-            _draw_shape(draw, shape)
+            _draw_shape(draw, shape, COLORS[shape.color])
         if self.word is not None:
             _draw_word(draw, self.word)
         return canvas.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BILINEAR)
@@ -233,9 +248,8 @@ def _whole_shape(kind: str, color: str, left: float, top: float, width: float, h
     return Shape(kind, color, round(left), round(top), width, height)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, color: Ink) -> None:
     left, top, right, bottom = shape.left, shape.top, shape.left + shape.width, shape.top + shape.height
-    color = COLORS[shape.color]
     if shape.kind == "circle":
         draw.ellipse((left, top, right, bottom), fill=color)
     elif shape.kind == "rectangle":
@@ -247,6 +261,25 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
 def _draw_word(draw: ImageDraw.ImageDraw, word: Word) -> None:
     ink_left, ink_top, _, _ = _ink_box(word.text, word.size)
     draw.text((word.left - ink_left, word.top - ink_top), word.text, COLORS[word.color], font=_font(word.size))
+
+
+def _shape_part(shape: Shape) -> Part:
+    mask = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
+    _draw_shape(ImageDraw.Draw(mask), shape, WHITE)
+    return Part(shape.color, shape.kind, mask)
+
+
+def _letter_parts(word: Word | None) -> list[Part]:
+    if word is None:
+        return []
+    parts, font = [], _font(word.size)
+    ink_left, ink_top, _, _ = _ink_box(word.text, word.size)
+    for index, letter in enumerate(word.text):
+        mask = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
+        corner = word.left - ink_left + font.getlength(word.text[:index]), word.top - ink_top
+        ImageDraw.Draw(mask).text(corner, letter, WHITE, font=font)
+        parts.append(Part(word.color, letter, mask))
+    return parts
 
 
 @cache

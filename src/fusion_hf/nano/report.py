@@ -19,7 +19,7 @@ from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.nano.evaluate import accuracies, generate_answers
 from fusion_hf.nano.pictures import WORDS
 from fusion_hf.nano.records import Record, easy_vqa_pictures, test_records
-from fusion_hf.nano.train import PLAN
+from fusion_hf.nano.train import GLOBAL_BATCH_SIZE, GROUNDING, PLAN
 from fusion_hf.processing_fusion import FusionProcessor
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,8 @@ def card_text(figures: Figures, parameters: int) -> str:
         parameters=f"{parameters / 1e6:.2f}",
         questions=figures.questions,
         table="\n".join(table),
+        grounding=GROUNDING.steps,
+        batch=GLOBAL_BATCH_SIZE,
         steps=steps,
         seed=figures.seed,
         words=len(WORDS),
@@ -130,9 +132,9 @@ CARD = """\
 
 A FUSION of {parameters} million parameters with every mechanism of the large ones (five tiles, a tower guided by the
 question, connector, both projectors, latent tokens of several lengths, samplers, mapping losses), trained from scratch
-in three stages on one CPU. It answers questions about simple drawn pictures. It shows that the whole path works, in
-seconds and without a download. **It is no evidence for FUSION's mechanisms**: nothing was measured that shows whether
-they help at this size and task.
+in FUSION's three stages on one CPU. It answers questions about simple drawn pictures. It shows that the whole path
+works, in seconds and without a download. **It is no evidence for FUSION's mechanisms**: nothing was measured that
+shows whether they help at this size and task.
 
 ## Use
 
@@ -162,9 +164,13 @@ most frequent answer to the question.
 ## Training
 
 Pictures: easy-vqa's training split (a tenth of its pictures held out for validation) and pictures drawn by the
-project: single shapes, one to five shapes, two shapes apart, and one of {words} written words in one font. Optimiser
-steps of 16 conversations: {steps}. Seed {seed}. Every choice was made on the validation split; the test split was
-used once.
+project: single shapes, one to five shapes, two shapes apart, and one of {words} written words in one font.
+
+A large FUSION begins with a tower that knows pictures by their words. This one begins with noise, so its tower and
+projector first learn, for {grounding} steps of {batch} drawn pictures and with SigLIP's sigmoid loss, which words each
+patch shows: colour, kind, letter, word, and where a shape is from the other one. Then follow FUSION's three stages
+with the whole model; optimiser steps of {batch} conversations: {steps}. Seed {seed}. Every choice was made on the
+validation split; the test split was used for the figures above alone.
 
     make nano
 

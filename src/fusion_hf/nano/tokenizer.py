@@ -52,7 +52,8 @@ def build_tokenizer(
             counts[word] += times
     known = set(fixed)
     by_frequency = sorted((word for word in counts if word not in known), key=lambda word: (-counts[word], word))
-    tokens = [*fixed, *by_frequency[: max_vocabulary - len(fixed)]]
+    # in alphabetical order, so that other amounts of the same texts give the same ids
+    tokens = [*fixed, *sorted(by_frequency[: max_vocabulary - len(fixed)])]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], ignore_merges=True))
     backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()

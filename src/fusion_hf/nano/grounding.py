@@ -1,0 +1,131 @@
+"""What `fusion-nano` learns before stage 1: which words a patch of a picture shows.
+
+FUSION begins with a SigLIP tower, which knows pictures by their words, and with an LLM, which knows words. nano begins
+with noise, and as long as its patches look alike to the language model, that cannot learn what the questions ask. So
+tower and projector first learn, with SigLIP's sigmoid loss and from drawn pictures, to lead each patch to the
+embeddings of the words that tell what is there. No question is read yet, and nothing but drawn pictures is seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import ModelOutput
+
+from fusion_hf.configuration_fusion import NUM_TILES, TILES_PER_SIDE
+from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_vision import FusionProjector, FusionVisionModel
+from fusion_hf.nano.pictures import CANVAS_SIDE, COLORS, DIRECTIONS, SHAPES, WHITE, WORDS, PictureSpec, direction
+
+MIDDLE = "shape"  # the word of the patch in which the middle of a shape lies: so many shapes there are
+TILE_WORDS = (*COLORS, *SHAPES, *ascii_lowercase, MIDDLE)
+OVERVIEW_WORDS = (*DIRECTIONS, *WORDS)  # a tile shows only a part of what they tell
+PATCH_WORDS = (*TILE_WORDS, *OVERVIEW_WORDS)
+LEAST_COVER = 0.05  # share of a patch that a shape or letter covers where the patch shows it
+FIRST_BIAS = -4.0  # most words are not there
+
+_INDEX = {word: index for index, word in enumerate(PATCH_WORDS)}
+
+
+def patch_words(spec: PictureSpec, side: int) -> np.ndarray:
+    """The words that tell what each patch of a drawn picture shows: zeros and ones `(side, side, PATCH_WORDS)`.
+
+    These are colour, kind or letter, the written word as a whole, and of two shapes, where each is from the other.
+    """
+    labels = np.zeros((side, side, len(PATCH_WORDS)), dtype=np.float32)
+    for index, part in enumerate(spec.parts()):
+        cover = np.asarray(part.mask.resize((side, side), Image.Resampling.BOX))
+        for word in (part.color, part.name, *_overview_words(spec, index)):
+            labels[cover > LEAST_COVER * WHITE, _INDEX[word]] = 1
+    for shape in spec.shapes:
+        column, row = (min(side - 1, int(place * side / CANVAS_SIDE)) for place in shape.center)
+        labels[row, column, _INDEX[MIDDLE]] = 1
+    return labels
+
+
+def _overview_words(spec: PictureSpec, part: int) -> list[str]:
+    if spec.word is not None:
+        return [spec.word.text]
+    relation = direction(spec.shapes[part], spec.shapes[1 - part]) if spec.category == "spatial" else None
+    return [relation] if relation is not None else []
+
+
+def tile_words(spec: PictureSpec, side: int) -> np.ndarray:
+    """`patch_words` of the four tiles and the overview, in the image processor's order `(5, side * side, words)`."""
+    fine = patch_words(spec, TILES_PER_SIDE * side).reshape(TILES_PER_SIDE, side, TILES_PER_SIDE, side, -1)
+    tiles = fine.transpose(0, 2, 1, 3, 4).reshape(NUM_TILES, side * side, -1)
+    return np.concatenate([tiles, patch_words(spec, side).reshape(1, side * side, -1)])
+
+
+class PatchDataset(Dataset):
+    """Drawn pictures and the words of their patches; `side` is a tile's side in patches."""
+
+    def __init__(self, specs: Sequence[PictureSpec], image_processor: FusionImageProcessor, side: int):
+        self.specs, self.image_processor, self.side = specs, image_processor, side
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`pixel_values` `(5, 3, H, W)` and `labels` `(5, N, words)`."""
+        spec = self.specs[index]
+        pixel_values = self.image_processor(spec.render(), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixel_values, "labels": torch.from_numpy(tile_words(spec, self.side))}
+
+
+@dataclass
+class GroundingOutput(ModelOutput):
+    """
+    loss (`()`): sigmoid losses, summed over words, averaged over patches.
+    logits (`(B, 5, N, words)`): how well each word tells what each patch shows.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class WordGrounding(nn.Module):
+    """Tower and projector of a model, whose weights are trained in place, and the embeddings of PATCH_WORDS."""
+
+    tower: FusionVisionModel
+    projector: FusionProjector
+    words: torch.Tensor
+    asked: torch.Tensor
+
+    def __init__(self, model: FusionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast):
+        super().__init__()
+        self.tower, self.projector = model.model.vision_tower, model.model.vision_projector
+        embeddings = model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        ids = [_token_ids(word, tokenizer) for word in PATCH_WORDS]
+        self.register_buffer("words", torch.stack([embeddings.weight[row].mean(0) for row in ids]).detach())
+        asked = torch.ones(NUM_TILES + 1, 1, len(PATCH_WORDS))
+        asked[:NUM_TILES, :, len(TILE_WORDS) :] = 0
+        self.register_buffer("asked", asked)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.bias = nn.Parameter(torch.full((len(PATCH_WORDS),), FIRST_BIAS))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> GroundingOutput:
+        """`pixel_values` `(B, 5, 3, H, W)` and `labels` `(B, 5, N, words)` as `PatchDataset` gives them."""
+        projected = self.projector(self.tower(pixel_values.flatten(0, 1)).features)  # (5 B, N, D)
+        logits = self.scale * (projected @ self.words.T) + self.bias
+        logits = logits.unflatten(0, pixel_values.shape[:2])
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none") * self.asked
+        return GroundingOutput(losses.sum(-1).mean(), logits)
+
+
+def _token_ids(word: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens of a word at the start of a text and after a space, as far as it is one token there."""
+    spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+    ids = [spelling[0] for spelling in spellings if len(spelling) == 1]
+    if not ids:
+        raise ValueError(f"the word {word!r} is not in the vocabulary: {len(spellings[0])} tokens")
+    return ids
