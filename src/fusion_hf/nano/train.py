@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 class StagePlan:
     """One schedule: FUSION's stage whose records it uses, optimizer steps, mixture, peak learning rate.
 
-    `stage` is None where no question is read yet (see `fusion_hf.nano.grounding`). The rate stays at its peak, where plateaus are left soonest, but for the last `decay` of the steps.
+    `stage` is None where no question is read yet (see `fusion_hf.nano.grounding`). The rate stays at its peak,
+    where plateaus are left soonest, but for the last `decay` of the steps.
     """
 
     name: str
