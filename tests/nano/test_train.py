@@ -30,7 +30,7 @@ def test_all_stages_and_resuming(tmp_path: Path) -> None:
     assert all(f"validation after {plan.name}" in first for plan in PLAN)
     model = FusionForConditionalGeneration.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.num_parameters() <= 6_000_000
+    assert model.num_parameters() <= 6_000_000 and model.config.use_cache
     assert FusionProcessor.from_pretrained(tmp_path).query_len == model.config.query_len
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").unlink()

@@ -130,6 +130,7 @@ def _arguments(plan: StagePlan, output: Path, seed: int) -> TrainingArguments:
         logging_steps=100,
         save_strategy="no",
         report_to="none",
+        use_cache=True,  # it is written into the model's configuration, where it would turn the cache off
         remove_unused_columns=False,
         use_cpu=True,
         ddp_find_unused_parameters=False,
