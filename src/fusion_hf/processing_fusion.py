@@ -199,6 +199,12 @@ class FusionProcessor(ProcessorMixin):
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
         shifts = [len(self._prefix(t)) for t in given]
         flat_images = _flatten(images)
+        marks = sum(t.count(IMAGE_TOKEN) for t in texts)
+        if marks != len(flat_images):  # in transformers' words, whose older versions do not count
+            raise ValueError(
+                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images: "
+                f"found {marks} {IMAGE_TOKEN} tokens and {len(flat_images)} images."
+            )
         text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
         tensors = text_kwargs.get("return_tensors")
         kwargs = _without(kwargs, "return_tensors")

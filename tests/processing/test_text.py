@@ -139,9 +139,9 @@ def test_messages_that_cannot_be(processor: FusionProcessor, messages: list[Any]
 @pytest.mark.parametrize(
     ("text", "images", "error"),
     [
-        ("<image> a", None, "Found 1 <image> tokens"),
-        ("a", [PICTURE], "total 0 <image> tokens and 1 images"),
-        ("<image> a", [PICTURE, PICTURE], "total 1 <image> tokens and 2 images"),
+        ("<image> a", None, "found 1 <image> tokens and 0 images"),
+        ("a", [PICTURE], "found 0 <image> tokens and 1 images"),
+        ("<image> a", [PICTURE, PICTURE], "found 1 <image> tokens and 2 images"),
         ("<image><image> a", [PICTURE, PICTURE], "has 2 <image> marks; FUSION reads 1"),
         ("<latent_image><latent_image> a", None, "has 2 tokens, but query_len is 16"),
         ([3], None, "text holds a int"),
