@@ -111,7 +111,7 @@ class FusionImageProcessor(PilBackend):
         if not do_resize:
             raise ValueError("do_resize is False; allowed: True. The tiles are cut from a resized picture.")
         # 256 possible bytes per channel: scale and normalise them once, then look every pixel up
-        table = np.arange(LARGEST_UINT8 + 1, dtype=np.float64)[:, None].repeat(3, axis=1)
+        table: np.ndarray = np.arange(LARGEST_UINT8 + 1, dtype=np.float64)[:, None].repeat(3, axis=1)
         table = table * rescale_factor if do_rescale else table
         table = (table - np.array(image_mean)) / np.array(image_std) if do_normalize else table
         table = table.astype(np.float32).T  # (3, 256)
