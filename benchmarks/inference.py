@@ -40,7 +40,7 @@ from fusion_hf.modeling_fusion_decoder import LatentUpdates
 
 TOLERANCE = 1e-4  # relative, of float32 logits: all variants are one function
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ("torch", "transformers", "numpy", "pillow")
+PACKAGES = ("transformers", "numpy", "pillow")
 TOKENS_BETWEEN_BLOCKS = 30  # in the conversation that the samplers alone are timed on
 
 Models = dict[str, FusionForConditionalGeneration]
@@ -224,7 +224,11 @@ def run(size: str, dtype: str, device: str, repeats: int, threads: int) -> dict[
     return {
         "settings": {"size": size, "dtype": dtype, "device": device, "repeats": repeats, "threads": threads},
         "machine": {"device": device_name(device), "system": f"{platform.system()} {platform.machine()}"},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+            "torch": torch.__version__,
+        },
         "prompt_tokens": benchmark.prompt["input_ids"].shape[1],
         "work": work,
         "relative_errors": benchmark.errors,

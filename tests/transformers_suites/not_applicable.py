@@ -2,9 +2,10 @@
 
 Two suites are not in transformers' source distribution and have no entry here: GenerationTesterMixin, whose ground
 `test_generation_ground.py` covers, and the pipelines' tests behind PipelineTesterMixin (`tests/hub` has ours).
-Tried by hand on the six backbones, GenerationTesterMixin's tests pass, but for those that give `inputs_embeds` with a
-picture (image tokens are found by their ids, which embeddings do not have) and `test_left_padding_compatibility`: it
-prepends padding and does not move `prompt_end_positions`; with the suite's own hook for such inputs it passes.
+Tried by hand on the six backbones with a copy near 5.16, GenerationTesterMixin's tests pass, but for those that give
+`inputs_embeds` with a picture (image tokens are found by their ids, which embeddings do not have) and
+`test_left_padding_compatibility`: it prepends padding and does not move `prompt_end_positions`; with the suite's own
+hook for such inputs it passes.
 Tests that skip themselves (no accelerator, no mixture of experts, no video, ...) have none either.
 """
 
