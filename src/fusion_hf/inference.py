@@ -240,6 +240,9 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
 
 def _check_model_type(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            advice = f"fusion-hf merge {name} --output NEW_DIR"
+            raise InputError(f"The model {name} is a LoRA adapter: make a model of it and its base, with {advice}.")
         raise InputError(
             f"The model {name} has no config.json; allowed: a model folder, as save_pretrained writes it."
         )

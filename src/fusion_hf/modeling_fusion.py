@@ -74,6 +74,17 @@ class EncodedPicture(NamedTuple):
     instruct_mask: torch.Tensor  # (B, T)
 
 
+class LossCounts(NamedTuple):
+    """
+    How many items each mean of the loss is taken over, `()` each. A trainer that splits a batch gives the counts of
+    the whole batch with every part, and the parts' losses add up to the whole batch's.
+    """
+
+    labels: torch.Tensor
+    instruct_tokens: torch.Tensor
+    pictures: torch.Tensor
+
+
 class EmbeddedPrompt(NamedTuple):
     """What enters the language model."""
 
@@ -96,6 +107,13 @@ class FusionPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # Engines that take over attention also take over the loop, drop our keywords, and would answer without samplers.
     _supports_attention_backend = False
+
+    def post_init(self) -> None:
+        super().post_init()
+        # FSDP refuses names of layers that the model does not have
+        present = {type(module).__name__ for module in self.modules()}
+        known = self._no_split_modules  # a list or a set, as the version of transformers has it
+        self._no_split_modules = type(known)(name for name in known if name in present)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the parts' configurations are told the data type of the weights as well."""
@@ -222,13 +240,15 @@ class FusionModel(FusionPreTrainedModel):
         windows = windows.unflatten(3, (side, window)).unflatten(2, (side, window))  # (B, D, s, w, s, w)
         return latents, windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
-    def compute_mapping_loss(self, picture: EncodedPicture) -> torch.Tensor:
+    def compute_mapping_loss(self, picture: EncodedPicture, counts: LossCounts | None = None) -> torch.Tensor:
         """Mean cosine distances of question and features, and of patch embeddings and mapped-back image tokens."""
         mask = picture.instruct_mask
         distance = 1 - nn.functional.cosine_similarity(picture.instruct_embeds, picture.instruct_features, dim=-1)
-        text_loss = torch.where(mask, distance, 0).sum() / mask.sum().clamp(min=1)
+        num_tokens = mask.sum() if counts is None else counts.instruct_tokens
+        text_loss = torch.where(mask, distance, 0).sum() / num_tokens.clamp(min=1)
         mapped_back = self.vision_projector_back(picture.image_features)
-        vision_loss = (1 - nn.functional.cosine_similarity(picture.patch_embeddings, mapped_back, dim=-1)).mean()
+        distance = 1 - nn.functional.cosine_similarity(picture.patch_embeddings, mapped_back, dim=-1)  # (B, N)
+        vision_loss = distance.mean() if counts is None else distance.mean(1).sum() / counts.pictures
         return text_loss + vision_loss
 
     def _embed_text(self, input_ids: torch.Tensor, marks: PromptMarks) -> torch.Tensor:
@@ -245,6 +265,7 @@ class FusionModel(FusionPreTrainedModel):
         prompt_end_positions: torch.Tensor | None,
         query_len: int,
         output_mapping_loss: bool = False,
+        loss_counts: LossCounts | None = None,
     ) -> "EmbeddedPrompt":
         """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
         marks = PromptMarks.find(input_ids, self.config)
@@ -264,7 +285,7 @@ class FusionModel(FusionPreTrainedModel):
             inputs_embeds=marks.fill(inputs_embeds, image_features, latents),
             latent_updates=updates,
             image_features=image_features,
-            mapping_loss=self.compute_mapping_loss(picture) if output_mapping_loss else None,
+            mapping_loss=self.compute_mapping_loss(picture, loss_counts) if output_mapping_loss else None,
         )
 
     @can_return_tuple
@@ -282,6 +303,7 @@ class FusionModel(FusionPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_mapping_loss: bool = False,
+        loss_counts: LossCounts | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionModelOutputWithPast:
         """
@@ -303,6 +325,7 @@ class FusionModel(FusionPreTrainedModel):
                     prompt_end_positions,
                     query_len,
                     output_mapping_loss,
+                    loss_counts,
                 )
             else:
                 prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
@@ -419,6 +442,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_counts: LossCounts | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionCausalLMOutputWithPast:
         """
@@ -434,6 +458,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             query_len (`int`, *optional*): None reads it from the configuration.
             labels (`(B, S)`, *optional*): -100 is ignored. Trainers that split sequences also give `shift_labels`,
                 which are aligned with the logits already.
+            loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
 
         Raises:
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
@@ -452,6 +477,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_mapping_loss=labels is not None,
+            loss_counts=loss_counts,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -460,8 +486,14 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         loss = language_loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
+            # without a single label, the mean of the whole batch would be no number, that of a part is zero
+            num_labels = None if loss_counts is None else loss_counts.labels.clamp(min=1)
             language_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=vocab_size, shift_labels=shift_labels
+                logits=logits,
+                labels=labels,
+                vocab_size=vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_labels,
             )
             loss = language_loss
             if outputs.mapping_loss is not None:

@@ -8,6 +8,7 @@ from math import isqrt
 from typing import NoReturn
 
 from fusion_hf import __version__
+from fusion_hf.cli import data, merge, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -46,6 +47,10 @@ def make_parser() -> Parser:
         description="Talk about a picture: a question per line. /reset begins anew, /exit leaves.",
     )
     chat.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+
+    train.add_parser(commands)
+    merge.add_parser(commands)
+    data.add_parser(commands)
 
     # its arguments are its own: `main` hands them over before this parser sees them
     commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
@@ -137,6 +142,12 @@ def _run(argv: list[str]) -> int:
         from fusion_hf.cli import ask
 
         return ask.run(arguments)
+    if arguments.command == "train":
+        return train.run(arguments)
+    if arguments.command == "merge":
+        return merge.run(arguments)
+    if arguments.command == "data":
+        return data.run(arguments)
     from fusion_hf.cli import chat
 
     return chat.run(arguments)

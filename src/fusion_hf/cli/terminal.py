@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fusion_hf.errors import InputError, short_name
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
+FAILED, USER_ERROR, INTERRUPTED, STOPPED = 1, 2, 130, 143  # exit statuses; the last one after SIGTERM
 LONGEST_ERROR = 600  # characters: a library may list every tensor of a model
 ADDRESSES = ("http://", "https://")
 

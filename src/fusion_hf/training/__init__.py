@@ -1,5 +1,23 @@
 """Training FUSION with `transformers.Trainer`."""
 
+from typing import TYPE_CHECKING, Any
+
 from fusion_hf.training.collator import FusionDataCollator
 
-__all__ = ["FusionDataCollator"]
+if TYPE_CHECKING:
+    from fusion_hf.training.arguments import FusionTrainingArguments
+    from fusion_hf.training.data import load_records
+    from fusion_hf.training.trainer import FusionTrainer
+
+__all__ = ["FusionDataCollator", "FusionTrainer", "FusionTrainingArguments", "load_records"]
+
+# what needs the extra `train`, and seconds to import
+_MODULES = {"FusionTrainer": "trainer", "FusionTrainingArguments": "arguments", "load_records": "data"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

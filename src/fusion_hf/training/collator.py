@@ -8,6 +8,8 @@ from typing import Any
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, FusionProcessor
 
 IGNORE_INDEX = -100
+# stands where every record of a batch was skipped: this process must take part in the step as well
+FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -49,6 +51,9 @@ class FusionDataCollator:
     """
     Makes right-padded batches with labels from records.
 
+    Records that carry a `query_len`, as `StepSampler`'s keys give it to them, decide the batch's. Records that were
+    `skipped` are left out; a batch of nothing else becomes one empty conversation without labels.
+
     Args:
         processor ([`FusionProcessor`]): tokenizer and pictures.
         query_lens (`Sequence[int]`, *optional*): one is drawn for each batch. Default: the processor's `query_len`.
@@ -73,8 +78,9 @@ class FusionDataCollator:
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`."""
-        query_len = self.random.choice(self.query_lens)
-        conversations = [record_to_messages(record) for record in records]
+        query_len = self._query_len(records)
+        kept = [record for record in records if "skipped" not in record]
+        conversations = [record_to_messages(record) for record in kept or [FILLER]]
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
         pictures = [
             block["image"]
@@ -96,8 +102,14 @@ class FusionDataCollator:
         )
         offsets = features.pop("offset_mapping")
         rows = zip(features["input_ids"], features["attention_mask"], offsets, texts, strict=True)
-        features["labels"] = [self._labels(*row) for row in rows]
+        features["labels"] = [self._labels(*row) if kept else [IGNORE_INDEX] * len(row[0]) for row in rows]
         return {**features.convert_to_tensors("pt"), "query_len": query_len}
+
+    def _query_len(self, records: Sequence[dict[str, Any]]) -> int:
+        given = {record["query_len"] for record in records if "query_len" in record}
+        if len(given) > 1:
+            raise ValueError(f"The records of a batch ask for query_len {sorted(given)}; allowed: one number.")
+        return given.pop() if given else self.random.choice(self.query_lens)
 
     def _labels(self, ids: list[int], mask: list[int], offsets: list[tuple[int, int]], text: str) -> list[int]:
         expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.num_image_tokens)

@@ -1,0 +1,122 @@
+"""`fusion-hf data check`: what is there of a data set, and what is wrong with it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_hf.cli.terminal import FAILED, one_line, printable
+
+if TYPE_CHECKING:
+    from fusion_hf.training.data.check import EntryReport
+
+IMAGES = ("exist", "decode", "none")
+HEADER = ("file", "taken", "records", "size", "no image", "broken")
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def add_parser(commands: Any) -> None:
+    """Add `data` and its own command to the subparsers of `fusion-hf`."""
+    data = commands.add_parser(
+        "data", help="look at training data", description="Look at training data before a run does."
+    )
+    data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    check = data_commands.add_parser(
+        "check",
+        help="which files are present; count records, sizes, broken records and missing images",
+        description="Count records, bytes, broken records and missing images of a mixture or a file of records. The "
+        "exit status is 0 if all is fine, 1 if something is missing or broken, 2 for a wrong command line.",
+    )
+    check.add_argument(
+        "source", metavar="MIXTURE_OR_FILE", help="a mixture (.yaml), a file or folder of records, or a Hub data set"
+    )
+    check.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="that relative paths and pictures are under; default: the folder of the file",
+    )
+    check.add_argument(
+        "--images", choices=IMAGES, default="exist", help="what to do with pictures; default: %(default)s"
+    )
+    check.add_argument("--data-cache", metavar="DIR", help="folder of the index, as in a recipe")
+    check.add_argument("--json", action="store_true", help="JSON instead of a table")
+    check.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check; returns the exit status."""
+    import datasets
+    from tqdm import tqdm
+
+    from fusion_hf.training.data.check import check_entry
+    from fusion_hf.training.data.dataset import MAX_IMAGE_PIXELS
+    from fusion_hf.training.data.index import default_cache
+    from fusion_hf.training.data.mixture import read_entries
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    entries = read_entries(arguments.source, arguments.data_root)
+    if len(entries) == 1:
+        entries[0].locate()  # what was named does not exist: no finding, but a wrong command line
+    cache = default_cache() if arguments.data_cache is None else Path(arguments.data_cache).expanduser()
+    reports = [
+        check_entry(entry, cache, MAX_IMAGE_PIXELS, arguments.images)
+        for entry in tqdm(entries, desc="data check", unit="file", disable=None, leave=False)
+    ]
+    write = _write_json if arguments.json else _write_table
+    write(reports)
+    return 0 if all(report.fine for report in reports) else FAILED
+
+
+def _write_json(reports: "Sequence[EntryReport]") -> None:
+    content = {
+        "fine": all(report.fine for report in reports),
+        "records": sum(report.records for report in reports),
+        "taken": sum(report.taken for report in reports),
+        "entries": [report.as_dict() for report in reports],
+    }
+    json.dump(content, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _write_table(reports: "Sequence[EntryReport]") -> None:
+    rows: list[tuple[str, ...]] = [HEADER]
+    for report in reports:
+        if report.error is None:
+            broken = sum(report.problems.counts.values())
+            rows.append(_row(report.name, report.taken, report.records, report.size, report.without_image, broken))
+        else:
+            rows.append((printable(report.name), "-", "-", "-", "-", "cannot be read"))
+    there = [report for report in reports if report.error is None]
+    sums = [[r.taken, r.records, r.size, r.without_image, sum(r.problems.counts.values())] for r in there]
+    total = [sum(column) for column in zip(*sums, strict=True)] if sums else [0] * (len(HEADER) - 1)
+    rows.append(_row(f"total: {len(there)} of {len(reports)} present", *total))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    for name, *numbers in rows:
+        aligned = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+        sys.stdout.write("  ".join([name.ljust(widths[0]), *aligned]) + "\n")
+    for line in _complaints(reports):
+        sys.stdout.write(f"{line}\n")
+
+
+def _row(name: str, taken: int, records: int, size: int, without_image: int, broken: int) -> tuple[str, ...]:
+    return (printable(name), f"{taken:,}", f"{records:,}", _bytes(size), f"{without_image:,}", f"{broken:,}")
+
+
+def _complaints(reports: "Sequence[EntryReport]") -> list[str]:
+    lines = []
+    for report in reports:
+        if report.error is not None:
+            lines.append(f"not readable: {one_line(report.error)}")
+        for kind, count in report.problems.counts.most_common():
+            lines.append(f"{kind}: {count:,}, first {one_line(report.problems.first[kind])}")
+    return lines
+
+
+def _bytes(size: int) -> str:
+    number, unit = float(size), 0
+    while number >= 1000 and unit < len(UNITS) - 1:
+        number, unit = number / 1000, unit + 1
+    return f"{number:.0f} {UNITS[unit]}" if unit == 0 else f"{number:.1f} {UNITS[unit]}"

@@ -1,0 +1,37 @@
+"""`fusion-hf merge`: a LoRA adapter and its base become one model folder."""
+
+import argparse
+from pathlib import Path
+
+from fusion_hf.errors import InputError
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Tell the command line about `merge`."""
+    parser = commands.add_parser(
+        "merge",
+        help="put a LoRA adapter into its base: a complete model folder",
+        description="Add what a LoRA run trained to the model that it started from: a complete model folder.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the output_dir of a LoRA run")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--base", metavar="DIR_OR_REPO", help="default: the model that the adapter names")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the written weights: float32, bfloat16 or float16; default: %(default)s"
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge; returns the exit status."""
+    adapter, output = Path(arguments.adapter), Path(arguments.output)
+    if not adapter.is_dir():
+        raise InputError(f"{adapter} is no folder; give the output_dir of a LoRA run.")
+    if not arguments.debug:
+        from fusion_hf.cli.session import silence_libraries
+
+        silence_libraries()
+    from fusion_hf.training.merging import merge
+
+    merge(adapter, output, arguments.base, arguments.dtype)
+    return 0

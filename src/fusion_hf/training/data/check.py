@@ -1,0 +1,130 @@
+"""What is there of a data set and what is wrong with it, before a run finds out."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from fusion_hf.errors import InputError
+from fusion_hf.training.data.index import Index, open_index
+from fusion_hf.training.data.mixture import Entry
+from fusion_hf.training.data.pictures import open_picture, picture_path
+from fusion_hf.training.data.records import RecordProblem, parse_record
+from fusion_hf.training.data.skips import describe
+from fusion_hf.training.data.sources import Source
+
+Images = Literal["exist", "decode", "none"]
+IMAGES = ("exist", "decode", "none")
+
+
+@dataclass
+class Problems:
+    """Broken records by kind of problem: how many, and the first of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, file: str, index: int, problem: RecordProblem) -> None:
+        """Count one record."""
+        self.counts[problem.kind] += 1
+        self.first.setdefault(problem.kind, describe(file, index, problem))
+
+    def update(self, others: "Problems") -> None:
+        """Count those of another part too."""
+        self.counts.update(others.counts)
+        self.first = {**others.first, **self.first}
+
+
+@dataclass
+class EntryReport:
+    """
+    One entry of a mixture.
+
+    Attributes:
+        error: why nothing can be said of it: the file is missing or unreadable, or has too few records.
+        records: in its files; `taken` of them by the sampling strategy, broken ones included.
+        size: bytes of its files.
+        without_image: whole records that have none.
+    """
+
+    name: str
+    strategy: str
+    error: str | None = None
+    files: int = 0
+    size: int = 0
+    records: int = 0
+    taken: int = 0
+    without_image: int = 0
+    problems: Problems = field(default_factory=Problems)
+
+    @property
+    def fine(self) -> bool:
+        return self.error is None and not self.problems.counts
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check_entry(
+    entry: Entry, cache: Path, max_image_pixels: int, images: Images = "exist", progress: bool = True
+) -> EntryReport:
+    """
+    Look at every record of an entry, taken or not, and at its picture: whether it is there, or can be decoded.
+
+    Args:
+        cache: of the indexes that are made on the way; training uses them too.
+        progress: show a bar on the standard error, if that is a terminal.
+    """
+    report = EntryReport(entry.path, entry.strategy.text)
+    try:
+        sources = entry.locate().sources(cache)
+        report.files = len(sources)
+        report.size = sum(source.size for source in sources)
+        for source in sources:
+            index = open_index(source, cache)
+            report.records += len(index)
+            report.without_image += int((index.lengths(range(len(index))) < 0).sum())
+            report.problems.update(_structure(source, index))
+            if images != "none":
+                report.problems.update(_pictures(source, len(index), images, max_image_pixels, progress))
+        report.taken = entry.strategy.count(report.records, entry.where)
+    except InputError as error:
+        report.error = str(error)
+    return report
+
+
+def _structure(source: Source, index: Index) -> Problems:
+    problems = Problems()
+    for number in index.broken().tolist() if index.num_broken else ():
+        problems.add(source.name, number, index.problem(number))
+    return problems
+
+
+def _pictures(source: Source, total: int, images: Images, max_image_pixels: int, progress: bool) -> Problems:
+    problems = Problems()
+    items = tqdm(
+        source.scan(),
+        desc=f"pictures of {source.name}",
+        total=total,
+        unit="record",
+        unit_scale=True,
+        leave=False,
+        disable=None if progress else True,
+    )
+    for number, item in enumerate(items):
+        try:
+            record = parse_record(item.raw, number, source.image_key)
+        except RecordProblem:  # counted by `_structure`
+            continue
+        try:
+            if images == "decode" and record.image is not None:
+                open_picture(record.image, source.root, max_image_pixels)
+            elif isinstance(record.image, str):
+                picture_path(record.image, source.root)
+        except RecordProblem as problem:
+            problem.identity = record.id
+            problems.add(source.name, number, problem)
+    return problems

@@ -1,0 +1,264 @@
+"""Data sets of records for a `DataLoader`: at any place, or as a stream."""
+
+import copy
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from fusion_hf.errors import InputError
+from fusion_hf.training.data.index import Index, default_cache, open_index
+from fusion_hf.training.data.mixture import Entry, Rows, Strategy, read_entries
+from fusion_hf.training.data.pictures import open_picture
+from fusion_hf.training.data.records import Raw, RecordProblem, SampleKey, parse_record
+from fusion_hf.training.data.skips import BrokenRecords, OnBroken
+from fusion_hf.training.data.sources import Source, Stream
+
+MAX_IMAGE_PIXELS = 89_478_485  # as the image processor's
+
+
+def load_records(
+    source: str | Path,
+    *,
+    root: str | Path | None = None,
+    on_broken: OnBroken = "error",
+    max_skipped: int = 100,
+    skipped_file: str | Path | None = None,
+    cache: str | Path | None = None,
+    streaming: bool = False,
+    seed: int = 0,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> "RecordDataset | StreamedRecords":
+    """
+    The records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
+
+    Args:
+        root: that relative paths and pictures are under; default: the folder of `source`.
+        on_broken, max_skipped, skipped_file: what happens to broken records, see [`BrokenRecords`].
+        cache: folder of the indexes; default: [`default_cache`].
+        streaming: begin at once and never go back.
+        seed: of `random:N` in a mixture.
+        max_image_pixels: a picture with more is broken.
+
+    Raises:
+        InputError: for a missing or unreadable file, and for a broken record under `error`.
+    """
+    entries = read_entries(source, root)
+    broken = BrokenRecords(on_broken, max_skipped, skipped_file)
+    reader = RecordReader(broken, max_image_pixels)
+    if streaming:
+        return StreamedRecords(entries, reader)
+    parts = read_parts(entries, default_cache() if cache is None else Path(cache).expanduser(), seed)
+    return RecordDataset(parts, reader)
+
+
+class RecordReader:
+    """Makes what a data set gives from a stored record."""
+
+    def __init__(self, broken: BrokenRecords, max_image_pixels: int = MAX_IMAGE_PIXELS):
+        self.broken = broken
+        self.max_image_pixels = max_image_pixels
+
+    def __call__(self, stream: Stream, index: int, raw: Raw) -> dict[str, Any]:
+        """
+        `{"id", "image", "messages"}`, or `{"id", "skipped"}` (the reason) for a broken record under `skip`.
+
+        Raises:
+            InputError: for a broken record under `error`, or for one too many under `skip`.
+        """
+        identity = None
+        try:
+            record = parse_record(raw, index, stream.image_key)
+            identity = record.id
+            image = record.image
+            picture = None if image is None else open_picture(image, stream.root, self.max_image_pixels)
+        except RecordProblem as problem:
+            problem.identity = identity if identity is not None else problem.identity
+            self.broken.handle([(stream.name, index, problem)])
+            return {"id": problem.identity, "skipped": str(problem)}
+        return {"id": record.id, "image": picture, "messages": record.messages}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records of one source: a range of them, or sorted numbers."""
+
+    source: Source
+    index: Index
+    rows: Rows
+
+
+def read_parts(entries: Iterable[Entry], cache: Path, seed: int) -> list[Part]:
+    """
+    What the entries of a mixture take from their files, in their order; broken records are still among it.
+
+    Raises:
+        InputError: for a file that cannot be read, or has fewer records than are to be taken.
+    """
+    parts = []
+    for number, entry in enumerate(entries):
+        sources = entry.locate().sources(cache)
+        indexes = [open_index(source, cache) for source in sources]
+        ends = np.cumsum([len(index) for index in indexes])
+        rows = entry.strategy.rows(int(ends[-1]), (seed, number), entry.where)
+        for source, index, end in zip(sources, indexes, ends.tolist(), strict=True):
+            inside = _inside(rows, end - len(index), end)
+            if len(inside):
+                parts.append(Part(source, index, inside))
+    return parts
+
+
+def _inside(rows: Rows, begin: int, end: int) -> Rows:
+    """Those rows of a list of files that lie in one, counted from its begin."""
+    if isinstance(rows, range):
+        return range(max(rows.start, begin) - begin, max(min(rows.stop, end) - begin, 0))
+    first, last = np.searchsorted(rows, (begin, end))
+    return rows[first:last] - rows.dtype.type(begin)
+
+
+class RecordDataset(Dataset):
+    """
+    Records at any place. A key is an index or a [`SampleKey`]; items are as [`RecordReader`]'s, and have the
+    `query_len` of their key.
+
+    Records that are broken without a look at their picture are found here: under `skip` they are no items of the data
+    set. Those with a broken picture are found when they are read.
+    """
+
+    def __init__(self, parts: list[Part], reader: RecordReader):
+        self.reader = reader
+        self.parts = [self._without_broken(part) for part in parts]
+        self.ends = np.cumsum([len(part.rows) for part in self.parts])
+        if len(self) == 0:
+            raise InputError("data: no record is left; all are broken.")
+
+    def _without_broken(self, part: Part) -> Part:
+        if part.index.num_broken == 0:
+            return part
+        broken = part.index.broken()
+        rows = part.rows
+        if isinstance(rows, range):
+            broken = broken[(broken >= rows.start) & (broken < rows.stop)]
+            rows = np.arange(rows.start, rows.stop, dtype=np.uint32 if rows.stop < 2**32 else np.uint64)
+        kept = np.isin(rows, broken, invert=True)
+        found = rows[~kept].tolist() if self.reader.broken.on_broken == "skip" else rows[~kept][:1].tolist()
+        self.reader.broken.handle((part.source.name, index, part.index.problem(index)) for index in found)
+        return Part(part.source, part.index, rows[kept]) if found else part
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Words of every record, int32; negative for one without a picture."""
+        return np.concatenate([part.index.lengths(part.rows) for part in self.parts])
+
+    @property
+    def num_skipped(self) -> int:
+        """Different records skipped so far, by any process."""
+        return len(self.reader.broken)
+
+    def __getitem__(self, key: "int | SampleKey") -> dict[str, Any]:
+        if isinstance(key, SampleKey):
+            return {**self[key.index], "query_len": key.query_len}
+        index = operator.index(key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        part = self.parts[number]
+        begin = int(self.ends[number]) - len(part.rows)
+        row = int(part.rows[index - begin])
+        raw = part.source.read(row, part.index.place(row))
+        return self.reader(part.source, row, raw)
+
+
+class StreamedRecords(IterableDataset):
+    """
+    Records in the order of their files, one epoch after another, without an index.
+
+    Micro-batch k of rank r is records [(k * world_size + r) * batch_size, ... + batch_size) of the endless stream, and
+    the workers of a `DataLoader` of that batch size take micro-batches in turn: each record goes to one of them, and
+    the order does not depend on their number. A broken record keeps its place under `skip`: it is an item with
+    `skipped`, so that ranks need not read the records of others.
+
+    Args:
+        epochs: passes; default: without end.
+        start: micro-batches of this rank to pass over, for resuming.
+    """
+
+    def __init__(
+        self,
+        entries: Iterable[Entry],
+        reader: RecordReader,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+        epochs: int | None = None,
+        start: int = 0,
+    ):
+        self.reader = reader
+        self.streams: list[tuple[Stream, int | None]] = []  # and how many of its records
+        for entry in entries:
+            self.streams += _streams(entry)
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self.epochs, self.start = epochs, start
+
+    def split(
+        self, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, epochs: int | None = None, start: int = 0
+    ) -> "StreamedRecords":
+        """The same records for a rank of many, from a micro-batch on."""
+        if not 0 <= rank < world_size or batch_size < 1 or start < 0:
+            raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, start {start}")
+        other = copy.copy(self)
+        other.rank, other.world_size, other.batch_size, other.epochs, other.start = (
+            rank,
+            world_size,
+            batch_size,
+            epochs,
+            start,
+        )
+        return other
+
+    @property
+    def num_skipped(self) -> int:
+        """Different records skipped so far, by any process."""
+        return len(self.reader.broken)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
+        for position, (stream, index, raw) in enumerate(self._endless()):
+            batch, rank = divmod(position // self.batch_size, self.world_size)
+            if rank == self.rank and batch >= self.start and (batch - self.start) % workers == worker:
+                yield self.reader(stream, index, raw)
+
+    def _endless(self) -> Iterator[tuple[Stream, int, Raw]]:
+        epoch = 0
+        while self.epochs is None or epoch < self.epochs:
+            empty = True
+            for stream, count in self.streams:
+                for index, item in enumerate(islice(stream.scan(), count)):
+                    empty = False
+                    yield stream, index, item.raw
+            if empty:
+                names = ", ".join(stream.name for stream, _ in self.streams)
+                raise InputError(f"data: no records in {names}.")
+            epoch += 1
+
+
+def _streams(entry: Entry) -> list[tuple[Stream, int | None]]:
+    """What can be streamed: of files whose number of records is not known, all or the first ones."""
+    streams = entry.locate().streams()
+    strategy: Strategy = entry.strategy
+    if strategy.amount is None:
+        return [(stream, None) for stream in streams]
+    if strategy.kind != "first" or not isinstance(strategy.amount, int) or len(streams) > 1:
+        allowed = "all, or first:N of one file"
+        raise InputError(f"{entry.where}: sampling_strategy {strategy.text!r}; allowed when streaming: {allowed}.")
+    return [(streams[0], strategy.amount)]

@@ -1,0 +1,115 @@
+"""What a name stands for: a file, a folder or a data set of the Hub, by its suffix and by what lies in it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.training.data.records import IMAGE_KEY
+from fusion_hf.training.data.shards import TarShard, find_shards
+from fusion_hf.training.data.sources import JsonArray, JsonLines, Source, Stream
+from fusion_hf.training.data.tables import (
+    FILE_NAME,
+    CsvRows,
+    HubRows,
+    ParquetRows,
+    RowStream,
+    Table,
+    load_csv,
+    load_hub,
+    load_parquet,
+)
+
+FILE_SOURCES: dict[str, type[JsonArray | JsonLines | TarShard]] = {
+    ".json": JsonArray,
+    ".jsonl": JsonLines,
+    ".tar": TarShard,
+}
+SUFFIXES = (*FILE_SOURCES, ".parquet", ".csv")
+METADATA = ("metadata.jsonl", "metadata.csv")
+HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>\w+))?")
+DEFAULT_SPLIT = "train"
+TABLES_FOLDER = "tables"  # in the cache: Parquet and CSV files as Arrow
+
+
+@dataclass(frozen=True)
+class Location:
+    """Existing files of one kind, or a data set of the Hub; what their pictures are under and in which field."""
+
+    files: tuple[Path, ...]
+    root: Path
+    image_key: str = IMAGE_KEY
+    hub: tuple[str, str] | None = None  # repository and split
+
+    def sources(self, cache: Path) -> list[Source]:
+        """What has random access; Parquet and CSV are written to `cache` for it."""
+        if self.hub is not None:
+            return [Table(load_hub(*self.hub), ":".join(self.hub), self.root)]
+        return [self._source(file, cache / TABLES_FOLDER) for file in self.files]
+
+    def _source(self, file: Path, cache: Path) -> Source:
+        if file.suffix in FILE_SOURCES:
+            return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
+        load = load_parquet if file.suffix == ".parquet" else load_csv
+        return Table(load(file, cache), str(file), self.root, self.image_key)
+
+    def streams(self) -> list[Stream]:
+        """What is read from beginning to end."""
+        if self.hub is not None:
+            return [RowStream(HubRows(*self.hub), ":".join(self.hub), self.root)]
+        return [self._stream(file) for file in self.files]
+
+    def _stream(self, file: Path) -> Stream:
+        if file.suffix in FILE_SOURCES:
+            return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
+        rows = ParquetRows(file) if file.suffix == ".parquet" else CsvRows(file)
+        return RowStream(rows, str(file), self.root, self.image_key)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name that no file can have has none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
+def locate(name: str, folder: Path, image_root: Path | None = None) -> Location:
+    """
+    Args:
+        name: a path, relative to `folder`; or `OWNER/NAME` or `OWNER/NAME:SPLIT` of the Hub.
+        image_root: of the pictures; default: the folder itself for an image folder, else `folder`.
+
+    Raises:
+        InputError: if there is nothing of this name, or nothing that holds records.
+    """
+    path = folder / name
+    root = existing_folder(image_root if image_root is not None else folder)
+    if not exists(path):
+        hub = HUB_ID.fullmatch(name)
+        if hub is not None and Path(name).suffix not in SUFFIXES:
+            return Location((), root, hub=(hub["repository"], hub["split"] or DEFAULT_SPLIT))
+        shown = short_name(str(path))
+        raise InputError(f"data: {shown} does not exist; allowed: a file, a folder or OWNER/NAME of the Hub.")
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise InputError(f"data: {path} has the suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
+        return Location((path,), root)
+    for metadata in METADATA:
+        if (path / metadata).is_file():
+            return Location((path / metadata,), root if image_root is not None else path.resolve(), FILE_NAME)
+    if files := find_shards(path) or sorted(path.glob("*.parquet")):
+        return Location(tuple(files), root)
+    raise InputError(f"data: {path} has none of {', '.join(METADATA)}, *.tar, *.parquet; name a file in it.")
+
+
+def existing_folder(folder: Path) -> Path:
+    """
+    The folder, resolved.
+
+    Raises:
+        InputError: if it is none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"data_root: {folder} is no folder; name the one that the pictures are under.")
+    return folder.resolve()

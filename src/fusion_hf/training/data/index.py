@@ -1,0 +1,164 @@
+"""
+What is known about the records of a source without reading it again: where each lies, how long it is, what is wrong.
+
+An index is an Arrow file that is memory-mapped, so that the processes of a machine share it. It is named by what the
+source is named by (path, size, time of change), written under another name and then moved: there is a whole one or
+none. Who comes second waits for the first.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from tqdm import tqdm
+
+from fusion_hf.errors import InputError
+from fusion_hf.training.data.records import RecordProblem, parse_record
+from fusion_hf.training.data.sources import Source
+
+FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
+ROWS_PER_BATCH = 65_536
+SUFFIX = ".arrow"
+TOKEN_BYTES = 4  # of a name that no other process uses
+
+
+class Index:
+    """
+    Rows of a source: `place` (numbers for the source's `read`), `length` (0 if broken), and a problem or None.
+
+    Args:
+        file: an Arrow file that `open_index` wrote.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        with pa.memory_map(str(file)) as stream:
+            self.table = pa.ipc.open_file(stream).read_all()
+        self.place_names = [name for name in self.table.column_names if name.startswith("place_")]
+        self.places = [self.table.column(name) for name in self.place_names]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
+        return Index, (self.file,)
+
+    def place(self, index: int) -> tuple[int, ...]:
+        """Where the record `index` lies."""
+        chunk, row = divmod(index, ROWS_PER_BATCH)
+        return tuple(column.chunk(chunk)[row].as_py() for column in self.places)
+
+    def lengths(self, rows: "range | np.ndarray") -> np.ndarray:
+        """Lengths of some records, int32."""
+        lengths = self.table.column("length").to_numpy()
+        return lengths[rows.start : rows.stop] if isinstance(rows, range) else lengths[rows]
+
+    @property
+    def num_broken(self) -> int:
+        return len(self) - self.table.column("problem").null_count
+
+    def broken(self) -> np.ndarray:
+        """Which records are broken, in increasing order."""
+        chunks = self.table.column("problem").chunks
+        found = [np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False)) for chunk in chunks]
+        starts = [number * ROWS_PER_BATCH for number in range(len(chunks))]
+        return np.concatenate([start + rows for start, rows in zip(starts, found, strict=True)])
+
+    def problem(self, index: int) -> RecordProblem:
+        """What is wrong with a broken record."""
+        chunk, row = divmod(index, ROWS_PER_BATCH)
+        values = [self.table.column(name).chunk(chunk)[row].as_py() for name in ("problem", "detail", "id")]
+        return RecordProblem(*values)
+
+
+def default_cache() -> Path:
+    """`$HF_HOME/fusion_hf/data` if that is set, else `~/.cache/fusion_hf/data` (or below `$XDG_CACHE_HOME`)."""
+    folder = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder).expanduser() / "fusion_hf" / "data"
+
+
+def open_index(source: Source, cache: Path) -> Index:
+    """
+    The index of a source: what lies in `cache`, else a new one.
+
+    Raises:
+        InputError: if the source cannot be read or has no records, or nothing can be written to `cache`.
+    """
+    file = cache / f"{source.fingerprint(FORMAT_VERSION)}{SUFFIX}"
+    if (index := _existing(file)) is not None:
+        return index
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if (index := _existing(file)) is not None:  # another process wrote it while this one waited
+                return index
+            for rest in cache.glob(f"{file.stem}.*.tmp"):  # of a process that was killed: it no longer has the lock
+                rest.unlink()
+            _write(source, file)
+    except OSError as error:
+        raise InputError(f"data_cache: {cache} cannot be written ({error}); name a folder that can.") from error
+    return Index(file)
+
+
+def _existing(file: Path) -> Index | None:
+    try:
+        return Index(file)
+    except (OSError, pa.ArrowInvalid):  # none, or a damaged one: it is written anew, or the error is told there
+        return None
+
+
+def _write(source: Source, file: Path) -> None:
+    temporary = file.with_suffix(f".{secrets.token_hex(TOKEN_BYTES)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            batches = _batches(source)
+            first = next(batches, None)
+            if first is None:
+                raise InputError(f"data: {source.name} has no records; give a file that has.")
+            with pa.ipc.new_file(stream, first.schema) as writer:
+                writer.write_batch(first)
+                for batch in batches:
+                    writer.write_batch(batch)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _schema(source: Source) -> pa.Schema:
+    places = [(f"place_{name}", pa.int64()) for name in source.place_names]
+    problems = [(name, pa.string()) for name in ("problem", "detail", "id")]
+    return pa.schema([*places, ("length", pa.int32()), *problems])
+
+
+def _batches(source: Source) -> Iterator[pa.RecordBatch]:
+    schema = _schema(source)
+    rows: list[tuple[Any, ...]] = []
+    progress = tqdm(
+        desc=f"index {source.name}", total=source.total, unit=source.unit, unit_scale=True, disable=None, leave=False
+    )
+    with progress:
+        for index, item in enumerate(source.scan()):
+            try:
+                record = parse_record(item.raw, index, source.image_key)
+                rows.append((*item.place, record.length, None, None, None))
+            except RecordProblem as problem:
+                rows.append((*item.place, 0, problem.kind, problem.detail, problem.identity))
+            if len(rows) == ROWS_PER_BATCH:
+                yield _batch(rows, schema)
+                rows.clear()
+                progress.update(item.done - progress.n)
+        if rows:
+            yield _batch(rows, schema)
+            progress.update(source.total - progress.n)
+
+
+def _batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)]
+    return pa.record_batch(columns, schema=schema)

@@ -1,0 +1,134 @@
+"""Which records of which files: the authors' mixture files, `datasets: [{json_path, sampling_strategy}]` in YAML."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import yaml
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.training.data.formats import Location, existing_folder, exists, locate
+
+SUFFIXES = (".yaml", ".yml")
+KEYS = ("json_path", "sampling_strategy", "image_root")
+ALLOWED = "all, first:N, end:N, random:N with a whole number N from 1 or a share up to 100%"
+STRATEGY = re.compile(r"(?P<kind>first|end|random):(?P<amount>\d{1,12}|\d{1,3}(\.\d{1,6})?%)", re.ASCII)
+
+Rows: TypeAlias = "range | np.ndarray"  # without a step, or in increasing order
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How many records of a file are taken, and from where; `amount` None is all, a fraction is a share."""
+
+    text: str = "all"
+    kind: str = "first"
+    amount: int | Fraction | None = None
+
+    @classmethod
+    def parse(cls, text: Any, where: str) -> "Strategy":
+        """
+        Raises:
+            InputError: for what is no strategy; `where` it stands begins the message.
+        """
+        if text == "all":
+            return cls()
+        match = STRATEGY.fullmatch(text) if isinstance(text, str) else None
+        if match is not None:
+            written = match["amount"]
+            amount = Fraction(written[:-1]) / 100 if written.endswith("%") else int(written)
+            if amount > 0 and not (isinstance(amount, Fraction) and amount > 1):
+                return cls(text, match["kind"], amount)
+        raise InputError(f"{where}: sampling_strategy {short_name(repr(text))}; allowed: {ALLOWED}.")
+
+    def count(self, total: int, where: str) -> int:
+        """
+        How many of `total` records are taken; a share is rounded up.
+
+        Raises:
+            InputError: if there are not as many.
+        """
+        if self.amount is None:
+            return total
+        count = ceil(self.amount * total) if isinstance(self.amount, Fraction) else self.amount
+        if count > total:
+            raise InputError(f"{where}: sampling_strategy {self.text!r}, but there are {total} records; take fewer.")
+        return count
+
+    def rows(self, total: int, seed: tuple[int, ...], where: str) -> Rows:
+        """The records that are taken, in the order of the file."""
+        count = self.count(total, where)
+        if self.kind == "first" or count == total:
+            return range(count)
+        if self.kind == "end":
+            return range(total - count, total)
+        drawn = np.random.default_rng(seed).choice(total, count, replace=False, shuffle=False)
+        return np.sort(drawn.astype(np.uint32 if total <= np.iinfo(np.uint32).max else np.uint64))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file, folder or Hub data set of a mixture. `where` it stands is for errors."""
+
+    path: str
+    folder: Path
+    image_root: Path | None = None
+    strategy: Strategy = Strategy()
+    where: str = "data"
+
+    def locate(self) -> Location:
+        """
+        Raises:
+            InputError: if it does not exist.
+        """
+        try:
+            return locate(self.path, self.folder, self.image_root)
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from error
+
+
+def read_entries(source: str | Path, root: str | Path | None = None) -> list[Entry]:
+    """
+    Args:
+        source: a mixture file (.yaml), or what can stand in one.
+        root: that relative paths and pictures are under; default: the folder of the mixture or data file.
+
+    Raises:
+        InputError: naming the file, the entry and what is wrong with it.
+    """
+    path = Path(source).expanduser()
+    data_root = None if root is None else existing_folder(Path(root).expanduser())
+    if path.suffix in SUFFIXES:
+        return _read_mixture(path, data_root if data_root is not None else existing_folder(path.parent))
+    if exists(path):
+        return [Entry(str(path.absolute()), data_root if data_root is not None else path.parent)]
+    return [Entry(str(source), data_root if data_root is not None else Path())]
+
+
+def _read_mixture(path: Path, root: Path) -> list[Entry]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"data: {path} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"data: {path} is no YAML ({error}).") from error
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or set(content) != {"datasets"}:
+        raise InputError(f"data: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
+    return [_entry(fields, root, f"{path}, entry {number}") for number, fields in enumerate(entries, start=1)]
+
+
+def _entry(fields: Any, root: Path, where: str) -> Entry:
+    if not isinstance(fields, dict) or not isinstance(fields.get("json_path"), str):
+        raise InputError(f"{where}: it has no json_path; allowed keys: {', '.join(KEYS)}.")
+    if unknown := [key for key in fields if key not in KEYS]:
+        raise InputError(f"{where}: unknown key {short_name(repr(unknown[0]))}; allowed: {', '.join(KEYS)}.")
+    image_root = fields.get("image_root")
+    if image_root is not None and not isinstance(image_root, str):
+        raise InputError(f"{where}: image_root is {short_name(repr(image_root))}; allowed: a path.")
+    strategy = Strategy.parse(fields.get("sampling_strategy", "all"), where)
+    return Entry(fields["json_path"], root, None if image_root is None else root / image_root, strategy, where)

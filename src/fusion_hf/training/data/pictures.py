@@ -1,0 +1,80 @@
+"""Opening the picture of a record: under its root only, bounded before it is decoded, whole or not at all."""
+
+import stat
+import struct
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from fusion_hf.errors import short_name
+from fusion_hf.training.data.records import FileSpan, Picture, RecordProblem
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none that starts another program
+MALFORMED = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # PIL's
+MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read before its size in pixels is known
+
+
+def open_picture(picture: Picture, root: Path, max_pixels: int) -> Image.Image:
+    """
+    The decoded picture.
+
+    Args:
+        picture: a path is relative to `root`.
+        root: a resolved folder, which no path may leave, not by a link either.
+        max_pixels: more are refused before they are decoded.
+
+    Raises:
+        RecordProblem: if it is missing, outside of `root`, too large, truncated or no picture.
+    """
+    if isinstance(picture, str):
+        path = picture_path(picture, root)
+        try:
+            with path.open("rb") as stream:
+                return _decode(stream, max_pixels)
+        except OSError as error:
+            raise RecordProblem("broken image", f"{short_name(picture)!r} cannot be read ({error})") from error
+    return _decode(BytesIO(picture if isinstance(picture, bytes) else _read(picture)), max_pixels)
+
+
+def picture_path(name: str, root: Path) -> Path:
+    """
+    The resolved path of an existing file under `root`, which is resolved itself.
+
+    Raises:
+        RecordProblem: if there is none.
+    """
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise RecordProblem("path escape", f"{short_name(name)!r} is not under {root}; allowed: paths under it")
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError, RuntimeError) as error:  # of too long names, null characters and circular links
+        raise RecordProblem("missing image", f"there is no {short_name(name)!r} under {root}") from error
+    if not is_file:
+        raise RecordProblem("missing image", f"{short_name(name)!r} under {root} is no file")
+    return path
+
+
+def _read(span: FileSpan) -> bytes:
+    if span.size > MAX_PICTURE_BYTES:
+        raise RecordProblem("oversized image", f"it has {span.size} bytes; allowed: {MAX_PICTURE_BYTES}")
+    with span.file.open("rb", buffering=0) as stream:
+        stream.seek(span.offset)
+        return stream.read(span.size)
+
+
+def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                detail = f"it has {width} x {height} = {width * height} pixels; allowed: {max_pixels}"
+                raise RecordProblem("oversized image", detail)
+            image.load()
+            return image
+    except Image.DecompressionBombError as error:
+        raise RecordProblem("oversized image", str(error)) from error
+    except MALFORMED as error:
+        raise RecordProblem("broken image", f"it cannot be decoded ({error})") from error

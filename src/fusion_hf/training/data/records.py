@@ -1,0 +1,221 @@
+"""One record, LLaVA-shaped or chat-shaped, as normalised messages; what is wrong with it by name."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from fusion_hf.errors import short_name
+from fusion_hf.processing_fusion import IMAGE_TOKEN
+
+ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = tuple(ROLE_OF_SPEAKER.values())
+IMAGE_KEY = "image"
+SHOWN_ROLES = 6  # of a conversation, in an error
+
+ProblemKind = Literal[
+    "unreadable",  # no JSON, no UTF-8, no text
+    "shape",  # a field is missing or of a wrong type
+    "empty conversation",
+    "wrong role",
+    "wrong order",
+    "mark without image",
+    "several images",
+    "path escape",
+    "missing image",
+    "broken image",
+    "oversized image",
+]
+
+
+class FileSpan(NamedTuple):
+    """Bytes of a picture inside a larger file."""
+
+    file: Path
+    offset: int
+    size: int
+
+
+Picture: TypeAlias = str | bytes | FileSpan  # a path, an encoded picture, or where one lies
+Messages: TypeAlias = list[dict[str, str]]
+
+
+class SampleKey(NamedTuple):
+    """What a sampler asks a data set for: a record, and the query length of the batch that it is for."""
+
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name
+    query_len: int
+
+
+class RecordProblem(Exception):
+    """Why a record cannot be trained on. `identity` is its id, once that is known."""
+
+    def __init__(self, kind: ProblemKind, detail: str, identity: str | None = None):
+        super().__init__(f"{kind}: {detail}")
+        self.kind: ProblemKind = kind
+        self.detail = detail
+        self.identity = identity
+
+
+Raw: TypeAlias = bytes | dict[str, Any] | RecordProblem  # JSON text, its object, or why there is none
+
+
+@dataclass(frozen=True)
+class Record:
+    """
+    A conversation that begins with a question (after an optional system message), alternates and ends with an answer.
+
+    Attributes:
+        length: white-space separated words of all turns as they were written, image mark included: the authors'
+            measure. Negative without a picture, never 0.
+    """
+
+    id: str
+    image: Picture | None
+    messages: Messages
+    length: int
+
+
+def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> Record:
+    """
+    Args:
+        raw: JSON text, or its object.
+        index: of the record in its file, which is its id if it has none.
+        image_key: the field that holds the picture.
+
+    Raises:
+        RecordProblem: for what no picture must be opened for.
+    """
+    identity = None
+    try:
+        fields = parse_json_object(raw)
+        identity = str(index) if fields.get("id") is None else str(fields["id"])
+        images = _top_level_images(fields, image_key)
+        if fields.get("messages") is not None:
+            turns = list(_chat_turns(fields["messages"], images))
+        else:
+            turns = list(_llava_turns(fields.get("conversations")))
+        _check_turns(turns, images)
+    except RecordProblem as problem:
+        problem.identity = identity
+        raise
+    # a mark only says that there is a picture: where it stands, and how often, makes no difference upstream either
+    messages = [{"role": role, "content": text.replace(IMAGE_TOKEN, "")} for role, text in turns]
+    words = max(sum(len(text.split()) for _, text in turns), 1)
+    return Record(identity, images[0], messages, words) if images else Record(identity, None, messages, -words)
+
+
+def parse_json_object(raw: Raw) -> dict[str, Any]:
+    """
+    Raises:
+        RecordProblem: if there is no JSON object.
+    """
+    if isinstance(raw, RecordProblem):
+        raise raw
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RecordProblem("unreadable", f"it is no UTF-8 ({error.reason} at byte {error.start})") from error
+        except (ValueError, RecursionError) as error:
+            raise RecordProblem("unreadable", f"it is no JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise RecordProblem("shape", f"it is {_type_name(raw)}; allowed: a JSON object")
+    return raw
+
+
+def _top_level_images(fields: dict[str, Any], image_key: str) -> list[Picture]:
+    """Pictures of `image` (one, or a list) and `images` (a list)."""
+    images = []
+    for key in (image_key, "images"):
+        value = fields.get(key)
+        images += [_picture(item, key) for item in (value if isinstance(value, list) else [value]) if item is not None]
+    return images
+
+
+def _picture(value: Any, key: str) -> Picture:
+    """A path, or what `datasets.Image(decode=False)` gives: `{"bytes", "path"}`."""
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (FileSpan, bytes)) or (isinstance(value, str) and value):
+        return value
+    raise RecordProblem("shape", f"{key} is {_type_name(value)}; allowed: a path, or an object with bytes and path")
+
+
+def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
+    if conversations is None:
+        raise RecordProblem("shape", "it has neither conversations nor messages")
+    for turn in _list_of_objects(conversations, "conversations"):
+        speaker = turn.get("from")
+        if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
+            allowed = ", ".join(ROLE_OF_SPEAKER)
+            raise RecordProblem("wrong role", f"a turn is from {_repeat(speaker)}; allowed: {allowed}")
+        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), "value")
+
+
+def _chat_turns(messages: Any, images: list[Picture]) -> Iterator[tuple[str, str]]:
+    """Roles and texts; pictures inside of the first question go to `images`."""
+    questions = 0
+    for message in _list_of_objects(messages, "messages"):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise RecordProblem("wrong role", f"a message has the role {_repeat(role)}; allowed: {', '.join(ROLES)}")
+        questions += role == "user"
+        if not isinstance(content, list):
+            yield role, _text(content, "content")
+            continue
+        texts = []
+        for block in _list_of_objects(content, "content"):
+            if block.get("type") == "text":
+                texts.append(_text(block.get("text"), "text"))
+            elif block.get("type") != "image":
+                kind = _repeat(block.get("type"))
+                raise RecordProblem("shape", f"a block has the type {kind}; allowed: text, image")
+            elif role != "user" or questions > 1:
+                raise RecordProblem("several images", "a later message has an image; allowed: in the first question")
+            else:
+                inside = [block[key] for key in ("image", "path", "url") if block.get(key) is not None]
+                images += [_picture(value, "image") for value in inside]
+                if not images:
+                    raise RecordProblem("mark without image", "it has an image block, but no image")
+        yield role, "".join(texts)
+
+
+def _list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a list of objects")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can hold half a character, tokenizers cannot
+            raise RecordProblem("unreadable", f"{name} has a lone surrogate at character {error.start}") from error
+    return value
+
+
+def _check_turns(turns: list[tuple[str, str]], images: list[Picture]) -> None:
+    roles = [role for role, _ in turns]
+    conversation = roles[1:] if roles[:1] == ["system"] else roles
+    if not any(text.strip() for role, text in turns if role == "assistant"):
+        raise RecordProblem("empty conversation", "no answer has any text")
+    if conversation != ["user", "assistant"] * (len(conversation) // 2):
+        shown = ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
+        raise RecordProblem("wrong order", f"its roles are {shown}; allowed: user, assistant, user, assistant, ...")
+    if len(images) > 1:
+        raise RecordProblem("several images", f"it has {len(images)} images; allowed: one or none")
+    if not images and any(IMAGE_TOKEN in text for _, text in turns):
+        raise RecordProblem("mark without image", f"it has an {IMAGE_TOKEN} mark, but no image")
+
+
+def _type_name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _repeat(value: Any) -> str:
+    return short_name(repr(value))

@@ -1,0 +1,109 @@
+"""Tar shards in the WebDataset layout: `NAME.json` and, beside it, `NAME.jpg` (or .png, ...) for each record."""
+
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from fusion_hf.errors import InputError
+from fusion_hf.training.data.records import FileSpan, Raw, RecordProblem, parse_json_object
+from fusion_hf.training.data.sources import MAX_RECORD_BYTES, FileSource, Item
+
+RECORD_SUFFIX = "json"
+PICTURE_SUFFIXES = frozenset(("bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"))
+NO_PLACE = (0, 0, 0, 0)
+
+
+class Member(NamedTuple):
+    """A file in a tar. `name` is its path up to the first dot of its last part, which is the record's."""
+
+    name: str
+    suffix: str
+    offset: int
+    size: int
+
+
+class TarShard(FileSource):
+    """
+    An uncompressed tar. Its pictures are read where they lie: nothing is unpacked or copied.
+
+    The picture of a record is the one beside it; a path in the record itself is not followed.
+    """
+
+    place_names = ("offset", "size", "image_offset", "image_size")
+
+    def scan(self) -> Iterator[Item]:
+        with self.path.open("rb") as stream:
+            for name, group in groupby(self._members(), key=lambda member: member.name):
+                members = list(group)
+                records = [member for member in members if member.suffix == RECORD_SUFFIX]
+                pictures = [member for member in members if member.suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
+                if not records and not pictures:
+                    continue
+                done = members[-1].offset + members[-1].size
+                if (problem := _count_problem(name, records, pictures)) is not None:
+                    yield Item(problem, NO_PLACE, done)
+                    continue
+                image = (pictures[0].offset, pictures[0].size) if pictures else (0, 0)
+                place = (records[0].offset, records[0].size, *image)
+                yield Item(self._record(stream, place), place, done)
+
+    def read(self, index: int, place: tuple[int, ...]) -> Raw:
+        return self._with_picture(super().read(index, place), place)
+
+    def _record(self, stream: BinaryIO, place: tuple[int, ...]) -> Raw:
+        offset, size = place[:2]
+        if size > MAX_RECORD_BYTES:
+            return RecordProblem("unreadable", f"it has {size} bytes; allowed: {MAX_RECORD_BYTES}")
+        stream.seek(offset)
+        return self._with_picture(stream.read(size), place)
+
+    def _with_picture(self, raw: Raw, place: tuple[int, ...]) -> Raw:
+        try:
+            fields: dict[str, Any] = parse_json_object(raw)
+        except RecordProblem as problem:
+            return problem
+        offset, size = place[2:]
+        if size:
+            return {**fields, "image": FileSpan(self.path, offset, size), "images": None}
+        if fields.get("image") is not None or fields.get("images"):
+            identity = None if fields.get("id") is None else str(fields["id"])
+            return RecordProblem("missing image", "the tar has no picture beside it", identity)
+        return fields
+
+    def _members(self) -> Iterator[Member]:
+        """
+        Raises:
+            InputError: for what is no tar, or not a whole one.
+        """
+        try:
+            with tarfile.open(self.path, "r:", errors="surrogateescape") as tar:
+                while (info := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # or the names of all stay in memory
+                    if info.isreg() and not info.issparse():
+                        folder, slash, base = info.name.rpartition("/")
+                        stem, _, suffix = base.partition(".")
+                        yield Member(f"{folder}{slash}{stem}", suffix.lower(), info.offset_data, info.size)
+                end = tar.offset
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise InputError(f"data: {self.name} is no whole, uncompressed tar ({error}).") from error
+        with self.path.open("rb") as stream:  # tarfile takes any damaged header for the end
+            stream.seek(end)
+            block = stream.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+            raise InputError(f"data: {self.name} is no whole, uncompressed tar: it has no end at byte {end}.")
+
+
+def _count_problem(name: str, records: list[Member], pictures: list[Member]) -> RecordProblem | None:
+    identity = name.encode("utf-8", "replace").decode()
+    if len(records) != 1:
+        return RecordProblem("shape", f"{identity!r} has {len(records)} .json members; allowed: one", identity)
+    if len(pictures) > 1:
+        return RecordProblem("several images", f"{identity!r} has {len(pictures)} pictures; allowed: one", identity)
+    return None
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The tars of a folder, in the order of their names."""
+    return sorted(path for path in folder.glob("*.tar") if path.is_file())

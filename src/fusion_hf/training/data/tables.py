@@ -1,0 +1,193 @@
+"""Records in columns: Parquet and CSV files, and data sets of the Hub, as memory-mapped `datasets.Dataset`s."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from fusion_hf.errors import InputError
+from fusion_hf.training.data.records import IMAGE_KEY, Raw, RecordProblem
+from fusion_hf.training.data.sources import MAX_RECORD_BYTES, Item, Source, Stream, file_state
+
+FILE_NAME = "file_name"  # the picture's column in the metadata of an image folder
+COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
+TURNS = ("conversations", "messages")
+ROWS = 64  # read at once: they may hold pictures
+
+
+class Table(Source):
+    """
+    Rows of a data set whose pictures, if it has any, stay encoded.
+
+    Args:
+        dataset: in Arrow files that are memory-mapped. Their pages are the kernel's, which takes them back when memory
+            is short.
+    """
+
+    place_names = ()
+    unit = "record"
+
+    def __init__(self, dataset: datasets.Dataset, name: str, root: Path, image_key: str = IMAGE_KEY):
+        self.dataset = dataset.select_columns(known_columns(dataset.column_names, name)).with_format("arrow")
+        self.name, self.root, self.image_key = name, root, image_key
+        self.total = len(dataset)
+        self.files = [Path(file["filename"]) for file in dataset.cache_files]
+        self.size = sum(file.stat().st_size for file in self.files)
+
+    def state(self) -> str:
+        return "\n".join([self.name, *map(file_state, self.files)])
+
+    def scan(self) -> Iterator[Item]:
+        rows = (row for table in self.dataset.iter(batch_size=ROWS) for row in table.to_pylist())
+        return _items(rows)
+
+    def read(self, index: int, place: tuple[int, ...]) -> Raw:
+        return _row(self.dataset[index].to_pylist()[0])
+
+
+class RowStream(Stream):
+    """Rows of a Parquet or CSV file or of a data set of the Hub, from beginning to end and without a copy."""
+
+    def __init__(self, rows: "ParquetRows | CsvRows | HubRows", name: str, root: Path, image_key: str = IMAGE_KEY):
+        self.rows, self.name, self.root, self.image_key = rows, name, root, image_key
+
+    def scan(self) -> Iterator[Item]:
+        return _items(self.rows)
+
+
+class ParquetRows:
+    """The rows of a Parquet file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.columns = parquet_columns(path)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with pyarrow.parquet.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(batch_size=ROWS, columns=self.columns):
+                yield from batch.to_pylist()
+
+
+class CsvRows:
+    """The rows of a CSV file, all columns texts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.columns = known_columns(next(self._reader(), ()), str(path))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        reader = self._reader()
+        header = next(reader)
+        for row in reader:
+            fields = dict(zip(header, row, strict=False))  # what a short row lacks is missing
+            yield {name: fields.get(name) for name in self.columns}
+
+    def _reader(self) -> Iterator[list[str]]:
+        csv.field_size_limit(MAX_RECORD_BYTES)
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as stream:
+                yield from csv.reader(stream)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"data: {self.path} is no CSV in UTF-8 ({error}).") from error
+
+
+class HubRows:
+    """The rows of a split of a data set of the Hub, read over the network."""
+
+    def __init__(self, repository: str, split: str):
+        self.repository, self.split = repository, split
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        dataset = load_hub(self.repository, self.split, streaming=True)
+        for column, feature in (dataset.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        return iter(dataset)
+
+
+def _items(rows: Iterable[dict[str, Any]]) -> Iterator[Item]:
+    for number, row in enumerate(rows):
+        yield Item(_row(row), (), number + 1)
+
+
+def _row(row: dict[str, Any]) -> Raw:
+    """Where a column cannot hold objects, the turns are JSON text, and what is missing is empty."""
+    fields = {name: None if value == "" else value for name, value in row.items()}
+    for name in TURNS:
+        written = fields.get(name)
+        if isinstance(written, str):
+            try:
+                fields[name] = json.loads(written)
+            except (ValueError, RecursionError) as error:
+                identity = None if fields.get("id") is None else str(fields["id"])
+                return RecordProblem("unreadable", f"{name} is no JSON ({error})", identity)
+    return fields
+
+
+def known_columns(names: Iterable[str], where: str) -> list[str]:
+    """
+    Raises:
+        InputError: if there is none with conversations.
+    """
+    known = [name for name in names if name in COLUMNS]
+    if not set(known).intersection(TURNS):
+        raise InputError(f"data: {where} has no column of {', '.join(TURNS)}; are these records?")
+    return known
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """
+    Raises:
+        InputError: if it is no Parquet file, or none of records.
+    """
+    file_state(path)
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"data: {path} is no Parquet file ({error}).") from error
+    return known_columns(names, str(path))
+
+
+def load_parquet(path: Path, cache: Path) -> datasets.Dataset:
+    """A Parquet file, written to `cache` as Arrow: what is compressed cannot be read at any place."""
+    columns = parquet_columns(path)
+    try:
+        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache), columns=columns, keep_in_memory=False)
+    except DatasetGenerationError as error:
+        raise InputError(f"data: {path} cannot be read as Parquet ({error.__cause__ or error}).") from error
+
+
+def load_csv(path: Path, cache: Path) -> datasets.Dataset:
+    """A CSV file, written to `cache` as Arrow; all columns are texts."""
+    features = datasets.Features({name: datasets.Value("string") for name in CsvRows(path).columns})
+    arguments = {"path": path, "state": file_state(path)}  # the cache knows them again
+    try:
+        return datasets.Dataset.from_generator(
+            _csv_rows, features=features, cache_dir=str(cache), gen_kwargs=arguments, keep_in_memory=False
+        )
+    except DatasetGenerationError as error:
+        raise InputError(f"data: {path} cannot be read as CSV ({error.__cause__ or error}).") from error
+
+
+def _csv_rows(path: Path, state: str) -> Iterator[dict[str, Any]]:
+    yield from CsvRows(path)
+
+
+def load_hub(repository: str, split: str, streaming: bool = False) -> Any:
+    """
+    A split of a data set of the Hub, in the cache of `datasets`.
+
+    Raises:
+        InputError: if there is none, or the Hub cannot be reached.
+    """
+    try:
+        return datasets.load_dataset(repository, split=split, streaming=streaming)
+    except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, ValueError) as error:
+        advice = "name an existing file, or a data set of the Hub as OWNER/NAME or OWNER/NAME:SPLIT"
+        raise InputError(f"data: {repository}:{split} cannot be loaded ({error}); {advice}.") from error

@@ -1,0 +1,196 @@
+"""How many floating-point operations FUSION's matrix products take: for model-FLOPs utilisation and for planning.
+
+A product of `(m, k)` and `(k, n)` counts `2 m k n`, attention counts its full square (also where it is causal), and
+nothing but matrix products and the patch convolution counts: norms, activations, softmax, pooling and the adapters of
+LoRA are left out. Backward, each product with a weight costs its forward once for the weight's gradient and once for
+the input's; what a batch does not need is not counted. Gradient checkpointing computes layers a second time, up to the
+input of a layer's last product.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fusion_hf.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One micro-batch as the model sees it, padding included.
+
+    Args:
+        batch: samples. sequence: tokens of each in the language model, S, image and latent tokens among them.
+        instruct_tokens: question tokens that the tower reads, T. turns: user turns, R. query_len: latents of each, q.
+    """
+
+    batch: int
+    sequence: int
+    instruct_tokens: int
+    turns: int
+    query_len: int
+
+
+class _Product(NamedTuple):
+    flops: int  # forward
+    part: str  # whose product it is
+    has_weight: bool  # False: both sides are activations
+    input_gradient: bool  # whether the gradient of its input is needed
+    in_layer: bool  # whether gradient checkpointing computes it a second time
+
+
+@dataclass
+class StepFlops:
+    """FLOPs of one forward and backward pass of a micro-batch.
+
+    Args:
+        forward: of the forward pass. by_part: the same, by part.
+        training: forward and backward: the numerator of model-FLOPs utilisation.
+        recomputed: what gradient checkpointing adds to `training`.
+    """
+
+    forward: int = 0
+    training: int = 0
+    recomputed: int = 0
+    by_part: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+    def add(self, product: _Product, trained: Collection[str]) -> None:
+        """Count one product."""
+        gradients = product.part in trained if product.has_weight else product.input_gradient
+        self.forward += product.flops
+        self.by_part[product.part] += product.flops
+        self.training += product.flops * (1 + gradients + product.input_gradient)
+        if product.in_layer and (gradients or product.input_gradient):
+            self.recomputed += product.flops
+
+
+def forward_flops(config: FusionConfig, shape: Shape) -> int:
+    """FLOPs of the forward pass with labels of one micro-batch."""
+    return step_flops(config, shape, ()).forward
+
+
+def training_flops(config: FusionConfig, shape: Shape, trained: Collection[str] = PARTS, lora: bool = False) -> int:
+    """FLOPs of forward and backward pass of one micro-batch, without recomputation; see [`step_flops`]."""
+    return step_flops(config, shape, trained, lora).training
+
+
+def step_flops(config: FusionConfig, shape: Shape, trained: Collection[str] = PARTS, lora: bool = False) -> StepFlops:
+    """
+    FLOPs of one micro-batch.
+
+    Args:
+        trained: parts whose weights are trained, of `PARTS`. The others' weights get no gradient, and their inputs
+            get one where something trained lies before them.
+        lora: the language model holds adapters: gradients pass through all of it.
+    """
+    counter = _Counter(config, shape, frozenset(trained), lora)
+    counter.count()
+    return counter.total
+
+
+class _Counter:
+    """Follows the forward pass; `*_gradient` say whether a tensor of it requires a gradient."""
+
+    def __init__(self, config: FusionConfig, shape: Shape, trained: frozenset[str], lora: bool):
+        self.config, self.shape, self.trained, self.lora = config, shape, trained, lora
+        self.patches = config.num_patches_per_side**2
+        self.total = StepFlops()
+
+    def linear(self, part: str, rows: int, size: tuple[int, int], gradient: bool, in_layer: bool = False) -> bool:
+        """A weight of `size` on `rows` rows; returns whether its output requires a gradient."""
+        self.total.add(_Product(2 * rows * size[0] * size[1], part, True, gradient, in_layer), self.trained)
+        return gradient or part in self.trained
+
+    def attention(self, part: str, count: int, rows: int, keys: int, width: int, gradient: bool) -> None:
+        """`count` attentions: scores and weighted sums, all heads together `width` wide."""
+        self.total.add(_Product(2 * 2 * count * rows * keys * width, part, False, gradient, True), self.trained)
+
+    def count(self) -> None:
+        batch, questions = self.shape.batch, self.shape.instruct_tokens
+        text_gradient = LANGUAGE_MODEL in self.trained  # its embeddings are trained, too
+        widths = (self.config.text_config.hidden_size, self.config.vision_config.hidden_size)
+        back_gradient = False
+        if questions > 0:
+            back_gradient = self.projector(batch * questions, *widths, text_gradient)
+        overview_gradient = self.tower(batch, questions, back_gradient)
+        tile_gradient = self.tower(NUM_TILES * batch, 0, False)
+
+        connected = (1 + NUM_CONNECTOR_GROUPS) * widths[1]
+        rows = self.patches + questions
+        image_gradient = self.projector(batch * rows, connected, widths[0], overview_gradient)
+        window_gradient = self.projector(NUM_TILES * batch * self.patches, connected, widths[0], tile_gradient)
+        self.projector(batch * self.patches, *widths, image_gradient)  # the mapping loss
+        self.language_model(text_gradient or image_gradient or window_gradient, window_gradient)
+
+    def projector(self, rows: int, inputs: int, outputs: int, gradient: bool) -> bool:
+        gradient = self.linear(PROJECTORS, rows, (inputs, outputs), gradient)
+        return self.linear(PROJECTORS, rows, (outputs, outputs), gradient)
+
+    def tower(self, count: int, questions: int, gradient: bool) -> bool:
+        """The tower over `count` pictures with their questions."""
+        vision = self.config.vision_config
+        width, mlp = vision.hidden_size, vision.intermediate_size
+        pixels = vision.num_channels * vision.patch_size**2
+        gradient |= self.linear(VISION_TOWER, count * self.patches, (pixels, width), False)
+        length = self.patches + questions
+        for layer in range(vision.num_hidden_layers):
+            given = gradient
+            for _ in range(4):  # query, key, value, output
+                gradient = self.linear(VISION_TOWER, count * length, (width, width), gradient, True)
+            self.attention(VISION_TOWER, count, length, length, width, gradient)
+            if questions > 0 and layer < self.config.vision_early_layers:
+                self.early_text(count, length, width, given)
+            gradient = self.linear(VISION_TOWER, count * length, (width, mlp), gradient, True)
+            gradient = self.linear(VISION_TOWER, count * length, (mlp, width), gradient)
+        return gradient
+
+    def early_text(self, count: int, length: int, width: int, gradient: bool) -> None:
+        """What early layers do besides, for question rows (uniform) or for patches that do not see them (masked)."""
+        if self.config.early_text_attention == "masked":
+            for _ in range(4):
+                self.linear(VISION_TOWER, count * self.patches, (width, width), gradient, True)
+            gradient |= VISION_TOWER in self.trained
+            self.attention(VISION_TOWER, count, self.patches, self.patches, width, gradient)
+            return
+        mean = _Product(2 * count * length * width, VISION_TOWER, False, False, True)  # weights need no gradient
+        self.total.add(mean, self.trained)
+        for _ in range(2):  # value, output
+            self.linear(VISION_TOWER, count, (width, width), gradient, True)
+
+    def language_model(self, gradient: bool, window_gradient: bool) -> None:
+        text = self.config.text_config
+        width, mlp = text.hidden_size, text.intermediate_size
+        # some configurations leave the heads' width out, some leave it empty
+        head = text.to_dict().get("head_dim") or width // text.num_attention_heads
+        queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+        rows = self.shape.batch * self.shape.sequence
+        gradient |= self.lora
+        for layer in range(text.num_hidden_layers):
+            for size in ((width, queries), (width, keys), (width, keys), (queries, width)):
+                self.linear(LANGUAGE_MODEL, rows, size, gradient, True)
+            inner = gradient or LANGUAGE_MODEL in self.trained
+            length = self.shape.sequence
+            self.attention(LANGUAGE_MODEL, self.shape.batch, length, length, queries, inner)
+            has_sampler = layer in self.config.sampler_layers and self.shape.turns > 0
+            for _ in range(2):
+                self.linear(LANGUAGE_MODEL, rows, (width, mlp), inner, True)
+            gradient = self.linear(LANGUAGE_MODEL, rows, (mlp, width), inner, has_sampler)
+            if has_sampler:
+                gradient = self.sampler(gradient, window_gradient)
+        self.linear(LANGUAGE_MODEL, rows, (width, text.vocab_size), gradient)
+
+    def sampler(self, gradient: bool, window_gradient: bool) -> bool:
+        """One sampler: windows are projected once for each picture, and all turns look at them."""
+        width, window = self.config.text_config.hidden_size, self.config.window_size**2
+        cells = self.shape.batch * self.shape.query_len
+        latents, square = cells * self.shape.turns, (width, width)
+        context = self.linear(SAMPLERS, cells * window, square, window_gradient, True)
+        for _ in range(2):  # key, value
+            self.linear(SAMPLERS, cells * window, square, context, True)
+        inputs = self.linear(SAMPLERS, latents, (2 * width, width), gradient, True)
+        self.linear(SAMPLERS, latents, square, inputs, True)  # query
+        inner = inputs or context
+        self.attention(SAMPLERS, cells, self.shape.turns, window, width, inner)
+        for in_layer in (True, True, False):  # output and the two of the MLP
+            self.linear(SAMPLERS, latents, square, inner, in_layer)
+        return inner

@@ -1,0 +1,237 @@
+"""LoRA in the language model, beside parts that are trained as a whole; one file of safetensors holds both.
+
+An adapter is read strictly. PEFT passes over what it does not find, and a model without half of its adapter answers,
+only badly: here every key that is missing or too many is an error.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.parts import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 2**20
+HEAD = "lm_head"
+MODULES_OF_PART = {
+    VISION_TOWER: ("vision_tower",),
+    PROJECTORS: ("vision_projector", "vision_projector_back"),
+    SAMPLERS: ("vision_sampler",),
+}
+WHOLE_MODULES = tuple(name for names in MODULES_OF_PART.values() for name in names)
+# What an adapter's configuration may say; of all other fields only PEFT's default is understood.
+USED = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+NOTES = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+
+
+def add_lora(model: FusionForConditionalGeneration, arguments: FusionTrainingArguments) -> PeftModel:
+    """
+    Freeze a model, put LoRA into its language model, and let the other parts in `arguments.train` train as a whole.
+
+    Raises:
+        InputError: if `lora_targets` names no linear layer, or `train` leaves the language model out.
+    """
+    if LANGUAGE_MODEL not in arguments.train:
+        allowed = f"a list with {LANGUAGE_MODEL}, or lora_rank: 0"
+        raise InputError(f"train is {arguments.train}, but LoRA trains the {LANGUAGE_MODEL}; allowed: {allowed}.")
+    rank = arguments.lora_rank
+    whole = [name for part in arguments.train if part != LANGUAGE_MODEL for name in MODULES_OF_PART[part]]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if arguments.lora_alpha is None else arguments.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=arguments.lora_dropout,
+        target_modules=find_targets(model, arguments.lora_targets),
+        modules_to_save=whole or None,
+    )
+    if arguments.gradient_checkpointing:
+        model.enable_input_require_grads()  # reentrant checkpoints pass gradients on only if an input has them
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = arguments.model  # not the cache's folder, which no other machine has
+    return adapted
+
+
+def find_targets(model: nn.Module, targets: Iterable[str] | None = None) -> list[str]:
+    """
+    Names of the linear layers that get LoRA: never those of samplers, which lie inside the language model's layers.
+
+    Args:
+        model: a FUSION.
+        targets: names, or the ends of names, such as `q_proj`. None: all of the language model's, without its head.
+
+    Raises:
+        InputError: if one of `targets` is no linear layer of the language model.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and part_of(f"{name}.") == LANGUAGE_MODEL
+    ]
+    if targets is None:
+        return [name for name in linear if name != HEAD]
+    found: set[str] = set()
+    for target in targets:
+        named = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not named:
+            allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(f"lora_targets holds {target!r}; allowed here: {allowed}, or longer ends of their names.")
+        found.update(named)
+    return sorted(found)
+
+
+def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfig:
+    """
+    4 bits (nf4) for the language model's layers; tower, projectors, samplers and head keep their type.
+
+    Raises:
+        InputError: if bitsandbytes is not there, or does not know the device.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit needs bitsandbytes: pip install 'fusion_hf[quant]', or load_in_4bit=false.")
+    from bitsandbytes import supported_torch_devices
+
+    if arguments.device.type not in supported_torch_devices:
+        allowed = ", ".join(sorted(supported_torch_devices))
+        raise InputError(
+            f"load_in_4bit is true on {arguments.device.type}, where this bitsandbytes has no 4 bits; "
+            f"allowed: {allowed}, or load_in_4bit=false."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+        llm_int8_skip_modules=[*WHOLE_MODULES, HEAD],  # the name is older than 4 bits
+    )
+
+
+def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> PeftModel:
+    """
+    A model with the adapter that a LoRA run left in `folder`, for inference.
+
+    Raises:
+        InputError: if the adapter is not exactly one for this model; names the file, and the first key or field.
+    """
+    folder = Path(folder)
+    adapted = get_peft_model(model, read_config(folder, model))
+    weights = read_weights(folder, get_peft_model_state_dict(adapted))
+    set_peft_model_state_dict(adapted, weights)
+    for parameter in adapted.parameters():
+        parameter.requires_grad_(False)
+    return adapted.eval()
+
+
+def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
+    """
+    That `folder` holds all of a model's adapter and nothing else, before PEFT loads it.
+
+    Raises:
+        InputError: if not; names the file and the first key.
+    """
+    read_weights(Path(folder), get_peft_model_state_dict(adapted))
+
+
+def read_config(folder: Path, model: nn.Module) -> LoraConfig:
+    """The configuration in an adapter's folder; see `load_adapter`."""
+    content = read_json(folder)
+    _check_config(content, folder / ADAPTER_CONFIG, model)
+    return LoraConfig(**{name: content[name] for name in USED if name in content})
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """What an adapter's configuration says, unchecked.
+
+    Raises:
+        InputError: if `folder` holds none.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; it is no adapter's configuration.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give the output_dir of a LoRA run.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON; copy the adapter again.") from error
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        raise InputError(f"{path} describes no LoRA; give the output_dir of a LoRA run.")
+    return content
+
+
+def _check_config(content: dict[str, Any], path: Path, model: nn.Module) -> None:
+    """Only what `add_lora` writes: other fields of PEFT change weights, or import modules that a file names."""
+    defaults = LoraConfig().to_dict()
+    known = {field.name for field in fields(LoraConfig)}
+    for name, value in content.items():
+        if name in USED or name in NOTES or value in (None, False, [], {}):
+            continue
+        if name not in known or value != defaults[name]:
+            raise InputError(f"{path}: {short_name(name)} is {short_name(repr(value))}, which is not supported.")
+    rank, widest = content.get("r"), max(max(parameter.shape) for parameter in model.parameters() if parameter.ndim)
+    if type(rank) is not int or not 1 <= rank <= widest:
+        raise InputError(f"{path}: r is {short_name(repr(rank))}; allowed: 1 to {widest}.")
+    for name in ("lora_alpha", "lora_dropout"):
+        if type(content.get(name)) not in (int, float):
+            raise InputError(f"{path}: {name} is {short_name(repr(content.get(name)))}; allowed: a number.")
+    targets, whole = content.get("target_modules"), content.get("modules_to_save") or []
+    for name, names in (("target_modules", targets), ("modules_to_save", whole)):
+        if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+            raise InputError(f"{path}: {name} is {short_name(repr(names))}; allowed: a list of names.")
+    if strange := sorted(set(whole) - set(WHOLE_MODULES)):
+        raise InputError(
+            f"{path}: modules_to_save holds {short_name(strange[0])}; allowed: {', '.join(WHOLE_MODULES)}."
+        )
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for target in content["target_modules"]:
+        if not any(name.endswith(f".{target}") for name in modules):
+            raise InputError(f"{path}: target_modules holds {short_name(target)}, which this model does not have.")
+
+
+def read_weights(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in an adapter's folder, which have just the names and shapes of `expected`; see `load_adapter`."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path} is missing; adapters are read from safetensors only.")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = set(opened.keys())
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+            _check_keys(path, shapes, expected)
+            return {name: opened.get_tensor(name) for name in sorted(names)}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}; copy the adapter again.") from error
+
+
+def _check_keys(path: Path, shapes: dict[str, tuple[int, ...]], expected: dict[str, torch.Tensor]) -> None:
+    missing, extra = sorted(expected.keys() - shapes), sorted(shapes.keys() - expected)
+    found = [
+        f"{len(names)} keys are {what}, such as {short_name(names[0])}"
+        for what, names in (("missing", missing), ("unknown", extra))
+        if names
+    ]
+    if found:
+        raise InputError(
+            f"{path} is not this model's adapter: {'; '.join(found)}. Give its own base, or copy it again."
+        )
+    for name, tensor in expected.items():
+        if shapes[name] != tuple(tensor.shape):
+            raise InputError(f"{path}: {name} has shape {shapes[name]}; this model's is {tuple(tensor.shape)}.")

@@ -1,0 +1,70 @@
+"""The four parts of a FUSION that are frozen, trained and given learning rates apart."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
+PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
+
+# Wrappers (PEFT, DDP, compilation) put names in front. A sampler lies inside a layer of the language model, whose
+# part is whatever is left.
+_MODULE_OF_PART = {
+    SAMPLERS: re.compile(r"(?:^|\.)vision_sampler\."),
+    VISION_TOWER: re.compile(r"(?:^|\.)vision_tower\."),
+    PROJECTORS: re.compile(r"(?:^|\.)vision_projector(?:_back)?\."),
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name."""
+    return next((part for part, module in _MODULE_OF_PART.items() if module.search(name)), LANGUAGE_MODEL)
+
+
+def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:
+    """Let only the parameters of `trained` parts require gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trained)
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    learning_rates: Mapping[str, float],
+    weight_decay: float,
+    decayed: set[str],
+) -> list[dict[str, Any]]:
+    """
+    One group of an optimizer per part, and per part one without weight decay.
+
+    Args:
+        parameters: names and parameters; frozen ones are left out.
+        learning_rates: of each part.
+        decayed: names of the parameters that decay.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        part, decays = part_of(name), name in decayed
+        group = groups.setdefault(
+            (part, decays),
+            {
+                "params": [],
+                "lr": learning_rates[part],
+                "weight_decay": weight_decay if decays else 0.0,
+                "part": part,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
+    """Number of parameters of each part."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():  # a tied parameter comes once
+        if parameter.requires_grad or not trained_only:
+            counts[part_of(name)] += parameter.numel()
+    return counts

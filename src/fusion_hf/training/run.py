@@ -1,0 +1,194 @@
+"""One training run from beginning to end: what `fusion-hf train` does. Run again, it goes on where it was."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from transformers import set_seed
+
+from fusion_hf.errors import InputError
+from fusion_hf.inference import find_folder
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.cast import cast_weights
+from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_aside, supersede, writing
+from fusion_hf.training.collator import FusionDataCollator
+from fusion_hf.training.data import load_records
+from fusion_hf.training.parts import freeze_except
+from fusion_hf.training.recipe import DECISIVE, make_arguments
+from fusion_hf.training.trainer import FusionTrainer
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE, FINISHED_FILE, SKIPPED_FILE = "recipe.yaml", "finished.json", "skipped.jsonl"
+AUTO, NONE = "auto", "none"  # of `resume_from_checkpoint`
+
+
+def run(values: Mapping[str, Any]) -> bool:
+    """
+    Train as the recipe's values say.
+
+    Checkpoints go to `output_dir/checkpoint-N`, the finished model to `output_dir`. If checkpoints are there, the run
+    goes on from the last complete one (`resume_from_checkpoint: none` begins anew).
+
+    Returns:
+        Whether the run came to its end; False if a signal stopped it after a checkpoint.
+
+    Raises:
+        InputError: for whatever the user can mend.
+    """
+    arguments = make_arguments(values, int(os.environ.get("WORLD_SIZE", "1")))
+    output = Path(arguments.output_dir)
+    if (output / FINISHED_FILE).is_file():
+        logger.warning("%s holds a finished model: nothing to do. Give another output_dir to train again.", output)
+        return True
+    with arguments.main_process_first(desc="look for checkpoints"):
+        if arguments.process_index == 0:
+            _begin(output, values, arguments)
+    set_seed(arguments.seed)
+    processor, model = load_start(arguments)
+    with StopSignal() as stop:
+        trainer = make_trainer(model, processor, arguments, stop)
+        last = None if arguments.resume_from_checkpoint == NONE else _checkpoint(arguments)
+        if last is not None and arguments.lora_rank:
+            from fusion_hf.training.lora import check_adapter
+
+            check_adapter(model, last)  # type: ignore[arg-type]
+        trainer.train(resume_from_checkpoint=last)
+        if trainer.stopped:
+            return False
+        _finish(trainer, output)
+    return True
+
+
+def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArguments) -> None:
+    """Make the folder, put incomplete checkpoints aside, and see that a run goes on as it began."""
+    with writing(output, RECIPE_FILE):
+        output.mkdir(parents=True, exist_ok=True)
+    set_aside(output)
+    recipe = output / RECIPE_FILE
+    goes_on = find_last(output) is not None and arguments.resume_from_checkpoint != NONE
+    if goes_on and recipe.is_file():
+        began = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        for key in DECISIVE:
+            if began.get(key) != values.get(key):
+                raise InputError(
+                    f"{output} was begun with {key} = {began.get(key)!r}, and {key} is {values.get(key)!r} now; "
+                    "allowed: the same value, another output_dir, or resume_from_checkpoint=none to begin anew."
+                )
+    with writing(output, RECIPE_FILE):
+        draft = recipe.with_name(f"{recipe.name}.tmp")
+        draft.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        draft.replace(recipe)
+    given = arguments.resume_from_checkpoint
+    if given not in (None, AUTO):
+        supersede(output, _step_in(output, given))
+
+
+def _step_in(output: Path, given: str) -> int:
+    """The step of a checkpoint of this run; 0 where the run begins with nothing of its own."""
+    folder = Path(given)
+    if not folder.is_dir() or folder.resolve().parent != output.resolve():
+        return 0
+    return int(folder.name.rpartition("-")[2])
+
+
+def _checkpoint(arguments: FusionTrainingArguments) -> str | None:
+    given = arguments.resume_from_checkpoint
+    if given not in (None, AUTO):
+        if not Path(str(given)).is_dir():
+            raise InputError(f"resume_from_checkpoint is {given!r}; allowed: auto, none, or a checkpoint's folder.")
+        if (reason := problem(Path(str(given)))) is not None:
+            raise InputError(f"resume_from_checkpoint is {given!r}, which is not a complete checkpoint: {reason}.")
+        return str(given)
+    last = find_last(Path(arguments.output_dir))
+    return None if last is None else str(last)
+
+
+def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, torch.nn.Module]:
+    """
+    The processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
+
+    Raises:
+        InputError: if there is no complete FUSION.
+    """
+    folder = find_folder(str(arguments.model))
+    settings: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if arguments.load_in_4bit:
+        from fusion_hf.training.lora import quantization_config
+
+        settings["quantization_config"] = quantization_config(arguments)
+    try:
+        processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, info = FusionForConditionalGeneration.from_pretrained(folder, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again.")
+    if arguments.lora_rank:
+        from fusion_hf.training.lora import add_lora
+
+        return processor, add_lora(model, arguments)
+    freeze_except(model, arguments.train)
+    return processor, model
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    processor: FusionProcessor,
+    arguments: FusionTrainingArguments,
+    stop: StopSignal | None = None,
+) -> FusionTrainer:
+    """The trainer of a run, with its records."""
+    collator = FusionDataCollator(processor, query_lens=arguments.query_lens, max_length=arguments.max_length)
+    records = _records(arguments, str(arguments.data), processor)
+    held_out = None if arguments.eval_data is None else _records(arguments, arguments.eval_data, processor)
+    return FusionTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=records,
+        eval_dataset=held_out,
+        processing_class=processor,
+        stop=stop,
+    )
+
+
+def _records(arguments: FusionTrainingArguments, source: str, processor: FusionProcessor) -> Any:
+    is_training = source == arguments.data
+    with arguments.main_process_first(desc="index of the records"):  # the others find it made
+        return load_records(
+            source,
+            root=arguments.data_root if is_training else None,
+            on_broken=arguments.on_broken,  # type: ignore[arg-type]
+            max_skipped=arguments.max_skipped,
+            skipped_file=Path(arguments.output_dir) / SKIPPED_FILE,
+            cache=arguments.data_cache,
+            streaming=arguments.streaming and is_training,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            max_image_pixels=processor.image_processor.max_image_pixels,
+        )
+
+
+def _finish(trainer: FusionTrainer, output: Path) -> None:
+    """Write the finished model, and last the note that it is finished."""
+    arguments = trainer.args
+    with writing(output, "The finished model"):
+        trainer.save_model(str(output))
+        trainer.save_state()
+        trainer.accelerator.wait_for_everyone()
+        if not arguments.should_save:
+            return
+        if not arguments.lora_rank:  # an adapter stays as exact as it was trained
+            cast_weights(output, arguments.save_dtype)
+        draft = output / f"{FINISHED_FILE}.tmp"
+        draft.write_text(json.dumps({"steps": trainer.state.global_step}) + "\n", encoding="utf-8")
+        draft.replace(output / FINISHED_FILE)

@@ -1,0 +1,136 @@
+"""In which order records are trained on, and with how many latent tokens each step.
+
+Both follow from the seed and the position alone. So every process knows them without asking, they do not depend on
+how many workers load data, and a resumed run goes on exactly where it was.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from fusion_hf.training.data import SampleKey
+
+
+def query_len_of_step(step: int, query_lens: Sequence[int], seed: int) -> int:
+    """The number of latent tokens of optimizer step `step`, counted from 0 over all epochs."""
+    return random.Random(f"query_len/{seed}/{step}").choice(list(query_lens))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the records of one optimizer step are split: `world_size * accumulation` micro-batches of `batch_size`.
+
+    Micro-batch m of process r is number `m * world_size + r`, as accelerate deals them.
+    """
+
+    batch_size: int
+    world_size: int = 1
+    accumulation: int = 1
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.world_size * self.accumulation
+
+
+class StepSampler(Sampler[SampleKey]):
+    """
+    The keys of an epoch's records, step by step.
+
+    With `lengths`, a step holds records with pictures or records without, not both, of about the same length in each
+    micro-batch: the authors' grouping (LLaVA's `group_by_modality_length`). Their last two incomplete steps are joined
+    at the end of the epoch and may hold both.
+
+    Args:
+        num_records: of the data set.
+        layout: how a step is split.
+        query_lens: drawn from for each step.
+        seed: of the order and of the drawing.
+        lengths (`(num_records,)`, *optional*): words of each record, negative without a picture. None: the order is
+            one random permutation.
+    """
+
+    def __init__(
+        self,
+        num_records: int,
+        layout: Layout,
+        query_lens: Sequence[int],
+        seed: int,
+        lengths: np.ndarray | None = None,
+    ):
+        self.num_records, self.layout, self.query_lens, self.seed = num_records, layout, list(query_lens), seed
+        self.lengths = lengths
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Records of an epoch; a few come twice where processes could else not all get a last micro-batch."""
+        of_all = self.layout.batch_size * self.layout.world_size
+        return self.num_records if self.layout.world_size == 1 else -(-self.num_records // of_all) * of_all
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self) // self.layout.global_batch_size)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        size = self.layout.global_batch_size
+        first_step = self.epoch * self.steps_per_epoch
+        for position, index in enumerate(self._complete(self._order())):
+            if position % size == 0:
+                query_len = query_len_of_step(first_step + position // size, self.query_lens, self.seed)
+            yield SampleKey(index, query_len)
+
+    def _complete(self, order: Iterator[int]) -> Iterator[int]:
+        """The epoch's indices, and as many of its first ones again as `__len__` needs."""
+        missing = len(self) - self.num_records
+        first: list[int] = []
+        for index in order:
+            if len(first) < missing:
+                first.append(index)
+            yield index
+        for position in range(missing):
+            yield first[position % len(first)]
+
+    def _order(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        if self.lengths is None:
+            order = generator.permutation(np.arange(self.num_records, dtype=np.uint32))
+            yield from (int(index) for index in order)
+            return
+        size = self.layout.global_batch_size
+        modalities = [np.flatnonzero(self.lengths > 0), np.flatnonzero(self.lengths < 0)]
+        shuffled = [generator.permutation(indices.astype(np.uint32)) for indices in modalities if len(indices)]
+        # the last step of each modality, complete or not, waits for the end
+        last = [(number, (len(indices) - 1) // size) for number, indices in enumerate(shuffled)]
+        steps = [(number, step) for number, count in last for step in range(count)]
+        for position in generator.permutation(len(steps)):
+            number, step = steps[position]
+            yield from self._split(shuffled[number][step * size : (step + 1) * size])
+        remaining = [shuffled[number][step * size :] for number, step in last]
+        if len(remaining) == 1:
+            yield from self._split(remaining[0])
+        else:
+            yield from (int(index) for index in np.sort(np.concatenate(remaining)))
+
+    def _split(self, indices: np.ndarray) -> list[int]:
+        """A step's records in micro-batches of about the same number of words: each goes to the shortest one yet."""
+        assert self.lengths is not None
+        words = np.abs(self.lengths[indices])
+        longest_first = np.argsort(-words, kind="stable")
+        parts = self.layout.world_size * self.layout.accumulation
+        ordered = indices[longest_first]
+        if len(indices) % parts:
+            return [int(index) for part in range(parts) for index in ordered[part::parts]]
+        capacity = len(indices) // parts
+        chunks: list[list[int]] = [[] for _ in range(parts)]
+        totals = [0.0] * parts
+        for index, count in zip(ordered, words[longest_first], strict=True):
+            shortest = totals.index(min(totals))
+            chunks[shortest].append(int(index))
+            full = len(chunks[shortest]) == capacity
+            totals[shortest] = float("inf") if full else totals[shortest] + float(count)
+        return [index for chunk in chunks for index in chunk]

@@ -1,0 +1,422 @@
+"""transformers' Trainer for FUSION: exact losses over split batches, learning rates by part, checkpoints that hold."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderAdapter
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.errors import InputError
+from fusion_hf.modeling_fusion import LossCounts
+from fusion_hf.training.answers import exact_matches
+from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.checkpoints import StopSignal, rotate, saving, seal, shield_data_worker, writing
+from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
+from fusion_hf.training.data import StreamedRecords
+from fusion_hf.training.distributed import any_rank, enable_cpu_fsdp, plain_class, sum_over_ranks, whole_weights
+from fusion_hf.training.flops import Shape, training_flops
+from fusion_hf.training.keyed import KeyedStream, keyed
+from fusion_hf.training.meters import StepMeter, matrix_rate
+from fusion_hf.training.parts import (
+    LANGUAGE_MODEL,
+    PROJECTORS,
+    SAMPLERS,
+    VISION_TOWER,
+    count_by_part,
+    parameter_groups,
+)
+from fusion_hf.training.sampler import Layout, StepSampler
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE = "log.jsonl"
+
+
+class NonFiniteError(InputError):
+    """The loss or the gradient is no number; the weights were not changed by it."""
+
+
+class FusionTrainer(Trainer):
+    """
+    Trains a FUSION on records.
+
+    The loss of a step is the whole step's: cross entropy over all its labelled tokens, mapping losses over all its
+    question tokens and pictures, however the step is split over processes and accumulation. So accumulation equals
+    one batch, and one process equals many.
+
+    Args:
+        model ([`FusionForConditionalGeneration`], or its PEFT model).
+        args ([`FusionTrainingArguments`]).
+        data_collator ([`FusionDataCollator`]).
+        train_dataset, eval_dataset ([`RecordDataset`] or [`StreamedRecords`], *optional*): a sequence of records, as
+            the collator takes them, will do.
+        stop ([`StopSignal`], *optional*): asks for a checkpoint and the end of the run.
+        **kwargs: of Trainer.
+    """
+
+    args: FusionTrainingArguments
+    optimizer: Any
+    loss_is_scaled_for_ga = True  # transformers 5.20 and newer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: FusionTrainingArguments,
+        data_collator: FusionDataCollator,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        stop: StopSignal | None = None,
+        **kwargs: Any,
+    ):
+        self.fusion_config: FusionConfig = model.config  # type: ignore[assignment]
+        if isinstance(train_dataset, StreamedRecords) and args.max_steps <= 0:
+            raise InputError("max_steps is not given; streaming needs it, since a stream does not tell its length.")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=keyed(train_dataset),
+            # an evaluation compares models, so it draws no number of latent tokens
+            eval_dataset=keyed(eval_dataset, self.fusion_config.query_len),
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # transformers 5.17: the loss is scaled already
+        self.stop = stop
+        self.stopped = False
+        self.meter = StepMeter()
+        self.grad_norm: torch.Tensor | float | None = None
+        self.step_loss = torch.zeros((), device=args.device)
+        self.peak_flops = 0.0
+        self.train_sampler: StepSampler | None = None
+        self.resume_step = 0  # of a stream, which does not go back
+        self.add_callback(_StepCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self.resume_step, self.args.ignore_data_skip = state.global_step, True
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if enable_cpu_fsdp(self.accelerator):
+            self.is_fsdp_enabled = True
+
+    # ---- records ----
+
+    @property
+    def query_lens(self) -> list[int]:
+        """What the number of latent tokens is drawn from."""
+        return self.args.query_lens if self.args.query_lens is not None else self.fusion_config.query_lens
+
+    @property
+    def seed(self) -> int:
+        """Of the order of records."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, IterableDataset):
+            return None
+        args = self.args
+        grouped = args.group_by == "modality_length"
+        self.train_sampler = StepSampler(
+            len(dataset),  # type: ignore[arg-type]
+            Layout(args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps),
+            self.query_lens,
+            self.seed,
+            lengths=dataset.lengths if grouped else None,  # type: ignore[union-attr]
+        )
+        return self.train_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream deals its records to processes and workers itself, and begins where the run is."""
+        records = self.train_dataset
+        if not isinstance(records, StreamedRecords):
+            return _shielded(super().get_train_dataloader())
+        args = self.args
+        stream = KeyedStream(
+            records.split(
+                rank=args.process_index,
+                world_size=args.world_size,
+                batch_size=args.per_device_train_batch_size,
+                start=self.resume_step * args.gradient_accumulation_steps,
+            ),
+            args.gradient_accumulation_steps,
+            self.query_lens,
+            self.seed,
+        )
+        loader = DataLoader(
+            stream,
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return _shielded(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return _shielded(super().get_eval_dataloader(eval_dataset))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, "LossCounts | None"]:
+        """The batches of a step, and what its losses are means over, in all of them and all processes."""
+        self.meter.begin_step()
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        self.meter.batches_arrived()
+        counts = torch.stack([self._count(batch) for batch in batches]).sum(0) if batches else torch.zeros(3)
+        return batches, LossCounts(*sum_over_ranks(counts.to(torch.float64), device).float().to(device))
+
+    def _count(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        asked = batch["instruct_input_ids"] != self.fusion_config.instruct_pad_token_id
+        asked = asked & batch["instruct_attention_mask"].bool()
+        labels = batch["labels"][:, 1:] != IGNORE_INDEX  # the first token is never predicted
+        return torch.stack([labels.sum(), asked.sum(), torch.tensor(len(labels), device=labels.device)])
+
+    # ---- losses ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: LossCounts | None = None,
+    ) -> Any:
+        """This part's share of the step's loss `()`. Without `num_items_in_batch` (evaluation): the batch's own."""
+        outputs = model(**inputs, loss_counts=num_items_in_batch)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            self._measure(inputs, outputs)
+            loss = loss * self.args.world_size  # gradients are averaged over processes, the shares are to be added
+        return (loss, outputs) if return_outputs else loss
+
+    def _measure(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+        ids = inputs["input_ids"]
+        self.step_loss = self.step_loss + outputs.loss.detach()
+        self.meter.add(
+            language_loss=outputs.language_loss.detach(),
+            mapping_loss=outputs.mapping_loss.detach(),
+            tokens=inputs["attention_mask"].sum(),
+            pictures=(ids == self.fusion_config.image_token_id).any(1).sum(),
+            flops=training_flops(
+                self.fusion_config,
+                Shape(
+                    batch=ids.shape[0],
+                    sequence=ids.shape[1],
+                    instruct_tokens=inputs["instruct_input_ids"].shape[1],
+                    turns=inputs["prompt_end_positions"].shape[1],
+                    query_len=inputs["query_len"],
+                ),
+                self.args.train,
+                lora=self.args.lora_rank > 0,
+            ),
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """An evaluation's batches stand for themselves; those of a step are counted in `get_batch_samples`."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.grad_norm
+
+    def check_finite(self) -> None:
+        """
+        Before the optimizer changes the weights.
+
+        Raises:
+            NonFiniteError: in every process, if the step's loss or gradient is no number in one of them.
+        """
+        loss, self.step_loss = self.step_loss, torch.zeros_like(self.step_loss)
+        finite = torch.isfinite(loss)
+        norm = self.grad_norm
+        if norm is not None and not self.args.fp16:  # with float16's loss scaling, infinite gradients are skipped
+            finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
+        if any_rank(not bool(finite), self.args.device):
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the loss is {float(loss):g} and the gradient's norm "
+                f"{float(norm) if norm is not None else float('nan'):g}; nothing was saved after step "
+                f"{self.state.global_step}. Lower the learning rate, or look at the records of this step."
+            )
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or another optimizer of Trainer's, with a learning rate for each part."""
+        if self.optimizer is not None:
+            return self.optimizer
+        trained = self.model if model is None else model
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        if {"params", "optimizer_dict", "model"} & settings.keys():
+            raise InputError(f"optim is {self.args.optim!r}, which makes its own groups; allowed: AdamW and its like.")
+        self.optimizer = optimizer_class(
+            parameter_groups(
+                trained.named_parameters(),
+                self.learning_rates(),
+                self.args.weight_decay,
+                set(self.get_decay_parameter_names(trained)),
+            ),
+            **settings,
+        )
+        return self.optimizer
+
+    def learning_rates(self) -> dict[str, float]:
+        """The peak learning rate of each part."""
+        args = self.args
+        given = {
+            VISION_TOWER: args.vision_tower_learning_rate,
+            PROJECTORS: args.projector_learning_rate,
+            SAMPLERS: args.sampler_learning_rate,
+            LANGUAGE_MODEL: None,
+        }
+        return {part: args.learning_rate if rate is None else rate for part, rate in given.items()}
+
+    # ---- logs, evaluation, checkpoints ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.meter.steps:
+            logs |= self.meter.report(self.peak_flops, self.args.device)
+            self.meter = StepMeter()
+        super().log(logs, start_time)
+        if self.args.should_save:
+            line = {"step": self.state.global_step, **logs}
+            with (
+                writing(Path(self.args.output_dir), LOG_FILE),
+                (Path(self.args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as file,
+            ):
+                file.write(json.dumps(line, default=float) + "\n")
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Trainer's loss and, for `eval_samples` of the records, the share of exact answers."""
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_samples and self.eval_dataset is not None:
+            scores = exact_matches(
+                self.accelerator.unwrap_model(self.model),
+                self.data_collator.processor,
+                self.eval_dataset,
+                samples=self.args.eval_samples,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_new_tokens=self.args.eval_max_new_tokens,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+            )
+            extra = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            self.log(extra)
+            metrics |= extra
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint in the way that the launch configuration says; a finished model as a whole, in any case."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_weights(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with plain_class(self.model):
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but a checkpoint counts only when all of it is there, and none is deleted before."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saving(folder, remove=self.args.should_save):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(folder)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, limit, keep=[] if best is None else [Path(best)])
+
+
+class _StepCallback(TrainerCallback):
+    """Calls of the trainer at the right moments of a step."""
+
+    def __init__(self, trainer: FusionTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        own = trainer.args.peak_tflops
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        trainer.peak_flops = matrix_rate(args.device, dtype) if own is None else own * 1e12
+        if args.should_save:
+            _forget_after(Path(args.output_dir) / LOG_FILE, state.global_step)
+            counts = count_by_part(trainer.accelerator.unwrap_model(trainer.model), trained_only=True)
+            logger.info("trained parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = self.trainer.train_sampler
+        if sampler is not None:  # accelerate tells a sampler its epoch in one process only
+            sampler.set_epoch(state.global_step // sampler.steps_per_epoch)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.check_finite()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.meter.end_step()
+        if trainer.stop is not None and any_rank(trainer.stop.requested, args.device):
+            control.should_save = control.should_training_stop = True
+            trainer.stopped = state.global_step < state.max_steps
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Take out what a run logged after the checkpoint from which it now goes on: it is going to be logged again."""
+    if not log.is_file():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last one, cut by a kill
+            continue
+        if isinstance(entry, dict) and entry.get("step", 0) <= step:
+            kept.append(line)
+    draft = log.with_name(f"{log.name}.tmp")
+    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    draft.replace(log)
+
+
+def _shielded(loader: DataLoader) -> DataLoader:
+    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader  # accelerate's wraps the one
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+    return loader
+
+
+def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:
+    shield_data_worker()
+    if seed is not None:
+        seed(worker)

@@ -1,0 +1,346 @@
+"""LoRA runs: what they train, what they leave, that it is loaded strictly, and that a merged model is the same."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests.helpers.training_runs import Run, write_model, write_records
+
+from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf.cli import main
+from fusion_hf.errors import InputError
+from fusion_hf.training import lora, recipe
+from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.lora import add_lora, find_targets, load_adapter, quantization_config
+from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
+from fusion_hf.training.run import load_start, make_trainer
+
+KEYS = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 6, "lr_scheduler_type": "constant", "warmup_steps": 0}
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data: Path) -> Run:
+    run = Run.make(tmp_path_factory.mktemp("runs") / "whole", model_folder, data, **KEYS)
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def adapter(trained: Run, tmp_path: Path) -> Path:
+    """The trained adapter, to be spoilt."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in (lora.ADAPTER_CONFIG, lora.ADAPTER_WEIGHTS):
+        shutil.copy(trained.output / name, folder)
+    return folder
+
+
+def make_arguments(folder: Path, **keys: Any) -> FusionTrainingArguments:
+    settings: dict[str, Any] = {"model": "base", "output_dir": str(folder), "lora_rank": 2, "report_to": "none"}
+    return FusionTrainingArguments(**{**settings, **keys})
+
+
+def load_base(folder: Path) -> FusionForConditionalGeneration:
+    return FusionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    processor = FusionProcessor.from_pretrained(folder)
+    picture = Image.linear_gradient("L").convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what color is the circle ?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+# ---- what is trained ----
+
+
+def test_default_trains_all_but_the_tower(tmp_path: Path) -> None:
+    assert set(make_arguments(tmp_path).train) == {PROJECTORS, SAMPLERS, LANGUAGE_MODEL}
+    assert make_arguments(tmp_path, lora_rank=0).train == list(PARTS)
+
+
+@pytest.mark.parametrize("whole", [[], [PROJECTORS], [SAMPLERS, VISION_TOWER], [PROJECTORS, SAMPLERS, VISION_TOWER]])
+def test_parts_train_whole_if_named(model_folder: Path, tmp_path: Path, whole: list[str]) -> None:
+    adapted = add_lora(load_base(model_folder), make_arguments(tmp_path, train=[*whole, LANGUAGE_MODEL]))
+    trained = [(name, parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert {part_of(name) for name, _ in trained} == {*whole, LANGUAGE_MODEL}
+    assert all(("lora_" in name) == (part_of(name) == LANGUAGE_MODEL) for name, _ in trained)
+    base = load_base(model_folder)
+    for part in whole:
+        expected = sum(p.numel() for name, p in base.named_parameters() if part_of(name) == part)
+        assert sum(p.numel() for name, p in trained if part_of(name) == part) == expected
+
+
+def test_targets_are_linear_layers_of_the_language_model(model_folder: Path) -> None:
+    model = load_base(model_folder)
+    names = find_targets(model)
+    assert len(names) == 7 * model.config.text_config.num_hidden_layers
+    assert all(part_of(f"{name}.") == LANGUAGE_MODEL for name in names)
+    chosen = find_targets(model, ["q_proj", "layers.0.mlp.up_proj", "lm_head"])
+    assert len(chosen) == model.config.text_config.num_hidden_layers + 2
+    with pytest.raises(InputError, match=r"lora_targets holds 'qproj'.*q_proj"):
+        find_targets(model, ["qproj"])
+
+
+def test_injected_layers_are_the_targets(model_folder: Path, tmp_path: Path) -> None:
+    """PEFT shortens long lists of names; what it then matches must be the same layers."""
+    base = load_base(model_folder)
+    names = find_targets(base)
+    adapted = add_lora(base, make_arguments(tmp_path))
+    injected = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name}
+    assert injected == {PREFIX + name for name in names}
+
+
+def test_language_model_must_train(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="LoRA trains the language_model"):
+        add_lora(load_base(model_folder), make_arguments(tmp_path, train=[PROJECTORS]))
+
+
+def test_frozen_stay_and_trained_change(trained: Run, model_folder: Path) -> None:
+    base = load_base(model_folder)
+    before, last = base.state_dict(), f".layers.{base.config.text_config.num_hidden_layers - 1}.vision_sampler."
+    after = load_adapter(load_base(model_folder), trained.output).state_dict()
+    seen = set()
+    for name, tensor in before.items():
+        part, place, leaf = part_of(name), *name.rsplit(".", 1)
+        if part in (PROJECTORS, SAMPLERS):
+            whole = re.sub(r"\.(vision_\w+)\.", r".\1.modules_to_save.default.", PREFIX + name)
+            # nothing reads what the last layer's sampler writes
+            assert torch.equal(after[whole], tensor) == (last in name), name
+        else:
+            lies_in = f"{PREFIX}{name}" if f"{PREFIX}{name}" in after else f"{PREFIX}{place}.base_layer.{leaf}"
+            assert torch.equal(after[lies_in], tensor), name
+        seen.add(part)
+    assert seen == set(PARTS)
+    ups = [tensor for name, tensor in after.items() if ".lora_B." in name]
+    assert ups and all(tensor.abs().max() > 0 for tensor in ups)
+
+
+# ---- what a run leaves ----
+
+
+def test_adapter_gives_the_trained_models_logits(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    run = Run.make(tmp_path / "run", model_folder, data, **KEYS, save_strategy="no")
+    arguments = recipe.make_arguments(recipe.load_recipe(run.recipe), 1)
+    processor, model = load_start(arguments)
+    trainer = make_trainer(model, processor, arguments)
+    trainer.train()
+    trainer.save_model(str(run.output))
+    expected = logits(model.eval(), model_folder)
+    assert not torch.equal(expected, logits(load_base(model_folder), model_folder))
+    assert torch.equal(logits(load_adapter(load_base(model_folder), run.output), model_folder), expected)
+
+
+def test_files_of_a_finished_run(trained: Run, model_folder: Path) -> None:
+    names = {path.name for path in trained.output.iterdir()}
+    assert {lora.ADAPTER_CONFIG, lora.ADAPTER_WEIGHTS, "processor_config.json", "finished.json"} <= names
+    assert "model.safetensors" not in names
+    config = json.loads((trained.output / lora.ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(model_folder)
+    with safe_open(trained.output / lora.ADAPTER_WEIGHTS, framework="pt") as file:
+        assert {part_of(name) for name in file.keys()} == {PROJECTORS, SAMPLERS, LANGUAGE_MODEL}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow)])
+def test_resumed_run_equals_the_whole_one(
+    trained: Run, model_folder: Path, data: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    run = Run.make(tmp_path / "run", model_folder, data, **KEYS, **more)
+    run.finish()
+    exact = run.exact_log()
+    if not more:
+        assert exact == trained.exact_log()
+    weights = (run.output / lora.ADAPTER_WEIGHTS).read_bytes()
+    for name in ("finished.json", lora.ADAPTER_WEIGHTS):
+        (run.output / name).unlink()
+    shutil.rmtree(run.output / "checkpoint-6")
+    run.finish()
+    assert run.exact_log() == exact
+    assert (run.output / lora.ADAPTER_WEIGHTS).read_bytes() == weights
+
+
+def test_resume_is_strict(trained: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "recipe.yaml", tmp_path / "output")
+    shutil.copytree(trained.output, run.output)
+    (run.output / "finished.json").unlink()
+    shutil.rmtree(run.output / "checkpoint-6")
+    text = trained.recipe.read_text().replace(str(trained.output), str(run.output))
+    run.recipe.write_text(text)
+    weights = run.output / "checkpoint-3" / lora.ADAPTER_WEIGHTS
+    renamed = {name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(weights).items()}
+    save_file(renamed, weights, {"format": "pt"})  # same names' lengths: the checkpoint's sizes agree
+    started = run.start()
+    assert started.end() == 2
+    assert "keys are missing, such as" in started.stderr() and "layers.1" in started.stderr()
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing(trained: Run, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    for reentrant in (False, True):
+        run = Run.make(
+            tmp_path / str(reentrant),
+            model_folder,
+            data,
+            **KEYS,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        run.finish()
+        for entry, expected in zip(run.log(), trained.log(), strict=True):
+            assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert entry["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+# ---- merging ----
+
+
+def test_merged_folder_answers_as_base_and_adapter(trained: Run, model_folder: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert main(["merge", str(trained.output), "--output", str(merged)]) == 0
+    expected = logits(load_adapter(load_base(model_folder), trained.output), model_folder)
+    torch.testing.assert_close(logits(load_base(merged), merged), expected, rtol=1e-6, atol=1e-6)
+    whole = {path.name for path in model_folder.iterdir()}
+    assert {path.name for path in merged.iterdir()} == whole
+    with (
+        safe_open(merged / "model.safetensors", framework="pt") as file,
+        safe_open(model_folder / "model.safetensors", framework="pt") as base,
+    ):
+        assert set(file.keys()) == set(base.keys())
+
+
+def test_merge_casts(trained: Run, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert main(["merge", str(trained.output), "--output", str(merged), "--dtype", "bfloat16"]) == 0
+    assert {tensor.dtype for tensor in load_file(merged / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (["--output", "{used}"], "exists and is not an empty folder"),
+        (["--output", "{new}", "--dtype", "int8"], "dtype is 'int8'"),
+        (["--output", "{new}", "--base", "{used}/nothing here"], "is no folder"),
+    ],
+)
+def test_merge_refuses(
+    trained: Run, tmp_path: Path, more: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"used": trained.output, "new": tmp_path / "new"}
+    assert main(["merge", str(trained.output), *(text.format(**places) for text in more)]) == 2
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_ask_names_merge(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    assert main(["ask", str(tmp_path / "a.png"), "what color?", "--model", str(trained.output)]) == 2
+    assert f"fusion-hf merge {trained.output}" in capsys.readouterr().err
+
+
+# ---- strictness ----
+
+
+def spoil_weights(folder: Path, key: str, change: str) -> None:
+    path = folder / lora.ADAPTER_WEIGHTS
+    weights = load_file(path)
+    tensor = weights.pop(key)
+    if change == "renamed":
+        weights[f"{key}x"] = tensor
+    elif change == "additional":
+        weights |= {key: tensor, f"{key}x": tensor.clone()}
+    elif change == "shape":
+        weights[key] = tensor[..., :-1].contiguous()
+    save_file(weights, path)
+
+
+KEYS_OF_PARTS = (
+    "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_B.weight",
+    "base_model.model.model.language_model.layers.2.vision_sampler.q_proj.weight",
+    "base_model.model.model.vision_projector_back.linear_1.weight",
+)
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing", "additional", "shape"])
+@pytest.mark.parametrize("key", KEYS_OF_PARTS)
+def test_wrong_keys_are_errors(model_folder: Path, adapter: Path, key: str, change: str) -> None:
+    spoil_weights(adapter, key, change)
+    named = {"renamed": "keys are missing.*keys are unknown", "missing": "missing", "additional": "unknown"}
+    with pytest.raises(InputError, match=named.get(change, "has shape")) as caught:
+        load_adapter(load_base(model_folder), adapter)
+    assert key.removesuffix("weight")[:60] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"from_the_future": 1}, "from_the_future"),
+        ({"r": 10**9}, "r is 1000000000"),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"target_modules": "(a+)+$"}, "target_modules"),
+        ({"target_modules": ["nowhere"]}, "nowhere"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save holds lm_head"),
+        ({"peft_type": "IA3"}, "no LoRA"),
+    ],
+)
+def test_strange_configurations_are_errors(
+    model_folder: Path, adapter: Path, changes: dict[str, Any], error: str
+) -> None:
+    path = adapter / lora.ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError) as caught:
+        load_adapter(load_base(model_folder), adapter)
+    assert error in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 64])
+def test_weights_that_are_no_safetensors(model_folder: Path, adapter: Path, content: bytes) -> None:
+    (adapter / lora.ADAPTER_WEIGHTS).write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_adapter(load_base(model_folder), adapter)
+
+
+def test_pickled_weights_are_not_looked_at(model_folder: Path, adapter: Path) -> None:
+    weights = load_file(adapter / lora.ADAPTER_WEIGHTS)
+    (adapter / lora.ADAPTER_WEIGHTS).unlink()
+    torch.save(weights, adapter / "adapter_model.bin")
+    with pytest.raises(InputError, match="safetensors only"):
+        load_adapter(load_base(model_folder), adapter)
+
+
+# ---- 4 bits ----
+
+
+def test_missing_bitsandbytes_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"fusion_hf\[quant\]"):
+        quantization_config(make_arguments(tmp_path, load_in_4bit=True))
