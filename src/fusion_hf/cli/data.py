@@ -110,7 +110,7 @@ def _complaints(reports: "Sequence[EntryReport]") -> list[str]:
     for report in reports:
         if report.error is not None:
             lines.append(f"not readable: {one_line(report.error)}")
-        for kind, count in report.problems.counts.most_common():
+        for kind, count in report.problems.counts.items():
             lines.append(f"{kind}: {count:,}, first {one_line(report.problems.first[kind])}")
     return lines
 

@@ -1,6 +1,5 @@
 """What is there of a data set and what is wrong with it, before a run finds out."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +22,18 @@ IMAGES = ("exist", "decode", "none")
 class Problems:
     """Broken records by kind of problem: how many, and the first of each."""
 
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, file: str, index: int, problem: RecordProblem) -> None:
         """Count one record."""
-        self.counts[problem.kind] += 1
+        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         self.first.setdefault(problem.kind, describe(file, index, problem))
 
     def update(self, others: "Problems") -> None:
         """Count those of another part too."""
-        self.counts.update(others.counts)
+        for kind, count in others.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
         self.first = {**others.first, **self.first}
 
 

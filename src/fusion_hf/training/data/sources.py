@@ -139,8 +139,8 @@ class JsonArray(FileSource):
     """
     One JSON array of records, also of many gigabytes.
 
-    The standard library's decoder on a moving window is used and not ijson, which reads a little faster (200 MB in
-    0.8 s against 1.2 s), but does not tell where in the file a record begins: its records would have to be copied.
+    The standard library's decoder on a moving window is used and not ijson, which reads 200 MB in 0.8 s instead of
+    2.2 s (of 9 s that their index takes), but does not tell where a record begins: all would have to be copied.
     """
 
     def scan(self) -> Iterator[Item]:
