@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
-NANO_OUTPUT ?= runs/fusion-nano
 DEMO_IMAGE ?= docs/assets/red_circle.png
 DEMO_QUESTION ?= what color is the shape?
 OLDEST_TRANSFORMERS := 5.17.0
@@ -11,6 +10,9 @@ OLDEST_TRANSFORMERS := 5.17.0
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # One thread per test process: two workers with two threads each are slower than one.
+# its recipes name it too
+NANO_OUTPUT := runs/fusion-nano
+TWO_PROCESSES = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 # A stamp stands for an installation: it is made again only when what it was made from changes.
@@ -67,7 +69,11 @@ format: $(TEST)  ## mend style and format
 	$(BIN)/ruff format
 
 nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m fusion_hf.nano.train --output $(NANO_OUTPUT)
+	$(BIN)/python -m fusion_hf.nano.prepare $(NANO_OUTPUT)
+	$(TWO_PROCESSES) -m fusion_hf.nano.start $(NANO_OUTPUT)
+	for stage in stage1 stage1.5 stage2; do \
+		$(TWO_PROCESSES) -m fusion_hf train configs/recipes/fusion-nano/$$stage.yaml || exit; \
+	done
 	$(BIN)/python -m fusion_hf.nano.report $(NANO_OUTPUT)
 
 bench: $(TEST)  ## time preprocessing, prefill and decoding

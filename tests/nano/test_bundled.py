@@ -58,7 +58,7 @@ def test_it_answers_validation_questions(model: FusionForConditionalGeneration, 
 def test_the_figures_come_out_again(
     model: FusionForConditionalGeneration, processor: FusionProcessor, figures: Figures
 ) -> None:
-    again = measure(model, processor, figures.seed)
+    again = measure(model, processor, figures.seed, figures.steps)
     assert again.accuracy == pytest.approx(figures.accuracy, abs=2e-3)  # another processor may round another way
     assert again.fewest_latents == pytest.approx(figures.fewest_latents, abs=2e-3)
     assert again.wrong_pictures == pytest.approx(figures.wrong_pictures, abs=2e-3)

@@ -1,4 +1,4 @@
-"""`make nano`, with next to no steps: real processes, every stage, and what is finished is not done again."""
+"""`make nano`, with next to no steps, in real processes; and how its answers are counted."""
 
 import json
 import subprocess
@@ -12,33 +12,42 @@ from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.nano import records as nano_records
 from fusion_hf.nano.evaluate import accuracies
 from fusion_hf.nano.records import Record
-from fusion_hf.nano.report import most_frequent_answers, shuffled
-from fusion_hf.nano.train import GROUNDING, PLAN
+from fusion_hf.nano.report import STAGES, most_frequent_answers, shuffled
+
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes" / "fusion-nano"
 
 
-def train(output: Path) -> str:
-    arguments = ["-m", "fusion_hf.nano.train", "--output", str(output), "--steps-scale", "0.0003"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
+def run(*arguments: str, processes: int = 1) -> None:
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
-    return result.stderr
 
 
 @pytest.mark.slow
-def test_all_stages_and_resuming(tmp_path: Path) -> None:
-    first = train(tmp_path)
-    assert all(f"{plan.name} done after" in first for plan in (GROUNDING, *PLAN))
-    assert all(f"validation after {plan.name}" in first for plan in PLAN)
-    model = FusionForConditionalGeneration.from_pretrained(tmp_path)
+def test_the_steps_of_make_nano(tmp_path: Path) -> None:
+    """With few pictures and next to no steps; the recipes are the ones that `make nano` uses."""
+    run("fusion_hf.nano.prepare", str(tmp_path), "--share", "0.01")
+    run("fusion_hf.nano.start", str(tmp_path), "--steps", "2", processes=2)
+    before = "start"
+    for stage in STAGES:
+        overrides = [
+            *(f"model={tmp_path / before}", f"output_dir={tmp_path / stage}"),
+            *(f"data={tmp_path / 'data' / f'{stage}.json'}", f"eval_data={tmp_path / 'data' / 'validation.json'}"),
+            *("max_steps=3", "eval_steps=3", "eval_samples=4"),
+        ]
+        run("fusion_hf", "train", str(RECIPES / f"{stage}.yaml"), *overrides, processes=2)
+        before = stage
+    folder = tmp_path / "stage2"
+    model = FusionForConditionalGeneration.from_pretrained(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.num_parameters() <= 6_000_000
-    assert json.loads((tmp_path / "config.json").read_text()).get("use_cache", True)
-    assert FusionProcessor.from_pretrained(tmp_path).query_len == model.config.query_len
-    weights = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").unlink()
-    second = train(tmp_path)
-    assert all(f"{plan.name} is finished" in second for plan in (GROUNDING, *PLAN))
-    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert json.loads((folder / "config.json").read_text()).get("use_cache", True)
+    assert model.generation_config.eos_token_id is not None
+    assert FusionProcessor.from_pretrained(folder).query_len == model.config.query_len
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert any(entry.get("eval_answers") == 4 for entry in log)
+    assert json.loads((folder / "finished.json").read_text()) == {"steps": 3}
 
 
 def test_accuracies() -> None:

@@ -8,7 +8,7 @@ from math import isqrt
 from typing import NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, merge, train
+from fusion_hf.cli import data, merge, plan, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -49,6 +49,7 @@ def make_parser() -> Parser:
     chat.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
 
     train.add_parser(commands)
+    plan.add_parser(commands)
     merge.add_parser(commands)
     data.add_parser(commands)
 
@@ -144,6 +145,8 @@ def _run(argv: list[str]) -> int:
         return ask.run(arguments)
     if arguments.command == "train":
         return train.run(arguments)
+    if arguments.command == "plan":
+        return plan.run(arguments)
     if arguments.command == "merge":
         return merge.run(arguments)
     if arguments.command == "data":

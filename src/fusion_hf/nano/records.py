@@ -59,14 +59,14 @@ class Record:
         with Image.open(self.image) as image:
             return image.convert("RGB")
 
-    def to_llava(self) -> dict[str, Any]:
-        """The record as the training data of LLaVA is shaped, with the picture as a PIL image."""
+    def to_llava(self, image: str | None = None) -> dict[str, Any]:
+        """The record as the training data of LLaVA is shaped, with a file's name or a PIL image as the picture."""
         conversations = []
         for index, (question, answer) in enumerate(self.turns):
             mark = "<image>\n" if index == 0 else ""
             conversations.append({"from": "human", "value": mark + question})
             conversations.append({"from": "gpt", "value": answer})
-        return {"id": self.key, "image": self.open_image(), "conversations": conversations}
+        return {"id": self.key, "image": self.open_image() if image is None else image, "conversations": conversations}
 
 
 @dataclass(frozen=True)

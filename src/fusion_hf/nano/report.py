@@ -1,6 +1,6 @@
 """Final figures of a trained `fusion-nano` on the test split, and its model card. To be run once, at the end.
 
-Tested command: `python -m fusion_hf.nano.report runs/nano` (the last step of `make nano`).
+Tested command: `python -m fusion_hf.nano.report runs/fusion-nano` (the last step of `make nano`).
 """
 
 import argparse
@@ -19,19 +19,20 @@ from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.nano.evaluate import accuracies, generate_answers
 from fusion_hf.nano.pictures import WORDS
 from fusion_hf.nano.records import Record, easy_vqa_pictures, test_records
-from fusion_hf.nano.train import GLOBAL_BATCH_SIZE, GROUNDING, PLAN
+from fusion_hf.nano.start import BATCH_SIZE, FINISHED, START
 from fusion_hf.processing_fusion import FusionProcessor
 
 logger = logging.getLogger(__name__)
 
 FIGURES = "figures.json"
+STAGES = ("stage1", "stage1.5", "stage2")
 DRAWN = ("count", "spatial", "text")
 SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Exact-match accuracies, shares of one."""
+    """Exact-match accuracies, shares of one; and the optimizer steps of what the model was trained on."""
 
     questions: int
     seed: int
@@ -39,9 +40,12 @@ class Figures:
     wrong_pictures: dict[str, float]
     question_only: dict[str, float]
     fewest_latents: dict[str, float]
+    steps: dict[str, int]
 
 
-def measure(model: FusionForConditionalGeneration, processor: FusionProcessor, seed: int) -> Figures:
+def measure(
+    model: FusionForConditionalGeneration, processor: FusionProcessor, seed: int, steps: dict[str, int]
+) -> Figures:
     """Greedy answers to every test question: with its picture, with another one, and with the fewest latent tokens."""
     records = test_records(seed)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
@@ -55,6 +59,7 @@ def measure(model: FusionForConditionalGeneration, processor: FusionProcessor, s
         wrong_pictures=accuracies(easy_vqa, wrong),
         question_only=accuracies(easy_vqa, most_frequent_answers(easy_vqa)),
         fewest_latents=accuracies(records, fewest),
+        steps=steps,
     )
 
 
@@ -114,13 +119,13 @@ def card_text(figures: Figures, parameters: int) -> str:
         f"| drawn, {titles[name]} | {percent(figures.accuracy, name)} | {percent(figures.fewest_latents, name)} | | |"
         for name in DRAWN
     ]
-    steps = ", ".join(f"{plan.steps} ({plan.name})" for plan in PLAN)
+    steps = ", ".join(f"{count} ({name})" for name, count in figures.steps.items() if name != START)
     return CARD.format(
         parameters=f"{parameters / 1e6:.2f}",
         questions=figures.questions,
         table="\n".join(table),
-        grounding=GROUNDING.steps,
-        batch=GLOBAL_BATCH_SIZE,
+        grounding=figures.steps[START],
+        batch=BATCH_SIZE,
         steps=steps,
         seed=figures.seed,
         words=len(WORDS),
@@ -185,15 +190,16 @@ and at random.
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a trained model folder")
+    parser.add_argument("run", type=Path, help="folder of the run, with those of its stages")
     parser.add_argument("--seed", type=int, default=0, help="the training's seed")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
-    model = FusionForConditionalGeneration.from_pretrained(arguments.folder, dtype=torch.float32)
-    processor = FusionProcessor.from_pretrained(arguments.folder)
-    figures = measure(model, processor, arguments.seed)
-    (arguments.folder / FIGURES).write_text(json.dumps(asdict(figures), indent=2) + "\n")
-    write_card(arguments.folder, figures, model.num_parameters())
+    folder = arguments.run / STAGES[-1]
+    steps = {name: json.loads((arguments.run / name / FINISHED).read_text())["steps"] for name in (START, *STAGES)}
+    model = FusionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    figures = measure(model, FusionProcessor.from_pretrained(folder), arguments.seed, steps)
+    (folder / FIGURES).write_text(json.dumps(asdict(figures), indent=2) + "\n")
+    write_card(folder, figures, model.num_parameters())
     logger.info("%s", json.dumps(asdict(figures), indent=2))
 
 

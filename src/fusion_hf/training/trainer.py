@@ -121,6 +121,11 @@ class FusionTrainer(Trainer):
         return self.args.query_lens if self.args.query_lens is not None else self.fusion_config.query_lens
 
     @property
+    def trained_parts(self) -> list[str]:
+        """Parts whose own weights get gradients; adapters take the language model's place."""
+        return [part for part in self.args.train if part != LANGUAGE_MODEL or not self.args.lora_rank]
+
+    @property
     def seed(self) -> int:
         """Of the order of records."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -225,7 +230,7 @@ class FusionTrainer(Trainer):
                     turns=inputs["prompt_end_positions"].shape[1],
                     query_len=inputs["query_len"],
                 ),
-                self.args.train,
+                self.trained_parts,
                 lora=self.args.lora_rank > 0,
             ),
         )
@@ -390,6 +395,8 @@ class _StepCallback(TrainerCallback):
         if trainer.stop is not None and any_rank(trainer.stop.requested, args.device):
             control.should_save = control.should_training_stop = True
             trainer.stopped = state.global_step < state.max_steps
+        if control.should_save:  # or the first mean after a resume would lack the steps before the checkpoint
+            control.should_log = True
 
 
 def _forget_after(log: Path, step: int) -> None:

@@ -1,0 +1,97 @@
+"""Writes the records of `fusion-nano`'s three stages: PNG files, and JSON of LLaVA's shape, which recipes read.
+
+Tested command: `python -m fusion_hf.nano.prepare runs/fusion-nano` (the first step of `make nano`).
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fusion_hf.nano.pictures import PictureSpec
+from fusion_hf.nano.records import Mixture, Record, Stage, evaluation_records, stage_records
+
+DATA = "data"
+VALIDATION_SAMPLE = 300  # questions of each category, asked after each stage
+CHUNK = 256  # pictures that a process draws at a time
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Which pictures one of FUSION's stages uses; to count one kind or colour among others takes longest."""
+
+    name: str
+    stage: Stage
+    mixture: Mixture
+
+
+STAGE_DATA = (
+    StageData("stage1", "1", Mixture(single=3000, count=5000, spatial=8000, text=6000)),
+    StageData("stage1.5", "1.5", Mixture(single=2000, count=8000, spatial=8000, text=4000)),
+    StageData("stage2", "2", Mixture(single=1000, count=18000, spatial=7000, text=6000, easy_vqa=0.7)),
+)
+
+
+def scaled(mixture: Mixture, share: float) -> Mixture:
+    """A share of each kind of picture, for a trial."""
+    return replace(
+        mixture,
+        single=round(share * mixture.single),
+        count=round(share * mixture.count),
+        spatial=round(share * mixture.spatial),
+        text=round(share * mixture.text),
+        easy_vqa=share * mixture.easy_vqa,
+    )
+
+
+def validation_sample(seed: int) -> list[Record]:
+    """VALIDATION_SAMPLE questions of each category, the same ones every time."""
+    records = evaluation_records("validation", seed, drawn=VALIDATION_SAMPLE)
+    easy_vqa = [record for record in records if record.category == "easy-vqa"]
+    drawn = [record for record in records if record.category != "easy-vqa"]
+    return random.Random(0).sample(easy_vqa, VALIDATION_SAMPLE) + drawn
+
+
+def write_records(folder: Path, name: str, records: Sequence[Record]) -> Path:
+    """`folder/name.json` and, under `folder/name`, each record's picture, once."""
+    files: dict[Path | PictureSpec, str] = {}
+    for record in records:
+        files.setdefault(record.image, f"{name}/{len(files)}.png")
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    first = {record.image: record for record in records}
+    jobs = [(first[image], folder / file) for image, file in files.items()]
+    with ProcessPoolExecutor() as pool:
+        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="picture"))
+    path = folder / f"{name}.json"
+    lines = [json.dumps(record.to_llava(files[record.image])) for record in records]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    return path
+
+
+def _draw(job: tuple[Record, Path]) -> None:
+    record, file = job
+    record.open_image().save(file)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder of the run; the records go to its folder data")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of the pictures, for a trial")
+    arguments = parser.parse_args(argv)
+    folder = arguments.output / DATA
+    for data in STAGE_DATA:
+        mixture = scaled(data.mixture, arguments.share)
+        records = stage_records(data.stage, "train", f"{data.name}/{arguments.seed}", mixture)
+        write_records(folder, data.name, records)
+    held_out = validation_sample(arguments.seed)
+    write_records(folder, "validation", held_out[:: max(1, round(1 / arguments.share))])
+
+
+if __name__ == "__main__":
+    main()

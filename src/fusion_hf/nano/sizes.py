@@ -1,0 +1,64 @@
+"""A task that `fusion-nano` was never trained on, for docs/training.md: which of two shapes is smaller?
+
+`python -m fusion_hf.nano.sizes FOLDER` draws the pictures and writes `train.json` and `test.json`, in LLaVA's shape.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fusion_hf.nano.pictures import PictureSpec, Shape, Split, draw_spec
+
+QUESTION = "what color is the smaller shape?"
+COUNTS: dict[Split, int] = {"train": 2000, "test": 200}
+CLEARLY = 1.5  # times the smaller one's area, the other's at least
+AREA_OF_BOX = {"rectangle": 1.0, "circle": 0.785, "triangle": 0.5}  # how much of its box a shape fills
+
+
+def area(shape: Shape) -> float:
+    """In canvas pixels."""
+    return AREA_OF_BOX[shape.kind] * shape.width * shape.height
+
+
+def smaller(spec: PictureSpec) -> Shape | None:
+    """The smaller one of two shapes; None if that is not clear."""
+    small, large = sorted(spec.shapes, key=area)
+    return small if area(large) >= CLEARLY * area(small) else None
+
+
+def write_split(folder: Path, split: Split, count: int) -> Path:
+    """Draw `count` pictures into `folder/split`, and write `folder/split.json` with a record for each."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    index = 0
+    with tqdm(total=count, desc=split, unit="picture") as bar:
+        while len(records) < count:
+            spec = draw_spec("spatial", split, index, seed="sizes")
+            index += 1
+            if (shape := smaller(spec)) is None:
+                continue
+            name = f"{split}/{len(records)}.png"
+            spec.render().save(folder / name)
+            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": shape.color}]
+            records.append({"id": name, "image": name, "conversations": turns})
+            bar.update()
+    random.Random(split).shuffle(records)
+    path = folder / f"{split}.json"
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pictures of two shapes, and which of them is smaller.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    for split, count in COUNTS.items():
+        write_split(folder, split, count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""What a recipe will take on given GPUs: memory by kind, steps, tokens and FLOPs, before anything is allocated.
+
+Weights are counted on the meta device, activations by a simulated step (`simulation.py`), and states by what
+transformers' Trainer, accelerate and DeepSpeed keep per weight. P weights, of which some are trained; W processes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
+
+import torch
+
+from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.errors import InputError
+from fusion_hf.training.flops import Shape, StepFlops, step_flops
+from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, count_by_part
+from fusion_hf.training.recipe import split_batch
+from fusion_hf.training.simulation import (
+    ACCUMULATED,
+    KEPT,
+    REDUCED,
+    Peak,
+    Setting,
+    fake_model,
+    quantized_layers,
+    simulate,
+)
+
+NONE, DDP, ZERO2, ZERO3, FSDP2 = "none", "ddp", "zero2", "zero3", "fsdp2"
+AUTO = "auto"  # the first of `SHARDINGS` that fits
+SHARDINGS = (DDP, ZERO2, FSDP2, ZERO3)
+OPTIMIZER_STEP = "optimizer step"
+
+GIB = 2**30
+FULL, HALF = 4, 2  # bytes of a float32, and of a bfloat16 or float16
+# bytes per trained weight that an optimizer keeps
+OPTIMIZER_BYTES = {
+    "adamw_torch_fused": 2 * FULL,
+    "adamw_torch": 2 * FULL,
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "sgd": 0,
+}
+UNFUSED = "adamw_torch"  # makes one float32 copy of all trained weights while it steps
+DEFAULT_OPTIMIZER = "adamw_torch_fused"
+# NF4 with an 8-bit scale for each 64 weights, and a float32 for each 256 of those
+FOUR_BIT_BYTES = 0.5 + 1 / 64 + FULL / (64 * 256)
+LIVE_WEIGHTS = 10**9  # ZeRO-3 keeps as many gathered at a time (`stage3_max_live_parameters`)
+BUCKETS = 2  # ZeRO sends one while it fills the other; each holds `hidden_size ** 2` gradients
+# FSDP2: the layer that computes, the one that arrives, the gradients of one, and what is being sent of them
+FSDP_LAYERS = 4
+RESERVED = 2 * GIB  # CUDA context, NCCL's and cuBLAS's buffers
+USABLE = 0.95  # of the rest; the allocator loses some between its blocks
+
+LORA_DROPOUT = 0.05  # the recipe's default
+DEFAULT_MAX_LENGTH = 4096  # of tokenizers that name no maximum
+TURNS = 2  # of the simulated batch
+INSTRUCT_TOKENS = 256
+AVERAGE_INSTRUCT_TOKENS = 128
+TEXT_TOKENS = 256  # beside picture and latents, of an average record whose length nobody told
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`gpus` in all, each with `memory` bytes; `sharding` is one of `SHARDINGS`, `NONE` or `AUTO`."""
+
+    gpus: int
+    memory: int
+    sharding: str = AUTO
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a GPU that tensors may fill."""
+        return int((self.memory - RESERVED) * USABLE)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights, adapters among them.
+
+    Args:
+        by_part, trained: of each part. quantized: frozen ones kept in 4 bits. largest_quantized: of one such layer.
+        originals: copies of parts trained beside adapters, which PEFT keeps as they were.
+        largest_layer: of the largest layer that FSDP gathers as a whole. outside: in no such layer.
+    """
+
+    by_part: dict[str, int]
+    trained: dict[str, int]
+    quantized: int
+    largest_quantized: int
+    largest_layer: int
+    outside: int
+    originals: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_part.values())
+
+    @property
+    def total_trained(self) -> int:
+        return sum(self.trained.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one GPU holds at the moment it holds most.
+
+    Args:
+        sharding: how states are divided. batch, accumulation: records per pass, passes per step.
+        communication: buckets, and weights gathered from other GPUs. moment: a phase of the step.
+    """
+
+    sharding: str
+    batch: int
+    accumulation: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    communication: int
+    activations: int
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.communication + self.activations
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes per GPU of everything but activations; `step` comes on top while the optimizer steps."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    communication: int
+    step: int
+
+    @property
+    def lasting(self) -> int:
+        """Bytes without which there is no step."""
+        return self.parameters + self.optimizer + self.communication
+
+
+@dataclass
+class Run:
+    """What a recipe says that matters here."""
+
+    trained: tuple[str, ...]
+    checkpointing: bool
+    half: torch.dtype | None  # None: float32 throughout
+    optimizer: str
+    max_length: int
+    query_lens: tuple[int, ...]
+    lora_rank: int
+    lora_dropout: float
+    lora_targets: tuple[str, ...] | None
+    quantized: bool
+    epochs: float
+    max_steps: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], config: FusionConfig) -> "Run":
+        """
+        Raises:
+            InputError: for an optimizer whose memory is not known.
+        """
+        optimizer = values.get("optim") or DEFAULT_OPTIMIZER
+        if optimizer not in OPTIMIZER_BYTES:
+            raise InputError(f"optim is {optimizer!r}; plans know {', '.join(OPTIMIZER_BYTES)}.")
+        rank, targets = values.get("lora_rank") or 0, values.get("lora_targets")
+        trained = values.get("train") or PARTS
+        half = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
+        return cls(
+            trained=tuple(part for part in trained if not rank or part != LANGUAGE_MODEL),
+            checkpointing=bool(values.get("gradient_checkpointing")),
+            half=half,
+            optimizer=optimizer,
+            max_length=values.get("max_length") or DEFAULT_MAX_LENGTH,
+            query_lens=tuple(values.get("query_lens") or config.query_lens),
+            lora_rank=rank,
+            lora_dropout=values.get("lora_dropout", LORA_DROPOUT),
+            lora_targets=None if targets is None else tuple(targets),
+            quantized=bool(values.get("load_in_4bit")),
+            epochs=values.get("num_train_epochs") or 3.0,  # transformers' default
+            max_steps=values.get("max_steps") or -1,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the whole run computes; a FLOP of a matrix product each."""
+
+    records: int
+    steps: int
+    tokens: int
+    model_flops: int
+    hardware_flops: int
+
+
+@dataclass
+class Plan:
+    """The answer to a recipe.
+
+    Args:
+        memory: at the batch that the recipe asks for. fits: whether that is no more than `usable`.
+        largest_batch: records per pass that fit, of those that divide the step; None: not even one.
+        help: changes that were tried, and what each would need, if it does not fit.
+        record_tokens, record_flops: of an average record. work: None if the number of records is not known.
+    """
+
+    machine: Machine
+    weights: Weights
+    memory: Memory
+    fits: bool
+    largest_batch: int | None
+    record_tokens: int
+    record_flops: StepFlops
+    work: Work | None = None
+    help: dict[str, int] = field(default_factory=dict)
+
+
+class Planner:
+    """Plans one recipe for one model; simulations are kept, since shardings share them."""
+
+    def __init__(self, config: FusionConfig, values: Mapping[str, Any]):
+        self.config, self.values = config, dict(values)
+        self.run = Run.of(values, config)
+        self._weights: dict[int, Weights] = {}
+        self._peaks: dict[tuple[Setting, Shape], Peak] = {}
+
+    # ---- memory ----
+
+    def weights(self, run: Run | None = None) -> Weights:
+        """The model's weights under the recipe."""
+        run = self.run if run is None else run
+        if run.lora_rank not in self._weights:
+            self._weights[run.lora_rank] = count_weights(self.config, self.setting(run, DDP, KEPT))
+        return self._weights[run.lora_rank]
+
+    def setting(self, run: Run, sharding: str, gradients: str) -> Setting:
+        """How the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
+        casts = sharding in (NONE, DDP)
+        full = casts or run.half is None
+        return Setting(
+            trained=run.trained,
+            weights=torch.float32 if full or run.half is None else run.half,
+            autocast=run.half if casts else None,
+            checkpointing=run.checkpointing,
+            gradients=gradients,
+            lora_rank=run.lora_rank,
+            lora_dropout=run.lora_dropout,
+            lora_targets=run.lora_targets,
+            quantized=run.quantized,
+        )
+
+    def memory(
+        self,
+        sharding: str,
+        gpus: int,
+        batch: int,
+        accumulation: int,
+        run: Run | None = None,
+        shape: Shape | None = None,
+    ) -> Memory:
+        """What one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
+        run = self.run if run is None else run
+        sharded = sharding not in (NONE, DDP)
+        gradients = REDUCED if sharded else KEPT if accumulation == 1 else ACCUMULATED
+        if shape is None:
+            shape = Shape(batch, run.max_length, INSTRUCT_TOKENS, TURNS, max(run.query_lens))
+        setting = self.setting(run, sharding, gradients)
+        peak = self._peaks.get((setting, shape))
+        if peak is None:
+            peak = self._peaks[setting, shape] = simulate(self.config, shape, setting)
+        states = self.states(sharding, gpus, run)
+        waiting = (accumulation - 1) * batch * self.picture_bytes  # a step's batches arrive together
+        held = states.gradients if sharded else peak.gradients
+        parts = (states.parameters, states.optimizer, states.communication)
+        if peak.activations + waiting + held >= states.gradients + states.step:
+            return _memory(sharding, batch, accumulation, parts, held, peak.activations + waiting, peak.phase)
+        return _memory(sharding, batch, accumulation, parts, states.gradients, states.step, OPTIMIZER_STEP)
+
+    def states(self, sharding: str, gpus: int, run: Run | None = None) -> States:
+        """What lasts through a step, without a simulation."""
+        run = self.run if run is None else run
+        bucket = self.config.text_config.hidden_size**2  # transformers' `auto`
+        return count_states(self.weights(run), sharding, gpus, run.half is not None, run.optimizer, bucket)
+
+    @property
+    def picture_bytes(self) -> int:
+        vision = self.config.vision_config
+        return FULL * (NUM_TILES + 1) * vision.num_channels * vision.image_size**2
+
+    def choose(self, machine: Machine, batch: int, accumulation: int) -> Memory:
+        """Under the machine's sharding; `AUTO`: the first that fits, else the one that needs least."""
+        gpus = machine.gpus
+        if machine.sharding != AUTO:
+            return self.memory(machine.sharding, gpus, batch, accumulation)
+        shardings = SHARDINGS if gpus > 1 else (NONE,)
+        found = []
+        for sharding in shardings:
+            if self.states(sharding, gpus).lasting > machine.usable:
+                continue  # a simulation takes seconds
+            found.append(self.memory(sharding, gpus, batch, accumulation))
+            if found[-1].total <= machine.usable:
+                return found[-1]
+        if not found:
+            least = min(shardings, key=lambda sharding: self.states(sharding, gpus).lasting)
+            found.append(self.memory(least, gpus, batch, accumulation))
+        return min(found, key=lambda memory: memory.total)
+
+    # ---- the whole plan ----
+
+    def plan(self, machine: Machine, records: int | None = None, record_tokens: int | None = None) -> Plan:
+        """
+        The plan for a machine.
+
+        Args:
+            records: of the data set, once through. record_tokens: of an average record, in the language model.
+
+        Raises:
+            InputError: where the global batch does not divide.
+        """
+        batch, accumulation = split_batch(self.values, machine.gpus)
+        memory = self.choose(machine, batch, accumulation)
+        fits = memory.total <= machine.usable
+        latents = round(sum(self.run.query_lens) / len(self.run.query_lens))
+        if record_tokens is None:
+            record_tokens = min(self.run.max_length, self.config.num_image_tokens + latents + TEXT_TOKENS)
+        shape = Shape(1, record_tokens, AVERAGE_INSTRUCT_TOKENS, 1, latents)
+        flops = step_flops(self.config, shape, self.run.trained, lora=self.run.lora_rank > 0)
+        return Plan(
+            machine=replace(machine, sharding=memory.sharding),
+            weights=self.weights(),
+            memory=memory,
+            fits=fits,
+            largest_batch=self.largest_batch(replace(machine, sharding=memory.sharding), batch * accumulation),
+            record_tokens=record_tokens,
+            record_flops=flops,
+            work=None if records is None else self.work(records, record_tokens, flops, batch, accumulation, machine),
+            help={} if fits else self.what_helps(machine, memory),
+        )
+
+    def largest_batch(self, machine: Machine, share: int) -> int | None:
+        """Most records per pass, of the divisors of a GPU's `share` of a step, that fit."""
+        largest = None
+        if self.states(machine.sharding, machine.gpus).lasting > machine.usable:
+            return None
+        for batch in (number for number in range(1, share + 1) if share % number == 0):
+            if self.memory(machine.sharding, machine.gpus, batch, share // batch).total > machine.usable:
+                break
+            largest = batch
+        return largest
+
+    def work(
+        self, records: int, tokens: int, flops: StepFlops, batch: int, accumulation: int, machine: Machine
+    ) -> Work:
+        """Of all steps, at average records without padding."""
+        per_step = batch * accumulation * machine.gpus
+        steps = self.run.max_steps if self.run.max_steps > 0 else ceil(ceil(records / per_step) * self.run.epochs)
+        seen = round(records * self.run.epochs) if self.run.max_steps <= 0 else steps * per_step
+        hardware = flops.training + (flops.recomputed if self.run.checkpointing else 0)
+        return Work(records, steps, seen * tokens, seen * flops.training, seen * hardware)
+
+    def what_helps(self, machine: Machine, memory: Memory) -> dict[str, int]:
+        """Bytes that a GPU would need after each of a few changes, made one at a time."""
+        run, share = self.run, memory.batch * memory.accumulation
+        changes = {}
+
+        def tried(name: str, changed: Run, sharding: str = memory.sharding, batch: int = memory.batch) -> None:
+            changes[name] = self.memory(sharding, machine.gpus, batch, share // batch, changed).total
+
+        if not run.checkpointing:
+            tried("gradient_checkpointing=true", replace(run, checkpointing=True))
+        for sharding in SHARDINGS if machine.gpus > 1 else ():
+            if sharding != memory.sharding:
+                tried(f"--sharding {sharding}", run, sharding=sharding)
+        if memory.batch > 1:
+            tried("per_device_train_batch_size=1", run, batch=1)
+        tried(f"max_length={run.max_length // 2}", replace(run, max_length=run.max_length // 2))
+        if not run.lora_rank:
+            frozen = tuple(part for part in run.trained if part != LANGUAGE_MODEL)
+            tried("lora_rank=16", replace(run, trained=frozen, lora_rank=16))
+        return changes
+
+
+def _memory(
+    sharding: str,
+    batch: int,
+    accumulation: int,
+    parts: tuple[int, int, int],
+    gradients: int,
+    activations: int,
+    moment: str,
+) -> Memory:
+    parameters, optimizer, communication = parts
+    return Memory(sharding, batch, accumulation, parameters, gradients, optimizer, communication, activations, moment)
+
+
+def count_weights(config: FusionConfig, setting: Setting) -> Weights:
+    """The model's weights, from the meta device."""
+    with fake_model(config, setting) as model:
+        layers = [
+            sum(parameter.numel() for parameter in module.parameters())
+            for module in model.modules()
+            if type(module).__name__ in model._no_split_modules
+        ]
+        quantized = [layer.weight.numel() for layer in quantized_layers(model)] if setting.quantized else []
+        by_part, trained = count_by_part(model), count_by_part(model, trained_only=True)
+    return Weights(
+        by_part=by_part,
+        trained=trained,
+        quantized=sum(quantized),
+        largest_quantized=max(quantized, default=0),
+        largest_layer=max(layers),
+        outside=sum(by_part.values()) - sum(layers),
+        originals=sum(by_part[part] for part in setting.trained) if setting.lora_rank else 0,
+    )
+
+
+def count_states(weights: Weights, sharding: str, gpus: int, half: bool, optimizer: str, bucket: int) -> States:
+    """
+    Bytes per GPU that last through a step.
+
+    - `none`, `ddp`: float32 weights, gradients and moments on each GPU; DDP's buckets are a second set of gradients.
+    - `zero2`: 16-bit weights on each; 16-bit gradients, float32 weights and moments divided by W; float32 gradients,
+      divided, while it steps. `zero3` divides the 16-bit weights as well, and gathers up to a billion of them.
+    - `fsdp2`: float32 weights, gradients and moments divided by W; a few layers gathered in 16 bits.
+
+    Args:
+        half: whether the run computes in 16 bits.
+        optimizer: a key of `OPTIMIZER_BYTES`. bucket: gradients that ZeRO sends at a time.
+    """
+    trained = weights.total_trained
+    computed = HALF if half else FULL
+    four_bit = int(weights.quantized * FOUR_BIT_BYTES)
+    plain = weights.total + weights.originals - weights.quantized
+    moments = trained * OPTIMIZER_BYTES[optimizer]
+    copies = trained * FULL if optimizer == UNFUSED else 0
+    dequantized = weights.largest_quantized * computed
+    if sharding in (NONE, DDP):
+        buckets = trained * FULL if sharding == DDP and gpus > 1 else 0
+        return States(plain * FULL + four_bit, trained * FULL, moments, buckets + dequantized, copies)
+    if sharding == FSDP2:
+        gathered = computed * (weights.outside + FSDP_LAYERS * weights.largest_layer)
+        return States(
+            _share(plain * FULL, gpus) + four_bit,
+            _share(trained * FULL, gpus),
+            _share(moments, gpus),
+            gathered + dequantized,
+            _share(copies, gpus),
+        )
+    masters = trained * FULL
+    gathered = 0 if sharding == ZERO2 else min(weights.total, LIVE_WEIGHTS) * computed
+    return States(
+        (plain * computed if sharding == ZERO2 else _share(plain * computed, gpus)) + four_bit,
+        _share(trained * computed, gpus),
+        _share(masters + moments, gpus),
+        gathered + BUCKETS * bucket * computed + dequantized,
+        _share(trained * FULL + copies, gpus),
+    )
+
+
+def _share(size: int, gpus: int) -> int:
+    return ceil(size / gpus)

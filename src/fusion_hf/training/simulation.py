@@ -1,0 +1,236 @@
+"""Memory of one training step, from running it on tensors that have shapes but no contents.
+
+The model's own code runs, forward and backward, on fake tensors; what it would allocate is counted as PyTorch makes
+and frees it. So the count follows every backbone, freezing, checkpointing and autocast without a formula for any of
+them. Not counted is what kernels use inside one operation. Shapes: B batch, S sequence length, T question tokens.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.training.flops import Shape
+from fusion_hf.training.parts import freeze_except
+
+FORWARD, BACKWARD = "forward", "backward"
+# what happens with a gradient as soon as it is there
+KEPT, ACCUMULATED, REDUCED = "kept", "added to the last micro-batch's", "sent to the process that keeps it"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a step depends on beside its shape.
+
+    Args:
+        trained: parts whose weights are trained.
+        weights: their data type. autocast: the data type of matrix products, None: that of the weights.
+        checkpointing: whether layers are computed a second time instead of kept.
+        gradients: `KEPT`, `ACCUMULATED` or `REDUCED`.
+        lora_rank: of adapters in the language model; 0: none. lora_dropout: before them.
+        lora_targets: ends of layers' names; None: all linear ones.
+        quantized: whether the language model's linear layers are kept in 4 bits.
+    """
+
+    trained: tuple[str, ...]
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    checkpointing: bool
+    gradients: str
+    lora_rank: int = 0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] | None = None
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which a step holds most, in bytes; weights and optimizer state come on top.
+
+    Args:
+        activations: everything but gradients of weights that stay. gradients: those. phase: `FORWARD` or `BACKWARD`.
+    """
+
+    activations: int = 0
+    gradients: int = 0
+    phase: str = FORWARD
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being while it is active, and lasts until they are gone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = 0
+        self.gradients = 0
+        self.phase = FORWARD
+        self.peak = Peak()
+        self._known: dict[int, weakref.ref] = {}
+        for tensor in (*model.parameters(), *model.buffers()):  # seen through views, but there before
+            storage = tensor.untyped_storage()
+            self._known[id(storage)] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs if kwargs is not None else {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, if it is new, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def forget(_: weakref.ref) -> None:
+            self.live -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.live += size
+        if self.live > self.peak.total:
+            self.peak = Peak(self.live - self.gradients, self.gradients, self.phase)
+
+
+@contextmanager
+def fake_model(config: FusionConfig, setting: Setting) -> Iterator[FusionForConditionalGeneration]:
+    """A model without contents; inside the context, tensors that are made have none either."""
+    config = copy.deepcopy(config)
+    rope = config.text_config.rope_parameters
+    # long and dynamic RoPE look at positions, which have no values here; their tensors are the same
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    config.text_config.rope_parameters = {"rope_type": "default", **kept}
+    with torch.device("meta"):
+        model = FusionForConditionalGeneration(config).to(setting.weights).train()
+        freeze_except(model, setting.trained)
+        if setting.lora_rank:
+            add_adapters(model, setting)
+        if setting.checkpointing:
+            _enable_checkpointing(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # "cpu" has, other than "meta", fused attention and autocast
+        yield model.to_empty(device="cpu")
+
+
+def _enable_checkpointing(model: FusionForConditionalGeneration) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name of the same, whose older one warns
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def add_adapters(model: FusionForConditionalGeneration, setting: Setting) -> None:
+    """Freeze the language model and add LoRA to its linear layers, all or those whose names end in a target."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from fusion_hf.training.lora import find_targets
+
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    targets = find_targets(model, setting.lora_targets)
+    if setting.quantized:
+        for layer in quantized_layers(model):
+            # products see 16 bits, made from 4 for the moment: nothing is cast, and nothing but the layer kept
+            layer.to(setting.autocast if setting.autocast is not None else setting.weights)
+    adapters = LoraConfig(r=setting.lora_rank, lora_dropout=setting.lora_dropout, target_modules=targets)
+    inject_adapter_in_model(adapters, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in trained or ".lora_" in name)
+
+
+def quantized_layers(model: FusionForConditionalGeneration) -> list[nn.Linear]:
+    """Layers of the language model that are kept in 4 bits, where it is; adapters and samplers are not."""
+    return [
+        module
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear) and "vision_sampler" not in name and ".lora_" not in name
+    ]
+
+
+def make_batch(config: FusionConfig, shape: Shape) -> dict[str, Any]:
+    """Inputs of the model of a batch, without contents where a fake mode is active. Single samples have no padding."""
+    size, channels = config.vision_config.image_size, config.vision_config.num_channels
+    ids = torch.zeros(shape.batch, shape.sequence, dtype=torch.long)
+    return {
+        "input_ids": ids,
+        "labels": torch.zeros_like(ids),
+        "attention_mask": torch.ones_like(ids) if shape.batch > 1 else None,
+        "pixel_values": torch.zeros(shape.batch, NUM_TILES + 1, channels, size, size),
+        "instruct_input_ids": torch.ones(shape.batch, shape.instruct_tokens, dtype=torch.long),
+        "prompt_end_positions": torch.zeros(shape.batch, shape.turns, dtype=torch.long),
+    }
+
+
+def simulate(config: FusionConfig, shape: Shape, setting: Setting) -> Peak:
+    """What one micro-batch holds at its peak, from its inputs to its gradients.
+
+    Takes seconds, whatever the model's size. The optimizer's step is not part of it.
+    """
+    with fake_model(config, setting) as model:
+        storages = _Storages(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: _on_gradient(p, setting.gradients, storages))
+        with storages:
+            if setting.gradients == ACCUMULATED:
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
+                    storages.gradients += parameter.grad.untyped_storage().nbytes()
+            loss = _loss(model, make_batch(model.config, shape), shape, setting)
+            storages.phase = BACKWARD
+            loss.backward()
+            return storages.peak
+
+
+def _on_gradient(parameter: nn.Parameter, gradients: str, storages: _Storages) -> None:
+    if parameter.grad is None:
+        return
+    if gradients == REDUCED:
+        parameter.grad = None
+    elif gradients == KEPT:
+        storages.gradients += parameter.grad.untyped_storage().nbytes()
+
+
+def _loss(
+    model: FusionForConditionalGeneration, batch: dict[str, Any], shape: Shape, setting: Setting
+) -> torch.Tensor:
+    """As the model's forward with labels computes it `()`, without the checks, which need the ids' values."""
+    cast = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
+    with cast:
+        prompt = model.model.embed_prompt(
+            batch["input_ids"],
+            batch["pixel_values"],
+            batch["instruct_input_ids"],
+            None,
+            batch["prompt_end_positions"],
+            shape.query_len,
+            output_mapping_loss=True,
+        )
+        updates = {} if prompt.latent_updates is None else {"latent_updates": prompt.latent_updates}
+        hidden = model.model.language_model(
+            inputs_embeds=prompt.inputs_embeds, attention_mask=batch["attention_mask"], use_cache=False, **updates
+        ).last_hidden_state
+        logits = model.lm_head(hidden)
+        loss = model.loss_function(
+            logits=logits, labels=batch["labels"], vocab_size=model.config.text_config.vocab_size
+        )
+        if prompt.mapping_loss is not None:
+            loss = loss + model.config.mapping_loss_weight * prompt.mapping_loss
+    if setting.autocast is not None:
+        logits = logits.float()  # accelerate hands all outputs out in float32
+    return loss
