@@ -149,3 +149,13 @@ def test_skipped_pictures_leave_the_other_records_and_the_run_intact(recipe, rec
     assert sorted(entry["id"] for entry in skipped) == ["1", "2", "3"]
     with pytest.raises(InputError, match=r"records\.json"):
         training.run({**values, "on_broken": "error", "output_dir": values["output_dir"] + "-2"})
+
+
+def test_a_step_without_labels_is_told_and_trains_the_mapping_alone(recipe, caplog):
+    values = load_recipe(
+        recipe, ["max_steps=1", "max_length=48", "query_lens=[4]"]
+    )  # the picture leaves no room for answers
+    losses(values)
+    assert "step 1: no answer is left to learn; is max_length too short?" in caplog.text
+    assert log(values)[0]["language_loss"] == 0
+    assert log(values)[0]["mapping_loss"] > 0

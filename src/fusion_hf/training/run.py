@@ -157,7 +157,6 @@ def make_trainer(
         data_collator=collator,
         train_dataset=records,
         eval_dataset=held_out,
-        processing_class=processor,
         stop=stop,
     )
 

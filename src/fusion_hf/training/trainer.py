@@ -61,7 +61,8 @@ class FusionTrainer(Trainer):
         train_dataset, eval_dataset ([`RecordDataset`] or [`StreamedRecords`], *optional*): a sequence of records, as
             the collator takes them, will do.
         stop ([`StopSignal`], *optional*): asks for a checkpoint and the end of the run.
-        **kwargs: of Trainer.
+        **kwargs: of Trainer. No `processing_class` is needed: the collator's processor is saved with the model, and
+            Trainer would write the tokenizer's special tokens into the model's configuration.
     """
 
     args: FusionTrainingArguments
@@ -188,7 +189,10 @@ class FusionTrainer(Trainer):
             batches.append(batch)
         self.meter.batches_arrived()
         counts = torch.stack([self._count(batch) for batch in batches]).sum(0) if batches else torch.zeros(3)
-        return batches, LossCounts(*sum_over_ranks(counts.to(torch.float64), device).float().to(device))
+        totals = LossCounts(*sum_over_ranks(counts.to(torch.float64), device).float().to(device))
+        if batches and not totals.labels:
+            logger.warning("step %d: no answer is left to learn; is max_length too short?", self.state.global_step + 1)
+        return batches, totals
 
     def _count(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         asked = batch["instruct_input_ids"] != self.fusion_config.instruct_pad_token_id
@@ -338,6 +342,7 @@ class FusionTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with plain_class(self.model):
             super()._save(output_dir, state_dict)
+        self.data_collator.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but a checkpoint counts only when all of it is there, and none is deleted before."""
