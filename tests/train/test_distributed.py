@@ -1,5 +1,6 @@
 """Training in several processes, launched as users launch it: the same losses and weights as in one."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.helpers.training_runs import ENVIRONMENT, Run, write_model, write_rec
 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.training.distributed import any_rank, max_over_ranks, sum_over_ranks
+from fusion_hf.training.recipe import load_recipe
+from fusion_hf.training.sampler import Layout, StepSampler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -44,10 +47,17 @@ def launch(run: Run, config: str, *options: str) -> None:
 
 def make(folder: Path, model: Path, records: Path, **keys: object) -> Run:
     """
-    Six steps of four records. The order is not grouped, so that a process has only text where another has pictures;
-    a large epsilon keeps Adam from magnifying the rounding of gradients that are nearly zero.
+    Six steps of four records. The order is not grouped, and by its seed each of two processes once has only text where
+    the other has pictures; a large epsilon keeps Adam from magnifying the rounding of gradients that are nearly zero.
     """
-    settings = {"group_by": "none", "max_steps": 6, "save_steps": 4, "adam_epsilon": 1e-3, "max_grad_norm": 1.0}
+    settings = {
+        "group_by": "none",
+        "max_steps": 6,
+        "save_steps": 4,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 1.0,
+        "seed": 14,
+    }
     return Run.make(folder, model, records, **{**settings, "gradient_accumulation_steps": 1, **keys})
 
 
@@ -99,13 +109,24 @@ def test_the_sbatch_template_is_a_shell_script():
 def test_every_class_that_fsdp_is_told_to_wrap_is_in_the_model(backbone: str):
     model = tiny_model(tiny_config(backbone))
     assert len(model._no_split_modules) == 2
-    assert model._no_split_modules <= {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
 
 
 def test_one_process_reduces_to_itself():
     values, cpu = torch.tensor([1.0, 2.0]), torch.device("cpu")
     assert sum_over_ranks(values, cpu) is values and max_over_ranks(values, cpu) is values
     assert any_rank(True, cpu) and not any_rank(False, cpu)
+
+
+def test_in_some_step_one_process_has_only_text_and_the_other_pictures(tmp_path: Path, model: Path, records: Path):
+    """What the comparisons below rely on."""
+    values = load_recipe(make(tmp_path / "one", model, records).recipe)
+    pictures = ["image" in record for record in json.loads(records.read_text())]
+    sampler = StepSampler(len(pictures), Layout(2, world_size=2), [4], values["seed"])
+    has_picture = [pictures[key.index] for key in sampler]
+    shares = [(any(has_picture[i : i + 2]), any(has_picture[i + 2 : i + 4])) for i in range(0, len(pictures), 4)]
+    assert len(shares) == values["max_steps"]
+    assert {(True, False), (False, True), (True, True)} == set(shares)
 
 
 def test_fsdp2_in_two_processes_is_one_process(tmp_path: Path, model: Path, records: Path):
