@@ -147,3 +147,13 @@ def test_a_global_batch_is_split(values, world_size, expected):
 def test_a_batch_that_does_not_divide_is_refused(values, world_size):
     with pytest.raises(InputError, match=r"global_batch_size is \d+"):
         split_batch(values, world_size)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage1.5", "stage2"])
+def test_fusion_nano_is_trained_by_recipes_on_two_processes(stage):
+    values = load_recipe(RECIPES / "fusion-nano" / f"{stage}.yaml")
+    arguments = make_arguments(values, world_size=2)
+    assert arguments.per_device_train_batch_size == 8
+    assert arguments.get_warmup_steps(arguments.max_steps) == round(0.03 * arguments.max_steps)
+    before = {"stage1": "start", "stage1.5": "stage1", "stage2": "stage1.5"}
+    assert values["model"] == f"runs/fusion-nano/{before[stage]}"

@@ -1,0 +1,34 @@
+"""`fusion-hf train`: wrong recipes end in one line and status 2, before a model is loaded or a folder is made."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        (None, [], "cannot be read: No such file or directory."),
+        ("- a list", [], "holds a list; allowed: keys with values."),
+        ("model: [", [], "is no YAML"),
+        (
+            "model: m\ndata: d\nlerning_rate: 1",
+            [],
+            "'lerning_rate' is no key of a recipe; did you mean 'learning_rate'?",
+        ),
+        ("model: m\ndata: d\noutput_dir: out", ["seed=many"], "seed is 'many'; allowed: a whole number."),
+        ("model: m\ndata: d", [], "gives no output_dir"),
+    ],
+)
+def test_errors_in_one_line(tmp_path, content, overrides, message):
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    command = [sys.executable, "-m", "fusion_hf", "train", str(recipe), *overrides]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
