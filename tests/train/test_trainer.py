@@ -159,3 +159,15 @@ def test_a_step_without_labels_is_told_and_trains_the_mapping_alone(recipe, capl
     assert "step 1: no answer is left to learn; is max_length too short?" in caplog.text
     assert log(values)[0]["language_loss"] == 0
     assert log(values)[0]["mapping_loss"] > 0
+
+
+def test_a_run_killed_while_its_model_was_written_takes_no_further_step(recipe, tmp_path):
+    # 24 records make 6 steps an epoch: the run ends within its second epoch, and not at a rate of zero
+    settings = ["max_steps=8", "save_strategy=steps", "save_steps=8", "lr_scheduler_type=constant"]
+    values = load_recipe(recipe, settings)
+    expected = losses(values)
+    before = weights(values)
+    (tmp_path / "run" / "finished.json").unlink()
+    assert losses(values) == expected
+    assert len(expected) == 8
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(values).items())

@@ -109,6 +109,13 @@ class FusionTrainer(Trainer):
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which takes one step too many where a run goes on from the checkpoint of its last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if enable_cpu_fsdp(self.accelerator):
