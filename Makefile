@@ -76,8 +76,9 @@ nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
 	done
 	$(BIN)/python -m fusion_hf.nano.report $(NANO_OUTPUT)
 
-bench: $(TEST)  ## time preprocessing, prefill and decoding
+bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

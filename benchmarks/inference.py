@@ -8,28 +8,33 @@ rates. Ratios are taken within a round, so that a slow spell of the machine fall
 """
 
 import argparse
-import json
-import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from measure import (
+    DTYPES,
+    check_device,
     copy_rate,
     generation_seconds,
     matmul_rate,
+    paired_ratios,
     peak_allocated,
     peak_resident,
+    positive,
     seconds,
+    summarize,
+    surroundings,
+    turned,
+    write_result,
 )
 from PIL import Image
 from reference import build_reference
-from report import describe
+from report import INFERENCE, describe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -39,8 +44,6 @@ from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import LatentUpdates
 
 TOLERANCE = 1e-4  # relative, of float32 logits: all variants are one function
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ("transformers", "numpy", "pillow")
 TOKENS_BETWEEN_BLOCKS = 30  # in the conversation that the samplers alone are timed on
 
 Models = dict[str, FusionForConditionalGeneration]
@@ -52,7 +55,7 @@ class Benchmark:
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device):
         self.size, self.dtype, self.device = size, dtype, device
-        self.image_processor, self.photo = make_image_processor(size), make_photo(size)
+        self.image_processor, self.photo = make_image_processor(size), make_photo(size.photo)
         self.pixel_values = self.preprocess()["pixel_values"].to(device)
         self.models = self.build_models(torch.float32)
         self.errors = self.check_equality()
@@ -169,24 +172,10 @@ class Benchmark:
         }
 
 
-def turned(items: list[str], index: int) -> list[str]:
-    """The list, begun at another place in every round."""
-    start = index % len(items)
-    return items[start:] + items[:start]
-
-
-def summarize(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
 def compare(measured: Measured, work: dict[str, int]) -> dict[str, Any]:
     """Ratios of ours to each other variant, and fractions of the machine's rates, both paired by round."""
     ratios = {
-        figure: {
-            name: summarize([ours / other for ours, other in zip(variants["ours"], values, strict=True)])
-            for name, values in variants.items()
-            if name != "ours"
-        }
+        figure: {name: paired_ratios(variants["ours"], values) for name, values in variants.items() if name != "ours"}
         for figure, variants in measured.items()
         if figure != "machine"
     }
@@ -223,12 +212,7 @@ def run(size: str, dtype: str, device: str, repeats: int, threads: int) -> dict[
     }
     return {
         "settings": {"size": size, "dtype": dtype, "device": device, "repeats": repeats, "threads": threads},
-        "machine": {"device": device_name(device), "system": f"{platform.system()} {platform.machine()}"},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-            "torch": torch.__version__,
-        },
+        **surroundings(device),
         "prompt_tokens": benchmark.prompt["input_ids"].shape[1],
         "work": work,
         "relative_errors": benchmark.errors,
@@ -236,23 +220,6 @@ def run(size: str, dtype: str, device: str, repeats: int, threads: int) -> dict[
         "medians": medians,
         "repeats": measured,
     }
-
-
-def device_name(device: str) -> str:
-    """The processor's or the accelerator's model."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 def main() -> None:
@@ -264,13 +231,10 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--output", type=Path, help="JSON file for the result, e.g. benchmarks/results/cpu.json")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device")
+    check_device(parser, arguments.device)
     result = run(arguments.size, arguments.dtype, arguments.device, arguments.repeats, arguments.threads)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(describe(result))
+    write_result(result, arguments.output)
+    print(describe(INFERENCE, result))
 
 
 if __name__ == "__main__":

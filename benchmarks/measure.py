@@ -1,14 +1,18 @@
-"""Clocks, memory and the machine's own rates."""
+"""Clocks, memory, the machine's own rates and its name; how rounds are ordered and summed up."""
 
+import argparse
 import ctypes
 import gc
 import json
+import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +23,10 @@ MATRIX_PRODUCTS = 4  # in one measurement of the machine's rate
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
 BYTES_PER_KIB = 1024
+PACKAGES = ("transformers", "numpy", "pillow")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Spread = dict[str, float]
 
 
 def synchronize(device: torch.device) -> None:
@@ -121,3 +129,61 @@ def _status(field: str) -> int:
     """A memory field of this process's status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * BYTES_PER_KIB
+
+
+def turned(items: list[str], index: int) -> list[str]:
+    """The list, begun at another place in every round."""
+    start = index % len(items)
+    return items[start:] + items[:start]
+
+
+def summarize(values: Sequence[float]) -> Spread:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def paired_ratios(values: Sequence[float], others: Sequence[float]) -> Spread:
+    """Of two figures of the same rounds: a slow spell of the machine falls on both."""
+    return summarize([value / other for value, other in zip(values, others, strict=True)])
+
+
+def surroundings(device: str) -> dict[str, dict[str, str]]:
+    """What a result was measured with."""
+    return {
+        "machine": {"device": device_name(device), "system": f"{platform.system()} {platform.machine()}"},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+            "torch": torch.__version__,
+        },
+    }
+
+
+def device_name(device: str) -> str:
+    """The processor's or the accelerator's model."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def positive(text: str) -> int:
+    """A command line's number of things."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with a usage error if the machine has no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device")
+
+
+def write_result(result: dict[str, Any], path: Path | None) -> None:
+    """Into a JSON file, if one was named."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")

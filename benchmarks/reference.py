@@ -8,17 +8,19 @@ everything that is not named below are ours. What is the authors' method:
 - the question's mask is materialised for all (N + T) x (N + T) pairs, and early layers overwrite the question's rows;
 - a sampler copies the windows of the global context once per turn and computes keys and values from every copy.
 
-Left out in the reference's favour, although the authors' code does it at inference: the unused layer norm behind the
-tower, mapping the image tokens back for a loss that is not taken, unfolding the windows again in every sampler, logits
-of the whole prompt. The samplers' attention is `scaled_dot_product_attention` in their code too.
+Left out in the reference's favour, although the authors' code does it: the unused layer norm behind the tower,
+unfolding the windows again in every sampler; at inference, mapping the image tokens back for a loss that is not taken,
+and logits of the whole prompt. In training, all logits are computed, as theirs are. The samplers' attention is
+`scaled_dot_product_attention` in their code too.
 """
 
 import torch
 from torch import nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+from workload import sharing_copy
 
-from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import FusionSampler, LatentUpdates
 from fusion_hf.modeling_fusion_vision import FusionVisionModelOutput
 
@@ -141,14 +143,20 @@ class ReferenceSampler(FusionSampler):
 
 def build_reference(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
     """A model that shares the weights of `model` and computes tower and samplers as above."""
-    config = FusionConfig.from_dict(model.config.to_dict())
-    reference = FusionForConditionalGeneration._from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
-    reference.model.vision_tower = ReferenceVisionModel(config.vision_config, config.vision_early_layers)
-    for index in config.sampler_layers:
-        reference.model.language_model.layers[index].vision_sampler = ReferenceSampler(config)
-    reference.to(model.device)
-    reference.load_state_dict(model.state_dict(), assign=True)
-    reference.generation_config.eos_token_id = model.generation_config.eos_token_id
-    return reference.eval()
+    reference = sharing_copy(model)
+    config, ours = model.config, model.model.vision_tower
+    with torch.device("meta"):  # nothing is allocated: weights come from ours
+        tower = ReferenceVisionModel(config.vision_config, config.vision_early_layers)
+        samplers = {index: ReferenceSampler(config) for index in config.sampler_layers}
+    tower.embeddings = ours.embeddings
+    adopt_weights(tower, ours)
+    reference.model.vision_tower = tower
+    for index, sampler in samplers.items():
+        adopt_weights(sampler, model.model.language_model.layers[index].vision_sampler)
+        reference.model.language_model.layers[index].vision_sampler = sampler
+    return reference.train(model.training)
+
+
+def adopt_weights(module: nn.Module, other: nn.Module) -> None:
+    """Make the parameters of `other` those of `module`, too."""
+    module.load_state_dict(other.state_dict(keep_vars=True), assign=True)

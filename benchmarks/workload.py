@@ -1,6 +1,12 @@
-"""What the benchmarks run: a middle-sized FUSION with random weights, one prompt, one photo."""
+"""What the benchmarks run: a middle-sized FUSION with random weights, one prompt, one photo; batches to train on."""
 
+import copy
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -9,10 +15,13 @@ from PIL import Image
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionImageProcessor
+from fusion_hf.configuration_fusion import NUM_TILES
+from fusion_hf.training.collator import IGNORE_INDEX
 
 SEED = 0
 FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
-SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS = 12, 20, 4
+SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS, ANSWER_TOKENS = 12, 20, 4, 20
+RELEASED = Path(__file__).parents[1] / "configs" / "models"
 
 
 @dataclass(frozen=True)
@@ -118,32 +127,79 @@ def build_config(size: Size) -> FusionConfig:
     )
 
 
-def build_model(size: Size, dtype: torch.dtype, device: torch.device) -> FusionForConditionalGeneration:
-    """Random weights, the same in every run."""
+@dataclass(frozen=True)
+class TrainingSize:
+    """
+    What a training step and a data loader are measured with. `picture`: width and height of the JPEGs, in pixels;
+    `records` of one pass of the loader, `loaded` of them in a batch.
+    """
+
+    config: Callable[[], FusionConfig]
+    batch: int = 2
+    turns: int = 2
+    query_len: int = 36
+    picture: tuple[int, int] = (1152, 864)  # one megapixel
+    records: int = 96
+    loaded: int = 8
+    matrix_side: int = 2048
+
+
+def read_config(name: str) -> FusionConfig:
+    """Of a published model."""
+    return FusionConfig(**json.loads((RELEASED / f"{name}.json").read_text()))
+
+
+TRAINING_SIZES = {
+    "middle": TrainingSize(partial(build_config, SIZES["middle"])),
+    "3b": TrainingSize(partial(read_config, "fusion-3b"), matrix_side=8192),
+    "8b": TrainingSize(partial(read_config, "fusion-8b"), matrix_side=8192),
+    "tiny": TrainingSize(
+        partial(build_config, SIZES["tiny"]), query_len=4, picture=(60, 45), records=8, loaded=2, matrix_side=64
+    ),
+}
+
+
+def make_weights(config: FusionConfig, dtype: torch.dtype, device: torch.device) -> FusionForConditionalGeneration:
+    """Random weights, the same in every run, made where they are used."""
     torch.manual_seed(SEED)
-    # the package's own constructor of a configured model: parameters in `dtype`, rotary tables in float32
-    model = FusionForConditionalGeneration._from_config(build_config(size), dtype=dtype, attn_implementation="sdpa")
+    with device:
+        # the package's own constructor of a configured model: parameters in `dtype`, rotary tables in float32
+        return FusionForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def build_model(size: Size, dtype: torch.dtype, device: torch.device) -> FusionForConditionalGeneration:
+    """For inference."""
+    model = make_weights(build_config(size), dtype, device)
     model.generation_config.eos_token_id = None  # random weights must not end the answer early
-    return model.eval().to(device)
+    return model.eval()
+
+
+def sharing_copy(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
+    """The same model once more, with the same tensors: weights, and so gradients, are there only once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def build_eager(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
     """The same weights (shared) with eager attention in tower and language model."""
-    config = FusionConfig.from_dict(model.config.to_dict())
-    eager = FusionForConditionalGeneration._from_config(config, dtype=model.dtype, attn_implementation="eager")
-    eager.to(model.device)
-    eager.load_state_dict(model.state_dict(), assign=True)
-    eager.generation_config.eos_token_id = None
-    return eager.eval()
+    eager = sharing_copy(model)
+    eager.set_attn_implementation("eager")
+    return eager
 
 
-def make_photo(size: Size) -> Image.Image:
-    """A decoded RGB photo: a portrait of an astronaut (public domain), enlarged."""
-    return Image.fromarray(skimage.data.astronaut()).resize(size.photo, Image.Resampling.BICUBIC)
+def make_photo(size: tuple[int, int]) -> Image.Image:
+    """A decoded RGB photo `(width, height)`: a portrait of an astronaut (public domain), enlarged."""
+    return Image.fromarray(skimage.data.astronaut()).resize(size, Image.Resampling.BICUBIC)
 
 
 def make_image_processor(size: Size) -> FusionImageProcessor:
     return FusionImageProcessor(size={"height": size.image_side, "width": size.image_side})
+
+
+def make_words(config: FusionConfig, random: np.random.Generator, count: int) -> list[int]:
+    """Ordinary ids."""
+    last_ordinary = config.text_config.vocab_size - 2  # the two marks lie behind it
+    return random.integers(FIRST_ORDINARY_ID, last_ordinary, count).tolist()
 
 
 def make_prompt(config: FusionConfig, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -153,12 +209,7 @@ def make_prompt(config: FusionConfig, pixel_values: torch.Tensor) -> dict[str, t
     Args:
         pixel_values (`(1, 5, 3, H, W)`): also decides the device.
     """
-    random = np.random.default_rng(SEED)
-    last_ordinary = config.text_config.vocab_size - 2  # the two marks lie behind it
-
-    def words(count: int) -> list[int]:
-        return random.integers(FIRST_ORDINARY_ID, last_ordinary, count).tolist()
-
+    words = partial(make_words, config, np.random.default_rng(SEED))
     question = words(QUESTION_TOKENS)
     start, end = config.vision_start_token_id, config.vision_end_token_id
     ids = [
@@ -178,3 +229,31 @@ def make_prompt(config: FusionConfig, pixel_values: torch.Tensor) -> dict[str, t
         "instruct_attention_mask": torch.ones(1, QUESTION_TOKENS, dtype=torch.long, device=device),
         "prompt_end_positions": torch.tensor([[len(ids) - 1]], device=device),
     }
+
+
+def make_batch(config: FusionConfig, size: TrainingSize, device: torch.device) -> dict[str, Any]:
+    """Conversations of one picture and some turns each, without padding: what a training step is given."""
+    generator = np.random.default_rng(SEED)
+    rows = [make_conversation(config, size, generator) for _ in range(size.batch)]
+    side, channels = config.vision_config.image_size, config.vision_config.num_channels
+    pixels = torch.from_numpy(generator.standard_normal((size.batch, NUM_TILES + 1, channels, side, side), np.float32))
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]} | {"pixel_values": pixels}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["instruct_attention_mask"] = torch.ones_like(batch["instruct_input_ids"])
+    return {name: tensor.to(device) for name, tensor in batch.items()} | {"query_len": size.query_len}
+
+
+def make_conversation(config: FusionConfig, size: TrainingSize, random: np.random.Generator) -> dict[str, list[int]]:
+    """Ids, labels, question and prompt ends of one sample."""
+    words = partial(make_words, config, random)
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    ids = [*words(SYSTEM_TOKENS), start, *[config.image_token_id] * config.num_image_tokens, end]
+    labels, questions, ends = [IGNORE_INDEX] * len(ids), [], []
+    for _ in range(size.turns):
+        question, answer = words(QUESTION_TOKENS), words(ANSWER_TOKENS)
+        prompt = [start, *[config.latent_token_id] * size.query_len, end, *question, *words(HEADER_TOKENS)]
+        ids += prompt + answer
+        labels += [IGNORE_INDEX] * len(prompt) + answer
+        questions += question
+        ends.append(len(ids) - len(answer) - 1)
+    return {"input_ids": ids, "labels": labels, "instruct_input_ids": questions, "prompt_end_positions": ends}

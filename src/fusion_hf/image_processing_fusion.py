@@ -3,6 +3,7 @@
 import base64
 import binascii
 import os
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -41,7 +42,8 @@ class FusionImageProcessor(PilBackend):
 
     The picture is resized with PIL's bicubic filter, aspect ratio ignored, to twice `size` and cut into four tiles in
     row-major order, and to `size` for the overview, which comes last. Then `/ 255`, minus `image_mean`, divided by
-    `image_std`. Alpha is dropped, 16-bit grey is scaled to 8 bits, the first frame of an animation is taken.
+    `image_std`; without both (`do_rescale=False, do_normalize=False`) pixels stay bytes. Alpha is dropped, 16-bit grey
+    is scaled to 8 bits, the first frame of an animation is taken.
 
     Raises:
         ValueError: for a picture that cannot be read or has more than `max_image_pixels` pixels.
@@ -110,25 +112,55 @@ class FusionImageProcessor(PilBackend):
     ) -> BatchFeature:
         if not do_resize:
             raise ValueError("do_resize is False; allowed: True. The tiles are cut from a resized picture.")
-        # 256 possible bytes per channel: scale and normalise them once, then look every pixel up
-        table: np.ndarray = np.arange(LARGEST_UINT8 + 1, dtype=np.float64)[:, None].repeat(3, axis=1)
-        table = table * rescale_factor if do_rescale else table
-        table = (table - np.array(image_mean)) / np.array(image_std) if do_normalize else table
-        table = table.astype(np.float32).T  # (3, 256)
-        pixel_values = []
-        for image in images:
-            tiles = self.cut(image, size, resample)  # (5, 3, height, width)
-            pixel_values.append(np.stack([table[channel][tiles[:, channel]] for channel in range(3)], axis=1))
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        pixel_values = np.empty((len(images), NUM_TILES + 1, 3, size.height, size.width), dtype=np.uint8)
+        for image, tiles in zip(images, pixel_values, strict=True):
+            self.cut(image, size, resample, out=tiles)
+        if do_rescale or do_normalize:  # else bytes stay bytes, as in transformers
+            table = values_of_bytes(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+            pixel_values = _look_up(table, pixel_values)
+        # a whole array becomes a tensor as it is, a list of arrays would be copied
+        data = {"pixel_values": list(pixel_values) if return_tensors is None else pixel_values}
+        return BatchFeature(data, tensor_type=return_tensors)
 
     @staticmethod
-    def cut(image: Image.Image, size: SizeDict, resample: PILImageResampling) -> np.ndarray:
-        """An RGB picture as bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview."""
+    def cut(
+        image: Image.Image, size: SizeDict, resample: PILImageResampling, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """
+        An RGB picture as bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview. They are
+        written into `out`, if it is given.
+        """
         height, width = size.height, size.width
+        tiles = np.empty((NUM_TILES + 1, 3, height, width), dtype=np.uint8) if out is None else out
         large = np.asarray(image.resize((TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample))
-        tiles = large.reshape(TILES_PER_SIDE, height, TILES_PER_SIDE, width, 3).transpose(0, 2, 4, 1, 3)
-        overview = np.asarray(image.resize((width, height), resample)).transpose(2, 0, 1)
-        return np.concatenate([tiles.reshape(NUM_TILES, 3, height, width), overview[None]])
+        large = large.reshape(TILES_PER_SIDE, height, TILES_PER_SIDE, width, 3)
+        tiles[:NUM_TILES].reshape(TILES_PER_SIDE, TILES_PER_SIDE, 3, height, width)[:] = large.transpose(0, 2, 4, 1, 3)
+        tiles[NUM_TILES] = np.asarray(image.resize((width, height), resample)).transpose(2, 0, 1)
+        return tiles
+
+
+def values_of_bytes(
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> np.ndarray:
+    """What each byte becomes in each channel, float32 `(3, 256)`: 256 values to compute, all pixels to look up."""
+    table: np.ndarray = np.arange(LARGEST_UINT8 + 1, dtype=np.float64)[:, None].repeat(3, axis=1)
+    table = table * rescale_factor if do_rescale else table
+    table = (table - np.array(image_mean)) / np.array(image_std) if do_normalize else table
+    return np.ascontiguousarray(table.T, dtype=np.float32)
+
+
+def _look_up(table: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """The values of `table` `(3, 256)` for bytes `(n, 5, 3, height, width)`."""
+    values = np.empty(tiles.shape, dtype=table.dtype)
+    for tile, target in zip(tiles.reshape(-1, *tiles.shape[2:]), values.reshape(-1, *tiles.shape[2:]), strict=True):
+        for channel in range(len(table)):
+            # plane by plane, so that NumPy's indices stay in the cache; "clip" only says that none is to be checked
+            np.take(table[channel], tile[channel], out=target[channel], mode="clip")
+    return values
 
 
 def _open(source: str) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import PaddingStrategy
 
 from .configuration_fusion import is_perfect_square
 
@@ -211,6 +212,7 @@ class FusionProcessor(ProcessorMixin):
         if tensors is not None and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
             kwargs["padding"] = True
         kwargs["return_offsets_mapping"] = True
+        kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "return_tensors": "np"}  # one array, not a list
         features = super().__call__(images=flat_images or None, text=list(texts), **kwargs)
 
         expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
@@ -220,6 +222,13 @@ class FusionProcessor(ProcessorMixin):
                 features["input_ids"], features["attention_mask"], features["offset_mapping"], expanded, strict=True
             )
         ]
+        padding = {**self.tokenizer.init_kwargs, **text_kwargs, **kwargs}.get("padding")
+        padded = len(features["input_ids"][0])
+        if padding not in (None, False, PaddingStrategy.DO_NOT_PAD) and any(len(row.ids) < padded for row in rows):
+            fixed = padding == PaddingStrategy.MAX_LENGTH or text_kwargs.get("pad_to_multiple_of")
+            length = padded if fixed else max(sum(row.mask) for row in rows)
+            on_left = text_kwargs.get("padding_side", self.tokenizer.padding_side) == "left"
+            rows = [self._pad_again(row, length, on_left) for row in rows]
         if not text_kwargs.get("truncation"):
             self._check_length(rows)
         data: dict[str, Any] = {
@@ -237,7 +246,7 @@ class FusionProcessor(ProcessorMixin):
         if text_kwargs.get("return_offsets_mapping"):
             # character spans in the prompt without the prefix that was put before it
             pairs = zip(rows, shifts, strict=True)
-            data["offset_mapping"] = [[(max(a - n, 0), max(b - n, 0)) for a, b in row.offsets] for row, n in pairs]
+            data["offset_mapping"] = [_shifted(row.offsets, n) for row, n in pairs]
         if text_kwargs.get("return_text_replacement_offsets"):
             data["text_replacement_offsets"] = features["text_replacement_offsets"]
         if text_kwargs.get("return_mm_token_type_ids"):
@@ -312,12 +321,21 @@ class FusionProcessor(ProcessorMixin):
 
     @staticmethod
     def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
-        """Without the tokens that cover nothing but a `BREAK`; padded again to the same length."""
+        """Without the tokens that cover nothing but a `BREAK`."""
         breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
         if not breaks:
             return row
         kept = [i for i, (start, end) in enumerate(row.offsets) if not (start in breaks and end == start + 1)]
         return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
+
+    def _pad_again(self, row: "_Tokens", length: int, on_left: bool) -> "_Tokens":
+        """The attended tokens of a row, padded to `length`."""
+        attended = [i for i, mask in enumerate(row.mask) if mask]
+        missing = length - len(attended)
+        kept = _Tokens([row.ids[i] for i in attended], [1] * len(attended), [row.offsets[i] for i in attended])
+        added = _Tokens([self.tokenizer.pad_token_id] * missing, [0] * missing, [(0, 0)] * missing)
+        first, second = (added, kept) if on_left else (kept, added)
+        return _Tokens(first.ids + second.ids, first.mask + second.mask, first.offsets + second.offsets)
 
     def _check_length(self, rows: list["_Tokens"]) -> None:
         longest, most = max(sum(row.mask) for row in rows), self.tokenizer.model_max_length
@@ -353,8 +371,8 @@ class FusionProcessor(ProcessorMixin):
         if not ends:
             return [attended[-1]]
         last_character = row.offsets[attended[-1]][1]  # less than the text's length after truncation
-        positions = [max(i for i in attended if row.offsets[i][0] < end) for end in ends if end <= last_character]
-        return positions
+        starts = np.array([row.offsets[i][0] for i in attended])
+        return [attended[np.flatnonzero(starts < end)[-1]] for end in ends if end <= last_character]
 
 
 class _Tokens(NamedTuple):
@@ -397,11 +415,18 @@ def _pad(rows: list[list[int]], value: int) -> list[list[int]]:
     return [row + [value] * (longest - len(row)) for row in rows]
 
 
-def _one_per_sample(pixel_values: Any, has_image: list[bool]) -> list[np.ndarray]:
-    """Align pictures with samples: zeros, mid grey, for a sample without one."""
-    pictures = iter(np.asarray(picture) for picture in pixel_values)
-    empty = np.zeros_like(np.asarray(pixel_values[0]))
-    return [next(pictures) if present else empty for present in has_image]
+def _shifted(offsets: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Character spans, in a text without the first `count` characters."""
+    return [(max(start - count, 0), max(end - count, 0)) for start, end in offsets] if count else offsets
+
+
+def _one_per_sample(pixel_values: np.ndarray, has_image: list[bool]) -> np.ndarray:
+    """Align pictures `(n, ...)` with samples `(B, ...)`: zeros, mid grey, for a sample without one."""
+    if all(has_image):
+        return pixel_values
+    samples = np.zeros((len(has_image), *pixel_values.shape[1:]), dtype=pixel_values.dtype)
+    samples[has_image] = pixel_values
+    return samples
 
 
 FusionProcessor.register_for_auto_class()

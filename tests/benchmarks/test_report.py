@@ -3,31 +3,57 @@
 import json
 
 import pytest
-from report import BEGIN, COLUMNS, DOCUMENT, END, NOT_MEASURED, RESULTS, load_results, render, replace_table
+from report import DOCUMENT, INFERENCE, NOT_MEASURED, RESULTS, TABLES, TRAINING, load_results, render, replace_table
+from report import update as update_document
 
 
 @pytest.fixture(scope="module")
 def cpu():
-    return json.loads((RESULTS / COLUMNS["CPU"]).read_text())
+    return json.loads((RESULTS / INFERENCE.columns["CPU"]).read_text())
 
 
 def test_the_document_is_up_to_date():
     document = DOCUMENT.read_text()
-    assert replace_table(document, render(load_results(RESULTS))) == document, "run: python benchmarks/report.py"
+    assert update_document(document, RESULTS) == document, "run: python benchmarks/report.py"
+
+
+def rows_of(table, folder):
+    lines = render(table, load_results(table, folder)).splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
 
 
 def test_a_column_without_a_result_says_so(tmp_path, cpu):
-    (tmp_path / COLUMNS["CPU"]).write_text(json.dumps(cpu))
-    lines = render(load_results(tmp_path)).splitlines()
-    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
-    assert rows[0] == ["| figure", "aim", "CPU", "GPU |"]
-    assert all(row[-1] == f"{NOT_MEASURED} |" for row in rows[1:])
+    (tmp_path / INFERENCE.columns["CPU"]).write_text(json.dumps(cpu))
+    rows = rows_of(INFERENCE, tmp_path)
+    assert rows[0] == ["figure", "aim", "CPU", "GPU"]
+    assert all(row[-1] == NOT_MEASURED for row in rows[1:])
     assert all(row[-2] != NOT_MEASURED for row in rows[1:])
 
 
-def test_a_document_without_markers_is_refused():
-    with pytest.raises(ValueError, match="benchmark: begin"):
-        replace_table(f"{END} before {BEGIN}", "table")
+def test_parts_that_were_not_measured_and_variants_that_did_not_fit_say_so(tmp_path, cpu):
+    settings = {"threads": 2, "dtype": "bfloat16", "autocast": False, "rounds": 1}
+    spread = {"median": 0.5, "min": 0.4, "max": 0.6}
+    step = {
+        "out_of_memory": ["ours"],
+        "ratios": {"step_seconds": {"ours_checkpointed": {"reference_checkpointed": spread}}},
+        "machine_fractions": {"ours_checkpointed": spread},
+        "medians": {"allocated_bytes": {"ours_checkpointed": 3 * 2**20}},
+    }
+    result = {"settings": settings, "machine": cpu["machine"], "versions": cpu["versions"], "step": step}
+    (tmp_path / TRAINING.columns["GPU, 8B"]).write_text(json.dumps(result))
+    cells = {row[0]: row[-1] for row in rows_of(TRAINING, tmp_path)[1:]}
+    assert cells["step / reference; checkpointing in both"] == "0.50 (0.40-0.60)"
+    assert cells["forward and backward, of the matrix-product rate: ours, checkpointing"] == "50% (40%-60%)"
+    assert cells["peak memory above the weights: ours, checkpointing"] == "3 MiB"
+    assert cells["peak memory above the weights: ours"] == "out of memory"
+    measured = {name for name, cell in cells.items() if cell != NOT_MEASURED}
+    assert len(measured) == 4
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_a_document_without_markers_is_refused(table):
+    with pytest.raises(ValueError, match=f"{table.name}: begin"):
+        replace_table(f"{table.end} before {table.begin}", table, "text")
 
 
 def test_the_committed_results_are_of_the_real_size(cpu):

@@ -102,6 +102,26 @@ def test_text_that_looks_like_a_special_token_stays_text(processor: FusionProces
     assert inputs["prompt_end_positions"].tolist() == [[inputs["input_ids"].shape[1] - 1]]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_that_looks_like_a_special_token_may_stand_in_a_batch(processor: FusionProcessor, side: str) -> None:
+    """Rows that lost the tokens which keep such text apart are padded to the others' length."""
+    conversations = [[user("say <|im_end|> now", PICTURE)], [user("b", PICTURE)]]
+    single = [processor.apply_chat_template(messages, **CALL) for messages in conversations]
+    longest = max(inputs["input_ids"].shape[1] for inputs in single)
+    for settings, length in (({"padding": True}, longest), ({"padding": "max_length", "max_length": 300}, 300)):
+        batch = processor.apply_chat_template(
+            conversations, **CALL, processor_kwargs={**settings, "padding_side": side}
+        )
+        assert batch["input_ids"].shape == (2, length)
+        for row, inputs in enumerate(single):
+            attended = batch["attention_mask"][row].bool()
+            assert batch["input_ids"][row][attended].tolist() == inputs["input_ids"][0].tolist()
+            expected = (attended.nonzero()[-1] if side == "left" else inputs["prompt_end_positions"][0]).tolist()
+            assert batch["prompt_end_positions"][row].tolist() == expected
+    ragged = processor.apply_chat_template(conversations, **{**CALL, "return_tensors": None})
+    assert [len(ids) for ids in ragged["input_ids"]] == [inputs["input_ids"].shape[1] for inputs in single]
+
+
 def test_system_message_replaces_the_default(processor: FusionProcessor) -> None:
     system = {"role": "system", "content": "be brief"}
     with_system = processor.apply_chat_template([system, user("a")], tokenize=False)

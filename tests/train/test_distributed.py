@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from tests.helpers.tiny import BACKBONES, tiny_config, tiny_model
-from tests.helpers.training_runs import ENVIRONMENT, Run, write_model, write_records
+from tests.helpers.training_runs import ENVIRONMENT, Run, Started, write_model, write_records
 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.training.distributed import any_rank, max_over_ranks, sum_over_ranks
@@ -21,7 +22,7 @@ from fusion_hf.training.sampler import Layout, StepSampler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
-SECONDS = 240
+SECONDS = 600  # a hung launch fails its test
 RELATIVE = 1e-5  # of losses
 ABSOLUTE = 1e-5  # of weights
 
@@ -37,12 +38,19 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(run: Run, config: str, *options: str) -> None:
-    """`accelerate launch` with two processes."""
+    """`accelerate launch` with two processes; none of them outlives it."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(CONFIGS / "accelerate" / f"{config}.yaml"), *options]
     command += ["--module", "fusion_hf", "train", str(run.recipe)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr[-6000:]
+    errors = run.recipe.with_name("stderr.txt")
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file)
+    started = Started(psutil.Process(process.pid), process, errors)
+    try:
+        process.wait(SECONDS)
+    finally:
+        started.kill()
+    assert process.returncode == 0, started.stderr()[-6000:]
 
 
 def make(folder: Path, model: Path, records: Path, **keys: object) -> Run:

@@ -2,14 +2,19 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
+from fusion_hf.image_processing_fusion import values_of_bytes
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, FusionProcessor
 
 IGNORE_INDEX = -100
 # stands where every record of a batch was skipped: this process must take part in the step as well
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
+AS_BYTES = {"do_rescale": False, "do_normalize": False}  # of the image processor
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -59,6 +64,8 @@ class FusionDataCollator:
         query_lens (`Sequence[int]`, *optional*): one is drawn for each batch. Default: the processor's `query_len`.
         max_length (`int`, *optional*): longer conversations are cut on the right; default: the tokenizer's maximum.
         seed (`int`): of the drawing.
+        compact (`bool`): what a training step needs and no more. Pictures stay bytes, a quarter of the size of the
+            numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
     """
 
     def __init__(
@@ -67,29 +74,28 @@ class FusionDataCollator:
         query_lens: Sequence[int] | None = None,
         max_length: int | None = None,
         seed: int = 0,
+        compact: bool = False,
     ):
         self.processor = processor
         self.query_lens = tuple(query_lens) if query_lens is not None else (processor.query_len,)
         self.max_length = max_length if max_length is not None else processor.tokenizer.model_max_length
         self.random = random.Random(seed)
+        self.compact = compact
         chat_format = CHAT_FORMATS[processor.chat_format]
         header, end = re.escape(chat_format.assistant_header), re.escape(chat_format.turn_end)
         self.answer = re.compile(f"(?<={header})(?:.*?){end}", re.DOTALL)
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`."""
+        """
+        Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
+        `pixel_bytes` `(B, 5, 3, H, W)` and `has_picture` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
+        `shift_labels` (see `labelled_positions`).
+        """
         query_len = self._query_len(records)
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
-        pictures = [
-            block["image"]
-            for messages in conversations
-            for message in messages
-            if not isinstance(message["content"], str)
-            for block in message["content"]
-            if block["type"] == "image"
-        ]
+        pictures = [picture for messages in conversations for picture in _pictures(messages)]
         features = self.processor(
             text=texts,
             images=pictures or None,
@@ -99,11 +105,35 @@ class FusionDataCollator:
             truncation=True,
             max_length=self.max_length,
             return_offsets_mapping=True,
+            **(AS_BYTES if self.compact else {}),
         )
-        offsets = features.pop("offset_mapping")
-        rows = zip(features["input_ids"], features["attention_mask"], offsets, texts, strict=True)
-        features["labels"] = [self._labels(*row) if kept else [IGNORE_INDEX] * len(row[0]) for row in rows]
-        return {**features.convert_to_tensors("pt"), "query_len": query_len}
+        for name in ("input_ids", "attention_mask"):
+            features[name] = np.array(features[name])
+        offsets = np.array(features.pop("offset_mapping"))  # (B, S, 2)
+        is_label = np.stack([self._in_answers(*row) for row in zip(offsets, texts, strict=True)])
+        is_label &= features["attention_mask"].astype(bool) & bool(kept)
+        features["labels"] = np.where(is_label, features["input_ids"], IGNORE_INDEX)
+        if self.compact and pictures:
+            features["pixel_bytes"] = features.pop("pixel_values")
+            features["has_picture"] = [bool(_pictures(messages)) for messages in conversations]
+        batch = {**features.convert_to_tensors("pt"), "query_len": query_len}
+        return batch | labelled_positions(batch["labels"]) if self.compact else batch
+
+    def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's inputs of a compact batch, on the device where it is; others as they are."""
+        inputs = dict(batch)
+        if "pixel_bytes" not in inputs:
+            return inputs
+        pixel_bytes, has_picture = inputs.pop("pixel_bytes"), inputs.pop("has_picture")
+        images = self.processor.image_processor
+        table = values_of_bytes(
+            images.do_rescale, images.rescale_factor, images.do_normalize, images.image_mean, images.image_std
+        )
+        columns = torch.from_numpy(table).to(pixel_bytes.device)  # (3, 256)
+        channels = [column[channel.int()] for column, channel in zip(columns, pixel_bytes.unbind(2), strict=True)]
+        # zeros for a sample without a picture, as the processor has them
+        inputs["pixel_values"] = torch.stack(channels, dim=2).where(has_picture[:, None, None, None, None], 0)
+        return inputs
 
     def _query_len(self, records: Sequence[dict[str, Any]]) -> int:
         given = {record["query_len"] for record in records if "query_len" in record}
@@ -111,11 +141,26 @@ class FusionDataCollator:
             raise ValueError(f"The records of a batch ask for query_len {sorted(given)}; allowed: one number.")
         return given.pop() if given else self.random.choice(self.query_lens)
 
-    def _labels(self, ids: list[int], mask: list[int], offsets: list[tuple[int, int]], text: str) -> list[int]:
+    def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
+        """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
         expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.num_image_tokens)
-        labels = [IGNORE_INDEX] * len(ids)
-        spans = [match.span() for match in self.answer.finditer(expanded)]
-        for index, (token, attended, (start, end)) in enumerate(zip(ids, mask, offsets, strict=True)):
-            if attended and end > start and any(first <= start < last for first, last in spans):
-                labels[index] = token
-        return labels
+        answers = [match.span() for match in self.answer.finditer(expanded)]
+        first, last = np.array([(-1, -1), *answers]).T  # an empty one, for what begins before any answer
+        starts, ends = offsets.T
+        return (starts < last[np.searchsorted(first, starts, side="right") - 1]) & (ends > starts)
+
+
+def _pictures(messages: list[dict[str, Any]]) -> list[Any]:
+    blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
+    return [block["image"] for block in blocks if block["type"] == "image"]
+
+
+def labelled_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    The model's `logits_to_keep` `(K,)`, positions before a token that has a label in some row of `labels` `(B, S)`,
+    and `shift_labels` `(B, K)` of these tokens. The loss is the same; most tokens are those of the picture and the
+    question, and their logits are the largest tensors of a step.
+    """
+    next_labels = labels[:, 1:]
+    positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
+    return {"logits_to_keep": positions, "shift_labels": next_labels[:, positions]}

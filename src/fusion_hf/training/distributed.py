@@ -10,11 +10,13 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fusion_hf.errors import InputError
 
 FULL_STATE_DICT = "FULL_STATE_DICT"
+DEEPSPEED_SHARED_MEMORY = "deepspeed_shm_comm"  # DeepSpeed's name of its operator
 
 
 def choose_cpu(arguments: TrainingArguments) -> None:
@@ -26,6 +28,7 @@ def choose_cpu(arguments: TrainingArguments) -> None:
         return
     if _asked_for("ACCELERATE_USE_DEEPSPEED"):  # which accelerate forgets with `use_cpu`
         arguments.ddp_backend = "gloo"
+        _spare_deepspeed_build()
     else:
         arguments.use_cpu = True
 
@@ -51,6 +54,27 @@ def enable_cpu_fsdp(accelerator: Accelerator) -> bool:
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     return True
+
+
+def _spare_deepspeed_build() -> None:
+    """
+    On CPU, DeepSpeed compiles an all-reduce for inference at each first start, and waits for ever if a start before
+    was killed meanwhile. Training does not use it.
+    """
+    try:
+        from deepspeed import ops
+    except ImportError:  # accelerate says so
+        return
+    ops.__compatible_ops__[DEEPSPEED_SHARED_MEMORY] = False
+
+
+def keep_names(model: PreTrainedModel) -> None:
+    """
+    Under ZeRO-3, save the weights of `model`, just loaded, by the names they have: transformers would give them those
+    of older models, by renamings that it looked through but did not need when it loaded them.
+    """
+    if is_deepspeed_zero3_enabled():
+        model._weight_conversions = []
 
 
 def _asked_for(variable: str) -> bool:

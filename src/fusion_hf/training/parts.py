@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
@@ -63,8 +64,9 @@ def parameter_groups(
 
 def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
     """Number of parameters of each part."""
-    counts = dict.fromkeys(PARTS, 0)
+    counts, partitioned = dict.fromkeys(PARTS, 0), is_deepspeed_zero3_enabled()
     for name, parameter in model.named_parameters():  # a tied parameter comes once
         if parameter.requires_grad or not trained_only:
-            counts[part_of(name)] += parameter.numel()
+            # ZeRO-3 leaves an empty tensor in place of a parameter
+            counts[part_of(name)] += parameter.ds_numel if partitioned else parameter.numel()  # type: ignore[attr-defined]
     return counts

@@ -21,6 +21,7 @@ from fusion_hf.training.cast import cast_weights
 from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_aside, supersede, writing
 from fusion_hf.training.collator import FusionDataCollator
 from fusion_hf.training.data import load_records
+from fusion_hf.training.distributed import keep_names
 from fusion_hf.training.parts import freeze_except
 from fusion_hf.training.recipe import DECISIVE, make_arguments
 from fusion_hf.training.trainer import FusionTrainer
@@ -133,6 +134,7 @@ def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, tor
     absent = sorted(info["missing_keys"])
     if absent:
         raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again.")
+    keep_names(model)
     if arguments.lora_rank:
         from fusion_hf.training.lora import add_lora
 
@@ -148,7 +150,9 @@ def make_trainer(
     stop: StopSignal | None = None,
 ) -> FusionTrainer:
     """The trainer of a run, with its records."""
-    collator = FusionDataCollator(processor, query_lens=arguments.query_lens, max_length=arguments.max_length)
+    collator = FusionDataCollator(
+        processor, query_lens=arguments.query_lens, max_length=arguments.max_length, compact=True
+    )
     records = _records(arguments, str(arguments.data), processor)
     held_out = None if arguments.eval_data is None else _records(arguments, arguments.eval_data, processor)
     return FusionTrainer(

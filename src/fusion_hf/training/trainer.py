@@ -209,6 +209,11 @@ class FusionTrainer(Trainer):
 
     # ---- losses ----
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As Trainer's; what the collator left compact becomes the model's inputs on the device."""
+        unpacked = self.data_collator.unpack(super()._prepare_inputs(inputs))
+        return super()._prepare_inputs(unpacked)  # DeepSpeed's way has a type for the pictures as well
+
     def compute_loss(
         self,
         model: nn.Module,
