@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-NOT_MEASURED = "not measured"
+NOT_MEASURED, OUT_OF_MEMORY = "not measured", "out of memory"
 BYTES_PER_MIB = 2**20
 ALLOCATED = "allocated_bytes"
 
@@ -90,7 +90,7 @@ def step_memory(variant: str) -> Cell:
     def cell(result: Result) -> str | None:
         step = result.get("step", {"out_of_memory": [], "medians": {}})
         if variant in step["out_of_memory"]:
-            return "out of memory"
+            return OUT_OF_MEMORY
         count = step["medians"].get(ALLOCATED, {}).get(variant)
         return None if count is None else f"{count / BYTES_PER_MIB:.0f} MiB"
 
@@ -102,7 +102,15 @@ def loader_ratio(workers: int) -> Cell:
 
 
 def step_share(name: str) -> Cell:
-    return lambda result: format_spread(result.get("trainer", {}).get("shares", {}).get(name), ".2%")
+    """Share of a step in a run of the trainer, or that it did not fit."""
+
+    def cell(result: Result) -> str | None:
+        trainer = result.get("trainer", {})
+        return (
+            OUT_OF_MEMORY if "out_of_memory" in trainer else format_spread(trainer.get("shares", {}).get(name), ".2%")
+        )
+
+    return cell
 
 
 INFERENCE_ROWS = [

@@ -57,6 +57,8 @@ class StepBenchmark:
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         for name in list(self.models):  # the first step makes AdamW's moments; all warm up
             self.attempt(name, self.step_seconds)
+        if not self.models:
+            raise RuntimeError(f"No variant of {size.batch} samples fits into the memory of {device}.")
         self.measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def build_models(self) -> dict[str, FusionForConditionalGeneration]:

@@ -12,6 +12,7 @@ rate. Ratios are taken within a round, so that a slow spell of the machine falls
 """
 
 import argparse
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,10 +51,12 @@ def measure_loader(arguments: argparse.Namespace, device: torch.device) -> dict[
 
 def measure_trainer(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What a real run spends beside passes and optimizer."""
+    size = TRAINING_SIZES[arguments.size]
     with TemporaryDirectory() as folder:
-        return measure_overhead(
-            TRAINING_SIZES[arguments.size], Path(folder), device, arguments.rounds, arguments.autocast
-        )
+        try:
+            return measure_overhead(size, Path(folder), device, arguments.rounds, arguments.autocast)
+        except torch.OutOfMemoryError:
+            return {"out_of_memory": True}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Any]]] = {
@@ -69,7 +72,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("size", "dtype", "autocast", "device", "rounds", "threads")
     result: dict[str, Any] = {"settings": {name: getattr(arguments, name) for name in names}}
     result |= surroundings(arguments.device)
-    return result | {part: PARTS[part](arguments, torch.device(arguments.device)) for part in arguments.parts}
+    for part in arguments.parts:
+        result[part] = PARTS[part](arguments, torch.device(arguments.device))
+        gc.collect()  # models hold themselves by their hooks
+    return result
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from loading import LoaderBenchmark
 from overhead import COMPUTATION, StepClock
-from report import NOT_MEASURED
+from report import NOT_MEASURED, TRAINING, describe
 from steps import OURS, StepBenchmark, compare, relative_error
-from training import PARTS, parse_arguments
+from training import PARTS, parse_arguments, run
 from workload import TRAINING_SIZES, make_batch
 
 from fusion_hf.training.collator import IGNORE_INDEX
@@ -137,6 +137,20 @@ def test_a_variant_without_enough_memory_is_left_out(monkeypatch):
     assert result["out_of_memory"] == ["ours", "reference"]
     assert result["ratios"]["step_seconds"].keys() == {"ours_checkpointed"}
     assert result["relative_errors"].keys() == {"eager", "reference_checkpointed"}
+
+
+def test_where_nothing_fits_it_is_said(monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(StepBenchmark, "passes", run_out)
+    with pytest.raises(RuntimeError, match="No variant of 2 samples fits into the memory of cpu"):
+        StepBenchmark(SIZE, torch.float32, CPU, autocast=False)
+    monkeypatch.setattr("training.measure_overhead", run_out)
+    arguments = parse_arguments(["--size", "tiny", "--rounds", "1", "--parts", "trainer"])
+    result = run(arguments)
+    assert result["trainer"] == {"out_of_memory": True}
+    assert "out of memory" in describe(TRAINING, result)
 
 
 def test_a_variant_that_computes_something_else_is_refused(monkeypatch):
