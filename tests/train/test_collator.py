@@ -10,7 +10,7 @@ from tests.helpers.training_runs import write_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.collator import IGNORE_INDEX, labelled_positions
+from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, labelled_positions
 
 WORDS = "what color is the shape of circles red two <|im_end|> <image> assistant".split()
 
@@ -127,3 +127,20 @@ def test_logits_before_labels_are_enough_for_loss_and_gradient(model, records):
     torch.testing.assert_close(compact_loss, loss, rtol=1e-6, atol=1e-7, equal_nan=True)
     torch.testing.assert_close(compact_gradient, gradient, rtol=1e-4, atol=1e-7)
     assert compact_length < length
+
+
+def test_batches_pass_unchanged_from_a_worker(processor):
+    """Small tensors by value, large ones in shared memory; both arrive as they were, and writable."""
+    collator = FusionDataCollator(processor, [4], compact=True)
+    records = make_records(8, pictures=1.0)
+    here = collator(records)
+    assert here["pixel_bytes"].nbytes > SMALL_BYTES > here["input_ids"].nbytes
+    loader = torch.utils.data.DataLoader(records, batch_size=8, collate_fn=collator, num_workers=1)
+    (passed,) = list(loader)
+    assert type(passed) is Batch and passed.keys() == here.keys()
+    for name, value in here.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(passed[name], value) and passed[name].dtype == value.dtype
+            passed[name].zero_()
+        else:
+            assert passed[name] == value

@@ -171,11 +171,13 @@ class Killer:
         time.sleep(self.random.uniform(0, WRITE_SECONDS))
 
     def early(self, started: Started) -> None:
-        time.sleep(self.random.uniform(0, START_SECONDS))
+        """At some moment until training begins: on a fast machine the run would else be over before the kills are."""
+        before, end = self.inode(), time.monotonic() + self.random.uniform(0, START_SECONDS)
+        started.wait_for(lambda: self.inode() != before or time.monotonic() >= end)
 
 
 SAVE_LATER = 7
-LONG = {"max_steps": 200, "save_steps": SAVE_LATER, "save_total_limit": 2}
+LONG = {"max_steps": 300, "save_steps": SAVE_LATER, "save_total_limit": 2}
 
 
 @pytest.fixture(scope="module")

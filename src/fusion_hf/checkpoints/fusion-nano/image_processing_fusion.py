@@ -132,10 +132,13 @@ class FusionImageProcessor(PilBackend):
         """
         height, width = size.height, size.width
         tiles = np.empty((NUM_TILES + 1, 3, height, width), dtype=np.uint8) if out is None else out
-        large = np.asarray(image.resize((TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample))
-        large = large.reshape(TILES_PER_SIDE, height, TILES_PER_SIDE, width, 3)
-        tiles[:NUM_TILES].reshape(TILES_PER_SIDE, TILES_PER_SIDE, 3, height, width)[:] = large.transpose(0, 2, 4, 1, 3)
-        tiles[NUM_TILES] = np.asarray(image.resize((width, height), resample)).transpose(2, 0, 1)
+        quarters = tiles[:NUM_TILES].reshape(TILES_PER_SIDE, TILES_PER_SIDE, 3, height, width)
+        large = image.resize((TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample)
+        overview = image.resize((width, height), resample)
+        # PIL parts the channels faster than NumPy turns (height, width, 3) around
+        for channel, planes in enumerate(zip(large.split(), overview.split(), strict=True)):
+            plane, tiles[NUM_TILES, channel] = map(np.asarray, planes)
+            quarters[:, :, channel] = plane.reshape(TILES_PER_SIDE, height, TILES_PER_SIDE, width).swapaxes(1, 2)
         return tiles
 
 
