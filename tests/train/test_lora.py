@@ -12,13 +12,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.helpers.training_runs import Run, write_model, write_records
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.cli import main
 from fusion_hf.errors import InputError
 from fusion_hf.training import lora, recipe
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.lora import add_lora, find_targets, load_adapter, quantization_config
+from fusion_hf.training.lora import NOT_QUANTIZED, add_lora, find_targets, load_adapter, quantization_config
 from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
 from fusion_hf.training.run import load_start, make_trainer
 
@@ -338,6 +339,12 @@ def test_pickled_weights_are_not_looked_at(model_folder: Path, adapter: Path) ->
 
 
 # ---- 4 bits ----
+
+
+def test_quantized_are_the_layers_that_get_adapters(model_folder: Path) -> None:
+    base = load_base(model_folder)
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert [name for name in linear if should_convert_module(name, NOT_QUANTIZED)] == find_targets(base)
 
 
 def test_missing_bitsandbytes_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,13 @@ def test_overrides_win_and_numbers_are_numbers(recipe):
     assert load_recipe(recipe)["learning_rate"] == 1e-5
 
 
+def test_no_is_a_strategy(recipe):
+    """YAML reads it as false."""
+    assert load_recipe(recipe, ["eval_strategy=no"])["eval_strategy"] == "no"
+    with pytest.raises(InputError, match="gradient_checkpointing"):
+        load_recipe(recipe, ["gradient_checkpointing=never"])
+
+
 def test_data_is_relative_to_the_recipe_and_an_override_to_the_working_directory(recipe):
     assert load_recipe(recipe)["data"] == str(recipe.parent / "records.json")
     assert load_recipe(recipe, ["data=mine.json"])["data"] == "mine.json"

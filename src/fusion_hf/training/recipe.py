@@ -114,6 +114,8 @@ def convert(key: str, value: Any) -> Any:
         if type(None) in kinds or _default_is_none(key):
             return None
         raise InputError(f"{key} has no value; allowed: {_names(kinds)}.")
+    if value is False and key.endswith("_strategy"):
+        return "no"  # as which YAML reads it
     if isinstance(value, bool):
         if bool in kinds or not {int, float} & kinds:
             return value
