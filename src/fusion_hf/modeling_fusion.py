@@ -17,19 +17,37 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, TILES_PER_SIDE, FusionConfig
+from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from .modeling_fusion_decoder import (
     DECODER_LAYERS,
     FusionSampler,
+    InVocabulary,
     LatentUpdates,
     PromptMarks,
-    check_continuation,
+    WordLookup,
     check_prompt,
+    check_reuse,
+    in_vocabulary,
+    turns_behind_cache,
 )
-from .modeling_fusion_vision import FusionProjector, FusionVisionModel
+from .modeling_fusion_vision import (
+    EncodedPicture,
+    FusionProjector,
+    FusionVisionModel,
+    adaptive_max_pool,
+    check_picture,
+    check_tiles,
+    stitch_tiles,
+)
 
 # what describes the prompt's picture and turns: needed while the prompt is processed, never after it
-PROMPT_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
+PROMPT_INPUTS = (
+    "pixel_values",
+    "global_features",
+    "instruct_input_ids",
+    "instruct_attention_mask",
+    "prompt_end_positions",
+)
 
 
 @dataclass
@@ -61,17 +79,6 @@ class FusionCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
-
-
-class EncodedPicture(NamedTuple):
-    """One picture per sample, after tower and projector (before any reduction of the grid)."""
-
-    image_features: torch.Tensor  # (B, N, D)
-    global_features: torch.Tensor  # (B, D, 2P, 2P)
-    patch_embeddings: torch.Tensor  # (B, N, Dv)
-    instruct_embeds: torch.Tensor  # (B, T, D)
-    instruct_features: torch.Tensor  # (B, T, D)
-    instruct_mask: torch.Tensor  # (B, T)
 
 
 class LossCounts(NamedTuple):
@@ -179,6 +186,18 @@ class FusionModel(FusionPreTrainedModel):
             attentions=guided.attentions,
         )
 
+    def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Encode the tiles of pictures, `(B, 5, 3, H, W)` or without the overview `(B, 4, 3, H, W)`.
+
+        Returns their projected features as one map per picture `(B, D, 2P, 2P)`. No question guides them, so that
+        [`forward`] and `generate` take them, as `global_features`, for any number of questions.
+        """
+        check_tiles(self.config, pixel_values)
+        tiles = pixel_values[:, :NUM_TILES].flatten(0, 1)
+        features = self.vision_projector(self.vision_tower(tiles).features)  # (4 B, N, D)
+        return stitch_tiles(features, self.config.num_patches_per_side)
+
     def guide_tower(
         self,
         overview: torch.Tensor,
@@ -202,21 +221,22 @@ class FusionModel(FusionPreTrainedModel):
         pixel_values: torch.Tensor,
         instruct_input_ids: torch.Tensor | None,
         instruct_attention_mask: torch.Tensor | None,
+        global_features: torch.Tensor | None = None,
     ) -> EncodedPicture:
-        """Tower and projector over the overview with its question, and over the four tiles without it."""
-        tiles, overview = pixel_values[:, :NUM_TILES].flatten(0, 1), pixel_values[:, NUM_TILES]
-        guided, instruct_embeds, mask = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask)
+        """
+        Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
+        given, over the four tiles without it.
+        """
+        guided, instruct_embeds, mask = self.guide_tower(
+            pixel_values[:, -1], instruct_input_ids, instruct_attention_mask
+        )
         num_patches = guided.patch_embeddings.shape[1]
         projected = self.vision_projector(guided.features)  # (B, N + T, D)
-
-        side = self.config.num_patches_per_side
-        global_features = self.vision_projector(self.vision_tower(tiles).features)  # (4 B, N, D)
-        global_features = global_features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, projected.shape[-1])
-        # (B, row, column, y, x, D) -> (B, D, row, y, column, x): the tiles form one map again
-        global_features = global_features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        if global_features is None:
+            global_features = self.get_global_features(pixel_values)
         return EncodedPicture(
             image_features=projected[:, :num_patches],
-            global_features=global_features,
+            global_features=global_features.to(projected),
             patch_embeddings=guided.patch_embeddings,
             instruct_embeds=instruct_embeds,
             instruct_features=projected[:, num_patches:],
@@ -235,8 +255,8 @@ class FusionModel(FusionPreTrainedModel):
     def pool_context(self, global_features: torch.Tensor, query_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Initial latent tokens `(B, q, D)` and the windows that samplers look at `(B, q, w * w, D)`."""
         side, window = isqrt(query_len), self.config.window_size
-        latents = _adaptive_max_pool(global_features, side).flatten(2).transpose(1, 2)
-        windows = _adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)
+        latents = adaptive_max_pool(global_features, side).flatten(2).transpose(1, 2)
+        windows = adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)
         windows = windows.unflatten(3, (side, window)).unflatten(2, (side, window))  # (B, D, s, w, s, w)
         return latents, windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
@@ -266,6 +286,7 @@ class FusionModel(FusionPreTrainedModel):
         query_len: int,
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
+        global_features: torch.Tensor | None = None,
     ) -> "EmbeddedPrompt":
         """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
         marks = PromptMarks.find(input_ids, self.config)
@@ -273,7 +294,8 @@ class FusionModel(FusionPreTrainedModel):
         if pixel_values is None:
             size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
             pixel_values = inputs_embeds.new_zeros(len(input_ids), NUM_TILES + 1, channels, size, size)
-        picture = self.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
+        questions = (instruct_input_ids, instruct_attention_mask)
+        picture = self.encode_picture(pixel_values, *questions, global_features)
         image_features = self.reduce_grid(picture.image_features)
         latents, windows = self.pool_context(picture.global_features, query_len)
         # a sample without image tokens starts from zero latents
@@ -287,6 +309,20 @@ class FusionModel(FusionPreTrainedModel):
             image_features=image_features,
             mapping_loss=self.compute_mapping_loss(picture, loss_counts) if output_mapping_loss else None,
         )
+
+    def embed_turns(
+        self,
+        input_ids: torch.Tensor,
+        global_features: torch.Tensor,
+        prompt_end_positions: torch.Tensor,
+        query_len: int,
+    ) -> EmbeddedPrompt:
+        """Further turns of a conversation: the cache holds its beginning, the picture included."""
+        marks = PromptMarks.find(input_ids, self.config)
+        inputs_embeds = self._embed_text(input_ids, marks)
+        latents, windows = self.pool_context(global_features.to(inputs_embeds), query_len)
+        inputs_embeds = marks.fill(inputs_embeds, None, latents)
+        return EmbeddedPrompt(inputs_embeds, marks.latent_updates(windows, prompt_end_positions, query_len))
 
     @can_return_tuple
     def forward(
@@ -304,6 +340,7 @@ class FusionModel(FusionPreTrainedModel):
         use_cache: bool | None = None,
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
+        global_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionModelOutputWithPast:
         """
@@ -313,10 +350,15 @@ class FusionModel(FusionPreTrainedModel):
         if input_ids is not None and inputs_embeds is None:
             query_len = self.config.query_len if query_len is None else query_len
             is_prompt = pixel_values is not None or has_turns
-            if (is_prompt or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
-                inputs = (input_ids, attention_mask, pixel_values, prompt_end_positions)
-                check_prompt(self.config, *inputs, query_len, past_key_values)
-            if is_prompt:
+            check_picture(self.config, len(input_ids), pixel_values, global_features)
+            is_reuse = global_features is not None
+            if (is_prompt or is_reuse or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
+                picture = (pixel_values, global_features, instruct_input_ids)
+                check_reuse(self.config, input_ids, *picture, prompt_end_positions, past_key_values)
+                check_prompt(self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, query_len)
+            if global_features is not None and prompt_end_positions is not None and pixel_values is None:
+                prompt = self.embed_turns(input_ids, global_features, prompt_end_positions, query_len)
+            elif is_prompt:
                 prompt = self.embed_prompt(
                     input_ids,
                     pixel_values,
@@ -326,12 +368,15 @@ class FusionModel(FusionPreTrainedModel):
                     query_len,
                     output_mapping_loss,
                     loss_counts,
+                    global_features,
                 )
             else:
                 prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
         elif inputs_embeds is not None and input_ids is None:
-            if pixel_values is not None or has_turns:
-                name = "pixel_values" if pixel_values is not None else "prompt_end_positions"
+            names = ("pixel_values", "global_features", "prompt_end_positions")
+            is_given = (pixel_values is not None, global_features is not None, has_turns)
+            if any(is_given):
+                name = names[is_given.index(True)]
                 raise ValueError(f"{name} need input_ids: image and latent tokens are found by their ids.")
             prompt = EmbeddedPrompt(inputs_embeds)
         else:
@@ -361,44 +406,6 @@ class FusionModel(FusionPreTrainedModel):
         )
 
 
-def _adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
-    """`(B, D, H, W)` to `(B, D, side, side)`."""
-    if feature_map.device.type == "mps":  # Metal refuses sizes that do not divide
-        return nn.functional.adaptive_max_pool2d(feature_map.cpu(), side).to(feature_map.device)
-    return nn.functional.adaptive_max_pool2d(feature_map, side)
-
-
-def _in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
-    return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
-
-
-class _InVocabulary(LogitsProcessorList):
-    """Shows the processors ids that exist in the logits."""
-
-    def __init__(self, processors: LogitsProcessorList, config: FusionConfig):
-        super().__init__(processors)
-        self.config = config
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return super().__call__(_in_vocabulary(input_ids, self.config), scores, **kwargs)
-
-
-class _WordLookup(CandidateGenerator):
-    """Prompt lookup that proposes no placeholders: the text before a picture may be what the model says last."""
-
-    def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):
-        self.lookup = lookup
-        self.config = config
-
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        candidates, logits = self.lookup.get_candidates(_in_vocabulary(input_ids, self.config), **kwargs)
-        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
-
-    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
-        self.lookup.update_candidate_strategy(*args, **kwargs)
-
-
 class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
     """FUSION with its language head: answers questions about pictures, and trains."""
 
@@ -426,6 +433,10 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         """See [`FusionModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
+    def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See [`FusionModel.get_global_features`]."""
+        return self.model.get_global_features(pixel_values)
+
     @can_return_tuple
     def forward(
         self,
@@ -443,6 +454,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_counts: LossCounts | None = None,
+        global_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionCausalLMOutputWithPast:
         """
@@ -459,6 +471,10 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             labels (`(B, S)`, *optional*): -100 is ignored. Trainers that split sequences also give `shift_labels`,
                 which are aligned with the logits already.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
+            global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the pictures, one row
+                per sample, on any device. Only the overview is encoded then, the last of `pixel_values`, which may be
+                the overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
+                which hold each sample's picture, and `prompt_end_positions` are those of the new turns.
 
         Raises:
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
@@ -478,6 +494,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_mapping_loss=labels is not None,
             loss_counts=loss_counts,
+            global_features=global_features,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -519,7 +536,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
-        if not is_first_iteration and self._long_rope_begins(input_ids, past_key_values):
+        continues = next_sequence_length is not None and next_sequence_length < input_ids.shape[1]
+        if continues and self._long_rope_begins(input_ids, past_key_values):
             past_key_values = next_sequence_length = None
         # an assistant's first pass is not announced by `is_first_iteration`, so the length tells
         is_prompt = inputs_embeds is None and (
@@ -534,10 +552,10 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if inputs_embeds is None and not is_prompt:
+            turns = turns_behind_cache(self.config, input_ids, model_inputs) if is_first_iteration else {}
             for name in PROMPT_INPUTS:
                 model_inputs.pop(name, None)
-            if is_first_iteration:
-                check_continuation(self.config, model_inputs["input_ids"])
+            model_inputs.update(turns)
         return model_inputs
 
     def _long_rope_begins(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
@@ -562,14 +580,14 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         self, *args: Any, encoder_input_ids: torch.Tensor | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
         if encoder_input_ids is not None and encoder_input_ids.ndim == 2:  # the prompt's ids, not its embeddings
-            encoder_input_ids = _in_vocabulary(encoder_input_ids, self.config)
+            encoder_input_ids = in_vocabulary(encoder_input_ids, self.config)
         processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
-        return _InVocabulary(processors, self.config)
+        return InVocabulary(processors, self.config)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
-            return _WordLookup(generator, self.config)
+            return WordLookup(generator, self.config)
         return generator
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.activations import ACT2FN
+from transformers.generation import LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -17,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
-from .configuration_fusion import NUM_TILES, FusionConfig, is_perfect_square
+from .configuration_fusion import FusionConfig, is_perfect_square
 
 
 class LatentUpdates(NamedTuple):
@@ -151,9 +153,11 @@ class PromptMarks(NamedTuple):
     def find(cls, input_ids: torch.Tensor, config: FusionConfig) -> "PromptMarks":
         return cls(input_ids == config.image_token_id, input_ids == config.latent_token_id)
 
-    def fill(self, embeds: torch.Tensor, image: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def fill(self, embeds: torch.Tensor, image: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
         """Put image features `(B, n, D)` and, in each block, latents `(B, q, D)` into `(B, S, D)`; fixed shapes."""
         for mask, features in ((self.image, image), (self.latent, latents)):
+            if features is None:
+                continue
             order = (mask.cumsum(1) - 1).clamp(min=0) % features.shape[1]  # (B, S)
             placed = features.to(embeds.dtype).gather(1, order.unsqueeze(-1).expand_as(embeds))
             embeds = torch.where(mask.unsqueeze(-1), placed, embeds)
@@ -173,6 +177,28 @@ class PromptMarks(NamedTuple):
         return LatentUpdates(windows, torch.where(valid[..., None], positions, 0), torch.where(valid, ends, 0), valid)
 
 
+def turns_behind_cache(
+    config: FusionConfig, input_ids: torch.Tensor, model_inputs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """
+    Of a whole conversation `(B, S)` whose beginning is in the cache, so that `model_inputs` has only the rest of its
+    ids: what the turns in that rest need.
+    """
+    global_features, ends = model_inputs.get("global_features"), model_inputs.get("prompt_end_positions")
+    if ends is not None:
+        ends = ends - (input_ids.shape[1] - model_inputs["input_ids"].shape[1])  # (B, R)
+        is_behind = ends >= 0
+        order = (~is_behind).long().argsort(dim=1, stable=True)  # those that remain come first
+        ends = ends.masked_fill(~is_behind, -1).gather(1, order)
+    if global_features is None or ends is None or not bool((ends >= 0).any()):
+        check_continuation(config, model_inputs["input_ids"])
+        return {}
+    for row, has_image in enumerate((input_ids == config.image_token_id).any(1).tolist()):
+        if not has_image:
+            raise ValueError(f"Sample {row} has no picture: global_features cannot continue its cache.")
+    return {"global_features": global_features, "prompt_end_positions": ends}
+
+
 def check_prompt(
     config: FusionConfig,
     input_ids: torch.Tensor,
@@ -180,23 +206,14 @@ def check_prompt(
     pixel_values: torch.Tensor | None,
     prompt_end_positions: torch.Tensor | None,
     query_len: int,
-    past_key_values: Cache | None,
 ) -> None:
     """Raise a `ValueError`, with both counts, where ids, pictures, latent blocks and turns of a prompt disagree."""
     batch, length = input_ids.shape
     if not is_perfect_square(query_len):
         raise ValueError(f"query_len is {query_len}; allowed: a perfect square (1, 4, 9, 16, ...).")
-    if pixel_values is not None:
-        size, channels = config.vision_config.image_size, config.vision_config.num_channels
-        expected = (batch, NUM_TILES + 1, channels, size, size)
-        if tuple(pixel_values.shape) != expected:
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; {batch} samples need {expected}.")
     turns = [[]] * batch if prompt_end_positions is None else prompt_end_positions.tolist()
     if len(turns) != batch:
         raise ValueError(f"prompt_end_positions has {len(turns)} rows for {batch} samples.")
-    if any(turns) and past_key_values is not None and past_key_values.get_seq_length() > 0:
-        check_continuation(config, input_ids)
-        raise ValueError("prompt_end_positions belong to a whole prompt, but the cache holds its beginning already.")
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         attention_mask = torch.ones_like(input_ids)
     for row, (ids, mask) in enumerate(zip(input_ids.cpu(), attention_mask[:, -length:].cpu(), strict=True)):
@@ -215,11 +232,40 @@ def check_prompt(
         _check_turns(row, _blocks(latent), [end for end in turns[row] if end != -1], query_len, last)
 
 
+def check_reuse(
+    config: FusionConfig,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    global_features: torch.Tensor | None,
+    instruct_input_ids: torch.Tensor | None,
+    prompt_end_positions: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> None:
+    """Raise a `ValueError` if a cache, or features of tiles, come with what they do not fit."""
+    has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
+    continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+    if global_features is not None and pixel_values is None:
+        if not (continues and has_turns):
+            raise ValueError(
+                "global_features need pixel_values, whose overview is encoded, or past_key_values that hold it and "
+                "the prompt_end_positions of the turns that follow."
+            )
+        if instruct_input_ids is not None:
+            raise ValueError("instruct_input_ids guide the overview, and past_key_values hold the overview already.")
+    elif continues and has_turns:
+        check_continuation(config, input_ids)
+        name = "prompt_end_positions" if pixel_values is None else "pixel_values"
+        raise ValueError(f"{name} belong to a whole prompt, but the cache holds its beginning already.")
+
+
 def check_continuation(config: FusionConfig, input_ids: torch.Tensor) -> None:
     """Raise a `ValueError` if ids `(B, S)` that follow a cache hold a picture or a latent block."""
     marks = PromptMarks.find(input_ids, config)
     if bool((marks.image | marks.latent).any()):
-        raise ValueError("A prompt with latent blocks cannot continue a cache: pass the whole conversation at once.")
+        raise ValueError(
+            "A prompt with latent blocks cannot continue a cache: pass the whole conversation at once, or the "
+            "picture's global_features and no pixel_values."
+        )
 
 
 def _blocks(positions: list[int]) -> list[range]:
@@ -244,3 +290,34 @@ def _check_turns(row: int, blocks: list[range], ends: list[int], query_len: int,
                 f"Sample {row}: prompt_end_positions[{turn}] is {end}; allowed: {block[-1] + 1} to {limit}, behind "
                 "its latent block and before the next one."
             )
+
+
+def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
+    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
+    return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
+
+
+class InVocabulary(LogitsProcessorList):
+    """Shows the processors ids that exist in the logits."""
+
+    def __init__(self, processors: LogitsProcessorList, config: FusionConfig):
+        super().__init__(processors)
+        self.config = config
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(in_vocabulary(input_ids, self.config), scores, **kwargs)
+
+
+class WordLookup(CandidateGenerator):
+    """Prompt lookup that proposes no placeholders: the text before a picture may be what the model says last."""
+
+    def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):
+        self.lookup = lookup
+        self.config = config
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        candidates, logits = self.lookup.get_candidates(in_vocabulary(input_ids, self.config), **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
+        self.lookup.update_candidate_strategy(*args, **kwargs)

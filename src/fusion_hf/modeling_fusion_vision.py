@@ -1,11 +1,11 @@
 """The vision side of FUSION: SigLIP layers over patches and question tokens, feature connector, projectors.
 
-Shapes: B batch, N patches of a tile, T question tokens, Dv tower width, D LLM width.
+Shapes: B batch, P patches of a tile per side, N = P * P, T question tokens, Dv tower width, D LLM width.
 Source: FUSION, arXiv 2504.09925, "text-guided vision encoding".
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_fusion import EARLY_TEXT_ATTENTION, NUM_CONNECTOR_GROUPS, FusionConfig
+from .configuration_fusion import (
+    EARLY_TEXT_ATTENTION,
+    NUM_CONNECTOR_GROUPS,
+    NUM_TILES,
+    TILES_PER_SIDE,
+    FusionConfig,
+)
 
 
 class FusionVisionAttention(SiglipAttention):
@@ -165,3 +171,61 @@ class FusionProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         return self.linear_2(self.act(self.linear_1(features)))
+
+
+class EncodedPicture(NamedTuple):
+    """One picture per sample, after tower and projector (before any reduction of the grid)."""
+
+    image_features: torch.Tensor  # (B, N, D)
+    global_features: torch.Tensor  # (B, D, 2P, 2P)
+    patch_embeddings: torch.Tensor  # (B, N, Dv)
+    instruct_embeds: torch.Tensor  # (B, T, D)
+    instruct_features: torch.Tensor  # (B, T, D)
+    instruct_mask: torch.Tensor  # (B, T)
+
+
+def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
+    """Features `(4 B, N, D)` of pictures' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
+    features = features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, features.shape[-1])
+    # (B, row, column, y, x, D) -> (B, D, row, y, column, x)
+    return features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
+    """`(B, D, H, W)` to `(B, D, side, side)`."""
+    if feature_map.device.type == "mps":  # Metal refuses sizes that do not divide
+        return nn.functional.adaptive_max_pool2d(feature_map.cpu(), side).to(feature_map.device)
+    return nn.functional.adaptive_max_pool2d(feature_map, side)
+
+
+def check_tiles(config: FusionConfig, pixel_values: torch.Tensor) -> None:
+    """Raise a `ValueError`, with both shapes, unless these are the tiles of pictures, with or without overviews."""
+    size, channels = config.vision_config.image_size, config.vision_config.num_channels
+    allowed = [(NUM_TILES + 1, channels, size, size), (NUM_TILES, channels, size, size)]
+    if tuple(pixel_values.shape[1:]) not in allowed:
+        shapes = " or ".join(f"(B, {', '.join(map(str, shape))})" for shape in allowed)
+        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; allowed: {shapes}.")
+
+
+def check_picture(
+    config: FusionConfig, batch: int, pixel_values: torch.Tensor | None, global_features: torch.Tensor | None
+) -> None:
+    """Raise a `ValueError`, with both shapes, where pictures or their tiles' features do not fit model or batch."""
+    if pixel_values is not None:
+        size, channels = config.vision_config.image_size, config.vision_config.num_channels
+        expected = (batch, NUM_TILES + 1, channels, size, size)
+        overviews = (batch, 1, channels, size, size)
+        needed = [expected] if global_features is None else [expected, overviews]
+        if tuple(pixel_values.shape) not in needed:
+            shapes = " or ".join(map(str, needed))
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; {batch} samples need {shapes}.")
+    if global_features is not None:
+        side = TILES_PER_SIDE * config.num_patches_per_side
+        features = (batch, config.text_config.hidden_size, side, side)
+        if tuple(global_features.shape) != features:
+            raise ValueError(
+                f"global_features has shape {tuple(global_features.shape)}; {batch} samples of this model need "
+                f"{features}: one row for each sample, from this model's get_global_features."
+            )
+        if not global_features.is_floating_point():
+            raise ValueError(f"global_features is of type {global_features.dtype}; allowed: floating-point types.")
