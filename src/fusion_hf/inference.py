@@ -3,6 +3,7 @@
 Whose model it is does not matter: the classes are this package's own, and no code of a model folder is ever run.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
@@ -117,21 +119,14 @@ class Assistant:
             raise InputError(f"{short_name(source)}: {error} {advice}") from error
 
     @torch.inference_mode()
-    def answer(
-        self,
-        messages: list[dict[str, Any]],
-        max_new_tokens: int,
-        query_len: int | None = None,
-        streamer: BaseStreamer | None = None,
-    ) -> str:
-        """
-        The most likely answer to a conversation that ends with a question; the same one every time.
+    def encode_tiles(self, picture: Image.Image) -> torch.Tensor:
+        """What the model sees of a picture whatever the question, `(1, D, 2P, 2P)`, as `answer` takes it."""
+        inputs = self.processor.image_processor(picture, return_tensors="pt").to(self.model.device, self.model.dtype)
+        return self.model.get_global_features(inputs["pixel_values"])
 
-        Args:
-            messages: chat messages of the ecosystem, with at most one picture.
-            max_new_tokens: where to stop an answer that does not end.
-            query_len: latent tokens per question, a perfect square; None: the model's.
-            streamer: is given the tokens as they come.
+    def prepare(self, messages: list[dict[str, Any]], query_len: int | None = None) -> BatchFeature:
+        """
+        What `generate` takes for a conversation that ends with a question; arguments as of `answer`.
 
         Raises:
             InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
@@ -155,26 +150,77 @@ class Assistant:
         if prompt >= self.max_length:
             raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
         inputs = inputs.to(self.model.device, self.model.dtype)
-        output = self.model.generate(
+        inputs["query_len"] = length
+        return inputs
+
+    @torch.inference_mode()
+    def generate(
+        self, inputs: BatchFeature, max_new_tokens: int, streamer: BaseStreamer | None = None, **kwargs: Any
+    ) -> GenerateDecoderOnlyOutput:
+        """The most likely continuation of what `prepare` gave, never beyond the model's maximum."""
+        return self.model.generate(
             **inputs,
-            query_len=length,
-            max_new_tokens=min(max_new_tokens, self.max_length - prompt),
+            max_new_tokens=min(max_new_tokens, self.max_length - inputs["input_ids"].shape[1]),
             do_sample=False,
             num_beams=1,
             streamer=streamer,
+            return_dict_in_generate=True,
+            **kwargs,
         )
-        return self.processor.decode(output[0, prompt:], skip_special_tokens=True).strip()
+
+    def read(self, inputs: BatchFeature, output: GenerateDecoderOnlyOutput) -> str:
+        """The text of an answer."""
+        prompt = inputs["input_ids"].shape[1]
+        return self.processor.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
+
+    def answer(
+        self,
+        messages: list[dict[str, Any]],
+        max_new_tokens: int,
+        query_len: int | None = None,
+        streamer: BaseStreamer | None = None,
+        global_features: torch.Tensor | None = None,
+    ) -> str:
+        """
+        The most likely answer to a conversation that ends with a question; the same one every time.
+
+        Args:
+            messages: chat messages of the ecosystem, with at most one picture.
+            max_new_tokens: where to stop an answer that does not end.
+            query_len: latent tokens per question, a perfect square; None: the model's.
+            streamer: is given the tokens as they come.
+            global_features: of the picture in the messages, from `encode_tiles`; None: they are computed.
+
+        Raises:
+            InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
+        """
+        inputs = self.prepare(messages, query_len)
+        output = self.generate(inputs, max_new_tokens, streamer, global_features=global_features)
+        return self.read(inputs, output)
+
+    def answer_each(
+        self, picture: Image.Image, questions: Sequence[str], max_new_tokens: int, query_len: int | None = None
+    ) -> Iterator[str]:
+        """The answers to questions about one picture, each asked by itself; the tiles are encoded once for all."""
+        global_features = self.encode_tiles(picture)
+        for question in questions:
+            messages = [question_message(question, picture)]
+            yield self.answer(messages, max_new_tokens, query_len, global_features=global_features)
 
 
 class Conversation:
     """
-    Questions and answers about one picture. The whole conversation is encoded again for each question, since the
-    questions guide the vision tower together.
+    Questions and answers about one picture, whose tiles are encoded once.
+
+    The questions guide the vision tower together, as in training, so the picture's overview and the whole conversation
+    are encoded again for each question. In fast mode they are not: the overview stays as the first question guided it,
+    and only what was said since the last answer is processed.
 
     Args:
         assistant: who answers.
         picture: what the questions are about.
         max_new_tokens, query_len: see `Assistant.answer`.
+        fast: keep the language model's cache from question to question.
     """
 
     def __init__(
@@ -183,12 +229,17 @@ class Conversation:
         picture: Image.Image,
         max_new_tokens: int,
         query_len: int | None = None,
+        fast: bool = False,
     ):
         self.assistant = assistant
         self.picture = picture
         self.max_new_tokens = max_new_tokens
         self.query_len = query_len
+        self.fast = fast
         self.messages: list[dict[str, Any]] = []
+        self._global_features: torch.Tensor | None = None
+        self._guided: dict[str, torch.Tensor] = {}  # fast mode: the overview and the question that guides it
+        self._memory: _Memory | None = None
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
         """The answer; both become part of the conversation, but not if there is an error.
@@ -196,17 +247,72 @@ class Conversation:
         Raises:
             InputError: see `Assistant.answer`.
         """
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if not self.messages:
-            content.insert(0, {"type": "image", "image": self.picture})
-        messages = [*self.messages, {"role": "user", "content": content}]
-        answer = self.assistant.answer(messages, self.max_new_tokens, self.query_len, streamer)
+        messages = [*self.messages, question_message(question, None if self.messages else self.picture)]
+        if self._global_features is None:
+            self._global_features = self.assistant.encode_tiles(self.picture)
+        if self.fast:
+            answer = self._answer_fast(messages, self._global_features, streamer)
+        else:
+            settings = (self.max_new_tokens, self.query_len, streamer)
+            answer = self.assistant.answer(messages, *settings, self._global_features)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
+    @torch.inference_mode()
+    def _answer_fast(
+        self, messages: list[dict[str, Any]], global_features: torch.Tensor, streamer: BaseStreamer | None
+    ) -> str:
+        if self.messages:  # the overview is kept, so that the picture need not be resized again
+            stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
+            messages = [{**messages[0], "content": [stand_in, *messages[0]["content"][1:]]}, *messages[1:]]
+        inputs = self.assistant.prepare(messages, self.query_len)
+        if not self.messages:
+            self._guided = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
+            self._guided["pixel_values"] = inputs["pixel_values"][:, -1:]
+        inputs.update(self._guided)
+        # while an answer is made its cache grows, so an interrupted answer leaves none
+        memory, self._memory = self._memory, None
+        cache = memory.cache_before(inputs) if memory is not None else None
+        if cache is None:
+            cache = DynamicCache(config=self.assistant.model.config.text_config)
+        output = self.assistant.generate(
+            inputs, self.max_new_tokens, streamer, global_features=global_features, past_key_values=cache
+        )
+        cached = output.past_key_values.get_seq_length()
+        self._memory = _Memory(output.sequences[0, :cached], output.past_key_values)
+        return self.assistant.read(inputs, output)
+
     def reset(self) -> None:
         """Forget all questions and answers."""
-        self.messages = []
+        self.messages, self._memory = [], None
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The cache of a conversation so far, and the ids `(S)` whose keys and values it holds."""
+
+    ids: torch.Tensor
+    cache: Cache
+
+    def cache_before(self, inputs: BatchFeature) -> Cache | None:
+        """The cache as far as the prompt begins with the same ids; None if it does not reach the last answer."""
+        ids = inputs["input_ids"][0]
+        length = min(len(ids), len(self.ids))
+        differences = (ids[:length] != self.ids[:length]).nonzero()
+        common = int(differences[0]) if len(differences) else length
+        if common <= int(inputs["prompt_end_positions"][0, -2]):
+            return None
+        if common < len(self.ids):  # an answer's text may be tokenised in another way than the model wrote it
+            if any(self.cache.is_sliding):  # which have dropped what would come back
+                return None
+            self.cache.crop(common - len(self.ids))
+        return self.cache
+
+
+def question_message(question: str, picture: Image.Image | None = None) -> dict[str, Any]:
+    """A user's chat message, with the picture if it is the first of its conversation."""
+    content: list[dict[str, Any]] = [] if picture is None else [{"type": "image", "image": picture}]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
 def find_folder(name: str) -> Path:

@@ -39,6 +39,13 @@ def make_parser() -> Parser:
     )
     ask.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file, or an http(s) address")
     ask.add_argument("question", metavar="QUESTION", help="in quotation marks")
+    ask.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="QUESTION",
+        help="another question about the same pictures, answered by itself in a line of its own; may be repeated",
+    )
 
     chat = commands.add_parser(
         "chat",
@@ -47,6 +54,11 @@ def make_parser() -> Parser:
         description="Talk about a picture: a question per line. /reset begins anew, /exit leaves.",
     )
     chat.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+    chat.add_argument(
+        "--fast",
+        action="store_true",
+        help="later answers begin sooner: the picture stays as seen with the first question in mind",
+    )
 
     train.add_parser(commands)
     plan.add_parser(commands)

@@ -1,4 +1,4 @@
-"""`fusion-hf ask`: one question about one picture, or about each of several."""
+"""`fusion-hf ask`: one question or several about one picture, or about each of several."""
 
 import argparse
 import sys
@@ -9,7 +9,9 @@ from fusion_hf.errors import InputError
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status. A picture that cannot be read does not keep the others from being answered."""
-    check_question(arguments.question)
+    questions = [arguments.question, *arguments.also]
+    for question in questions:
+        check_question(question)
     for image in arguments.images:
         check_picture_exists(image)
 
@@ -20,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     assistant = load_assistant(arguments)
     settings = (arguments.max_new_tokens, arguments.query_len)
-    if len(arguments.images) == 1:
+    if len(arguments.images) == len(questions) == 1:
         conversation = Conversation(assistant, assistant.open_picture(arguments.images[0]), *settings)
         conversation.ask(arguments.question, AnswerStreamer(assistant.processor.tokenizer))
         return 0
@@ -33,8 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
             tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
             status = USER_ERROR
             continue
-        answer = Conversation(assistant, picture, *settings).ask(arguments.question)
-        line = " ".join(printable(f"{image}: {answer}").split("\n"))
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        name = f"{image}: " if len(arguments.images) > 1 else ""
+        for answer in assistant.answer_each(picture, questions, *settings):
+            line = " ".join(printable(f"{name}{answer}").split("\n"))
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
     return status

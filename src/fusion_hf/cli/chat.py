@@ -19,7 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     assistant = load_assistant(arguments)
     picture = assistant.open_picture(arguments.image)
-    conversation = Conversation(assistant, picture, arguments.max_new_tokens, arguments.query_len)
+    settings = (arguments.max_new_tokens, arguments.query_len, arguments.fast)
+    conversation = Conversation(assistant, picture, *settings)
     streamer = AnswerStreamer(assistant.processor.tokenizer)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
