@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from tests.docs.markdown import ROOT, fenced_blocks
 
+DOCUMENTS = ("README.md", "docs/inference.md")
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
@@ -20,10 +22,11 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`python_block` and `bash_line` run over README.md."""
+    """`python_block` and `bash_line` run over the documents for users."""
     if "python_block" in metafunc.fixturenames:
-        blocks = fenced_blocks("README.md", "python")
+        blocks = [block for document in DOCUMENTS for block in fenced_blocks(document, "python")]
         metafunc.parametrize("python_block", blocks, ids=[f"block{i}" for i in range(len(blocks))])
     if "bash_line" in metafunc.fixturenames:
-        lines = [line for block in fenced_blocks("README.md", "bash") for line in block.splitlines()]
+        blocks = [block for document in DOCUMENTS for block in fenced_blocks(document, "bash")]
+        lines = [line for block in blocks for line in block.splitlines()]
         metafunc.parametrize("bash_line", lines)

@@ -1,4 +1,4 @@
-"""The README's snippets run, and its commands exist."""
+"""The snippets of the documents for users run, and their commands exist."""
 
 import os
 import re
@@ -71,7 +71,7 @@ def test_expectations_are_found(root: Path):
     assert EXPECTED.findall(text) == ["red"] * 3
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/deviations.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/deviations.md", "docs/inference.md"])
 def test_links_lead_somewhere(document: str, root: Path):
     text = (root / document).read_text(encoding="utf-8")
     targets = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]

@@ -270,5 +270,17 @@ def test_long_rope_makes_a_continued_cache_anew() -> None:
     with torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
         features = model.get_global_features(inputs["pixel_values"])
-    output = model.generate(**inputs, **GREEDY, past_key_values=cache, global_features=features)
-    assert torch.equal(output, expected)
+    given = {"past_key_values": cache, "global_features": features, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **GREEDY, **given)
+    assert torch.equal(output.sequences, expected)
+    assert output.past_key_values is not cache
+    assert output.past_key_values.get_seq_length() == expected.shape[1] - 1
+
+
+@torch.no_grad()
+def test_compiled_with_features(model: FusionForConditionalGeneration) -> None:
+    inputs = make_inputs(model.config, SAMPLES)
+    features = model.get_global_features(inputs["pixel_values"])
+    expected = model(**inputs).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs, global_features=features).logits, expected, rtol=1e-4, atol=1e-4)
