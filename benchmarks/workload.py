@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ SIZES = {
         copied_bytes=2**16,
     ),
 }
+# the middle one with a third of its layers
+SIZES["short"] = replace(SIZES["middle"], vision_layers=9, vision_early_layers=4, text_layers=4, sampler_layers=(0, 3))
 
 
 def build_config(size: Size) -> FusionConfig:
