@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.registration import register_lazily
 
 if TYPE_CHECKING:
+    from fusion_hf.batching import batch_generate
     from fusion_hf.configuration_fusion import FusionConfig
     from fusion_hf.image_processing_fusion import FusionImageProcessor
     from fusion_hf.inference import nano_path
@@ -24,6 +25,7 @@ _MODULES = {
     "FusionImageProcessor": "fusion_hf.image_processing_fusion",
     "FusionModel": "fusion_hf.modeling_fusion",
     "FusionProcessor": "fusion_hf.processing_fusion",
+    "batch_generate": "fusion_hf.batching",
     "nano_path": "fusion_hf.inference",
 }
 
@@ -46,5 +48,6 @@ __all__ = [
     "FusionImageProcessor",
     "FusionModel",
     "FusionProcessor",
+    "batch_generate",
     "nano_path",
 ]

@@ -101,8 +101,8 @@ class Assistant:
         """Tokens that the model can read and write together."""
         return min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
-    def open_picture(self, source: str) -> Image.Image:
-        """The picture in a file, or at an http(s) address, as upright RGB.
+    def open_picture(self, source: str | Image.Image) -> Image.Image:
+        """The picture in a file, at an http(s) address, or of PIL, as upright RGB.
 
         Raises:
             InputError: if it cannot be read or is too large; begins with its name.
@@ -116,7 +116,19 @@ class Assistant:
             )
         except (ValueError, HTTPError) as error:
             advice = "Give another picture, or save it as PNG or JPEG."
-            raise InputError(f"{short_name(source)}: {error} {advice}") from error
+            raise InputError(f"{short_name(str(source))}: {error} {advice}") from error
+
+    def check_query_len(self, query_len: int | None = None) -> int:
+        """`query_len`, or the model's own.
+
+        Raises:
+            InputError: if it is no perfect square, or more than the model reads.
+        """
+        length = self.processor.query_len if query_len is None else query_len
+        if not is_perfect_square(length) or length >= self.max_length:
+            allowed = f"a perfect square (1, 4, 9, 16, ...) below the model's maximum of {self.max_length} tokens"
+            raise InputError(f"query_len is {length}; allowed: {allowed}.")
+        return length
 
     @torch.inference_mode()
     def encode_tiles(self, picture: Image.Image) -> torch.Tensor:
@@ -131,10 +143,7 @@ class Assistant:
         Raises:
             InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
         """
-        length = self.processor.query_len if query_len is None else query_len
-        if not is_perfect_square(length) or length >= self.max_length:
-            allowed = f"a perfect square (1, 4, 9, 16, ...) below the model's maximum of {self.max_length} tokens"
-            raise InputError(f"query_len is {length}; allowed: {allowed}.")
+        length = self.check_query_len(query_len)
         try:
             inputs = self.processor.apply_chat_template(
                 messages,

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from math import isqrt
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fusion_hf import __version__
 from fusion_hf.cli import data, merge, plan, train
@@ -24,6 +24,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
+class InsteadOf(argparse.Action):
+    """An option whose value makes required arguments unnecessary."""
+
+    def __init__(self, *args: Any, others: Sequence[argparse.Action], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.others = others
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        for other in self.others:
+            other.required = False  # read after all arguments are; each command line has its own parser
+        setattr(namespace, self.dest, values)
+
+
 def make_parser() -> Parser:
     """The command line of `fusion-hf`."""
     parser = Parser(prog="fusion-hf", description="FUSION vision-language models: ask, chat, convert.")
@@ -34,11 +47,23 @@ def make_parser() -> Parser:
     ask = commands.add_parser(
         "ask",
         parents=[shared],
-        help="answer a question about one or more pictures",
-        description="Answer a question about one picture, or about several: one line for each, after its name.",
+        help="answer a question about one or more pictures, or a file of questions",
+        description="Answer a question about one picture, or about several: one line for each, after its name. Or "
+        "answer a file of questions: a run that was killed goes on with the same command.",
     )
-    ask.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file, or an http(s) address")
-    ask.add_argument("question", metavar="QUESTION", help="in quotation marks")
+    images = ask.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file, or an http(s) address")
+    question = ask.add_argument("question", metavar="QUESTION", help="in quotation marks")
+    ask.add_argument(
+        "--input",
+        action=InsteadOf,
+        others=(images, question),
+        metavar="JSONL",
+        help='instead of both, a file with a record per line: {"question", "image" (optional), "id" (optional)}',
+    )
+    ask.add_argument("--output", metavar="JSONL", help='with --input: a new file for {"id", "answer" or "error"}')
+    ask.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="with --input: questions answered together; default: 8"
+    )
     ask.add_argument(
         "--also",
         action="append",

@@ -1,14 +1,18 @@
-"""`fusion-hf ask`: one question or several about one picture, or about each of several."""
+"""`fusion-hf ask`: one question or several about one picture, or about each of several; or a file of questions."""
 
 import argparse
 import sys
 
+from fusion_hf.cli import ask_file
 from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
 from fusion_hf.errors import InputError
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status. A picture that cannot be read does not keep the others from being answered."""
+    ask_file.check_arguments(arguments)
+    if arguments.input is not None:
+        return ask_file.run(arguments)
     questions = [arguments.question, *arguments.also]
     for question in questions:
         check_question(question)

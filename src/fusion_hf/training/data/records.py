@@ -91,19 +91,36 @@ def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> Record:
     try:
         fields = parse_json_object(raw)
         identity = str(index) if fields.get("id") is None else str(fields["id"])
-        images = _top_level_images(fields, image_key)
-        if fields.get("messages") is not None:
-            turns = list(_chat_turns(fields["messages"], images))
-        else:
-            turns = list(_llava_turns(fields.get("conversations")))
-        _check_turns(turns, images)
+        turns, images = parse_turns(fields, image_key)
+        _check_turns(turns)
+        check_images(turns, images)
     except RecordProblem as problem:
         problem.identity = identity
         raise
-    # a mark only says that there is a picture: where it stands, and how often, makes no difference upstream either
-    messages = [{"role": role, "content": text.replace(IMAGE_TOKEN, "")} for role, text in turns]
+    messages = without_marks(turns)
     words = max(sum(len(text.split()) for _, text in turns), 1)
     return Record(identity, images[0], messages, words) if images else Record(identity, None, messages, -words)
+
+
+def parse_turns(fields: dict[str, Any], image_key: str = IMAGE_KEY) -> tuple[list[tuple[str, str]], list[Picture]]:
+    """
+    Roles and texts as they were written, and all pictures; neither order nor number is checked.
+
+    Raises:
+        RecordProblem: if a field is missing or has another shape.
+    """
+    images = _top_level_images(fields, image_key)
+    if fields.get("messages") is not None:
+        return list(_chat_turns(fields["messages"], images)), images
+    return list(_llava_turns(fields.get("conversations"))), images
+
+
+def without_marks(turns: list[tuple[str, str]]) -> Messages:
+    """
+    Turns as messages. A mark only says that there is a picture: where it stands, and how often, makes no difference
+    upstream either.
+    """
+    return [{"role": role, "content": text.replace(IMAGE_TOKEN, "")} for role, text in turns]
 
 
 def parse_json_object(raw: Raw) -> dict[str, Any]:
@@ -199,14 +216,26 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _check_turns(turns: list[tuple[str, str]], images: list[Picture]) -> None:
+def _check_turns(turns: list[tuple[str, str]]) -> None:
     roles = [role for role, _ in turns]
     conversation = roles[1:] if roles[:1] == ["system"] else roles
     if not any(text.strip() for role, text in turns if role == "assistant"):
         raise RecordProblem("empty conversation", "no answer has any text")
     if conversation != ["user", "assistant"] * (len(conversation) // 2):
-        shown = ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
-        raise RecordProblem("wrong order", f"its roles are {shown}; allowed: user, assistant, user, assistant, ...")
+        allowed = "user, assistant, user, assistant, ..."
+        raise RecordProblem("wrong order", f"its roles are {shown_roles(roles)}; allowed: {allowed}")
+
+
+def shown_roles(roles: list[str]) -> str:
+    """The first ones, for an error."""
+    return ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
+
+
+def check_images(turns: list[tuple[str, str]], images: list[Picture]) -> None:
+    """
+    Raises:
+        RecordProblem: if there are several pictures, or a mark without one.
+    """
     if len(images) > 1:
         raise RecordProblem("several images", f"it has {len(images)} images; allowed: one or none")
     if not images and any(IMAGE_TOKEN in text for _, text in turns):

@@ -1,0 +1,261 @@
+"""Answers to any number of questions, in batches: offline, resumable, and the same as one by one."""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.inference import AUTO, Assistant
+from fusion_hf.journal import Journal, Result
+from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
+from fusion_hf.training.data.pictures import MALFORMED
+from fusion_hf.training.data.records import RecordProblem
+
+BATCH_SIZE = 8
+MAX_NEW_TOKENS = 256
+ADDRESSES = ("http://", "https://")
+DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """A question, its record's index, and how many tokens it has, or a few more."""
+
+    index: int
+    question: Question
+    length: int
+
+
+def batch_generate(
+    records: Records,
+    model: str | Assistant | None = None,
+    output: str | os.PathLike[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    query_len: int | None = None,
+    device: str = AUTO,
+    dtype: str = AUTO,
+    progress: bool = True,
+) -> list[Result]:
+    """
+    The most likely answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
+    cannot be answered. Long prompts come first, so that too large a batch shows at once; a batch that exceeds a GPU's
+    memory is halved. Pictures are opened when their batch is up.
+
+    Args:
+        records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
+            path, an http(s) address or a PIL image) and `id` (default: the index). Or a JSONL file of them, to whose
+            folder paths are relative.
+        model: an [`Assistant`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+        output: a JSONL file for the results. A run that was killed goes on when it is called again with the same
+            arguments (`batch_size` and `device` may differ).
+        batch_size: prompts that are answered together. One that might, with its answer, outgrow the model's maximum
+            or Phi-3's short RoPE is answered alone: only so is its answer that of one by one.
+        max_new_tokens, query_len: see [`Assistant.answer`].
+        device, dtype: see [`Assistant.load`]; not with an [`Assistant`].
+        progress: whether to show a bar, if there is a terminal.
+
+    Raises:
+        InputError: for wrong arguments, an output that exists, or one that was begun with others.
+    """
+    for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if number < 1:
+            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
+    if isinstance(model, Assistant) and (device, dtype) != (AUTO, AUTO):
+        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside an Assistant: {AUTO!r}.")
+    entries, root = read_entries(records)
+    with nullcontext() if output is None else Journal(Path(output)) as journal:
+        assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
+        query_len = assistant.check_query_len(query_len)
+        results: dict[int, Result] = {}
+        if journal is not None:
+            journal.begin(_settings(entries, assistant, max_new_tokens, query_len))
+            results = journal.results
+        run = _Run(assistant, root, max_new_tokens, query_len)
+        with tqdm(total=len(entries), initial=len(results), unit="record", disable=None if progress else True) as bar:
+            for answered in run.results(entries, set(results), batch_size):
+                if journal is not None:
+                    journal.append(answered)
+                results.update(answered)
+                bar.update(len(answered))
+        if journal is not None:
+            journal.finish()
+    return [results[index] for index in range(len(entries))]
+
+
+class _Run:
+    """What the batches of a run have in common."""
+
+    def __init__(self, assistant: Assistant, root: Path, max_new_tokens: int, query_len: int):
+        self.assistant = assistant
+        self.root = root
+        self.max_new_tokens = max_new_tokens
+        self.query_len = query_len
+
+    def results(self, entries: list[Entry], done: set[int], batch_size: int) -> Iterator[dict[int, Result]]:
+        """By index, batch by batch, of all records that are not `done`."""
+        prompts, broken = self._prompts(entries)
+        if new := {index: result for index, result in broken.items() if index not in done}:
+            yield new
+        # formed of all records, done or not: after a kill the same prompts meet in the same batches
+        batches = (
+            [prompt for prompt in batch if prompt.index not in done] for batch in self._plan(prompts, batch_size)
+        )
+        pending, largest = deque(batch for batch in batches if batch), batch_size
+        while pending:
+            batch = pending.popleft()
+            if len(batch) > largest:
+                pending.extendleft([batch[largest:], batch[:largest]])
+                continue
+            try:
+                yield self._answer(batch)
+                continue
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
+            if len(batch) > 1:
+                largest = len(batch) // 2
+                pending.appendleft(batch)
+            else:
+                yield {batch[0].index: _error(batch[0].question.id, f"it needs too much memory: {message}")}
+
+    def _prompts(self, entries: list[Entry]) -> tuple[list[_Prompt], dict[int, Result]]:
+        """What can be asked, and errors, by index, instead of what cannot."""
+        prompts, broken = [], {}
+        for index, entry in enumerate(entries):
+            where = "" if entry.line is None else f"line {entry.line}: "
+            identity: str | int = index
+            try:
+                identity = entry_id(entry, index)
+                question = parse_question(entry, index)
+                prompts.append(_Prompt(index, question, self._length(question)))
+            except (RecordProblem, ValueError) as error:  # the latter from the processor
+                broken[index] = _error(identity, f"{where}{error}")
+        return prompts, broken
+
+    def _length(self, question: Question) -> int:
+        """At least the number of the prompt's tokens."""
+        processor = self.assistant.processor
+        has_picture = question.picture is not None
+        messages = question.with_picture({"type": "image"} if has_picture else None)
+        text = processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, query_len=self.query_len
+        )
+        prefix = 1  # some tokenizers' first token
+        return prefix + len(processor.tokenizer(text)["input_ids"]) + has_picture * processor.num_image_tokens
+
+    def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
+        """Batches of similar length, the longest first."""
+        limit = self.assistant.max_length
+        text_config = self.assistant.model.config.text_config
+        if text_config.rope_parameters.get("rope_type") == "longrope":
+            # one row beyond this changes the positions of all rows in its batch
+            limit = min(limit, text_config.original_max_position_embeddings)
+        most = limit - self.max_new_tokens
+        ordered = sorted(prompts, key=lambda prompt: (-prompt.length, prompt.index))
+        yield from ([prompt] for prompt in ordered if prompt.length > most)
+        together = [prompt for prompt in ordered if prompt.length <= most]
+        yield from (together[begin : begin + batch_size] for begin in range(0, len(together), batch_size))
+
+    def _answer(self, batch: list[_Prompt]) -> dict[int, Result]:
+        """Results by index; what cannot be answered does not keep the others from it."""
+        results: dict[int, Result] = {}
+        whole: list[tuple[_Prompt, list[dict[str, Any]]]] = []
+        for prompt in batch:
+            try:
+                picture = None if prompt.question.picture is None else self._open(prompt.question.picture)
+            except MALFORMED as error:
+                results[prompt.index] = _error(prompt.question.id, str(error))
+                continue
+            block = None if picture is None else {"type": "image", "image": picture}
+            whole.append((prompt, prompt.question.with_picture(block)))
+        if len(whole) > 1:
+            answers = self._generate([messages for _, messages in whole])
+            return results | {
+                prompt.index: _answered(prompt, answer) for (prompt, _), answer in zip(whole, answers, strict=True)
+            }
+        for prompt, messages in whole:
+            try:
+                answer = self.assistant.answer(messages, self.max_new_tokens, self.query_len)
+                results[prompt.index] = _answered(prompt, answer)
+            except InputError as error:  # more tokens than the model reads
+                results[prompt.index] = _error(prompt.question.id, str(error))
+        return results
+
+    @torch.inference_mode()
+    def _generate(self, conversations: list[list[dict[str, Any]]]) -> list[str]:
+        """Their answers, none of which reaches the model's maximum before `max_new_tokens`."""
+        model, processor = self.assistant.model, self.assistant.processor
+        inputs = processor.apply_chat_template(
+            conversations,
+            query_len=self.query_len,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            # an answer goes on where its row ends, whatever the tokenizer's own side
+            processor_kwargs={"padding_side": "left"},
+        ).to(model.device, model.dtype)
+        output = model.generate(
+            **inputs, query_len=self.query_len, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+        )
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    def _open(self, picture: str | Image.Image) -> Image.Image:
+        """
+        Raises:
+            InputError, or any of `MALFORMED`: if it cannot be opened.
+        """
+        if isinstance(picture, Image.Image):
+            return self.assistant.open_picture(picture)
+        if picture.startswith(ADDRESSES):
+            if not picture.isprintable():
+                raise InputError(f"{short_name(repr(picture))} is no address.")
+            return self.assistant.open_picture(picture)
+        path = self.root / picture
+        if not path.is_file():
+            raise InputError(f"{short_name(picture)!r} is no file; allowed: a picture file, or an http(s) address.")
+        return self.assistant.open_picture(str(path))
+
+
+def _answered(prompt: _Prompt, answer: str) -> Result:
+    return {"id": prompt.question.id, "answer": answer}
+
+
+def _error(identity: str | int, message: str) -> Result:
+    return {"id": identity, "error": " ".join(message.split())}
+
+
+def _settings(entries: list[Entry], assistant: Assistant, max_new_tokens: int, query_len: int) -> dict[str, Any]:
+    """What the answers depend on."""
+    return {
+        "records": len(entries),
+        "records_sha256": digest_entries(entries),
+        "dtype": str(assistant.model.dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "query_len": query_len,
+        "model": _digest_model(assistant),
+    }
+
+
+def _digest_model(assistant: Assistant) -> str:
+    """The name of the model's folder, and what changes with its configuration, its template or a training."""
+    config = assistant.model.config.to_dict()
+    name = config.pop("_name_or_path", "")
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps([config, assistant.processor.chat_template], default=str).encode())
+    for key, tensor in assistant.model.state_dict().items():
+        values = tensor.flatten()[:DIGEST_VALUES].double().cpu()
+        digest.update(f"{key} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return f"{Path(name).name}@{digest.hexdigest()[:16]}"

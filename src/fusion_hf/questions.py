@@ -1,0 +1,165 @@
+"""Records that ask something: their shapes, the file they come from, and what tells two sets of them apart."""
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from PIL import Image, ImageFile
+
+from fusion_hf.errors import InputError
+from fusion_hf.training.data.records import (
+    Messages,
+    Raw,
+    RecordProblem,
+    check_images,
+    parse_json_object,
+    parse_turns,
+    shown_roles,
+    without_marks,
+)
+
+QUESTION_KEYS = ("question", "messages", "conversations")
+IN_MEMORY = "<picture in memory>"  # stands for a PIL image while a record's shape is checked
+
+Records: TypeAlias = Iterable[dict[str, Any]] | str | os.PathLike[str]
+
+
+class Entry(NamedTuple):
+    """A record as it was given; `line` in its file, or None."""
+
+    raw: Raw
+    line: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A conversation that ends with a question; `picture` is a path, an http(s) address or an image."""
+
+    id: str | int
+    messages: Messages
+    picture: str | Image.Image | None
+
+    def with_picture(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The chat messages, the first question's content beginning with an image block, if one is given."""
+        messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
+        if block is not None:
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = [block, {"type": "text", "text": first["content"]}]
+        return messages
+
+
+def read_entries(records: Records) -> tuple[list[Entry], Path]:
+    """
+    Records and the folder that their paths are relative to: the one of the JSONL file, or the current one. Empty lines
+    are none.
+
+    Raises:
+        InputError: if there is no such file, or nothing in it.
+    """
+    if not isinstance(records, (str, os.PathLike)):
+        return [Entry(record, None) for record in records], Path()
+    path = Path(records)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"The records {path} cannot be read ({error.strerror}).") from error
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    entries = [Entry(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not entries:
+        raise InputError(f"The records {path} are empty; allowed: JSON Lines, a record per line.")
+    return entries, path.parent
+
+
+def parse_question(entry: Entry, index: int) -> Question:
+    """
+    Raises:
+        RecordProblem: for what no picture must be opened for.
+    """
+    fields = parse_json_object(entry.raw)
+    images_in_memory: list[Image.Image] = []
+    if not isinstance(entry.raw, bytes):
+        fields = _put_aside(fields, images_in_memory)
+    given = [key for key in QUESTION_KEYS if fields.get(key) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise RecordProblem("shape", f"it has {found} of {', '.join(QUESTION_KEYS)}; allowed: one of them")
+    if given == ["question"]:
+        if not isinstance(fields["question"], str):
+            kind = type(fields["question"]).__name__
+            raise RecordProblem("shape", f"question is {kind}; allowed: a text")
+        fields = {**fields, "messages": [{"role": "user", "content": fields["question"]}]}
+    turns, pictures = parse_turns(fields)
+    check_images(turns, pictures)
+    messages = without_marks(turns)
+    _check_order(messages)
+    picture = pictures[0] if pictures else None
+    if picture is not None and not isinstance(picture, str):
+        kind = type(picture).__name__
+        raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address or a PIL image")
+    if picture == IN_MEMORY and images_in_memory:
+        return Question(entry_id(entry, index), messages, images_in_memory[0])
+    return Question(entry_id(entry, index), messages, picture)
+
+
+def entry_id(entry: Entry, index: int) -> str | int:
+    """The record's own id; the index of a record without one, or in which none can be found.
+
+    Raises:
+        RecordProblem: if it is neither a text nor a whole number.
+    """
+    try:
+        identity = parse_json_object(entry.raw).get("id")
+    except RecordProblem:
+        return index
+    if identity is None:
+        return index
+    if not isinstance(identity, (str, int)) or isinstance(identity, bool):
+        allowed = "a text or a whole number"
+        raise RecordProblem("shape", f"id is {type(identity).__name__}; allowed: {allowed}")
+    return identity
+
+
+def digest_entries(entries: list[Entry]) -> str:
+    """Changes with any record, but not with the content of a file that one names."""
+    digest = hashlib.sha256()
+    for raw, _ in entries:
+        content = raw if isinstance(raw, bytes) else json.dumps(raw, skipkeys=True, default=_describe).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _describe(value: Any) -> str:
+    """What is no JSON: a picture by its pixels or, if they are still to be read, by its file."""
+    if not isinstance(value, Image.Image):
+        return repr(value)
+    if isinstance(value, ImageFile.ImageFile) and value.filename:
+        return f"{value.filename!r} {value.size}"
+    try:
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    except (OSError, SyntaxError, ValueError):  # a broken one, which is reported when it is its turn
+        return f"{value.mode} {value.size}"
+
+
+def _put_aside(value: Any, images: list[Image.Image]) -> Any:
+    """A copy with `IN_MEMORY` in place of PIL images, which go to `images`."""
+    if isinstance(value, Image.Image):
+        images.append(value)
+        return IN_MEMORY
+    if isinstance(value, dict):
+        return {key: _put_aside(item, images) for key, item in value.items()}
+    return [_put_aside(item, images) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_order(messages: Messages) -> None:
+    roles = [message["role"] for message in messages]
+    conversation = roles[1:] if roles[:1] == ["system"] else roles
+    if conversation != [*["user", "assistant"] * (len(conversation) // 2), "user"]:
+        allowed = "user, or user, assistant, user, ...; a question is last"
+        raise RecordProblem("wrong order", f"its roles are {shown_roles(roles)}; allowed: {allowed}")
+    if not messages[-1]["content"].strip():
+        raise RecordProblem("empty conversation", "the question is empty")

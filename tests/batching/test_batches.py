@@ -1,0 +1,275 @@
+"""Batches answer as one by one do, in the records' order, whatever some of the records are like."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.helpers.questions import write_questions
+from tests.helpers.training_runs import write_model
+from transformers import Phi3Config
+
+from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionProcessor, batch_generate
+from fusion_hf.errors import InputError
+from fusion_hf.inference import Assistant, Conversation
+
+COUNT = 30
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def nano() -> Assistant:
+    return Assistant.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    """Random weights: its answers never end, and depend on every token before."""
+    torch.manual_seed(0)
+    assistant = Assistant.load(str(write_model(tmp_path_factory.mktemp("model"))), dtype="float32")
+    return enlarged(assistant)
+
+
+def enlarged(assistant: Assistant) -> Assistant:
+    with torch.no_grad():
+        for parameter in assistant.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    return assistant
+
+
+@pytest.fixture(scope="module")
+def long_rope(talkative: Assistant) -> Assistant:
+    """Phi-3, whose positions change once a sequence has over 150 tokens."""
+    config = FusionConfig.from_dict(talkative.model.config.to_dict())
+    text = config.text_config
+    half_head = text.hidden_size // text.num_attention_heads // 2
+    config.text_config = Phi3Config(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        max_position_embeddings=text.max_position_embeddings,
+        original_max_position_embeddings=150,
+        rope_parameters={
+            "rope_type": "longrope",
+            "short_factor": [1.0] * half_head,
+            "long_factor": [9.0] * half_head,
+            "rope_theta": 10000.0,
+        },
+        pad_token_id=text.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=text.eos_token_id,
+    )
+    torch.manual_seed(1)
+    model = FusionForConditionalGeneration(config).eval()
+    return enlarged(Assistant(model, talkative.processor))
+
+
+def one_by_one(assistant: Assistant, folder: Path, records: list[dict], **settings: Any) -> list[dict]:
+    results = []
+    for index, record in enumerate(records):
+        messages = record.get("messages") or [{"role": "user", "content": record["question"]}]
+        messages = [dict(message) for message in messages]
+        if "image" in record:
+            block = {"type": "image", "image": assistant.open_picture(str(folder / record["image"]))}
+            messages[0]["content"] = [block, {"type": "text", "text": messages[0]["content"]}]
+        results.append({"id": record.get("id", index), "answer": assistant.answer(messages, **settings)})
+    return results
+
+
+@pytest.mark.parametrize("name", ["nano", "talkative", "long_rope"])
+@pytest.mark.parametrize("query_len", [None, 4])
+def test_equals_one_by_one(request: pytest.FixtureRequest, name: str, query_len: int | None, tmp_path: Path):
+    assistant = request.getfixturevalue(name)
+    path, records = write_questions(tmp_path, COUNT)
+    settings = {"max_new_tokens": NEW_TOKENS, "query_len": query_len}
+    expected = one_by_one(assistant, tmp_path, records, **settings)
+    assert len({result["answer"] for result in expected}) > 5
+    assert batch_generate(path, assistant, batch_size=7, progress=False, **settings) == expected
+
+
+def test_answers_that_reach_the_maximum(talkative: Assistant, tmp_path: Path):
+    """One of them ends where the model does; the others do not end there with it."""
+    path, records = write_questions(tmp_path, 6)
+    records[3]["question"] = "why? " * 198
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    expected = one_by_one(talkative, tmp_path, records, max_new_tokens=NEW_TOKENS)
+    lengths = [len(talkative.processor.tokenizer(result["answer"])["input_ids"]) for result in expected]
+    assert lengths[3] < min(lengths[:3])
+    assert batch_generate(path, talkative, max_new_tokens=NEW_TOKENS, progress=False) == expected
+
+
+@pytest.fixture
+def batches(nano: Assistant, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Rows and columns of the prompts that nano is given, in order."""
+    shapes: list[tuple[int, int]] = []
+    generate = FusionForConditionalGeneration.generate
+
+    def noting(self: Any, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        shapes.append((input_ids.shape[0], input_ids.shape[1]))
+        return generate(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(FusionForConditionalGeneration, "generate", noting)
+    yield shapes
+
+
+def test_batches_are_of_similar_lengths_and_the_longest_comes_first(nano: Assistant, batches: list, tmp_path: Path):
+    path, _ = write_questions(tmp_path, COUNT)
+    batch_generate(path, nano, batch_size=8, max_new_tokens=2, progress=False)
+    rows, columns = zip(*batches, strict=True)
+    assert rows == (8, 8, 8, 6)
+    assert list(columns) == sorted(columns, reverse=True)
+    batches.clear()
+    batch_generate(path, nano, batch_size=1, max_new_tokens=2, progress=False)
+    tokens = sum(columns for _, columns in batches)
+    assert sum(r * c for r, c in zip(rows, columns, strict=True)) < 1.15 * tokens
+
+
+def test_too_large_batches_are_halved(nano: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, _ = write_questions(tmp_path, COUNT)
+    expected = batch_generate(path, nano, batch_size=1, max_new_tokens=4, progress=False)
+    generate, rows = FusionForConditionalGeneration.generate, []
+
+    def limited(self: Any, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        rows.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(FusionForConditionalGeneration, "generate", limited)
+    assert batch_generate(path, nano, batch_size=8, max_new_tokens=4, progress=False) == expected
+    assert rows[:3] == [8, 4, 2]
+    assert max(rows[3:]) == 2  # what was too large once is not tried again
+
+
+def test_one_prompt_that_is_too_large(nano: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, _ = write_questions(tmp_path, 3)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(FusionForConditionalGeneration, "generate", fail)
+    results = batch_generate(path, nano, progress=False)
+    assert all("out of memory" in result["error"] for result in results)
+
+
+def test_broken_records_are_reported_in_their_places(nano: Assistant, tmp_path: Path):
+    path, records = write_questions(tmp_path, 6)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    question = records[0]["question"]
+    broken: list[tuple[Any, str]] = [
+        ({"id": "missing", "image": "nowhere.png", "question": question}, "'nowhere.png' is no file"),
+        ({"id": "folder", "image": "folder.png", "question": question}, "'folder.png' is no file"),
+        ({"id": "long", "image": "x" * 5000, "question": question}, "xxx"),
+        ({"id": "null", "image": "a\0b", "question": question}, "is no file"),
+        ({"id": "truncated", "image": "truncated.png", "question": question}, "cannot be decoded"),
+        ({"id": "text", "image": "text.png", "question": question}, "cannot be opened"),
+        ({"id": "data", "image": "data:image/png;base64,AAAA", "question": question}, "is no file"),
+        ({"id": "address", "image": "https://\u0000", "question": question}, "is no address"),
+        ({"id": "unreachable", "image": "http://127.0.0.1:9/a.png", "question": question}, "cannot be opened"),
+        ({"id": "empty", "question": " \n"}, "the question is empty"),
+        ({"id": "none"}, "it has none of question, messages, conversations"),
+        ({"id": "both", "question": question, "messages": []}, "it has question and messages of"),
+        ({"id": "number", "question": 3}, "question is int; allowed: a text"),
+        ({"id": "mark", "question": "what is in <image>?"}, "mark without image"),
+        ({"id": "two", "images": ["0.png", "1.png"], "question": question}, "several images"),
+        (
+            {"id": "answered", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "a",
+        ),
+        ({"id": "endless", "question": "why? " * 2000}, "allowed"),
+        ({"id": [1], "question": question}, "id is list"),
+        (b'{"id": "cut", "ques', "line 38: unreadable"),
+        (b"[1, 2]", "it is list"),
+        (b"\xff\xfe", "it is no UTF-8"),
+    ]
+    lines = []
+    for index, (record, _) in enumerate(broken):
+        good = {**records[index % len(records)], "id": f"good-{index}"}
+        lines += [json.dumps(good).encode(), record if isinstance(record, bytes) else json.dumps(record).encode()]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n\n")
+
+    results = batch_generate(path, nano, max_new_tokens=8, progress=False)
+
+    assert len(results) == len(lines)
+    expected = one_by_one(nano, tmp_path, records, max_new_tokens=8)
+    for index, (record, part) in enumerate(broken):
+        good, bad = results[2 * index : 2 * index + 2]
+        assert good == {"id": f"good-{index}", "answer": expected[index % len(records)]["answer"]}
+        assert set(bad) == {"id", "error"}
+        assert part in bad["error"], bad
+        identity = record["id"] if isinstance(record, dict) else 2 * index + 1
+        assert bad["id"] == (2 * index + 1 if isinstance(identity, list) else identity)
+
+
+def test_records_in_memory(nano: Assistant, tmp_path: Path):
+    """Pictures of PIL, where a record may have one; a broken one is an error of its own."""
+    write_questions(tmp_path, 1)
+    picture, question = Image.open(tmp_path / "0.png"), "what color is the shape?"
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    block = {"type": "image", "image": picture}
+    records = [
+        {"image": picture, "question": question},
+        {"messages": [{"role": "user", "content": [block, {"type": "text", "text": question}]}]},
+        {"image": str(tmp_path / "0.png"), "conversations": [{"from": "human", "value": f"<image>\n{question}"}]},
+        {"image": Image.open(tmp_path / "truncated.png"), "question": question},
+        {"question": question},
+        "what color is the shape?",
+    ]
+    output = tmp_path / "answers.jsonl"
+    results = batch_generate(records, nano, output, max_new_tokens=8, progress=False)
+    expected = Conversation(nano, nano.open_picture(picture), 8).ask(question)
+    assert [result.get("answer") for result in results[:4]] == [expected] * 3 + [None]
+    assert "cannot be decoded" in results[3]["error"]
+    assert "it is str" in results[5]["error"]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == results
+    assert batch_generate([], nano) == []
+
+
+def test_pictures_are_opened_when_their_batch_is_up(nano: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, _ = write_questions(tmp_path, COUNT)
+    events: list[str] = []
+    open_picture, generate = Assistant.open_picture, FusionForConditionalGeneration.generate
+    monkeypatch.setattr(Assistant, "open_picture", lambda *a: events.append("open") or open_picture(*a))
+    monkeypatch.setattr(
+        FusionForConditionalGeneration, "generate", lambda *a, **k: events.append("generate") or generate(*a, **k)
+    )
+    batch_generate(path, nano, batch_size=4, max_new_tokens=1, progress=False)
+    longest = max(len(part) for part in " ".join(events).replace("generate", "|").split("|"))
+    assert longest <= len(" open" * 4) + 1
+    assert events.count("open") == COUNT * 2 // 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"query_len": 5}, "query_len is 5"),
+        ({"device": "cpu"}, "device is 'cpu'"),
+    ],
+)
+def test_wrong_arguments(nano: Assistant, settings: dict[str, Any], part: str):
+    with pytest.raises(InputError, match=part):
+        batch_generate([{"question": "what?"}], nano, **settings)
+
+
+def test_processor_does_not_change(nano: Assistant, tmp_path: Path):
+    """Rows are padded on the left even by a tokenizer that pads on the right."""
+    path, records = write_questions(tmp_path, 8)
+    processor = FusionProcessor.from_pretrained(nano.processor.tokenizer.name_or_path)
+    processor.tokenizer.padding_side = "right"
+    other = Assistant(nano.model, processor)
+    expected = one_by_one(nano, tmp_path, records, max_new_tokens=8)
+    assert batch_generate(path, other, max_new_tokens=8, progress=False) == expected
+    assert processor.tokenizer.padding_side == "right"
