@@ -89,11 +89,16 @@ def test_with_another_batch_size(nano: Assistant, questions: Path, output: Path,
 
 @pytest.mark.parametrize("left", [0, 1, 20, -1])
 def test_a_torn_last_line(nano: Assistant, questions: Path, output: Path, stopped: list[int], left: int):
-    """All but `left` bytes of the second batch's line are there; that batch is made again."""
+    """Only `left` bytes of the second batch's line are there: it is made again, and again the run is stopped."""
     lines = partial(output).read_bytes().splitlines(keepends=True)
     partial(output).write_bytes(b"".join(lines[:-1]) + lines[-1][:left])
+    stopped.append(-1)
+    with pytest.raises(Stopped):
+        batch_generate(questions, nano, output, **SETTINGS)
+    assert partial(output).read_bytes() == b"".join(lines)
+    stopped.clear()
     results = batch_generate(questions, nano, output, **SETTINGS)
-    assert stopped == [BATCH_SIZE] * 3
+    assert stopped == [BATCH_SIZE] * 2
     assert results == batch_generate(questions, nano, **SETTINGS)
     assert [json.loads(line) for line in output.read_text().splitlines()] == results
 
