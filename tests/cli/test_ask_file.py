@@ -79,6 +79,7 @@ def test_locked_by_another_process(run, questions, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["--input", "a.jsonl", "--also", QUESTION], "allowed only without --input"),
         (["--input", "a.jsonl"], "--output is not given"),
         (["picture.png", "--input", "a.jsonl", "--output", "b.jsonl"], "'picture.png'; allowed with --input: none"),
         (["p.png", QUESTION, "--input", "a.jsonl", "--output", "b.jsonl"], "'p.png'; allowed with --input: none"),
