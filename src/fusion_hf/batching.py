@@ -220,8 +220,6 @@ class _Run:
         if isinstance(picture, Image.Image):
             return self.assistant.open_picture(picture)
         if picture.startswith(ADDRESSES):
-            if not picture.isprintable():
-                raise InputError(f"{short_name(repr(picture))} is no address.")
             return self.assistant.open_picture(picture)
         path = self.root / picture
         if not path.is_file():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from huggingface_hub import get_session
@@ -22,6 +23,7 @@ from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
 ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none whose reader starts another program
 MAX_DOWNLOAD_BYTES = 2**28  # of a picture at an address: who serves it may never stop sending
 
 
@@ -171,11 +173,11 @@ def _open(source: str) -> Image.Image:
     name = source if len(source) <= 100 else f"{source[:100]}..."
     try:
         if source.startswith(("http://", "https://")):
-            return Image.open(BytesIO(_download(source)))
+            return Image.open(BytesIO(_download(source)), formats=FORMATS)
         if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
-            return Image.open(source)
+            return Image.open(source, formats=FORMATS)
         content = source.split(",", 1)[1] if source.startswith("data:") else source
-        return Image.open(BytesIO(base64.b64decode("".join(content.split()), validate=True)))
+        return Image.open(BytesIO(base64.b64decode("".join(content.split()), validate=True)), formats=FORMATS)
     except (binascii.Error, IndexError) as error:
         raise ValueError(f"No picture: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
     except (UnidentifiedImageError, OSError, HTTPError, Image.DecompressionBombError) as error:
@@ -184,6 +186,12 @@ def _open(source: str) -> Image.Image:
 
 def _download(url: str) -> bytes:
     """What is at an http(s) address, up to MAX_DOWNLOAD_BYTES."""
+    try:
+        is_address = url.isprintable() and urlsplit(url).port != 0
+    except ValueError:  # of its host or port
+        is_address = False
+    if not is_address:
+        raise OSError("this is no address")
     content = bytearray()
     with get_session().stream("GET", url, follow_redirects=True) as response:
         response.raise_for_status()

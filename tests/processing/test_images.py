@@ -134,6 +134,26 @@ def test_files_that_are_no_pictures(processor: FusionImageProcessor, tmp_path: P
         pixels(processor, str(path))
 
 
+def test_formats_whose_reader_starts_a_program(
+    processor: FusionImageProcessor, photo: Image.Image, tmp_path: Path
+) -> None:
+    """PIL reads PostScript with Ghostscript."""
+    path = tmp_path / "photo.eps"
+    photo.convert("RGB").save(path)
+    assert Image.open(path).format == "EPS"
+    with pytest.raises(ValueError, match=r"photo\.eps' cannot be opened"):
+        processor(str(path))
+    path.rename(path.with_suffix(".png"))
+    with pytest.raises(ValueError, match=r"photo\.png' cannot be opened"):
+        processor(str(path.with_suffix(".png")))
+
+
+@pytest.mark.parametrize("address", ["https://\0", "http://host:port/a.png", "http://[::1/a.png"])
+def test_addresses_that_are_none(processor: FusionImageProcessor, address: str) -> None:
+    with pytest.raises(ValueError, match="cannot be opened"):
+        processor(address)
+
+
 def test_a_truncated_photo(processor: FusionImageProcessor, photo: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "half.jpg"
     path.write_bytes(encoded(photo, "JPEG")[:20_000])

@@ -9,9 +9,9 @@ from typing import BinaryIO
 from PIL import Image
 
 from fusion_hf.errors import short_name
+from fusion_hf.image_processing_fusion import FORMATS
 from fusion_hf.training.data.records import FileSpan, Picture, RecordProblem
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none that starts another program
 MALFORMED = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # PIL's
 MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read before its size in pixels is known
 
