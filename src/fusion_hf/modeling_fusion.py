@@ -17,12 +17,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig, skip_by_default
 from .modeling_fusion_decoder import (
     DECODER_LAYERS,
+    EmbeddedPrompt,
     FusionSampler,
     InVocabulary,
-    LatentUpdates,
     PromptMarks,
     WordLookup,
     check_prompt,
@@ -92,15 +92,6 @@ class LossCounts(NamedTuple):
     pictures: torch.Tensor
 
 
-class EmbeddedPrompt(NamedTuple):
-    """What enters the language model."""
-
-    inputs_embeds: torch.Tensor  # (B, S, D)
-    latent_updates: LatentUpdates | None = None
-    image_features: torch.Tensor | None = None  # (B, num_image_tokens, D)
-    mapping_loss: torch.Tensor | None = None  # ()
-
-
 class FusionPreTrainedModel(PreTrainedModel):
     config: FusionConfig
     base_model_prefix = "model"
@@ -121,6 +112,13 @@ class FusionPreTrainedModel(PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         known = self._no_split_modules  # a list or a set, as the version of transformers has it
         self._no_split_modules = type(known)(name for name in known if name in present)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers; a `quantization_config` without modules to leave alone leaves NOT_QUANTIZED alone."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = skip_by_default(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the parts' configurations are told the data type of the weights as well."""
@@ -287,7 +285,7 @@ class FusionModel(FusionPreTrainedModel):
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
-    ) -> "EmbeddedPrompt":
+    ) -> EmbeddedPrompt:
         """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
         marks = PromptMarks.find(input_ids, self.config)
         inputs_embeds = self._embed_text(input_ids, marks)

@@ -143,6 +143,15 @@ DECODER_LAYERS: dict[str, type[FusionDecoderLayerMixin]] = {
 }
 
 
+class EmbeddedPrompt(NamedTuple):
+    """What enters the language model."""
+
+    inputs_embeds: torch.Tensor  # (B, S, D)
+    latent_updates: LatentUpdates | None = None
+    image_features: torch.Tensor | None = None  # (B, num_image_tokens, D)
+    mapping_loss: torch.Tensor | None = None  # ()
+
+
 class PromptMarks(NamedTuple):
     """Where image and latent tokens are: boolean masks `(B, S)`."""
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from fusion_hf.configuration_fusion import NOT_QUANTIZED
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.training.arguments import FusionTrainingArguments
@@ -31,7 +32,6 @@ MODULES_OF_PART = {
     SAMPLERS: ("vision_sampler",),
 }
 WHOLE_MODULES = tuple(name for names in MODULES_OF_PART.values() for name in names)
-NOT_QUANTIZED = [*(rf".*\b{name}" for name in WHOLE_MODULES), HEAD]  # matched from the start of a module's name
 # What an adapter's configuration may say; of all other fields only PEFT's default is understood.
 USED = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
 NOTES = (
@@ -121,7 +121,7 @@ def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfi
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
-        llm_int8_skip_modules=NOT_QUANTIZED,  # the argument is older than 4 bits
+        llm_int8_skip_modules=list(NOT_QUANTIZED),  # the argument is older than 4 bits
     )
 
 
