@@ -137,7 +137,7 @@ class _Run:
             identity: str | int = index
             try:
                 identity = entry_id(entry, index)
-                question = parse_question(entry, index)
+                question = parse_question(entry, identity)
                 prompts.append(_Prompt(index, question, self._length(question)))
             except (RecordProblem, ValueError) as error:  # the latter from the processor
                 broken[index] = _error(identity, f"{where}{error}")

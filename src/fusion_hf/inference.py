@@ -131,12 +131,15 @@ class Assistant:
         return length
 
     @torch.inference_mode()
-    def encode_tiles(self, picture: Image.Image) -> torch.Tensor:
-        """What the model sees of a picture whatever the question, `(1, D, 2P, 2P)`, as `answer` takes it."""
+    def see(self, picture: Image.Image) -> "SeenPicture":
+        """What all questions about a picture share, as `answer` takes it."""
         inputs = self.processor.image_processor(picture, return_tensors="pt").to(self.model.device, self.model.dtype)
-        return self.model.get_global_features(inputs["pixel_values"])
+        pixel_values = inputs["pixel_values"]
+        return SeenPicture(pixel_values[:, -1:].clone(), self.model.get_global_features(pixel_values))
 
-    def prepare(self, messages: list[dict[str, Any]], query_len: int | None = None) -> BatchFeature:
+    def prepare(
+        self, messages: list[dict[str, Any]], query_len: int | None = None, seen: "SeenPicture | None" = None
+    ) -> BatchFeature:
         """
         What `generate` takes for a conversation that ends with a question; arguments as of `answer`.
 
@@ -144,6 +147,8 @@ class Assistant:
             InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
         """
         length = self.check_query_len(query_len)
+        if seen is not None:
+            messages = _with_stand_in(messages)
         try:
             inputs = self.processor.apply_chat_template(
                 messages,
@@ -160,6 +165,8 @@ class Assistant:
             raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
         inputs = inputs.to(self.model.device, self.model.dtype)
         inputs["query_len"] = length
+        if seen is not None:
+            inputs.update(pixel_values=seen.overview, global_features=seen.global_features)
         return inputs
 
     @torch.inference_mode()
@@ -188,7 +195,7 @@ class Assistant:
         max_new_tokens: int,
         query_len: int | None = None,
         streamer: BaseStreamer | None = None,
-        global_features: torch.Tensor | None = None,
+        seen: "SeenPicture | None" = None,
     ) -> str:
         """
         The most likely answer to a conversation that ends with a question; the same one every time.
@@ -198,23 +205,30 @@ class Assistant:
             max_new_tokens: where to stop an answer that does not end.
             query_len: latent tokens per question, a perfect square; None: the model's.
             streamer: is given the tokens as they come.
-            global_features: of the picture in the messages, from `encode_tiles`; None: they are computed.
+            seen: the picture in the messages, from `see`; None: it is resized and encoded as a whole.
 
         Raises:
             InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
         """
-        inputs = self.prepare(messages, query_len)
-        output = self.generate(inputs, max_new_tokens, streamer, global_features=global_features)
-        return self.read(inputs, output)
+        inputs = self.prepare(messages, query_len, seen)
+        return self.read(inputs, self.generate(inputs, max_new_tokens, streamer))
 
     def answer_each(
         self, picture: Image.Image, questions: Sequence[str], max_new_tokens: int, query_len: int | None = None
     ) -> Iterator[str]:
-        """The answers to questions about one picture, each asked by itself; the tiles are encoded once for all."""
-        global_features = self.encode_tiles(picture)
+        """The answers to questions about one picture, each asked by itself; its tiles are encoded once for all."""
+        seen = self.see(picture)
         for question in questions:
             messages = [question_message(question, picture)]
-            yield self.answer(messages, max_new_tokens, query_len, global_features=global_features)
+            yield self.answer(messages, max_new_tokens, query_len, seen=seen)
+
+
+@dataclass(frozen=True)
+class SeenPicture:
+    """What does not depend on the question: the overview's pixels and the features of the four tiles."""
+
+    overview: torch.Tensor  # (1, 1, 3, H, W)
+    global_features: torch.Tensor  # (1, D, 2P, 2P)
 
 
 class Conversation:
@@ -246,8 +260,8 @@ class Conversation:
         self.query_len = query_len
         self.fast = fast
         self.messages: list[dict[str, Any]] = []
-        self._global_features: torch.Tensor | None = None
-        self._guided: dict[str, torch.Tensor] = {}  # fast mode: the overview and the question that guides it
+        self._seen: SeenPicture | None = None
+        self._guide: dict[str, torch.Tensor] = {}  # fast mode: the question that guides the overview
         self._memory: _Memory | None = None
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
@@ -257,36 +271,28 @@ class Conversation:
             InputError: see `Assistant.answer`.
         """
         messages = [*self.messages, question_message(question, None if self.messages else self.picture)]
-        if self._global_features is None:
-            self._global_features = self.assistant.encode_tiles(self.picture)
+        if self._seen is None:
+            self._seen = self.assistant.see(self.picture)
         if self.fast:
-            answer = self._answer_fast(messages, self._global_features, streamer)
+            answer = self._answer_fast(messages, self._seen, streamer)
         else:
             settings = (self.max_new_tokens, self.query_len, streamer)
-            answer = self.assistant.answer(messages, *settings, self._global_features)
+            answer = self.assistant.answer(messages, *settings, self._seen)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
     @torch.inference_mode()
-    def _answer_fast(
-        self, messages: list[dict[str, Any]], global_features: torch.Tensor, streamer: BaseStreamer | None
-    ) -> str:
-        if self.messages:  # the overview is kept, so that the picture need not be resized again
-            stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
-            messages = [{**messages[0], "content": [stand_in, *messages[0]["content"][1:]]}, *messages[1:]]
-        inputs = self.assistant.prepare(messages, self.query_len)
+    def _answer_fast(self, messages: list[dict[str, Any]], seen: SeenPicture, streamer: BaseStreamer | None) -> str:
+        inputs = self.assistant.prepare(messages, self.query_len, seen)
         if not self.messages:
-            self._guided = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
-            self._guided["pixel_values"] = inputs["pixel_values"][:, -1:]
-        inputs.update(self._guided)
+            self._guide = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
+        inputs.update(self._guide)
         # while an answer is made its cache grows, so an interrupted answer leaves none
         memory, self._memory = self._memory, None
         cache = memory.cache_before(inputs) if memory is not None else None
         if cache is None:
             cache = DynamicCache(config=self.assistant.model.config.text_config)
-        output = self.assistant.generate(
-            inputs, self.max_new_tokens, streamer, global_features=global_features, past_key_values=cache
-        )
+        output = self.assistant.generate(inputs, self.max_new_tokens, streamer, past_key_values=cache)
         cached = output.past_key_values.get_seq_length()
         self._memory = _Memory(output.sequences[0, :cached], output.past_key_values)
         return self.assistant.read(inputs, output)
@@ -322,6 +328,17 @@ def question_message(question: str, picture: Image.Image | None = None) -> dict[
     """A user's chat message, with the picture if it is the first of its conversation."""
     content: list[dict[str, Any]] = [] if picture is None else [{"type": "image", "image": picture}]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def _with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a picture of one pixel, for a template and a processor that want one: it costs no resizing."""
+    stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
+    return [
+        {**message, "content": [stand_in if block["type"] == "image" else block for block in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
 
 
 def find_folder(name: str) -> Path:

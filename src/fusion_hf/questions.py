@@ -75,8 +75,10 @@ def read_entries(records: Records) -> tuple[list[Entry], Path]:
     return entries, path.parent
 
 
-def parse_question(entry: Entry, index: int) -> Question:
+def parse_question(entry: Entry, identity: str | int) -> Question:
     """
+    The question of a record, which gets `identity` as its id.
+
     Raises:
         RecordProblem: for what no picture must be opened for.
     """
@@ -102,8 +104,8 @@ def parse_question(entry: Entry, index: int) -> Question:
         kind = type(picture).__name__
         raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address or a PIL image")
     if picture == IN_MEMORY and images_in_memory:
-        return Question(entry_id(entry, index), messages, images_in_memory[0])
-    return Question(entry_id(entry, index), messages, picture)
+        return Question(identity, messages, images_in_memory[0])
+    return Question(identity, messages, picture)
 
 
 def entry_id(entry: Entry, index: int) -> str | int:

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, DynamicCache, MistralConfig
 from transformers.generation.streamers import BaseStreamer
 
+from fusion_hf import FusionImageProcessor
 from fusion_hf.inference import Assistant, Conversation, _Memory, question_message
 
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")
@@ -72,6 +73,27 @@ def test_questions_asked_by_themselves_share_the_tiles(assistant: Assistant, ima
     watch.clear()
     assert together == [assistant.answer([question_message(question, image)], MOST) for question in QUESTIONS]
     assert watch.tiles == [1, TILES] * len(QUESTIONS)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_picture_is_resized_once(
+    assistant: Assistant, image: Image.Image, fast: bool, monkeypatch: pytest.MonkeyPatch
+):
+    sizes: list[tuple[int, int]] = []
+    cut = FusionImageProcessor.cut
+
+    def counted(image: Image.Image, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(image.size)
+        return cut(image, *args, **kwargs)
+
+    monkeypatch.setattr(FusionImageProcessor, "cut", staticmethod(counted))
+    conversation = Conversation(assistant, image, MOST, fast=fast)
+    for question in QUESTIONS:
+        conversation.ask(question)
+    assert sizes.count(image.size) == 1
+    sizes.clear()
+    list(assistant.answer_each(image, QUESTIONS, MOST))
+    assert sizes.count(image.size) == 1
 
 
 @pytest.mark.parametrize("query_len", [None, 4])
