@@ -11,6 +11,7 @@ from fusion_hf.registration import register_lazily
 
 if TYPE_CHECKING:
     from fusion_hf.batching import batch_generate
+    from fusion_hf.compilation import CompiledGenerator
     from fusion_hf.configuration_fusion import FusionConfig
     from fusion_hf.image_processing_fusion import FusionImageProcessor
     from fusion_hf.inference import nano_path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "CompiledGenerator": "fusion_hf.compilation",
     "FusionConfig": "fusion_hf.configuration_fusion",
     "FusionForConditionalGeneration": "fusion_hf.modeling_fusion",
     "FusionImageProcessor": "fusion_hf.image_processing_fusion",
@@ -43,6 +45,7 @@ def __dir__() -> list[str]:
 register_lazily()
 
 __all__ = [
+    "CompiledGenerator",
     "FusionConfig",
     "FusionForConditionalGeneration",
     "FusionImageProcessor",

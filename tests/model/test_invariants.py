@@ -128,6 +128,15 @@ def test_beam_search_batch_equals_single(llama: FusionForConditionalGeneration) 
         torch.testing.assert_close(batch[2 * index : 2 * index + 2], single)
 
 
+def test_beams_share_the_tiles_of_their_picture(llama: FusionForConditionalGeneration) -> None:
+    """Overviews are encoded with each beam, four tiles only once."""
+    seen = []
+    llama.model.vision_tower.embeddings.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    inputs = make_inputs(llama.config, SAMPLES[:2], padding_side="left")
+    llama.generate(**inputs, **GREEDY, num_beams=3)
+    assert sorted(seen) == [2 * 3, 2 * 4]
+
+
 def test_assisted_and_prompt_lookup_decoding_equal_greedy(llama: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(llama.config, SAMPLES[1:2])
     expected = llama.generate(**inputs, **GREEDY)

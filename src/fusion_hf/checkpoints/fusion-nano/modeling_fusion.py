@@ -5,17 +5,20 @@ Shapes: B batch, P patches per side, N = P * P, T question tokens, Dv tower widt
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.generation import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig, skip_by_default
 from .modeling_fusion_decoder import (
@@ -37,9 +40,12 @@ from .modeling_fusion_vision import (
     adaptive_max_pool,
     check_picture,
     check_tiles,
+    is_accepted,
     stitch_tiles,
 )
 
+# what tower and language model can be told to use; flash attention needs its package and a GPU
+ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 # what describes the prompt's picture and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = (
     "pixel_values",
@@ -113,6 +119,24 @@ class FusionPreTrainedModel(PreTrainedModel):
         known = self._no_split_modules  # a list or a set, as the version of transformers has it
         self._no_split_modules = type(known)(name for name in known if name in present)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers; an error also names what is supported here."""
+        choose = super().get_correct_attn_implementation
+        try:
+            return choose(requested_attention, is_init_check)
+        except (ImportError, ValueError) as error:
+            supported = ", ".join(map(repr, filter(partial(is_accepted, choose), ATTENTION)))
+            message = f"attn_implementation is {requested_attention!r}; supported here: {supported}. {error}"
+            raise type(error)(message) from error
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; nothing is changed if one of the parts cannot have its implementation."""
+        names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
+        for name in names:
+            if isinstance(name, str) and not is_kernel(name):  # a kernel is fetched where it is needed
+                self.get_correct_attn_implementation(name)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
         """As in transformers; a `quantization_config` without modules to leave alone leaves NOT_QUANTIZED alone."""
@@ -132,6 +156,8 @@ class FusionModel(FusionPreTrainedModel):
 
     def __init__(self, config: FusionConfig):
         super().__init__(config)
+        for part in (config.text_config, config.vision_config):
+            self.get_correct_attn_implementation(part._attn_implementation, is_init_check=True)
         text_width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
         self.vision_tower = FusionVisionModel._from_config(
             config.vision_config, early_layers=config.vision_early_layers
@@ -534,6 +560,11 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
+        uses_flash = is_flash_attention_requested(self.config.text_config)
+        if uses_flash and isinstance(past_key_values, StaticCache) and kwargs.get("attention_mask") is None:
+            # `generate` drops masks without padding, but here they tell which of the cache's places are used
+            length = int(past_key_values.get_seq_length()) + (next_sequence_length or input_ids.shape[1])
+            kwargs["attention_mask"] = torch.ones(len(input_ids), length, dtype=torch.long, device=input_ids.device)
         continues = next_sequence_length is not None and next_sequence_length < input_ids.shape[1]
         if continues and self._long_rope_begins(input_ids, past_key_values):
             past_key_values = next_sequence_length = None
@@ -555,6 +586,16 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
                 model_inputs.pop(name, None)
             model_inputs.update(turns)
         return model_inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, **model_kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Beams share their picture's tiles, which are encoded before the inputs are repeated."""
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None and model_kwargs.get("global_features") is None:
+            model_kwargs["global_features"] = self.get_global_features(pixel_values)
+            model_kwargs["pixel_values"] = pixel_values[:, -1:]
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, **model_kwargs)
 
     def _long_rope_begins(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
         """Phi-3's long RoPE changes all keys when a sequence outgrows the short one: the cache must be made anew."""

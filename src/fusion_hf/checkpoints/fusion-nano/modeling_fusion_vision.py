@@ -4,6 +4,7 @@ Shapes: B batch, P patches of a tile per side, N = P * P, T question tokens, Dv 
 Source: FUSION, arXiv 2504.09925, "text-guided vision encoding".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,6 +197,15 @@ def adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
     if feature_map.device.type == "mps":  # Metal refuses sizes that do not divide
         return nn.functional.adaptive_max_pool2d(feature_map.cpu(), side).to(feature_map.device)
     return nn.functional.adaptive_max_pool2d(feature_map, side)
+
+
+def is_accepted(choose: Callable[[str], str], name: str) -> bool:
+    """Whether transformers' choice of an attention implementation takes this one."""
+    try:
+        choose(name)
+    except (ImportError, ValueError):
+        return False
+    return True
 
 
 def check_tiles(config: FusionConfig, pixel_values: torch.Tensor) -> None:

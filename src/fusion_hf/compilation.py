@@ -1,0 +1,199 @@
+"""Generation by compiled code: everything has one of a few shapes, so that nothing is compiled twice.
+
+Shapes: B batch, S prompt length, T question tokens, R user turns, n new tokens.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompileConfig, StaticCache
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_decoder import check_prompt
+
+PROMPT_LENGTHS = (1024, 2048, 4096)
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+SHORTEST_QUESTION = 32  # what shorter questions are padded to where the prompt is compiled
+# these change the cache's batch, need a cache that shrinks, or bring one of their own
+REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "prompt_lookup_num_tokens", "past_key_values")
+SHAPES_AT_MOST = 64  # torch's own limit, after which it stops compiling, is 8
+
+
+class CompiledGenerator:
+    """
+    `generate` whose decoding steps and, on request, whose pass over the prompt are compiled.
+
+    Compiled code holds for the shapes that it was made for. So there is one static cache for each prompt length, kept
+    from call to call, and a smaller batch is filled up with copies of its last row. A prompt that is compiled too is
+    padded to its length, its question and its number of turns to a power of two. The first call of each shape
+    compiles, which takes minutes for a large model.
+
+    Args:
+        model: not changed.
+        prompt_lengths: what prompts are sorted into: the smallest one that is long enough.
+        max_new_tokens: most tokens that a call can ask for.
+        batch_size: rows of every call.
+        compile_prompt: compile the pass over the prompt as well, tower and samplers included, as one graph.
+        mode: of `torch.compile`; `"reduce-overhead"` uses CUDA graphs where there is CUDA.
+        backend: of `torch.compile`.
+
+    Raises:
+        ValueError: for what cannot be compiled; names the argument, the value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: FusionForConditionalGeneration,
+        prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+        max_new_tokens: int = 256,
+        batch_size: int = 1,
+        compile_prompt: bool = False,
+        mode: str = "default",
+        backend: Any = "inductor",
+    ):
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            _require(value >= 1, name, value, "1 or more")
+        _require(
+            len(prompt_lengths) > 0 and min(prompt_lengths) > 0, "prompt_lengths", prompt_lengths, "positive lengths"
+        )
+        longest = model.config.text_config.max_position_embeddings - max_new_tokens
+        _require(max(prompt_lengths) <= longest, "prompt_lengths", prompt_lengths, f"at most {longest} for this model")
+        _require(mode in MODES, "mode", mode, ", ".join(map(repr, MODES)))
+        early = model.config.early_text_attention
+        allowed = "False where early_text_attention is 'uniform_padded', since padding the question changes answers"
+        _require(not (compile_prompt and early == "uniform_padded"), "compile_prompt", compile_prompt, allowed)
+        parts = ("text_config", "vision_config") if compile_prompt else ("text_config",)
+        for name in (getattr(model.config, part)._attn_implementation for part in parts):
+            # it takes padding out, so that shapes depend on values
+            allowed = "'eager', 'sdpa', 'flex_attention' in what is compiled"
+            _require("flash" not in name, "attn_implementation", name, allowed)
+        self.prompt_lengths = sorted(prompt_lengths)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.compile_prompt = compile_prompt
+        # shares all weights; what compiling leaves in a module is left in this copy
+        self._model = copy.copy(model)
+        self._caches: dict[int, StaticCache] = {}
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+        if compile_prompt:
+            self._model.compile(**settings)
+            self._options: dict[str, Any] = {"disable_compile": True}  # what it would compile is compiled already
+        else:
+            compile_config = CompileConfig(**settings)
+            compile_config._compile_all_devices = True  # also on a CPU
+            self._options = {"compile_config": compile_config}
+
+    @torch.inference_mode()
+    def generate(self, max_new_tokens: int | None = None, **inputs: Any) -> torch.Tensor:
+        """
+        What the model's `generate` returns for the same arguments: prompts and answers `(B, S + n)`.
+
+        Args:
+            max_new_tokens: n at most; None: as many as this generator allows.
+            inputs: what the processor gives for at most `batch_size` conversations, padded left; `query_len`,
+                `global_features`; options of `generate` that change neither batch nor cache.
+
+        Raises:
+            ValueError: for a prompt or a batch that fits no shape (with both numbers), an option that is not possible,
+                or inputs that disagree (see [`FusionForConditionalGeneration.forward`]).
+        """
+        new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        _require(1 <= new_tokens <= self.max_new_tokens, "max_new_tokens", new_tokens, f"1 to {self.max_new_tokens}")
+        for name in REFUSED:
+            _require(inputs.get(name) in (None, 1), name, inputs.get(name), "none: compiled generation has one way")
+        input_ids = inputs["input_ids"]  # (B, S)
+        batch, length = input_ids.shape
+        _require(batch <= self.batch_size, "batch", batch, f"at most batch_size = {self.batch_size} rows")
+        padded = next((known for known in self.prompt_lengths if known >= length), None)
+        if padded is None:
+            longest = self.prompt_lengths[-1]
+            raise ValueError(f"A prompt has {length} tokens; allowed: at most {longest}, the last of prompt_lengths.")
+        self._check(inputs)
+        if self.compile_prompt:
+            inputs = _pad(inputs, padded, self._model.config)
+        inputs = _fill_up(inputs, self.batch_size)
+        with torch._dynamo.config.patch(recompile_limit=SHAPES_AT_MOST):
+            output = self._model.generate(
+                **inputs, **self._options, past_key_values=self._cache(padded), max_new_tokens=new_tokens
+            )
+        return torch.cat([input_ids, output[:batch, inputs["input_ids"].shape[1] :]], dim=1)
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        """What the model itself checks only where it is not compiled."""
+        config, mask = self._model.config, inputs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("attention_mask ends with padding; allowed: padding on the left.")
+        given = (mask, inputs.get("pixel_values"), inputs.get("prompt_end_positions"))
+        check_prompt(config, inputs["input_ids"], *given, inputs.get("query_len") or config.query_len)
+
+    def _cache(self, prompt_length: int) -> StaticCache:
+        """The empty cache of a prompt length."""
+        cache = self._caches.get(prompt_length)
+        if cache is not None:
+            cache.reset()
+            return cache
+        text_config = self._model.config.text_config
+        cache = StaticCache(text_config, max_cache_len=prompt_length + self.max_new_tokens)
+        if self.compile_prompt:  # else the prompt's pass makes the tensors
+            heads = text_config.num_attention_heads
+            cache.early_initialization(
+                batch_size=self.batch_size,
+                num_heads=text_config.num_key_value_heads,
+                head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+                dtype=self._model.dtype,
+                device=self._model.device,
+            )
+        self._caches[prompt_length] = cache
+        return cache
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
+
+
+def _pad(inputs: dict[str, Any], length: int, config: FusionConfig) -> dict[str, Any]:
+    """Prompts padded left to `length`, questions right and turns by -1 to a power of two: values do not change."""
+    missing = length - inputs["input_ids"].shape[1]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    pad_token_id = config.text_config.pad_token_id or 0  # any id: it is masked
+    padded = inputs | {
+        "input_ids": nn.functional.pad(inputs["input_ids"], (missing, 0), value=pad_token_id),
+        "attention_mask": nn.functional.pad(mask, (missing, 0)),
+    }
+    ends = inputs.get("prompt_end_positions")  # (B, R)
+    if ends is not None and ends.numel() > 0:
+        ends = torch.where(ends < 0, ends, ends + missing)
+        more = _power_of_two(ends.shape[1]) - ends.shape[1]
+        padded["prompt_end_positions"] = nn.functional.pad(ends, (0, more), value=-1)
+    question = inputs.get("instruct_input_ids")  # (B, T)
+    if question is not None:
+        more = max(SHORTEST_QUESTION, _power_of_two(question.shape[1])) - question.shape[1]
+        question_mask = inputs.get("instruct_attention_mask")
+        question_mask = torch.ones_like(question) if question_mask is None else question_mask
+        padded["instruct_input_ids"] = nn.functional.pad(question, (0, more), value=config.instruct_pad_token_id)
+        padded["instruct_attention_mask"] = nn.functional.pad(question_mask, (0, more))
+    return padded
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _fill_up(inputs: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Every tensor's last row repeated up to `batch_size` rows."""
+    return {
+        name: torch.cat([value, value[-1:].expand(batch_size - len(value), *value.shape[1:])])
+        if isinstance(value, torch.Tensor) and value.ndim > 0
+        else value
+        for name, value in inputs.items()
+    }
+
+
+__all__ = ["CompiledGenerator"]
