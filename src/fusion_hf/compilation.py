@@ -39,6 +39,7 @@ class CompiledGenerator:
         batch_size: rows of every call.
         compile_prompt: compile the pass over the prompt as well, tower and samplers included, as one graph.
         mode: of `torch.compile`; `"reduce-overhead"` uses CUDA graphs where there is CUDA.
+        options: of `torch.compile`, beside mode `"default"` only; `{"cpp_wrapper": True}` is fastest on a CPU.
         backend: of `torch.compile`.
 
     Raises:
@@ -53,6 +54,7 @@ class CompiledGenerator:
         batch_size: int = 1,
         compile_prompt: bool = False,
         mode: str = "default",
+        options: dict[str, Any] | None = None,
         backend: Any = "inductor",
     ):
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -63,6 +65,7 @@ class CompiledGenerator:
         longest = model.config.text_config.max_position_embeddings - max_new_tokens
         _require(max(prompt_lengths) <= longest, "prompt_lengths", prompt_lengths, f"at most {longest} for this model")
         _require(mode in MODES, "mode", mode, ", ".join(map(repr, MODES)))
+        _require(not options or mode == "default", "mode", mode, "'default' beside options")
         early = model.config.early_text_attention
         allowed = "False where early_text_attention is 'uniform_padded', since padding the question changes answers"
         _require(not (compile_prompt and early == "uniform_padded"), "compile_prompt", compile_prompt, allowed)
@@ -78,7 +81,9 @@ class CompiledGenerator:
         # shares all weights; what compiling leaves in a module is left in this copy
         self._model = copy.copy(model)
         self._caches: dict[int, StaticCache] = {}
-        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
+        if options:  # torch takes one of both
+            settings.update(mode=None, options=options)
         if compile_prompt:
             self._model.compile(**settings)
             self._options: dict[str, Any] = {"disable_compile": True}  # what it would compile is compiled already

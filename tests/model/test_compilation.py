@@ -119,9 +119,9 @@ def test_more_shapes_than_torch_compiles_by_default(llama: FusionForConditionalG
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile_prompt", [False, True])
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_inductor(llama: FusionForConditionalGeneration, mode: str, compile_prompt: bool) -> None:
-    generator = CompiledGenerator(llama, [SHORT], 12, 2, compile_prompt, mode)
+@pytest.mark.parametrize("settings", [{"mode": "reduce-overhead"}, {"options": {"cpp_wrapper": True}}])
+def test_inductor(llama: FusionForConditionalGeneration, settings: dict, compile_prompt: bool) -> None:
+    generator = CompiledGenerator(llama, [SHORT], 12, 2, compile_prompt, **settings)
     for samples in BATCHES[:3]:
         inputs = make_inputs(llama.config, samples, padding_side="left")
         torch.testing.assert_close(generator.generate(**inputs, **GREEDY), llama.generate(**inputs, **GREEDY))
@@ -133,6 +133,7 @@ def test_inductor(llama: FusionForConditionalGeneration, mode: str, compile_prom
         ({"prompt_lengths": []}, r"prompt_lengths is \[\]; allowed: positive lengths"),
         ({"prompt_lengths": [512]}, r"prompt_lengths is \[512\]; allowed: at most 500 for this model"),
         ({"mode": "fast"}, "mode is 'fast'; allowed: 'default', 'reduce-overhead'"),
+        ({"mode": "reduce-overhead", "options": {"cpp_wrapper": True}}, "mode is 'reduce-overhead'; allowed: 'default'"),
         ({"batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; allowed: 1 or more"),
     ],
