@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.inference import AUTO, Assistant
 from fusion_hf.journal import Journal, Result
+from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
 from fusion_hf.training.data.pictures import MALFORMED
 from fusion_hf.training.data.records import RecordProblem
@@ -43,6 +44,7 @@ def batch_generate(
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
     query_len: int | None = None,
+    image_token_grid: int | None = None,
     device: str = AUTO,
     dtype: str = AUTO,
     progress: bool = True,
@@ -61,7 +63,7 @@ def batch_generate(
             arguments (`batch_size` and `device` may differ).
         batch_size: prompts that are answered together. One that might, with its answer, outgrow the model's maximum
             or Phi-3's short RoPE is answered alone: only so is its answer that of one by one.
-        max_new_tokens, query_len: see [`Assistant.answer`].
+        max_new_tokens, query_len, image_token_grid: see [`Assistant.answer`].
         device, dtype: see [`Assistant.load`]; not with an [`Assistant`].
         progress: whether to show a bar, if there is a terminal.
 
@@ -76,12 +78,12 @@ def batch_generate(
     entries, root = read_entries(records)
     with nullcontext() if output is None else Journal(Path(output)) as journal:
         assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
-        query_len = assistant.check_query_len(query_len)
+        budget = TokenBudget(assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid))
         results: dict[int, Result] = {}
         if journal is not None:
-            journal.begin(_settings(entries, assistant, max_new_tokens, query_len))
+            journal.begin(_settings(entries, assistant, max_new_tokens, budget))
             results = journal.results
-        run = _Run(assistant, root, max_new_tokens, query_len)
+        run = _Run(assistant, root, max_new_tokens, budget)
         with tqdm(total=len(entries), initial=len(results), unit="record", disable=None if progress else True) as bar:
             for answered in run.results(entries, set(results), batch_size):
                 if journal is not None:
@@ -96,11 +98,11 @@ def batch_generate(
 class _Run:
     """What the batches of a run have in common."""
 
-    def __init__(self, assistant: Assistant, root: Path, max_new_tokens: int, query_len: int):
+    def __init__(self, assistant: Assistant, root: Path, max_new_tokens: int, budget: TokenBudget):
         self.assistant = assistant
         self.root = root
         self.max_new_tokens = max_new_tokens
-        self.query_len = query_len
+        self.budget = budget
 
     def results(self, entries: list[Entry], done: set[int], batch_size: int) -> Iterator[dict[int, Result]]:
         """By index, batch by batch, of all records that are not `done`."""
@@ -149,10 +151,11 @@ class _Run:
         has_picture = question.picture is not None
         messages = question.with_picture({"type": "image"} if has_picture else None)
         text = processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, query_len=self.query_len
+            messages, tokenize=False, add_generation_prompt=True, query_len=self.budget.query_len
         )
         prefix = 1  # some tokenizers' first token
-        return prefix + len(processor.tokenizer(text)["input_ids"]) + has_picture * processor.num_image_tokens
+        image_tokens = has_picture * self.budget.num_image_tokens
+        return prefix + len(processor.tokenizer(text)["input_ids"]) + image_tokens
 
     def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
         """Batches of similar length, the longest first."""
@@ -186,7 +189,7 @@ class _Run:
             }
         for prompt, messages in whole:
             try:
-                answer = self.assistant.answer(messages, self.max_new_tokens, self.query_len)
+                answer = self.assistant.answer(messages, self.max_new_tokens, **self.budget._asdict())
                 results[prompt.index] = _answered(prompt, answer)
             except InputError as error:  # more tokens than the model reads
                 results[prompt.index] = _error(prompt.question.id, str(error))
@@ -198,7 +201,7 @@ class _Run:
         model, processor = self.assistant.model, self.assistant.processor
         inputs = processor.apply_chat_template(
             conversations,
-            query_len=self.query_len,
+            **self.budget._asdict(),
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -207,7 +210,7 @@ class _Run:
             processor_kwargs={"padding_side": "left"},
         ).to(model.device, model.dtype)
         output = model.generate(
-            **inputs, query_len=self.query_len, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+            **inputs, **self.budget._asdict(), max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         )
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
@@ -235,14 +238,14 @@ def _error(identity: str | int, message: str) -> Result:
     return {"id": identity, "error": " ".join(message.split())}
 
 
-def _settings(entries: list[Entry], assistant: Assistant, max_new_tokens: int, query_len: int) -> dict[str, Any]:
+def _settings(entries: list[Entry], assistant: Assistant, max_new_tokens: int, budget: TokenBudget) -> dict[str, Any]:
     """What the answers depend on."""
     return {
         "records": len(entries),
         "records_sha256": digest_entries(entries),
         "dtype": str(assistant.model.dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
-        "query_len": query_len,
+        **budget._asdict(),
         "model": _digest_model(assistant),
     }
 

@@ -13,7 +13,7 @@ from transformers import CompileConfig, StaticCache
 
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import check_prompt
+from fusion_hf.modeling_fusion_decoder import TokenBudget, check_prompt
 
 PROMPT_LENGTHS = (1024, 2048, 4096)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -133,7 +133,8 @@ class CompiledGenerator:
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("attention_mask ends with padding; allowed: padding on the left.")
         given = (mask, inputs.get("pixel_values"), inputs.get("prompt_end_positions"))
-        check_prompt(config, inputs["input_ids"], *given, inputs.get("query_len") or config.query_len)
+        budget = TokenBudget.of(config, inputs.get("query_len"), inputs.get("image_token_grid"))
+        check_prompt(config, inputs["input_ids"], *given, budget)
 
     def _cache(self, prompt_length: int) -> StaticCache:
         """The empty cache of a prompt length."""

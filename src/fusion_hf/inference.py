@@ -130,6 +130,17 @@ class Assistant:
             raise InputError(f"query_len is {length}; allowed: {allowed}.")
         return length
 
+    def check_image_token_grid(self, image_token_grid: int | None = None) -> int:
+        """`image_token_grid`, or the model's own.
+
+        Raises:
+            InputError: if it is no whole number from 1 to the tower's patches per side.
+        """
+        try:
+            return self.model.config.grid_side(image_token_grid)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
     @torch.inference_mode()
     def see(self, picture: Image.Image) -> "SeenPicture":
         """What all questions about a picture share, as `answer` takes it."""
@@ -138,21 +149,23 @@ class Assistant:
         return SeenPicture(pixel_values[:, -1:].clone(), self.model.get_global_features(pixel_values))
 
     def prepare(
-        self, messages: list[dict[str, Any]], query_len: int | None = None, seen: "SeenPicture | None" = None
+        self,
+        messages: list[dict[str, Any]],
+        query_len: int | None = None,
+        seen: "SeenPicture | None" = None,
+        image_token_grid: int | None = None,
     ) -> BatchFeature:
         """
-        What `generate` takes for a conversation that ends with a question; arguments as of `answer`.
-
-        Raises:
-            InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
+        What `generate` takes for a conversation that ends with a question; arguments and errors as of `answer`.
         """
-        length = self.check_query_len(query_len)
+        length, grid = self.check_query_len(query_len), self.check_image_token_grid(image_token_grid)
         if seen is not None:
             messages = _with_stand_in(messages)
         try:
             inputs = self.processor.apply_chat_template(
                 messages,
                 query_len=length,
+                image_token_grid=grid,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -164,7 +177,7 @@ class Assistant:
         if prompt >= self.max_length:
             raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
         inputs = inputs.to(self.model.device, self.model.dtype)
-        inputs["query_len"] = length
+        inputs.update(query_len=length, image_token_grid=grid)
         if seen is not None:
             inputs.update(pixel_values=seen.overview, global_features=seen.global_features)
         return inputs
@@ -196,6 +209,7 @@ class Assistant:
         query_len: int | None = None,
         streamer: BaseStreamer | None = None,
         seen: "SeenPicture | None" = None,
+        image_token_grid: int | None = None,
     ) -> str:
         """
         The most likely answer to a conversation that ends with a question; the same one every time.
@@ -206,21 +220,28 @@ class Assistant:
             query_len: latent tokens per question, a perfect square; None: the model's.
             streamer: is given the tokens as they come.
             seen: the picture in the messages, from `see`; None: it is resized and encoded as a whole.
+            image_token_grid: side of the grid of image tokens, 1 to the tower's patches per side; None: the model's.
 
         Raises:
-            InputError: if `query_len` is no square, or the conversation exceeds the model's maximum.
+            InputError: if `query_len` or `image_token_grid` is impossible, or the conversation exceeds the model's
+                maximum.
         """
-        inputs = self.prepare(messages, query_len, seen)
+        inputs = self.prepare(messages, query_len, seen, image_token_grid)
         return self.read(inputs, self.generate(inputs, max_new_tokens, streamer))
 
     def answer_each(
-        self, picture: Image.Image, questions: Sequence[str], max_new_tokens: int, query_len: int | None = None
+        self,
+        picture: Image.Image,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
     ) -> Iterator[str]:
         """The answers to questions about one picture, each asked by itself; its tiles are encoded once for all."""
         seen = self.see(picture)
         for question in questions:
             messages = [question_message(question, picture)]
-            yield self.answer(messages, max_new_tokens, query_len, seen=seen)
+            yield self.answer(messages, max_new_tokens, query_len, seen=seen, image_token_grid=image_token_grid)
 
 
 @dataclass(frozen=True)
@@ -242,8 +263,11 @@ class Conversation:
     Args:
         assistant: who answers.
         picture: what the questions are about.
-        max_new_tokens, query_len: see `Assistant.answer`.
+        max_new_tokens, query_len, image_token_grid: see `Assistant.answer`.
         fast: keep the language model's cache from question to question.
+
+    Raises:
+        InputError: if `query_len` or `image_token_grid` is impossible.
     """
 
     def __init__(
@@ -253,11 +277,13 @@ class Conversation:
         max_new_tokens: int,
         query_len: int | None = None,
         fast: bool = False,
+        image_token_grid: int | None = None,
     ):
         self.assistant = assistant
         self.picture = picture
         self.max_new_tokens = max_new_tokens
-        self.query_len = query_len
+        self.query_len = assistant.check_query_len(query_len)
+        self.image_token_grid = assistant.check_image_token_grid(image_token_grid)
         self.fast = fast
         self.messages: list[dict[str, Any]] = []
         self._seen: SeenPicture | None = None
@@ -276,14 +302,14 @@ class Conversation:
         if self.fast:
             answer = self._answer_fast(messages, self._seen, streamer)
         else:
-            settings = (self.max_new_tokens, self.query_len, streamer)
-            answer = self.assistant.answer(messages, *settings, self._seen)
+            settings = (self.max_new_tokens, self.query_len, streamer, self._seen, self.image_token_grid)
+            answer = self.assistant.answer(messages, *settings)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
     @torch.inference_mode()
     def _answer_fast(self, messages: list[dict[str, Any]], seen: SeenPicture, streamer: BaseStreamer | None) -> str:
-        inputs = self.assistant.prepare(messages, self.query_len, seen)
+        inputs = self.assistant.prepare(messages, self.query_len, seen, self.image_token_grid)
         if not self.messages:
             self._guide = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
         inputs.update(self._guide)

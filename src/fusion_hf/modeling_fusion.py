@@ -4,29 +4,32 @@ Shapes: B batch, P patches per side, N = P * P, T question tokens, Dv tower widt
 (`query_len`), w window size, R user turns, S sequence length. Source: FUSION, arXiv 2504.09925.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import AutoModel, Cache, GenerationMixin, StaticCache
 from transformers.generation import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
-from transformers.integrations.hub_kernels import is_kernel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 
-from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig, skip_by_default
+from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from .modeling_fusion_base import (
+    FusionCausalLMOutputWithPast,
+    FusionModelOutputWithPast,
+    FusionPreTrainedModel,
+    LossCounts,
+)
 from .modeling_fusion_decoder import (
     DECODER_LAYERS,
     EmbeddedPrompt,
     FusionSampler,
     InVocabulary,
     PromptMarks,
+    TokenBudget,
     WordLookup,
     check_prompt,
     check_reuse,
@@ -37,15 +40,13 @@ from .modeling_fusion_vision import (
     EncodedPicture,
     FusionProjector,
     FusionVisionModel,
-    adaptive_max_pool,
     check_picture,
     check_tiles,
-    is_accepted,
+    pool_context,
+    reduce_grid,
     stitch_tiles,
 )
 
-# what tower and language model can be told to use; flash attention needs its package and a GPU
-ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 # what describes the prompt's picture and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = (
     "pixel_values",
@@ -54,101 +55,6 @@ PROMPT_INPUTS = (
     "instruct_attention_mask",
     "prompt_end_positions",
 )
-
-
-@dataclass
-class FusionModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    image_hidden_states (`(B, num_image_tokens, D)`, *optional*): projected image features that the LLM read.
-    mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    mapping_loss: torch.Tensor | None = None
-
-
-@dataclass
-class FusionCausalLMOutputWithPast(ModelOutput):
-    """
-    loss (`()`, *optional*): `language_loss + mapping_loss_weight * mapping_loss`.
-    language_loss (`()`, *optional*): mean cross entropy over labelled tokens.
-    mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
-    logits (`(B, S, vocabulary)`). hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the
-    last entry is after the final norm. image_hidden_states (`(B, num_image_tokens, D)`, *optional*).
-    """
-
-    loss: torch.Tensor | None = None
-    language_loss: torch.Tensor | None = None
-    mapping_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-
-
-class LossCounts(NamedTuple):
-    """
-    How many items each mean of the loss is taken over, `()` each. A trainer that splits a batch gives the counts of
-    the whole batch with every part, and the parts' losses add up to the whole batch's.
-    """
-
-    labels: torch.Tensor
-    instruct_tokens: torch.Tensor
-    pictures: torch.Tensor
-
-
-class FusionPreTrainedModel(PreTrainedModel):
-    config: FusionConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FusionVisionLayer", *(layer.__name__ for layer in DECODER_LAYERS.values())]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    # Engines that take over attention also take over the loop, drop our keywords, and would answer without samplers.
-    _supports_attention_backend = False
-
-    def post_init(self) -> None:
-        super().post_init()
-        # FSDP refuses names of layers that the model does not have
-        present = {type(module).__name__ for module in self.modules()}
-        known = self._no_split_modules  # a list or a set, as the version of transformers has it
-        self._no_split_modules = type(known)(name for name in known if name in present)
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers; an error also names what is supported here."""
-        choose = super().get_correct_attn_implementation
-        try:
-            return choose(requested_attention, is_init_check)
-        except (ImportError, ValueError) as error:
-            supported = ", ".join(map(repr, filter(partial(is_accepted, choose), ATTENTION)))
-            message = f"attn_implementation is {requested_attention!r}; supported here: {supported}. {error}"
-            raise type(error)(message) from error
-
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; nothing is changed if one of the parts cannot have its implementation."""
-        names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
-        for name in names:
-            if isinstance(name, str) and not is_kernel(name):  # a kernel is fetched where it is needed
-                self.get_correct_attn_implementation(name)
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers; a `quantization_config` without modules to leave alone leaves NOT_QUANTIZED alone."""
-        if quantization_config is not None:
-            kwargs["quantization_config"] = skip_by_default(quantization_config)
-        return super().from_pretrained(*args, **kwargs)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the parts' configurations are told the data type of the weights as well."""
-        for name in self.config.sub_configs:
-            getattr(self.config, name).dtype = self.dtype
-        super().save_pretrained(*args, **kwargs)
 
 
 class FusionModel(FusionPreTrainedModel):
@@ -191,21 +97,23 @@ class FusionModel(FusionPreTrainedModel):
         pixel_values: torch.Tensor,
         instruct_input_ids: torch.Tensor | None = None,
         instruct_attention_mask: torch.Tensor | None = None,
+        image_token_grid: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Encode the overviews of pictures `(B, 5, 3, H, W)` under their questions `(B, T)`.
 
-        Returns `pooler_output`, the projected features `(B, num_image_tokens, D)` that the LLM reads, and
+        Returns `pooler_output`, the projected features `(B, image_token_grid ** 2, D)` that the LLM reads, and
         `last_hidden_state`, the tower's last layer `(B, N, Dv)`. The tower's `hidden_states` and (with eager
         attention) `attentions`, if asked for, are those of patches and question tokens, N + T.
         """
+        grid = self.config.grid_side(image_token_grid)
         overview = pixel_values[:, NUM_TILES]
         guided, _, _ = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask, **kwargs)
         patch_features = guided.features[:, : guided.patch_embeddings.shape[1]]  # (B, N, 3 Dv)
         return BaseModelOutputWithPooling(
             last_hidden_state=patch_features[..., : self.config.vision_config.hidden_size],
-            pooler_output=self.reduce_grid(self.vision_projector(patch_features)),
+            pooler_output=reduce_grid(self.vision_projector(patch_features), self.config.num_patches_per_side, grid),
             hidden_states=guided.hidden_states,
             attentions=guided.attentions,
         )
@@ -221,6 +129,17 @@ class FusionModel(FusionPreTrainedModel):
         tiles = pixel_values[:, :NUM_TILES].flatten(0, 1)
         features = self.vision_projector(self.vision_tower(tiles).features)  # (4 B, N, D)
         return stitch_tiles(features, self.config.num_patches_per_side)
+
+    def encode_grey(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """What samplers see in prompts without picture: features `(B, D, 2P, 2P)` of mid grey, of one tile for all."""
+        features = self.vision_projector(self.vision_tower(self._grey(inputs_embeds, 1)).features)  # (1, N, D)
+        features = stitch_tiles(features.repeat(NUM_TILES, 1, 1), self.config.num_patches_per_side)
+        return features.expand(len(inputs_embeds), -1, -1, -1)
+
+    def _grey(self, inputs_embeds: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Mid grey pixels `(*shape, 3, H, W)`, which are zeros, of the type of the embeddings."""
+        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        return inputs_embeds.new_zeros(*shape, channels, size, size)
 
     def guide_tower(
         self,
@@ -267,23 +186,6 @@ class FusionModel(FusionPreTrainedModel):
             instruct_mask=mask,
         )
 
-    def reduce_grid(self, image_features: torch.Tensor) -> torch.Tensor:
-        """FUSION-L: resize `(B, N, D)` bilinearly to `(B, image_token_grid ** 2, D)`."""
-        grid, side = self.config.image_token_grid, self.config.num_patches_per_side
-        if grid is None or grid == side:
-            return image_features
-        feature_map = image_features.transpose(1, 2).unflatten(-1, (side, side))
-        feature_map = nn.functional.interpolate(feature_map, size=(grid, grid), mode="bilinear", align_corners=False)
-        return feature_map.flatten(2).transpose(1, 2)
-
-    def pool_context(self, global_features: torch.Tensor, query_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Initial latent tokens `(B, q, D)` and the windows that samplers look at `(B, q, w * w, D)`."""
-        side, window = isqrt(query_len), self.config.window_size
-        latents = adaptive_max_pool(global_features, side).flatten(2).transpose(1, 2)
-        windows = adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)
-        windows = windows.unflatten(3, (side, window)).unflatten(2, (side, window))  # (B, D, s, w, s, w)
-        return latents, windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
-
     def compute_mapping_loss(self, picture: EncodedPicture, counts: LossCounts | None = None) -> torch.Tensor:
         """Mean cosine distances of question and features, and of patch embeddings and mapped-back image tokens."""
         mask = picture.instruct_mask
@@ -307,7 +209,7 @@ class FusionModel(FusionPreTrainedModel):
         instruct_input_ids: torch.Tensor | None,
         instruct_attention_mask: torch.Tensor | None,
         prompt_end_positions: torch.Tensor | None,
-        query_len: int,
+        budget: TokenBudget,
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
@@ -315,23 +217,29 @@ class FusionModel(FusionPreTrainedModel):
         """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
         marks = PromptMarks.find(input_ids, self.config)
         inputs_embeds = self._embed_text(input_ids, marks)
-        if pixel_values is None:
-            size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-            pixel_values = inputs_embeds.new_zeros(len(input_ids), NUM_TILES + 1, channels, size, size)
-        questions = (instruct_input_ids, instruct_attention_mask)
-        picture = self.encode_picture(pixel_values, *questions, global_features)
-        image_features = self.reduce_grid(picture.image_features)
-        latents, windows = self.pool_context(picture.global_features, query_len)
+        image_features = mapping_loss = None
+        if pixel_values is None and not output_mapping_loss:
+            context = self.encode_grey(inputs_embeds)
+        else:
+            if pixel_values is None:
+                pixel_values = self._grey(inputs_embeds, len(input_ids), NUM_TILES + 1)
+            questions = (instruct_input_ids, instruct_attention_mask)
+            picture = self.encode_picture(pixel_values, *questions, global_features)
+            context, side = picture.global_features, self.config.num_patches_per_side
+            image_features = reduce_grid(picture.image_features, side, budget.image_token_grid)
+            if output_mapping_loss:
+                mapping_loss = self.compute_mapping_loss(picture, loss_counts)
+        latents, windows = pool_context(context, budget.query_len, self.config.window_size)
         # a sample without image tokens starts from zero latents
         latents = torch.where(marks.image.any(1)[:, None, None], latents, 0)
         updates = None
         if prompt_end_positions is not None and prompt_end_positions.numel() > 0:
-            updates = marks.latent_updates(windows, prompt_end_positions, query_len)
+            updates = marks.latent_updates(windows, prompt_end_positions, budget.query_len)
         return EmbeddedPrompt(
             inputs_embeds=marks.fill(inputs_embeds, image_features, latents),
             latent_updates=updates,
             image_features=image_features,
-            mapping_loss=self.compute_mapping_loss(picture, loss_counts) if output_mapping_loss else None,
+            mapping_loss=mapping_loss,
         )
 
     def embed_turns(
@@ -344,7 +252,7 @@ class FusionModel(FusionPreTrainedModel):
         """Further turns of a conversation: the cache holds its beginning, the picture included."""
         marks = PromptMarks.find(input_ids, self.config)
         inputs_embeds = self._embed_text(input_ids, marks)
-        latents, windows = self.pool_context(global_features.to(inputs_embeds), query_len)
+        latents, windows = pool_context(global_features.to(inputs_embeds), query_len, self.config.window_size)
         inputs_embeds = marks.fill(inputs_embeds, None, latents)
         return EmbeddedPrompt(inputs_embeds, marks.latent_updates(windows, prompt_end_positions, query_len))
 
@@ -365,6 +273,7 @@ class FusionModel(FusionPreTrainedModel):
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
+        image_token_grid: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionModelOutputWithPast:
         """
@@ -372,16 +281,16 @@ class FusionModel(FusionPreTrainedModel):
         """
         has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
         if input_ids is not None and inputs_embeds is None:
-            query_len = self.config.query_len if query_len is None else query_len
+            budget = TokenBudget.of(self.config, query_len, image_token_grid)
             is_prompt = pixel_values is not None or has_turns
             check_picture(self.config, len(input_ids), pixel_values, global_features)
             is_reuse = global_features is not None
             if (is_prompt or is_reuse or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
                 picture = (pixel_values, global_features, instruct_input_ids)
                 check_reuse(self.config, input_ids, *picture, prompt_end_positions, past_key_values)
-                check_prompt(self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, query_len)
+                check_prompt(self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, budget)
             if global_features is not None and prompt_end_positions is not None and pixel_values is None:
-                prompt = self.embed_turns(input_ids, global_features, prompt_end_positions, query_len)
+                prompt = self.embed_turns(input_ids, global_features, prompt_end_positions, budget.query_len)
             elif is_prompt:
                 prompt = self.embed_prompt(
                     input_ids,
@@ -389,7 +298,7 @@ class FusionModel(FusionPreTrainedModel):
                     instruct_input_ids,
                     instruct_attention_mask,
                     prompt_end_positions,
-                    query_len,
+                    budget,
                     output_mapping_loss,
                     loss_counts,
                     global_features,
@@ -479,11 +388,12 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
+        image_token_grid: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FusionCausalLMOutputWithPast:
         """
         Args:
-            input_ids (`(B, S)`): image tokens `num_image_tokens` times; latent blocks of `query_len` tokens, one per
+            input_ids (`(B, S)`): `image_token_grid ** 2` image tokens; latent blocks of `query_len` tokens, one per
                 user turn; the image before the first latent block.
             attention_mask (`(B, S)`): padded left or right.
             pixel_values (`(B, 5, 3, H, W)`, *optional*): four tiles and the overview. A sample without image tokens in
@@ -499,6 +409,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
                 per sample, on any device. Only the overview is encoded then, the last of `pixel_values`, which may be
                 the overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
                 which hold each sample's picture, and `prompt_end_positions` are those of the new turns.
+            image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
+                reads it from the configuration.
 
         Raises:
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
@@ -519,6 +431,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             output_mapping_loss=labels is not None,
             loss_counts=loss_counts,
             global_features=global_features,
+            image_token_grid=image_token_grid,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -84,11 +84,11 @@ def one_by_one(assistant: Assistant, folder: Path, records: list[dict], **settin
 
 
 @pytest.mark.parametrize("name", ["nano", "talkative", "long_rope"])
-@pytest.mark.parametrize("query_len", [None, 4])
-def test_equals_one_by_one(request: pytest.FixtureRequest, name: str, query_len: int | None, tmp_path: Path):
+@pytest.mark.parametrize("budget", [{}, {"query_len": 4}, {"image_token_grid": 3}], ids=str)
+def test_equals_one_by_one(request: pytest.FixtureRequest, name: str, budget: dict[str, int], tmp_path: Path):
     assistant = request.getfixturevalue(name)
     path, records = write_questions(tmp_path, COUNT)
-    settings = {"max_new_tokens": NEW_TOKENS, "query_len": query_len}
+    settings = {"max_new_tokens": NEW_TOKENS, **budget}
     expected = one_by_one(assistant, tmp_path, records, **settings)
     assert len({result["answer"] for result in expected}) > 5
     assert batch_generate(path, assistant, batch_size=7, progress=False, **settings) == expected
@@ -256,6 +256,7 @@ def test_pictures_are_opened_when_their_batch_is_up(nano: Assistant, tmp_path: P
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"query_len": 5}, "query_len is 5"),
+        ({"image_token_grid": 7}, "image_token_grid is 7; allowed: a whole number from 1 to 6"),
         ({"device": "cpu"}, "device is 'cpu'"),
     ],
 )

@@ -139,6 +139,7 @@ def reorder_records(questions: Path) -> None:
     [
         (None, {"max_new_tokens": 5}, "max_new_tokens is 5, but .*answers.jsonl.partial was begun with 4"),
         (None, {"query_len": 4}, "query_len is 4, but .* with 16"),
+        (None, {"image_token_grid": 2}, "image_token_grid is 2, but .* with 6"),
         (add_record, {}, "records is 13, but .* with 12"),
         (change_record, {}, "records_sha256 is "),
         (reorder_records, {}, "records_sha256 is "),

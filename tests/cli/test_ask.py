@@ -56,6 +56,17 @@ def test_prints_what_the_library_answers(run, assistant, picture):
     assert (result.returncode, result.stdout, result.stderr) == (0, expected + "\n", "")
 
 
+def test_prints_what_the_library_answers_with_fewer_image_tokens(run, assistant, picture):
+    questions = ["how many shapes are there?", QUESTION]
+    image = assistant.open_picture(picture)
+    expected = list(assistant.answer_each(image, questions, 5, query_len=4, image_token_grid=2))
+    options = ("--query-len", 4, "--image-token-grid", 2, "--max-new-tokens", 5, "--dtype", "float32")
+    result = run("ask", picture, questions[0], "--also", questions[1], *options)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(expected) + "\n", "")
+    talked = run("chat", picture, *options, stdin=questions[0])
+    assert (talked.returncode, talked.stdout, talked.stderr) == (0, expected[0] + "\n", "")
+
+
 def test_max_new_tokens_limits_the_answer(assistant, picture):
     messages = [{"role": "user", "content": QUESTION}]
     answer = assistant.answer(messages, max_new_tokens=1)

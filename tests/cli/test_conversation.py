@@ -60,8 +60,9 @@ def watch(assistant: Assistant) -> Iterator[Watch]:
 
 def whole_prompt(conversation: Conversation, messages: list[dict[str, Any]]) -> BatchFeature:
     """Messages as one prompt, whose overview is guided by the first question alone."""
-    inputs = conversation.assistant.prepare(messages)
-    first = conversation.assistant.prepare(messages[:1])
+    grid = conversation.image_token_grid
+    inputs = conversation.assistant.prepare(messages, image_token_grid=grid)
+    first = conversation.assistant.prepare(messages[:1], image_token_grid=grid)
     return BatchFeature(
         {**inputs, **{name: first[name] for name in ("instruct_input_ids", "instruct_attention_mask")}}
     )
@@ -96,16 +97,16 @@ def test_a_picture_is_resized_once(
     assert sizes.count(image.size) == 1
 
 
-@pytest.mark.parametrize("query_len", [None, 4])
+@pytest.mark.parametrize("budget", [{}, {"query_len": 4}, {"image_token_grid": 3}], ids=str)
 def test_a_conversation_is_encoded_with_all_its_questions(
-    assistant: Assistant, image: Image.Image, watch: Watch, query_len: int | None
+    assistant: Assistant, image: Image.Image, watch: Watch, budget: dict[str, int]
 ):
-    conversation = Conversation(assistant, image, MOST, query_len)
+    conversation = Conversation(assistant, image, MOST, **budget)
     for question in QUESTIONS:
         answer = conversation.ask(question)
         logits = watch.logits[0]
         watch.clear()
-        assert answer == assistant.answer(conversation.messages[:-1], MOST, query_len)
+        assert answer == assistant.answer(conversation.messages[:-1], MOST, **budget)
         assert torch.equal(watch.logits[0], logits)
         watch.clear()
     conversation.ask(QUESTIONS[0])
@@ -116,9 +117,10 @@ def test_a_conversation_is_encoded_with_all_its_questions(
 
 
 @torch.inference_mode()
-def test_fast_mode_continues_what_it_holds(assistant: Assistant, image: Image.Image, watch: Watch):
+@pytest.mark.parametrize("grid", [None, 3])
+def test_fast_mode_continues_what_it_holds(assistant: Assistant, image: Image.Image, watch: Watch, grid: int | None):
     """Cache and logits are those of one pass over the conversation, whose overview the first question guides."""
-    conversation = Conversation(assistant, image, MOST, fast=True)
+    conversation = Conversation(assistant, image, MOST, fast=True, image_token_grid=grid)
     for turn, question in enumerate(QUESTIONS):
         watch.clear()
         conversation.ask(question)

@@ -57,6 +57,7 @@ def check_one_line(result, *parts: str, status: int = 2) -> None:
         (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "-4"], "perfect square"),
         (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "many"], "perfect square"),
         (["ask", "docs/assets/red_circle.png", QUESTION, "--max-new-tokens", "0"], "whole number from 1"),
+        (["ask", "docs/assets/red_circle.png", QUESTION, "--image-token-grid", "0"], "whole number from 1"),
         (["chat", "nowhere.png"], "'nowhere.png' is no file"),
     ],
 )
@@ -103,6 +104,13 @@ def test_more_latent_tokens_than_the_model_reads(run_here, picture):
     check_one_line(
         run_here("ask", picture, QUESTION, "--query-len", 10**8), "query_len is 100000000", "below the model's"
     )
+
+
+@pytest.mark.parametrize("command", [("ask", QUESTION), ("chat",)])
+def test_more_image_tokens_than_the_tower_gives(run_here, picture, command):
+    name, *question = command
+    result = run_here(name, picture, *question, "--image-token-grid", 7)
+    check_one_line(result, "image_token_grid is 7", "allowed: a whole number from 1 to 6")
 
 
 @pytest.mark.parametrize("option", ["--device", "--dtype"])

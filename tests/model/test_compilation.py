@@ -133,7 +133,10 @@ def test_inductor(llama: FusionForConditionalGeneration, settings: dict, compile
         ({"prompt_lengths": []}, r"prompt_lengths is \[\]; allowed: positive lengths"),
         ({"prompt_lengths": [512]}, r"prompt_lengths is \[512\]; allowed: at most 500 for this model"),
         ({"mode": "fast"}, "mode is 'fast'; allowed: 'default', 'reduce-overhead'"),
-        ({"mode": "reduce-overhead", "options": {"cpp_wrapper": True}}, "mode is 'reduce-overhead'; allowed: 'default'"),
+        (
+            {"mode": "reduce-overhead", "options": {"cpp_wrapper": True}},
+            "mode is 'reduce-overhead'; allowed: 'default'",
+        ),
         ({"batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; allowed: 1 or more"),
     ],

@@ -137,6 +137,19 @@ def test_beams_share_the_tiles_of_their_picture(llama: FusionForConditionalGener
     assert sorted(seen) == [2 * 3, 2 * 4]
 
 
+@torch.no_grad()
+def test_grey_is_encoded_once(llama: FusionForConditionalGeneration) -> None:
+    """A batch without pictures sees what a batch of grey pictures sees, by one tile instead of five a sample."""
+    seen = []
+    llama.model.vision_tower.embeddings.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    inputs = make_inputs(llama.config, SAMPLES[2:])
+    pixel_values = inputs.pop("pixel_values", torch.zeros(2, 5, 3, 32, 32))
+    expected = llama(**inputs, pixel_values=pixel_values).logits
+    seen.clear()
+    torch.testing.assert_close(llama(**inputs).logits, expected, **CLOSE)
+    assert seen == [1]
+
+
 def test_assisted_and_prompt_lookup_decoding_equal_greedy(llama: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(llama.config, SAMPLES[1:2])
     expected = llama.generate(**inputs, **GREEDY)

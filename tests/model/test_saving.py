@@ -19,7 +19,8 @@ def test_save_load_save_is_byte_identical(backbone: str, tmp_path: Path) -> None
     reloaded.save_pretrained(tmp_path / "second")
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("first", "second"))
     assert first == second
-    code = {"configuration_fusion.py", "modeling_fusion.py", "modeling_fusion_decoder.py", "modeling_fusion_vision.py"}
+    parts = ("", "_base", "_decoder", "_vision")
+    code = {"configuration_fusion.py", *(f"modeling_fusion{part}.py" for part in parts)}
     assert code | {"config.json", "model.safetensors"} <= first.keys()
     inputs = make_inputs(model.config, [Sample([4], seed=1), Sample([3, 5], [2], seed=2)])
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Messages and prompts: layout, counts that disagree, text that looks like special tokens."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -41,6 +43,50 @@ def test_query_len(processor: FusionProcessor, query_len: int) -> None:
     prompt = processor.apply_chat_template(chat, query_len=query_len, add_generation_prompt=True)
     again = processor(text=prompt, images=PICTURE, query_len=query_len, return_tensors="pt")
     torch.testing.assert_close(again["input_ids"], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("grid", [1, 3, 11])
+def test_image_token_grid(processor: FusionProcessor, grid: int) -> None:
+    """As many image tokens as the call asks for, wherever they are counted; the text has one mark all the same."""
+    chat = [user("what shape is it?", PICTURE)]
+    marks = {"return_mm_token_type_ids": True, "return_offsets_mapping": True}
+    inputs = processor.apply_chat_template(chat, image_token_grid=grid, query_len=4, processor_kwargs=marks, **CALL)
+    plain = processor.apply_chat_template(chat, query_len=4, processor_kwargs=marks, **CALL)
+    assert count(inputs, processor.image_token_id) == [grid**2]
+    assert count(inputs, processor.latent_token_id) == [4]
+    assert inputs["mm_token_type_ids"].sum() == grid**2
+    assert count(plain, processor.image_token_id) == [processor.num_image_tokens]  # nothing stays behind
+    added = grid**2 - processor.num_image_tokens
+    assert inputs["input_ids"].shape[1] == plain["input_ids"].shape[1] + added
+    torch.testing.assert_close(inputs["prompt_end_positions"], plain["prompt_end_positions"] + added)
+    spans = inputs["offset_mapping"][0]
+    assert spans[-1][1] == plain["offset_mapping"][0][-1][1] + added * len(processor.image_token)
+    prompt = processor.apply_chat_template(chat, image_token_grid=grid, query_len=4, add_generation_prompt=True)
+    assert prompt.count(processor.image_token) == 1
+    again = processor(text=prompt, images=PICTURE, image_token_grid=grid, query_len=4, return_tensors="pt")
+    torch.testing.assert_close(again["input_ids"], inputs["input_ids"])
+    nested = processor.apply_chat_template(chat, processor_kwargs={"image_token_grid": grid}, **CALL)
+    assert count(nested, processor.image_token_id) == [grid**2]
+
+
+def test_threads_may_use_different_grids(processor: FusionProcessor) -> None:
+    grids = [1, 2, 3, 4, 5, 6, 7, 8] * 4
+    chat = [user("what shape is it?", PICTURE)]
+
+    def tokens(grid: int) -> int:
+        return count(processor.apply_chat_template(chat, image_token_grid=grid, **CALL), processor.image_token_id)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokens, grids)) == [grid**2 for grid in grids]
+
+
+@pytest.mark.parametrize("grid", [0, -2, 2.5, "4"])
+def test_image_token_grid_that_is_no_whole_number_from_1(processor: FusionProcessor, grid: Any) -> None:
+    message = rf"image_token_grid is {re.escape(repr(grid))}; allowed: a whole number from 1"
+    with pytest.raises(ValueError, match=message):
+        processor(text="a", image_token_grid=grid)
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([user("a")], image_token_grid=grid)
 
 
 def test_mixed_batch(processor: FusionProcessor) -> None:

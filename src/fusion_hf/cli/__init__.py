@@ -107,6 +107,12 @@ def _shared_arguments() -> Parser:
         help="latent tokens per question, a perfect square: more of them look more closely; default: the model's",
     )
     shared.add_argument(
+        "--image-token-grid",
+        type=_positive,
+        metavar="N",
+        help="side of the grid of image tokens: a smaller one is faster and sees less; default: the model's",
+    )
+    shared.add_argument(
         "--max-new-tokens",
         type=_positive,
         default=MAX_NEW_TOKENS,

@@ -25,9 +25,13 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.inference import Conversation
 
     assistant = load_assistant(arguments)
-    settings = (arguments.max_new_tokens, arguments.query_len)
+    settings = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "query_len": arguments.query_len,
+        "image_token_grid": arguments.image_token_grid,
+    }
     if len(arguments.images) == len(questions) == 1:
-        conversation = Conversation(assistant, assistant.open_picture(arguments.images[0]), *settings)
+        conversation = Conversation(assistant, assistant.open_picture(arguments.images[0]), **settings)
         conversation.ask(arguments.question, AnswerStreamer(assistant.processor.tokenizer))
         return 0
 
@@ -40,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             status = USER_ERROR
             continue
         name = f"{image}: " if len(arguments.images) > 1 else ""
-        for answer in assistant.answer_each(picture, questions, *settings):
+        for answer in assistant.answer_each(picture, questions, **settings):
             line = " ".join(printable(f"{name}{answer}").split("\n"))
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         query_len=arguments.query_len,
+        image_token_grid=arguments.image_token_grid,
         device=arguments.device,
         dtype=arguments.dtype,
     )

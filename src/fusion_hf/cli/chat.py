@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     assistant = load_assistant(arguments)
     picture = assistant.open_picture(arguments.image)
-    settings = (arguments.max_new_tokens, arguments.query_len, arguments.fast)
+    settings = (arguments.max_new_tokens, arguments.query_len, arguments.fast, arguments.image_token_grid)
     conversation = Conversation(assistant, picture, *settings)
     streamer = AnswerStreamer(assistant.processor.tokenizer)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.training.flops import Shape
 from fusion_hf.training.parts import freeze_except
 
@@ -218,7 +219,7 @@ def _loss(
             batch["instruct_input_ids"],
             None,
             batch["prompt_end_positions"],
-            shape.query_len,
+            TokenBudget.of(model.config, shape.query_len),
             output_mapping_loss=True,
         )
         updates = {} if prompt.latent_updates is None else {"latent_updates": prompt.latent_updates}

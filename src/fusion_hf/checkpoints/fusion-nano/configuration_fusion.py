@@ -76,7 +76,8 @@ class FusionConfig(PreTrainedConfig):
         early_text_attention (`str`): what the question's rows attend to in early layers. `"uniform"`: the mean over
             patches and valid question tokens; `"uniform_padded"`: over padding as well (the authors' batches);
             `"masked"`: as the paper says, patches do not see the question there.
-        image_token_grid (`int`, *optional*): side of the grid that image features are resized to (FUSION-L: 16).
+        image_token_grid (`int`, *optional*): side of the grid that image features are resized to (FUSION-L: 16),
+            where a call does not say another.
         mapping_loss_weight (`float`): weight of the two mapping losses.
         instruct_pad_token_id (`int`): this id is ignored in the question (0, also where 0 is a real token: the
             authors' mask is `ids != 0`).
@@ -149,8 +150,22 @@ class FusionConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Image tokens that the LLM reads for one picture: P * P, or the reduced grid's."""
-        side = self.image_token_grid if self.image_token_grid is not None else self.num_patches_per_side
-        return side * side
+        return self.grid_side() ** 2
+
+    def grid_side(self, image_token_grid: int | None = None) -> int:
+        """
+        Side of the grid of image tokens that the LLM reads: the given one, else this configuration's, else P.
+
+        Raises:
+            ValueError: if what is given is no whole number from 1 to P.
+        """
+        side = self.num_patches_per_side
+        if image_token_grid is None:
+            return side if self.image_token_grid is None else self.image_token_grid
+        if not isinstance(image_token_grid, int) or not 0 < image_token_grid <= side:
+            allowed = f"a whole number from 1 to {side}, the tower's patches per side"
+            raise ValueError(f"image_token_grid is {image_token_grid!r}; allowed: {allowed}.")
+        return image_token_grid
 
     def check_values(self) -> None:
         """Raise a `ValueError` for the first field whose value is impossible."""

@@ -22,6 +22,27 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 from .configuration_fusion import FusionConfig, is_perfect_square
 
 
+class TokenBudget(NamedTuple):
+    """How many tokens show a picture to the LLM."""
+
+    query_len: int  # latent tokens per question, a perfect square
+    image_token_grid: int  # side of the grid of image tokens
+
+    @classmethod
+    def of(
+        cls, config: FusionConfig, query_len: int | None = None, image_token_grid: int | None = None
+    ) -> "TokenBudget":
+        """What a call gives, else the configuration's. Raises a `ValueError` for what no picture can have."""
+        length = config.query_len if query_len is None else query_len
+        if not is_perfect_square(length):
+            raise ValueError(f"query_len is {length}; allowed: a perfect square (1, 4, 9, 16, ...).")
+        return cls(length, config.grid_side(image_token_grid))
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.image_token_grid**2
+
+
 class LatentUpdates(NamedTuple):
     """
     What a sampler needs beside the hidden states. A named tuple: device maps and FSDP move tensors inside tuples.
@@ -148,7 +169,7 @@ class EmbeddedPrompt(NamedTuple):
 
     inputs_embeds: torch.Tensor  # (B, S, D)
     latent_updates: LatentUpdates | None = None
-    image_features: torch.Tensor | None = None  # (B, num_image_tokens, D)
+    image_features: torch.Tensor | None = None  # (B, image_token_grid ** 2, D)
     mapping_loss: torch.Tensor | None = None  # ()
 
 
@@ -214,12 +235,10 @@ def check_prompt(
     attention_mask: torch.Tensor | None,
     pixel_values: torch.Tensor | None,
     prompt_end_positions: torch.Tensor | None,
-    query_len: int,
+    budget: TokenBudget,
 ) -> None:
     """Raise a `ValueError`, with both counts, where ids, pictures, latent blocks and turns of a prompt disagree."""
     batch, length = input_ids.shape
-    if not is_perfect_square(query_len):
-        raise ValueError(f"query_len is {query_len}; allowed: a perfect square (1, 4, 9, 16, ...).")
     turns = [[]] * batch if prompt_end_positions is None else prompt_end_positions.tolist()
     if len(turns) != batch:
         raise ValueError(f"prompt_end_positions has {len(turns)} rows for {batch} samples.")
@@ -232,13 +251,13 @@ def check_prompt(
         latent = (ids == config.latent_token_id).nonzero().flatten().tolist()
         if image and pixel_values is None:
             raise ValueError(f"Sample {row} has {len(image)} image tokens, but pixel_values is None.")
-        complete = len(image) == config.num_image_tokens
-        if image and not complete and (len(image) > config.num_image_tokens or image[-1] != last):
-            allowed = f"one picture gives {config.num_image_tokens}"
+        most = budget.num_image_tokens
+        if image and len(image) != most and (len(image) > most or image[-1] != last):
+            allowed = f"one picture gives {most}, as image_token_grid is {budget.image_token_grid}"
             raise ValueError(f"Sample {row} has {len(image)} image tokens; {allowed}.")
         if image and latent and image[-1] > latent[0]:
             raise ValueError(f"Sample {row}: the image must come before the first latent block.")
-        _check_turns(row, _blocks(latent), [end for end in turns[row] if end != -1], query_len, last)
+        _check_turns(row, _blocks(latent), [end for end in turns[row] if end != -1], budget.query_len, last)
 
 
 def check_reuse(

@@ -4,8 +4,8 @@ Shapes: B batch, P patches of a tile per side, N = P * P, T question tokens, Dv 
 Source: FUSION, arXiv 2504.09925, "text-guided vision encoding".
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -199,13 +199,22 @@ def adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
     return nn.functional.adaptive_max_pool2d(feature_map, side)
 
 
-def is_accepted(choose: Callable[[str], str], name: str) -> bool:
-    """Whether transformers' choice of an attention implementation takes this one."""
-    try:
-        choose(name)
-    except (ImportError, ValueError):
-        return False
-    return True
+def reduce_grid(image_features: torch.Tensor, side: int, grid: int) -> torch.Tensor:
+    """FUSION-L: resize `(B, N, D)`, P = `side` patches a side, bilinearly to `(B, grid ** 2, D)`."""
+    if grid == side:
+        return image_features
+    feature_map = image_features.transpose(1, 2).unflatten(-1, (side, side))
+    feature_map = nn.functional.interpolate(feature_map, size=(grid, grid), mode="bilinear", align_corners=False)
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+def pool_context(global_features: torch.Tensor, query_len: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Initial latent tokens `(B, q, D)` and the windows that samplers look at `(B, q, w * w, D)`."""
+    side = isqrt(query_len)
+    latents = adaptive_max_pool(global_features, side).flatten(2).transpose(1, 2)
+    windows = adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)
+    windows = windows.unflatten(3, (side, window)).unflatten(2, (side, window))  # (B, D, s, w, s, w)
+    return latents, windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
 def check_tiles(config: FusionConfig, pixel_values: torch.Tensor) -> None:

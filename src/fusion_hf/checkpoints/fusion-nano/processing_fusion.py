@@ -4,6 +4,7 @@ The sequence is what the authors' LLM reads (FUSION, arXiv 2504.09925, and their
 turn 1, question 1, then latent block and question of each further turn.
 """
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -155,7 +156,12 @@ class FusionProcessor(ProcessorMixin):
         return [*names, "instruct_input_ids", "instruct_attention_mask", "prompt_end_positions"]
 
     def apply_chat_template(
-        self, conversation: list[Any], chat_template: str | None = None, query_len: int | None = None, **kwargs: Any
+        self,
+        conversation: list[Any],
+        chat_template: str | None = None,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """
         Messages (or a list of conversations) to text or, with `tokenize=True, return_dict=True`, to model inputs.
@@ -163,13 +169,16 @@ class FusionProcessor(ProcessorMixin):
         A message's content is a string or a list of `{"type": "text", "text": ...}` and one
         `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
         before the first question, whichever user message carries it. What looks like a special token in a message
-        stays text.
+        stays text. `query_len` and `image_token_grid` are those of the call.
         """
+        self.count_image_tokens(image_token_grid)
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         prepared = [self._prepare_messages(c) for c in (conversation if batched else [conversation])]
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
         processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {}), "query_len": length}
+        if image_token_grid is not None:
+            processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
             prepared if batched else prepared[0],
             chat_template=chat_template,
@@ -179,13 +188,19 @@ class FusionProcessor(ProcessorMixin):
         )
 
     def __call__(
-        self, images: Any = None, text: str | list[str] | None = None, query_len: int | None = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         Prompts, as `apply_chat_template` writes them, and one picture for each `<image>` in them.
 
-        A single `<latent_image>` stands for a block of `query_len`. The authors' order of marks (latent block before
-        the image) is accepted and swapped. Batches that become tensors are padded.
+        A single `<latent_image>` stands for a block of `query_len`, `<image>` for `image_token_grid ** 2` image tokens
+        (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
+        swapped. Batches that become tensors are padded.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
@@ -193,6 +208,11 @@ class FusionProcessor(ProcessorMixin):
         Raises:
             ValueError: for counts that disagree, and prompts longer than `tokenizer.model_max_length`; names both.
         """
+        if image_token_grid is not None:
+            # a copy that other threads do not see: transformers asks `replace_image_token`, which knows no call's grid
+            resized = copy.copy(self)
+            resized.num_image_tokens = self.count_image_tokens(image_token_grid)
+            return resized(images, text, query_len, **kwargs)
         if text is None:
             return super().__call__(images=images, **kwargs)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
@@ -252,6 +272,18 @@ class FusionProcessor(ProcessorMixin):
         if text_kwargs.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def count_image_tokens(self, image_token_grid: int | None = None) -> int:
+        """Image tokens of one picture: of the given grid, or `num_image_tokens`. The model knows how many it can give.
+
+        Raises:
+            ValueError: if what is given is no whole number from 1.
+        """
+        if image_token_grid is None:
+            return self.num_image_tokens
+        if not isinstance(image_token_grid, int) or image_token_grid < 1:
+            raise ValueError(f"image_token_grid is {image_token_grid!r}; allowed: a whole number from 1.")
+        return image_token_grid**2
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens

@@ -1,0 +1,125 @@
+"""What both FUSION models have in common: outputs, loading and saving, and the choice of attention.
+
+Shapes: B batch, S sequence length, D LLM width. Source: FUSION, arXiv 2504.09925.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.integrations.hub_kernels import is_kernel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration_fusion import FusionConfig, skip_by_default
+from .modeling_fusion_decoder import DECODER_LAYERS
+
+# what tower and language model can be told to use; flash attention needs its package and a GPU
+ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
+
+
+@dataclass
+class FusionModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*): projected image features that the LLM read.
+    mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    mapping_loss: torch.Tensor | None = None
+
+
+@dataclass
+class FusionCausalLMOutputWithPast(ModelOutput):
+    """
+    loss (`()`, *optional*): `language_loss + mapping_loss_weight * mapping_loss`.
+    language_loss (`()`, *optional*): mean cross entropy over labelled tokens.
+    mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
+    logits (`(B, S, vocabulary)`). hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the
+    last entry is after the final norm. image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*).
+    """
+
+    loss: torch.Tensor | None = None
+    language_loss: torch.Tensor | None = None
+    mapping_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class LossCounts(NamedTuple):
+    """
+    How many items each mean of the loss is taken over, `()` each. A trainer that splits a batch gives the counts of
+    the whole batch with every part, and the parts' losses add up to the whole batch's.
+    """
+
+    labels: torch.Tensor
+    instruct_tokens: torch.Tensor
+    pictures: torch.Tensor
+
+
+class FusionPreTrainedModel(PreTrainedModel):
+    config: FusionConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FusionVisionLayer", *(layer.__name__ for layer in DECODER_LAYERS.values())]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    # Engines that take over attention also take over the loop, drop our keywords, and would answer without samplers.
+    _supports_attention_backend = False
+
+    def post_init(self) -> None:
+        super().post_init()
+        # FSDP refuses names of layers that the model does not have
+        present = {type(module).__name__ for module in self.modules()}
+        known = self._no_split_modules  # a list or a set, as the version of transformers has it
+        self._no_split_modules = type(known)(name for name in known if name in present)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers; an error also names what is supported here."""
+        choose = super().get_correct_attn_implementation
+        try:
+            return choose(requested_attention, is_init_check)
+        except (ImportError, ValueError) as error:
+            supported = ", ".join(map(repr, filter(partial(_is_accepted, choose), ATTENTION)))
+            message = f"attn_implementation is {requested_attention!r}; supported here: {supported}. {error}"
+            raise type(error)(message) from error
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; nothing is changed if one of the parts cannot have its implementation."""
+        names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
+        for name in names:
+            if isinstance(name, str) and not is_kernel(name):  # a kernel is fetched where it is needed
+                self.get_correct_attn_implementation(name)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers; a `quantization_config` without modules to leave alone leaves NOT_QUANTIZED alone."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = skip_by_default(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the parts' configurations are told the data type of the weights as well."""
+        for name in self.config.sub_configs:
+            getattr(self.config, name).dtype = self.dtype
+        super().save_pretrained(*args, **kwargs)
+
+
+def _is_accepted(choose: Callable[[str], str], name: str) -> bool:
+    """Whether transformers' choice of an attention implementation takes this one."""
+    try:
+        choose(name)
+    except (ImportError, ValueError):
+        return False
+    return True
