@@ -21,7 +21,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-oldest lint format nano bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -48,10 +48,19 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not quant"
 
-test-slow: $(TEST)  ## the tests that take long
+test-slow: $(TEST) test-quant  ## the tests that take long
 	$(PYTEST) -m slow
+
+# In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
+test-quant:  ## the tests with bitsandbytes and torchao
+	$(MAKE) $(VENV)-quant/.installed-quant VENV=$(VENV)-quant
+	OMP_NUM_THREADS=1 $(VENV)-quant/bin/python -m pytest -m quant
+
+$(VENV)/.installed-quant: $(TEST)
+	$(INSTALL) -e ".[quant]"
+	@touch $@
 
 test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest.txt
@@ -81,5 +90,5 @@ bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

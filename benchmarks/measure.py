@@ -146,13 +146,13 @@ def paired_ratios(values: Sequence[float], others: Sequence[float]) -> Spread:
     return summarize([value / other for value, other in zip(values, others, strict=True)])
 
 
-def surroundings(device: str) -> dict[str, dict[str, str]]:
-    """What a result was measured with."""
+def surroundings(device: str, more: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """What a result was measured with, the versions of `more` packages included."""
     return {
         "machine": {"device": device_name(device), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
+            **{name: version(name) for name in (*PACKAGES, *more)},
             "torch": torch.__version__,
         },
     }
