@@ -1,4 +1,4 @@
-"""Writes the tables of `docs/performance.md` from `benchmarks/results`: run it after a new measurement."""
+"""Writes the tables of the documents from `benchmarks/results`: run it after a new measurement."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PERFORMANCE = DOCS / "performance.md"
 NOT_MEASURED, OUT_OF_MEMORY = "not measured", "out of memory"
 BYTES_PER_MIB = 2**20
 ALLOCATED = "allocated_bytes"
@@ -24,9 +25,13 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`columns`: title and file. `conditions`: one line on what a result was measured with."""
+    """
+    A table between two markers with its `name` in `document`. `columns`: title and file. `conditions`: one line on
+    what a result was measured with.
+    """
 
     name: str
+    document: Path
     columns: dict[str, str]
     rows: list[Row]
     conditions: Callable[[Result], str]
@@ -201,14 +206,20 @@ def conditions(result: Result) -> str:
     )
 
 
-INFERENCE = Table("benchmark", {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions)
+INFERENCE = Table(
+    "benchmark", PERFORMANCE, {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions
+)
 TRAINING = Table(
     "training benchmark",
+    PERFORMANCE,
     {"CPU": "training_cpu.json", "GPU, 3B": "training_cuda_3b.json", "GPU, 8B": "training_cuda_8b.json"},
     TRAINING_ROWS,
     training_conditions,
 )
-TABLES = (INFERENCE, TRAINING)
+TABLES = [
+    INFERENCE,
+    TRAINING,
+]
 
 
 def describe(table: Table, result: Result) -> str:
@@ -238,16 +249,29 @@ def replace_table(document: str, table: Table, text: str) -> str:
     head, _, rest = document.partition(table.begin)
     _, found, tail = rest.partition(table.end)
     if not found:
-        raise ValueError(f"The document needs the lines {table.begin!r} and {table.end!r}, in this order.")
+        raise ValueError(f"{table.document.name} needs the lines {table.begin!r} and {table.end!r}, in this order.")
     return f"{head}{table.begin}\n\n{text}\n\n{table.end}{tail}"
 
 
-def update(document: str, folder: Path) -> str:
-    """The document with all tables from the results in `folder`."""
+def documents() -> list[Path]:
+    """All that hold a table, each once."""
+    return list(dict.fromkeys(table.document for table in TABLES))
+
+
+def update(document: Path, folder: Path) -> str:
+    """The text of the document with all of its tables from the results in `folder`."""
+    text = document.read_text()
     for table in TABLES:
-        document = replace_table(document, table, render(table, load_results(table, folder)))
-    return document
+        if table.document == document:
+            text = replace_table(text, table, render(table, load_results(table, folder)))
+    return text
+
+
+def write_documents() -> None:
+    """Bring all tables up to date with the committed results."""
+    for document in documents():
+        document.write_text(update(document, RESULTS))
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))
+    write_documents()

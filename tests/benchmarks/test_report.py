@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from report import DOCUMENT, INFERENCE, NOT_MEASURED, RESULTS, TABLES, TRAINING, load_results, render, replace_table
+from report import INFERENCE, NOT_MEASURED, RESULTS, TABLES, TRAINING, documents, load_results, render, replace_table
 from report import update as update_document
 
 
@@ -12,9 +12,13 @@ def cpu():
     return json.loads((RESULTS / INFERENCE.columns["CPU"]).read_text())
 
 
-def test_the_document_is_up_to_date():
-    document = DOCUMENT.read_text()
-    assert update_document(document, RESULTS) == document, "run: python benchmarks/report.py"
+@pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
+def test_documents_are_up_to_date(document):
+    assert update_document(document, RESULTS) == document.read_text(), "run: python benchmarks/report.py"
+
+
+def test_every_table_has_a_name_of_its_own():
+    assert len({table.name for table in TABLES}) == len(TABLES)
 
 
 def rows_of(table, folder):
