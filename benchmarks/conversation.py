@@ -32,9 +32,9 @@ from measure import (
 from tqdm import tqdm
 from workload import (
     ANSWER_TOKENS,
-    HEADER_TOKENS,
     QUESTION_TOKENS,
     SIZES,
+    Request,
     Size,
     build_model,
     make_image_processor,
@@ -50,7 +50,6 @@ SEED = 1
 LONGEST_ANSWER = 6  # tokens
 TIMED_TOKENS = 2  # the first is what counts
 MODES = ("faithful", "fast", "by itself")
-Prompt = dict[str, torch.Tensor]
 
 
 class Times:
@@ -60,33 +59,12 @@ class Times:
         self.device = device
         self.model = build_model(size, dtype, device)
         pixel_values = make_image_processor(size)(make_photo(size.photo), return_tensors="pt")["pixel_values"]
-        self.first = make_prompt(self.model.config, pixel_values.to(device, dtype))
-        self.whole = self.add_turn(self.first)
+        self.first, self.whole = (
+            make_prompt(self.model.config, pixel_values.to(device, dtype), Request(turns=turns)) for turns in (1, 2)
+        )
         words = partial(make_words, self.model.config, np.random.default_rng(SEED))
         self.questions = [torch.tensor([words(QUESTION_TOKENS)], device=device) for _ in range(questions)]
         self.measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-
-    def add_turn(self, first: Prompt) -> Prompt:
-        """An answer and a second question behind a prompt of one turn."""
-        config = self.model.config
-        words = partial(make_words, config, np.random.default_rng(SEED))
-        question = words(QUESTION_TOKENS)
-        block = [
-            config.vision_start_token_id,
-            *[config.latent_token_id] * config.query_len,
-            config.vision_end_token_id,
-        ]
-        ids = torch.tensor([[*words(ANSWER_TOKENS), *block, *question, *words(HEADER_TOKENS)]], device=self.device)
-        input_ids = torch.cat([first["input_ids"], ids], dim=1)
-        instruct = torch.cat([first["instruct_input_ids"], torch.tensor([question], device=self.device)], dim=1)
-        end = torch.tensor([[input_ids.shape[1] - 1]], device=self.device)
-        return first | {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "instruct_input_ids": instruct,
-            "instruct_attention_mask": torch.ones_like(instruct),
-            "prompt_end_positions": torch.cat([first["prompt_end_positions"], end], dim=1),
-        }
 
     def encode_separately(self) -> None:
         """Tower, connector and projectors of one call per question."""

@@ -1,10 +1,13 @@
-"""Time and memory of FUSION's inference, beside eager attention and the authors' way of computing it.
+"""Time and memory of FUSION's inference, beside other ways of computing it and beside peers of transformers.
 
     python benchmarks/inference.py --threads 2 --output benchmarks/results/cpu.json
+    python benchmarks/inference.py --device cuda --size 3b --dtype bfloat16 --batches 1,32 --profile \\
+        --output benchmarks/results/cuda_3b.json
     python benchmarks/report.py
 
-A round measures every variant once, in an order that changes from round to round, together with the machine's own
-rates. Ratios are taken within a round, so that a slow spell of the machine falls on both sides.
+A round measures every contestant once, in an order that changes from round to round, together with the machine's own
+rates. Ratios are taken within a round, so that a slow spell of the machine falls on both sides. Growth and throughput
+take long and have fewer rounds of their own. Everything has random weights: nothing is downloaded.
 """
 
 import argparse
@@ -16,16 +19,35 @@ from statistics import median
 from typing import Any
 
 import torch
+from contestants import (
+    COMPILED,
+    EAGER,
+    NAMES,
+    OURS,
+    REFERENCE,
+    Contestant,
+    build_contestants,
+    cache_bytes,
+    default_names,
+    missing_originals,
+    prefill_flops,
+    weight_bytes,
+)
+from growth import measure_growth
 from measure import (
     DTYPES,
     check_device,
+    clocked,
     copy_rate,
     generation_seconds,
     matmul_rate,
+    names_among,
+    numbers,
     paired_ratios,
     peak_allocated,
     peak_resident,
     positive,
+    read_rate,
     seconds,
     summarize,
     surroundings,
@@ -33,50 +55,53 @@ from measure import (
     write_result,
 )
 from PIL import Image
-from reference import build_reference
-from report import INFERENCE, describe
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from profiling import describe_operations, profile_contestant
+from report import COMPARISON, INFERENCE, describe
+from throughput import BATCHES, measure_throughput
 from tqdm import tqdm
-from workload import SIZES, Size, build_eager, build_model, make_image_processor, make_photo, make_prompt
+from workload import ONE_QUESTION, SIZES, Size, build_model, make_image_processor, make_photo
 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import LatentUpdates
 
-TOLERANCE = 1e-4  # relative, of float32 logits: all variants are one function
+TOLERANCE = 1e-4  # relative, of float32 logits: all ways of computing FUSION are one function
 TOKENS_BETWEEN_BLOCKS = 30  # in the conversation that the samplers alone are timed on
+FUSIONS = (OURS, EAGER, REFERENCE)
 
-Models = dict[str, FusionForConditionalGeneration]
-Measured = dict[str, dict[str, list[float]]]  # figure -> variant -> one value per round
+Measured = dict[str, dict[str, list[float]]]  # figure -> contestant -> one value per round
 
 
 class Benchmark:
-    """The three variants with their inputs, and everything measured so far."""
+    """The contestants with their inputs, and everything measured so far."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, device: torch.device):
-        self.size, self.dtype, self.device = size, dtype, device
+    def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, names: list[str]):
+        self.size, self.dtype, self.device, self.names = size, dtype, device, names
         self.image_processor, self.photo = make_image_processor(size), make_photo(size.photo)
         self.pixel_values = self.preprocess()["pixel_values"].to(device)
-        self.models = self.build_models(torch.float32)
         self.errors = self.check_equality()
-        if dtype != torch.float32:
-            self.models = self.build_models(dtype)
-        self.prompt = make_prompt(self.models["ours"].config, self.pixel_values)
+        self.contestants = self.build(names, dtype)
+        self.prompts = {name: contestant.prompt(ONE_QUESTION) for name, contestant in self.contestants.items()}
         self.measured: Measured = defaultdict(lambda: defaultdict(list))
 
-    def build_models(self, dtype: torch.dtype) -> Models:
-        """All variants share the weights of the first."""
-        ours = build_model(self.size, dtype, self.device)
-        return {"ours": ours, "eager": build_eager(ours), "reference": build_reference(ours)}
+    def build(self, names: list[str], dtype: torch.dtype) -> dict[str, Contestant]:
+        """All share the weights of one language model."""
+        model = build_model(self.size, dtype, self.device)
+        return build_contestants(names, model, self.pixel_values.to(dtype))
 
     def check_equality(self) -> dict[str, float]:
-        """Relative errors of the prompt's logits against ours; a variant that computes something else is refused."""
-        prompt = make_prompt(self.models["ours"].config, self.pixel_values)
-        logits = {name: model(**prompt).logits for name, model in self.models.items()}
+        """
+        Relative errors, in float32, of the prompt's logits against ours; a way of computing FUSION that computes
+        something else is refused.
+        """
+        fusions = [name for name in self.names if name in FUSIONS]
+        if len(fusions) == 1:
+            return {}
+        contestants = self.build(fusions, torch.float32)
+        logits = {name: fusion.model(**fusion.prompt(ONE_QUESTION)).logits for name, fusion in contestants.items()}
         errors = {
-            name: ((logits[name] - logits["ours"]).norm() / logits["ours"].norm()).item()
+            name: ((logits[name] - logits[OURS]).norm() / logits[OURS].norm()).item()
             for name in logits
-            if name != "ours"
+            if name != OURS
         }
         for name, error in errors.items():
             if not error <= TOLERANCE:
@@ -92,13 +117,14 @@ class Benchmark:
         for target in (2 * side, side):
             self.photo.resize((target, target), Image.Resampling.BICUBIC)
 
-    def encode(self, model: FusionForConditionalGeneration) -> Any:
-        """Both passes of the tower, connector, projectors."""
-        names = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")
-        return model.model.encode_picture(*(self.prompt[name] for name in names))
-
-    def prefill(self, model: FusionForConditionalGeneration) -> Any:
-        return model(**self.prompt, use_cache=True, logits_to_keep=1)
+    def encode(self, name: str) -> Any:
+        """Tower, connector and projectors over a prompt's picture."""
+        prompt, contestant = self.prompts[name], self.contestants[name]
+        if name in FUSIONS:
+            given = {key: prompt[key] for key in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
+        else:
+            given = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
+        return getattr(contestant.encoder, contestant.method)(**given)
 
     def rewrite(self, model: FusionForConditionalGeneration, hidden: torch.Tensor, updates: LatentUpdates) -> None:
         """All samplers, without the layers that they follow."""
@@ -117,124 +143,174 @@ class Benchmark:
         return hidden, LatentUpdates(windows, positions[None], (starts + stride - 1)[None], valid)
 
     def time_round(self, index: int) -> None:
-        """One value of every time; the order of the variants turns with the round's number."""
+        """One value of every time; the order of the contestants turns with the round's number."""
         add = self.measured
         processors = {"ours": self.preprocess, "pil_resizes": self.resize_twice}
         for name in turned(list(processors), index):
             add["preprocessing_seconds"][name].append(seconds(processors[name], self.device))
         conversation = self.long_conversation()
-        for name in turned(list(self.models), index):
-            model = self.models[name]
-            add["vision_seconds"][name].append(seconds(partial(self.encode, model), self.device))
-            first, later = generation_seconds(model, self.prompt, self.size.new_tokens)
-            add["first_token_seconds"][name].append(first)
-            add["per_token_seconds"][name].append(later)
-            elapsed = seconds(partial(self.rewrite, model, *conversation), self.device)
-            add["samplers_seconds"][name].append(elapsed)
-        rate = matmul_rate(self.size.matrix_side, self.dtype, self.device)
-        add["machine"]["matmul_flops_per_second"].append(rate)
-        add["machine"]["copy_bytes_per_second"].append(copy_rate(self.size.copied_bytes, self.device))
+        for name in turned(list(self.contestants), index):
+            self.time_generation(name)
+            if name in FUSIONS:
+                model = self.contestants[name].model
+                elapsed = seconds(partial(self.rewrite, model, *conversation), self.device)
+                add["samplers_seconds"][name].append(elapsed)
+        rates = add["machine"]
+        rates["matmul_flops_per_second"].append(matmul_rate(self.size.matrix_side, self.dtype, self.device))
+        rates["copy_bytes_per_second"].append(copy_rate(self.size.copied_bytes, self.device))
+        rates["read_bytes_per_second"].append(read_rate(self.size.copied_bytes, self.device))
+
+    def time_generation(self, name: str) -> None:
+        """Prompt, the encoding of its picture by itself, and decoding, all of one call."""
+        contestant, add = self.contestants[name], self.measured
+        with clocked(contestant.encoder, contestant.method, self.device) as encoding:
+            first, later = generation_seconds(
+                contestant.model, self.prompts[name], self.size.new_tokens, **contestant.options
+            )
+        add["vision_seconds"][name].append(sum(encoding))
+        add["first_token_seconds"][name].append(first)
+        add["per_token_seconds"][name].append(later)
 
     def memory_round(self, index: int) -> None:
-        """How much each phase adds to the process's resident memory, above the weights and its inputs."""
-        for name, phase, function in self.phases(index):
-            grown = peak_resident(function, self.device)
+        """How much a prompt adds to the process's resident memory, above the weights and its inputs."""
+        for name in turned([name for name in self.contestants if name in FUSIONS], index):
+            prefill = partial(self.contestants[name].prefill, self.prompts[name])
+            grown = peak_resident(prefill, self.device)
             if grown is not None:
-                self.measured[f"{phase}_resident_bytes"][name].append(grown)
+                self.measured["first_token_resident_bytes"][name].append(grown)
 
     def count_allocations(self) -> None:
         """How much each phase allocates: the same in every run, so once is enough."""
         for name, phase, function in self.phases():
             self.measured[f"{phase}_allocated_bytes"][name].append(peak_allocated(function, self.device))
 
-    def phases(self, index: int = 0) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-        """Variant, name and call of what is measured for its memory. Decoding needs little but the cache."""
-        for name in turned(list(self.models), index):
-            model = self.models[name]
-            yield name, "vision", partial(self.encode, model)
-            yield name, "first_token", partial(self.prefill, model)
+    def phases(self) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+        """Contestant, name and call of what is measured for its memory. Decoding needs little but the cache."""
+        for name, contestant in self.contestants.items():
+            if name not in COMPILED:
+                yield name, "vision", partial(self.encode, name)
+                yield name, "first_token", partial(contestant.prefill, self.prompts[name])
 
-    def work(self) -> dict[str, int]:
-        """What a prompt and a token must at least do: operations of matrix products, and bytes of weights read."""
-        model = self.models["ours"]
-        # the counter knows attention only where it is made of products; causal attention counts in full
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.prefill(model)
-        read = [*model.model.language_model.layers.parameters(), *model.lm_head.parameters()]
-        idle = [
-            parameter
-            for index in self.size.sampler_layers
-            for parameter in model.model.language_model.layers[index].vision_sampler.parameters()
-        ]
-        return {
-            "prefill_flops": counter.get_total_flops(),
-            "bytes_per_token": sum(x.nbytes for x in read) - sum(x.nbytes for x in idle),
-        }
+    def work(self) -> dict[str, dict[str, int]]:
+        """What a prompt and a token must at least do: operations, and bytes of weights and cache that are read."""
+        work: dict[str, dict[str, int]] = {"prefill_flops": {}, "bytes_per_token": {}}
+        weights = weight_bytes(self.contestants[OURS].model)
+        for name, contestant in self.contestants.items():
+            same = OURS if name in FUSIONS else COMPILED.get(name, name)  # whose work it is, however it is done
+            if same not in work["prefill_flops"]:
+                work["prefill_flops"][same] = prefill_flops(self.contestants[same], self.prompts[same])
+            work["prefill_flops"][name] = work["prefill_flops"][same]
+            length = self.prompts[name]["input_ids"].shape[1] + self.size.new_tokens / 2
+            work["bytes_per_token"][name] = weights + cache_bytes(contestant, length)
+        return work
 
 
-def compare(measured: Measured, work: dict[str, int]) -> dict[str, Any]:
-    """Ratios of ours to each other variant, and fractions of the machine's rates, both paired by round."""
+def compare(measured: Measured, work: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Ratios of ours to each other contestant, and fractions of the machine's rates, both paired by round."""
     ratios = {
-        figure: {name: paired_ratios(variants["ours"], values) for name, values in variants.items() if name != "ours"}
+        figure: {name: paired_ratios(variants[OURS], values) for name, values in variants.items() if name != OURS}
         for figure, variants in measured.items()
         if figure != "machine"
     }
     fractions = {}
-    for figure, amount, rate in (
-        ("first_token_seconds", "prefill_flops", "matmul_flops_per_second"),
-        ("per_token_seconds", "bytes_per_token", "copy_bytes_per_second"),
+    for fraction, figure, amount, rate in (
+        ("prefill_of_matrix_rate", "first_token_seconds", "prefill_flops", "matmul_flops_per_second"),
+        ("decoding_of_copy_rate", "per_token_seconds", "bytes_per_token", "copy_bytes_per_second"),
+        ("decoding_of_read_rate", "per_token_seconds", "bytes_per_token", "read_bytes_per_second"),
     ):
-        fractions[figure] = {
+        fractions[fraction] = {
             name: summarize(
-                [work[amount] / time / peak for time, peak in zip(times, measured["machine"][rate], strict=True)]
+                [work[amount][name] / time / peak for time, peak in zip(times, measured["machine"][rate], strict=True)]
             )
             for name, times in measured[figure].items()
         }
     return {"ratios": ratios, "machine_fractions": fractions}
 
 
-def run(size: str, dtype: str, device: str, repeats: int, threads: int) -> dict[str, Any]:
+def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that takes rounds; `repeats` are those of the times."""
+    benchmark.time_round(0)  # warms everything up, compiles, and is thrown away
+    benchmark.measured.clear()
+    for index in tqdm(range(arguments.repeats), desc="time", unit="round"):
+        benchmark.time_round(index)
+    for index in tqdm(range(arguments.slow_repeats), desc="memory", unit="round"):
+        benchmark.memory_round(index)
+    benchmark.count_allocations()
+    contestants, device = benchmark.contestants, benchmark.device
+    result: dict[str, Any] = {
+        "growth_seconds": measure_growth(contestants, arguments.slow_repeats, device),
+        "tokens_per_second": measure_throughput(contestants, arguments.batches, arguments.slow_repeats, device),
+    }
+    if arguments.profile:
+        names = [name for name in contestants if name in (OURS, *COMPILED)]
+        result["profile"] = {name: profile_contestant(contestants[name], device) for name in names}
+    return result
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; its result is what the JSON file holds."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
+    size, device = SIZES[arguments.size], torch.device(arguments.device)
+    names = arguments.models or default_names(size)
     with torch.no_grad():
-        benchmark = Benchmark(SIZES[size], DTYPES[dtype], torch.device(device))
-        benchmark.time_round(0)  # warms everything up and is thrown away
-        benchmark.measured.clear()
-        for index in tqdm(range(repeats), desc="time"):
-            benchmark.time_round(index)
-        for index in tqdm(range(repeats), desc="memory"):
-            benchmark.memory_round(index)
-        benchmark.count_allocations()
+        benchmark = Benchmark(size, DTYPES[arguments.dtype], device, names)
+        slow = measure(benchmark, arguments)
         work = benchmark.work()
     measured = {figure: dict(variants) for figure, variants in benchmark.measured.items()}
     medians = {
         figure: {name: median(values) for name, values in variants.items()} for figure, variants in measured.items()
     }
+    settings = ("size", "dtype", "device", "repeats", "slow_repeats", "batches", "threads")
+    lengths = {name: prompt["input_ids"].shape[1] for name, prompt in benchmark.prompts.items()}
     return {
-        "settings": {"size": size, "dtype": dtype, "device": device, "repeats": repeats, "threads": threads},
-        **surroundings(device),
-        "prompt_tokens": benchmark.prompt["input_ids"].shape[1],
+        "settings": {name: getattr(arguments, name) for name in settings},
+        **surroundings(arguments.device),
+        "prompt_tokens": lengths[OURS],
+        "contestants": {
+            name: {
+                "prompt_tokens": lengths[name],
+                "picture_tokens": contestant.picture_tokens,
+                "tiles": contestant.tiles,
+            }
+            for name, contestant in benchmark.contestants.items()
+        },
         "work": work,
         "relative_errors": benchmark.errors,
         **compare(measured, work),
         "medians": medians,
         "repeats": measured,
+        **slow,
     }
 
 
-def main() -> None:
+def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="tiny is for tests")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--repeats", type=positive, default=7, help="rounds that count; one more warms up")
+    parser.add_argument("--models", type=names_among(NAMES), help=f"some of {','.join(NAMES)}; default: by size")
+    parser.add_argument("--batches", type=numbers, default=list(BATCHES), help="rows, of the throughput: 1,4,16")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count; one more warms up")
+    parser.add_argument("--slow-repeats", type=positive, default=2, help="rounds of memory, growth and throughput")
+    parser.add_argument("--profile", action="store_true", help="also list where the time goes, by operation")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--output", type=Path, help="JSON file for the result, e.g. benchmarks/results/cpu.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     check_device(parser, arguments.device)
-    result = run(arguments.size, arguments.dtype, arguments.device, arguments.repeats, arguments.threads)
+    missing = missing_originals(arguments.models) if arguments.models else []
+    if missing:
+        parser.error(f"--models: {', '.join(missing)} must be among them, for others are compared with it")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    result = run(arguments)
     write_result(result, arguments.output)
-    print(describe(INFERENCE, result))
+    for table in (INFERENCE, COMPARISON):
+        print(describe(table, result))
+    for name, profiles in result.get("profile", {}).items():
+        print(f"\n{name}\n{describe_operations(profiles)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 
 MATRIX_PRODUCTS = 4  # in one measurement of the machine's rate
+READ_COLUMNS = 1024  # of the matrix that is read
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
 BYTES_PER_KIB = 1024
@@ -57,14 +60,33 @@ class TokenClock(BaseStreamer):
         pass
 
 
+@contextmanager
+def clocked(module: torch.nn.Module, method: str, device: torch.device) -> Iterator[list[float]]:
+    """The seconds of every call of a module's method, in the list that is given, as long as the context lasts."""
+    original = getattr(module, method)
+    times: list[float] = []
+
+    @wraps(original)  # generate looks at the parameters
+    def call(*args: Any, **kwargs: Any) -> Any:
+        results: list[Any] = []
+        times.append(seconds(lambda: results.append(original(*args, **kwargs)), device))
+        return results[0]
+
+    setattr(module, method, call)  # before the class's own, and only for this module
+    try:
+        yield times
+    finally:
+        delattr(module, method)
+
+
 def generation_seconds(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], new_tokens: int
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], new_tokens: int, **options: Any
 ) -> tuple[float, float]:
-    """Time to the first token, and mean time of each later one, of one greedy `generate`."""
+    """Time to the first token, and mean time of each later one, of one greedy `generate` with these options."""
     clock = TokenClock()
     synchronize(inputs["input_ids"].device)
     start = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, **options)
     first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt's
     return first - start, (last - first) / (new_tokens - 1)
 
@@ -86,6 +108,13 @@ def copy_rate(size: int, device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)  # written, so that the copy meets no new pages
     return 2 * size / seconds(lambda: target.copy_(source), device)
+
+
+def read_rate(size: int, device: torch.device) -> float:
+    """Bytes per second that are read and not written: by a sum or a matrix-vector product, whichever is faster."""
+    matrix = torch.ones(size, dtype=torch.uint8, device=device).view(torch.float32).view(-1, READ_COLUMNS)
+    vector = matrix.new_ones(READ_COLUMNS)
+    return size / min(seconds(matrix.sum, device), seconds(lambda: torch.mv(matrix, vector), device))
 
 
 def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
@@ -174,6 +203,24 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
+
+
+def names_among(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Reads a command line's names, with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+        return list(dict.fromkeys(names))
+
+    return parse
+
+
+def numbers(text: str) -> list[int]:
+    """A command line's numbers of things, with commas between them."""
+    return [positive(number) for number in text.split(",")]
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:

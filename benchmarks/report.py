@@ -1,13 +1,17 @@
-"""Writes the tables of the documents from `benchmarks/results`: run it after a new measurement."""
+"""Writes the tables and plots of the documents from `benchmarks/results`: run it after a new measurement."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
+
+from plot import Panel, Point, draw
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-PERFORMANCE = DOCS / "performance.md"
+PERFORMANCE, GUIDE = DOCS / "performance.md", DOCS / "inference.md"
 NOT_MEASURED, OUT_OF_MEMORY = "not measured", "out of memory"
 BYTES_PER_MIB = 2**20
 ALLOCATED = "allocated_bytes"
@@ -24,17 +28,12 @@ class Row(NamedTuple):
     cell: Cell
 
 
-class Table(NamedTuple):
-    """
-    A table between two markers with its `name` in `document`. `columns`: title and file. `conditions`: one line on
-    what a result was measured with.
-    """
+@dataclass(frozen=True)
+class Block:
+    """A part of `document` that is written by this file, between two markers with its `name`."""
 
     name: str
     document: Path
-    columns: dict[str, str]
-    rows: list[Row]
-    conditions: Callable[[Result], str]
 
     @property
     def begin(self) -> str:
@@ -43,6 +42,25 @@ class Table(NamedTuple):
     @property
     def end(self) -> str:
         return f"<!-- {self.name}: end -->"
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    """`columns`: title and file. `conditions`: one line on what a result was measured with."""
+
+    columns: dict[str, str]
+    rows: list[Row]
+    conditions: Callable[[Result], str]
+
+
+@dataclass(frozen=True)
+class Plot(Block):
+    """A drawing of one result. `source`: its file. `panels`: none where the result does not hold the figures."""
+
+    picture: Path
+    description: str
+    source: str
+    panels: Callable[[Result], list[Panel]]
 
 
 def format_spread(spread: dict[str, float] | None, style: str = ".2f") -> str | None:
@@ -58,12 +76,74 @@ def ratio(figure: str, other: str) -> Cell:
     return lambda result: format_spread(result["ratios"].get(figure, {}).get(other))
 
 
-def fraction(figure: str, variant: str) -> Cell:
-    return lambda result: format_spread(result["machine_fractions"][figure][variant], ".0%")
+def spread_of(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def fraction(name: str, variant: str) -> Cell:
+    return lambda result: format_spread(result["machine_fractions"].get(name, {}).get(variant), ".0%")
 
 
 def mebibytes(figure: str, variant: str) -> Cell:
-    return lambda result: f"{result['medians'][figure][variant] / BYTES_PER_MIB:.0f} MiB"
+    def cell(result: Result) -> str | None:
+        count = result["medians"].get(figure, {}).get(variant)
+        return None if count is None else f"{count / BYTES_PER_MIB:.0f} MiB"
+
+    return cell
+
+
+def values_at(result: Result, path: tuple[str, ...]) -> list[float] | None:
+    """One value of each round, or None where the result does not hold them."""
+    for key in path:
+        result = result.get(key, {})
+    return list(result) or None
+
+
+def values(*path: str, scale: float = 1, style: str = ".2f", inverse: bool = False) -> Cell:
+    """The figure of every round, times `scale`; or `scale` by it."""
+
+    def cell(result: Result) -> str | None:
+        rounds = values_at(result, path)
+        if rounds is None:
+            return None
+        return format_spread(spread_of([scale / value if inverse else scale * value for value in rounds]), style)
+
+    return cell
+
+
+def paired(path: tuple[str, ...], other: tuple[str, ...], scale: float = 1) -> Cell:
+    """One figure by another of the same rounds, times `scale`."""
+
+    def cell(result: Result) -> str | None:
+        rounds, others = values_at(result, path), values_at(result, other)
+        if rounds is None or others is None:
+            return None
+        return format_spread(spread_of([scale * x / y for x, y in zip(rounds, others, strict=True)]))
+
+    return cell
+
+
+def per_tile(other: str) -> Cell:
+    """Seconds of a picture by its tiles: ours divided by `other`'s."""
+
+    def cell(result: Result) -> str | None:
+        tiles = {name: facts["tiles"] for name, facts in result.get("contestants", {}).items()}
+        if other not in tiles:
+            return None
+        seconds = ("repeats", "vision_seconds")
+        return paired((*seconds, "ours"), (*seconds, other), tiles[other] / tiles["ours"])(result)
+
+    return cell
+
+
+def picture_tokens(name: str) -> Cell:
+    """Of one picture, in the language model."""
+
+    def cell(result: Result) -> str | None:
+        facts = result.get("contestants", {}).get(name)
+        return None if facts is None else f"{facts['picture_tokens']} of {facts['prompt_tokens']}"
+
+    return cell
 
 
 def step_ratio(figure: str, variant: str, other: str) -> Cell:
@@ -127,10 +207,10 @@ INFERENCE_ROWS = [
     Row("decoding, per token / reference", "", ratio("per_token_seconds", "reference")),
     Row("decoding, per token / eager", "", ratio("per_token_seconds", "eager")),
     Row("samplers alone, eight turns / reference", "", ratio("samplers_seconds", "reference")),
-    Row("prefill, of the matrix-product rate: ours", "", fraction("first_token_seconds", "ours")),
-    Row("prefill, of the matrix-product rate: eager", "", fraction("first_token_seconds", "eager")),
-    Row("prefill, of the matrix-product rate: reference", "", fraction("first_token_seconds", "reference")),
-    Row("decoding, of the copying bandwidth: ours", "", fraction("per_token_seconds", "ours")),
+    Row("prefill, of the matrix-product rate: ours", "", fraction("prefill_of_matrix_rate", "ours")),
+    Row("prefill, of the matrix-product rate: eager", "", fraction("prefill_of_matrix_rate", "eager")),
+    Row("prefill, of the matrix-product rate: reference", "", fraction("prefill_of_matrix_rate", "reference")),
+    Row("decoding, of the copying bandwidth: ours", "", fraction("decoding_of_copy_rate", "ours")),
     Row("peak activation memory / reference", "at most 0.4", ratio("first_token_allocated_bytes", "reference")),
     Row("peak activation memory / eager", "", ratio("first_token_allocated_bytes", "eager")),
     Row("of it, picture / reference", "", ratio("vision_allocated_bytes", "reference")),
@@ -189,6 +269,129 @@ TRAINING_ROWS = [
 ]
 
 
+LABELS = {
+    "llava_onevision": "LLaVA-OneVision, one tile",
+    "llava_onevision_tiled": "LLaVA-OneVision, five tiles",
+    "smolvlm": "SmolVLM, five tiles",
+}
+LLAVA = "LLaVA-OneVision"
+PREFILL_AIM, DECODING_AIM = "at least 75 % (CPU), 45 % (GPU)", "at least 70 % (CPU), 60 % (GPU)"
+FIRST_TOKEN, PER_TOKEN = ("repeats", "first_token_seconds"), ("repeats", "per_token_seconds")
+TOKENS_PER_SECOND, GROWTH = "tokens_per_second", "growth_seconds"
+LENGTHS, TURNS, QUESTIONS = (GROWTH, "question_tokens"), (GROWTH, "turns"), (GROWTH, "questions")
+SHARED = "ours, tiles shared"
+COMPARISON_ROWS = [
+    Row("picture, tokens of the prompt: ours", "", picture_tokens("ours")),
+    *(Row(f"picture, tokens of the prompt: {label}", "", picture_tokens(name)) for name, label in LABELS.items()),
+    Row("time to first token, seconds: ours", "", values(*FIRST_TOKEN, "ours", style=".3f")),
+    *(Row(f"time to first token / {label}", "", ratio("first_token_seconds", name)) for name, label in LABELS.items()),
+    Row("picture / LLaVA-OneVision, one tile", "", ratio("vision_seconds", "llava_onevision")),
+    *(Row(f"picture, per tile / {label}", "", per_tile(name)) for name, label in LABELS.items()),
+    Row("prefill, of the matrix-product rate: ours", PREFILL_AIM, fraction("prefill_of_matrix_rate", "ours")),
+    *(
+        Row(f"prefill, of the matrix-product rate: {label}", "", fraction("prefill_of_matrix_rate", name))
+        for name, label in LABELS.items()
+    ),
+    Row("decoding, tokens/s: ours", "", values(*PER_TOKEN, "ours", style=".1f", inverse=True)),
+    Row("decoding, tokens/s: ours, compiled", "", values(*PER_TOKEN, "ours_compiled", style=".1f", inverse=True)),
+    *(
+        Row(f"decoding, per token / {label}", "1.0" if name == "llava_onevision" else "", ratio(PER_TOKEN[1], name))
+        for name, label in LABELS.items()
+    ),
+    Row(
+        f"decoding, per token / {LLAVA}, one tile; both compiled",
+        "1.0",
+        paired((*PER_TOKEN, "ours_compiled"), (*PER_TOKEN, "llava_onevision_compiled")),
+    ),
+    Row(
+        "decoding, per token, compiled / not compiled", "", paired((*PER_TOKEN, "ours_compiled"), (*PER_TOKEN, "ours"))
+    ),
+    *(
+        Row(f"decoding, of the {rate}ing bandwidth: {label}", aim, fraction(f"decoding_of_{rate}_rate", name))
+        for rate, name, label, aim in (
+            ("read", "ours", "ours", ""),
+            ("read", "ours_compiled", "ours, compiled", DECODING_AIM),
+            ("read", "llava_onevision", f"{LLAVA}, one tile", ""),
+            ("read", "llava_onevision_compiled", f"{LLAVA}, one tile, compiled", ""),
+            ("copy", "ours_compiled", "ours, compiled", ""),
+        )
+    ),
+    *(
+        row
+        for batch in ("1", "4", "16", "32")
+        for row in (
+            Row(f"batch {batch}, tokens/s: ours", "", values(TOKENS_PER_SECOND, "ours", batch, style=".1f")),
+            Row(
+                f"batch {batch}, tokens/s / {LLAVA}, one tile",
+                "",
+                paired((TOKENS_PER_SECOND, "ours", batch), (TOKENS_PER_SECOND, "llava_onevision", batch)),
+            ),
+        )
+    ),
+    Row("peak activation memory: ours", "", mebibytes("first_token_allocated_bytes", "ours")),
+    *(
+        Row(f"peak activation memory: {label}", "", mebibytes("first_token_allocated_bytes", name))
+        for name, label in LABELS.items()
+    ),
+    *(
+        Row(f"time to first token, {what} / {than}: {label}", "", paired((*path, name, most), (*path, name, least)))
+        for what, than, path, most, least in (
+            ("question of 1600 tokens", "20", LENGTHS, "1600", "20"),
+            ("eight turns", "one", TURNS, "8", "1"),
+        )
+        for name, label in (("ours", "ours"), ("llava_onevision", f"{LLAVA}, one tile"))
+    ),
+    Row(
+        "ten questions about a picture, tiles shared / separate calls",
+        "",
+        paired((*QUESTIONS, SHARED, "10"), (*QUESTIONS, "ours", "10")),
+    ),
+    Row(
+        f"ten questions about a picture, tiles shared / {LLAVA}, one tile",
+        "",
+        paired((*QUESTIONS, SHARED, "10"), (*QUESTIONS, "llava_onevision", "10")),
+    ),
+]
+
+
+def comparison_conditions(result: Result) -> str:
+    rounds = result["settings"]
+    return f"{conditions(result)}, {rounds['repeats']} rounds, {rounds.get('slow_repeats')} of growth and throughput."
+
+
+def growth_panels(result: Result) -> list[Panel]:
+    """Time to the first token over what it grows with."""
+    growth = result.get(GROWTH, {})
+    names = {"ours": "ours", SHARED: SHARED, "llava_onevision": f"{LLAVA}, one tile"}
+    return [
+        Panel(
+            title,
+            label,
+            "seconds",
+            {names[name]: points_of(rounds) for name, rounds in growth[what].items()},
+        )
+        for what, title, label in (
+            ("question_tokens", "time to first token", "tokens of the question"),
+            ("turns", "time to first token", "turns of the conversation"),
+            ("questions", "first tokens of all answers", "questions about one picture"),
+        )
+        if what in growth
+    ]
+
+
+def throughput_panels(result: Result) -> list[Panel]:
+    """Tokens per second over rows of a batch."""
+    names = {"ours": "ours", "llava_onevision": f"{LLAVA}, one tile"}
+    lines = {names[name]: points_of(rounds) for name, rounds in result.get(TOKENS_PER_SECOND, {}).items()}
+    return [Panel("throughput", "rows of a batch", "new tokens per second", lines)] if lines else []
+
+
+def points_of(rounds: dict[str, list[float]]) -> list[Point]:
+    """A line: how much of it -> its values."""
+    spreads = {float(x): spread_of(values) for x, values in rounds.items()}
+    return [Point(x, spread["median"], spread["min"], spread["max"]) for x, spread in spreads.items()]
+
+
 def inference_conditions(result: Result) -> str:
     return f"{conditions(result)}, {result['settings']['repeats']} rounds, {result['prompt_tokens']} prompt tokens."
 
@@ -216,9 +419,28 @@ TRAINING = Table(
     TRAINING_ROWS,
     training_conditions,
 )
+COMPARISON = Table(
+    "comparison",
+    GUIDE,
+    {"CPU": "cpu.json", "GPU, 3B": "cuda_3b.json", "GPU, 8B": "cuda_8b.json"},
+    COMPARISON_ROWS,
+    comparison_conditions,
+)
 TABLES = [
     INFERENCE,
     TRAINING,
+    COMPARISON,
+]
+PLOTS = [
+    Plot(
+        f"growth on a {device}",
+        GUIDE,
+        DOCS / "assets" / f"inference_growth_{device.lower()}.svg",
+        f"Growth of the time to the first token, and throughput, on a {device}",
+        source,
+        lambda result: [*growth_panels(result), *throughput_panels(result)],
+    )
+    for device, source in (("CPU", "cpu.json"), ("GPU", "cuda_3b.json"))
 ]
 
 
@@ -244,33 +466,47 @@ def load_results(table: Table, folder: Path) -> dict[str, Result | None]:
     return {column: json.loads(path.read_text()) if path.is_file() else None for column, path in paths.items()}
 
 
-def replace_table(document: str, table: Table, text: str) -> str:
-    """The document with `text` between the table's markers."""
-    head, _, rest = document.partition(table.begin)
-    _, found, tail = rest.partition(table.end)
+def replace_block(document: str, block: Block, text: str) -> str:
+    """The document with `text` between the markers."""
+    head, _, rest = document.partition(block.begin)
+    _, found, tail = rest.partition(block.end)
     if not found:
-        raise ValueError(f"{table.document.name} needs the lines {table.begin!r} and {table.end!r}, in this order.")
-    return f"{head}{table.begin}\n\n{text}\n\n{table.end}{tail}"
+        raise ValueError(f"{block.document.name} needs the lines {block.begin!r} and {block.end!r}, in this order.")
+    return f"{head}{block.begin}\n\n{text}\n\n{block.end}{tail}"
+
+
+def load_panels(plot: Plot, folder: Path) -> list[Panel]:
+    """None where there is no result, or no such figures in it."""
+    path = folder / plot.source
+    return plot.panels(json.loads(path.read_text())) if path.is_file() else []
 
 
 def documents() -> list[Path]:
-    """All that hold a table, each once."""
-    return list(dict.fromkeys(table.document for table in TABLES))
+    """All that hold a table or a plot, each once."""
+    return list(dict.fromkeys(block.document for block in [*TABLES, *PLOTS]))
 
 
 def update(document: Path, folder: Path) -> str:
-    """The text of the document with all of its tables from the results in `folder`."""
+    """The text of the document with all of its tables and plots from the results in `folder`."""
     text = document.read_text()
     for table in TABLES:
         if table.document == document:
-            text = replace_table(text, table, render(table, load_results(table, folder)))
+            text = replace_block(text, table, render(table, load_results(table, folder)))
+    for plot in PLOTS:
+        if plot.document == document:
+            picture = f"![{plot.description}]({plot.picture.relative_to(document.parent)})"
+            text = replace_block(text, plot, picture if load_panels(plot, folder) else f"{plot.name}: {NOT_MEASURED}.")
     return text
 
 
 def write_documents() -> None:
-    """Bring all tables up to date with the committed results."""
+    """Bring all tables and plots up to date with the committed results."""
     for document in documents():
         document.write_text(update(document, RESULTS))
+    for plot in PLOTS:
+        panels = load_panels(plot, RESULTS)
+        if panels:
+            draw(plot.picture, panels)
 
 
 if __name__ == "__main__":

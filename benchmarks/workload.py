@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import skimage.data
@@ -21,12 +21,18 @@ from fusion_hf.training.collator import IGNORE_INDEX
 SEED = 0
 FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
 SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS, ANSWER_TOKENS = 12, 20, 4, 20
+LONGEST_SEQUENCE = 8192  # tokens that the language model of a size is declared for
 RELEASED = Path(__file__).parents[1] / "configs" / "models"
+
+Prompt = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a benchmark. `vision_layers` counts the tower's layers that run; lengths in tokens, sides in pixels."""
+    """
+    Sizes of a benchmark. `vision_layers` counts the tower's layers that run; lengths in tokens, sides in pixels.
+    `released`: the published model that the sizes are those of; its configuration is used as it is.
+    """
 
     vision_layers: int
     vision_early_layers: int
@@ -47,7 +53,8 @@ class Size:
     many_turns: int  # turns of the conversation over which the samplers alone are timed
     photo: tuple[int, int]  # width, height
     matrix_side: int  # of the square matrices whose product gives the machine's rate
-    copied_bytes: int  # of the copy that gives the machine's memory bandwidth
+    copied_bytes: int  # of the copy that gives the machine's memory bandwidth; as many are read for the other one
+    released: str | None = None
 
 
 SIZES = {
@@ -101,14 +108,52 @@ SIZES = {
 SIZES["short"] = replace(SIZES["middle"], vision_layers=9, vision_early_layers=4, text_layers=4, sampler_layers=(0, 3))
 
 
+def read_config(name: str) -> FusionConfig:
+    """Of a published model."""
+    return FusionConfig(**json.loads((RELEASED / f"{name}.json").read_text()))
+
+
+def released_size(name: str) -> Size:
+    """The sizes of a published model, for accelerators: large enough to fill them."""
+    config = read_config(name)
+    text, vision = config.text_config, config.vision_config
+    return replace(
+        SIZES["middle"],
+        vision_layers=vision.num_hidden_layers,
+        vision_early_layers=config.vision_early_layers,
+        vision_width=vision.hidden_size,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        image_side=vision.image_size,
+        patch_side=vision.patch_size,
+        text_layers=text.num_hidden_layers,
+        text_width=text.hidden_size,
+        text_heads=text.num_attention_heads,
+        text_mlp=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        sampler_layers=tuple(config.sampler_layers),
+        query_len=config.query_len,
+        window_size=config.window_size,
+        matrix_side=8192,
+        copied_bytes=2**31,
+        released=name,
+    )
+
+
+SIZES |= {"3b": released_size("fusion-3b"), "8b": released_size("fusion-8b")}
+
+
 def build_config(size: Size) -> FusionConfig:
-    """A FUSION over a Llama-type language model."""
+    """A FUSION over a Llama-type language model, or a published one."""
+    if size.released is not None:
+        return read_config(size.released)
     text = LlamaConfig(
         hidden_size=size.text_width,
         intermediate_size=size.text_mlp,
         num_hidden_layers=size.text_layers,
         num_attention_heads=size.text_heads,
         vocab_size=size.vocab_size,
+        max_position_embeddings=LONGEST_SEQUENCE,
     )
     vision = SiglipVisionConfig(
         hidden_size=size.vision_width,
@@ -144,11 +189,6 @@ class TrainingSize:
     records: int = 96
     loaded: int = 8
     matrix_side: int = 2048
-
-
-def read_config(name: str) -> FusionConfig:
-    """Of a published model."""
-    return FusionConfig(**json.loads((RELEASED / f"{name}.json").read_text()))
 
 
 TRAINING_SIZES = {
@@ -204,32 +244,63 @@ def make_words(config: FusionConfig, random: np.random.Generator, count: int) ->
     return random.integers(FIRST_ORDINARY_ID, last_ordinary, count).tolist()
 
 
-def make_prompt(config: FusionConfig, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+class Request(NamedTuple):
+    """What a prompt is to hold: rows, tokens of each question, user turns about the one picture of a row."""
+
+    batch: int = 1
+    question_tokens: int = QUESTION_TOKENS
+    turns: int = 1
+
+
+ONE_QUESTION = Request()
+
+
+class Text(NamedTuple):
+    """One row: ids of the prompt, ids of its questions, and the last id of each turn's prompt."""
+
+    ids: list[int]
+    questions: list[int]
+    ends: list[int]
+
+
+def make_text(config: FusionConfig, request: Request, picture: list[int], latents: list[int]) -> Text:
     """
-    One picture, one question, no padding: the inputs of `generate`.
+    The same words for every model.
 
     Args:
-        pixel_values (`(1, 5, 3, H, W)`): also decides the device.
+        picture, latents: ids that stand for the picture, and for the latent tokens before each question.
     """
     words = partial(make_words, config, np.random.default_rng(SEED))
-    question = words(QUESTION_TOKENS)
+    ids, questions, ends = [*words(SYSTEM_TOKENS), *picture], [], []
+    for turn in range(request.turns):
+        ids += words(ANSWER_TOKENS) if turn > 0 else []
+        question = words(request.question_tokens)
+        ids += [*latents, *question, *words(HEADER_TOKENS)]
+        questions += question
+        ends.append(len(ids) - 1)
+    return Text(ids, questions, ends)
+
+
+def make_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Request = ONE_QUESTION) -> Prompt:
+    """
+    One picture a row, no padding: the inputs of `generate`.
+
+    Args:
+        pixel_values (`(1, 5, 3, H, W)`): the picture of every row; also decides the device.
+    """
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    ids = [
-        *words(SYSTEM_TOKENS),
-        *(start, *[config.image_token_id] * config.num_image_tokens, end),
-        *(start, *[config.latent_token_id] * config.query_len, end),
-        *question,
-        *words(HEADER_TOKENS),
-    ]
-    device = pixel_values.device
-    input_ids = torch.tensor([ids], device=device)
+    picture = [start, *[config.image_token_id] * config.num_image_tokens, end]
+    text = make_text(config, request, picture, [start, *[config.latent_token_id] * config.query_len, end])
+    input_ids, questions, ends = (
+        torch.tensor([row] * request.batch, device=pixel_values.device) for row in text
+    )  # (B, S), (B, T), (B, R)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "pixel_values": pixel_values,
-        "instruct_input_ids": torch.tensor([question], device=device),
-        "instruct_attention_mask": torch.ones(1, QUESTION_TOKENS, dtype=torch.long, device=device),
-        "prompt_end_positions": torch.tensor([[len(ids) - 1]], device=device),
+        "pixel_values": pixel_values.repeat(request.batch, 1, 1, 1, 1),
+        "instruct_input_ids": questions,
+        "instruct_attention_mask": torch.ones_like(questions),
+        "prompt_end_positions": ends,
     }
 
 

@@ -3,7 +3,18 @@
 import json
 
 import pytest
-from report import INFERENCE, NOT_MEASURED, RESULTS, TABLES, TRAINING, documents, load_results, render, replace_table
+from report import (
+    INFERENCE,
+    NOT_MEASURED,
+    PLOTS,
+    RESULTS,
+    TABLES,
+    TRAINING,
+    documents,
+    load_results,
+    render,
+    replace_block,
+)
 from report import update as update_document
 
 
@@ -18,7 +29,7 @@ def test_documents_are_up_to_date(document):
 
 
 def test_every_table_has_a_name_of_its_own():
-    assert len({table.name for table in TABLES}) == len(TABLES)
+    assert len({block.name for block in [*TABLES, *PLOTS]}) == len([*TABLES, *PLOTS])
 
 
 def rows_of(table, folder):
@@ -54,10 +65,10 @@ def test_parts_that_were_not_measured_and_variants_that_did_not_fit_say_so(tmp_p
     assert len(measured) == 4
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+@pytest.mark.parametrize("table", [*TABLES, *PLOTS], ids=lambda table: table.name)
 def test_a_document_without_markers_is_refused(table):
     with pytest.raises(ValueError, match=f"{table.name}: begin"):
-        replace_table(f"{table.end} before {table.begin}", table, "text")
+        replace_block(f"{table.end} before {table.begin}", table, "text")
 
 
 def test_the_committed_results_are_of_the_real_size(cpu):

@@ -1,0 +1,161 @@
+"""What is measured beside each other: FUSION, other ways of computing it, peers of transformers, compiled decoding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peers import (
+    build_llava_onevision,
+    build_smolvlm,
+    llava_onevision_prompt,
+    llava_onevision_tokens,
+    smolvlm_prompt,
+    smolvlm_tokens,
+)
+from reference import build_reference
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CompileConfig, PreTrainedModel
+from workload import Prompt, Request, Size, build_eager, make_prompt
+
+from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf.configuration_fusion import NUM_TILES
+
+OURS, EAGER, REFERENCE = "ours", "eager", "reference"
+LLAVA, LLAVA_TILED, SMOLVLM = "llava_onevision", "llava_onevision_tiled", "smolvlm"
+VARIANTS, PEERS = (EAGER, REFERENCE), (LLAVA, LLAVA_TILED, SMOLVLM)
+COMPILED = {"ours_compiled": OURS, "llava_onevision_compiled": LLAVA}
+NAMES = (OURS, *VARIANTS, *PEERS, *COMPILED)
+PRODUCTS_OF_ATTENTION = 2  # scores, and weighted sums of values
+FLOPS_OF_PRODUCT = 2  # multiply and add
+KEYS_AND_VALUES = 2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    A model with its inputs.
+
+    Args:
+        prompt: inputs of `generate`. encoder, method: the module and the name of its method that encodes pictures.
+        tiles, picture_tokens: of one picture, in the tower and in the language model.
+        options: of `generate`.
+    """
+
+    model: PreTrainedModel
+    prompt: Callable[[Request], Prompt]
+    encoder: nn.Module
+    method: str
+    tiles: int
+    picture_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def generate(self, prompt: Prompt, new_tokens: int, **given: Any) -> Any:
+        """Greedy."""
+        return self.model.generate(**prompt, **given, max_new_tokens=new_tokens, do_sample=False, **self.options)
+
+    def prefill(self, prompt: Prompt) -> Any:
+        return self.model(**prompt, use_cache=True, logits_to_keep=1)
+
+
+def default_names(size: Size) -> list[str]:
+    """Those that say something at a size: other ways of computing FUSION are compared in the middle size."""
+    return [name for name in NAMES if size.released is None or name not in VARIANTS]
+
+
+def compiled_options() -> dict[str, Any]:
+    """Options of `generate` that decode by a compiled model over a static cache, on every device."""
+    config = CompileConfig()
+    config._compile_all_devices = True  # else only accelerators compile
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def build_contestants(
+    names: Sequence[str], ours: FusionForConditionalGeneration, pixel_values: torch.Tensor
+) -> dict[str, Contestant]:
+    """
+    Those of `NAMES`, in that order.
+
+    Args:
+        pixel_values (`(1, 5, 3, H, W)`): the picture of every prompt.
+    """
+    config, prompt = ours.config, partial(make_prompt, ours.config, pixel_values)
+    built: dict[str, Contestant] = {}
+    for name, build in ((OURS, lambda model: model), (EAGER, build_eager), (REFERENCE, build_reference)):
+        if name in names:
+            model = build(ours)
+            tokens = config.num_image_tokens
+            built[name] = Contestant(model, prompt, model.model, "encode_picture", NUM_TILES + 1, tokens)
+    built |= build_peers(names, ours, pixel_values)
+    for name, original in COMPILED.items():
+        if name in names:
+            built[name] = replace(built[original], options=compiled_options())
+    return {name: built[name] for name in NAMES if name in built}
+
+
+def build_peers(
+    names: Sequence[str], ours: FusionForConditionalGeneration, pixel_values: torch.Tensor
+) -> dict[str, Contestant]:
+    """LLaVA-OneVision's two layouts are those of one model."""
+    config: FusionConfig = ours.config
+    built = {}
+    if LLAVA in names or LLAVA_TILED in names:
+        model = build_llava_onevision(ours)
+        for name, tiled in ((LLAVA, False), (LLAVA_TILED, True)):
+            tokens = llava_onevision_tokens(config, tiled)
+            prompt = partial(llava_onevision_prompt, config, pixel_values, tiled)
+            tiles = NUM_TILES + 1 if tiled else 1
+            built[name] = Contestant(model, prompt, model.model, "get_image_features", tiles, tokens)
+    if SMOLVLM in names:
+        model = build_smolvlm(ours)
+        prompt = partial(smolvlm_prompt, config, pixel_values)
+        tokens = smolvlm_tokens(config)
+        built[SMOLVLM] = Contestant(model, prompt, model.model, "get_image_features", NUM_TILES + 1, tokens)
+    return {name: contestant for name, contestant in built.items() if name in names}
+
+
+def missing_originals(names: Sequence[str]) -> list[str]:
+    """What must be measured as well: ours, and each compiled model's plain one."""
+    needed = [OURS, *(COMPILED[name] for name in names if name in COMPILED)]
+    return [name for name in dict.fromkeys(needed) if name not in names]
+
+
+def prefill_flops(contestant: Contestant, prompt: Prompt) -> int:
+    """
+    Operations of the matrix products, convolutions and attention that a prompt needs.
+
+    Counted while it runs, but for the language model's attention: there a token is paired with itself and with those
+    before it, which is half of the square.
+    """
+    # the counter knows attention only where it is made of products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        contestant.prefill(prompt)
+    text = contestant.model.config.text_config
+    batch, length = prompt["input_ids"].shape
+    masked_pairs = batch * length * (length - 1) // 2
+    width = text.num_attention_heads * head_width(text)
+    masked = masked_pairs * width * FLOPS_OF_PRODUCT * PRODUCTS_OF_ATTENTION * text.num_hidden_layers
+    return counter.get_total_flops() - masked
+
+
+def weight_bytes(ours: FusionForConditionalGeneration) -> int:
+    """Weights that every token is multiplied with: the language model without samplers, and the head."""
+    layers = ours.model.language_model.layers
+    read = [*layers.parameters(), *ours.lm_head.parameters()]
+    idle = [weight for index in ours.config.sampler_layers for weight in layers[index].vision_sampler.parameters()]
+    return sum(weight.nbytes for weight in read) - sum(weight.nbytes for weight in idle)
+
+
+def cache_bytes(contestant: Contestant, length: float) -> int:
+    """Keys and values of a cache of so many tokens."""
+    text = contestant.model.config.text_config
+    values = KEYS_AND_VALUES * text.num_hidden_layers * text.num_key_value_heads * head_width(text)
+    return round(values * length * contestant.model.dtype.itemsize)
+
+
+def head_width(text: Any) -> int:
+    """Of a language model's configuration; some leave it out, some leave it empty."""
+    return text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
