@@ -243,7 +243,8 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, An
     }
     if arguments.profile:
         names = [name for name in contestants if name in (OURS, *COMPILED)]
-        result["profile"] = {name: profile_contestant(contestants[name], device) for name in names}
+        tokens = benchmark.size.new_tokens
+        result["profile"] = {name: profile_contestant(contestants[name], tokens, device) for name in names}
     return result
 
 

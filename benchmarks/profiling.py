@@ -10,7 +10,6 @@ from transformers.generation.streamers import BaseStreamer
 from workload import ONE_QUESTION
 
 TOP = 15  # operations that are listed
-DECODING_STEPS = 8
 MICROSECONDS = 1e6
 
 Operations = list[dict[str, Any]]
@@ -31,15 +30,19 @@ class DecodingStarts(BaseStreamer):
         pass
 
 
-def profile_contestant(contestant: Contestant, device: torch.device) -> dict[str, Operations]:
-    """Of one prompt, and of some decoding steps behind it: the operations that take most of the time."""
+def profile_contestant(contestant: Contestant, new_tokens: int, device: torch.device) -> dict[str, Operations]:
+    """
+    The operations that take most of the time, of one prompt, and of the decoding of all tokens but the first.
+
+    `new_tokens`: as many as were timed, so that a compiled model has a cache of the same length.
+    """
     prompt = contestant.prompt(ONE_QUESTION)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    contestant.generate(prompt, DECODING_STEPS + 1)  # warms up
+    contestant.generate(prompt, new_tokens)  # warms up
     with profile(activities=activities) as prefill:
         contestant.generate(prompt, 1)
     decoding = profile(activities=activities)
-    contestant.generate(prompt, DECODING_STEPS + 1, streamer=DecodingStarts(decoding.start))
+    contestant.generate(prompt, new_tokens, streamer=DecodingStarts(decoding.start))
     decoding.stop()
     return {"prefill": operations(prefill, device), "decoding": operations(decoding, device)}
 
