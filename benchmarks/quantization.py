@@ -5,9 +5,9 @@
     python benchmarks/quantization.py --only times --threads 2 --output benchmarks/results/quantization_cpu.json
     python benchmarks/report.py
 
-Memory and times are of the FUSION with random weights of `inference.py`; a round measures every method once, in an order
-that changes from round to round, and ratios are taken within a round. Accuracy is that of fusion-nano on questions of
-easy-vqa's test set. With `--only`, the other part stays in the output as it is.
+Memory and times are of the FUSION with random weights of `inference.py`; a round measures every method once, in an
+order that changes from round to round, and ratios are taken within a round. Accuracy is that of fusion-nano on
+questions of easy-vqa's test set. With `--only`, the other part stays in the output as it is.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from measure import (
     turned,
     write_result,
 )
+from quantization_report import BASE, BNB_4, BNB_8, INT4, INT8
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from workload import SIZES, Size, build_model, make_image_processor, make_photo, make_prompt
@@ -40,7 +41,6 @@ from fusion_hf.nano.records import test_records
 
 SEED = 0
 PARTS = ("times", "accuracy")
-BASE = "none"
 GROUP = 32  # weights that share a scale in 4 bits; it has to divide the layers' widths
 Make = Callable[[], Any]
 
@@ -62,10 +62,10 @@ def int4() -> TorchAoConfig:
 
 
 METHODS: dict[str, Make] = {
-    "bitsandbytes, 8 bits": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "bitsandbytes, 4 bits (nf4)": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "torchao, int8": int8,
-    "torchao, int4": int4,
+    BNB_8: lambda: BitsAndBytesConfig(load_in_8bit=True),
+    BNB_4: lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    INT8: int8,
+    INT4: int4,
 }
 
 

@@ -1,74 +1,32 @@
 """Writes the tables and plots of the documents from `benchmarks/results`: run it after a new measurement."""
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
 
+from blocks import (
+    ALLOCATED,
+    BYTES_PER_MIB,
+    NOT_MEASURED,
+    OUT_OF_MEMORY,
+    Cell,
+    Plot,
+    Result,
+    Row,
+    Table,
+    conditions,
+    format_spread,
+    load_panels,
+    load_results,
+    render,
+    replace_block,
+)
 from plot import Panel, Point, draw
+from quantization_report import ROWS as QUANTIZATION_ROWS
+from quantization_report import quantization_conditions
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PERFORMANCE, GUIDE = DOCS / "performance.md", DOCS / "inference.md"
-NOT_MEASURED, OUT_OF_MEMORY = "not measured", "out of memory"
-BYTES_PER_MIB = 2**20
-ALLOCATED = "allocated_bytes"
-
-Result = dict[str, Any]
-Cell = Callable[[Result], str | None]
-
-
-class Row(NamedTuple):
-    """A line of a table; `cell` is None where a result does not hold the figure."""
-
-    name: str
-    aim: str
-    cell: Cell
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of `document` that is written by this file, between two markers with its `name`."""
-
-    name: str
-    document: Path
-
-    @property
-    def begin(self) -> str:
-        return f"<!-- {self.name}: begin -->"
-
-    @property
-    def end(self) -> str:
-        return f"<!-- {self.name}: end -->"
-
-
-@dataclass(frozen=True)
-class Table(Block):
-    """`columns`: title and file. `conditions`: one line on what a result was measured with."""
-
-    columns: dict[str, str]
-    rows: list[Row]
-    conditions: Callable[[Result], str]
-
-
-@dataclass(frozen=True)
-class Plot(Block):
-    """A drawing of one result. `source`: its file. `panels`: none where the result does not hold the figures."""
-
-    picture: Path
-    description: str
-    source: str
-    panels: Callable[[Result], list[Panel]]
-
-
-def format_spread(spread: dict[str, float] | None, style: str = ".2f") -> str | None:
-    """Median, and smallest to largest of the rounds."""
-    if spread is None:
-        return None
-    middle, least, most = (format(spread[name], style) for name in ("median", "min", "max"))
-    return f"{middle} ({least}-{most})"
 
 
 def ratio(figure: str, other: str) -> Cell:
@@ -401,14 +359,6 @@ def training_conditions(result: Result) -> str:
     return f"{conditions(result)}{products}, {result['settings']['rounds']} rounds."
 
 
-def conditions(result: Result) -> str:
-    settings, versions = result["settings"], result["versions"]
-    return (
-        f"{result['machine']['device']}, {settings['threads']} threads, {settings['dtype']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}"
-    )
-
-
 INFERENCE = Table(
     "benchmark", PERFORMANCE, {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions
 )
@@ -426,10 +376,18 @@ COMPARISON = Table(
     COMPARISON_ROWS,
     comparison_conditions,
 )
+QUANTIZATION = Table(
+    "quantization",
+    GUIDE,
+    {"CPU": "quantization_cpu.json", "GPU": "quantization_cuda.json"},
+    QUANTIZATION_ROWS,
+    quantization_conditions,
+)
 TABLES = [
     INFERENCE,
     TRAINING,
     COMPARISON,
+    QUANTIZATION,
 ]
 PLOTS = [
     Plot(
@@ -442,43 +400,6 @@ PLOTS = [
     )
     for device, source in (("CPU", "cpu.json"), ("GPU", "cuda_3b.json"))
 ]
-
-
-def describe(table: Table, result: Result) -> str:
-    """All figures of one result as plain text."""
-    width = max(len(row.name) for row in table.rows)
-    return "\n".join(f"{row.name:{width}}  {row.cell(result) or NOT_MEASURED}" for row in table.rows)
-
-
-def render(table: Table, results: dict[str, Result | None]) -> str:
-    """The table in Markdown; a column without a result says so in every cell."""
-    lines = [f"| figure | aim | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
-    for row in table.rows:
-        cells = [(row.cell(result) if result is not None else None) or NOT_MEASURED for result in results.values()]
-        lines.append(f"| {row.name} | {row.aim} | {' | '.join(cells)} |")
-    measured = [f"{column}: {table.conditions(result)}" for column, result in results.items() if result is not None]
-    return "\n".join([*lines, "", *measured] if measured else lines)
-
-
-def load_results(table: Table, folder: Path) -> dict[str, Result | None]:
-    """One result per column; None where its file does not exist."""
-    paths = {column: folder / name for column, name in table.columns.items()}
-    return {column: json.loads(path.read_text()) if path.is_file() else None for column, path in paths.items()}
-
-
-def replace_block(document: str, block: Block, text: str) -> str:
-    """The document with `text` between the markers."""
-    head, _, rest = document.partition(block.begin)
-    _, found, tail = rest.partition(block.end)
-    if not found:
-        raise ValueError(f"{block.document.name} needs the lines {block.begin!r} and {block.end!r}, in this order.")
-    return f"{head}{block.begin}\n\n{text}\n\n{block.end}{tail}"
-
-
-def load_panels(plot: Plot, folder: Path) -> list[Panel]:
-    """None where there is no result, or no such figures in it."""
-    path = folder / plot.source
-    return plot.panels(json.loads(path.read_text())) if path.is_file() else []
 
 
 def documents() -> list[Path]:

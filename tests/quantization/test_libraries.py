@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantization import BASE, METHODS, load, main, stored_bytes
+from quantization import METHODS, load, main, stored_bytes
+from quantization_report import BASE, BNB_4, BNB_8, INT4, INT8
+from tests.docs.markdown import fenced_blocks
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.configuration_fusion import NOT_QUANTIZED, SKIP_FIELDS
@@ -22,10 +24,10 @@ PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
 CPU = torch.device("cpu")
 # of the layers' bytes in float32, scales included; int4 of torchao takes a byte for each value on a CPU
 MOST = {
-    "bitsandbytes, 8 bits": 0.27,
-    "bitsandbytes, 4 bits (nf4)": 0.17,
-    "torchao, int8": 0.27,
-    "torchao, int4": 0.40,
+    BNB_8: 0.27,
+    BNB_4: 0.17,
+    INT8: 0.27,
+    INT4: 0.40,
 }
 ONLY_THE_FOLDER = """
 import json, sys
@@ -106,6 +108,13 @@ def test_a_hub_folder_needs_no_package(model: FusionForConditionalGeneration, tm
     assert result.returncode == 0, result.stderr
     values = torch.tensor(json.loads(result.stdout.splitlines()[-1]))
     torch.testing.assert_close(values, logits(model), rtol=1e-6, atol=1e-6)
+
+
+def test_the_documented_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = fenced_blocks("docs/inference.md", "py")
+    exec(snippet, {})
+    assert (tmp_path / "fusion-nano-int8" / "model.safetensors").is_file()
 
 
 def test_the_benchmark(tmp_path: Path) -> None:
