@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from plot import Panel
 
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+PERFORMANCE, GUIDE = DOCS / "performance.md", DOCS / "inference.md"
 NOT_MEASURED, OUT_OF_MEMORY = "not measured", "out of memory"
 BYTES_PER_MIB = 2**20
 ALLOCATED = "allocated_bytes"

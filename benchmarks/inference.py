@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from blocks import describe
 from contestants import (
     COMPILED,
     EAGER,
@@ -56,7 +57,7 @@ from measure import (
 )
 from PIL import Image
 from profiling import describe_operations, profile_contestant
-from report import COMPARISON, INFERENCE, describe
+from report import COMPARISON, INFERENCE
 from throughput import BATCHES, measure_throughput
 from tqdm import tqdm
 from workload import ONE_QUESTION, SIZES, Size, build_model, make_image_processor, make_photo

@@ -3,11 +3,16 @@
 from pathlib import Path
 from statistics import median
 
+import budget_report
 from blocks import (
     ALLOCATED,
     BYTES_PER_MIB,
+    DOCS,
+    GUIDE,
     NOT_MEASURED,
     OUT_OF_MEMORY,
+    PERFORMANCE,
+    RESULTS,
     Cell,
     Plot,
     Result,
@@ -23,10 +28,6 @@ from blocks import (
 from plot import Panel, Point, draw
 from quantization_report import ROWS as QUANTIZATION_ROWS
 from quantization_report import quantization_conditions
-
-RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[1] / "docs"
-PERFORMANCE, GUIDE = DOCS / "performance.md", DOCS / "inference.md"
 
 
 def ratio(figure: str, other: str) -> Cell:
@@ -428,6 +429,7 @@ def write_documents() -> None:
         panels = load_panels(plot, RESULTS)
         if panels:
             draw(plot.picture, panels)
+    budget_report.write()
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from blocks import describe
 from loading import WORKERS, LoaderBenchmark
 from measure import DTYPES, check_device, positive, surroundings, write_result
 from overhead import measure_overhead
-from report import TRAINING, describe
+from report import TRAINING
 from steps import TOLERANCES, StepBenchmark
 from tqdm import tqdm
 from workload import TRAINING_SIZES

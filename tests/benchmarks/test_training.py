@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocks import NOT_MEASURED, describe
 from loading import LoaderBenchmark
 from overhead import COMPUTATION, StepClock
-from report import NOT_MEASURED, TRAINING, describe
+from report import TRAINING
 from steps import OURS, StepBenchmark, compare, relative_error
 from training import PARTS, parse_arguments, run
 from workload import TRAINING_SIZES, make_batch

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ def generate_answers(
     images: Sequence[Image.Image] | None = None,
     query_len: int | None = None,
     batch_size: int = 64,
+    image_token_grid: int | None = None,
 ) -> list[str]:
     """
     The answers to each record's first question.
@@ -30,8 +32,10 @@ def generate_answers(
     Args:
         images: other pictures to ask about, one per record; default: the records' own.
         query_len: latent tokens per question; default: the model's.
+        image_token_grid: side of the grid of image tokens; default: the model's.
     """
     model.eval()
+    budget: dict[str, Any] = {"query_len": query_len, "image_token_grid": image_token_grid}
     answers: list[str] = []
     for start in tqdm(range(0, len(records), batch_size), desc="evaluate", unit="batch"):
         batch = records[start : start + batch_size]
@@ -46,9 +50,9 @@ def generate_answers(
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            query_len=query_len,
+            **budget,
         ).to(model.device)
-        output = model.generate(**inputs, query_len=query_len, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        output = model.generate(**inputs, **budget, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers
