@@ -19,15 +19,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig, PreTrainedModel
-from workload import Prompt, Request, Size, build_eager, make_prompt
+from workload import ONE_QUESTION, Prompt, Request, Size, build_eager, make_prompt
 
-from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf import CompiledGenerator, FusionConfig, FusionForConditionalGeneration
 from fusion_hf.configuration_fusion import NUM_TILES
 
 OURS, EAGER, REFERENCE = "ours", "eager", "reference"
 LLAVA, LLAVA_TILED, SMOLVLM = "llava_onevision", "llava_onevision_tiled", "smolvlm"
 VARIANTS, PEERS = (EAGER, REFERENCE), (LLAVA, LLAVA_TILED, SMOLVLM)
-COMPILED = {"ours_compiled": OURS, "llava_onevision_compiled": LLAVA}
+PROMPT_COMPILED = "ours_prompt_compiled"
+COMPILED = {"ours_compiled": OURS, PROMPT_COMPILED: OURS, "llava_onevision_compiled": LLAVA}
 NAMES = (OURS, *VARIANTS, *PEERS, *COMPILED)
 PRODUCTS_OF_ATTENTION = 2  # scores, and weighted sums of values
 FLOPS_OF_PRODUCT = 2  # multiply and add
@@ -43,6 +44,7 @@ class Contestant:
         prompt: inputs of `generate`. encoder, method: the module and the name of its method that encodes pictures.
         tiles, picture_tokens: of one picture, in the tower and in the language model.
         options: of `generate`.
+        generator: what generates instead of the model.
     """
 
     model: PreTrainedModel
@@ -52,6 +54,7 @@ class Contestant:
     tiles: int
     picture_tokens: int
     options: dict[str, Any] = field(default_factory=dict)
+    generator: CompiledGenerator | None = None
 
     def generate(self, prompt: Prompt, new_tokens: int, **given: Any) -> Any:
         """Greedy."""
@@ -66,21 +69,31 @@ def default_names(size: Size) -> list[str]:
     return [name for name in NAMES if size.released is None or name not in VARIANTS]
 
 
-def compiled_options() -> dict[str, Any]:
+def compiled_options(device: torch.device) -> dict[str, Any]:
     """Options of `generate` that decode by a compiled model over a static cache, on every device."""
-    config = CompileConfig()
+    if device.type == "cpu":  # a wrapper in C++ is what saves time there, as CUDA graphs do on a GPU
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options={"cpp_wrapper": True})
+    else:
+        config = CompileConfig(fullgraph=True, dynamic=False)
     config._compile_all_devices = True  # else only accelerators compile
     return {"cache_implementation": "static", "compile_config": config}
 
 
+def compile_prompt(ours: FusionForConditionalGeneration, length: int, new_tokens: int) -> CompiledGenerator:
+    """Prompts of this length and all later steps; by CUDA graphs where there is CUDA."""
+    mode = "default" if ours.device.type == "cpu" else "reduce-overhead"
+    return CompiledGenerator(ours, [length], new_tokens, compile_prompt=True, mode=mode)
+
+
 def build_contestants(
-    names: Sequence[str], ours: FusionForConditionalGeneration, pixel_values: torch.Tensor
+    names: Sequence[str], ours: FusionForConditionalGeneration, pixel_values: torch.Tensor, new_tokens: int
 ) -> dict[str, Contestant]:
     """
     Those of `NAMES`, in that order.
 
     Args:
         pixel_values (`(1, 5, 3, H, W)`): the picture of every prompt.
+        new_tokens: what is at most generated where the prompt is compiled.
     """
     config, prompt = ours.config, partial(make_prompt, ours.config, pixel_values)
     built: dict[str, Contestant] = {}
@@ -91,8 +104,11 @@ def build_contestants(
             built[name] = Contestant(model, prompt, model.model, "encode_picture", NUM_TILES + 1, tokens)
     built |= build_peers(names, ours, pixel_values)
     for name, original in COMPILED.items():
-        if name in names:
-            built[name] = replace(built[original], options=compiled_options())
+        if name == PROMPT_COMPILED and name in names:
+            generator = compile_prompt(ours, prompt(ONE_QUESTION)["input_ids"].shape[1], new_tokens)
+            built[name] = replace(built[original], generator=generator)
+        elif name in names:
+            built[name] = replace(built[original], options=compiled_options(ours.device))
     return {name: built[name] for name in NAMES if name in built}
 
 

@@ -25,6 +25,7 @@ from contestants import (
     EAGER,
     NAMES,
     OURS,
+    PROMPT_COMPILED,
     REFERENCE,
     Contestant,
     build_contestants,
@@ -87,7 +88,7 @@ class Benchmark:
     def build(self, names: list[str], dtype: torch.dtype) -> dict[str, Contestant]:
         """All share the weights of one language model."""
         model = build_model(self.size, dtype, self.device)
-        return build_contestants(names, model, self.pixel_values.to(dtype))
+        return build_contestants(names, model, self.pixel_values.to(dtype), self.size.new_tokens)
 
     def check_equality(self) -> dict[str, float]:
         """
@@ -164,6 +165,11 @@ class Benchmark:
     def time_generation(self, name: str) -> None:
         """Prompt, the encoding of its picture by itself, and decoding, all of one call."""
         contestant, add = self.contestants[name], self.measured
+        if contestant.generator is not None:  # in whose graph nothing can be timed by itself
+            first, later = generation_seconds(contestant.generator, self.prompts[name], self.size.new_tokens)
+            add["first_token_seconds"][name].append(first)
+            add["per_token_seconds"][name].append(later)
+            return
         with clocked(contestant.encoder, contestant.method, self.device) as encoding:
             first, later = generation_seconds(
                 contestant.model, self.prompts[name], self.size.new_tokens, **contestant.options
@@ -243,7 +249,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, An
         "tokens_per_second": measure_throughput(contestants, arguments.batches, arguments.slow_repeats, device),
     }
     if arguments.profile:
-        names = [name for name in contestants if name in (OURS, *COMPILED)]
+        names = [name for name in contestants if name in (OURS, *COMPILED) and name != PROMPT_COMPILED]
         tokens = benchmark.size.new_tokens
         result["profile"] = {name: profile_contestant(contestants[name], tokens, device) for name in names}
     return result

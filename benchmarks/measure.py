@@ -80,9 +80,9 @@ def clocked(module: torch.nn.Module, method: str, device: torch.device) -> Itera
 
 
 def generation_seconds(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], new_tokens: int, **options: Any
+    model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, **options: Any
 ) -> tuple[float, float]:
-    """Time to the first token, and mean time of each later one, of one greedy `generate` with these options."""
+    """Time to the first token, and mean time of each later one, of one greedy `model.generate` with these options."""
     clock = TokenClock()
     synchronize(inputs["input_ids"].device)
     start = time.perf_counter()

@@ -39,7 +39,7 @@ def pixel_values():
 
 @pytest.fixture(scope="module")
 def contestants(ours, pixel_values):
-    return build_contestants(NAMES, ours, pixel_values)
+    return build_contestants(NAMES, ours, pixel_values, SIZE.new_tokens)
 
 
 @pytest.mark.parametrize("asked", [ONE_QUESTION, TWO_TURNS], ids=["one question", "two turns of two rows"])
@@ -104,7 +104,7 @@ def test_all_prompts_have_the_same_words(contestants, asked):
 def test_compiled_decoding_is_compiled_and_writes_the_same(contestants, name, monkeypatch):
     contestant = contestants[name]
     prompt = contestant.prompt(ONE_QUESTION)
-    options = compiled_options()
+    options = compiled_options(torch.device("cpu"))
     options["compile_config"].backend = "eager"  # traced all the same
     calls = []
     compile_ = torch.compile
