@@ -18,6 +18,7 @@ from fusion_hf.errors import InputError, short_name
 from fusion_hf.inference import AUTO, Assistant
 from fusion_hf.journal import Journal, Result
 from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.quantization_fusion import plain_tensors
 from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
 from fusion_hf.training.data.pictures import MALFORMED
 from fusion_hf.training.data.records import RecordProblem
@@ -257,6 +258,7 @@ def _digest_model(assistant: Assistant) -> str:
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps([config, assistant.processor.chat_template], default=str).encode())
     for key, tensor in assistant.model.state_dict().items():
-        values = tensor.flatten()[:DIGEST_VALUES].double().cpu()
-        digest.update(f"{key} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+        for stored in plain_tensors(tensor):
+            values = stored.flatten()[:DIGEST_VALUES].double().cpu()
+            digest.update(f"{key} {tuple(stored.shape)}".encode() + values.numpy().tobytes())
     return f"{Path(name).name}@{digest.hexdigest()[:16]}"

@@ -62,6 +62,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def check_quantized_dtype(config: FusionConfig, name: str) -> torch.dtype:
+    """The type of a quantized model: loaded in another one, only a part of it would be cast."""
+    if name != AUTO and DTYPES[name] != config.dtype:
+        saved = next(known for known, dtype in DTYPES.items() if dtype == config.dtype)
+        raise InputError(f"dtype is {name!r}; allowed for this quantized model: {AUTO}, {saved}.")
+    return config.dtype
+
+
 @dataclass(frozen=True)
 class Assistant:
     """A model and its processor, ready to answer."""
@@ -75,17 +83,24 @@ class Assistant:
         Args:
             name: a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
             device: `"auto"` or a device of torch.
-            dtype: `"auto"` or a key of `DTYPES`.
+            dtype: `"auto"` or a key of `DTYPES`. A quantized model has the type that it was saved in.
 
         Raises:
-            InputError: if there is no such FUSION, or no such device.
+            InputError: if there is no such FUSION, or no such device, or a quantized one of another type.
         """
         chosen = choose_device(device)
         folder = find_folder(nano_path() if name is None else name)
         kind = choose_dtype(dtype, chosen)
         try:
             processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
-            model, info = FusionForConditionalGeneration.from_pretrained(folder, dtype=kind, output_loading_info=True)
+            config = FusionConfig.from_pretrained(folder)
+            if "quantization_config" in vars(config):
+                kind = check_quantized_dtype(config, dtype)
+            model, info = FusionForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=kind, output_loading_info=True
+            )
+        except InputError:
+            raise
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
         # what is missing would be random numbers, and so would the answers

@@ -131,6 +131,7 @@ def test_folder_is_complete_and_permissions_are_usual(tmp_path, convert):
         "modeling_fusion.py",
         "preprocessor_config.json",
         "processing_fusion.py",
+        "quantization_fusion.py",
     }
     (tmp_path / "plain").mkdir()
     assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode

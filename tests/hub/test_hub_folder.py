@@ -1,30 +1,12 @@
 """The folder alone: loaded in a fresh process where the package cannot be imported and the network is off."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers.hub_folder import run
 
 from fusion_hf import nano_path
-
-BLOCK = """
-import sys, socket
-sys.modules["fusion_hf"] = None  # importing the package fails, as if it were not installed
-
-def refuse(*args, **kwargs):
-    raise OSError("the network is off")
-
-socket.socket.connect = refuse
-FOLDER = sys.argv[1]
-from PIL import Image, ImageDraw
-picture = Image.new("RGB", (64, 64), (240, 240, 240))
-ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
-messages = [{"role": "user", "content": [
-    {"type": "image", "image": picture}, {"type": "text", "text": "what color is the shape?"}]}]
-"""
 
 AUTO_CLASSES = """
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
@@ -66,14 +48,6 @@ AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(ta
 """
 
 
-def run(script: str, *arguments: object, cache: Path) -> list[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", BLOCK + script, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
-
-
 def test_auto_classes(tmp_path: Path) -> None:
     assert run(AUTO_CLASSES, nano_path(), cache=tmp_path) == ["red", "red"]
 
@@ -101,7 +75,7 @@ def test_folder_names_every_auto_class() -> None:
     assert processor["auto_map"]["AutoProcessor"] == "processing_fusion.FusionProcessor"
 
 
-@pytest.mark.parametrize("name", ["configuration", "modeling", "image_processing", "processing"])
+@pytest.mark.parametrize("name", ["configuration", "modeling", "quantization", "image_processing", "processing"])
 def test_the_code_files_are_the_packages(name: str) -> None:
     file = f"{name}_fusion.py"
     import fusion_hf

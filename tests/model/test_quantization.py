@@ -1,12 +1,29 @@
 """What quantization leaves alone: declared by the model, unless the user's configuration says it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fusion_hf import FusionForConditionalGeneration, nano_path
-from fusion_hf.configuration_fusion import NOT_QUANTIZED, skip_by_default
+from fusion_hf.quantization_fusion import NOT_QUANTIZED, name_extra, skip_by_default
+
+# fails once for each library, as if none were installed, and prints the errors' last lines
+WITHOUT_LIBRARIES = """
+import sys
+sys.modules["bitsandbytes"] = sys.modules["torchao"] = None
+from fusion_hf import FusionForConditionalGeneration, nano_path
+for config in ({"quant_method": "bitsandbytes", "load_in_8bit": True},
+               {"quant_method": "bitsandbytes", "load_in_4bit": True},
+               {"quant_method": "torchao", "quant_type": {"default": {}}}):
+    try:
+        FusionForConditionalGeneration.from_pretrained(nano_path(), quantization_config=config)
+    except ImportError as error:
+        print(config["quant_method"] in str(error), str(error).splitlines()[-1])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +68,25 @@ def test_from_pretrained_uses_it(monkeypatch):
             nano_path(), quantization_config=BitsAndBytesConfig(load_in_4bit=True)
         )
     assert stopped.value.value == list(NOT_QUANTIZED)
+
+
+@pytest.mark.parametrize("given", ["int8", 8, torch.int8])
+def test_what_is_no_configuration_is_refused(given):
+    with pytest.raises(ValueError, match=rf"quantization_config is {given!r}; allowed: .*BitsAndBytesConfig"):
+        FusionForConditionalGeneration.from_pretrained(nano_path(), quantization_config=given)
+
+
+def test_an_unknown_method_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"got nonsense - supported types are: .*'torchao'"):
+        FusionForConditionalGeneration.from_pretrained(nano_path(), quantization_config={"quant_method": "nonsense"})
+
+
+def test_a_missing_library_names_the_extra():
+    command = [sys.executable, "-c", WITHOUT_LIBRARIES]
+    printed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()
+    assert printed == ['True Quantization needs the extra: pip install "fusion_hf[quant]"'] * 3
+
+
+def test_other_missing_modules_are_no_matter_of_the_extra():
+    with pytest.raises(ImportError, match=r"^No module named 'flash_attn'$"), name_extra():
+        raise ImportError("No module named 'flash_attn'")

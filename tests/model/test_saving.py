@@ -20,7 +20,7 @@ def test_save_load_save_is_byte_identical(backbone: str, tmp_path: Path) -> None
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("first", "second"))
     assert first == second
     parts = ("", "_base", "_decoder", "_vision")
-    code = {"configuration_fusion.py", *(f"modeling_fusion{part}.py" for part in parts)}
+    code = {"configuration_fusion.py", "quantization_fusion.py", *(f"modeling_fusion{part}.py" for part in parts)}
     assert code | {"config.json", "model.safetensors"} <= first.keys()
     inputs = make_inputs(model.config, [Sample([4], seed=1), Sample([3, 5], [2], seed=2)])
     with torch.no_grad():

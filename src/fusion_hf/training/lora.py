@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from fusion_hf.configuration_fusion import NOT_QUANTIZED
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.parts import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
 

@@ -3,14 +3,11 @@
 Source: FUSION, arXiv 2504.09925, and the behaviour of its authors' released checkpoints.
 """
 
-from copy import copy
 from dataclasses import field
 from math import isqrt
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
-from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 EARLY_TEXT_ATTENTION = ("uniform", "uniform_padded", "masked")
 # the picture is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
@@ -23,31 +20,12 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_fusion.FusionForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_fusion.FusionForConditionalGeneration",
 }
-# What quantization leaves alone unless it is told otherwise: few of the weights, and all that the LLM sees depends on
-# them. Patterns of module names, which match from the start.
-NOT_QUANTIZED = (
-    r".*\bvision_tower",
-    r".*\bvision_projector",
-    r".*\bvision_projector_back",
-    r".*\bvision_sampler",
-    "lm_head",
-)
-SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")  # torchao's and others'; bitsandbytes'
 NUM_CONNECTOR_GROUPS = 2  # the connector averages two groups of hidden states, each `vision_early_layers` long
 
 
 def is_perfect_square(number: int) -> bool:
     """Whether `number` latents can be laid out as a square of at least one."""
     return number > 0 and isqrt(number) ** 2 == number
-
-
-def skip_by_default(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
-    """A quantization configuration that leaves NOT_QUANTIZED alone, unless it says itself what it leaves alone."""
-    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy(config)
-    for name in SKIP_FIELDS:
-        if name in vars(config) and not vars(config)[name]:
-            setattr(config, name, list(NOT_QUANTIZED))
-    return config
 
 
 class FusionConfig(PreTrainedConfig):

@@ -14,8 +14,9 @@ from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from .configuration_fusion import FusionConfig, skip_by_default
+from .configuration_fusion import FusionConfig
 from .modeling_fusion_decoder import DECODER_LAYERS
+from .quantization_fusion import FusionQuantizationMixin
 
 # what tower and language model can be told to use; flash attention needs its package and a GPU
 ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
@@ -63,7 +64,7 @@ class LossCounts(NamedTuple):
     pictures: torch.Tensor
 
 
-class FusionPreTrainedModel(PreTrainedModel):
+class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     config: FusionConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -101,13 +102,6 @@ class FusionPreTrainedModel(PreTrainedModel):
             if isinstance(name, str) and not is_kernel(name):  # a kernel is fetched where it is needed
                 self.get_correct_attn_implementation(name)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers; a `quantization_config` without modules to leave alone leaves NOT_QUANTIZED alone."""
-        if quantization_config is not None:
-            kwargs["quantization_config"] = skip_by_default(quantization_config)
-        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the parts' configurations are told the data type of the weights as well."""
