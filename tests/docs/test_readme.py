@@ -71,9 +71,14 @@ def test_expectations_are_found(root: Path):
     assert EXPECTED.findall(text) == ["red"] * 3
 
 
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/deviations.md", "docs/inference.md"])
 def test_links_lead_somewhere(document: str, root: Path):
     text = (root / document).read_text(encoding="utf-8")
     targets = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]
-    local = [target for target in targets if not target.startswith("https://")]
+    local = [target for target in targets if not target.startswith(("https://", "#"))]
     assert [target for target in local if not (root / document).parent.joinpath(target).exists()] == []
+    anchors = {"#" + re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in HEADING.findall(text)}
+    assert {target for target in targets if target.startswith("#")} <= anchors
