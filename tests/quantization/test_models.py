@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+import quantization
 import torch
 from tests.helpers.hub_folder import run
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
-from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fusion_hf import FusionForConditionalGeneration, batch_generate, nano_path
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.quant
 
 PICTURE, QUESTION, ANSWER = "docs/assets/red_circle.png", "what color is the shape?", "red"
 LONGEST_ANSWER = 4  # tokens
-GROUP_SIZE = 32
 BITSANDBYTES_SKIP, TORCHAO_SKIP = "llm_int8_skip_modules", "modules_to_not_convert"
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -50,12 +49,8 @@ METHODS = {
     "bitsandbytes-4bit": Method(
         lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), BITSANDBYTES_SKIP, "Params4bit"
     ),
-    "torchao-int8": Method(lambda: TorchAoConfig(Int8WeightOnlyConfig()), TORCHAO_SKIP, "Int8Tensor"),
-    "torchao-int4": Method(
-        lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE))),
-        TORCHAO_SKIP,
-        "IntxUnpackedToInt8Tensor",
-    ),
+    "torchao-int8": Method(quantization.int8, TORCHAO_SKIP, "Int8Tensor"),
+    "torchao-int4": Method(quantization.int4, TORCHAO_SKIP, "IntxUnpackedToInt8Tensor"),
 }
 
 
