@@ -6,6 +6,7 @@ WORKERS ?= 2
 DEMO_IMAGE ?= docs/assets/red_circle.png
 DEMO_QUESTION ?= what color is the shape?
 OLDEST_TRANSFORMERS := 5.17.0
+LMMS_EVAL := lmms-eval==0.7.3
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
@@ -21,7 +22,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-oldest lint format nano bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -48,10 +49,10 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow and not quant"
+	$(PYTEST) -m "not slow and not quant and not eval"
 
-test-slow: $(TEST) test-quant  ## the tests that take long
-	$(PYTEST) -m slow
+test-slow: $(TEST) test-quant test-eval  ## the tests that take long
+	$(PYTEST) -m "slow and not eval"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
 test-quant:  ## the tests with bitsandbytes and torchao
@@ -60,6 +61,16 @@ test-quant:  ## the tests with bitsandbytes and torchao
 
 $(VENV)/.installed-quant: $(TEST)
 	$(INSTALL) -e ".[quant]"
+	@touch $@
+
+# In an environment of its own: lmms-eval's own list of dependencies brings a torchvision that breaks a CPU torch.
+test-eval:  ## the tests with lmms-eval
+	$(MAKE) $(VENV)-eval/.installed-eval VENV=$(VENV)-eval
+	OMP_NUM_THREADS=1 $(VENV)-eval/bin/python -m pytest -m eval
+
+$(VENV)/.installed-eval: $(TEST)
+	$(INSTALL) -e ".[eval]"
+	$(INSTALL) --no-deps "$(LMMS_EVAL)"
 	@touch $@
 
 test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
@@ -90,5 +101,5 @@ bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

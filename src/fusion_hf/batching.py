@@ -18,6 +18,7 @@ from fusion_hf.errors import InputError, short_name
 from fusion_hf.inference import AUTO, Assistant
 from fusion_hf.journal import Journal, Result
 from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.processing_fusion import IMAGE_TOKEN
 from fusion_hf.quantization_fusion import plain_tensors
 from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
 from fusion_hf.training.data.pictures import MALFORMED
@@ -148,24 +149,12 @@ class _Run:
 
     def _length(self, question: Question) -> int:
         """At least the number of the prompt's tokens."""
-        processor = self.assistant.processor
-        has_picture = question.picture is not None
-        messages = question.with_picture({"type": "image"} if has_picture else None)
-        text = processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, query_len=self.budget.query_len
-        )
-        prefix = 1  # some tokenizers' first token
-        image_tokens = has_picture * self.budget.num_image_tokens
-        return prefix + len(processor.tokenizer(text)["input_ids"]) + image_tokens
+        messages = question.with_picture(None if question.picture is None else {"type": "image"})
+        return count_tokens(self.assistant, render(self.assistant, messages, self.budget), self.budget)
 
     def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
         """Batches of similar length, the longest first."""
-        limit = self.assistant.max_length
-        text_config = self.assistant.model.config.text_config
-        if text_config.rope_parameters.get("rope_type") == "longrope":
-            # one row beyond this changes the positions of all rows in its batch
-            limit = min(limit, text_config.original_max_position_embeddings)
-        most = limit - self.max_new_tokens
+        most = longest_together(self.assistant, self.max_new_tokens)
         ordered = sorted(prompts, key=lambda prompt: (-prompt.length, prompt.index))
         yield from ([prompt] for prompt in ordered if prompt.length > most)
         together = [prompt for prompt in ordered if prompt.length <= most]
@@ -231,6 +220,30 @@ class _Run:
         return self.assistant.open_picture(str(path))
 
 
+def render(assistant: Assistant, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
+    """The prompt of a conversation that ends with a question, as text with one mark for the picture."""
+    return assistant.processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
+    )
+
+
+def count_tokens(assistant: Assistant, text: str, budget: TokenBudget) -> int:
+    """At least the number of tokens of what `render` gave."""
+    prefix = 1  # some tokenizers' first token
+    image_tokens = text.count(IMAGE_TOKEN) * budget.num_image_tokens
+    return prefix + len(assistant.processor.tokenizer(text)["input_ids"]) + image_tokens
+
+
+def longest_together(assistant: Assistant, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt whose answer does not depend on whether it is answered alone or in a batch."""
+    limit = assistant.max_length
+    text_config = assistant.model.config.text_config
+    if text_config.rope_parameters.get("rope_type") == "longrope":
+        # one row beyond this changes the positions of all rows in its batch
+        limit = min(limit, text_config.original_max_position_embeddings)
+    return limit - max_new_tokens
+
+
 def _answered(prompt: _Prompt, answer: str) -> Result:
     return {"id": prompt.question.id, "answer": answer}
 
@@ -247,11 +260,11 @@ def _settings(entries: list[Entry], assistant: Assistant, max_new_tokens: int, b
         "dtype": str(assistant.model.dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
         **budget._asdict(),
-        "model": _digest_model(assistant),
+        "model": digest_model(assistant),
     }
 
 
-def _digest_model(assistant: Assistant) -> str:
+def digest_model(assistant: Assistant) -> str:
     """The name of the model's folder, and what changes with its configuration, its template or a training."""
     config = assistant.model.config.to_dict()
     name = config.pop("_name_or_path", "")

@@ -156,12 +156,18 @@ class Assistant:
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    @torch.inference_mode()
     def see(self, picture: Image.Image) -> "SeenPicture":
         """What all questions about a picture share, as `answer` takes it."""
-        inputs = self.processor.image_processor(picture, return_tensors="pt").to(self.model.device, self.model.dtype)
-        pixel_values = inputs["pixel_values"]
-        return SeenPicture(pixel_values[:, -1:].clone(), self.model.get_global_features(pixel_values))
+        return self.see_all([picture])[0]
+
+    @torch.inference_mode()
+    def see_all(self, pictures: Sequence[Image.Image]) -> list["SeenPicture"]:
+        """The same of several pictures, whose tiles are encoded together."""
+        inputs = self.processor.image_processor(list(pictures), return_tensors="pt")
+        pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)  # (n, 5, 3, H, W)
+        overviews, features = pixel_values[:, -1:], self.model.get_global_features(pixel_values)
+        # copies: a part would keep the whole in memory
+        return [SeenPicture(overviews[i : i + 1].clone(), features[i : i + 1].clone()) for i in range(len(pictures))]
 
     def prepare(
         self,
@@ -175,7 +181,7 @@ class Assistant:
         """
         length, grid = self.check_query_len(query_len), self.check_image_token_grid(image_token_grid)
         if seen is not None:
-            messages = _with_stand_in(messages)
+            messages = with_stand_in(messages)
         try:
             inputs = self.processor.apply_chat_template(
                 messages,
@@ -371,7 +377,7 @@ def question_message(question: str, picture: Image.Image | None = None) -> dict[
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
-def _with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with a picture of one pixel, for a template and a processor that want one: it costs no resizing."""
     stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
     return [

@@ -74,7 +74,9 @@ def test_expectations_are_found(root: Path):
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/deviations.md", "docs/inference.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/deviations.md", "docs/evaluation.md", "docs/inference.md"]
+)
 def test_links_lead_somewhere(document: str, root: Path):
     text = (root / document).read_text(encoding="utf-8")
     targets = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]

@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, merge, plan, train
+from fusion_hf.cli import data, evaluate, merge, plan, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -39,7 +39,9 @@ class InsteadOf(argparse.Action):
 
 def make_parser() -> Parser:
     """The command line of `fusion-hf`."""
-    parser = Parser(prog="fusion-hf", description="FUSION vision-language models: ask, chat, convert.")
+    parser = Parser(
+        prog="fusion-hf", description="FUSION vision-language models: ask, chat, train, evaluate, convert."
+    )
     parser.add_argument("--version", action="version", version=f"fusion-hf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     shared = _shared_arguments()
@@ -89,6 +91,7 @@ def make_parser() -> Parser:
     plan.add_parser(commands)
     merge.add_parser(commands)
     data.add_parser(commands)
+    evaluate.add_parser(commands)
 
     # its arguments are its own: `main` hands them over before this parser sees them
     commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
@@ -194,6 +197,8 @@ def _run(argv: list[str]) -> int:
         return merge.run(arguments)
     if arguments.command == "data":
         return data.run(arguments)
+    if arguments.command == "evaluate":
+        return evaluate.run(arguments)
     from fusion_hf.cli import chat
 
     return chat.run(arguments)

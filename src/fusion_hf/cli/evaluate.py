@@ -1,0 +1,146 @@
+"""`fusion-hf evaluate`: published benchmarks, through lmms-eval."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_hf.cli.terminal import FAILED, one_line, printable
+from fusion_hf.errors import InputError
+
+if TYPE_CHECKING:
+    from fusion_hf.evaluation.record import RunRecord
+
+ALL = "all"
+PROMPTS = ("authors", "lmms-eval")
+OUTPUT = "evaluation"
+INSTALL = "pip install 'fusion_hf[eval,train]' && pip install --no-deps lmms-eval==0.7.3"
+
+
+def add_parser(commands: Any) -> None:
+    """Tell the command line about `evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a model on published benchmarks",
+        description="Measure a model on published benchmarks, in one process or under `accelerate launch`. A run that "
+        "was killed goes on with the same command. Exit status: 0 all tasks are scored, 1 a task failed, 2 wrong "
+        "input.",
+    )
+    parser.add_argument("--tasks", required=True, metavar="all|NAME,...", help="names of benchmarks, by commas")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="local copies of the data, a folder for each benchmark")
+    parser.add_argument("--prompts", choices=PROMPTS, default=PROMPTS[0], help="whose prompts; default: %(default)s")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first questions of each task: a try")
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="answered together; default: %(default)s",
+    )
+    parser.add_argument("--output", default=OUTPUT, metavar="DIR", help="of answers, records; default: %(default)s")
+    parser.add_argument("--check-data", action="store_true", help="only say what is missing of the data")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto; default: %(default)s")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto; default: %(default)s")
+    parser.add_argument(
+        "--debug", action="store_true", help="show where an error comes from, and the libraries' notes"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, or check the data; returns the exit status."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: lmms-eval's bars know no terminal
+    names = _task_names(arguments.tasks)
+    data_root = None if arguments.data_root is None else Path(arguments.data_root)
+    if data_root is not None and not data_root.is_dir():
+        raise InputError(f"--data-root is {arguments.data_root}; allowed: a folder.")
+    if arguments.check_data:
+        return _check_data(names, data_root)
+    _require_lmms_eval(arguments.debug)
+    from fusion_hf.evaluation import runner
+
+    options = runner.Options(
+        tasks=names,
+        output=Path(arguments.output),
+        model=arguments.model,
+        data_root=data_root,
+        prompts=arguments.prompts,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        command=sys.argv,
+        debug=arguments.debug,
+    )
+    record = runner.run(options)
+    if int(os.environ.get("RANK", 0)) == 0:
+        path = record.write(options.output)
+        _report(record)
+        sys.stdout.write(f"{path}\n")
+    return FAILED if record.failed else 0
+
+
+def _task_names(given: str) -> list[str]:
+    """
+    Raises:
+        InputError: for a name that is no benchmark's.
+    """
+    from fusion_hf.evaluation.benchmarks import BENCHMARKS
+
+    if given == ALL:
+        return list(BENCHMARKS)
+    names = list(dict.fromkeys(name.strip() for name in given.split(",")))
+    for name in names:
+        if name not in BENCHMARKS:
+            raise InputError(f"--tasks has {name!r}; allowed: {ALL}, {', '.join(BENCHMARKS)}.")
+    return names
+
+
+def _require_lmms_eval(debug: bool) -> None:
+    """
+    Raises:
+        InputError: if it is not installed, or something that it needs.
+    """
+    from fusion_hf.cli.session import silence_libraries
+
+    if not debug:
+        silence_libraries()
+    try:
+        import lmms_eval.evaluator  # noqa: F401
+        from loguru import logger
+    except ImportError as error:
+        raise InputError(f"Evaluation needs the extra `eval` and lmms-eval ({error}): {INSTALL}") from error
+    if not debug:
+        logger.remove()
+
+
+def _check_data(names: list[str], data_root: Path | None) -> int:
+    from fusion_hf.evaluation.data import check_data
+
+    problems = check_data(names, data_root)
+    broken = {problem.benchmark for problem in problems}
+    for name in names:
+        if name not in broken:
+            sys.stdout.write(f"{name}: all there\n")
+    for problem in problems:
+        sys.stdout.write(f"{printable(str(problem))}\n")
+    return FAILED if problems else 0
+
+
+def _report(record: "RunRecord") -> None:
+    for task in record.tasks:
+        for metric in task.metrics:
+            error = "" if metric.standard_error is None else f" ± {metric.standard_error:.4f}"
+            sys.stdout.write(f"{task.task} {metric.metric}: {metric.value:.4f}{error} ({task.n} questions)\n")
+    for task in record.failed:
+        sys.stderr.write(f"error: {task.task} is not scored: {one_line(task.reason or '')}\n")

@@ -1,0 +1,180 @@
+"""FUSION as a model of lmms-eval: `lmms-eval --model fusion --model_args pretrained=DIR`."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from torch import distributed
+
+from fusion_hf.errors import InputError
+from fusion_hf.evaluation.answering import BATCH_SIZE, Answerer, Failure
+from fusion_hf.evaluation.cache import Answer, AnswerCache
+from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
+from fusion_hf.inference import AUTO, Assistant, choose_device
+
+SHOWN_FAILURES = 3
+
+
+class RequestsFailed(RuntimeError):
+    """Some requests have no answer, so none of the task's is scored."""
+
+    def __init__(self, failures: Sequence[Failure]):
+        shown = "; ".join(str(failure) for failure in failures[:SHOWN_FAILURES])
+        more = f"; and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
+        super().__init__(f"{len(failures)} requests failed: {shown}{more}")
+        self.failures = list(failures)
+
+
+class FusionChat(lmms):
+    """
+    FUSION for lmms-eval's chat messages.
+
+    Args:
+        pretrained: a model folder or a repository of the Hub; None: the bundled fusion-nano.
+        device, dtype: see `Assistant.load`. Give `device` once: here, or to lmms-eval.
+        batch_size: prompts answered together.
+        query_len, image_token_grid: see `Assistant.answer`.
+        answers: a folder where answers are kept; a run that was killed goes on with them.
+        max_batch_size: has no meaning here; lmms-eval may give it.
+
+    Raises:
+        InputError: if there is no such model, or an argument is impossible.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        device: str = AUTO,
+        dtype: str = AUTO,
+        batch_size: int | str = BATCH_SIZE,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
+        answers: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        rank = int(os.environ.get("RANK", 0))
+        assistant = Assistant.load(pretrained, own_device(device), dtype)
+        cache = None if answers is None else AnswerCache(Path(answers), rank)
+        answerer = Answerer(assistant, int(batch_size), cache, query_len, image_token_grid, progress=rank == 0)
+        on_cpu = assistant.model.device.type == "cpu"
+        self._begin(answerer, Accelerator(cpu=on_cpu))
+
+    @classmethod
+    def around(cls, answerer: Answerer) -> "FusionChat":
+        """An adapter of a model that is loaded, for a process that evaluates by itself."""
+        adapter = cls.__new__(cls)
+        adapter._begin(answerer, None)
+        return adapter
+
+    def _begin(self, answerer: Answerer, accelerator: Accelerator | None) -> None:
+        super().__init__()
+        # no attribute is a module: `clean` of lmms-eval deletes those after the first task
+        self.answerer = answerer
+        self.accelerator = accelerator
+        if accelerator is not None:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.answerer.assistant.model.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.answerer.batch_size
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """
+        Raises:
+            RequestsFailed: if one has no answer; in all processes.
+        """
+        return [answer["answer"] for answer in self._answer(requests)]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The losses of continuations, which are their negated log-probabilities, and whether each is the greedy one.
+
+        lmms-eval 0.7.3 takes the smallest for the model's choice, whatever the method is called.
+
+        Raises:
+            RequestsFailed: see `generate_until`.
+        """
+        # its evaluator takes the pair out of this, and makes a text of a pair by itself
+        return [GenerationResult((-answer["logprob"], answer["greedy"])) for answer in self._answer(requests)]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise InputError("The task asks in several rounds (generate_until_multi_round); allowed: generate_until.")
+
+    def translate(self, requests: Sequence[Instance]) -> list[Request]:
+        """lmms-eval's requests as this package's."""
+        return [self._translate(request) for request in requests]
+
+    def _answer(self, requests: Sequence[Instance]) -> list[Answer]:
+        first = len(self.answerer.failures)
+        answers = self.answerer.answer(self.translate(requests))
+        failures = _of_all_processes(self.answerer.failures[first:]) if self.world_size > 1 else None
+        failures = self.answerer.failures[first:] if failures is None else failures
+        if failures:
+            raise RequestsFailed(failures)
+        return [answer for answer in answers if answer is not None]
+
+    def _translate(self, request: Instance) -> Request:
+        *_, doc_id, task, split = request.args
+
+        def read() -> Messages:
+            return self._messages(request, self.task_dict[task][split][doc_id])
+
+        return Request(task, doc_id, read, self._wanted(request, lambda: self.task_dict[task][split][doc_id]))
+
+    def _messages(self, request: Instance, doc: dict[str, Any]) -> Messages:
+        if _is_chat(request):
+            return request.args[1](doc)
+        return _with_visuals(request.args[0], request.args[2], doc)
+
+    def _wanted(self, request: Instance, doc: Callable[[], dict[str, Any]]) -> Generation | Continuation:
+        if request.request_type == "loglikelihood":
+            continuation = request.args[1]
+            return Continuation(continuation if isinstance(continuation, str) else continuation(doc()))
+        return Generation.of(request.args[2 if _is_chat(request) else 1])
+
+
+class FusionSimple(FusionChat):
+    """The same for `lmms-eval --force_simple`, which tasks that score options need."""
+
+    is_simple = True
+
+
+def _is_chat(request: Instance) -> bool:
+    """Whether it brings messages: lmms-eval also gives simple requests to models of chats, for tasks in a folder."""
+    return request.request_type != "loglikelihood" and callable(request.args[1])
+
+
+def own_device(name: str) -> str:
+    """The device of this process: with several on a machine, each has a GPU of its own."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and choose_device(name) == torch.device("cuda"):
+        return f"cuda:{local_rank}"
+    return name
+
+
+def _with_visuals(context: str, doc_to_visual: Any, doc: dict[str, Any]) -> Messages:
+    visuals = [] if doc_to_visual is None else doc_to_visual(doc) or []
+    for visual in visuals:
+        if not isinstance(visual, (Image.Image, str)):
+            raise InputError(f"A request shows a {type(visual).__name__}; allowed: pictures.")
+    content = [*({"type": "image", "url": visual} for visual in visuals), {"type": "text", "text": context}]
+    return [{"role": "user", "content": content}]
+
+
+def _of_all_processes(failures: list[Failure]) -> list[Failure]:
+    """All processes fail together: one that went on alone would wait for the others for ever."""
+    gathered: list[list[Failure]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(gathered, failures)
+    return [failure for part in gathered for failure in part]

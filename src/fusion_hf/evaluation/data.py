@@ -1,0 +1,271 @@
+"""Tasks of lmms-eval, pointed at their data, and what is wrong with data that lie in local folders."""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import yaml
+
+from fusion_hf.errors import InputError
+from fusion_hf.evaluation.benchmarks import (
+    BENCHMARKS,
+    EITHER,
+    IMAGE,
+    IMAGES,
+    INTEGER,
+    NUMBER,
+    OPTIONAL,
+    RECORD,
+    TEXT,
+    TEXTS,
+    VARIANTS,
+    Benchmark,
+)
+from fusion_hf.evaluation.tasks.documents import is_list, is_picture
+from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
+
+AUTHORS, LMMS_EVAL = "authors", "lmms-eval"  # whose prompts
+OWN_TASKS = Path(__file__).parent / "tasks"
+PICTURE_MARK = "<image>"  # stands for a picture where a prompt is written as text
+SUFFIX = ".parquet"
+FILE_NAME = re.compile(r"[\w.-]+")
+# `datasets` takes paths for patterns and for chains of file systems
+UNSAFE = re.compile(r"[*?\[\]]|::")
+
+# whether an Arrow type is of a kind
+_OF_KIND: dict[str, Callable[[pa.DataType], bool]] = {
+    TEXT: lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    TEXTS: lambda kind: is_list(kind) and _OF_KIND[TEXT](kind.value_type),
+    INTEGER: pa.types.is_integer,
+    NUMBER: lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
+    RECORD: lambda kind: pa.types.is_struct(kind) and not is_picture(kind),
+    IMAGE: is_picture,
+    IMAGES: lambda kind: is_list(kind) and is_picture(kind.value_type),
+}
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task that lmms-eval finds under its name, where `yaml` or a folder around it is its `include_path`."""
+
+    benchmark: Benchmark
+    task_name: str
+    yaml: Path
+
+
+@dataclass(frozen=True)
+class DataProblem:
+    """What keeps a benchmark's data from being used: which file and column it is in, where it is in one."""
+
+    benchmark: str
+    message: str
+    file: str | None = None
+    column: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.benchmark}: {self.message}"
+
+
+class _Broken(Exception):
+    """Carries a `DataProblem` of a file."""
+
+    def __init__(self, message: str, file: Path | None = None):
+        super().__init__(message)
+        self.file = None if file is None else str(file)
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """
+    Raises:
+        InputError: if there is none of this name.
+    """
+    known = {**BENCHMARKS, **VARIANTS}
+    if name not in known:
+        raise InputError(f"tasks has {name!r}; allowed: {', '.join(known)}.")
+    return known[name]
+
+
+def prepare_tasks(names: Sequence[str], prompts: str, data_root: Path | None, folder: Path) -> list[PreparedTask]:
+    """
+    Write a task for each name into `folder`, which is `include_path` to lmms-eval's TaskManager.
+
+    Args:
+        prompts: "authors" or "lmms-eval": whose prompt, where they are not the same.
+        data_root: holds a folder of Parquet files `SPLIT-*.parquet` for each benchmark; None for the Hub's data.
+
+    Raises:
+        InputError: for an unknown name or prompt, where lmms-eval is not installed, or data are missing or unsafe.
+    """
+    if prompts not in (AUTHORS, LMMS_EVAL):
+        raise InputError(f"prompts is {prompts!r}; allowed: {AUTHORS}, {LMMS_EVAL}.")
+    return [_prepare(find_benchmark(name), prompts, data_root, folder) for name in names]
+
+
+def _prepare(benchmark: Benchmark, prompts: str, data_root: Path | None, folder: Path) -> PreparedTask:
+    if benchmark.source is None:
+        name = _task_name(benchmark, AUTHORS)
+        return PreparedTask(benchmark, name, prepare_easy_vqa(folder, name))
+    name = _task_name(benchmark, prompts)
+    data = {} if data_root is None else _local_data(benchmark, data_root)
+    content = {"task": name, "include": [str(path) for path in _layers(benchmark, prompts)], **data}
+    target = folder / name / f"{name}.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+    if data_root is not None and not _changes(benchmark, "process_docs"):
+        text += "process_docs: !function fusion_hf.evaluation.tasks.documents.local_pictures\n"
+    target.write_text(text, encoding="utf-8")
+    return PreparedTask(benchmark, name, target)
+
+
+def _task_name(benchmark: Benchmark, prompts: str) -> str:
+    """Never a built-in task's: among equal names, lmms-eval takes its own."""
+    if prompts == LMMS_EVAL:
+        return f"lmms_{benchmark.name}"
+    return benchmark.authors_task or f"fusion_{benchmark.name}"
+
+
+def _layers(benchmark: Benchmark, prompts: str) -> list[Path]:
+    """YAML files of which the first that has a key counts: the authors' prompt, other changes, lmms-eval's task."""
+    layers = [_change_file(benchmark)]
+    if prompts == AUTHORS and benchmark.authors_task is not None:
+        layers.insert(0, OWN_TASKS / "authors" / f"{benchmark.authors_task}.yaml")
+    assert benchmark.source is not None
+    return [*(layer for layer in layers if layer.exists()), lmms_tasks() / benchmark.source]
+
+
+def _change_file(benchmark: Benchmark) -> Path:
+    return OWN_TASKS / "changes" / f"{benchmark.name}.yaml"
+
+
+def _changes(benchmark: Benchmark, key: str) -> bool:
+    """Whether our changes of lmms-eval's task set a key."""
+    file = _change_file(benchmark)
+    return file.exists() and any(line.startswith(f"{key}:") for line in file.read_text("utf-8").splitlines())
+
+
+def lmms_tasks() -> Path:
+    """
+    lmms-eval's folder of tasks, found without importing it.
+
+    Raises:
+        InputError: if lmms-eval is not installed.
+    """
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None or spec.origin is None:
+        raise InputError("Evaluation needs lmms-eval: pip install --no-deps lmms-eval==0.7.3")
+    return Path(spec.origin).parent / "tasks"
+
+
+def _local_data(benchmark: Benchmark, data_root: Path) -> dict[str, Any]:
+    """The keys that point a task at local files. Splits are named: `datasets` makes "validation" of a file `dev-*`."""
+    try:
+        files = {split: [str(file) for file in _files(benchmark, split, data_root)] for split in benchmark.splits}
+    except _Broken as error:
+        raise InputError(f"data_root: {benchmark.name}: {error}") from error
+    kwargs = {"data_files": files, "columns": list(benchmark.schema)}
+    return {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": kwargs}
+
+
+def _files(benchmark: Benchmark, split: str, data_root: Path) -> list[Path]:
+    """
+    A split's files in their order.
+
+    Raises:
+        _Broken: if there is none, or one has an unsafe name or leads out of the data root.
+    """
+    root = data_root.resolve()
+    folder = root / folder_of(benchmark)
+    if UNSAFE.search(str(root)):
+        raise _Broken(f"the path {root} has one of * ? [ ] or ::, which stand for more than themselves")
+    if not folder.is_dir():
+        raise _Broken(f"the folder {folder} is missing")
+    files = sorted(folder.glob(f"{split}-*{SUFFIX}"))
+    if not files:
+        raise _Broken(f"{folder} has no file {split}-*{SUFFIX}")
+    for file in files:
+        if not FILE_NAME.fullmatch(file.name):
+            raise _Broken(f"{file.name!r} is no safe name; allowed: letters, digits, '.', '_' and '-'", file)
+        if not file.resolve().is_relative_to(root):
+            raise _Broken(f"{file} leads out of the data root", file)
+        if not file.is_file():
+            raise _Broken(f"{file} is no file", file)
+    return files
+
+
+def folder_of(benchmark: Benchmark) -> str:
+    """The folder in the data root; a variant has that of its benchmark."""
+    return next(
+        own.name for own in BENCHMARKS.values() if own.dataset == benchmark.dataset and own.config == benchmark.config
+    )
+
+
+def check_data(names: Sequence[str], data_root: Path | None) -> list[DataProblem]:
+    """
+    What is missing or of another kind than a benchmark's `schema`, from the files' heads alone.
+
+    Without a data root there is nothing to check: the Hub's data are read.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    benchmarks = [find_benchmark(name) for name in names]
+    if data_root is None:
+        return []
+    return [problem for one in benchmarks if one.source is not None for problem in _problems(one, data_root)]
+
+
+def _problems(benchmark: Benchmark, data_root: Path) -> Iterator[DataProblem]:
+    for split in benchmark.splits:
+        try:
+            files = _files(benchmark, split, data_root)
+            heads = [(file, _head(file)) for file in files]
+        except _Broken as error:
+            yield DataProblem(benchmark.name, str(error), error.file)
+            continue
+        if not sum(head.num_rows for _, head in heads):
+            yield DataProblem(benchmark.name, f"{files[0]}: no rows", str(files[0]))
+        for file, head in heads:
+            yield from _mismatches(benchmark, file, head.schema.to_arrow_schema())
+
+
+def _head(file: Path) -> pyarrow.parquet.FileMetaData:
+    """
+    Raises:
+        _Broken: if the file is no Parquet.
+    """
+    try:
+        return pyarrow.parquet.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise _Broken(f"{file} cannot be read as Parquet ({' '.join(str(error).split())})", file) from error
+
+
+def _mismatches(benchmark: Benchmark, file: Path, schema: pa.Schema) -> Iterator[DataProblem]:
+    for column, wanted in benchmark.schema.items():
+        if column not in schema.names:
+            yield DataProblem(benchmark.name, f"{file}: column {column!r} is missing", str(file), column)
+        elif not fits(schema.field(column).type, wanted):
+            message = f"{file}: column {column!r} is {schema.field(column).type}; allowed: {wanted}"
+            yield DataProblem(benchmark.name, message, str(file), column)
+
+
+def fits(found: pa.DataType, wanted: str) -> bool:
+    """Whether an Arrow type is of a kind of `benchmarks`, as in "text|integer" or "image?"."""
+    if wanted.endswith(OPTIONAL) and pa.types.is_null(found):
+        return True
+    return any(_OF_KIND[kind](found) for kind in wanted.removesuffix(OPTIONAL).split(EITHER))
+
+
+def prompt_blocks(task: Any, row: dict[str, Any]) -> list[str]:
+    """What a task of lmms-eval's chat kind asks about a row: its texts, and `<image>` for each picture, in order."""
+    blocks = [block for message in task.doc_to_messages(row) for block in message["content"]]
+    return [block["text"] if block["type"] == "text" else PICTURE_MARK for block in blocks]
+
+
+def prompt_of(task: Any, row: dict[str, Any]) -> str:
+    """The blocks in lines."""
+    return "\n".join(prompt_blocks(task, row))

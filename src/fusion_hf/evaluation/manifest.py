@@ -1,0 +1,10 @@
+"""What lmms-eval's entry point `lmms_eval.models` finds: the name `fusion` of the adapter."""
+
+from lmms_eval.models.registry_v2 import ModelManifest
+
+MANIFEST = ModelManifest(
+    model_id="fusion",
+    chat_class_path="fusion_hf.evaluation.adapter.FusionChat",
+    simple_class_path="fusion_hf.evaluation.adapter.FusionSimple",
+    aliases=("fusion_hf", "fusion-hf"),
+)

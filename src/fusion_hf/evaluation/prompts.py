@@ -1,0 +1,64 @@
+"""The authors' prompts where they are not lmms-eval's: what they asked beside the picture, from a row of the data."""
+
+import ast
+from typing import Any
+
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+WORD = "Answer the question using a single word or phrase."
+MMBENCH_OPTIONS = "ABCD"
+EMPTY = ("", "nan", "none")  # how tables write that there is nothing
+
+Row = dict[str, Any]
+
+
+def mmbench_en(row: Row) -> str:
+    return _mmbench(row, LETTER)
+
+
+def mmbench_cn(row: Row) -> str:
+    return _mmbench(row, LETTER_CN)
+
+
+def _mmbench(row: Row, ending: str) -> str:
+    """The hint, the question and its options up to the first that is empty, in lines."""
+    lines = [] if _is_empty(row["hint"]) else [row["hint"]]
+    lines.append(row["question"])
+    for letter in MMBENCH_OPTIONS:
+        if _is_empty(row.get(letter)):
+            break
+        lines.append(f"{letter}. {row[letter]}")
+    return "\n".join([*lines, ending])
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell is None or str(cell).lower() in EMPTY
+
+
+def cv_bench(row: Row) -> str:
+    """`prompt` is the question with its options."""
+    return f"{row['prompt']}\n{LETTER}"
+
+
+def mmvp(row: Row) -> str:
+    """`Options` are as in `(a) Open (b) Closed`."""
+    return f"{row['Question']} {row['Options']}"
+
+
+def mmmu(row: Row) -> str:
+    """`<image 1>` stays as it is written."""
+    if row["question_type"] != "multiple-choice":
+        return f"{row['question']}\n\n{WORD}"
+    options = "\n".join(
+        f"{chr(ord('A') + place)}. {text}" for place, text in enumerate(ast.literal_eval(row["options"]))
+    )
+    return f"{row['question']}\n{options}\n\n{LETTER}"
+
+
+def textvqa(row: Row) -> str:
+    return f"{row['question']}\n{WORD}"
+
+
+def textvqa_ocr(row: Row) -> str:
+    """With the words that an OCR system has read in the picture."""
+    return f"{row['question']}\nReference OCR token: {', '.join(row['ocr_tokens'])}\n{WORD}"

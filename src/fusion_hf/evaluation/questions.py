@@ -1,0 +1,162 @@
+"""What lmms-eval asks, as this package's own: conversations, how to answer them, and what tells two of them apart."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+from fusion_hf.batching import count_tokens, render
+from fusion_hf.errors import InputError
+from fusion_hf.inference import Assistant
+from fusion_hf.modeling_fusion_decoder import TokenBudget
+
+MAX_NEW_TOKENS = 1024  # where a task does not say
+# lmms-eval puts its few-shot delimiter where a task names no end; an answer of two paragraphs must not be cut there
+NO_END = ("\n\n",)
+USED = ("max_new_tokens", "until", "do_sample", "temperature", "top_p", "num_beams")
+UNUSED = ("image_aspect_ratio", "use_cache", "interleaved_format")  # of other models
+FORMAT = 1  # another one means other answers to the same questions
+
+Messages: TypeAlias = list[dict[str, Any]]
+
+
+class SeveralPictures(InputError):
+    """A request shows more than one picture."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer is wanted; `temperature` 0 means the most likely one. It ends before any of `until`."""
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    until: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Generation":
+        """
+        A task's `generation_kwargs`.
+
+        Raises:
+            InputError: for a setting that is not known.
+        """
+        unknown = sorted(set(settings) - {*USED, *UNUSED})
+        if unknown:
+            raise InputError(f"generation_kwargs has {unknown[0]}; allowed: {', '.join((*USED, *UNUSED))}.")
+        until = settings.get("until") or ()
+        until = (until,) if isinstance(until, str) else tuple(until)
+        temperature = float(settings.get("temperature") or 0)
+        sampled = bool(settings.get("do_sample", temperature > 0))
+        if sampled and temperature == 0:
+            temperature = 1.0
+        return cls(
+            max_new_tokens=int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
+            until=() if until == NO_END else until,
+            temperature=temperature if sampled else 0.0,
+            top_p=(settings.get("top_p") or None) if sampled else None,
+            num_beams=int(settings.get("num_beams") or 1),
+        )
+
+    @property
+    def sampled(self) -> bool:
+        return self.temperature > 0
+
+    def cut(self, answer: str) -> str:
+        """The answer as far as it counts."""
+        ends = [end for end in (answer.find(text) for text in self.until if text) if end >= 0]
+        return (answer[: min(ends)] if ends else answer).strip()
+
+    def keywords(self) -> dict[str, Any]:
+        """What `generate` takes beside the length."""
+        if not self.sampled:
+            return {"do_sample": False, "num_beams": self.num_beams}
+        top_p = {} if self.top_p is None else {"top_p": self.top_p}
+        return {"do_sample": True, "temperature": self.temperature, "num_beams": self.num_beams, **top_p}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The probability of a given answer is wanted."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """`read` gives the conversation as lmms-eval writes it, and opens pictures only then."""
+
+    task: str
+    doc_id: int
+    read: Callable[[], Messages]
+    wanted: Generation | Continuation
+    repeat: int = 0  # counts equal requests whose answers are sampled
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A request that is ready: `text` is what the model reads, `length` at least the number of its tokens."""
+
+    request: Request
+    messages: Messages
+    text: str
+    length: int
+    picture: Image.Image | None
+    picture_hash: str | None
+    key: str
+
+    @property
+    def wanted(self) -> Generation | Continuation:
+        return self.request.wanted
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes prompts; `identity` is what all answers depend on."""
+
+    assistant: Assistant
+    budget: TokenBudget
+    identity: str
+
+    def prompt(self, request: Request) -> Prompt:
+        """
+        Raises:
+            InputError: if the request cannot be answered.
+        """
+        messages, picture = self._messages(request.read())
+        text = render(self.assistant, messages, self.budget)
+        digest = None if picture is None else hash_picture(picture)
+        kind = type(request.wanted).__name__
+        parts = [FORMAT, self.identity, kind, asdict(request.wanted), text, digest, request.repeat]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        length = count_tokens(self.assistant, text, self.budget)
+        return Prompt(request, messages, text, length, picture, digest, key)
+
+    def _messages(self, given: Messages) -> tuple[Messages, Image.Image | None]:
+        """The conversation as the processor takes it, and its picture."""
+        messages, pictures = [], []
+        for message in given:
+            content = message["content"]
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            own = []
+            for block in blocks:
+                if block["type"] == "image":
+                    pictures.append(self.assistant.open_picture(block["url"]))
+                    own.append({"type": "image", "image": pictures[-1]})
+                elif block["type"] == "text":
+                    own.append({"type": "text", "text": block["text"]})
+                else:
+                    raise InputError(f"A message shows {block['type']}; allowed: text and image.")
+            messages.append({"role": message["role"], "content": own})
+        if len(pictures) > 1:
+            raise SeveralPictures(f"The request shows {len(pictures)} pictures; FUSION reads 1.")
+        return messages, pictures[0] if pictures else None
+
+
+def hash_picture(picture: Image.Image) -> str:
+    """Of its pixels, whatever file they came from."""
+    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()

@@ -1,0 +1,105 @@
+"""What a run measured, and everything that it depends on, as one JSON file."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT = 1
+PACKAGES = ("fusion_hf", "lmms_eval", "transformers", "torch", "datasets", "accelerate", "pillow")
+STDERR = ("_stderr", "_stderr_clt")  # behind a metric's name, before its filter
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a task in lmms-eval's unit; `standard_error` is None where lmms-eval knows none."""
+
+    metric: str
+    value: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task that was scored, or why it was not: a task that failed has no metrics."""
+
+    task: str
+    lmms_task: str
+    status: Literal["scored", "failed"]
+    n: int = 0
+    prompt_sha256: str | None = None
+    metrics: tuple[Metric, ...] = ()
+    reason: str | None = None
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Which model it was, and how it ran."""
+
+    name: str
+    revision: str
+    dtype: str
+    device: str
+    query_len: int
+    image_token_grid: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run: its tasks in the order in which they were asked for."""
+
+    command: list[str]
+    model: ModelRecord
+    prompts: str
+    limit: int | None
+    batch_size: int
+    processes: int
+    data_root: str | None
+    tasks: list[TaskRecord] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[TaskRecord]:
+        return [task for task in self.tasks if task.status == "failed"]
+
+    def write(self, folder: Path) -> Path:
+        """Write a new file into `folder`, named by the time."""
+        now = datetime.now(timezone.utc)
+        content = {"format": FORMAT, "date": now.isoformat(timespec="seconds"), "versions": versions(), **asdict(self)}
+        path = folder / f"record-{now.strftime('%Y%m%d-%H%M%S-%f')}.json"
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the figures depend on."""
+    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def read_metrics(results: dict[str, Any]) -> tuple[Metric, ...]:
+    """The figures among a task's results of lmms-eval, whose keys are `metric,filter`.
+
+    Raises:
+        ValueError: if there is none, or one is no number.
+    """
+    metrics = []
+    for key, value in results.items():
+        name, _, kind = key.partition(",")
+        if not kind or not _is_number(value) or "_stderr" in name:
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{key} is {value}; allowed: a number.")
+        errors: list[Any] = [results.get(f"{name}{suffix},{kind}") for suffix in STDERR]
+        error = next((float(e) for e in errors if _is_number(e) and math.isfinite(e)), None)
+        metrics.append(Metric(key, float(value), error))
+    if not metrics:
+        raise ValueError(f"lmms-eval gave no figure, only {', '.join(results)}.")
+    return tuple(metrics)
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, (str, bool))

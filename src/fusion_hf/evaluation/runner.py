@@ -1,0 +1,228 @@
+"""Benchmarks from beginning to end, in one process or several, where no failure passes for a wrong answer."""
+
+import argparse
+import hashlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lmms_eval.evaluator import evaluate
+from lmms_eval.tasks import TaskManager, get_task_dict
+
+from fusion_hf.errors import InputError
+from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
+from fusion_hf.evaluation.answering import WINDOW, Answerer, Failure
+from fusion_hf.evaluation.cache import AnswerCache
+from fusion_hf.evaluation.data import PreparedTask, check_data, prepare_tasks
+from fusion_hf.evaluation.judges import JudgeWatch, check_judge
+from fusion_hf.evaluation.processes import Processes, alone
+from fusion_hf.evaluation.record import ModelRecord, RunRecord, TaskRecord, read_metrics
+from fusion_hf.inference import Assistant, nano_path
+
+# lmms-eval's own seeds: some tasks guess where an answer names no option
+PYTHON_SEED, SEED = 0, 1234
+ANSWERS, TASKS, SUBMISSIONS = "answers", "tasks", "submissions"  # folders of a run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for; see `fusion-hf evaluate --help`."""
+
+    tasks: Sequence[str]
+    output: Path
+    model: str | None = None
+    data_root: Path | None = None
+    prompts: str = "authors"
+    limit: int | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    command: Sequence[str] = ()
+    debug: bool = False
+
+
+def run(options: Options) -> RunRecord:
+    """
+    Answer and score the tasks, one after the other; what keeps a task from being scored is in its record.
+
+    Raises:
+        InputError: if the model cannot be loaded, or another run works in the output folder.
+    """
+    processes = Processes.start()
+    assistant = Assistant.load(options.model, own_device(options.device), options.dtype)
+    cache = AnswerCache(options.output / ANSWERS, processes.rank)
+    answerer = Answerer(assistant, options.batch_size, cache, progress=processes.rank == 0)
+    record = _begin_record(options, answerer, processes)
+    try:
+        for name in options.tasks:
+            record.tasks.append(_Evaluation(options, processes, answerer, name).record())
+    finally:
+        cache.close()
+    processes.end()
+    return record
+
+
+def _begin_record(options: Options, answerer: Answerer, processes: Processes) -> RunRecord:
+    model = answerer.assistant.model
+    return RunRecord(
+        command=list(options.command),
+        model=ModelRecord(
+            name=Path(nano_path()).name if options.model is None else options.model,
+            revision=answerer.revision,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            **answerer.budget._asdict(),
+        ),
+        prompts=options.prompts,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        processes=processes.count,
+        data_root=None if options.data_root is None else str(options.data_root),
+    )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What lmms-eval and its tasks print is neither an error nor a figure of this command."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+class _Evaluation:
+    """One task. The first process prepares and scores, all answer: what one process scores, two score as well."""
+
+    def __init__(self, options: Options, processes: Processes, answerer: Answerer, name: str):
+        self.options = options
+        self.processes = processes
+        self.answerer = answerer
+        self.name = name
+        self.first_failure = len(answerer.failures)
+
+    def record(self) -> TaskRecord:
+        """The task's record, in all processes."""
+        self.lmms_task = self.name
+        try:
+            with nullcontext() if self.options.debug else _silence():
+                done = self._evaluate()
+        except Exception as error:  # whatever it is, the other tasks go on
+            if self.options.debug:
+                raise
+            done = self._failed(error)
+        return self.processes.gather(done)[0]
+
+    def _failed(self, error: Exception) -> TaskRecord:
+        failures = error.failures if isinstance(error, RequestsFailed) else []
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return TaskRecord(
+            self.name, self.lmms_task, "failed", reason=reason, failures=tuple(str(failure) for failure in failures)
+        )
+
+    def _evaluate(self) -> TaskRecord:
+        prepared = self._together(self._prepare, first_only=True)
+        self.lmms_task = prepared.task_name
+        model = FusionChat.around(self.answerer)
+        task_dict = self._together(lambda: self._load(prepared, model))
+        if self.processes.count > 1:
+            self._together(lambda: self._answer_share(model, task_dict[prepared.task_name]))
+        return self._together(lambda: self._score(prepared, model, task_dict), first_only=True)
+
+    def _together(self, step: Any, first_only: bool = False) -> Any:
+        """Do a step in all processes, or in the first for all; an error in one ends the task in all."""
+        result: Any = None
+        error: Exception | None = None
+        if not first_only or self.processes.rank == 0:
+            try:
+                result = step()
+            except Exception as caught:  # is raised below, when all processes know
+                if self.options.debug and self.processes.count == 1:
+                    raise
+                error = caught
+        told = None if error is None else self._failed(error)
+        first = next((one for one in self.processes.gather(told) if one is not None), None)
+        if error is not None:
+            raise error
+        if first is not None:
+            raise RuntimeError(f"in another process: {first.reason}")
+        return self.processes.gather(result)[0] if first_only else result
+
+    def _prepare(self) -> PreparedTask:
+        """
+        Raises:
+            InputError: if there is no judge or no data.
+        """
+        folder = self.options.output / TASKS
+        folder.mkdir(parents=True, exist_ok=True)
+        problems = check_data([self.name], self.options.data_root) if self.options.data_root is not None else []
+        if problems:
+            raise InputError("; ".join(str(problem) for problem in problems))
+        (prepared,) = prepare_tasks([self.name], self.options.prompts, self.options.data_root, folder)
+        if prepared.benchmark.needs_judge:
+            check_judge()
+        return prepared
+
+    def _load(self, prepared: PreparedTask, model: FusionChat) -> dict[str, Any]:
+        """The task as lmms-eval knows it, set up as its `simple_evaluate` does."""
+        manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
+        task_dict = get_task_dict([prepared.task_name], manager, "chat")
+        task = task_dict[prepared.task_name]
+        model.task_dict[prepared.task_name] = task.dataset
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+        return task_dict
+
+    def _answer_share(self, model: FusionChat, task: Any) -> None:
+        """Answer this process's part of the requests, whole windows of them, whose pictures stay together."""
+        task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
+        requests = model.translate(task.instances)
+        windows = [requests[begin : begin + WINDOW] for begin in range(0, len(requests), WINDOW)]
+        share = windows[self.processes.rank :: self.processes.count]
+        self.answerer.answer([request for window in share for request in window])
+        failures = self._failures()
+        if failures:
+            raise RequestsFailed(failures)
+
+    def _failures(self) -> list[Failure]:
+        return self.answerer.failures[self.first_failure :]
+
+    def _score(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
+        """What lmms-eval makes of the answers; those that are missing yet are made now."""
+        if self.answerer.cache is not None:
+            self.answerer.cache.reload()
+        random.seed(PYTHON_SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        submissions = str(self.options.output / SUBMISSIONS)
+        arguments = argparse.Namespace(output_path=submissions, process_with_media=False, reasoning_tags=None)
+        with alone(), JudgeWatch():
+            results = evaluate(
+                lm=model, task_dict=task_dict, limit=self.options.limit, log_samples=False, cli_args=arguments
+            )
+        metrics = read_metrics(results["results"][prepared.task_name])
+        names = {metric.metric for metric in metrics}
+        absent = [metric for metric in prepared.benchmark.metrics if metric not in names]
+        if absent:
+            raise ValueError(f"lmms-eval gave no {absent[0]}, only {', '.join(sorted(names))}.")
+        return TaskRecord(
+            self.name,
+            prepared.task_name,
+            "scored",
+            n=results["n-samples"][prepared.task_name]["effective"],
+            prompt_sha256=self._hash_prompts(prepared.task_name),
+            metrics=metrics,
+        )
+
+    def _hash_prompts(self, task_name: str) -> str:
+        """Of all prompts of the task, in the order of its questions."""
+        digest = hashlib.sha256()
+        own = {doc: texts for (task, doc), texts in self.answerer.prompts.items() if task == task_name}
+        for doc in sorted(own):
+            for text in dict.fromkeys(own[doc]):  # once, however many processes have read it
+                digest.update(hashlib.sha256(text.encode()).digest())
+        return digest.hexdigest()

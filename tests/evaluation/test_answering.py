@@ -1,0 +1,170 @@
+"""Answers do not depend on batches or kills, and what fails is no answer."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusion_hf.errors import InputError
+from fusion_hf.evaluation.answering import Answerer
+from fusion_hf.evaluation.cache import AnswerCache
+from fusion_hf.evaluation.questions import MAX_NEW_TOKENS, Continuation, Generation, Request
+from fusion_hf.inference import Assistant
+from fusion_hf.nano.easy_vqa import read_easy_vqa
+
+OPTIONS = ("red", "blue", "yes", "rectangle")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(assistant: Assistant, questions: list[Request]) -> list[Any]:
+    return Answerer(assistant, batch_size=1).answer(questions)
+
+
+def test_one_by_one_is_what_the_assistant_answers(assistant, questions, one_by_one):
+    for request, answer in list(zip(questions, one_by_one, strict=True))[:8]:
+        messages = request.read()
+        for block in messages[0]["content"]:
+            if block["type"] == "image":
+                block["image"] = block.pop("url")
+        assert assistant.answer(messages, max_new_tokens=6) == answer["answer"]
+
+
+def test_batches_answer_as_one_by_one(assistant, questions, one_by_one):
+    assert Answerer(assistant, batch_size=16).answer(questions) == one_by_one
+
+
+def test_tiles_of_a_picture_are_encoded_once(assistant, questions, monkeypatch):
+    encoded = []
+    see_all = Assistant.see_all
+    monkeypatch.setattr(Assistant, "see_all", lambda self, p: encoded.append(len(p)) or see_all(self, p))
+    Answerer(assistant, batch_size=4).answer(questions)
+    with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
+    assert sum(encoded) == len(with_picture)
+
+
+def _shows(request: Request) -> bool:
+    return request.read()[0]["content"][0]["type"] == "image"
+
+
+def test_equal_requests_are_asked_once(assistant, questions):
+    answerer = Answerer(assistant, batch_size=4)
+    answers = answerer.answer([*questions[:3], *questions[:3]])
+    assert (answers[:3], answerer.asked) == (answers[3:], 3)
+
+
+def test_what_was_answered_is_not_asked_again(assistant, questions, one_by_one, tmp_path: Path):
+    first = AnswerCache(tmp_path)
+    Answerer(assistant, cache=first).answer(questions[:5])
+    first.close()
+    second = AnswerCache(tmp_path, rank=1)
+    answerer = Answerer(assistant, batch_size=16, cache=second)
+    assert answerer.answer(questions) == one_by_one
+    second.close()
+    keys = [line["key"] for path in tmp_path.glob("*.jsonl") for line in map(json.loads, path.open())]
+    assert len(keys) == len(set(keys)) == answerer.asked + 5
+
+
+def test_half_a_line_is_dropped_and_asked_again(assistant, questions, one_by_one, tmp_path: Path):
+    cache = AnswerCache(tmp_path)
+    Answerer(assistant, cache=cache).answer(questions[:5])
+    cache.close()
+    path = tmp_path / "00000.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    cache = AnswerCache(tmp_path)
+    answerer = Answerer(assistant, cache=cache)
+    assert answerer.answer(questions[:5]) == one_by_one[:5]
+    cache.close()
+    assert answerer.asked == 1
+    assert sorted(json.loads(line)["doc_id"] for line in path.open()) == [0, 1, 2, 3, 4]
+
+
+def test_other_settings_are_other_questions(assistant, questions, tmp_path: Path):
+    cache = AnswerCache(tmp_path)
+    Answerer(assistant, cache=cache).answer(questions[:2])
+    other = Answerer(assistant, cache=cache, query_len=4)
+    other.answer(questions[:2])
+    assert other.asked == 2
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path):
+    cache = AnswerCache(tmp_path)
+    with pytest.raises(InputError, match="in use by another run"):
+        AnswerCache(tmp_path)
+    cache.close()
+
+
+def test_a_damaged_file_is_named(tmp_path: Path):
+    (tmp_path / "00000.jsonl").write_text('{"key": "a", "answer": "b"}\n{"key": "a"}\n')
+    with pytest.raises(InputError, match=r"00000\.jsonl has no answer in line 2"):
+        AnswerCache(tmp_path)
+
+
+def test_failures_are_named_and_keep_no_answer_from_the_others(
+    assistant, questions, one_by_one, make_request, tmp_path: Path
+):
+    first, second = (picture.path for picture in read_easy_vqa("test")[:2])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(first.read_bytes()[:60])
+    failing = [
+        make_request("which?", first, second, number=101),
+        make_request("why? " * assistant.max_length, first, number=102),
+        make_request("what?", broken, number=103),
+    ]
+    answerer = Answerer(assistant, batch_size=16)
+    assert answerer.answer([*failing, *questions[:4]]) == [None, None, None, *one_by_one[:4]]
+    reasons = {failure.doc_id: failure.reason for failure in answerer.failures}
+    assert "SeveralPictures: The request shows 2 pictures" in reasons[101]
+    assert "tokens" in reasons[102]
+    assert set(reasons) == {101, 102, 103}
+
+
+def test_options_are_scored(assistant, make_request: Callable[..., Request]):
+    """Against probabilities of one forward pass per option, without batches, padding or shared tiles."""
+    picture = read_easy_vqa("test")[0].path
+    requests = [
+        make_request("what color is the shape?", picture, number=number, wanted=Continuation(f" {option}"))
+        for number, option in enumerate(OPTIONS)
+    ]
+    answers = Answerer(assistant, batch_size=3).answer(requests)
+    question = [{"role": "user", "content": [{"type": "image", "path": str(picture)}, *_text()]}]
+    likeliest = assistant.answer(question, max_new_tokens=6)
+    for option, answer in zip(OPTIONS, answers, strict=True):
+        assert answer["logprob"] == pytest.approx(_logprob(assistant, question, option), abs=1e-3)
+        assert answer["greedy"] == (option == likeliest)
+    assert sum(math.exp(answer["logprob"]) for answer in answers) <= 1
+
+
+def _text() -> list[dict[str, str]]:
+    return [{"type": "text", "text": "what color is the shape?"}]
+
+
+@torch.no_grad()
+def _logprob(assistant: Assistant, question: list[dict[str, Any]], option: str) -> float:
+    inputs = assistant.prepare(question)
+    begin = inputs["input_ids"].shape[1]
+    ids = assistant.processor.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    logits = assistant.model(**inputs).logits[0, begin - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[0, :, None]).sum().item()
+
+
+def test_settings_of_a_task():
+    assert Generation.of({}) == Generation(MAX_NEW_TOKENS)
+    assert Generation.of({"until": ["\n\n"], "do_sample": False, "temperature": 0.2, "top_p": 1.0}) == Generation()
+    sampled = Generation.of({"temperature": 0.5, "top_p": 0, "max_new_tokens": 3, "until": "Q:"})
+    assert sampled == Generation(3, ("Q:",), 0.5)
+    assert sampled.cut(" red Q: and Q:") == "red"
+    with pytest.raises(InputError, match="generation_kwargs has beams"):
+        Generation.of({"beams": 2})
+
+
+def test_sampled_answers_are_those_of_their_question(assistant, make_request):
+    request = make_request("what?", wanted=Generation(max_new_tokens=6, temperature=5.0))
+    answers = Answerer(assistant, batch_size=4).answer([request] * 4)
+    assert len({answer["answer"] for answer in answers}) > 1
+    assert Answerer(assistant, batch_size=1).answer([request] * 4) == answers

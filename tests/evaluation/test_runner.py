@@ -1,0 +1,192 @@
+"""The command with lmms-eval, in real processes: killed, doubled, and with requests that fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion_hf.inference import nano_path
+
+pytestmark = pytest.mark.eval
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 600  # a hung process fails its test
+LIMIT = 130  # three windows, so that each of two processes has one
+OPTIONS = "red blue circle rectangle yes no teal green triangle gray black brown yellow".split()
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(output: Path, *options: object, launcher: Sequence[str] = (), **variables: str) -> subprocess.Popen:
+    arguments = ["-m", "fusion_hf", "evaluate", "--tasks", "easy_vqa", "--limit", LIMIT, "--output", output, *options]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        env={**ENVIRONMENT, **variables},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def finish(output: Path, *options: object, **others: Any) -> dict[str, Any]:
+    """The record of a run that must succeed."""
+    process = start(output, *options, **others)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    return record_of(output)
+
+
+def record_of(output: Path) -> dict[str, Any]:
+    return json.loads(max(output.glob("record-*.json")).read_text())
+
+
+def entries(output: Path) -> list[dict[str, Any]]:
+    """The answers on disk; a line being written is left out."""
+    paths = sorted((output / "answers").glob("*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text().split("\n")[:-1]]
+
+
+def answers(output: Path) -> dict[str, str]:
+    return {entry["key"]: entry["answer"] for entry in entries(output)}
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("batches")
+    finish(output, "--batch-size", 16)
+    return output
+
+
+def test_the_record_says_what_was_run(batches):
+    record = record_of(batches)
+    (task,) = record["tasks"]
+    assert (task["task"], task["status"], task["n"]) == ("easy_vqa", "scored", LIMIT)
+    assert {metric["metric"] for metric in task["metrics"]} >= {"exact_match,none"}
+    assert all(0.9 < metric["value"] <= 1 for metric in task["metrics"])
+    assert record["versions"]["lmms_eval"] == "0.7.3"
+    assert "--limit" in record["command"]
+    assert record["model"]["revision"].startswith("fusion-nano@")
+
+
+def test_one_by_one_is_as_in_batches(batches, tmp_path):
+    record = finish(tmp_path, "--batch-size", 1)
+    assert record["tasks"] == record_of(batches)["tasks"]
+    assert answers(tmp_path) == answers(batches)
+
+
+def test_two_processes_are_as_one(batches, tmp_path):
+    record = finish(tmp_path, "--batch-size", 16, launcher=TORCHRUN)
+    assert record["processes"] == 2
+    assert record["tasks"] == record_of(batches)["tasks"]
+    assert answers(tmp_path) == answers(batches)
+    assert all(path.stat().st_size for path in (tmp_path / "answers").glob("*.jsonl"))
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(batches, tmp_path):
+    process = start(tmp_path)
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "answers").is_dir() or len(entries(tmp_path)) < 10:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = len(entries(tmp_path))
+    assert before < len(answers(batches))
+    record = finish(tmp_path)
+    keys = [entry["key"] for entry in entries(tmp_path)]
+    assert len(keys) == len(set(keys)) == len(answers(batches))
+    assert record["tasks"] == record_of(batches)["tasks"]
+
+
+@pytest.fixture
+def broken_data(tmp_path: Path) -> dict[str, str]:
+    """easy-vqa's package with one picture broken, as variables of a process that finds it first."""
+    import easy_vqa
+
+    package = Path(easy_vqa.__file__).parent
+    own = tmp_path / "packages" / "easy_vqa"
+    own.parent.mkdir()
+    subprocess.run(["cp", "-r", package, own], check=True)
+    (own / "data" / "test" / "images" / "3.png").write_bytes(b"no picture")
+    return {"PYTHONPATH": os.pathsep.join([str(own.parent), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.parametrize("launcher", [[], TORCHRUN])
+def test_a_request_that_fails_fails_the_task(broken_data, tmp_path, launcher):
+    output = tmp_path / "output"
+    process = start(output, launcher=launcher, **broken_data)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    (task,) = record_of(output)["tasks"]
+    assert (task["status"], task["metrics"]) == ("failed", [])
+    assert "requests failed" in task["reason"]
+    assert "cannot identify image file" in task["failures"][0] + task["reason"]
+    assert "error: easy_vqa is not scored" in errors
+
+
+def test_a_judge_that_is_dead_fails_the_task():
+    from loguru import logger
+
+    from fusion_hf.evaluation.judges import JudgeFailed, JudgeWatch
+
+    with pytest.raises(JudgeFailed, match="All 3 attempts failed"), JudgeWatch():
+        logger.error("All 3 attempts failed. Last error message: connection refused")
+    with pytest.raises(JudgeFailed, match="GPT API failed to answer"), JudgeWatch():
+        logger.info("GPT API failed to answer. ")
+    with JudgeWatch():
+        logger.info("Overall Score: 31.00")
+
+
+def test_plain_lmms_eval_knows_fusion(tmp_path):
+    from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
+
+    prepare_easy_vqa(tmp_path, "mine")
+    results = run_lmms_eval(tmp_path, "mine")
+    assert results["exact_match,none"] > 0.9
+
+
+def test_lmms_eval_scores_options(tmp_path):
+    from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
+
+    path = prepare_easy_vqa(tmp_path, "options")
+    kept = ("dataset_", "  ", "task:", "test_split", "doc_to_")
+    lines = [line for line in path.read_text().split("generation_kwargs:")[0].splitlines() if line.startswith(kept)]
+    lines += ["output_type: multiple_choice", f"doc_to_choice: {OPTIONS}"]
+    lines += ["metric_list:", "- {metric: acc, aggregation: mean, higher_is_better: true}"]
+    path.write_text("\n".join(lines) + "\n")
+    results = run_lmms_eval(tmp_path, "options", "--force_simple")
+    assert results["acc,none"] > 0.9
+
+
+def run_lmms_eval(folder: Path, task: str, *options: str) -> dict[str, Any]:
+    """The results of a task, from lmms-eval's own command."""
+    arguments = [
+        "--model",
+        "fusion",
+        "--model_args",
+        f"pretrained={nano_path()}",
+        "--batch_size",
+        "8",
+        "--tasks",
+        task,
+    ]
+    arguments += ["--include_path", str(folder), "--limit", "20", "--output_path", str(folder / "output"), *options]
+    process = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *arguments],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=SECONDS,
+    )
+    paths = list((folder / "output").rglob("*results.json"))
+    assert paths, process.stdout + process.stderr
+    return json.loads(paths[0].read_text())["results"][task]

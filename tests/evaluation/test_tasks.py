@@ -1,0 +1,197 @@
+"""All published benchmarks through lmms-eval, on made-up rows in their schema."""
+
+import json
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.evaluation.rows import ROWS, recorded_prompts, write_rows
+
+from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
+from fusion_hf.evaluation.data import AUTHORS, LMMS_EVAL, find_benchmark, folder_of, prepare_tasks, prompt_blocks
+
+pytestmark = [pytest.mark.eval, pytest.mark.slow]
+
+PUBLISHED = [name for name, benchmark in BENCHMARKS.items() if benchmark.columns]
+AUTHORS_OWN = [name for name in PUBLISHED if BENCHMARKS[name].authors_task is not None]
+PROMPTS = [
+    *((name, LMMS_EVAL) for name in PUBLISHED),
+    *((name, AUTHORS) for name in [*AUTHORS_OWN, "textvqa_val_no_ocr"]),
+]
+UNSCORED = [name for name, variant in VARIANTS.items() if not variant.metrics]
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Says of every answer what each benchmark's scoring takes for a good mark."""
+
+    VERDICTS = (
+        ("Correctness", "1.0"),
+        ("Extracted answer", "A"),
+        ("Reference answer", "correct"),
+        ("[System]", "8 8"),
+    )
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = request["messages"][0]["content"]
+        verdict = next(verdict for mark, verdict in self.VERDICTS if mark in prompt)
+        reply = {"model": request["model"], "choices": [{"message": {"content": verdict}}]}
+        content = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Iterator[None]:
+    """No network but a judge on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OPENAI_API_KEY", "none")
+        # one answers for both kinds of address, whatever is put behind it
+        patch.setenv("OPENAI_API_URL", f"http://127.0.0.1:{server.server_port}/v1/chat/completions")
+        yield
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def load(environment, tmp_path_factory):
+    """Loads a task of either prompt on the made-up rows; each but once."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    root, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("tasks")
+    for name in PUBLISHED:
+        write_rows(BENCHMARKS[name], root)
+    loaded: dict[tuple[str, str], Any] = {}
+
+    def load_task(name: str, prompts: str) -> Any:
+        if (name, prompts) not in loaded:
+            (prepared,) = prepare_tasks([name], prompts, root, folder)
+            manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
+            loaded[name, prompts] = get_task_dict([prepared.task_name], manager, "chat")[prepared.task_name]
+        return loaded[name, prompts]
+
+    return load_task
+
+
+@pytest.mark.parametrize(("name", "prompts"), PROMPTS)
+def test_prompt_is_the_recorded_one(load, name: str, prompts: str):
+    task = load(name, prompts)
+    assert prompt_blocks(task, task.task_docs[0]) == recorded_prompts()[prompts][name]
+
+
+# where the answer is not the column `answer` or the first of `answers`
+RIGHT = {
+    ("ai2d", LMMS_EVAL): ["A"],
+    ("scienceqa_img", LMMS_EVAL): ["A", "A"],
+    ("seedbench", LMMS_EVAL): ["A", "B"],  # the question about a video is not asked
+    ("mathvista", LMMS_EVAL): ["The answer is red.", "1.5"],  # the first is the judge's to understand
+    ("mmvp", LMMS_EVAL): ["A", "B", "B", "A"],
+    ("mmvp", AUTHORS): ["(a)", "(b)", "(a)", "(b)"],  # the labels as first published
+    ("llava_in_the_wild", LMMS_EVAL): ["A red square."] * 3,
+    ("hallusion_bench_image", LMMS_EVAL): ["yes", "no", "yes"],
+}
+
+
+def right_answers(name: str, prompts: str) -> list[str]:
+    """Of the made-up rows that are asked."""
+    for whose in (prompts, LMMS_EVAL):
+        if (name, whose) in RIGHT:
+            return RIGHT[name, whose]
+    answers = [row.get("answer") or row["answers"] for row in ROWS[folder_of(find_benchmark(name))]]
+    return [answer[0] if isinstance(answer, list) else answer for answer in answers]
+
+
+class Parrot:
+    """A model of lmms-eval that gives given answers."""
+
+    rank, world_size, is_simple = 0, 1, False
+
+    def __init__(self, task: Any, answers: list[str]):
+        self.answers = answers
+        self.task_dict = {task.task_name: task.dataset}
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        return [self.answers[request.args[3]] for request in requests]
+
+    def clean(self) -> None:
+        """There is nothing to free."""
+
+
+def evaluate(task: Any, answers: list[str], output: Path) -> dict[str, Any]:
+    """The task's results, as lmms-eval gives them."""
+    from lmms_eval.evaluator import evaluate as lmms_evaluate
+
+    task.set_config(key="num_fewshot", value=0)
+    arguments = Namespace(output_path=str(output), process_with_media=False, reasoning_tags=None)
+    done = lmms_evaluate(Parrot(task, answers), {task.task_name: task}, log_samples=False, cli_args=arguments)
+    assert done["n-samples"][task.task_name]["effective"] == len(answers)
+    return done["results"][task.task_name]
+
+
+HIGHEST = {"MME^P": 200.0, "MME^C": 200.0}  # of one category each
+
+
+@pytest.mark.parametrize(("name", "prompts"), PROMPTS)
+def test_right_answers_get_the_highest_mark(load, tmp_path, name: str, prompts: str):
+    benchmark = find_benchmark(name)
+    results = evaluate(load(name, prompts), right_answers(name, prompts), tmp_path)
+    marks = [results[metric] * benchmark.scale for metric in benchmark.metrics]
+    columns = benchmark.columns or ("",)
+    assert marks == pytest.approx([HIGHEST.get(column, 100.0) for column in columns])
+
+
+# MMMU guesses a letter where an answer has none; what a judge says does not depend on the answer here
+@pytest.mark.parametrize(
+    ("name", "prompts"), [(n, p) for n, p in PROMPTS if n != "mmmu_val" and not find_benchmark(n).needs_judge]
+)
+def test_wrong_answers_get_nothing(load, tmp_path, name: str, prompts: str):
+    task = load(name, prompts)
+    results = evaluate(task, ["zzz"] * len(task.eval_docs), tmp_path)
+    assert [results[metric] for metric in find_benchmark(name).metrics] == [0.0] * len(find_benchmark(name).metrics)
+
+
+def test_mathvista_without_a_right_answer_is_zero(load, tmp_path):
+    assert evaluate(load("mathvista", AUTHORS), ["blue", "9.5"], tmp_path)["llm_as_judge_eval,none"] == 0.0
+
+
+def test_hallusion_asks_its_judge_about_each_run(load, tmp_path, monkeypatch):
+    task = load("hallusion_bench_image", AUTHORS)
+    assert evaluate(task, ["yes"] * 3, tmp_path)["aAcc,none"] == 100.0
+    monkeypatch.setattr(Judge, "VERDICTS", (("Reference answer", "incorrect"),))
+    assert evaluate(task, ["no"] * 3, tmp_path)["aAcc,none"] == 0.0
+
+
+@pytest.mark.parametrize("name", UNSCORED)
+def test_split_of_a_server_can_be_asked(environment, tmp_path, name: str):
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    variant = VARIANTS[name]
+    of = folder_of(variant)
+    hidden = {column: None for column, kind in variant.schema.items() if kind != BENCHMARKS[of].schema[column]}
+    write_rows(variant, tmp_path / "data", [{**row, **hidden} for row in ROWS[of]])
+    (prepared,) = prepare_tasks([name], AUTHORS, tmp_path / "data", tmp_path)
+    manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
+    task = get_task_dict([prepared.task_name], manager, "chat")[prepared.task_name]
+    assert len(task.eval_docs) == len(ROWS[of])
+    assert prompt_blocks(task, task.task_docs[0])[0] == "<image>"
+
+
+def test_no_task_has_the_name_of_a_built_in_one(load, tmp_path):
+    from lmms_eval.tasks import TaskManager
+
+    built_in = set(TaskManager().all_tasks)
+    names = [name for name in (*BENCHMARKS, *VARIANTS) if name != "easy_vqa"]
+    prepared = [task for prompts in (AUTHORS, LMMS_EVAL) for task in prepare_tasks(names, prompts, None, tmp_path)]
+    assert built_in.isdisjoint(task.task_name for task in prepared)
+    assert {find_benchmark(name).lmms_task for name in names} <= built_in
