@@ -81,7 +81,9 @@ class CompiledGenerator:
         # shares all weights; what compiling leaves in a module is left in this copy
         self._model = copy.copy(model)
         self._caches: dict[int, StaticCache] = {}
-        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
+        # older versions of transformers branch on the length there, which breaks the graph in two
+        whole = model.config.text_config.rope_parameters.get("rope_type") != "longrope"
+        settings: dict[str, Any] = {"fullgraph": whole, "dynamic": False, "backend": backend, "mode": mode}
         if options:  # torch takes one of both
             settings.update(mode=None, options=options)
         if compile_prompt:
