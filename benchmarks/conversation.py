@@ -13,16 +13,16 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from measure import (
     DTYPES,
-    check_device,
+    add_machine_options,
     generation_seconds,
     paired_ratios,
+    parse_on_machine,
     positive,
     seconds,
     surroundings,
@@ -170,18 +170,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, default=3, help="rounds")
     parser.add_argument("--questions", type=positive, default=10, help="about one picture")
     parser.add_argument("--conversations", type=positive, default=300, help="that fusion-nano has")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    add_machine_options(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    check_device(parser, options.device)
-    torch.set_num_threads(options.threads)
+    options = parse_on_machine(make_parser(), arguments)
     names = ("size", "repeats", "questions", "conversations", "dtype", "device", "threads")
     result = {
         "settings": {name: getattr(options, name) for name in names},

@@ -229,6 +229,27 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
         parser.error("--device cuda: PyTorch sees no CUDA device")
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark is run on, and where its result goes."""
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--output", type=Path, help="a JSON file")
+
+
+def parse_on_machine(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a parser with `add_machine_options`; from here on, so many threads compute."""
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def read_result(path: Path | None) -> dict[str, Any]:
+    """What the file holds already, of which the parts that are not measured now are kept."""
+    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+
+
 def write_result(result: dict[str, Any], path: Path | None) -> None:
     """Into a JSON file, if one was named."""
     if path is not None:

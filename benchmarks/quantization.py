@@ -16,16 +16,17 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from measure import (
     DTYPES,
-    check_device,
+    add_machine_options,
     generation_seconds,
     paired_ratios,
+    parse_on_machine,
     positive,
+    read_result,
     surroundings,
     turned,
     write_result,
@@ -160,20 +161,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="middle", help="of the model that is timed")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds that count; one more warms up")
     parser.add_argument("--questions", type=positive, default=2000, help="that fusion-nano has")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of what is not quantized")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    add_machine_options(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    check_device(parser, options.device)
-    torch.set_num_threads(options.threads)
-    kept = options.output is not None and options.only is not None and options.output.is_file()
-    result: dict[str, Any] = json.loads(options.output.read_text()) if kept else {}
+    options = parse_on_machine(make_parser(), arguments)
+    result = read_result(options.output)
     names = ("size", "repeats", "questions", "dtype", "device", "threads")
     settings = {name: getattr(options, name) for name in names}
     for part, measure in zip(PARTS, (measure_times, measure_accuracy), strict=True):

@@ -16,17 +16,18 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from measure import (
     DTYPES,
-    check_device,
+    add_machine_options,
     generation_seconds,
     paired_ratios,
+    parse_on_machine,
     peak_allocated,
     positive,
+    read_result,
     seconds,
     summarize,
     surroundings,
@@ -194,20 +195,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, default=5, help="rounds")
     parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
     parser.add_argument("--drawn", type=positive, default=150, help="pictures of each category that is drawn")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--output", type=Path, help="a JSON file; what is in it and not measured now is kept")
+    add_machine_options(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    check_device(parser, options.device)
-    torch.set_num_threads(options.threads)
-    kept = options.output is not None and options.output.is_file()
-    result: dict[str, Any] = json.loads(options.output.read_text()) if kept else {}
+    options = parse_on_machine(make_parser(), arguments)
+    result = read_result(options.output)
     measures = {"times": measure_times, "accuracy": measure_accuracy}
     for part in PARTS:
         if options.only in (None, part):

@@ -63,7 +63,7 @@ class FusionModel(FusionPreTrainedModel):
     def __init__(self, config: FusionConfig):
         super().__init__(config)
         for part in (config.text_config, config.vision_config):
-            self.get_correct_attn_implementation(part._attn_implementation, is_init_check=True)
+            self._check_and_adjust_attn_implementation(part._attn_implementation, is_init_check=True)
         text_width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
         self.vision_tower = FusionVisionModel._from_config(
             config.vision_config, early_layers=config.vision_early_layers

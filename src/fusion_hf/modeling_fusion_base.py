@@ -3,14 +3,14 @@
 Shapes: B batch, S sequence length, D LLM width. Source: FUSION, arXiv 2504.09925.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -85,23 +85,29 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
         known = self._no_split_modules  # a list or a set, as the version of transformers has it
         self._no_split_modules = type(known)(name for name in known if name in present)
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers; an error also names what is supported here."""
-        choose = super().get_correct_attn_implementation
-        try:
-            return choose(requested_attention, is_init_check)
-        except (ImportError, ValueError) as error:
-            supported = ", ".join(map(repr, filter(partial(_is_accepted, choose), ATTENTION)))
-            message = f"attn_implementation is {requested_attention!r}; supported here: {supported}. {error}"
-            raise type(error)(message) from error
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str | None:
+        """As in transformers, which may take a kernel of the Hub instead; an error names what is supported here."""
+        with self._naming_supported(attn_implementation):
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As in transformers; nothing is changed if one of the parts cannot have its implementation."""
-        names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
-        for name in names:
-            if isinstance(name, str) and not is_kernel(name):  # a kernel is fetched where it is needed
-                self.get_correct_attn_implementation(name)
+        if isinstance(attn_implementation, dict):  # one name for all is checked before anything is changed
+            for name in attn_implementation.values():
+                with self._naming_supported(name):
+                    self.get_correct_attn_implementation(name)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @contextmanager
+    def _naming_supported(self, name: str | None) -> Iterator[None]:
+        try:
+            yield
+        except (ImportError, ValueError) as error:
+            is_supported = partial(_is_accepted, self.get_correct_attn_implementation)
+            supported = ", ".join(map(repr, filter(is_supported, ATTENTION)))
+            raise type(error)(f"attn_implementation is {name!r}; supported here: {supported}. {error}") from error
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the parts' configurations are told the data type of the weights as well."""

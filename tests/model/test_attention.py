@@ -7,6 +7,8 @@ import pytest
 import torch
 from tests.helpers.flash import FlashStandIn
 from tests.helpers.tiny import Sample, make_inputs, tiny_config, tiny_model
+from transformers import AttentionInterface, modeling_utils
+from transformers.integrations.flash_attention import flash_attention_forward
 
 from fusion_hf import CompiledGenerator, FusionForConditionalGeneration
 
@@ -144,6 +146,21 @@ def test_what_is_not_here_is_named_with_what_is(llama: FusionForConditionalGener
         with pytest.raises((ImportError, ValueError), match=message):
             FusionForConditionalGeneration._from_config(tiny_config(), attn_implementation=given)
     assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_of_the_hub_stands_for_a_missing_package(
+    llama: FusionForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers, where the library `kernels` is installed; what is fetched is left out here."""
+
+    def fetch(name: str, *args: Any, **kwargs: Any) -> None:
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, flash_attention_forward)
+
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *args, **kwargs: True)
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", fetch)
+    llama.set_attn_implementation("flash_attention_2")
+    for part in (llama.model.language_model, llama.model.vision_tower):
+        assert part.config._attn_implementation.startswith("kernels-community/")
 
 
 @pytest.mark.parametrize(("vision", "text", "compile_prompt"), [("sdpa", FLASH, False), (FLASH, "sdpa", True)])

@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True).eval()
 assert "transformers_modules" in type(model).__module__
 with torch.no_grad():
-    torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[3])
+    torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
 print(type(model.model.language_model.layers[0].mlp.up_proj.weight).__name__)
 """
 
@@ -159,7 +159,7 @@ def test_a_folder_without_the_package_computes_the_same(quantized, processor, tm
     processor.save_pretrained(folder)
     torch.save(inputs, given)
     assert run(RELOAD, folder, given, answered, cache=tmp_path) == [quantized.method.weight]
-    assert torch.equal(torch.load(answered), before)
+    assert torch.equal(torch.load(answered, weights_only=True), before)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
