@@ -206,3 +206,15 @@ def test_column_that_a_file_declares_pictures_opens_no_file(tmp_path):
 
 def test_made_up_rows_are_of_the_published_table():
     assert list(ROWS) == PUBLISHED
+
+
+def test_documents_have_the_table():
+    text = (Path(__file__).parents[2] / "docs/evaluation_tasks.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| `")]
+    figures = {name: [metric.partition(",")[0] for metric in BENCHMARKS[name].metrics] for name in PUBLISHED}
+    expected = [
+        [f"`{name}`", ", ".join(one.columns), f"`{one.lmms_task}`", ", ".join(f"`{key}`" for key in figures[name])]
+        for name, one in BENCHMARKS.items()
+        if one.columns
+    ]
+    assert [row[1:5] for row in rows[: len(PUBLISHED)]] == expected

@@ -1,6 +1,8 @@
 """All published benchmarks through lmms-eval, on made-up rows in their schema."""
 
 import json
+import subprocess
+import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -195,3 +197,24 @@ def test_no_task_has_the_name_of_a_built_in_one(load, tmp_path):
     prepared = [task for prompts in (AUTHORS, LMMS_EVAL) for task in prepare_tasks(names, prompts, None, tmp_path)]
     assert built_in.isdisjoint(task.task_name for task in prepared)
     assert {find_benchmark(name).lmms_task for name in names} <= built_in
+
+
+def test_all_run_from_end_to_end_with_fusion_nano(environment, tmp_path):
+    for name in PUBLISHED:
+        write_rows(BENCHMARKS[name], tmp_path / "data")
+    options = [
+        "--tasks",
+        ",".join(PUBLISHED),
+        "--data-root",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    command = [sys.executable, "-m", "fusion_hf", "evaluate", *options, "--batch-size", "8"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "out").glob("record-*.json")
+    tasks = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    assert [(task["task"], task["status"]) for task in tasks] == [(name, "scored") for name in PUBLISHED]
+    for task in tasks:
+        assert set(BENCHMARKS[task["task"]].metrics) <= {metric["metric"] for metric in task["metrics"]}
