@@ -10,10 +10,10 @@ LMMS_EVAL := lmms-eval==0.7.3
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
-# One thread per test process: two workers with two threads each are slower than one.
 # its recipes name it too
 NANO_OUTPUT := runs/fusion-nano
 TWO_PROCESSES = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2
+# One thread per test process: two workers with two threads each are slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 # A stamp stands for an installation: it is made again only when what it was made from changes.
@@ -22,7 +22,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-gpu test-oldest lint format nano bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -49,10 +49,10 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow and not quant and not eval"
+	$(PYTEST) -m "not slow and not quant and not eval and not gpu"
 
 test-slow: $(TEST) test-quant test-eval  ## the tests that take long
-	$(PYTEST) -m "slow and not eval"
+	$(PYTEST) -m "slow and not eval and not gpu"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
 test-quant:  ## the tests with bitsandbytes and torchao
@@ -62,6 +62,9 @@ test-quant:  ## the tests with bitsandbytes and torchao
 $(VENV)/.installed-quant: $(TEST)
 	$(INSTALL) -e ".[quant]"
 	@touch $@
+
+test-gpu: $(TEST)  ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
 
 # In an environment of its own: lmms-eval's own list of dependencies brings a torchvision that breaks a CPU torch.
 test-eval:  ## the tests with lmms-eval

@@ -24,7 +24,7 @@ from loading import WORKERS, LoaderBenchmark
 from measure import DTYPES, check_device, positive, surroundings, write_result
 from overhead import measure_overhead
 from report import TRAINING
-from steps import TOLERANCES, StepBenchmark
+from steps import GRADIENT_DTYPES, StepBenchmark
 from tqdm import tqdm
 from workload import TRAINING_SIZES
 
@@ -84,7 +84,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     parser.add_argument("--size", choices=TRAINING_SIZES, default="middle", help="tiny is for tests")
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what is measured")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    dtypes = [name for name, dtype in DTYPES.items() if dtype in TOLERANCES]
+    dtypes = [name for name, dtype in DTYPES.items() if dtype in GRADIENT_DTYPES]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights, gradients and optimizer state")
     parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16, as `bf16: true` has it")
     parser.add_argument("--rounds", type=positive, default=5, help="rounds that count; others warm up")

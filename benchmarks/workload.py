@@ -21,6 +21,7 @@ from fusion_hf.training.collator import IGNORE_INDEX
 SEED = 0
 FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
 SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS, ANSWER_TOKENS = 12, 20, 4, 20
+SHALLOW = 2  # layers where only widths matter
 LONGEST_SEQUENCE = 8192  # tokens that the language model of a size is declared for
 RELEASED = Path(__file__).parents[1] / "configs" / "models"
 
@@ -172,6 +173,15 @@ def build_config(size: Size) -> FusionConfig:
         query_lens=[size.query_len],
         window_size=size.window_size,
     )
+
+
+def make_shallow(make_config: Callable[[], FusionConfig]) -> FusionConfig:
+    """The same widths with `SHALLOW` layers in tower and language model, and a sampler in the first."""
+    values = make_config().to_dict()
+    for part in ("text_config", "vision_config"):
+        values[part] = {**values[part], "num_hidden_layers": SHALLOW}
+        values[part].pop("layer_types", None)  # one for each layer
+    return FusionConfig(**values | {"vision_early_layers": SHALLOW // 2, "sampler_layers": [0]})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ PROJECTIONS = 64
 
 def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Projections `(PROJECTIONS,)` of a tensor, float64; the vectors depend on its name and size only."""
-    values = tensor.detach().double().flatten().numpy()
+    values = tensor.detach().cpu().double().flatten().numpy()
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     signs = generator.integers(0, 2, size=(PROJECTIONS, values.size), dtype=np.int8) * 2.0 - 1.0
     return torch.from_numpy(signs @ values)

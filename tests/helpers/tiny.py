@@ -39,6 +39,7 @@ def tiny_config(backbone: str = "llama", text: dict[str, Any] | None = None, **c
         patch_size=8,
     )
     defaults: dict[str, Any] = {
+        "vision_config": vision,
         "query_len": QUERY_LEN,
         "query_lens": [1, 4],
         "window_size": 2,
@@ -46,7 +47,7 @@ def tiny_config(backbone: str = "llama", text: dict[str, Any] | None = None, **c
         "sampler_num_heads": 4,
     }
     text_config = CONFIG_MAPPING[backbone](**(sizes | (text or {})))
-    return FusionConfig(text_config=text_config, vision_config=vision, **(defaults | changes))
+    return FusionConfig(text_config=text_config, **(defaults | changes))
 
 
 def tiny_model(config: FusionConfig, seed: int = 0, scale: float = 4.0) -> FusionForConditionalGeneration:

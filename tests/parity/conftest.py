@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tests.helpers.devices import DEVICES
 
 from fusion_hf import FusionForConditionalGeneration, FusionImageProcessor
 from fusion_hf.conversion.cli import main
@@ -38,11 +39,11 @@ class Recording:
     def tensors(self, case: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / f"{case}.safetensors")
 
-    def model(self, early_text_attention: str) -> FusionForConditionalGeneration:
+    def model(self, early_text_attention: str, device: str = "cpu") -> FusionForConditionalGeneration:
         model = FusionForConditionalGeneration.from_pretrained(
             self.output, dtype=torch.float32, early_text_attention=early_text_attention
         )
-        return model.eval()
+        return model.eval().to(device)
 
     def pixel_values(self, images: list[int]) -> torch.Tensor:
         """One picture per sample; -1 is a text-only sample, which carries zeros."""
@@ -50,6 +51,26 @@ class Recording:
         pictures = [Image.open(self.folder / f"image_{max(i, 0)}.png") for i in images]
         pixel_values = processor(pictures, return_tensors="pt").pixel_values
         return pixel_values * torch.tensor([float(i >= 0) for i in images]).view(-1, 1, 1, 1, 1)
+
+    def inputs(
+        self,
+        case: dict[str, Any],
+        recorded: dict[str, torch.Tensor],
+        model: FusionForConditionalGeneration,
+        max_len: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """A recorded batch as the model takes it, cut off at `max_len` tokens."""
+        return expand(recorded, model, case["query_len"], max_len) | {
+            "pixel_values": self.pixel_values(case["images"]),
+            "instruct_input_ids": recorded["instruct_ids"],
+        }
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the model computes on; the recordings are of full float32, which cuDNN does not use by itself."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return request.param
 
 
 @pytest.fixture(scope="session", params=MODELS)

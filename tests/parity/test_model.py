@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from tests.helpers.checkpoints import our_name
+from tests.helpers.devices import move
 from tests.helpers.sketch import relative_error
-from tests.parity.conftest import Recording, expand
+from tests.parity.conftest import Recording
 
 from fusion_hf import FusionImageProcessor
 
@@ -35,21 +36,15 @@ def test_tiles_are_equal_to_the_byte(recording: Recording) -> None:
         np.testing.assert_allclose(normalised, (tiles / 255 - 0.5) / 0.5, atol=1e-6)
 
 
-def test_training_pass(recording: Recording) -> None:
+def test_training_pass(recording: Recording, device: str) -> None:
     """The recorded batches are padded, and the authors' uniform rows run over padding."""
-    model = recording.model("uniform_padded")
+    model = recording.model("uniform_padded", device)
     samplers = model.config.sampler_layers
     for name in cases(recording, "train"):
         case, recorded = recording.meta["cases"][name], recording.tensors(name)
-        batch = expand(recorded, model, case["query_len"], case.get("max_len"))
+        batch = move(recording.inputs(case, recorded, model, case.get("max_len")), device)
         model.zero_grad()
-        outputs = model(
-            **batch,
-            pixel_values=recording.pixel_values(case["images"]),
-            instruct_input_ids=recorded["instruct_ids"],
-            query_len=case["query_len"],
-            output_hidden_states=True,
-        )
+        outputs = model(**batch, query_len=case["query_len"], output_hidden_states=True)
         mask = batch["attention_mask"].bool()
         activations = {f"hidden_states.{i}": state[mask] for i, state in enumerate(outputs.hidden_states)}
         activations["logits"] = outputs.logits[mask]
@@ -59,7 +54,7 @@ def test_training_pass(recording: Recording) -> None:
         for key, value in activations.items():
             error = relative_error(key, value, recorded[f"sketch.{key}"], recorded[f"norm.{key}"].item())
             assert error < ACTIVATION_TOLERANCE, (name, key, error)
-        torch.testing.assert_close(outputs.loss, recorded["loss"][0], rtol=ACTIVATION_TOLERANCE, atol=0)
+        torch.testing.assert_close(outputs.loss.cpu(), recorded["loss"][0], rtol=ACTIVATION_TOLERANCE, atol=0)
 
         outputs.loss.backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -79,18 +74,16 @@ def test_training_pass(recording: Recording) -> None:
         assert checked == set(gradients)
 
 
-def test_greedy_generation(recording: Recording) -> None:
+def test_greedy_generation(recording: Recording, device: str) -> None:
     """A single prompt has no padding: the default early text attention reproduces it."""
-    model = recording.model("uniform")
+    model = recording.model("uniform", device)
     for name in cases(recording, "generate"):
         case, recorded = recording.meta["cases"][name], recording.tensors(name)
-        prompt = expand(recorded, model, case["query_len"], None)
+        prompt = move(recording.inputs(case, recorded, model), device)
         prompt.pop("labels")
         expected = recorded["generated_ids"]
         outputs = model.generate(
             **prompt,
-            pixel_values=recording.pixel_values(case["images"]),
-            instruct_input_ids=recorded["instruct_ids"],
             query_len=case["query_len"],
             max_new_tokens=expected.shape[1],
             eos_token_id=None,
@@ -99,7 +92,7 @@ def test_greedy_generation(recording: Recording) -> None:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        torch.testing.assert_close(outputs.sequences[:, prompt["input_ids"].shape[1] :], expected)
+        torch.testing.assert_close(outputs.sequences[:, prompt["input_ids"].shape[1] :].cpu(), expected)
         logits, norm = torch.stack(outputs.logits, dim=1), recorded["norm.step_logits"].item()
         assert relative_error("step_logits", logits, recorded["sketch.step_logits"], norm) < ACTIVATION_TOLERANCE
 
@@ -109,12 +102,7 @@ def test_padding_matters_only_where_the_authors_let_it(recording: Recording) -> 
     """`uniform` differs from the recorded padded batch: the two named behaviours are not the same computation."""
     model = recording.model("uniform")
     case, recorded = recording.meta["cases"]["train"], recording.tensors("train")
-    batch = expand(recorded, model, case["query_len"], None)
-    outputs = model(
-        **batch,
-        pixel_values=recording.pixel_values(case["images"]),
-        instruct_input_ids=recorded["instruct_ids"],
-        query_len=case["query_len"],
-    )
+    batch = recording.inputs(case, recorded, model)
+    outputs = model(**batch, query_len=case["query_len"])
     logits, norm = outputs.logits[batch["attention_mask"].bool()], recorded["norm.logits"].item()
     assert relative_error("logits", logits, recorded["sketch.logits"], norm) > ACTIVATION_TOLERANCE

@@ -65,6 +65,7 @@ def make(folder: Path, model: Path, records: Path, **keys: object) -> Run:
         "adam_epsilon": 1e-3,
         "max_grad_norm": 1.0,
         "seed": 14,
+        "use_cpu": True,  # also where there is a GPU: one cannot be shared by two processes
     }
     return Run.make(folder, model, records, **{**settings, "gradient_accumulation_steps": 1, **keys})
 

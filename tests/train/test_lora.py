@@ -74,9 +74,9 @@ def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
         return_dict=True,
         return_tensors="pt",
         add_generation_prompt=True,
-    )
+    ).to(next(model.parameters()).device)
     with torch.no_grad():
-        return model(**inputs).logits
+        return model(**inputs).logits.cpu()
 
 
 # ---- what is trained ----

@@ -44,7 +44,7 @@ def test_accumulation_equals_one_batch(recipe, tmp_path):
 
 
 def test_a_resumed_run_has_the_same_losses_to_the_last_bit(recipe, tmp_path):
-    settings = ["num_train_epochs=2", "save_strategy=steps", "save_steps=4"]
+    settings = ["use_cpu=true", "num_train_epochs=2", "save_strategy=steps", "save_steps=4"]
     straight = load_recipe(recipe, [*settings, f"output_dir={tmp_path / 'straight'}"])
     expected = losses(straight)
     broken = load_recipe(recipe, [*settings, f"output_dir={tmp_path / 'broken'}"])
@@ -120,7 +120,7 @@ def test_held_out_questions_are_answered(recipe):
 
 
 def test_a_stream_trains_and_resumes(recipe, tmp_path):
-    settings = ["streaming=true", "max_steps=6", "save_strategy=steps", "save_steps=3"]
+    settings = ["use_cpu=true", "streaming=true", "max_steps=6", "save_strategy=steps", "save_steps=3"]
     straight = load_recipe(recipe, [*settings, f"output_dir={tmp_path / 'straight'}"])
     expected = losses(straight)
     folder = tmp_path / "straight"
