@@ -75,7 +75,15 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/architecture.md", "docs/deviations.md", "docs/evaluation.md", "docs/inference.md"]
+    "document",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/deviations.md",
+        "docs/evaluation.md",
+        "docs/evaluation_tasks.md",
+        "docs/inference.md",
+    ],
 )
 def test_links_lead_somewhere(document: str, root: Path):
     text = (root / document).read_text(encoding="utf-8")

@@ -1,12 +1,12 @@
-"""`docs/published_results.yaml`: the table of FUSION's authors."""
-
-from pathlib import Path
+"""`published_results.yaml`: the table of FUSION's authors."""
 
 import yaml
 
+from fusion_hf.conversion.family import MEMBERS
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
+from fusion_hf.evaluation.table import PUBLISHED_FILE, published_rows
 
-TABLE = yaml.safe_load((Path(__file__).parents[2] / "docs" / "published_results.yaml").read_text())
+TABLE = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
 
 
 def test_columns_are_those_of_the_benchmarks_in_their_order() -> None:
@@ -20,3 +20,10 @@ def test_every_model_has_every_column() -> None:
     for model in TABLE["models"]:
         assert len(model["values"]) == len(TABLE["columns"]), model["name"]
         assert all(value is None or value > 0 for value in model["values"]), model["name"]
+
+
+def test_model_cards_have_the_same_figures() -> None:
+    for member in MEMBERS:
+        row = published_rows()[member.name]
+        assert [str(value) for value in row.values.values()] == list(member.scores.values()), member.name
+        assert row.vision_tokens == member.vision_tokens

@@ -74,6 +74,16 @@ def test_the_record_says_what_was_run(batches):
     assert record["versions"]["lmms_eval"] == "0.7.3"
     assert "--limit" in record["command"]
     assert record["model"]["revision"].startswith("fusion-nano@")
+    assert record["model"]["published"] is None
+
+
+def test_a_table_stands_beside_the_record(batches):
+    (path,) = batches.glob("record-*.json")
+    (task,) = record_of(batches)["tasks"]
+    exact = next(metric["value"] for metric in task["metrics"] if metric["metric"] == "exact_match,none")
+    line = f"- `easy_vqa`: exact_match {100 * exact:.1f}; {LIMIT} of {task['n_total']} questions"
+    assert line in path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    assert task["n_total"] > LIMIT
 
 
 def test_one_by_one_is_as_in_batches(batches, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evaluation.rows import ROWS, recorded_prompts, write_rows
+from tests.evaluation.rows import ROWS, SUBMITTED, recorded_prompts, submitted_rows, write_rows
 
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 from fusion_hf.evaluation.data import AUTHORS, LMMS_EVAL, find_benchmark, folder_of, prepare_tasks, prompt_blocks
@@ -24,7 +24,6 @@ PROMPTS = [
     *((name, LMMS_EVAL) for name in PUBLISHED),
     *((name, AUTHORS) for name in [*AUTHORS_OWN, "textvqa_val_no_ocr"]),
 ]
-UNSCORED = [name for name, variant in VARIANTS.items() if not variant.metrics]
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -174,18 +173,16 @@ def test_hallusion_asks_its_judge_about_each_run(load, tmp_path, monkeypatch):
     assert evaluate(task, ["no"] * 3, tmp_path)["aAcc,none"] == 0.0
 
 
-@pytest.mark.parametrize("name", UNSCORED)
+@pytest.mark.parametrize("name", SUBMITTED)
 def test_split_of_a_server_can_be_asked(environment, tmp_path, name: str):
     from lmms_eval.tasks import TaskManager, get_task_dict
 
-    variant = VARIANTS[name]
-    of = folder_of(variant)
-    hidden = {column: None for column, kind in variant.schema.items() if kind != BENCHMARKS[of].schema[column]}
-    write_rows(variant, tmp_path / "data", [{**row, **hidden} for row in ROWS[of]])
+    rows = submitted_rows(name)
+    write_rows(VARIANTS[name], tmp_path / "data", rows)
     (prepared,) = prepare_tasks([name], AUTHORS, tmp_path / "data", tmp_path)
     manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
     task = get_task_dict([prepared.task_name], manager, "chat")[prepared.task_name]
-    assert len(task.eval_docs) == len(ROWS[of])
+    assert len(task.eval_docs) == len(rows)
     assert prompt_blocks(task, task.task_docs[0])[0] == "<image>"
 
 
@@ -196,6 +193,7 @@ def test_no_task_has_the_name_of_a_built_in_one(load, tmp_path):
     names = [name for name in (*BENCHMARKS, *VARIANTS) if name != "easy_vqa"]
     prepared = [task for prompts in (AUTHORS, LMMS_EVAL) for task in prepare_tasks(names, prompts, None, tmp_path)]
     assert built_in.isdisjoint(task.task_name for task in prepared)
+    assert len({task.task_name for task in prepared}) == len(prepared)
     assert {find_benchmark(name).lmms_task for name in names} <= built_in
 
 

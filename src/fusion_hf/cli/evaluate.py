@@ -24,10 +24,10 @@ def add_parser(commands: Any) -> None:
         "evaluate",
         help="measure a model on published benchmarks",
         description="Measure a model on published benchmarks, in one process or under `accelerate launch`. A run that "
-        "was killed goes on with the same command. Exit status: 0 all tasks are scored, 1 a task failed, 2 wrong "
-        "input.",
+        "was killed goes on with the same command. Exit status: 0 all tasks are scored, or their answers written "
+        "for a server, 1 a task failed, 2 wrong input.",
     )
-    parser.add_argument("--tasks", required=True, metavar="all|NAME,...", help="names of benchmarks, by commas")
+    parser.add_argument("--tasks", metavar="all|NAME,...", help="names of benchmarks, by commas")
     parser.add_argument(
         "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
     )
@@ -43,6 +43,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--output", default=OUTPUT, metavar="DIR", help="of answers, records; default: %(default)s")
     parser.add_argument("--check-data", action="store_true", help="only say what is missing of the data")
+    parser.add_argument(
+        "--published", metavar="NAME", help="published row to compare with; default: the one whose sizes the model has"
+    )
+    parser.add_argument("--peers", action="store_true", help="show the other published models of this size as well")
+    parser.add_argument(
+        "--table", nargs="+", metavar="RECORD.json", help="only make one table of several runs of a model"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto; default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto; default: %(default)s")
     parser.add_argument(
@@ -57,7 +64,13 @@ def _positive(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, or check the data; returns the exit status."""
+    """Evaluate, check the data or make a table; returns the exit status."""
+    if arguments.published is not None:
+        from fusion_hf.evaluation.table import find_published
+
+        find_published(arguments.published)  # an unknown name is told before the work
+    if arguments.table is not None:
+        return _make_table(arguments)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: lmms-eval's bars know no terminal
     names = _task_names(arguments.tasks)
@@ -66,8 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--data-root is {arguments.data_root}; allowed: a folder.")
     if arguments.check_data:
         return _check_data(names, data_root)
+    if arguments.limit is not None:
+        _check_limit(names)
     _require_lmms_eval(arguments.debug)
     from fusion_hf.evaluation import runner
+    from fusion_hf.evaluation.table import make_table
 
     options = runner.Options(
         tasks=names,
@@ -86,24 +102,52 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         path = record.write(options.output)
         _report(record)
-        sys.stdout.write(f"{path}\n")
+        table = path.with_suffix(".md")
+        table.write_text(make_table([record], arguments.published, arguments.peers), encoding="utf-8")
+        sys.stdout.write(f"{path}\n{table}\n")
     return FAILED if record.failed else 0
 
 
-def _task_names(given: str) -> list[str]:
+def _make_table(arguments: argparse.Namespace) -> int:
+    from fusion_hf.evaluation.record import RunRecord
+    from fusion_hf.evaluation.table import make_table
+
+    if arguments.tasks is not None:
+        raise InputError("--table runs nothing; leave out --tasks, or run the tasks first.")
+    records = [RunRecord.read(Path(path)) for path in arguments.table]
+    sys.stdout.write(make_table(records, arguments.published, arguments.peers))
+    return 0
+
+
+def _task_names(given: str | None) -> list[str]:
     """
     Raises:
-        InputError: for a name that is no benchmark's.
+        InputError: for a name that is no benchmark's, or if there is none.
     """
-    from fusion_hf.evaluation.benchmarks import BENCHMARKS
+    from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 
+    known = (*BENCHMARKS, *VARIANTS)
+    if given is None:
+        raise InputError(f"--tasks is missing; allowed: {ALL}, {', '.join(known)}.")
     if given == ALL:
         return list(BENCHMARKS)
     names = list(dict.fromkeys(name.strip() for name in given.split(",")))
     for name in names:
-        if name not in BENCHMARKS:
-            raise InputError(f"--tasks has {name!r}; allowed: {ALL}, {', '.join(BENCHMARKS)}.")
+        if name not in known:
+            raise InputError(f"--tasks has {name!r}; allowed: {ALL}, {', '.join(known)}.")
     return names
+
+
+def _check_limit(names: list[str]) -> None:
+    """
+    Raises:
+        InputError: if a task is answered for a server, which takes nothing but all answers.
+    """
+    from fusion_hf.evaluation.benchmarks import find_benchmark
+
+    for name in names:
+        if find_benchmark(name).is_submitted:
+            raise InputError(f"--limit is given, and the server of {name} takes all answers; leave out one of them.")
 
 
 def _require_lmms_eval(debug: bool) -> None:
@@ -142,5 +186,7 @@ def _report(record: "RunRecord") -> None:
         for metric in task.metrics:
             error = "" if metric.standard_error is None else f" ± {metric.standard_error:.4f}"
             sys.stdout.write(f"{task.task} {metric.metric}: {metric.value:.4f}{error} ({task.n} questions)\n")
+        if task.submission is not None:
+            sys.stdout.write(f"{task.task}: {task.status} ({task.n} answers): {task.submission}\n")
     for task in record.failed:
         sys.stderr.write(f"error: {task.task} is not scored: {one_line(task.reason or '')}\n")

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from fusion_hf.errors import InputError
+
+AUTHORS, LMMS_EVAL = "authors", "lmms-eval"  # whose prompts
 # Kinds of columns; one that ends with OPTIONAL may be empty, and EITHER is between two that are both allowed.
 TEXT, TEXTS, INTEGER, NUMBER, RECORD, IMAGE, IMAGES = "text", "texts", "integer", "number", "record", "image", "images"
 OPTIONAL, EITHER = "?", "|"
@@ -37,6 +40,10 @@ class Judge:
     fixed: bool = False
     url: str = "base"
     api_types: tuple[str, ...] = SERVERS
+
+    def asked(self, environment: Mapping[str, str]) -> str:
+        """The model that is asked in an environment."""
+        return self.model if self.fixed else environment.get("MODEL_VERSION", self.model)
 
     def lacks(self, environment: Mapping[str, str]) -> list[str]:
         """What of the environment keeps the judge from being asked, in words; empty if nothing does."""
@@ -81,6 +88,11 @@ class Benchmark:
     needs_judge: bool = False
     judge: Judge | None = None
     source: str | None = None
+
+    @property
+    def is_submitted(self) -> bool:
+        """Whether a server scores it: it is answered and written down, see `submissions`."""
+        return not self.metrics
 
 
 def _metric(name: str, taken_by: str = NO_FILTER) -> str:
@@ -515,3 +527,14 @@ VARIANTS: dict[str, Benchmark] = {
         _variant("docvqa", "docvqa_test", "docvqa_test", "docvqa/docvqa_test.yaml", "test", "answers"),
     )
 }
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """
+    Raises:
+        InputError: if there is none of this name.
+    """
+    known = {**BENCHMARKS, **VARIANTS}
+    if name not in known:
+        raise InputError(f"tasks has {name!r}; allowed: {', '.join(known)}.")
+    return known[name]

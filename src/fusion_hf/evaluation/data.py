@@ -13,23 +13,24 @@ import yaml
 
 from fusion_hf.errors import InputError
 from fusion_hf.evaluation.benchmarks import (
+    AUTHORS,
     BENCHMARKS,
     EITHER,
     IMAGE,
     IMAGES,
     INTEGER,
+    LMMS_EVAL,
     NUMBER,
     OPTIONAL,
     RECORD,
     TEXT,
     TEXTS,
-    VARIANTS,
     Benchmark,
+    find_benchmark,
 )
 from fusion_hf.evaluation.tasks.documents import is_list, is_picture
 from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
 
-AUTHORS, LMMS_EVAL = "authors", "lmms-eval"  # whose prompts
 OWN_TASKS = Path(__file__).parent / "tasks"
 PICTURE_MARK = "<image>"  # stands for a picture where a prompt is written as text
 SUFFIX = ".parquet"
@@ -79,17 +80,6 @@ class _Broken(Exception):
         self.file = None if file is None else str(file)
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """
-    Raises:
-        InputError: if there is none of this name.
-    """
-    known = {**BENCHMARKS, **VARIANTS}
-    if name not in known:
-        raise InputError(f"tasks has {name!r}; allowed: {', '.join(known)}.")
-    return known[name]
-
-
 def prepare_tasks(names: Sequence[str], prompts: str, data_root: Path | None, folder: Path) -> list[PreparedTask]:
     """
     Write a task for each name into `folder`, which is `include_path` to lmms-eval's TaskManager.
@@ -126,7 +116,10 @@ def _task_name(benchmark: Benchmark, prompts: str) -> str:
     """Never a built-in task's: among equal names, lmms-eval takes its own."""
     if prompts == LMMS_EVAL:
         return f"lmms_{benchmark.name}"
-    return benchmark.authors_task or f"fusion_{benchmark.name}"
+    # what is submitted has the prompts of a benchmark that is scored, and its name must not be taken for that one's
+    if benchmark.authors_task is None or benchmark.is_submitted:
+        return f"fusion_{benchmark.name}"
+    return benchmark.authors_task
 
 
 def _layers(benchmark: Benchmark, prompts: str) -> list[Path]:

@@ -7,9 +7,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-FORMAT = 1
+from fusion_hf.errors import InputError
+
+FORMAT = 2
+SCORED: Final = "scored"
+FAILED: Final = "failed"
+SUBMITTED: Final = "submission written"
 PACKAGES = ("fusion_hf", "lmms_eval", "transformers", "torch", "datasets", "accelerate", "pillow")
 STDERR = ("_stderr", "_stderr_clt")  # behind a metric's name, before its filter
 
@@ -25,21 +30,29 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task that was scored, or why it was not: a task that failed has no metrics."""
+    """
+    A task that was scored, or whose answers were written down for a server, or why neither was done.
+
+    `n` of its `n_total` questions were asked; only a task that is scored has metrics. `judge` is the language model
+    that scoring asked, `submission` the file for the server, in the run's output folder.
+    """
 
     task: str
     lmms_task: str
-    status: Literal["scored", "failed"]
+    status: Literal["scored", "failed", "submission written"]
     n: int = 0
+    n_total: int = 0
     prompt_sha256: str | None = None
     metrics: tuple[Metric, ...] = ()
+    judge: str | None = None
+    submission: str | None = None
     reason: str | None = None
     failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Which model it was, and how it ran."""
+    """Which model it was, and how it ran. `published`: the row of the published table whose sizes it has, if any."""
 
     name: str
     revision: str
@@ -47,6 +60,7 @@ class ModelRecord:
     device: str
     query_len: int
     image_token_grid: int
+    published: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class RunRecord:
 
     @property
     def failed(self) -> list[TaskRecord]:
-        return [task for task in self.tasks if task.status == "failed"]
+        return [task for task in self.tasks if task.status == FAILED]
 
     def write(self, folder: Path) -> Path:
         """Write a new file into `folder`, named by the time."""
@@ -73,6 +87,28 @@ class RunRecord:
         path = folder / f"record-{now.strftime('%Y%m%d-%H%M%S-%f')}.json"
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord":
+        """
+        Raises:
+            InputError: if the file is no record of this format.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = content.pop("format")
+            if found == FORMAT:
+                del content["date"], content["versions"]
+                tasks = [_read_task(task) for task in content.pop("tasks")]
+                return cls(model=ModelRecord(**content.pop("model")), tasks=tasks, **content)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no record of `fusion-hf evaluate` ({error!r}).") from error
+        raise InputError(f"{path} has the format {found!r}; allowed: {FORMAT}.")
+
+
+def _read_task(content: dict[str, Any]) -> TaskRecord:
+    metrics = tuple(Metric(**metric) for metric in content.pop("metrics"))
+    return TaskRecord(metrics=metrics, failures=tuple(content.pop("failures")), **content)
 
 
 def versions() -> dict[str, str]:

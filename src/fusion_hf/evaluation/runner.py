@@ -15,6 +15,7 @@ import torch
 from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
+from fusion_hf.conversion.family import find_member
 from fusion_hf.errors import InputError
 from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.answering import WINDOW, Answerer, Failure
@@ -22,7 +23,8 @@ from fusion_hf.evaluation.cache import AnswerCache
 from fusion_hf.evaluation.data import PreparedTask, check_data, prepare_tasks
 from fusion_hf.evaluation.judges import JudgeWatch, check_judge
 from fusion_hf.evaluation.processes import Processes, alone
-from fusion_hf.evaluation.record import ModelRecord, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.record import FAILED, SCORED, SUBMITTED, ModelRecord, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.submissions import submission_file, write_submission
 from fusion_hf.inference import Assistant, nano_path
 
 # lmms-eval's own seeds: some tasks guess where an answer names no option
@@ -49,7 +51,7 @@ class Options:
 
 def run(options: Options) -> RunRecord:
     """
-    Answer and score the tasks, one after the other; what keeps a task from being scored is in its record.
+    Answer the tasks one after the other, and score them or write the answers down; what failed is in the record.
 
     Raises:
         InputError: if the model cannot be loaded, or another run works in the output folder.
@@ -70,6 +72,7 @@ def run(options: Options) -> RunRecord:
 
 def _begin_record(options: Options, answerer: Answerer, processes: Processes) -> RunRecord:
     model = answerer.assistant.model
+    member = find_member(model.config)
     return RunRecord(
         command=list(options.command),
         model=ModelRecord(
@@ -78,6 +81,7 @@ def _begin_record(options: Options, answerer: Answerer, processes: Processes) ->
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             **answerer.budget._asdict(),
+            published=None if member is None else member.name,
         ),
         prompts=options.prompts,
         limit=options.limit,
@@ -120,7 +124,7 @@ class _Evaluation:
         failures = error.failures if isinstance(error, RequestsFailed) else []
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return TaskRecord(
-            self.name, self.lmms_task, "failed", reason=reason, failures=tuple(str(failure) for failure in failures)
+            self.name, self.lmms_task, FAILED, reason=reason, failures=tuple(str(failure) for failure in failures)
         )
 
     def _evaluate(self) -> TaskRecord:
@@ -130,7 +134,8 @@ class _Evaluation:
         task_dict = self._together(lambda: self._load(prepared, model))
         if self.processes.count > 1:
             self._together(lambda: self._answer_share(model, task_dict[prepared.task_name]))
-        return self._together(lambda: self._score(prepared, model, task_dict), first_only=True)
+        finish = self._submit if prepared.benchmark.is_submitted else self._score
+        return self._together(lambda: finish(prepared, model, task_dict), first_only=True)
 
     def _together(self, step: Any, first_only: bool = False) -> Any:
         """Do a step in all processes, or in the first for all; an error in one ends the task in all."""
@@ -164,6 +169,8 @@ class _Evaluation:
         (prepared,) = prepare_tasks([self.name], self.options.prompts, self.options.data_root, folder)
         if prepared.benchmark.needs_judge:
             check_judge()
+        if prepared.benchmark.is_submitted:  # what an earlier run wrote must not be taken for this one's
+            submission_file(prepared.benchmark, self._submissions).unlink(missing_ok=True)
         return prepared
 
     def _load(self, prepared: PreparedTask, model: FusionChat) -> dict[str, Any]:
@@ -188,6 +195,10 @@ class _Evaluation:
         if failures:
             raise RequestsFailed(failures)
 
+    @property
+    def _submissions(self) -> Path:
+        return self.options.output / SUBMISSIONS
+
     def _failures(self) -> list[Failure]:
         return self.answerer.failures[self.first_failure :]
 
@@ -198,8 +209,8 @@ class _Evaluation:
         random.seed(PYTHON_SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
-        submissions = str(self.options.output / SUBMISSIONS)
-        arguments = argparse.Namespace(output_path=submissions, process_with_media=False, reasoning_tags=None)
+        folder = str(self._submissions)
+        arguments = argparse.Namespace(output_path=folder, process_with_media=False, reasoning_tags=None)
         with alone(), JudgeWatch():
             results = evaluate(
                 lm=model, task_dict=task_dict, limit=self.options.limit, log_samples=False, cli_args=arguments
@@ -209,13 +220,40 @@ class _Evaluation:
         absent = [metric for metric in prepared.benchmark.metrics if metric not in names]
         if absent:
             raise ValueError(f"lmms-eval gave no {absent[0]}, only {', '.join(sorted(names))}.")
+        n = results["n-samples"][prepared.task_name]
+        judge = prepared.benchmark.judge
         return TaskRecord(
             self.name,
             prepared.task_name,
-            "scored",
-            n=results["n-samples"][prepared.task_name]["effective"],
+            SCORED,
+            n=n["effective"],
+            n_total=n["original"],
             prompt_sha256=self._hash_prompts(prepared.task_name),
             metrics=metrics,
+            judge=None if judge is None else judge.asked(os.environ),
+        )
+
+    def _submit(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
+        """Write the answers down for a server."""
+        if self.answerer.cache is not None:
+            self.answerer.cache.reload()
+        task = task_dict[prepared.task_name]
+        task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
+        answers = model.generate_until(task.instances)
+        docs = task.eval_docs_no_media
+        rows = [
+            task.process_results(docs[request.doc_id], [answer])["submission"]
+            for request, answer in zip(task.instances, answers, strict=True)
+        ]
+        path = write_submission(prepared.benchmark, rows, len(docs), self._submissions)
+        return TaskRecord(
+            self.name,
+            prepared.task_name,
+            SUBMITTED,
+            n=len(rows),
+            n_total=len(docs),
+            prompt_sha256=self._hash_prompts(prepared.task_name),
+            submission=path.relative_to(self.options.output).as_posix(),
         )
 
     def _hash_prompts(self, task_name: str) -> str:
