@@ -86,6 +86,23 @@ def test_a_table_stands_beside_the_record(batches):
     assert task["n_total"] > LIMIT
 
 
+AS_FUSION_L = """
+import sys
+from fusion_hf.cli import main
+from fusion_hf.conversion.family import MEMBERS
+from fusion_hf.evaluation import runner
+runner.find_member = lambda config: {member.name: member for member in MEMBERS}["FUSION-L 3B"]
+sys.exit(main(["evaluate", "--tasks", "easy_vqa", "--limit", "2", "--output", sys.argv[1]]))
+"""
+
+
+def test_a_model_of_published_sizes_is_compared(tmp_path):
+    subprocess.run([sys.executable, "-c", AS_FUSION_L, tmp_path], env=ENVIRONMENT, cwd=ROOT, check=True)
+    assert record_of(tmp_path)["model"]["published"] == "FUSION-L 3B"
+    (table,) = tmp_path.glob("record-*.md")
+    assert "| FUSION-L 3B, published | 308 |" in table.read_text(encoding="utf-8")
+
+
 def test_one_by_one_is_as_in_batches(batches, tmp_path):
     record = finish(tmp_path, "--batch-size", 1)
     assert record["tasks"] == record_of(batches)["tasks"]
