@@ -36,6 +36,12 @@ def test_benchmark_is_consistent(name: str):
     assert (benchmark.source is None) == (benchmark.lmms_task is None) == (benchmark.dataset is None)
 
 
+def test_judge_is_the_environments_unless_it_is_fixed():
+    environment = {"MODEL_VERSION": "mine"}
+    assert [BENCHMARKS["mmvet"].judge.asked(given) for given in ({}, environment)] == ["gpt-4o-2024-11-20", "mine"]
+    assert BENCHMARKS["hallusion_bench_image"].judge.asked(environment) == "gpt-4"
+
+
 def test_judge_says_what_it_lacks():
     judge = BENCHMARKS["hallusion_bench_image"].judge
     assert judge.lacks({}) == ["OPENAI_API_KEY is not set"]

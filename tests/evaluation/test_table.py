@@ -63,6 +63,11 @@ def test_the_published_figures_measured_again_differ_by_nothing(name: str):
         assert rows["difference"][column] == "+0.0"
 
 
+def test_a_difference_too_small_to_print_has_no_minus():
+    rows = rows_of(make_table([make_run(scored("docvqa", 0.939))], published="Qwen2.5VL 3B"))  # of two decimals
+    assert [row["DocVQA"] for row in rows.values()] == ["93.93", "93.9", "+0.0"]
+
+
 def test_what_was_not_run_has_no_figure():
     rows = rows_of(make_table([make_run(scored("pope", 0.5))]))
     for row in ("my/model, measured", "difference"):

@@ -1,6 +1,7 @@
 """All published benchmarks through lmms-eval, on made-up rows in their schema."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -215,4 +216,10 @@ def test_all_run_from_end_to_end_with_fusion_nano(environment, tmp_path):
     tasks = json.loads(record.read_text(encoding="utf-8"))["tasks"]
     assert [(task["task"], task["status"]) for task in tasks] == [(name, "scored") for name in PUBLISHED]
     for task in tasks:
-        assert set(BENCHMARKS[task["task"]].metrics) <= {metric["metric"] for metric in task["metrics"]}
+        benchmark = BENCHMARKS[task["task"]]
+        assert set(benchmark.metrics) <= {metric["metric"] for metric in task["metrics"]}
+        assert task["n"] == task["n_total"] > 0
+        assert (task["judge"] is not None) == benchmark.needs_judge
+    lines = record.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    (ours,) = (line for line in lines if line.startswith("| fusion-nano, measured | — |"))
+    assert len(re.findall(r"\d\.\d", ours)) == sum(len(BENCHMARKS[name].columns) for name in PUBLISHED)
