@@ -32,7 +32,6 @@ def test_benchmark_is_consistent(name: str):
     benchmark = {**BENCHMARKS, **VARIANTS}[name]
     assert benchmark.name == name
     assert len(benchmark.metrics) == len(benchmark.columns) or not benchmark.columns
-    assert (benchmark.judge is not None) == benchmark.needs_judge
     assert (benchmark.source is None) == (benchmark.lmms_task is None) == (benchmark.dataset is None)
 
 
@@ -49,7 +48,7 @@ def test_judge_says_what_it_lacks():
     assert judge.lacks({"API_TYPE": "azure", "AZURE_API_KEY": "key"}) == ["AZURE_ENDPOINT is not set"]
     assert judge.lacks({"API_TYPE": "local"}) == ["API_TYPE is 'local'; allowed: openai, azure"]
     for name in PUBLISHED:
-        if BENCHMARKS[name].needs_judge:
+        if BENCHMARKS[name].judge is not None:
             assert set(BENCHMARKS[name].judge.api_types) <= set(JUDGE_VARIABLES)
 
 

@@ -4,14 +4,13 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.evaluation.judge import Judge, serving
 from tests.evaluation.rows import ROWS, SUBMITTED, recorded_prompts, submitted_rows, write_rows
 
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
@@ -27,43 +26,15 @@ PROMPTS = [
 ]
 
 
-class Judge(BaseHTTPRequestHandler):
-    """Says of every answer what each benchmark's scoring takes for a good mark."""
-
-    VERDICTS = (
-        ("Correctness", "1.0"),
-        ("Extracted answer", "A"),
-        ("Reference answer", "correct"),
-        ("[System]", "8 8"),
-    )
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = request["messages"][0]["content"]
-        verdict = next(verdict for mark, verdict in self.VERDICTS if mark in prompt)
-        reply = {"model": request["model"], "choices": [{"message": {"content": verdict}}]}
-        content = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Iterator[None]:
     """No network but a judge on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, serving(Judge) as url:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OPENAI_API_KEY", "none")
-        # one answers for both kinds of address, whatever is put behind it
-        patch.setenv("OPENAI_API_URL", f"http://127.0.0.1:{server.server_port}/v1/chat/completions")
+        # the tasks are loaded without the command, which gives each the form of address that it reads
+        patch.setenv("OPENAI_API_URL", f"{url}/chat/completions")
         yield
-    server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +126,7 @@ def test_right_answers_get_the_highest_mark(load, tmp_path, name: str, prompts: 
 
 # MMMU guesses a letter where an answer has none; what a judge says does not depend on the answer here
 @pytest.mark.parametrize(
-    ("name", "prompts"), [(n, p) for n, p in PROMPTS if n != "mmmu_val" and not find_benchmark(n).needs_judge]
+    ("name", "prompts"), [(n, p) for n, p in PROMPTS if n != "mmmu_val" and find_benchmark(n).judge is None]
 )
 def test_wrong_answers_get_nothing(load, tmp_path, name: str, prompts: str):
     task = load(name, prompts)
@@ -219,7 +190,7 @@ def test_all_run_from_end_to_end_with_fusion_nano(environment, tmp_path):
         benchmark = BENCHMARKS[task["task"]]
         assert set(benchmark.metrics) <= {metric["metric"] for metric in task["metrics"]}
         assert task["n"] == task["n_total"] > 0
-        assert (task["judge"] is not None) == benchmark.needs_judge
+        assert (task["judge"] is None) == (benchmark.judge is None)
     lines = record.with_suffix(".md").read_text(encoding="utf-8").splitlines()
     (ours,) = (line for line in lines if line.startswith("| fusion-nano, measured | — |"))
     assert len(re.findall(r"\d\.\d", ours)) == sum(len(BENCHMARKS[name].columns) for name in PUBLISHED)

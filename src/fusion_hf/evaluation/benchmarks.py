@@ -31,14 +31,14 @@ class Judge:
     """
     A language model that a benchmark's scoring asks.
 
-    `model` is what is asked where MODEL_VERSION is not set, or always if `fixed`. `url` is what OPENAI_API_URL, where
-    it is set, has to be: the "base" that `/chat/completions` is put behind, or the whole "endpoint". `api_types` are
-    the values of API_TYPE that the benchmark's scoring knows.
+    `model` is what is asked where MODEL_VERSION is not set, or always if `fixed`. `takes_endpoint`: the benchmark's
+    scoring reads OPENAI_API_URL as the whole address, not as the base that `/chat/completions` is put behind.
+    `api_types` are the values of API_TYPE that it knows.
     """
 
     model: str
     fixed: bool = False
-    url: str = "base"
+    takes_endpoint: bool = False
     api_types: tuple[str, ...] = SERVERS
 
     def asked(self, environment: Mapping[str, str]) -> str:
@@ -54,7 +54,7 @@ class Judge:
 
 
 GPT_4O = Judge("gpt-4o-2024-11-20")
-GPT_4 = Judge("gpt-4", fixed=True, url="endpoint", api_types=(OPENAI, AZURE))
+GPT_4 = Judge("gpt-4", fixed=True, takes_endpoint=True, api_types=(OPENAI, AZURE))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Benchmark:
         scale: what a metric is multiplied with for the table's unit.
         dataset, config, splits: of the Hub; only these splits are read.
         schema: the columns that lmms-eval's functions read, and their kinds.
-        needs_judge: whether scoring asks a language model, the `judge`.
+        judge: the language model that scoring asks, or None.
         source: lmms-eval's YAML, in its folder `tasks`.
     """
 
@@ -85,7 +85,6 @@ class Benchmark:
     config: str | None
     splits: tuple[str, ...]
     schema: Mapping[str, str] = field(default_factory=dict)
-    needs_judge: bool = False
     judge: Judge | None = None
     source: str | None = None
 
@@ -180,7 +179,6 @@ _TABLE = (
         config=None,
         splits=("test",),
         schema={"question_id": ID, "image": IMAGE + OPTIONAL, "question": TEXT, "answer": TEXT, "capability": TEXT},
-        needs_judge=True,
         judge=GPT_4O,
         source="mmvet/mmvet.yaml",
     ),
@@ -241,7 +239,6 @@ _TABLE = (
             "figure_id": ID,
             "question_id": ID,
         },
-        needs_judge=True,
         judge=GPT_4,
         source="hallusion_bench/hallusion_bench_image.yaml",
     ),
@@ -263,7 +260,6 @@ _TABLE = (
             "caption": TEXT + EITHER + TEXTS,
             "category": TEXT,
         },
-        needs_judge=True,
         judge=GPT_4O,
         source="llava-in-the-wild/llava-in-the-wild.yaml",
     ),
@@ -385,7 +381,6 @@ _TABLE = (
             "answer_type": TEXT,
             "metadata": RECORD,
         },
-        needs_judge=True,
         judge=GPT_4O,
         source="mathvista/mathvista_testmini_format.yaml",
     ),

@@ -1,18 +1,26 @@
 """Judges that do not answer: lmms-eval scores what they should have judged as wrong, and says so in its log alone."""
 
+import json
 import logging
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from types import TracebackType
 from typing import Any
+from urllib.request import Request, urlopen
 
 from loguru import logger
 
 from fusion_hf.errors import InputError
+from fusion_hf.evaluation.benchmarks import API_TYPE, OPENAI, Judge
 
-API_TYPE, OPENAI = "API_TYPE", "openai"
-API_KEY = "OPENAI_API_KEY"
+URL = "OPENAI_API_URL"
+PUBLIC_URL = "https://api.openai.com/v1"
+COMPLETIONS = "/chat/completions"
+PROBE_SECONDS = 60
 # what tasks say below the level of errors before they count a question as wrong, or guess
 GIVEN_UP = re.compile(
     r"API failed to answer|failed to get a score|when extracting response|Error in llava_aggregation"
@@ -23,13 +31,54 @@ class JudgeFailed(RuntimeError):
     """A judge or its server did not answer."""
 
 
-def check_judge() -> None:
+def check_judge(judge: Judge) -> None:
+    """
+    Ask the judge for a word, before any question is answered in vain.
+
+    Raises:
+        InputError: if the environment does not say how it is asked.
+        JudgeFailed: if a server of OpenAI's protocol gives no answer.
+    """
+    lacking = judge.lacks(os.environ)
+    if lacking:
+        raise InputError(f"The judge {judge.asked(os.environ)} cannot be asked: {'; '.join(lacking)}.")
+    if os.environ.get(API_TYPE, OPENAI) == OPENAI:
+        _ask_for_a_word(judge.asked(os.environ), _base_url() + COMPLETIONS)
+
+
+def _ask_for_a_word(model: str, url: str) -> None:
+    content = json.dumps({"model": model, "messages": [{"role": "user", "content": "Answer with the word yes."}]})
+    headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}", "Content-Type": "application/json"}
+    try:
+        with urlopen(Request(url, content.encode(), headers), timeout=PROBE_SECONDS) as response:
+            json.load(response)["choices"][0]["message"]["content"]
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        raise JudgeFailed(f"The judge {model} at {url} does not answer: {error}") from error
+
+
+def _base_url() -> str:
     """
     Raises:
-        InputError: if no judge can be asked.
+        InputError: for what is no address of the web.
     """
-    if os.environ.get(API_TYPE, OPENAI) == OPENAI and not os.environ.get(API_KEY):
-        raise InputError(f"A judge is needed, and {API_KEY} is not set; set it, and OPENAI_API_URL for a server.")
+    given = os.environ.get(URL, PUBLIC_URL)
+    if not given.startswith(("http://", "https://")):
+        raise InputError(f"{URL} is {given!r}; allowed: an address with http:// or https://.")
+    return given.rstrip("/").removesuffix(COMPLETIONS)
+
+
+@contextmanager
+def address_of(judge: Judge | None) -> Iterator[None]:
+    """lmms-eval's tasks read the address in two forms, when they are imported or asked: here it has the right one."""
+    given = os.environ.get(URL)
+    if judge is None or given is None:
+        yield
+        return
+    os.environ[URL] = _base_url() + (COMPLETIONS if judge.takes_endpoint else "")
+    try:
+        yield
+    finally:
+        os.environ[URL] = given
 
 
 class JudgeWatch(logging.Handler):

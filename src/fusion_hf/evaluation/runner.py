@@ -21,7 +21,7 @@ from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.answering import WINDOW, Answerer, Failure
 from fusion_hf.evaluation.cache import AnswerCache
 from fusion_hf.evaluation.data import PreparedTask, check_data, prepare_tasks
-from fusion_hf.evaluation.judges import JudgeWatch, check_judge
+from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
 from fusion_hf.evaluation.processes import Processes, alone
 from fusion_hf.evaluation.record import FAILED, SCORED, SUBMITTED, ModelRecord, RunRecord, TaskRecord, read_metrics
 from fusion_hf.evaluation.submissions import submission_file, write_submission
@@ -131,11 +131,12 @@ class _Evaluation:
         prepared = self._together(self._prepare, first_only=True)
         self.lmms_task = prepared.task_name
         model = FusionChat.around(self.answerer)
-        task_dict = self._together(lambda: self._load(prepared, model))
-        if self.processes.count > 1:
-            self._together(lambda: self._answer_share(model, task_dict[prepared.task_name]))
-        finish = self._submit if prepared.benchmark.is_submitted else self._score
-        return self._together(lambda: finish(prepared, model, task_dict), first_only=True)
+        with address_of(prepared.benchmark.judge):
+            task_dict = self._together(lambda: self._load(prepared, model))
+            if self.processes.count > 1:
+                self._together(lambda: self._answer_share(model, task_dict[prepared.task_name]))
+            finish = self._submit if prepared.benchmark.is_submitted else self._score
+            return self._together(lambda: finish(prepared, model, task_dict), first_only=True)
 
     def _together(self, step: Any, first_only: bool = False) -> Any:
         """Do a step in all processes, or in the first for all; an error in one ends the task in all."""
@@ -167,8 +168,8 @@ class _Evaluation:
         if problems:
             raise InputError("; ".join(str(problem) for problem in problems))
         (prepared,) = prepare_tasks([self.name], self.options.prompts, self.options.data_root, folder)
-        if prepared.benchmark.needs_judge:
-            check_judge()
+        if prepared.benchmark.judge is not None:
+            check_judge(prepared.benchmark.judge)
         if prepared.benchmark.is_submitted:  # what an earlier run wrote must not be taken for this one's
             submission_file(prepared.benchmark, self._submissions).unlink(missing_ok=True)
         return prepared
