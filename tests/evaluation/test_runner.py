@@ -21,13 +21,16 @@ SECONDS = 600  # a hung process fails its test
 LIMIT = 130  # three windows, so that each of two processes has one
 OPTIONS = "red blue circle rectangle yes no teal green triangle gray black brown yellow".split()
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs" / "accelerate" / "ddp.yaml"]
+ACCELERATE += ["--num_processes", "2", "--main_process_port", "0"]
+LAUNCHERS = [TORCHRUN, ACCELERATE]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(output: Path, *options: object, launcher: Sequence[str] = (), **variables: str) -> subprocess.Popen:
+def start(output: Path, *options: object, launcher: Sequence[object] = (), **variables: str) -> subprocess.Popen:
     arguments = ["-m", "fusion_hf", "evaluate", "--tasks", "easy_vqa", "--limit", LIMIT, "--output", output, *options]
     return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
+        [sys.executable, *map(str, (*launcher, *arguments))],
         env={**ENVIRONMENT, **variables},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -109,8 +112,9 @@ def test_one_by_one_is_as_in_batches(batches, tmp_path):
     assert answers(tmp_path) == answers(batches)
 
 
-def test_two_processes_are_as_one(batches, tmp_path):
-    record = finish(tmp_path, "--batch-size", 16, launcher=TORCHRUN)
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["torchrun", "accelerate"])
+def test_two_processes_are_as_one(batches, tmp_path, launcher):
+    record = finish(tmp_path, "--batch-size", 16, launcher=launcher)
     assert record["processes"] == 2
     assert record["tasks"] == record_of(batches)["tasks"]
     assert answers(tmp_path) == answers(batches)
@@ -146,12 +150,12 @@ def broken_data(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(own.parent), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN])
+@pytest.mark.parametrize("launcher", [[], *LAUNCHERS], ids=["alone", "torchrun", "accelerate"])
 def test_a_request_that_fails_fails_the_task(broken_data, tmp_path, launcher):
     output = tmp_path / "output"
     process = start(output, launcher=launcher, **broken_data)
     _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1
+    assert process.returncode == 1, errors
     (task,) = record_of(output)["tasks"]
     assert (task["status"], task["metrics"]) == ("failed", [])
     assert "requests failed" in task["reason"]
