@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 from tests.evaluation.judge import Babbler, Judge, Mortal, serving
-from tests.evaluation.rows import write_rows
+from tests.evaluation.rows import ROWS, write_rows
 
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
 from fusion_hf.evaluation.data import folder_of
@@ -31,9 +31,11 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def evaluate(tasks: list[str], data: Path, output: Path, **environment: str) -> tuple[int, list[dict[str, Any]], str]:
+def evaluate(
+    tasks: list[str], data: Path, output: Path, *more: str, **environment: str
+) -> tuple[int, list[dict[str, Any]], str]:
     """Exit status, the tasks' records and what was said on standard error."""
-    options = ["--tasks", ",".join(tasks), "--data-root", str(data), "--output", str(output)]
+    options = ["--tasks", ",".join(tasks), "--data-root", str(data), "--output", str(output), *more]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "AZURE_", "API_"))}
     done = subprocess.run(
         [sys.executable, "-m", "fusion_hf", "evaluate", *options],
@@ -108,3 +110,14 @@ def test_data_of_another_schema(data, tmp_path):
     table = pyarrow.parquet.read_table(file)
     pyarrow.parquet.write_table(table.drop_columns(["answer"]), file)
     assert_failed(evaluate(["pope"], root, tmp_path / "out"), ["pope"], "answer")
+
+
+def test_a_question_about_several_pictures(data, tmp_path):
+    """lmms-eval's prompt of MMMU shows all of them."""
+    root = tmp_path / "data"
+    write_rows(BENCHMARKS["mmmu_val"], root, ROWS["mmmu_val"][:1])
+    result = evaluate(["mmmu_val"], root, tmp_path / "out", "--prompts", "lmms-eval")
+    assert_failed(result, ["mmmu_val"], "1 requests failed")
+    assert "The request shows 2 pictures; FUSION reads 1." in result[1][0]["failures"][0]
+    status, records, errors = evaluate(["mmmu_val"], root, tmp_path / "authors")
+    assert (status, records[0]["status"]) == (0, "scored"), errors  # theirs shows the first
