@@ -1,0 +1,87 @@
+"""Multiple choice inside of a turn: `stem`, a line for each option, and an answer that begins with a letter."""
+
+import re
+from dataclasses import dataclass
+
+from fusion_hf.synthesis.record import Turn
+
+LETTERS = "ABCDEFGH"
+_OPTION = re.compile(r"^\s*\(?([A-Ha-h])[.):]\s*(.*?)\s*$")
+_ANSWER = re.compile(
+    r"^\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option)\s*(?:is|:)?\s*)?"
+    r"[\"'(*]*([A-Ha-h])(?:[\"'*]*[.):]+[\"'*]*\s*|[\"'*]*\s*$)(.*)$",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with options; `answer` is an index into them, `rest` what the answer says after the option's text."""
+
+    stem: str
+    options: tuple[str, ...]
+    answer: int
+    with_text: bool = True
+    rest: str = ""
+
+    @property
+    def letter(self) -> str:
+        return LETTERS[self.answer]
+
+    def turn(self) -> Turn:
+        """As text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        answer = f"{self.letter}. {self.options[self.answer]}" if self.with_text else self.letter
+        return Turn("\n".join([self.stem, *lines]), answer + self.rest)
+
+
+def split_options(question: str) -> tuple[str, tuple[str, ...]]:
+    """The stem and the options of a question; no options if there are not two or more lines A, B, ... at its end."""
+    lines = question.rstrip().split("\n")
+    options: list[str] = []
+    while lines and (match := _OPTION.match(lines[-1])):
+        options.insert(0, match[2])
+        letter = match[1].upper()
+        lines.pop()
+        if letter == LETTERS[0]:
+            return ("\n".join(lines).strip(), tuple(options)) if len(options) > 1 else (question, ())
+    return question, ()
+
+
+def parse_choice(turn: Turn) -> Choice | str:
+    """The choice of a turn, or in words why there is none."""
+    stem, options = split_options(turn.question)
+    if not options:
+        return "the question has no options A, B, ... one a line"
+    if not stem:
+        return "there are options, but no question before them"
+    text = turn.answer.strip()
+    match = _ANSWER.match(text)
+    index = LETTERS.index(match[1].upper()) if match else _index_of(text, options)
+    if index is None:
+        return f"the answer {text[:40]!r} is none of the options"
+    if index >= len(options):
+        return f"the answer is {LETTERS[index]}, but the last option is {LETTERS[len(options) - 1]}"
+    said = match[2].strip() if match else text
+    if not said:
+        return Choice(stem, options, index, with_text=False)
+    if not _same_start(said, options[index]):
+        return f"the answer says {said[:40]!r}, but option {LETTERS[index]} is {options[index][:40]!r}"
+    rest = said[len(options[index]) :] if said.lower().startswith(options[index].lower()) else ""
+    return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation and repeated spaces."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def _index_of(text: str, options: tuple[str, ...]) -> int | None:
+    """An answer that repeats an option without its letter."""
+    found = [index for index, option in enumerate(options) if plain(option) == plain(text)]
+    return found[0] if len(found) == 1 else None
+
+
+def _same_start(said: str, option: str) -> bool:
+    words, expected = plain(said).split(), plain(option).split()
+    return words[: len(expected)] == expected

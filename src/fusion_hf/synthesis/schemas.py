@@ -1,0 +1,138 @@
+"""What the language model answers: pydantic models, whose JSON schemas go with the request."""
+
+from functools import cache
+from typing import Annotated, Any
+
+from fusion_hf.synthesis.choices import LETTERS, Choice
+from fusion_hf.synthesis.record import Turn
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
+except ModuleNotFoundError as error:
+    raise ImportError("the data engine needs pydantic: pip install fusion_hf[synth]") from error
+
+LEAST_OPTIONS, MOST_OPTIONS = 3, 6
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Answer(BaseModel):
+    """Base of all: unknown fields are errors, and strict endpoints get `additionalProperties: false`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SceneDescription(Answer):
+    """What the picture is to show."""
+
+    description: Text
+
+
+class DescriptionPair(Answer):
+    """Two pictures that are alike but for one thing."""
+
+    first: Text
+    second: Text
+    difference: Text
+
+    @model_validator(mode="after")
+    def _two(self) -> "DescriptionPair":
+        if self.first == self.second:
+            raise ValueError("first and second are the same text")
+        return self
+
+
+class QuestionAnswer(Answer):
+    """One turn."""
+
+    question: Text
+    answer: Text
+
+
+class ChoiceQuestion(Answer):
+    """One turn of multiple choice; `answer` is the letter of the right option."""
+
+    question: Text
+    options: Annotated[list[Text], Field(min_length=LEAST_OPTIONS, max_length=MOST_OPTIONS)]
+    answer: Annotated[str, StringConstraints(pattern=f"^[{LETTERS[:MOST_OPTIONS]}]$")]
+
+    @model_validator(mode="after")
+    def _among_options(self) -> "ChoiceQuestion":
+        if LETTERS.index(self.answer) >= len(self.options):
+            raise ValueError(f"answer is {self.answer}, but there are {len(self.options)} options")
+        return self
+
+
+class Conversation(Answer):
+    """Several turns about one picture, or about a pair."""
+
+    turns: list[QuestionAnswer]
+
+
+class ChoiceConversation(Answer):
+    """Several turns of multiple choice."""
+
+    turns: list[ChoiceQuestion]
+
+
+class ReasonedAnswer(Answer):
+    """One question, the steps to its answer, and the answer."""
+
+    question: Text
+    reasoning: Annotated[list[Text], Field(min_length=2, max_length=8)]
+    answer: Text
+
+
+SCHEMAS: dict[str, type[Answer]] = {
+    model.__name__: model for model in (Conversation, ChoiceConversation, ReasonedAnswer)
+}
+DESCRIBE_SCHEMAS: dict[int, type[Answer]] = {1: SceneDescription, 2: DescriptionPair}  # by number of pictures
+
+
+@cache
+def answer_model(name: str, least: int, most: int) -> type[Answer]:
+    """
+    The model called `name`, with bounds on its turns if it has several.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in SCHEMAS:
+        raise ValueError(f"schema is {name!r}; allowed: {', '.join(SCHEMAS)}")
+    model = SCHEMAS[name]
+    if "turns" not in model.model_fields:
+        return model
+    kind: Any = model.model_fields["turns"].annotation
+    return create_model(name, __base__=model, turns=(kind, Field(min_length=least, max_length=most)))
+
+
+def turns_of(answer: BaseModel) -> tuple[Turn, ...]:
+    """
+    The turns of an answer as they are trained on.
+
+    Raises:
+        TypeError: for a description, which has none.
+    """
+    if isinstance(answer, Conversation):
+        return tuple(Turn(turn.question, turn.answer) for turn in answer.turns)
+    if isinstance(answer, ChoiceConversation):
+        return tuple(
+            Choice(turn.question, tuple(turn.options), LETTERS.index(turn.answer)).turn() for turn in answer.turns
+        )
+    if isinstance(answer, ReasonedAnswer):
+        return (Turn(answer.question, "\n".join([*answer.reasoning, f"Answer: {answer.answer}"])),)
+    raise TypeError(f"{type(answer).__name__} has no turns")
+
+
+def descriptions_of(answer: BaseModel) -> tuple[str, ...]:
+    """
+    One description for each picture.
+
+    Raises:
+        TypeError: for what describes no picture.
+    """
+    if isinstance(answer, SceneDescription):
+        return (answer.description,)
+    if isinstance(answer, DescriptionPair):
+        return (answer.first, answer.second)
+    raise TypeError(f"{type(answer).__name__} is no description")
