@@ -1,0 +1,35 @@
+"""What a filter is, and what several of them need of a turn."""
+
+from typing import ClassVar, NamedTuple, Protocol
+
+from fusion_hf.synthesis.choices import Choice, parse_choice
+from fusion_hf.synthesis.record import SynthRecord, Turn
+
+
+class Filter(Protocol):
+    """Looks at one record; its settings are the fields of its dataclass."""
+
+    name: ClassVar[str]
+
+    def check(self, record: SynthRecord) -> str | None:
+        """The reason to reject the record, or None to keep it."""
+
+
+class Said(NamedTuple):
+    """A question without its options, and what is answered without an option's letter."""
+
+    question: str
+    answer: str
+
+
+def said(turn: Turn) -> Said:
+    """For a question that is no multiple choice, the turn as it is."""
+    choice = parse_choice(turn)
+    if isinstance(choice, Choice):
+        return Said(choice.stem, choice.options[choice.answer] + choice.rest)
+    return Said(turn.question, turn.answer)
+
+
+def where(index: int) -> str:
+    """A turn's name in a reason."""
+    return f"turn {index + 1}"

@@ -1,0 +1,52 @@
+"""Pairs of pictures that do not differ, or in everything."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusion_hf.synthesis.filters.words import content
+from fusion_hf.synthesis.record import SynthRecord
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """
+    The two descriptions differ in a word that means something, and are alike in most others.
+
+    Case, punctuation, articles, singular and plural, digits and number words, and the order of sentences make no
+    difference. Pictures with exact annotations have to differ in those.
+
+    Args:
+        least_alike: share of words in common, from 0 to 1.
+    """
+
+    name: ClassVar[str] = "contrast"
+    least_alike: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.least_alike, (int, float)) or not 0 <= self.least_alike <= 1:
+            raise ValueError(f"least_alike is {self.least_alike!r}; allowed: a number from 0 to 1")
+
+    def check(self, record: SynthRecord) -> str | None:
+        if len(record.descriptions) != 2:
+            return f"it has {len(record.descriptions)} descriptions; allowed: two, of pictures that differ"
+        first, second = (_sentences(text) for text in record.descriptions)
+        if sorted(first) == sorted(second):
+            return "the descriptions do not differ"
+        drawn = record.facts.get("pictures", ())
+        if len(drawn) == 2 and drawn[0] == drawn[1]:
+            return "the pictures do not differ"
+        left, right = (Counter(" ".join(text).split()) for text in (first, second))
+        alike = 2 * (left & right).total() / (left.total() + right.total())
+        if alike < self.least_alike:
+            return (
+                f"the descriptions have {alike:.0%} of their words in common; allowed: {self.least_alike:.0%} or more"
+            )
+        return None
+
+
+def _sentences(text: str) -> list[str]:
+    return [" ".join(content(sentence)) for sentence in _SENTENCE_END.split(text.strip())]

@@ -1,0 +1,71 @@
+"""Questions that contain their answer, or that of another one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusion_hf.synthesis.filters.base import Said, said, where
+from fusion_hf.synthesis.filters.mentions import asked_color, asked_count
+from fusion_hf.synthesis.filters.words import color_of, content, tokens
+from fusion_hf.synthesis.record import SynthRecord
+
+YES_NO = frozenset({"yes", "no", "true", "false"})
+VERBS_FIRST = frozenset(  # of a question to be answered with yes or no
+    "is are was were do does did has have had can could will would should may might isn't aren't doesn't don't".split()
+)
+MOST_WORDS = 4  # of an answer that another question can give away
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """
+    An answer says something that its question does not contain; questions of yes or no, and of "this or that", may.
+
+    Args:
+        between: a question may not contain the colour or number that another one asks for, at the same thing. FUSION's
+            tower reads all questions of a conversation.
+    """
+
+    name: ClassVar[str] = "leakage"
+    between: bool = True
+
+    def __post_init__(self) -> None:
+        if type(self.between) is not bool:
+            raise ValueError(f"between is {self.between!r}; allowed: true, false")
+
+    def check(self, record: SynthRecord) -> str | None:
+        turns = [said(turn) for turn in record.turns]
+        for index, turn in enumerate(turns):
+            if _contains_answer(turn):
+                return f"{where(index)}: the question contains the answer {turn.answer[:40]!r}"
+            if not self.between:
+                continue
+            for other, second in enumerate(turns):
+                if other != index and _gives_away(second.question, turn):
+                    return f"{where(other)}: the question contains the answer of {where(index)}"
+        return None
+
+
+def _contains_answer(turn: Said) -> bool:
+    parts = tokens(turn.question)
+    if not parts or parts[0] in VERBS_FIRST or "or" in parts:
+        return False
+    answer = content(turn.answer)
+    if not answer or (tokens(turn.answer)[0] in YES_NO and set(parts) & VERBS_FIRST):
+        return False
+    return set(answer) <= set(content(turn.question))
+
+
+def _gives_away(question: str, turn: Said) -> bool:
+    """Whether it has the answer right before the thing whose colour or number the turn asks for."""
+    color, count = asked_color(turn.question), asked_count(turn.question)
+    answer = content(turn.answer)
+    thing = color or count
+    if not thing or not 0 < len(answer) <= MOST_WORDS:
+        return False
+    found = [word for word in answer if (color_of(word) if color else word[0].isdigit())]
+    words = content(question)
+    for place, word in enumerate(words):
+        # up to two words between: "the red fire truck", "three small dogs"
+        if word == thing[-1] and found and set(found) <= set(words[max(0, place - 2 - len(found)) : place]):
+            return words != content(turn.question)
+    return False

@@ -1,0 +1,188 @@
+"""Numbers and colours of a text, with the things that they belong to."""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from fusion_hf.synthesis.filters.words import (
+    ARTICLES,
+    LONGEST_PHRASE,
+    TONES,
+    color_of,
+    is_word,
+    number_at,
+    phrase,
+    token_at,
+    tokens,
+)
+
+_QUOTED = re.compile(r"[\"“”«»„][^\"“”«»„\n]{0,200}[\"“”«»„]|(?<!\w)'[^'\n]{1,80}'(?!\w)")
+_COPULAS = frozenset({"is", "are", "was", "were", "looks", "look", "appears", "appear", "painted", "colored", "dyed"})
+_BETWEEN = frozenset(  # a copula and its colour
+    "a an very mostly all both entirely completely mainly solid plain bright vivid clear in painted colored deep dark "
+    "light pale shade of also".split()
+)
+_BEFORE_ASKED = frozenset(
+    "is are was were of does do did has have the a an his her its their this that these those 's you see".split()
+)
+_ENUMERATED = re.compile(r"(?m)^\s*(?:step\s+)?\d+[.):]\s", re.IGNORECASE)  # steps that are numbered
+_CACHE = 4096  # texts
+
+
+class CountMention(NamedTuple):
+    """How many ("a" is one, `by_article`), and singulars of the words for what, empty where the text does not say."""
+
+    value: float
+    words: tuple[str, ...]
+    by_article: bool = False
+
+
+class ColorMention(NamedTuple):
+    """A colour word, the basic colours that it stands for, its tone ("" for none), and what has it."""
+
+    word: str
+    colors: frozenset[str]
+    tone: str
+    words: tuple[str, ...]
+
+
+def unquoted(text: str, instead: str = " ") -> str:
+    """Without what stands in quotation marks: written text is no statement on colours and numbers."""
+    return _QUOTED.sub(instead, text.replace("’s", "'s"))
+
+
+def quoted(text: str) -> list[str]:
+    """What stands in quotation marks."""
+    return [found.group()[1:-1] for found in _QUOTED.finditer(text)]
+
+
+@lru_cache(maxsize=_CACHE)
+def count_mentions(text: str, articles: bool = False) -> tuple[CountMention, ...]:
+    """
+    Numbers of things in their order, without ordinals, clock times, numbers of steps and quoted ones.
+
+    Args:
+        articles: "a" and "an" count as one, and "no" as zero.
+    """
+    parts = tokens(_ENUMERATED.sub(" ", unquoted(text)))
+    found, place = [], 0
+    while place < len(parts):
+        number = number_at(parts, place)
+        if number is None:
+            if articles and parts[place] in (*ARTICLES, "no") and (words := _counted(parts, place + 1)):
+                found.append(CountMention(int(parts[place] != "no"), words, by_article=True))
+            place += 1
+            continue
+        after = place + number.size
+        compound = token_at(parts, after) == "-" and is_word(token_at(parts, after + 1) or "-")  # "three-legged"
+        if not compound:
+            found.append(CountMention(number.value, _counted(parts, after)))
+        place = after
+    return tuple(found)
+
+
+def _counted(parts: Sequence[str], place: int) -> tuple[str, ...]:
+    """The noun phrase behind a number; "of the" is passed over."""
+    while token_at(parts, place) in ("of", "the", "these", "those", "them"):
+        place += 1
+    words = list(phrase(parts, place))
+    place += len(words)
+    while words and color_of(words[-1]) and token_at(parts, place) in ("and", ","):  # "two red and blue balls"
+        more = phrase(parts, place + 1)
+        if not more or not color_of(more[0]):
+            break
+        words += more
+        place += 1 + len(more)
+    return tuple(words)
+
+
+@lru_cache(maxsize=_CACHE)
+def color_mentions(text: str, plain: bool = False) -> tuple[ColorMention, ...]:
+    """
+    Colours in their order.
+
+    Args:
+        plain: only words that say a colour wherever they stand, for what is claimed.
+    """
+    parts = tokens(unquoted(text))
+    return tuple(_color_mentions(parts, plain))
+
+
+def _color_mentions(parts: tuple[str, ...], plain: bool) -> Iterator[ColorMention]:
+    for place, token in enumerate(parts):
+        colors = color_of(token, plain) if is_word(token) else frozenset()
+        if not colors:
+            continue
+        words = [word for word in _colored(parts, place) if not color_of(word)]
+        if subject := _subject(parts, place):
+            words = [*subject, *words]
+        before = token_at(parts, place - 2) if token_at(parts, place - 1) == "-" else token_at(parts, place - 1)
+        yield ColorMention(token, colors, TONES.get(before, ""), tuple(words))
+
+
+def _colored(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
+    """The noun phrase behind a colour; other colours and "and" before it are passed over: "black and white cat"."""
+    place += 1
+    while True:
+        ahead = place
+        while token_at(parts, ahead) in ("and", "or", "-", ",") or token_at(parts, ahead) in TONES:
+            ahead += 1
+        if not color_of(token_at(parts, ahead) or "-"):
+            return phrase(parts, place) if token_at(parts, place) != "," else ()
+        place = ahead + 1
+
+
+def _subject(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
+    """The words before a copula that leads to this colour: "the old car is dark red"."""
+    back = place - 1
+    while back >= 0 and _leads_on(parts[back]) and parts[back] not in _COPULAS - {"painted", "colored"}:
+        back -= 1
+    if token_at(parts, back) not in _COPULAS and token_at(parts, back + 1) not in _COPULAS:
+        return ()
+    end = back if token_at(parts, back) in _COPULAS else back + 1
+    words: tuple[str, ...] = ()
+    for begin in range(end - 1, max(0, end - LONGEST_PHRASE) - 1, -1):
+        longer = phrase(parts[:end], begin)
+        if len(longer) <= len(words):
+            break
+        words = longer
+    return words
+
+
+def asked_yes_no(question: str) -> tuple[str, ...]:
+    """What "is the car red?" is about; empty for other questions."""
+    parts = tokens(question)
+    if token_at(parts, 0) not in _COPULAS:
+        return ()
+    place = 2 if token_at(parts, 1) in _BEFORE_ASKED else 1
+    words = phrase(parts, place)
+    return tuple(word for word in words if not color_of(word))
+
+
+def _leads_on(token: str) -> bool:
+    return token in _BETWEEN or token.endswith("ly") or token in ("and", "-", ",") or bool(color_of(token))
+
+
+def asked_count(question: str) -> tuple[str, ...] | None:
+    """The noun phrase behind "how many", or None."""
+    return _asked(tokens(question), ("how", "many"))
+
+
+def asked_color(question: str) -> tuple[str, ...] | None:
+    """What is asked for its colour, or None."""
+    parts = tuple("color" if token == "colour" else token for token in tokens(question))
+    if token_at(parts, 0) not in ("what", "which", "in", "name", "tell", "and"):
+        return None
+    return _asked(parts, ("color",))
+
+
+def _asked(parts: tuple[str, ...], marks: tuple[str, ...]) -> tuple[str, ...] | None:
+    for place in range(len(parts)):
+        if parts[place : place + len(marks)] != marks:
+            continue
+        place += len(marks)
+        while token_at(parts, place) in _BEFORE_ASKED:
+            place += 1
+        return phrase(parts, place)
+    return None

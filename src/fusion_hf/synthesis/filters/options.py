@@ -1,0 +1,122 @@
+"""Multiple choice: its options, and which letters are right."""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice, plain
+from fusion_hf.synthesis.filters.base import where
+from fusion_hf.synthesis.filters.words import content
+from fusion_hf.synthesis.record import SynthRecord, Turn
+
+FEW_CHARACTERS = 12
+_REFERENCE = re.compile(
+    r"\b(all|none|any|both|neither|either|two)\s+(of\s+)?(the\s+)?(above|below|these|those|them|options?|answers?)\b"
+    r"|\b(both|neither|either)\s+[a-h]\s+(and|or|nor)\s+[a-h]\b|\boptions?\s+[a-h]\b|^\s*(both|neither|none|all)\W*$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    Multiple choice: options that are distinct and of a like length, of which one is named by its letter.
+
+    Args:
+        least, most: options of a question.
+        longest: times the mean length of the other options, that the right one may have; in short options a few
+            characters more are allowed always.
+    """
+
+    name: ClassVar[str] = "options"
+    least: int = 2
+    most: int = 6
+    longest: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("least", "most"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: a whole number from 2")
+        if isinstance(self.longest, bool) or not isinstance(self.longest, (int, float)) or self.longest < 1:
+            raise ValueError(f"longest is {self.longest!r}; allowed: a number from 1")
+
+    def check(self, record: SynthRecord) -> str | None:
+        for index, turn in enumerate(record.turns):
+            if problem := self._problem(turn):
+                return f"{where(index)}: {problem}"
+        return None
+
+    def _problem(self, turn: Turn) -> str | None:
+        choice = parse_choice(turn)
+        if isinstance(choice, str):
+            return choice
+        if not self.least <= len(choice.options) <= self.most:
+            return f"there are {len(choice.options)} options; allowed: {self.least} to {self.most}"
+        if not all(option.strip() for option in choice.options):
+            return "an option is empty"
+        meanings = [_meaning(option) for option in choice.options]
+        for number, found in enumerate(meanings):
+            if found in meanings[:number]:
+                return f"options {choice.options[meanings.index(found)]!r} and {choice.options[number]!r} are the same"
+        for option in choice.options:
+            if _REFERENCE.search(option):
+                return f"option {option!r} speaks of other options"
+        others = [len(option) for number, option in enumerate(choice.options) if number != choice.answer]
+        if len(choice.options[choice.answer]) > self.longest * sum(others) / len(others) + FEW_CHARACTERS:
+            return "the right option is much longer than the others"
+        return None
+
+
+def _meaning(option: str) -> str:
+    """Equal for "two dogs", "2 dogs." and "The two dogs"."""
+    return " ".join(content(option)) or plain(option)
+
+
+def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[SynthRecord]:
+    """
+    The records with the options of their choices in another order, so that all letters are right equally often.
+
+    Of k questions with k options each letter is right once, in an order drawn by the seed; the counts of two letters
+    never differ by more than one among questions of one number of options. Wrong options are shuffled. Records without
+    choices, and rejected ones, pass unchanged. The same records in the same order give the same result.
+    """
+    places: dict[int, list[int]] = {}
+    rng = random.Random(f"options/{seed}")
+    for record in records:
+        if record.rejection is not None:
+            yield record
+            continue
+        turns = tuple(_balanced(turn, places, rng) for turn in record.turns)
+        yield replace(record, turns=turns) if turns != record.turns else record
+
+
+def _balanced(turn: Turn, places: dict[int, list[int]], rng: random.Random) -> Turn:
+    choice = parse_choice(turn)
+    if isinstance(choice, str):
+        return turn
+    count = len(choice.options)
+    waiting = places.setdefault(count, [])
+    if not waiting:
+        waiting += rng.sample(range(count), count)
+    place = waiting.pop()
+    wrong = [option for number, option in enumerate(choice.options) if number != choice.answer]
+    rng.shuffle(wrong)
+    options = (*wrong[:place], choice.options[choice.answer], *wrong[place:])
+    return replace(choice, options=options, answer=place).turn()
+
+
+def letter_shares(records: Iterable[SynthRecord]) -> dict[int, dict[str, float]]:
+    """By number of options, the share of questions in which each letter is right."""
+    counts: dict[int, Counter[str]] = {}
+    for record in records:
+        for turn in record.turns:
+            choice = parse_choice(turn)
+            if isinstance(choice, Choice):
+                counts.setdefault(len(choice.options), Counter())[choice.letter] += 1
+    return {
+        size: {letter: counted[letter] / counted.total() for letter in LETTERS[:size]}
+        for size, counted in sorted(counts.items())
+    }

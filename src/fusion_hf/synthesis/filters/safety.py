@@ -1,0 +1,151 @@
+"""Unsafe and personal content, by rule."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusion_hf.synthesis.filters.words import singular, tokens
+from fusion_hf.synthesis.record import SynthRecord
+
+# Singulars and verb forms; phrases of several words are looked for as they are.
+TERMS: dict[str, str] = {
+    "sexual content": (
+        "nude,naked,topless,genital,penis,vagina,nipple,erotic,erotica,porn,porno,pornography,pornographic,orgasm,"
+        "masturbate,masturbating,masturbation,intercourse,fetish,striptease,hentai,nsfw,sex,sexual,sexy,sexually,"
+        "sex toy,prostitute,prostitution,upskirt"
+    ),
+    "violence": (
+        "gore,gory,behead,beheading,beheaded,decapitate,decapitated,dismember,dismembered,disembowel,torture,tortured,"
+        "torturing,massacre,mutilate,mutilated,corpse,dead body,murder,murdered,murdering,stab,stabbed,stabbing,"
+        "execution,lynch,lynching,strangle,strangled,strangling,rape,raped,raping,severed head,severed hand,bloodied,"
+        "pool of blood,covered in blood,shot dead,terrorist,suicide bomber"
+    ),
+    "self-harm": "suicide,self-harm,self harm,cut herself,cut himself,cutting herself,cutting himself,hang himself,"
+    "hang herself,noose,anorexia,overdose,overdosed",
+    "hate": "swastika,nazi,nazis,ku klux klan,kkk,white power,white supremacy,white supremacist,ethnic cleansing,"
+    "genocide,subhuman,heil hitler",
+    "drugs": "cocaine,heroin,meth,methamphetamine,crack pipe,lsd,ecstasy pill,inject drugs,injecting drugs,"
+    "snort,snorting,drug dealer",
+    "weapons": "pipe bomb,molotov,molotov cocktail,nail bomb,build a bomb,make a bomb,explosive vest,ghost gun",
+}
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
+_PHONE = re.compile(
+    r"(?<![\w.,/-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,5}\)[ .-]?|\d{2,5}[ .-])\d{3,4}[ .-]?\d{2,4}(?:[ .-]?\d{2,4})?"
+    r"(?![\w/-])"
+    r"|(?<![\w.,/-])\+\d{8,14}(?!\d)|(?<![\w.,/-])\d{10,11}(?![\w.,/-]*\d)"
+)
+_FICTIONAL_PHONE = re.compile(r"555[ .-]?01\d\d")  # set aside for stories
+_SSN = re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])")
+_CARD = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d-])")
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+_IP = re.compile(r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])")
+_ADDRESS = re.compile(
+    r"\b\d{1,5}[a-z]?\s+(?:[NSEW]\.?\s+)?(?:[A-Z][\w'.-]+\s+){1,3}"
+    r"(?:Street|St\.?|Avenue|Ave\.?|Road|Rd\.?|Lane|Ln\.?|Drive|Dr\.?|Boulevard|Blvd\.?|Court|Ct\.?|Way|Terrace|Close)\b"
+)
+_COORDINATES = re.compile(r"(?<![\d.])-?\d{1,2}\.\d{4,}\s*°?\s*[NS]?\s*,\s*-?\d{1,3}\.\d{4,}")
+_PHONE_DIGITS = range(9, 16)  # a shorter number is a date, a score or a price
+_LUHN_FROM, _IBAN_REST, _IBAN_MODULUS = 13, 1, 97
+
+
+@dataclass(frozen=True)
+class Unsafe:
+    """
+    No words for sexual content, violence, self-harm, hate, drugs or the making of weapons, in any text.
+
+    Args:
+        kinds: of content that is looked for; none means all.
+        more: further words and phrases.
+        allowed: words of the lists that are let through.
+    """
+
+    name: ClassVar[str] = "unsafe"
+    kinds: Sequence[str] = ()
+    more: Sequence[str] = ()
+    allowed: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("kinds", "more", "allowed"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{name} is {value!r}; allowed: a list of texts")
+        for kind in self.kinds:
+            if kind not in TERMS:
+                raise ValueError(f"kinds has {kind!r}; allowed: {', '.join(TERMS)}")
+        lists = {kind: TERMS[kind].split(",") for kind in self.kinds or TERMS}
+        lists["a word of the settings"] = [term.lower() for term in self.more]
+        terms = {term: kind for kind, words in lists.items() for term in words if term not in self.allowed}
+        object.__setattr__(self, "_terms", {tokens(term): kind for term, kind in terms.items()})
+
+    def check(self, record: SynthRecord) -> str | None:
+        terms: dict[tuple[str, ...], str] = self.__dict__["_terms"]
+        longest = max(map(len, terms), default=0)
+        for place, text in _texts(record):
+            parts = tokens(text)
+            for start in range(len(parts)):
+                for size in range(1, longest + 1):
+                    words = parts[start : start + size]
+                    found = words if words in terms else (*words[:-1], singular(words[-1]))
+                    if found in terms:
+                        return f"{place}: {terms[found]} ({' '.join(words)!r})"
+        return None
+
+
+@dataclass(frozen=True)
+class Personal:
+    """No e-mail, street and network addresses, telephone, card, account and security numbers, coordinates."""
+
+    name: ClassVar[str] = "personal"
+
+    def check(self, record: SynthRecord) -> str | None:
+        for place, text in _texts(record):
+            for what, found in _personal(text):
+                return f"{place}: {what} ({found[:4]}...)"
+        return None
+
+
+def _texts(record: SynthRecord) -> Iterator[tuple[str, str]]:
+    yield "the caption", record.caption
+    for number, text in enumerate(record.descriptions):
+        yield f"description {number + 1}", text
+    for index, turn in enumerate(record.turns):
+        yield f"the question of turn {index + 1}", turn.question
+        yield f"the answer of turn {index + 1}", turn.answer
+
+
+def _personal(text: str) -> Iterator[tuple[str, str]]:
+    for what, pattern in (
+        ("an e-mail address", _EMAIL),
+        ("a social security number", _SSN),
+        ("a network address", _IP),
+        ("a street address", _ADDRESS),
+        ("coordinates", _COORDINATES),
+    ):
+        if found := pattern.search(text):
+            yield what, found.group()
+    for found in _CARD.finditer(text):
+        if _is_card(found.group()):
+            yield "a card number", found.group()
+    for found in _IBAN.finditer(text):
+        if _is_iban(found.group()):
+            yield "an account number", found.group()
+    for found in _PHONE.finditer(text):
+        digits = re.sub(r"\D", "", found.group())
+        if len(digits) in _PHONE_DIGITS and not _FICTIONAL_PHONE.search(found.group()):
+            yield "a telephone number", found.group()
+
+
+def _is_card(text: str) -> bool:
+    """Luhn's checksum, which one in ten numbers has by chance."""
+    digits = [int(character) for character in text if character.isdigit()]
+    if len(digits) < _LUHN_FROM or len(set(digits)) == 1:
+        return False
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _is_iban(text: str) -> bool:
+    plain = text.replace(" ", "")
+    turned = plain[4:] + plain[:4]
+    return int("".join(str(int(character, 36)) for character in turned)) % _IBAN_MODULUS == _IBAN_REST

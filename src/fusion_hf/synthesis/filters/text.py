@@ -1,0 +1,144 @@
+"""Language, length, number of turns, and questions that are asked twice."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusion_hf.synthesis.choices import plain, split_options
+from fusion_hf.synthesis.filters.base import where
+from fusion_hf.synthesis.filters.mentions import unquoted
+from fusion_hf.synthesis.record import SynthRecord, Turn
+
+# Words that are frequent in one language and in none of the others here.
+FUNCTION_WORDS: dict[str, frozenset[str]] = {
+    language: frozenset(words.split())
+    for language, words in {
+        "english": "the and is are of with there what how which has this that it its from they not by their who where",
+        "german": "der das und ist ein eine einen mit auf dem den sind wie nicht welche farbe zwei auch bild im zu",
+        "french": "le les et est une des du avec sur dans quelle quel sont il elle au aux combien qui deux couleur",
+        "spanish": "el los las es y una del con en qué cuántos hay por está son su color al cuál para se un",
+        "italian": "il gli è di che della con nel quale quanti sono una per del delle alla due colore lo ci",
+        "portuguese": "o os é da uma com no na qual quantos há são em do das pelo dois ao para não",
+        "dutch": "het een zijn van op welke hoeveel met er wat kleur deze niet aan naar bij twee staat ook de",
+    }.items()
+}
+LEAST_LETTERS = 0.9  # share of Latin letters among the letters
+LEAST_FUNCTION_WORDS = 3  # of another language, before they say something
+LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of its language's function words
+
+
+@dataclass(frozen=True)
+class Language:
+    """
+    The descriptions, and all turns together, are in the language, as script and function words tell.
+
+    What stands in quotation marks does not count: a sign may be in any language.
+    """
+
+    name: ClassVar[str] = "language"
+    language: str = "english"
+
+    def __post_init__(self) -> None:
+        if self.language not in FUNCTION_WORDS:
+            raise ValueError(f"language is {self.language!r}; allowed: {', '.join(FUNCTION_WORDS)}")
+
+    def check(self, record: SynthRecord) -> str | None:
+        turns = "\n".join(f"{turn.question}\n{turn.answer}" for turn in record.turns)
+        for name, text in (("the description", "\n".join(record.descriptions)), ("the conversation", turns)):
+            problem = self._problem(unquoted(text))
+            if problem is not None:
+                return f"{name} is not {self.language}: {problem}"
+        return None
+
+    def _problem(self, text: str) -> str | None:
+        letters = [character for character in text if character.isalpha()]
+        foreign = sum(not _is_latin(character) for character in letters)
+        if letters and foreign > (1 - LEAST_LETTERS) * len(letters):
+            return f"{foreign} of {len(letters)} letters are not Latin"
+        words = [word.strip(".,;:!?()\"'").lower() for word in text.split()]
+        counts = {language: sum(word in known for word in words) for language, known in FUNCTION_WORDS.items()}
+        most = max(counts, key=lambda language: counts[language])
+        own = counts[self.language]
+        if counts[most] >= LEAST_FUNCTION_WORDS and counts[most] > own:
+            return f"{counts[most]} words are {most}, {own} are {self.language}"
+        if len(words) >= LEAST_WORDS and own < LEAST_SHARE * len(words):
+            return f"{own} of {len(words)} words are its most frequent ones"
+        return None
+
+
+def _is_latin(letter: str) -> bool:
+    return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
+
+
+@dataclass(frozen=True)
+class Length:
+    """Least and most words of a question (with its options), an answer and a description."""
+
+    name: ClassVar[str] = "length"
+    question: Sequence[int] = (1, 120)
+    answer: Sequence[int] = (1, 250)
+    description: Sequence[int] = (1, 300)
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer", "description"):
+            bounds = getattr(self, name)
+            whole = isinstance(bounds, (list, tuple)) and all(type(bound) is int for bound in bounds)
+            if not whole or len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
+                raise ValueError(f"{name} is {bounds!r}; allowed: a list of the least and the most words")
+
+    def check(self, record: SynthRecord) -> str | None:
+        for number, text in enumerate(record.descriptions):
+            if problem := _outside(text, self.description):
+                return f"description {number + 1} {problem}"
+        for index, turn in enumerate(record.turns):
+            for name, bounds in (("question", self.question), ("answer", self.answer)):
+                if problem := _outside(getattr(turn, name), bounds):
+                    return f"{where(index)}: the {name} {problem}"
+        return None
+
+
+def _outside(text: str, bounds: Sequence[int]) -> str | None:
+    count = len(text.split())
+    return None if bounds[0] <= count <= bounds[1] else f"has {count} words; allowed: {bounds[0]} to {bounds[1]}"
+
+
+@dataclass(frozen=True)
+class TurnCount:
+    """As many turns and descriptions as the category has, none of them empty."""
+
+    name: ClassVar[str] = "turns"
+    least: int
+    most: int
+    pictures: int
+
+    def check(self, record: SynthRecord) -> str | None:
+        if not self.least <= len(record.turns) <= self.most:
+            return f"it has {len(record.turns)} turns; allowed: {self.least} to {self.most}"
+        if len(record.descriptions) != self.pictures:
+            return f"it has {len(record.descriptions)} descriptions; allowed: {self.pictures}"
+        texts = [*record.descriptions, *(text for turn in record.turns for text in (turn.question, turn.answer))]
+        return None if all(text.strip() for text in texts) else "a text is empty"
+
+
+@dataclass(frozen=True)
+class RepeatedQuestions:
+    """No question twice in a conversation; case, punctuation and articles make no difference."""
+
+    name: ClassVar[str] = "repeated_questions"
+
+    def check(self, record: SynthRecord) -> str | None:
+        seen: dict[str, int] = {}
+        for index, turn in enumerate(record.turns):
+            key = question_key(turn)
+            if key in seen:
+                return f"{where(index)} asks what {where(seen[key])} asks"
+            seen[key] = index
+        return None
+
+
+def question_key(turn: Turn) -> str:
+    """Equal for questions that differ in case, punctuation, articles or the order of their options only."""
+    stem, options = split_options(turn.question)
+    words = [word for word in plain(stem.replace("colour", "color")).split() if word not in ("a", "an", "the")]
+    return "|".join([" ".join(words), *sorted(plain(option) for option in options)])
