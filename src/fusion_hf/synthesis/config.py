@@ -1,0 +1,269 @@
+"""The YAML file of a synthesis run: what is made, by whom, where, and how it is spread over machines."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.settings import make_settings
+
+MAX_CONFIG_BYTES = 2**20
+SCHEMES = ("http", "https")
+MOST_RECORDS = 10**9
+SLURM_NEEDS = ("time", "partition")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """
+    Where captions come from.
+
+    Attributes:
+        source: a file or folder of files, or for `hub` the data set's OWNER/NAME.
+        column: that holds the caption; text files have none.
+        limit: so many captions are read at most.
+        near_duplicates: leave out captions that nearly repeat an earlier one.
+    """
+
+    source: str
+    kind: Literal["text", "jsonl", "parquet", "hub"]
+    column: str = "caption"
+    split: str = "train"
+    limit: int | None = None
+    near_duplicates: bool = True
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """
+    A language model that speaks the OpenAI protocol.
+
+    Attributes:
+        url: of a running server; one without a path gets `/v1`. For `vllm` and `sglang`, which are started, none.
+        key_variable: the environment variable that holds the API key.
+        structured: how the shape of an answer is asked for: by `response_format`, or in the prompt alone.
+        tries: with a new seed each, until an answer has the shape that was asked for.
+        patience: how often a request that failed (429, 5xx, no connection) is sent again, with growing pauses.
+        timeout: seconds of one request.
+        arguments: more fields of each request.
+        server_arguments: of a server that is started.
+        prices, tokens_per_second: for the estimate; per million tokens, and of all requests together.
+    """
+
+    model: str
+    url: str | None = None
+    server: Literal["endpoint", "vllm", "sglang"] = "endpoint"
+    key_variable: str | None = None
+    structured: Literal["json_schema", "json_object", "prompt"] = "json_schema"
+    temperature: float = 0.7
+    max_tokens: int = 1024
+    concurrency: int = 64
+    tries: int = 3
+    patience: int = 8
+    timeout: float = 300.0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    server_arguments: dict[str, Any] = field(default_factory=dict)
+    price_per_million_input: float | None = None
+    price_per_million_output: float | None = None
+    tokens_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.url is None) != (self.server != "endpoint"):
+            raise ValueError(f"url is {self.url!r} for server {self.server!r}; allowed: a url for `endpoint` alone.")
+        if self.url is not None:
+            _check_url(self.url)
+        _check_positive(self, "max_tokens", "concurrency", "tries", "patience", "timeout")
+
+
+@dataclass(frozen=True)
+class Images:
+    """
+    What makes pictures from descriptions.
+
+    Attributes:
+        kind: a diffusers pipeline in this process, or an OpenAI images endpoint.
+        model: any text-to-image pipeline of diffusers, by folder or Hub repository; or the endpoint's model.
+        batch_size: pictures made together; a picture's bytes may depend on it.
+        arguments: more arguments of the pipeline's call, or fields of the request.
+        offload: keep on the GPU only the part of the pipeline that works.
+        price_per_picture, seconds_per_picture: for the estimate; the latter of one task.
+    """
+
+    kind: Literal["diffusers", "openai"]
+    model: str
+    url: str | None = None
+    key_variable: str | None = None
+    width: int = 1024
+    height: int = 1024
+    steps: int = 28
+    guidance: float = 3.5
+    batch_size: int = 4
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    patience: int = 8
+    timeout: float = 300.0
+    price_per_picture: float | None = None
+    seconds_per_picture: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.url is None) != (self.kind == "diffusers"):
+            raise ValueError(f"url is {self.url!r} for kind {self.kind!r}; allowed: a url for `openai` alone.")
+        if self.url is not None:
+            _check_url(self.url)
+        _check_positive(self, "width", "height", "steps", "batch_size", "patience", "timeout")
+
+
+@dataclass(frozen=True)
+class ImageCheck:
+    """Who looks at a picture with its answers: a vision-language endpoint, or a FUSION model in this process."""
+
+    endpoint: Endpoint | None = None
+    fusion: str | None = None  # folder, Hub repository, or `nano`
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.endpoint is None) == (self.fusion is None):
+            raise ValueError("it has endpoint and fusion, or neither; allowed: one of them.")
+
+
+@dataclass(frozen=True)
+class Executor:
+    """
+    How a run is spread: datatrove's executors.
+
+    Attributes:
+        tasks: parts of the run; each writes its own shard. The same number in every start of a run.
+        workers: tasks at a time; -1: all.
+        options: more arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor`, for all stages.
+        stages: the same for single stages by their name, such as `images: {gpus_per_task: 1}`.
+    """
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    tasks: int = 1
+    workers: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "tasks")
+        if self.workers < 1 and self.workers != -1:
+            raise ValueError(f"workers is {self.workers}; allowed: 1 or more, or -1 for all tasks at a time.")
+        if self.kind == "local" and (self.options or self.stages):
+            raise ValueError("options and stages are for kind slurm and ray.")
+        if self.kind == "slurm" and (missing := [name for name in SLURM_NEEDS if name not in self.options]):
+            raise ValueError(f"options has no {missing[0]}; Slurm needs {' and '.join(SLURM_NEEDS)}.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    A run.
+
+    Attributes:
+        output: its folder; the finished data is in `output/data`.
+        records: how many are begun; filters take some of them out.
+        categories: their shares by name; None: all, with the shares that their files give.
+        backend: `models` asks the endpoints; `procedural` draws everything without a model.
+        chunk: records between two checkpoints of a task.
+    """
+
+    output: Path
+    records: int
+    categories: dict[str, float] | None = None
+    backend: Literal["models", "procedural"] = "models"
+    seed: int = 0
+    pool: Pool | None = None
+    writer: Endpoint | None = None
+    images: Images | None = None
+    judge: Endpoint | None = None
+    image_check: ImageCheck | None = None
+    executor: Executor = field(default_factory=Executor)
+    format: Literal["tar", "parquet"] = "tar"
+    chunk: int = 500
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "records", "chunk")
+        if self.records > MOST_RECORDS:
+            raise ValueError(f"records is {self.records}; allowed: up to {MOST_RECORDS}.")
+        if self.backend == "models":
+            for name in ("pool", "writer", "images"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"it has no {name}, which the backend `models` needs.")
+        known = load_categories()
+        for name, share in (self.categories or {}).items():
+            if name not in known:
+                raise ValueError(f"categories has {short_name(repr(name))}; allowed: {', '.join(known)}.")
+            if share <= 0:
+                raise ValueError(f"categories.{name} is {share}; allowed: a share above 0.")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the categories that are made; their sum is 1."""
+        known = load_categories()
+        shares = self.categories or {name: category.share for name, category in known.items()}
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """
+    Args:
+        path: a YAML file. A local `pool.source` and `output` in it are relative to the working directory.
+        overrides: `key=value`, values as in YAML; a key of a section as `section.key`.
+
+    Raises:
+        InputError: for a file that is no config, an unknown key or a wrong value.
+    """
+    values = _read(path)
+    for text in overrides:
+        name, separator, written = text.partition("=")
+        if not separator:
+            raise InputError(f"{text!r} is no override; allowed: key=value, such as executor.tasks=8.")
+        _override(values, name, yaml.safe_load(written))
+    return make_settings(Config, values, path.name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; a config is a short YAML file.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The config {path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The config {path} holds a {type(values).__name__}; allowed: keys with values.")
+    return values
+
+
+def _override(values: dict[str, Any], name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{name} cannot be set: {section} is {short_name(repr(inner))}.")
+        values = inner
+    values[key] = value
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES or not parts.hostname:
+        raise ValueError(f"url is {short_name(repr(url))}; allowed: http:// or https:// with a host.")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("url holds a name, password or query; a key belongs into the variable of key_variable.")
+
+
+def _check_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; allowed: more than 0.")

@@ -1,0 +1,134 @@
+"""Caption pools: text, JSON Lines, Parquet and Hub data sets, read as a stream. Files of strangers are bounded."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.synthesis.config import Pool
+
+SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl",), "parquet": (".parquet",)}
+MAX_LINE_BYTES = 2**20
+MAX_CAPTION = 4000  # characters
+ROWS = 1024  # of a Parquet file, read together
+READ_BYTES = 2**16
+
+
+class Caption(NamedTuple):
+    """One entry of a pool; `problem` says why there is no `text`."""
+
+    text: str
+    problem: str | None = None
+
+
+def read_captions(pool: Pool) -> Iterator[Caption]:
+    """
+    All captions in the order of their files, in constant memory; what is no caption is reported in its place.
+
+    Raises:
+        InputError: if the pool is missing or cannot be read.
+    """
+    yield from islice(_read(pool), pool.limit)
+
+
+def _read(pool: Pool) -> Iterator[Caption]:
+    if pool.kind == "hub":
+        yield from _column(_hub_rows(pool), pool.column)
+        return
+    for path in _files(pool):
+        try:
+            if pool.kind == "parquet":
+                yield from _column(_parquet_rows(path, pool.column), pool.column)
+                continue
+            with path.open("rb") as stream:
+                lines = _lines(stream)
+                yield from map(_text_caption, lines) if pool.kind == "text" else _json_captions(lines, pool.column)
+        except OSError as error:
+            raise InputError(f"pool: {path} cannot be read ({error.strerror}).") from error
+
+
+def _files(pool: Pool) -> list[Path]:
+    source, suffixes = Path(pool.source).expanduser(), SUFFIXES[pool.kind]
+    if source.is_dir():
+        files = sorted(path for path in source.iterdir() if path.suffix in suffixes and path.is_file())
+        if not files:
+            raise InputError(f"pool.source is {source}, a folder without files of {', '.join(suffixes)}.")
+        return files
+    if not source.is_file():
+        raise InputError(f"pool.source is {short_name(str(source))}, which does not exist.")
+    return [source]
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one that is too long, of which no more than its beginning is in memory."""
+    while line := stream.readline(MAX_LINE_BYTES):
+        if line.endswith(b"\n") or len(line) < MAX_LINE_BYTES:
+            yield line.rstrip(b"\r\n")
+            continue
+        while rest := stream.readline(READ_BYTES):
+            if rest.endswith(b"\n"):
+                break
+        yield None
+
+
+def _text_caption(line: bytes | None) -> Caption:
+    if line is None:
+        return Caption("", f"a line has more than {MAX_LINE_BYTES} bytes")
+    try:
+        return clean_caption(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Caption("", "a line is no UTF-8")
+
+
+def _json_captions(lines: Iterable[bytes | None], column: str) -> Iterator[Caption]:
+    for line in lines:
+        if line is None:
+            yield Caption("", f"a line has more than {MAX_LINE_BYTES} bytes")
+            continue
+        try:
+            fields = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            yield Caption("", "a line is no JSON")
+            continue
+        yield clean_caption(fields.get(column) if isinstance(fields, dict) else None)
+
+
+def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Caption]:
+    for row in rows:
+        yield clean_caption(row.get(column))
+
+
+def clean_caption(value: Any) -> Caption:
+    """A text on one line without control characters, or why there is none."""
+    if not isinstance(value, str):
+        return Caption("", f"the caption is {type(value).__name__}, no text")
+    if len(value) > MAX_CAPTION:
+        return Caption("", f"the caption has more than {MAX_CAPTION} characters")
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in value).split())
+    return Caption(text) if text else Caption("", "the caption is empty")
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise InputError(f"pool.column is {column!r}; {path} has: {short_name(names)}.")
+            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"pool: {path} is no Parquet file ({error}).") from error
+
+
+def _hub_rows(pool: Pool) -> Iterator[dict[str, Any]]:
+    from fusion_hf.training.data.tables import load_hub
+
+    dataset = load_hub(pool.source, pool.split, streaming=True)
+    if dataset.column_names is not None and pool.column not in dataset.column_names:
+        raise InputError(f"pool.column is {pool.column!r}; {pool.source} has: {', '.join(dataset.column_names)}.")
+    yield from dataset.select_columns([pool.column]) if dataset.column_names is not None else dataset

@@ -1,0 +1,105 @@
+"""Configs of a run: what is read, and which errors name what."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fusion_hf.errors import InputError
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.config import load_config
+
+FOLDER = Path(__file__).parents[2] / "configs" / "synthesis"
+POOL = {"source": "captions.txt", "kind": "text"}
+WRITER = {"model": "m", "url": "http://localhost:8000"}
+IMAGES = {"kind": "diffusers", "model": "black-forest-labs/FLUX.1-dev"}
+MINIMAL = {"output": "runs/x", "records": 10, "pool": POOL, "writer": WRITER, "images": IMAGES}
+
+
+def write(folder: Path, values: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_defaults_and_shares(tmp_path: Path):
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.executor.kind == "local" and config.writer.structured == "json_schema"
+    assert set(config.shares) == set(load_categories()) and sum(config.shares.values()) == pytest.approx(1)
+
+
+def test_shares_of_a_choice_add_up_to_one(tmp_path: Path):
+    config = load_config(write(tmp_path, {**MINIMAL, "categories": {"SynthColor": 1, "SynthText": 3}}))
+    assert config.shares == {"SynthColor": 0.25, "SynthText": 0.75}
+
+
+def test_overrides_reach_into_sections(tmp_path: Path):
+    overrides = ["records=7", "writer.temperature=1e-1", "executor.tasks=4", "judge.model=j", "judge.url=https://h/v1"]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert (config.records, config.writer.temperature, config.executor.tasks) == (7, 0.1, 4)
+    assert config.judge.model == "j"
+
+
+def changed(section: str | None, **values: object) -> dict[str, object]:
+    if section is None:
+        return {**MINIMAL, **values}
+    return {**MINIMAL, section: {**MINIMAL.get(section, {}), **values}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (changed(None, recods=3), r"key 'recods'; did you mean 'records'"),
+        (changed("writer", modle="x"), r"config.yaml.writer has the key 'modle'; did you mean 'model'"),
+        (changed("writer", temperature="hot"), r"writer.temperature is 'hot'; allowed: a number"),
+        (changed("writer", tries=True), r"writer.tries is True; allowed: a whole number"),
+        (changed("writer", tries=0), r"tries is 0; allowed: more than 0"),
+        (changed("writer", url="ftp://host"), r"url is 'ftp://host'; allowed: http:// or https://"),
+        (changed("writer", url="https://name:secret@host"), r"url holds a name, password or query"),
+        (changed("writer", url=None), r"url is None for server 'endpoint'"),
+        (changed("writer", server="vllm"), r"url is 'http://localhost:8000' for server 'vllm'"),
+        (changed("writer", structured="xml"), r"structured is 'xml'; allowed: json_schema, json_object, prompt"),
+        (changed("pool", kind="csv"), r"pool.kind is 'csv'; allowed: text, jsonl, parquet, hub"),
+        (changed("images", kind="openai"), r"url is None for kind 'openai'"),
+        (changed(None, pool=None), r"has no pool, which the backend `models` needs"),
+        (changed(None, categories={"SynthColour": 1}), r"categories has 'SynthColour'; allowed: Synth"),
+        (changed(None, categories={"SynthColor": 0}), r"categories.SynthColor is 0.0; allowed: a share above 0"),
+        (changed(None, records=0), r"records is 0; allowed: more than 0"),
+        (changed(None, executor={"kind": "slurm"}), r"options has no time; Slurm needs time and partition"),
+        (changed(None, executor={"options": {"time": "1"}}), r"options and stages are for kind slurm and ray"),
+        (changed(None, executor={"workers": 0}), r"workers is 0; allowed: 1 or more, or -1"),
+        (changed(None, image_check={}), r"endpoint and fusion, or neither"),
+        ({"records": 3}, r"config.yaml has no output"),
+        (["records"], r"holds a list; allowed: keys with values"),
+    ],
+)
+def test_errors_name_key_value_and_what_is_allowed(values: object, message: str, tmp_path: Path):
+    with pytest.raises(InputError, match=message):
+        load_config(write(tmp_path, values))
+
+
+@pytest.mark.parametrize("text", ["a: [", "\x00", "!!python/object/apply:os.getcwd []"])
+def test_what_is_no_yaml(text: str, tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="is no YAML"):
+        load_config(path)
+
+
+def test_an_override_needs_a_value(tmp_path: Path):
+    with pytest.raises(InputError, match="is no override"):
+        load_config(write(tmp_path, MINIMAL), ["records"])
+    with pytest.raises(InputError, match="records is 10"):
+        load_config(write(tmp_path, MINIMAL), ["records.x=1"])
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_project_are_configs(path: Path):
+    config = load_config(path)
+    names = set(config.shares)
+    assert names == (set(load_categories()) if path.stem == "mix" else {path.stem})
+
+
+def test_there_is_a_config_for_each_category():
+    names = {path.stem for path in FOLDER.glob("Synth*.yaml")}
+    assert names == set(load_categories())
