@@ -1,0 +1,123 @@
+"""Records as datatrove carries them, and on disk between two stages: a task reads what the same task wrote."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document, Media, MediaType
+from datatrove.pipeline.base import PipelineStep
+
+from fusion_hf.synthesis.files import atomic_file, json_bytes
+from fusion_hf.synthesis.record import SynthRecord
+
+RECORD, POSITION, TASK, USAGE = "record", "position", "task", "usage"  # keys of a document's metadata
+SUFFIX = ".jsonl"
+
+
+def to_document(record: SynthRecord, position: int, task: int, pictures: Iterable[bytes] = ()) -> Document:
+    """
+    Args:
+        position: of the record in its task; the order of its output.
+        pictures: PNG files that are in no folder.
+    """
+    media = [
+        Media(id=name, type=MediaType.IMAGE, url="", media_bytes=content)
+        for name, content in zip(record.images, pictures, strict=False)
+    ]
+    metadata = {RECORD: record.to_dict(), POSITION: position, TASK: task, USAGE: {}}
+    return Document(text=record.caption, id=record.id, media=media, metadata=metadata)
+
+
+def record_of(document: Document) -> SynthRecord:
+    """The record that a document carries."""
+    return SynthRecord.from_dict(document.metadata[RECORD])
+
+
+def put_record(document: Document, record: SynthRecord) -> None:
+    """Let a document carry a changed record."""
+    document.metadata[RECORD] = record.to_dict()
+
+
+def add_usage(document: Document, step: str, usage: dict[str, int]) -> None:
+    """Note the requests and tokens that a step has spent on a document."""
+    document.metadata[USAGE][step] = usage
+
+
+def task_file(folder: Path, task: int) -> Path:
+    """What a task writes as a whole."""
+    return folder / f"{task:05d}{SUFFIX}"
+
+
+class ReadStage(PipelineStep):
+    """
+    The records that this task of an earlier stage wrote, in their order.
+
+    A file of a stage that makes requests holds a chunk of records in the order in which they were answered. They are
+    sorted here, so that no more than a chunk is in memory.
+
+    Raises:
+        RuntimeError: if one of them is missing or there twice.
+    """
+
+    name = "Read stage"
+    type = "Reader"
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        position = 0
+        for path in self._files(rank):
+            for document in sorted(map(_parse, path.open("rb")), key=lambda document: document.metadata[POSITION]):
+                if document.metadata[POSITION] != position:
+                    raise RuntimeError(f"record {position} of task {rank} is not where it belongs in {path}")
+                position += 1
+                self.stat_update("records")
+                yield document
+        self._check_end(rank, position)
+
+    def _files(self, rank: int) -> list[Path]:
+        whole = task_file(self.folder, rank)
+        if whole.exists():
+            return [whole]
+        chunks = (self.folder / f"{rank:05d}").glob(f"*{SUFFIX}")
+        return sorted(chunks, key=lambda path: int(path.stem))
+
+    def _check_end(self, rank: int, count: int) -> None:
+        expected = json.loads(plan_file(self.folder.parent).read_bytes())["records"][rank]
+        if count != expected:
+            raise RuntimeError(f"task {rank} has {count} records in {self.folder}, but {expected} were planned")
+
+
+def plan_file(work: Path) -> Path:
+    """Where the number of records of each task stands."""
+    return work / "plan.json"
+
+
+def document_line(document: Document) -> bytes:
+    """A document without its media, as a line of JSON."""
+    return json_bytes({"text": document.text, "id": document.id, "metadata": document.metadata})
+
+
+def _parse(line: bytes) -> Document:
+    fields = json.loads(line)
+    return Document(text=fields["text"], id=fields["id"], metadata=fields["metadata"])
+
+
+class SaveStage(PipelineStep):
+    """Writes the records of a task for the next stage; the file is there when all of them are in it."""
+
+    name = "Save stage"
+    type = "Writer"
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        with atomic_file(task_file(self.folder, rank)) as stream:
+            for document in data:
+                stream.write(document_line(document))
+                yield document

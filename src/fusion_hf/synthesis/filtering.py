@@ -1,0 +1,73 @@
+"""The step that takes records out by the rules of their category; each keeps the name of the filter and its reason."""
+
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.documents import TASK, put_record, record_of
+from fusion_hf.synthesis.filters import Filter, build_filters, first_problem
+from fusion_hf.synthesis.filters.across import DuplicateQuestions
+from fusion_hf.synthesis.filters.options import balance_options
+from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.record import SynthRecord
+
+
+@cache
+def filters_of(category: str) -> list[Filter]:
+    """The filters of a category, in the order in which they look."""
+    return build_filters(load_categories()[category])
+
+
+class FilterRecords(PipelineStep):
+    """
+    Rejected records stay in the stream: what was rejected is written too, in its own file. Questions that were asked
+    before are found among the records of one task.
+    """
+
+    name = "Filter records"
+    type = "Filter"
+
+    def __init__(self, progress: Progress):
+        super().__init__()
+        self.progress = progress
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        duplicates = DuplicateQuestions()
+        for document in data:
+            record = record_of(document)
+            record = first_problem(record, [*filters_of(record.category), duplicates])
+            if record.rejection is not None:
+                self.stat_update(record.rejection.step)
+            put_record(document, record)
+            self.progress.count(document.metadata[TASK], record)
+            yield document
+        self.progress.flush()
+
+
+class BalanceOptions(PipelineStep):
+    """Gives the options of multiple choice another order, so that each letter is right equally often in a task."""
+
+    name = "Balance options"
+    type = "Formatter"
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        waiting: deque[Document] = deque()
+
+        def records() -> Iterator[SynthRecord]:
+            for document in data:
+                waiting.append(document)
+                yield record_of(document)
+
+        for record in balance_options(records(), self.seed + rank):
+            document = waiting.popleft()
+            put_record(document, record)
+            yield document

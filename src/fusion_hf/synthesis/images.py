@@ -1,0 +1,288 @@
+"""The step from descriptions to pictures: a diffusers pipeline or an images endpoint; files whole or absent."""
+
+import asyncio
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from PIL import Image, PngImagePlugin
+
+from fusion_hf.errors import InputError
+from fusion_hf.synthesis.config import Images
+from fusion_hf.synthesis.documents import TASK, put_record, record_of
+from fusion_hf.synthesis.endpoints import IMAGES, Poster, Refused, endpoint_url
+from fusion_hf.synthesis.files import write_atomically
+from fusion_hf.synthesis.pictures import compose_pair
+from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.record import Origin, SynthRecord
+from fusion_hf.synthesis.requests import hash_prompt
+
+STEP = "make_image"
+RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+SPREAD = 2  # last characters of an id that name its subfolder: a folder of millions of files is slow
+MODEL, PROMPT, SEED, SETTINGS = "model", "prompt", "seed", "settings"  # keys of a PNG's texts
+MAX_PIXELS = 4096 * 4096
+MAX_RESPONSE_BYTES = 2**26
+FORMATS = ("PNG", "JPEG", "WEBP")
+INSTALL = "pip install 'fusion_hf[synth]'"
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture to be made."""
+
+    file: str
+    prompt: str
+    seed: int
+
+    def texts(self, settings: Images) -> dict[str, str]:
+        """What the PNG says about itself; a file that says otherwise is another picture."""
+        size = f"{settings.width}x{settings.height}, {settings.steps} steps, guidance {settings.guidance:g}"
+        extra = "".join(f", {name}={value!r}" for name, value in sorted(settings.arguments.items()))
+        return {MODEL: settings.model, PROMPT: self.prompt, SEED: str(self.seed), SETTINGS: size + extra}
+
+
+class Maker(Protocol):
+    """What makes pictures; None in place of one that it refuses, with the reason beside it."""
+
+    def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]": ...
+
+
+def file_names(record: SynthRecord) -> tuple[str, ...]:
+    """
+    Names of a record's pictures, relative to the folder of pictures.
+
+    Raises:
+        ValueError: if its id cannot be a part of a file's name.
+    """
+    if RECORD_ID.fullmatch(record.id) is None:
+        raise ValueError(f"id is {record.id!r}; allowed: letters, digits, - and _.")
+    folder = record.id[-SPREAD:]
+    return tuple(f"{folder}/{record.id}-{number}.png" for number in range(len(record.descriptions)))
+
+
+class DiffusersMaker:
+    """
+    A text-to-image pipeline of diffusers.
+
+    Args:
+        task: which of several GPUs is used.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+
+    def __init__(self, settings: Images, task: int = 0):
+        try:
+            import torch
+            from diffusers import DiffusionPipeline
+        except ImportError as error:
+            raise InputError(f"Pictures by diffusers need the extra `synth` ({error}): {INSTALL}") from error
+        from fusion_hf.inference import choose_device, choose_dtype
+
+        device = choose_device(settings.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", task % torch.cuda.device_count())
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                settings.model, dtype=choose_dtype(settings.dtype, device), trust_remote_code=False
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise InputError(f"images.model {settings.model} cannot be loaded by diffusers: {error}") from error
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+        if settings.offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.settings, self.torch = pipeline, settings, torch
+
+    def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
+        """The pictures of a batch; a seed is that of one picture, not of the batch."""
+        generators = [self.torch.Generator("cpu").manual_seed(order.seed) for order in orders]
+        made = self.pipeline(
+            prompt=[order.prompt for order in orders],
+            width=self.settings.width,
+            height=self.settings.height,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance,
+            generator=generators,
+            output_type="pil",
+            **self.settings.arguments,
+        )
+        return [picture.convert("RGB") for picture in made.images]
+
+
+class EndpointMaker:
+    """An endpoint with OpenAI's images API. Pictures come in the response: an address in it is not followed."""
+
+    def __init__(self, settings: Images):
+        assert settings.url is not None, "checked by Images"
+        self.settings = settings
+        url = endpoint_url(settings.url, IMAGES)
+        self.poster = Poster(url, settings.key_variable, settings.timeout, settings.patience, MAX_RESPONSE_BYTES)
+
+    def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
+        """One request for each, all at a time."""
+        return asyncio.run(self._make(orders))
+
+    async def _make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
+        try:
+            return list(await asyncio.gather(*map(self._one, orders)))
+        finally:
+            await self.poster.close()
+
+    async def _one(self, order: Order) -> "Image.Image | str":
+        payload = {
+            "model": self.settings.model,
+            "prompt": order.prompt,
+            "size": f"{self.settings.width}x{self.settings.height}",
+            "n": 1,
+            "response_format": "b64_json",
+            "seed": order.seed,
+            **self.settings.arguments,
+        }
+        try:
+            answer = await self.poster.post({name: value for name, value in payload.items() if value is not None})
+        except Refused as error:
+            return f"refused: {error}"
+        try:
+            return _decode(base64.b64decode(answer["data"][0]["b64_json"], validate=True))
+        except (KeyError, IndexError, TypeError, binascii.Error) as error:
+            return f"the response holds no picture as b64_json ({type(error).__name__})"
+
+
+def _decode(content: bytes) -> "Image.Image | str":
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                return f"the picture has {picture.width} x {picture.height} pixels; allowed: {MAX_PIXELS}"
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"the picture cannot be decoded ({type(error).__name__})"
+
+
+def make_maker(settings: Images, task: int = 0) -> Maker:
+    """The one that the settings name."""
+    return DiffusersMaker(settings, task) if settings.kind == "diffusers" else EndpointMaker(settings)
+
+
+class MakeImage(PipelineStep):
+    """
+    Makes the pictures of the records that are not rejected. What is there, by the texts in it, is not made again.
+
+    Batches are always the same records, made as a whole if one of their pictures is missing: rounding in a batch may
+    depend on who is in it, and a run that was killed is to end with the same bytes.
+    """
+
+    name = "Make image"
+    type = "Pictures"
+
+    def __init__(self, settings: Images, folder: Path, progress: Progress):
+        super().__init__()
+        self.settings = settings
+        self.folder = folder
+        self.progress = progress
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        maker: Maker | None = None
+        documents = iter(data)
+        while batch := list(islice(documents, self.settings.batch_size)):
+            orders = [order for document in batch for order in self._orders(record_of(document))]
+            if not all(self._is_there(order) for order in orders):
+                maker = make_maker(self.settings, rank) if maker is None else maker
+                with self.track_time(unit="batch"):
+                    self._make(maker, orders)
+            for document in batch:
+                record = self._with_images(record_of(document))
+                put_record(document, record)
+                self.progress.count(document.metadata[TASK], record)
+                yield document
+        self.progress.flush()
+
+    def _orders(self, record: SynthRecord) -> list[Order]:
+        if record.rejection is not None:
+            return []
+        # a pair has one seed: what is alike in its descriptions is to look alike
+        pairs = zip(file_names(record), record.descriptions, strict=True)
+        return [Order(file, prompt, record.seed) for file, prompt in pairs]
+
+    def _make(self, maker: Maker, orders: list[Order]) -> None:
+        """Pairs make a batch longer than its size: it is cut again."""
+        for begin in range(0, len(orders), self.settings.batch_size):
+            part = orders[begin : begin + self.settings.batch_size]
+            for order, made in zip(part, maker.make(part), strict=True):
+                self._save(order, _checked(made))
+
+    def _save(self, order: Order, made: "Image.Image | str") -> None:
+        path = self.folder / order.file
+        if isinstance(made, str):
+            write_atomically(path.with_suffix(".txt"), made.encode())
+        elif not self._is_there(order):
+            write_atomically(path, encode_png(made, order.texts(self.settings)))
+
+    def _is_there(self, order: Order) -> bool:
+        path = self.folder / order.file
+        return path.with_suffix(".txt").exists() or read_texts(path) == order.texts(self.settings)
+
+    def _with_images(self, record: SynthRecord) -> SynthRecord:
+        orders = self._orders(record)
+        if not orders:
+            return record
+        for order in orders:
+            note = (self.folder / order.file).with_suffix(".txt")
+            if note.exists():
+                return record.rejected(STEP, note.read_text())
+        texts = "\0".join(order.prompt for order in orders)
+        origin = Origin(self.settings.model, hash_prompt(texts), record.seed)
+        files = tuple(order.file for order in orders)
+        if len(files) > 1:
+            files = (self._compose(record, files),)
+        return replace(record, images=files, origins={**record.origins, STEP: origin})
+
+    def _compose(self, record: SynthRecord, files: tuple[str, ...]) -> str:
+        """The pair as one picture, beside its two."""
+        name = f"{record.id[-SPREAD:]}/{record.id}-pair.png"
+        texts = {"left": files[0], "right": files[1]}
+        if read_texts(self.folder / name) != texts:
+            left, right = (Image.open(self.folder / file) for file in files)
+            with left, right:
+                write_atomically(self.folder / name, encode_png(compose_pair(left, right), texts))
+        return name
+
+
+def _checked(made: "Image.Image | str") -> "Image.Image | str":
+    if isinstance(made, str):
+        return made
+    # what has numbers that are none ends as black
+    if all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
+        return "the picture has one colour alone"
+    return made
+
+
+def encode_png(picture: Image.Image, texts: dict[str, str]) -> bytes:
+    """A PNG with texts about itself."""
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    stream = BytesIO()
+    picture.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_texts(path: Path) -> dict[str, str] | None:
+    """The texts in a PNG; None if there is no such file."""
+    if not path.exists():
+        return None
+    with Image.open(path, formats=("PNG",)) as picture:
+        return {name: str(text) for name, text in picture.info.items()}

@@ -1,0 +1,105 @@
+"""The first stage: which caption becomes which record of which task. Everything after it is decided here."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from fusion_hf.synthesis.config import Pool
+from fusion_hf.synthesis.documents import document_line, plan_file, task_file, to_document
+from fusion_hf.synthesis.files import atomic_file, json_bytes, write_atomically
+from fusion_hf.synthesis.filters.minhash import NearDuplicates
+from fusion_hf.synthesis.readers import read_captions
+from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.requests import MAX_SEED
+
+STAGE = "pool"
+UNUSABLE = "unusable.jsonl"  # captions that are none
+ID_DIGITS = 16
+
+
+def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
+    """
+    Names without end: after any number of them, each has its share of it to within one.
+
+    Args:
+        shares: by name; their sum is 1.
+    """
+    behind = dict.fromkeys(shares, 0.0)
+    while True:
+        for name, share in shares.items():
+            behind[name] += share
+        chosen = max(behind, key=behind.__getitem__)
+        behind[chosen] -= 1
+        yield chosen
+
+
+def new_record(caption: str, category: str, seed: int, number: int) -> SynthRecord:
+    """The record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
+    digest = hashlib.sha256(f"{seed}/{number}/{category}/{caption}".encode("utf-8", "backslashreplace")).hexdigest()
+    identity = f"{category.lower()}-{digest[:ID_DIGITS]}"
+    return SynthRecord(identity, category, caption, random.Random(digest).randrange(MAX_SEED))
+
+
+def task_size(records: int, tasks: int, task: int) -> int:
+    """Records of a task: as many as of the others, or one more."""
+    return records // tasks + (task < records % tasks)
+
+
+class PlanRecords(PipelineStep):
+    """
+    Reads the pool and gives its records to the tasks, a file for each. One task does this for all.
+
+    Args:
+        work: of the run; the plan comes into it when all files are there.
+        records: at most; a pool with fewer captions gives fewer.
+        tasks: of the other stages.
+    """
+
+    name = "Plan records"
+    type = "Reader"
+
+    def __init__(self, pool: Pool, work: Path, shares: Mapping[str, float], records: int, tasks: int, seed: int):
+        super().__init__()
+        self.pool, self.work, self.shares = pool, work, dict(shares)
+        self.records, self.tasks, self.seed = records, tasks, seed
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        folder = self.work / STAGE
+        counts = [0] * self.tasks
+        with atomic_file(folder / UNUSABLE) as unusable:
+            documents = self._documents(unusable)
+            for task in range(self.tasks):
+                with atomic_file(task_file(folder, task)) as stream:
+                    for document in islice(documents, task_size(self.records, self.tasks, task)):
+                        stream.write(document_line(document))
+                        counts[task] += 1
+                        self.stat_update("records")
+                        yield document
+        write_atomically(plan_file(self.work), json_bytes({"records": counts}))
+
+    def _documents(self, unusable: BinaryIO) -> Iterator[Document]:
+        categories = spread_categories(self.shares)
+        captions = enumerate(self._captions(unusable))
+        for task in range(self.tasks):
+            size = task_size(self.records, self.tasks, task)
+            for position, (number, caption) in enumerate(islice(captions, size)):
+                yield to_document(new_record(caption, next(categories), self.seed, number), position, task)
+
+    def _captions(self, unusable: BinaryIO) -> Iterator[str]:
+        duplicates = NearDuplicates() if self.pool.near_duplicates else None
+        for number, caption in enumerate(read_captions(self.pool)):
+            problem = caption.problem
+            if problem is None and duplicates is not None:
+                # the filter looks at the caption and names the one before by its id
+                problem = duplicates.check(SynthRecord(f"caption {number}", "", caption.text, self.seed))
+            if problem is None:
+                yield caption.text
+                continue
+            self.stat_update("unusable")
+            unusable.write(json_bytes({"caption": number, "reason": problem}))

@@ -1,0 +1,107 @@
+"""Shards of training records with their pictures, as the training mixtures read them: tar (WebDataset) or Parquet."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from fusion_hf.synthesis.files import json_bytes
+from fusion_hf.synthesis.record import SynthRecord
+
+PICTURE_SUFFIX, RECORD_SUFFIX = ".png", ".json"
+MODE = 0o644
+ROWS = 256  # of a row group, whose pictures are in memory together
+
+
+class Shard(Protocol):
+    """A file of records that is being written; the same records give the same bytes."""
+
+    def add(self, record: SynthRecord, picture: bytes) -> None:
+        """Add a record and the bytes of its PNG."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TarShard:
+    """`ID.json` and `ID.png` for each record, without times and owners."""
+
+    def __init__(self, stream: BinaryIO):
+        self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, record: SynthRecord, picture: bytes) -> None:
+        fields = {**record.training_record(), "image": record.id + PICTURE_SUFFIX, "category": record.category}
+        self._member(record.id + RECORD_SUFFIX, json_bytes(fields))
+        self._member(record.id + PICTURE_SUFFIX, picture)
+        self.tar.members.clear()  # type: ignore[attr-defined]  # or the names of all stay in memory
+
+    def _member(self, name: str, content: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(content), MODE
+        self.tar.addfile(info, BytesIO(content))
+
+    def close(self) -> None:
+        self.tar.close()
+
+
+class ParquetShard:
+    """A row for each record, its picture as `datasets.Image` stores one."""
+
+    def __init__(self, stream: BinaryIO):
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+        picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        columns = [
+            ("id", pa.string()),
+            ("category", pa.string()),
+            ("image", picture),
+            ("conversations", pa.list_(turn)),
+        ]
+        self.schema = pa.schema(columns)
+        self.writer = pyarrow.parquet.ParquetWriter(stream, self.schema, compression="zstd")
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, record: SynthRecord, picture: bytes) -> None:
+        image = {"bytes": picture, "path": record.id + PICTURE_SUFFIX}
+        self.rows.append({**record.training_record(), "image": image, "category": record.category})
+        if len(self.rows) == ROWS:
+            self._write()
+
+    def close(self) -> None:
+        self._write()
+        self.writer.close()
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        if self.rows:
+            self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.rows = []
+
+
+SHARDS: dict[str, type[TarShard | ParquetShard]] = {"tar": TarShard, "parquet": ParquetShard}
+
+
+def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The records of a shard with the bytes of their PNG, in their order."""
+    if path.suffix == ".tar":
+        with tarfile.open(path, "r:") as tar:
+            record: dict[str, Any] = {}
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None, "a shard has files alone"
+                if member.name.endswith(RECORD_SUFFIX):
+                    record = json.loads(content.read())
+                else:
+                    yield record, content.read()
+        return
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROWS):
+            for row in batch.to_pylist():
+                yield row, row["image"]["bytes"]

@@ -1,0 +1,122 @@
+"""What became of the records: counts by category and step, who made them, what they cost."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusion_hf.synthesis.choices import Choice, parse_choice
+from fusion_hf.synthesis.record import SynthRecord
+
+SAMPLES = 4  # records of each category that are shown
+EXAMPLES = 3  # reasons of each filter that are shown
+
+
+@dataclass
+class CategorySummary:
+    """
+    Attributes:
+        records: that were begun.
+        rejected: by step.
+        examples: first reasons by step.
+        turns: of the written records; `words` in their answers.
+        letters: answers of multiple choice.
+        samples: ids of the first written records.
+    """
+
+    records: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    turns: int = 0
+    words: int = 0
+    letters: Counter[str] = field(default_factory=Counter)
+    samples: list[str] = field(default_factory=list)
+
+    @property
+    def written(self) -> int:
+        return self.records - sum(self.rejected.values())
+
+    def add(self, record: SynthRecord) -> None:
+        """Count a record."""
+        self.records += 1
+        if record.rejection is not None:
+            self.rejected[record.rejection.step] += 1
+            reasons = self.examples.setdefault(record.rejection.step, [])
+            if len(reasons) < EXAMPLES and record.rejection.reason not in reasons:
+                reasons.append(record.rejection.reason)
+            return
+        self.turns += len(record.turns)
+        self.words += sum(len(turn.answer.split()) for turn in record.turns)
+        choices = [parse_choice(turn) for turn in record.turns]
+        self.letters.update(choice.letter for choice in choices if isinstance(choice, Choice))
+        if len(self.samples) < SAMPLES:
+            self.samples.append(record.id)
+
+    def merge(self, other: "CategorySummary") -> None:
+        """Add what another task counted."""
+        self.records += other.records
+        self.turns += other.turns
+        self.words += other.words
+        self.rejected.update(other.rejected)
+        self.letters.update(other.letters)
+        self.samples = [*self.samples, *other.samples][:SAMPLES]
+        for step, reasons in other.examples.items():
+            known = self.examples.get(step, [])
+            self.examples[step] = list(dict.fromkeys([*known, *reasons]))[:EXAMPLES]
+
+
+@dataclass
+class Summary:
+    """
+    Attributes:
+        models: by step, with the number of records each made.
+        usage: requests and tokens by step.
+    """
+
+    categories: dict[str, CategorySummary] = field(default_factory=lambda: defaultdict(CategorySummary))
+    models: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    usage: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def add(self, record: SynthRecord, usage: Mapping[str, Mapping[str, int]]) -> None:
+        """Count a record that is written or rejected."""
+        self.categories[record.category].add(record)
+        for step, origin in record.origins.items():
+            self.models[step][origin.model] += 1
+        for step, amounts in usage.items():
+            self.usage[step].update(amounts)
+
+    def merge(self, other: "Summary") -> None:
+        """Add what another task counted."""
+        for name, category in other.categories.items():
+            self.categories[name].merge(category)
+        for step, models in other.models.items():
+            self.models[step].update(models)
+        for step, amounts in other.usage.items():
+            self.usage[step].update(amounts)
+
+    @property
+    def records(self) -> int:
+        return sum(category.records for category in self.categories.values())
+
+    @property
+    def written(self) -> int:
+        return sum(category.written for category in self.categories.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "categories": {name: dict(vars(category)) for name, category in sorted(self.categories.items())},
+            "models": {step: dict(models) for step, models in sorted(self.models.items())},
+            "usage": {step: dict(amounts) for step, amounts in sorted(self.usage.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Summary":
+        """What `to_dict` gave."""
+        summary = cls()
+        for name, fields in values["categories"].items():
+            counters = {key: Counter(fields[key]) for key in ("rejected", "letters")}
+            summary.categories[name] = CategorySummary(**{**fields, **counters})
+        for key in ("models", "usage"):
+            getattr(summary, key).update({step: Counter(amounts) for step, amounts in values[key].items()})
+        return summary

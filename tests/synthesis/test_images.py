@@ -1,0 +1,161 @@
+"""Pictures: what makes them, what is in their files, and what is refused."""
+
+import base64
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.synthesis.server import Scripted
+
+from fusion_hf.errors import InputError
+from fusion_hf.synthesis import images
+from fusion_hf.synthesis.config import Images
+from fusion_hf.synthesis.documents import record_of, to_document
+from fusion_hf.synthesis.images import DiffusersMaker, EndpointMaker, MakeImage, Order, file_names
+from fusion_hf.synthesis.pictures import compose_pair
+from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.record import SynthRecord
+
+SETTINGS = {"width": 32, "height": 24, "steps": 1, "device": "cpu", "arguments": {"max_sequence_length": 32}}
+ORDERS = [Order("a", "a red ball", 1), Order("b", "a red ball", 2), Order("c", "two green dogs", 1)]
+
+
+@pytest.fixture
+def settings(flux: Path) -> Images:
+    return Images("diffusers", str(flux), batch_size=2, **SETTINGS)
+
+
+def make_records(count: int, pictures: int = 1) -> list[SynthRecord]:
+    texts = [tuple(f"thing {number} {side}" for side in range(pictures)) for number in range(count)]
+    return [SynthRecord(f"r-{number:04d}", "SynthColor", "c", number, texts[number]) for number in range(count)]
+
+
+def run_step(settings: Images, folder: Path, records: list[SynthRecord]) -> list[SynthRecord]:
+    documents = [to_document(record, number, 0) for number, record in enumerate(records)]
+    step = MakeImage(settings, folder / "pictures", Progress(folder / "progress", "images"))
+    return [record_of(document) for document in step.run(documents)]
+
+
+def test_a_picture_follows_from_its_prompt_and_seed(settings: Images):
+    maker = DiffusersMaker(settings)
+    first, again = maker.make(ORDERS), maker.make(ORDERS)
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+    assert len({picture.tobytes() for picture in first}) == len(ORDERS)
+    assert {picture.size for picture in first} == {(32, 24)}
+    assert not maker.pipeline.transformer.training and not maker.pipeline.text_encoder.training
+
+
+def test_what_is_there_is_not_made_again(settings: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records = make_records(5)
+    made = run_step(settings, tmp_path, records)
+    files = [tmp_path / "pictures" / record.images[0] for record in made]
+    times = [path.stat().st_mtime_ns for path in files]
+    contents = [path.read_bytes() for path in files]
+    files[1].unlink()
+    counted: list[int] = []
+    real = DiffusersMaker.make
+
+    def make(self: DiffusersMaker, orders: list[Order]) -> Any:
+        counted.append(len(orders))
+        return real(self, orders)
+
+    monkeypatch.setattr(DiffusersMaker, "make", make)
+    assert run_step(settings, tmp_path, records) == made
+    assert counted == [2]  # its batch, as a whole
+    assert [path.read_bytes() for path in files] == contents
+    assert [path.stat().st_mtime_ns == time for path, time in zip(files, times, strict=True)] == [
+        True,
+        False,
+        *[True] * 3,
+    ]
+    monkeypatch.setattr(images, "make_maker", lambda *given: pytest.fail("a model was loaded for nothing"))
+    run_step(settings, tmp_path, records)
+
+
+def test_rejected_records_get_no_picture(settings: Images, tmp_path: Path):
+    records = [record.rejected("length", "too long") for record in make_records(2)]
+    assert run_step(settings, tmp_path, records) == records
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_missing_model_and_another_kind_of_file_are_named(tmp_path: Path):
+    with pytest.raises(InputError, match=r"images.model .*nothing cannot be loaded by diffusers"):
+        DiffusersMaker(Images("diffusers", str(tmp_path / "nothing"), device="cpu"))
+
+
+def test_the_gpu_holds_only_what_works_if_asked(settings: Images, monkeypatch: pytest.MonkeyPatch):
+    from diffusers import FluxPipeline
+
+    asked = []
+    monkeypatch.setattr(FluxPipeline, "enable_model_cpu_offload", lambda self, device: asked.append(device.type))
+    DiffusersMaker(Images("diffusers", settings.model, offload=True, **SETTINGS))
+    assert asked == ["cpu"]
+
+
+class Answering(EndpointMaker):
+    """An endpoint that gives what a test says."""
+
+    answer: Any
+
+    async def _make(self, orders: Any) -> Any:
+        async def post(payload: Any) -> Any:
+            return self.answer
+
+        self.poster.post = post  # type: ignore[method-assign]
+        return await super()._make(orders)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG") -> str:
+    stream = BytesIO()
+    picture.save(stream, kind)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"data": [{"url": "http://elsewhere/picture.png"}]}, "no picture as b64_json"),
+        ({"data": []}, "no picture as b64_json"),
+        ({"data": [{"b64_json": "%%%"}]}, "no picture as b64_json"),
+        ({"data": [{"b64_json": base64.b64encode(b"GIF89a").decode()}]}, "cannot be decoded"),
+        ({"data": [{"b64_json": encoded(Image.new("1", (5000, 5000)))}]}, "5000 x 5000 pixels; allowed"),
+        ({"data": [{"b64_json": encoded(Image.new("RGB", (9, 9)))}]}, "one colour alone"),
+    ],
+)
+def test_what_is_no_picture_is_rejected(answer: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = Images("openai", "painter", "http://localhost:1", width=9, height=9)
+    maker = Answering(settings)
+    maker.answer = answer
+    monkeypatch.setattr(images, "make_maker", lambda *given: maker)
+    (record,) = run_step(settings, tmp_path, make_records(1))
+    assert record.rejection.step == "make_image" and reason in record.rejection.reason
+    assert run_step(settings, tmp_path, make_records(1)) == [record]
+
+
+def test_a_refused_prompt_is_rejected(server: Scripted, tmp_path: Path):
+    server.faults = lambda payload, repeat: "400" if "thing 1" in payload["prompt"] else None
+    settings = Images("openai", "painter", server.url, width=16, height=16)
+    records = run_step(settings, tmp_path, make_records(3))
+    assert [record.rejection is None for record in records] == [True, False, True]
+    assert records[1].rejection.reason.startswith("refused: HTTP 400")
+    with Image.open(tmp_path / "pictures" / records[0].images[0]) as picture:
+        assert picture.text["prompt"] == "thing 0 0" and picture.text["seed"] == "0"
+
+
+@pytest.mark.parametrize("identity", ["../../etc/passwd", "a/b", "", ".hidden", "x" * 200, "a\x00b"])
+def test_no_id_leads_out_of_the_folder(identity: str):
+    with pytest.raises(ValueError, match="allowed: letters, digits"):
+        file_names(SynthRecord(identity, "SynthColor", "c", 0, ("d",)))
+
+
+def test_a_pair_stands_side_by_side():
+    left, right = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (128, 64), "blue")
+    whole = compose_pair(left, right)
+    assert whole.size == (64 + 1 + 64, 32)
+    assert [whole.getpixel((x, 16)) for x in (0, 63, 64, 65, 128)] == [
+        *[(255, 0, 0)] * 2,
+        (255, 255, 255),
+        *[(0, 0, 255)] * 2,
+    ]
