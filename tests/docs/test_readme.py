@@ -83,6 +83,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
         "docs/evaluation.md",
         "docs/evaluation_tasks.md",
         "docs/inference.md",
+        "docs/synthesis.md",
     ],
 )
 def test_links_lead_somewhere(document: str, root: Path):

@@ -1,0 +1,33 @@
+"""The commands and configs of docs/synthesis.md are ones that the command accepts."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.docs.markdown import ROOT, fenced_blocks
+
+from fusion_hf.cli import make_parser
+from fusion_hf.synthesis.config import load_config
+
+DOCUMENT = "docs/synthesis.md"
+LINES = [line for block in fenced_blocks(DOCUMENT, "bash") for line in block.splitlines()]
+MIX = ROOT / "configs" / "synthesis" / "mix.yaml"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands(line: str):
+    words = shlex.split(line, comments=True)
+    assert words[0] == "fusion-hf"
+    make_parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("block", fenced_blocks(DOCUMENT, "yaml"))
+def test_sections_of_a_config(block: str, tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(MIX.read_text()), **yaml.safe_load(block)}))
+    load_config(path)
+
+
+def test_there_are_some():
+    assert LINES and len(fenced_blocks(DOCUMENT, "yaml")) >= 3
