@@ -53,7 +53,7 @@ def address(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with log.open("w") as stream:
         process = subprocess.Popen([*command, *options], env=ENVIRONMENT, stdout=stream, stderr=stream)
     try:
-        wait_for(f"http://127.0.0.1:{port}/v1/models", process, log)
+        wait_for(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

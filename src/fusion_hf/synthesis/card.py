@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from fusion_hf.synthesis.files import write_atomically
 from fusion_hf.synthesis.shards import read_records
@@ -55,9 +55,7 @@ def _samples(data: Path, summary: Summary, kind: str) -> Iterator[Sample]:
 
 def _thumbnail(content: bytes) -> Image.Image:
     with Image.open(BytesIO(content), formats=("PNG",)) as picture:
-        small = picture.convert("RGB")
-        small.thumbnail((SIDE, SIDE))
-        return small
+        return ImageOps.contain(picture.convert("RGB"), (SIDE, SIDE))
 
 
 def _sheet(samples: list[Sample]) -> bytes:

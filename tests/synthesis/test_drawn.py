@@ -1,0 +1,42 @@
+"""The procedural backend through the command: no model, no endpoint, the same steps behind it."""
+
+from collections import Counter
+from pathlib import Path
+
+import yaml
+from tests.synthesis.runs import all_bytes, check_complete, written
+from tests.synthesis.test_pipeline import collate
+
+from fusion_hf.cli import main
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.report import finished_report
+
+RECORDS = 72
+
+
+def synthesize(folder: Path, **changes: object) -> Path:
+    """Returns the folder of the data."""
+    values = {"output": str(folder), "records": RECORDS, "backend": "procedural", "executor": {"tasks": 2}, **changes}
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    assert main(["synthesize", str(path)]) == 0
+    return folder / "data"
+
+
+def test_all_categories_are_drawn(tmp_path: Path):
+    data = synthesize(tmp_path / "first")
+    check_complete(data, RECORDS)
+    by_category = Counter(record["category"] for record in written(data))
+    assert set(by_category) == set(load_categories())
+    assert sum(collate(data / f"{stage}.yaml", tmp_path / "cache") for stage in ("stage1", "stage1.5")) == len(written(data))
+    assert finished_report(data)["models"]["describe"].keys() == {"procedural"}
+    assert all_bytes(synthesize(tmp_path / "second")) == all_bytes(data)
+    assert all_bytes(synthesize(tmp_path / "third", seed=1)) != all_bytes(data)
+
+
+def test_a_share_of_the_tasks_has_all_categories(tmp_path: Path):
+    data = synthesize(tmp_path / "run", executor={"tasks": 3}, categories={"SynthColor": 1, "SynthMultiChoice": 2})
+    report = finished_report(data)["categories"]
+    assert {name: counts["records"] for name, counts in report.items()} == {"SynthColor": 24, "SynthMultiChoice": 48}
+    letters = report["SynthMultiChoice"]["answer_letters"]
+    assert letters and set(letters) <= set("ABCD")
