@@ -204,13 +204,18 @@ def spatial_spec(rng: random.Random) -> PictureSpec:
 
 def text_spec(rng: random.Random) -> PictureSpec:
     """One word of WORDS, wholly inside the picture."""
-    text, color = rng.choice(WORDS), rng.choice(WORD_COLORS)
-    room = CANVAS_SIDE - 2 * WORD_MARGIN
-    size = _word_size(text)
+    word = place_word(rng.choice(WORDS), rng.choice(WORD_COLORS), rng)
+    return PictureSpec("text", _random_background(rng), word=word)
+
+
+def place_word(
+    text: str, color: str, rng: random.Random, largest: int = WORD_SIZE, top: int = 0, bottom: int = CANVAS_SIDE
+) -> Word:
+    """The text somewhere between two heights, at the largest font size up to `largest` at which it fits the width."""
+    size = _word_size(text, largest)
     _, _, width, height = _ink_box(text, size)
-    left = WORD_MARGIN + rng.randint(0, room - width)
-    top = WORD_MARGIN + rng.randint(0, room - height)
-    return PictureSpec("text", _random_background(rng), word=Word(text, color, size, left, top))
+    left = WORD_MARGIN + rng.randint(0, CANVAS_SIDE - 2 * WORD_MARGIN - width)
+    return Word(text, color, size, left, top + WORD_MARGIN + rng.randint(0, bottom - top - 2 * WORD_MARGIN - height))
 
 
 _SPEC_MAKERS: dict[Category, Callable[[random.Random], PictureSpec]] = {
@@ -289,10 +294,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 @cache
-def _word_size(text: str) -> int:
-    """The largest font size up to WORD_SIZE at which the word fits into the canvas."""
+def _word_size(text: str, largest: int) -> int:
+    """The largest font size up to `largest` at which the word fits into the canvas."""
     room = CANVAS_SIDE - 2 * WORD_MARGIN
-    return next(size for size in range(WORD_SIZE, 0, -1) if _ink_box(text, size)[2] <= room)
+    return next(size for size in range(largest, 0, -1) if _ink_box(text, size)[2] <= room)
 
 
 @cache

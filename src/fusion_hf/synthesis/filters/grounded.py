@@ -14,6 +14,7 @@ from fusion_hf.synthesis.filters.mentions import (
     asked_yes_no,
     color_mentions,
     count_mentions,
+    quoted,
 )
 from fusion_hf.synthesis.filters.words import content, singular, tokens
 from fusion_hf.synthesis.record import SynthRecord
@@ -60,7 +61,11 @@ class Counts:
         if claim.value == 1 and not about:
             return True  # what is described is there at least once
         qualified = bool(about) and not exact
+        if not claim.asked and claim.value in _written_numbers(text):
+            return True
         values = _values(exact or about or known, subsets=qualified or not about)
+        if qualified:  # "how many red things?" of "a red ball and two red cups"
+            values |= _values([m for m in known if set(claim.words[:-1]) <= set(m.words)], subsets=False)
         # "two dogs, one brown and one black": how many dogs are brown?
         values |= {m.value for m in known if m.words and not m.by_article and set(m.words) <= claim.condition}
         if self.derived:
@@ -69,10 +74,11 @@ class Counts:
 
 
 class _CountClaim(NamedTuple):
-    """A number that is said, of what, and what else the question says about it."""
+    """A number that is said, of what, whether the question asks for it, and what else it says about the things."""
 
     value: float
     words: tuple[str, ...]
+    asked: bool
     condition: frozenset[str]
 
 
@@ -90,13 +96,19 @@ def _count_claims(turn: Said) -> Iterator[_CountClaim]:
         condition: frozenset[str] = frozenset()
         if claim.value in denied:
             continue
-        if asked is not None and number == 0:
+        wanted = asked is not None and number == 0
+        if wanted and asked is not None:
             # "how many red balls?" - "3 balls", "three"
             words = asked if not words or words[-1] in asked else words
             condition = frozenset(content(turn.question)) - set(asked)
         elif claim.value == 1 or (claim.value == 0 and not words):
             continue  # "one" alone is mostly a pronoun
-        yield _CountClaim(claim.value, words, condition)
+        yield _CountClaim(claim.value, words, wanted, condition)
+
+
+def _written_numbers(text: str) -> set[float]:
+    """Those in quotation marks."""
+    return {mention.value for part in quoted(text) for mention in count_mentions(part)}
 
 
 def _values(mentions: Iterable[CountMention], subsets: bool) -> set[float]:

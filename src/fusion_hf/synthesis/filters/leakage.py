@@ -1,5 +1,6 @@
 """Questions that contain their answer, or that of another one."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ YES_NO = frozenset({"yes", "no", "true", "false"})
 VERBS_FIRST = frozenset(  # of a question to be answered with yes or no
     "is are was were do does did has have had can could will would should may might isn't aren't doesn't don't".split()
 )
+_SIDE = re.compile(r"\b(?:left|right) (?:picture|image)\b", re.IGNORECASE)  # of a pair; no answer to "where?"
 MOST_WORDS = 4  # of an answer that another question can give away
 
 
@@ -46,13 +48,14 @@ class Leakage:
 
 
 def _contains_answer(turn: Said) -> bool:
-    parts = tokens(turn.question)
+    question = _SIDE.sub("picture", turn.question)
+    parts = tokens(question)
     if not parts or parts[0] in VERBS_FIRST or "or" in parts:
         return False
     answer = content(turn.answer)
     if not answer or (tokens(turn.answer)[0] in YES_NO and set(parts) & VERBS_FIRST):
         return False
-    return set(answer) <= set(content(turn.question))
+    return set(answer) <= set(content(question))
 
 
 def _gives_away(question: str, turn: Said) -> bool:

@@ -1,0 +1,73 @@
+"""Records that the project draws by itself, with exact facts: no model is needed."""
+
+import random
+from typing import NamedTuple
+
+from PIL import Image
+
+from fusion_hf.nano.pictures import PictureSpec
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.procedural.pairs import draw_pair
+from fusion_hf.synthesis.procedural.writers import SCENES, any_scene, write_pair_turns, write_turns
+from fusion_hf.synthesis.record import Origin, SynthRecord
+
+MODEL = "procedural"  # stands in the origins for the name of a model
+MOST_TRIES = 100  # of drawing a scene that has enough questions
+
+
+class Plan(NamedTuple):
+    """A record, and how its pictures are drawn."""
+
+    record: SynthRecord
+    specs: tuple[PictureSpec, ...]
+
+
+class Drawn(NamedTuple):
+    """A record, and its pictures; file names are given by whoever stores them."""
+
+    record: SynthRecord
+    pictures: tuple[Image.Image, ...]
+
+
+def draw(category: str, seed: int, index: int) -> Drawn:
+    """
+    The `index`-th record of a category, always the same for a seed.
+
+    Raises:
+        ValueError: for an unknown category.
+    """
+    planned = plan(category, seed, index)
+    return Drawn(planned.record, tuple(spec.render() for spec in planned.specs))
+
+
+def plan(category: str, seed: int, index: int) -> Plan:
+    """As `draw`, with nothing drawn yet."""
+    categories = load_categories()
+    if category not in categories:
+        raise ValueError(f"category is {category!r}; allowed: {', '.join(categories)}")
+    settings = categories[category]
+    rng = random.Random(f"synthesis/{category}/{seed}/{index}")
+    for _ in range(MOST_TRIES):
+        if settings.pictures == 2:
+            pair = draw_pair(rng)
+            scenes = [pair.first, pair.second]
+            turns = write_pair_turns(settings, pair, rng)
+        else:
+            scenes = [SCENES.get(category, any_scene)(rng)]
+            turns = write_turns(settings, scenes[0], rng)
+        if len(turns) >= settings.turns.least:
+            break
+    else:
+        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns.least} questions")
+    origin = Origin(MODEL, settings.prompts_hash, seed)
+    record = SynthRecord(
+        id=f"{category}-{seed}-{index}",
+        category=category,
+        caption=scenes[0].caption(),
+        seed=seed,
+        descriptions=tuple(scene.description() for scene in scenes),
+        turns=turns,
+        facts={"pictures": [scene.facts() for scene in scenes]},
+        origins=dict.fromkeys(("describe", "images", "write_qa"), origin),
+    )
+    return Plan(record, tuple(scene.spec for scene in scenes))

@@ -1,0 +1,125 @@
+"""Pairs of scenes that are alike but for one thing."""
+
+import random
+from dataclasses import dataclass, replace
+
+from fusion_hf.nano.pictures import COLORS, COUNT_GRID, SHAPES, Shape, place_word
+from fusion_hf.synthesis.procedural.scenes import (
+    BAND,
+    CANVAS_SIDE,
+    SIGN_WORD,
+    Scene,
+    place_of,
+    shapes_scene,
+    sign_scene,
+    written_text,
+)
+
+CELL = CANVAS_SIDE / COUNT_GRID
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    What differs between two scenes.
+
+    Attributes:
+        what: "color", "kind", "place", "count" or "text".
+        subject: what is changed, named by what is the same in both.
+        first, second: how it is in either.
+    """
+
+    what: str
+    subject: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class ScenePair:
+    """Two scenes and their one difference."""
+
+    first: Scene
+    second: Scene
+    difference: Difference
+
+
+def draw_pair(rng: random.Random) -> ScenePair:
+    """A scene, and the same with one change."""
+    change = rng.choice((change_color, change_kind, change_place, change_count, change_text))
+    pair = change(sign_scene(rng) if change is change_text else shapes_scene(rng, least=2), rng)
+    if rng.random() < 1 / 2:
+        return pair
+    swapped = replace(pair.difference, first=pair.difference.second, second=pair.difference.first)
+    return ScenePair(pair.second, pair.first, swapped)
+
+
+def _with_shape(scene: Scene, index: int, shape: Shape) -> Scene:
+    shapes = (*scene.shapes[:index], shape, *scene.shapes[index + 1 :])
+    return Scene(replace(scene.spec, shapes=shapes))
+
+
+def change_color(scene: Scene, rng: random.Random) -> ScenePair:
+    """One shape in another colour."""
+    index = rng.randrange(len(scene.shapes))
+    shape = scene.shapes[index]
+    color = rng.choice([color for color in COLORS if color != shape.color])
+    second = _with_shape(scene, index, replace(shape, color=color))
+    difference = Difference("color", f"the {shape.kind} {place_of(shape)}", shape.color, color)
+    return ScenePair(scene, second, difference)
+
+
+def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
+    """One shape of another kind in its place."""
+    index = rng.randrange(len(scene.shapes))
+    shape = scene.shapes[index]
+    kind = rng.choice([kind for kind in SHAPES if kind != shape.kind])
+    second = _with_shape(scene, index, replace(shape, kind=kind))
+    difference = Difference("kind", f"the {shape.color} shape {place_of(shape)}", f"a {shape.kind}", f"a {kind}")
+    return ScenePair(scene, second, difference)
+
+
+def change_place(scene: Scene, rng: random.Random) -> ScenePair:
+    """One shape that is the only one of its name in a free place."""
+    single = [index for index, shape in enumerate(scene.shapes) if scene.names[shape.name] == 1]
+    if not single:
+        return change_color(scene, rng)
+    index = rng.choice(single)
+    shape = scene.shapes[index]
+    second = _with_shape(scene, index, _in_free_cell(scene, shape, rng))
+    places = place_of(shape), place_of(second.shapes[index])
+    return ScenePair(scene, second, Difference("place", f"the {shape.name}", *places))
+
+
+def change_count(scene: Scene, rng: random.Random) -> ScenePair:
+    """One shape less."""
+    index = rng.randrange(len(scene.shapes))
+    name = scene.shapes[index].name
+    shapes = (*scene.shapes[:index], *scene.shapes[index + 1 :])
+    second = Scene(replace(scene.spec, shapes=shapes))
+    counts = (str(scene.names[name]), str(second.names[name]))
+    return ScenePair(scene, second, Difference("count", name, *counts))
+
+
+def change_text(scene: Scene, rng: random.Random) -> ScenePair:
+    """Another word or number on the sign."""
+    word = scene.spec.word
+    assert word is not None, "a sign has one"
+    text = written_text(rng)
+    while text == word.text:
+        text = written_text(rng)
+    changed = place_word(text, word.color, rng, SIGN_WORD, top=BAND)
+    second = Scene(replace(scene.spec, word=changed))
+    return ScenePair(scene, second, Difference("text", "the writing", f'"{word.text}"', f'"{text}"'))
+
+
+def _in_free_cell(scene: Scene, shape: Shape, rng: random.Random) -> Shape:
+    def cell_of(other: Shape) -> tuple[int, int]:
+        column, row = (int(middle / CELL) for middle in other.center)
+        return column, row
+
+    taken = {cell_of(other) for other in scene.shapes}
+    cells = [(column, row) for column in range(COUNT_GRID) for row in range(COUNT_GRID)]
+    column, row = rng.choice([cell for cell in cells if cell not in taken])
+    left, top = column * CELL + (CELL - shape.width) / 2, row * CELL + (CELL - shape.height) / 2
+    return replace(shape, left=round(left), top=round(top))

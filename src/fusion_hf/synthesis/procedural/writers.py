@@ -1,0 +1,218 @@
+"""Turns of each category about a drawn scene: what a language model would write."""
+
+import random
+from collections.abc import Callable
+
+from fusion_hf.synthesis.category import Category
+from fusion_hf.synthesis.choices import Choice
+from fusion_hf.synthesis.procedural.pairs import ScenePair
+from fusion_hf.synthesis.procedural.questions import (
+    Asked,
+    choose,
+    colors,
+    counts,
+    distractors,
+    everything,
+    kinds,
+    places,
+    presences,
+    relations,
+    sentence_case,
+    texts,
+)
+from fusion_hf.synthesis.procedural.scenes import (
+    Scene,
+    listing,
+    pair_scene,
+    place_of,
+    plural,
+    shapes_scene,
+    sign_scene,
+    spoken,
+    text_scene,
+)
+from fusion_hf.synthesis.record import Turn
+
+SENTENCE_SHARE = 0.3  # of short answers are sentences
+CAPTION_SHARE = 0.3  # of alignment records begin with a caption
+MOST_OPTIONS = 4
+CAPTION_FORMS = (
+    "Describe the picture in one sentence.",
+    "What does the picture show?",
+    "Give a short caption for the picture.",
+)
+DETAIL_FORMS = (
+    "Describe the picture in detail.",
+    "What can be seen in the picture, and where?",
+    "Describe the picture for someone who cannot see it.",
+)
+COMPARISON_FORMS = (
+    "Compare the two pictures.",
+    "What is the difference between the two pictures, and how can one see it?",
+)
+ARRANGEMENT_FORMS = ("How is the picture arranged?", "Explain where everything is in the picture.")
+
+
+def any_scene(rng: random.Random) -> Scene:
+    """Shapes, a pair, or a sign."""
+    maker: Callable[[random.Random], Scene] = rng.choice((_several, pair_scene, sign_scene))
+    return maker(rng)
+
+
+def _several(rng: random.Random) -> Scene:
+    return shapes_scene(rng, least=3)
+
+
+def _colorful(rng: random.Random) -> Scene:
+    return shapes_scene(rng, least=2, colors=2)
+
+
+def _written(rng: random.Random) -> Scene:
+    return sign_scene(rng) if rng.random() < 1 / 2 else text_scene(rng)
+
+
+SCENES: dict[str, Callable[[random.Random], Scene]] = {
+    "SynthColor": _colorful,
+    "SynthCount": shapes_scene,
+    "SynthSpatial": pair_scene,
+    "SynthText": _written,
+    "SynthConvLong": _several,
+    "SynthReasoning": lambda rng: shapes_scene(rng, least=3, kinds=2),
+    "SynthTextQA": sign_scene,
+}  # any scene for others
+
+FOCUS: dict[str, Callable[[Scene, random.Random], list[Asked]]] = {
+    "SynthColor": colors,
+    "SynthCount": counts,
+    "SynthSpatial": lambda scene, rng: [*relations(scene), *places(scene)],
+    "SynthText": texts,
+    "SynthTextQA": lambda scene, rng: [*texts(scene, rng), *colors(scene, rng), *kinds(scene), *presences(scene, rng)],
+}  # everything for others
+
+
+def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
+    """Turns about one picture, as many as the category allows and the scene has questions for."""
+    if category.name == "SynthScene":
+        return (_overview(scene, rng),)
+    if category.name == "SynthReasoning":
+        return (_reasoned(scene, rng),)
+    if category.name == "SynthConvLong":
+        return _long(scene, rng)
+    candidates = FOCUS.get(category.name, everything)(scene, rng)
+    if category.name == "SynthMultiChoice":
+        candidates = [asked for asked in candidates if asked.about]
+    amount = rng.randint(category.turns.least, category.turns.most)
+    chosen = choose(candidates, amount, rng)
+    if category.name == "SynthMultiChoice":
+        return tuple(_choice(asked, scene, rng) for asked in chosen)
+    return tuple(_answered(asked, rng) for asked in chosen)
+
+
+def _answered(asked: Asked, rng: random.Random) -> Turn:
+    return Turn(asked.text, asked.sentence if rng.random() < SENTENCE_SHARE else asked.short)
+
+
+def _choice(asked: Asked, scene: Scene, rng: random.Random) -> Turn:
+    right = asked.short.strip('"').removesuffix(" it").removeprefix("A ").removeprefix("The ").lower()
+    options = distractors(asked, scene, MOST_OPTIONS - 1, rng)
+    place = rng.randrange(len(options) + 1)
+    options.insert(place, right)
+    return Choice(asked.text, tuple(sentence_case(option) for option in options), place).turn()
+
+
+def _overview(scene: Scene, rng: random.Random) -> Turn:
+    if rng.random() < CAPTION_SHARE:
+        return Turn(rng.choice(CAPTION_FORMS), sentence_case(f"The picture shows {scene.caption()}"))
+    return Turn(rng.choice(DETAIL_FORMS), scene.description())
+
+
+def _long(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
+    """A description of all, and a walk along the rows."""
+    ordered = sorted(scene.shapes, key=lambda shape: shape.center[::-1])
+    steps = [f"a {shape.name} {place_of(shape)}" for shape in ordered]
+    walk = f"Going from the top of the picture to the bottom, one comes across {listing(steps)}. "
+    rest = "The shapes do not touch each other, and the background between them is plain and light."
+    turns = [
+        Turn(rng.choice(DETAIL_FORMS), f"{scene.description()} The background has no pattern."),
+        Turn(rng.choice(ARRANGEMENT_FORMS), walk + rest),
+    ]
+    rng.shuffle(turns)
+    return tuple(turns)
+
+
+def _reasoned(scene: Scene, rng: random.Random) -> Turn:
+    """A difference of two numbers, or a number after some are taken away."""
+    more, fewer = scene.kinds.most_common()[0], scene.kinds.most_common()[-1]
+    first, second = (f"There {_are(count)} {spoken(count)} {plural(kind, count)}." for kind, count in (more, fewer))
+    if rng.random() < 1 / 2 and more[1] > fewer[1]:
+        left = more[1] - fewer[1]
+        question = f"How many more {more[0]}s than {fewer[0]}s are there?"
+        steps = [first, second, f"{sentence_case(spoken(more[1]))} minus {spoken(fewer[1])} is {spoken(left)}."]
+    else:
+        total, left = len(scene.shapes), len(scene.shapes) - more[1]
+        question = f"If all {more[0]}s were taken away, how many shapes would be left in the picture?"
+        taken = f"{sentence_case(spoken(total))} minus {spoken(more[1])} is {spoken(left)}."
+        steps = [f"There are {spoken(total)} shapes in all.", first, taken]
+    return Turn(question, "\n".join([*steps, f"Answer: {left}"]))
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) -> tuple[Turn, ...]:
+    """Turns about two pictures side by side."""
+    difference = _difference(pair)
+    if category.name == "SynthContrastLong":
+        left, right = (_lower(scene.description()) for scene in (pair.first, pair.second))
+        answer = f"{difference} In the left picture, {left} In the right picture, {right}"
+        return (Turn(rng.choice(COMPARISON_FORMS), answer),)
+    sides = _sides(pair)
+    turns = [Turn("What differs between the two pictures?", difference), *sides, _same_count(pair)]
+    amount = rng.randint(category.turns.least, category.turns.most)
+    rest = rng.sample(turns[1:], min(len(turns) - 1, amount - 1))
+    return (turns[0], *rest)
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _difference(pair: ScenePair) -> str:
+    found = pair.difference
+    if found.what == "count":
+        left, right = (_amount(int(count), found.subject) for count in (found.first, found.second))
+        return f"The left picture has {left}, the right picture has {right}."
+    if found.what == "text":
+        return f"The left picture says {found.first}, the right picture says {found.second}."
+    change = f"{found.first} in the left picture and {found.second} in the right picture"
+    return sentence_case(f"{found.subject} is {change}.")
+
+
+def _amount(count: int, name: str) -> str:
+    return f"{spoken(count) if count else 'no'} {plural(name, count)}"
+
+
+_SIDE_FORMS = {
+    "color": "What color is {subject} in the {side} picture?",
+    "kind": "What is {subject} in the {side} picture?",
+    "place": "Where is {subject} in the {side} picture?",
+    "text": "What is written in the {side} picture?",
+}
+
+
+def _sides(pair: ScenePair) -> list[Turn]:
+    """How the thing that differs is in either picture."""
+    found = pair.difference
+    turns = []
+    for side, value, scene in (("left", found.first, pair.first), ("right", found.second, pair.second)):
+        if found.what == "count":
+            turns.append(Turn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes))))
+        else:
+            turns.append(Turn(_SIDE_FORMS[found.what].format(subject=found.subject, side=side), sentence_case(value)))
+    return turns
+
+
+def _same_count(pair: ScenePair) -> Turn:
+    same = len(pair.first.shapes) == len(pair.second.shapes)
+    return Turn("Do both pictures have the same number of shapes?", "Yes" if same else "No")
