@@ -59,6 +59,41 @@ def test_counts(question, answer, reason):
     assert found == (f"turn 1: the description does not contain {reason}" if reason else None)
 
 
+PAIR = ("Two red balls and a dog.", "Three blue balls and a dog.")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "kept"),
+    [
+        ("How many balls are in the left picture?", "2", True),
+        ("How many balls are in the left picture?", "3", False),
+        ("How many balls are in the right image?", "3", True),
+        ("What color are the balls in the right picture?", "Red", False),
+        ("What color are the balls in the right picture?", "Blue", True),
+        ("What differs?", "The left picture has two red balls, the right one three blue balls.", True),
+        ("What differs?", "There are five red balls.", False),
+    ],
+)
+def test_sides_of_a_pair(question, answer, kept):
+    subject = record((question, answer), descriptions=PAIR)
+    assert all(check(name, subject) is None for name in ("counts", "colors")) == kept
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "kept"),
+    [
+        ("How many red things are there?", "3", True),
+        ("How many red things are there?", "7", False),
+        ("How many balls and cups are there?", "Six", True),
+        ("How many balls and hats are there?", "9", False),
+    ],
+)
+def test_counts_of_several_things(question, answer, kept):
+    text = "There are seven things: two red balls, one red cup, three blue balls and one hat."
+    subject = record((question, answer), descriptions=(text,))
+    assert (check("counts", subject) is None) == kept
+
+
 def test_derived_counts():
     turn = ("How many birds are there for each apple?", "There are 7 of them")
     assert check("counts", record(turn)) is not None

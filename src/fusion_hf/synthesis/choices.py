@@ -65,7 +65,8 @@ def parse_choice(turn: Turn) -> Choice | str:
     said = match[2].strip() if match else text
     if not said:
         return Choice(stem, options, index, with_text=False)
-    if not _same_start(said, options[index]):
+    others = [plain(option) for number, option in enumerate(options) if number != index]
+    if not _same_start(said, options[index]) or (plain(said) in others and plain(said) != plain(options[index])):
         return f"the answer says {said[:40]!r}, but option {LETTERS[index]} is {options[index][:40]!r}"
     rest = said[len(options[index]) :] if said.lower().startswith(options[index].lower()) else ""
     return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")

@@ -1,5 +1,6 @@
 """Numbers and colours of the answers that the descriptions do not contain."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +11,7 @@ from fusion_hf.synthesis.filters.mentions import (
     ColorMention,
     CountMention,
     asked_color,
-    asked_count,
+    asked_counts,
     asked_yes_no,
     color_mentions,
     count_mentions,
@@ -20,6 +21,9 @@ from fusion_hf.synthesis.filters.words import content, singular, tokens
 from fusion_hf.synthesis.record import SynthRecord
 
 MOST_SUMMED = 12  # mentions of which all sums are made
+WRITING = frozenset({"word", "text", "writing", "lettering", "letter", "number"})
+GENERIC = frozenset({"shape", "thing", "object", "item", "figure", "one"})  # words for whatever there is
+_SIDES = re.compile(r"\b(left|right|first|second) (?:picture|image)\b", re.IGNORECASE)
 DENIALS = ("no", "not", "none", "neither")
 
 
@@ -43,67 +47,86 @@ class Counts:
             raise ValueError(f"derived is {self.derived!r}; allowed: true, false")
 
     def check(self, record: SynthRecord) -> str | None:
-        text = "\n".join(record.descriptions)
-        known = count_mentions(text, articles=True)
-        for index, turn in enumerate(record.turns):
-            for claim in _count_claims(said(turn)):
-                if not self._supported(claim, known, text):
-                    things = f" {' '.join(claim.words)}" if claim.words else ""
-                    return f"{where(index)}: the description does not contain {claim.value:g}{things}"
+        for index, turn in enumerate(map(said, record.turns)):
+            texts = _texts_for(record, turn)
+            for claim in _count_claims(turn, last=self.derived):
+                if not any(self._supported(claim, count_mentions(text, articles=True), text) for text in texts):
+                    things = " and ".join(" ".join(words) for words in claim.things)
+                    said_of = f"{claim.value:g} {things}".rstrip()
+                    return f"{where(index)}: the description does not contain {said_of}"
         return None
 
     def _supported(self, claim: "_CountClaim", known: Sequence[CountMention], text: str) -> bool:
-        head = claim.words[-1] if claim.words else None
-        about = [mention for mention in known if head in mention.words]
-        exact = [mention for mention in about if set(claim.words) <= set(mention.words)]
-        if claim.value == 0 and not about:
-            return head is None or head not in {singular(token) for token in tokens(text)}
-        if claim.value == 1 and not about:
-            return True  # what is described is there at least once
-        qualified = bool(about) and not exact
+        heads = {words[-1] for words in claim.things}
+        about = [mention for mention in known if heads & set(mention.words)]
+        if not about and claim.value <= 1:
+            # what is described is there at least once
+            return claim.value == 1 or not heads & {singular(token) for token in tokens(text)}
         if not claim.asked and claim.value in _written_numbers(text):
             return True
-        values = _values(exact or about or known, subsets=qualified or not about)
-        if qualified:  # "how many red things?" of "a red ball and two red cups"
-            values |= _values([m for m in known if set(claim.words[:-1]) <= set(m.words)], subsets=False)
-        # "two dogs, one brown and one black": how many dogs are brown?
-        values |= {m.value for m in known if m.words and not m.by_article and set(m.words) <= claim.condition}
-        if self.derived:
+        values = _values_of(claim, about, known)
+        if self.derived and (claim.asked or not about):
             values |= _derived({mention.value for mention in known})
         return claim.value in values
+
+
+def _values_of(claim: "_CountClaim", about: list[CountMention], known: Sequence[CountMention]) -> set[float]:
+    """Numbers that can be those of the things of a claim; `about` are the mentions of its nouns."""
+    exact = [mention for mention in about if any(set(words) <= set(mention.words) for words in claim.things)]
+    # "two dogs, one brown and one black": how many dogs are brown?
+    parts = {m.value for m in known if m.words and not m.by_article and set(m.words) <= claim.condition}
+    if exact or not about:
+        return parts | _values(exact or known, subsets=not about or len(claim.things) > 1)
+    qualities = set(claim.things[0][:-1])
+    alike = [mention for mention in known if qualities and qualities <= set(mention.words)]
+    if alike and {words[-1] for words in claim.things} <= GENERIC:
+        # "how many red things?" of "a red ball and two red cups"; how many things there are says nothing on that
+        return parts | _values(alike, subsets=False)
+    return parts | _values(about, subsets=True) | _values(alike, subsets=False)
 
 
 class _CountClaim(NamedTuple):
     """A number that is said, of what, whether the question asks for it, and what else it says about the things."""
 
     value: float
-    words: tuple[str, ...]
+    things: tuple[tuple[str, ...], ...]
     asked: bool
     condition: frozenset[str]
 
 
-def _count_claims(turn: Said) -> Iterator[_CountClaim]:
-    asked = asked_count(turn.question)
+def _count_claims(turn: Said, last: bool) -> Iterator[_CountClaim]:
+    """`last`: the number that the question asks for comes behind the steps to it, else it comes first."""
+    asked = asked_counts(turn.question)
     parts = tokens(turn.answer)
     claims = list(count_mentions(turn.answer))
-    if parts[:1] == ("yes",) and asked is None:
+    if parts[:1] == ("yes",) and not asked:
         claims += [claim for claim in count_mentions(turn.question) if claim.value != 1]
-    if asked is not None and not claims and parts[:1] == ("no",):
-        claims.append(CountMention(0, asked))
+    if asked and not claims and parts[:1] == ("no",):
+        claims.append(CountMention(0, ()))
     denied = {claim.value for claim in count_mentions(turn.question)} if set(parts) & set(DENIALS) else set()
+    names = {word for words in asked for word in words}
     for number, claim in enumerate(claims):
-        words = claim.words
-        condition: frozenset[str] = frozenset()
         if claim.value in denied:
             continue
-        wanted = asked is not None and number == 0
-        if wanted and asked is not None:
+        things: tuple[tuple[str, ...], ...] = (claim.words,) if claim.words else ()
+        if asked and number == (len(claims) - 1 if last else 0):
             # "how many red balls?" - "3 balls", "three"
-            words = asked if not words or words[-1] in asked else words
-            condition = frozenset(content(turn.question)) - set(asked)
-        elif claim.value == 1 or (claim.value == 0 and not words):
-            continue  # "one" alone is mostly a pronoun
-        yield _CountClaim(claim.value, words, wanted, condition)
+            if not claim.words or claim.words[-1] in names:
+                things = tuple(words for words in asked if words)
+            yield _CountClaim(claim.value, things, True, frozenset(content(turn.question)) - names)
+        elif claim.value > 1 or (claim.value == 0 and claim.words):  # "one" alone is mostly a pronoun
+            yield _CountClaim(claim.value, things, False, frozenset())
+
+
+def _texts_for(record: SynthRecord, turn: Said) -> list[str]:
+    """What a turn can rest on: of a pair the side that it names, or either."""
+    if len(record.descriptions) < 2:
+        return list(record.descriptions)
+    asked, named = (_SIDES.findall(text.lower()) for text in (turn.question, turn.answer))
+    sides = {*asked, *named}
+    if asked and (sides <= {"left", "first"} or sides <= {"right", "second"}):
+        return [record.descriptions[int(bool(sides & {"right", "second"}))]]
+    return list(record.descriptions)
 
 
 def _written_numbers(text: str) -> set[float]:
@@ -147,9 +170,9 @@ class Colors:
     name: ClassVar[str] = "colors"
 
     def check(self, record: SynthRecord) -> str | None:
-        known = [mention for text in record.descriptions for mention in color_mentions(text)]
-        for index, turn in enumerate(record.turns):
-            for claim in _color_claims(said(turn)):
+        for index, turn in enumerate(map(said, record.turns)):
+            known = [mention for text in _texts_for(record, turn) for mention in color_mentions(text)]
+            for claim in _color_claims(turn):
                 if not _color_supported(claim, known):
                     things = f" for {' '.join(claim.words)}" if claim.words else ""
                     return f"{where(index)}: the description does not contain {claim.word}{things}"
@@ -164,16 +187,17 @@ def _color_claims(turn: Said) -> Iterator[ColorMention]:
     if parts[:1] == ("yes",):
         about = asked_yes_no(turn.question)
         claims += [claim if claim.words else claim._replace(words=about) for claim in asked_colors]
-    denied = {singular(claim.word) for claim in asked_colors} if set(parts) & set(DENIALS) else set()
+    denied = [claim.colors for claim in asked_colors] if set(parts) & set(DENIALS) else []
     for claim in claims:
-        if singular(claim.word) in denied:
+        if any(colors & claim.colors for colors in denied):
             continue
         yield claim._replace(words=asked) if asked and not claim.words else claim
 
 
 def _color_supported(claim: ColorMention, known: Sequence[ColorMention]) -> bool:
     head = claim.words[-1] if claim.words else None
-    about = [mention for mention in known if head in mention.words]
+    heads = WRITING if head in WRITING else {head}
+    about = [mention for mention in known if heads & set(mention.words)]
     return any(
         claim.colors & mention.colors and not (claim.tone and mention.tone and claim.tone != mention.tone)
         for mention in about or known

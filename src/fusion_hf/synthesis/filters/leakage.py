@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusion_hf.synthesis.filters.base import Said, said, where
-from fusion_hf.synthesis.filters.mentions import asked_color, asked_count
+from fusion_hf.synthesis.filters.mentions import asked_color, asked_counts
 from fusion_hf.synthesis.filters.words import color_of, content, tokens
 from fusion_hf.synthesis.record import SynthRecord
 
@@ -60,9 +60,9 @@ def _contains_answer(turn: Said) -> bool:
 
 def _gives_away(question: str, turn: Said) -> bool:
     """Whether it has the answer right before the thing whose colour or number the turn asks for."""
-    color, count = asked_color(turn.question), asked_count(turn.question)
+    color, counts = asked_color(turn.question), asked_counts(turn.question)
     answer = content(turn.answer)
-    thing = color or count
+    thing = color or (counts[0] if counts else ())
     if not thing or not 0 < len(answer) <= MOST_WORDS:
         return False
     found = [word for word in answer if (color_of(word) if color else word[0].isdigit())]

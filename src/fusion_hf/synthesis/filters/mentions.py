@@ -164,9 +164,18 @@ def _leads_on(token: str) -> bool:
     return token in _BETWEEN or token.endswith("ly") or token in ("and", "-", ",") or bool(color_of(token))
 
 
-def asked_count(question: str) -> tuple[str, ...] | None:
-    """The noun phrase behind "how many", or None."""
-    return _asked(tokens(question), ("how", "many"))
+def asked_counts(question: str) -> tuple[tuple[str, ...], ...]:
+    """The noun phrases behind "how many", of which "circles and squares" has two; none if it does not ask so."""
+    parts = tokens(question)
+    place = _behind(parts, ("how", "many"))
+    if place is None:
+        return ()
+    found = [phrase(parts, place)]
+    place += len(found[0])
+    while token_at(parts, place) in ("and", "or", ",") and (more := phrase(parts, place + 1)):
+        found.append(more)
+        place += 1 + len(more)
+    return tuple(found)
 
 
 def asked_color(question: str) -> tuple[str, ...] | None:
@@ -174,15 +183,16 @@ def asked_color(question: str) -> tuple[str, ...] | None:
     parts = tuple("color" if token == "colour" else token for token in tokens(question))
     if token_at(parts, 0) not in ("what", "which", "in", "name", "tell", "and"):
         return None
-    return _asked(parts, ("color",))
+    place = _behind(parts, ("color",))
+    return None if place is None else phrase(parts, place)
 
 
-def _asked(parts: tuple[str, ...], marks: tuple[str, ...]) -> tuple[str, ...] | None:
+def _behind(parts: tuple[str, ...], marks: tuple[str, ...]) -> int | None:
+    """Where the thing begins that is asked for by these words."""
     for place in range(len(parts)):
-        if parts[place : place + len(marks)] != marks:
-            continue
-        place += len(marks)
-        while token_at(parts, place) in _BEFORE_ASKED:
-            place += 1
-        return phrase(parts, place)
+        if parts[place : place + len(marks)] == marks:
+            place += len(marks)
+            while token_at(parts, place) in _BEFORE_ASKED:
+                place += 1
+            return place
     return None

@@ -140,5 +140,9 @@ class RepeatedQuestions:
 def question_key(turn: Turn) -> str:
     """Equal for questions that differ in case, punctuation, articles or the order of their options only."""
     stem, options = split_options(turn.question)
-    words = [word for word in plain(stem.replace("colour", "color")).split() if word not in ("a", "an", "the")]
-    return "|".join([" ".join(words), *sorted(plain(option) for option in options)])
+    return "|".join([_without_articles(stem), *sorted(_without_articles(option) for option in options)])
+
+
+def _without_articles(text: str) -> str:
+    words = plain(text.replace("colour", "color")).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))

@@ -1,0 +1,148 @@
+"""Precision and recall of every filter, from drawn records with known faults and without."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusion_hf.synthesis.category import Category, load_categories
+from fusion_hf.synthesis.filters import RULES, Filter, build_filters
+from fusion_hf.synthesis.filters.across import DuplicateQuestions
+from fusion_hf.synthesis.filters.text import TurnCount
+from fusion_hf.synthesis.procedural.draw import plan
+from fusion_hf.synthesis.procedural.faults import FAULTS, Case
+from fusion_hf.synthesis.procedural.lookalikes import LOOKALIKES
+from fusion_hf.synthesis.record import SynthRecord
+
+MOST_TRIES = 40  # records that are drawn until a change is possible
+ACROSS = ("duplicate_questions", "near_duplicates")  # filters that compare records
+FILTERS = (TurnCount.name, *RULES, *ACROSS)
+
+
+@dataclass
+class CaseFigures:
+    """Of one kind of records: how many a filter rejected."""
+
+    name: str
+    fault: bool
+    records: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class FilterFigures:
+    """A filter on records that it must reject, and on records that it must keep."""
+
+    name: str
+    cases: tuple[CaseFigures, ...]
+
+    def _sum(self, fault: bool, field: str) -> int:
+        return sum(getattr(case, field) for case in self.cases if case.fault == fault)
+
+    @property
+    def recall(self) -> float:
+        """Share of the faulty records that it rejects."""
+        return self._sum(True, "rejected") / self._sum(True, "records")
+
+    @property
+    def precision(self) -> float:
+        """Share of its rejections that are right."""
+        right = self._sum(True, "rejected")
+        return right / (right + self._sum(False, "rejected"))
+
+    @property
+    def kept(self) -> float:
+        """Share of the sound records that it keeps."""
+        return 1 - self._sum(False, "rejected") / self._sum(False, "records")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        shares = {name: getattr(self, name) for name in ("precision", "recall", "kept")}
+        return {"name": self.name, **shares, "cases": [asdict(case) for case in self.cases]}
+
+
+def fault_kinds(category: str) -> list[str]:
+    """The faults that records of a category can be given."""
+    settings = load_categories()[category]
+    return [case.name for case in FAULTS if _concerns(case, settings) and _changed(case, settings, 0, 0) is not None]
+
+
+def broken(category: str, kind: str, seed: int, index: int) -> SynthRecord:
+    """
+    A drawn record with a known fault; its name says which filter has to find it.
+
+    Raises:
+        ValueError: if the category's records cannot have this fault.
+    """
+    settings = load_categories()[category]
+    for case in FAULTS:
+        if case.name == kind and _concerns(case, settings):
+            changed = _changed(case, settings, seed, index)
+            if changed is not None:
+                return changed[1]
+    raise ValueError(f"kind is {kind!r}; allowed for {category}: {', '.join(fault_kinds(category))}")
+
+
+def _concerns(case: Case, category: Category) -> bool:
+    return case.rule in ("", TurnCount.name, *ACROSS, *category.rules)
+
+
+def _changed(case: Case, category: Category, seed: int, index: int) -> tuple[SynthRecord, SynthRecord] | None:
+    """A drawn record and what the case makes of it; None if it can be made of none."""
+    rng = random.Random(f"truth/{category.name}/{case.name}/{seed}/{index}")
+    for attempt in range(MOST_TRIES):
+        record = plan(category.name, seed, index * MOST_TRIES + attempt).record
+        changed = case.change(record, rng)
+        if changed is not None:
+            return record, changed
+    return None
+
+
+def measure(count: int, seed: int = 0, names: Sequence[str] = FILTERS) -> list[FilterFigures]:
+    """
+    The filters of these names on `count` records of every kind of every category that has them.
+
+    Raises:
+        ImportError: without datatrove, which one filter needs.
+    """
+    figures: dict[str, dict[str, CaseFigures]] = {name: {} for name in names}
+    for category in load_categories().values():
+        filters = {rule.name: rule for rule in build_filters(category)}
+        for fault, cases in ((True, FAULTS), (False, LOOKALIKES)):
+            for case in cases:
+                concerned = {case.rule} if case.rule else {*filters, *ACROSS}
+                concerned &= set(names)
+                if not concerned or not _concerns(case, category):
+                    continue
+                for before, changed in _all_changed(case, category, seed, count):
+                    for name in concerned:
+                        found = figures[name].setdefault(case.name, CaseFigures(case.name, fault))
+                        found.records += 1
+                        found.rejected += _rejects(name, filters, before, changed, bool(case.rule))
+    return [FilterFigures(name, tuple(cases.values())) for name, cases in figures.items()]
+
+
+def _all_changed(case: Case, category: Category, seed: int, count: int) -> Iterator[tuple[SynthRecord, SynthRecord]]:
+    for index in range(count):
+        changed = _changed(case, category, seed, index)
+        if changed is None:
+            return
+        yield changed
+
+
+def _rejects(name: str, filters: dict[str, Filter], before: SynthRecord, changed: SynthRecord, seen: bool) -> bool:
+    """`seen`: a filter that compares records has had the record before its change."""
+    if name not in ACROSS:
+        return filters[name].check(changed) is not None
+    rule = _across(name)
+    if seen:
+        rule.check(before)
+    return rule.check(changed) is not None
+
+
+def _across(name: str) -> Filter:
+    if name == DuplicateQuestions.name:
+        return DuplicateQuestions()
+    from fusion_hf.synthesis.filters.minhash import NearDuplicates  # needs datatrove
+
+    return NearDuplicates()

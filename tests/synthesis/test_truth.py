@@ -1,0 +1,69 @@
+"""Filters against drawn records with known faults and without."""
+
+import pytest
+
+from fusion_hf.synthesis.category import load_categories
+from fusion_hf.synthesis.filters import build_filters
+from fusion_hf.synthesis.procedural.draw import plan
+from fusion_hf.synthesis.procedural.faults import FAULTS
+from fusion_hf.synthesis.procedural.lookalikes import LOOKALIKES
+from fusion_hf.synthesis.procedural.truth import ACROSS, FILTERS, broken, fault_kinds, measure
+
+RECORDS = 4  # of each kind and category
+SEED = 11
+LEAST = 0.9  # precision and recall
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return {found.name: found for found in measure(RECORDS, SEED)}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_precision_and_recall(figures, name: str):
+    found = figures[name]
+    assert found.recall >= LEAST, found.cases
+    assert found.precision >= LEAST, found.cases
+    assert {case.fault for case in found.cases} == {True, False}
+
+
+def test_every_kind_of_record_is_measured(figures):
+    measured = {case.name for found in figures.values() for case in found.cases}
+    assert measured == {case.name for case in (*FAULTS, *LOOKALIKES)}
+    assert all(case.records >= RECORDS for found in figures.values() for case in found.cases)
+
+
+def test_a_filter_that_keeps_or_rejects_everything_would_be_seen(monkeypatch):
+    for reason, name, least in ((None, "recall", 0.0), ("no", "kept", 0.0)):
+        monkeypatch.setattr("fusion_hf.synthesis.filters.grounded.Colors.check", lambda self, record, r=reason: r)
+        (found,) = measure(1, SEED, ["colors"])
+        assert getattr(found, name) == least
+
+
+@pytest.mark.parametrize("name", list(load_categories()))
+def test_every_rule_has_faults_in_a_category(name: str):
+    filters = {rule.name: rule for rule in build_filters(load_categories()[name])}
+    rules = {case.name: case.rule for case in FAULTS}
+    kinds = fault_kinds(name)
+    assert {rules[kind] for kind in kinds} == {*filters, *ACROSS} - _impossible(name)
+    for kind in kinds:
+        record = broken(name, kind, SEED, 0)
+        assert record == broken(name, kind, SEED, 0)
+        assert record != broken(name, kind, SEED, 1)
+
+
+def _impossible(name: str) -> set[str]:
+    """Rules of a category whose faults its drawn records cannot have: nothing of the kind is asked or said there."""
+    return {
+        "SynthColor": {"counts"},
+        "SynthSpatial": {"counts", "leakage"},
+        "SynthText": {"colors"},
+        "SynthReasoning": {"leakage", "colors"},
+        "SynthMultiChoice": {"leakage"},
+    }.get(name, set())
+
+
+def test_other_faults_are_named():
+    with pytest.raises(ValueError, match="kind is 'equal pair'; allowed for SynthColor: no turns"):
+        broken("SynthColor", "equal pair", 0, 0)
+    assert plan("SynthColor", 0, 0).record.id == "SynthColor-0-0"
