@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import median
 
 import budget_report
+import synthesis_report
 from blocks import (
     ALLOCATED,
     BYTES_PER_MIB,
@@ -440,6 +441,7 @@ def write_documents() -> None:
         if panels:
             draw(plot.picture, panels)
     budget_report.write()
+    synthesis_report.write()
 
 
 if __name__ == "__main__":

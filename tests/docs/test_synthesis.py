@@ -29,5 +29,11 @@ def test_sections_of_a_config(block: str, tmp_path: Path):
     load_config(path)
 
 
+@pytest.mark.parametrize("block", fenced_blocks(DOCUMENT, "python"))
+def test_python_blocks(block: str, capsys: pytest.CaptureFixture[str]):
+    exec(compile(block, DOCUMENT, "exec"), {})
+    assert capsys.readouterr().out
+
+
 def test_there_are_some():
-    assert LINES and len(fenced_blocks(DOCUMENT, "yaml")) >= 3
+    assert LINES and fenced_blocks(DOCUMENT, "python") and len(fenced_blocks(DOCUMENT, "yaml")) >= 3
