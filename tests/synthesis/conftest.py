@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import yaml
 from tests.synthesis.author import make_captions, write
-from tests.synthesis.flux import save_flux
 from tests.synthesis.server import Scripted, serve
 
 from fusion_hf.synthesis.config import Config, load_config
@@ -19,6 +18,8 @@ MakeConfig = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.synthesis.flux import save_flux  # diffusers takes seconds to import
+
     return save_flux(tmp_path_factory.mktemp("flux"))
 
 
