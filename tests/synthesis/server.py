@@ -78,6 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Be quiet."""
 
+    def do_GET(self) -> None:
+        """Any address answers: who waits for the server to be ready asks for its models."""
+        self._send(200, {"data": []})
+
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         script = self.script
@@ -146,10 +150,10 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(script: Scripted) -> Iterator[Scripted]:
-    """Serve what the script says, at its `url`."""
+def serve(script: Scripted, port: int = 0) -> Iterator[Scripted]:
+    """Serve what the script says, at its `url`; without a port, at a free one."""
     handler = type("Handler", (_Handler,), {"script": script})
-    server = _Server(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", port), handler)
     script.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from datatrove.executor import RayPipelineExecutor
+from datatrove.pipeline.inference.servers import VLLMServer, vllm_server
 from tests.synthesis.runs import all_bytes, check_complete
 from tests.synthesis.server import Scripted
 
@@ -125,3 +126,34 @@ def test_wrong_options_are_named(changes: dict, message: str, server: Scripted, 
     config = config_of(server, executor={"kind": "slurm", "tasks": 2, **changes})
     with pytest.raises(InputError, match=message):
         make_executors(config.executor, make_stages(config), Folders(config.output))
+
+
+# Takes vLLM's command line and serves what the tests' author writes, until it is stopped.
+VLLM = f"""#!{sys.executable}
+import sys, time
+from tests.synthesis.author import write
+from tests.synthesis.server import Scripted, serve
+with serve(Scripted(write), int(sys.argv[sys.argv.index("--port") + 1])):
+    time.sleep({SECONDS})
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_started_and_stopped(
+    server: Scripted, config_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "vllm").write_text(VLLM)
+    (commands / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(vllm_server, "check_required_dependencies", lambda *given: None)
+    monkeypatch.setattr(VLLMServer, "_requires_dependencies", [], raising=False)
+    writer = {"model": "m", "server": "vllm", "concurrency": 2, "server_arguments": {"max-model-len": 4096}}
+    config = config_of(server, records=2, executor__tasks=1, writer=writer, categories={"SynthColor": 1})
+    run(config)
+    check_complete(config.output / "data", 2)
+    assert finished_report(config.output / "data")["written"] == 2
+    assert not server.requests  # the one that was started has answered

@@ -22,7 +22,7 @@ from fusion_hf.synthesis.pipeline import run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 START_SECONDS = 300
-RECORDS = 6
+RECORDS = 4
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -81,8 +81,8 @@ def test_a_real_model_gives_valid_records_or_named_rejections(
         records=RECORDS,
         executor__tasks=1,
         writer={
-            "model": str(smollm2), "url": address, "structured": "prompt", "temperature": 0.2, "max_tokens": 128,
-            "concurrency": 1, "tries": 2, "timeout": 1200,
+            "model": str(smollm2), "url": address, "structured": "prompt", "temperature": 0.2, "max_tokens": 320,
+            "concurrency": 1, "tries": 1, "timeout": 1200,
         },
     )  # fmt: skip
     run(config)
