@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, evaluate, merge, plan, synthesize, train
+from fusion_hf.cli import data, evaluate, merge, plan, serve, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -40,7 +40,7 @@ class InsteadOf(argparse.Action):
 def make_parser() -> Parser:
     """The command line of `fusion-hf`."""
     parser = Parser(
-        prog="fusion-hf", description="FUSION vision-language models: ask, chat, train, evaluate, convert."
+        prog="fusion-hf", description="FUSION vision-language models: ask, chat, serve, train, evaluate, convert."
     )
     parser.add_argument("--version", action="version", version=f"fusion-hf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -93,13 +93,14 @@ def make_parser() -> Parser:
     data.add_parser(commands)
     evaluate.add_parser(commands)
     synthesize.add_parser(commands)
+    serve.add_parser(commands, _shared_arguments(serve.DEFAULTS.answer_tokens))
 
     # its arguments are its own: `main` hands them over before this parser sees them
     commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
     return parser
 
 
-def _shared_arguments() -> Parser:
+def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument(
         "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
@@ -119,7 +120,7 @@ def _shared_arguments() -> Parser:
     shared.add_argument(
         "--max-new-tokens",
         type=_positive,
-        default=MAX_NEW_TOKENS,
+        default=max_new_tokens,
         metavar="N",
         help="longest answer; default: %(default)s",
     )
@@ -202,6 +203,8 @@ def _run(argv: list[str]) -> int:
         return evaluate.run(arguments)
     if arguments.command == "synthesize":
         return synthesize.run(arguments)
+    if arguments.command == "serve":
+        return serve.run(arguments)
     from fusion_hf.cli import chat
 
     return chat.run(arguments)

@@ -1,0 +1,275 @@
+"""The server's application: who may ask, how much, and what is sent back.
+
+Why it is not `transformers serve`: that one opens any address or file that a client names, has no limits, no queue's
+end and no key, refuses `stream_options` and `n`, draws with one random state for all, and answers one after another.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fusion_hf.inference import Assistant
+from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.serving.engine import Engine, Finished, Piece
+from fusion_hf.serving.errors import (
+    INTERNAL,
+    NOT_FOUND,
+    TIMEOUT,
+    TOO_LARGE,
+    TOO_MANY,
+    UNAUTHORIZED,
+    UNSUPPORTED_TYPE,
+    ApiError,
+    overloaded,
+)
+from fusion_hf.serving.fetch import HostPolicy, fetch_picture
+from fusion_hf.serving.images import decode_data_uri, is_data_uri
+from fusion_hf.serving.limits import Limits
+from fusion_hf.serving.replies import END, Completion, model_object, sse
+from fusion_hf.serving.requests import ChatRequest, load_json, parse_chat_request
+
+HEALTH = "/health"
+BODY_SECONDS = 30.0  # for a request to arrive
+SEND_SECONDS = 30.0  # for a client to take a piece of its answer
+JSON = "application/json"
+SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served: a model under a name, to whom (no key: to everybody), and within which limits."""
+
+    assistant: Assistant
+    name: str
+    limits: Limits
+    hosts: HostPolicy
+    api_key: str | None
+    query_len: int  # of requests that say nothing about it
+    image_token_grid: int
+
+
+def build_app(service: Service) -> Starlette:
+    """The application; it answers in the event loop that runs it."""
+    engine = Engine(service.assistant, service.limits, TokenBudget(service.query_len, service.image_token_grid))
+    chat = ChatEndpoint(service, engine)
+    model = model_object(service.name, int(time.time()))
+
+    async def health(request: Request) -> JSONResponse:
+        waiting = chat.places - engine.running
+        return JSONResponse({"status": "ok", "running": engine.running, "waiting": max(waiting, 0)})
+
+    async def list_models(request: Request) -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def retrieve_model(request: Request) -> JSONResponse:
+        name = request.path_params["name"]
+        if name != service.name:
+            raise ApiError(NOT_FOUND, f"model is {name!r}; allowed: {service.name!r}.", "model", "model_not_found")
+        return JSONResponse(model)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        engine.close()
+
+    return Starlette(
+        routes=[
+            Route(HEALTH, health),
+            Route("/v1/models", list_models),
+            Route("/v1/models/{name:path}", retrieve_model),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+        ],
+        middleware=[Middleware(KeyCheck, api_key=service.api_key)],
+        exception_handlers={ApiError: _reply_to_error, HTTPException: _reply_to_http, Exception: _reply_to_failure},
+        lifespan=lifespan,
+    )
+
+
+def _error_reply(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.content, error.status, error.headers)
+
+
+def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return _error_reply(error)
+
+
+def _reply_to_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _error_reply(ApiError(error.status_code, message, headers=error.headers))
+
+
+def _reply_to_failure(request: Request, error: Exception) -> JSONResponse:
+    return _error_reply(ApiError(INTERNAL, "The request failed; the server's log says why."))
+
+
+class KeyCheck:
+    """Lets only requests with the key pass; everybody may ask for the server's health."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self.app = app
+        self.expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != HEALTH and not self._is_known(scope):
+            error = ApiError(
+                UNAUTHORIZED,
+                "The API key is missing or wrong; send it as: Authorization: Bearer KEY.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await _error_reply(error)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _is_known(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return self.expected is None or hmac.compare_digest(given, self.expected)
+
+
+class ChatEndpoint:
+    """`POST /v1/chat/completions`."""
+
+    def __init__(self, service: Service, engine: Engine):
+        self.service = service
+        self.engine = engine
+        self.places = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:  # without this any web page could make its visitor's browser ask
+            raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
+        with (
+            self._place(),
+            suppress(ClientDisconnect, asyncio.TimeoutError),
+        ):  # a client that is gone, or does not read
+            deadline = time.monotonic() + self.service.limits.seconds
+            body = await read_body(request, self.service.limits.body_bytes)
+            asked = parse_chat_request(load_json(body), self.service.name, self.service.limits)
+            del body  # the picture is in `asked`
+            await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """
+        Raises:
+            ApiError: if as many requests are here as may be.
+        """
+        limits = self.service.limits
+        if self.places >= limits.parallel + limits.queue_length:
+            raise overloaded(
+                f"{limits.parallel} requests are being answered and {limits.queue_length} wait, which is all that "
+                "this server takes; try again soon.",
+                TOO_MANY,
+            )
+        self.places += 1
+        try:
+            yield
+        finally:
+            self.places -= 1
+
+    async def _answer(self, asked: ChatRequest, deadline: float, scope: Scope, receive: Receive, send: Send) -> None:
+        picture = await self._load(asked.picture)
+        completion = Completion(self.service.name)
+        async with aclosing(self.engine.answer(asked, picture, deadline)) as events:
+            if asked.stream:
+                await self._stream(asked, completion, events, send)
+                return
+            texts: list[str] = []
+            async for event in events:
+                if isinstance(event, Piece):
+                    texts.append(event.text)
+                else:
+                    reply = JSONResponse(completion.whole("".join(texts), event))
+        await reply(scope, receive, send)
+
+    async def _load(self, source: str | None) -> bytes | None:
+        if source is None:
+            return None
+        if is_data_uri(source):
+            return decode_data_uri(source, self.service.limits)
+        return await fetch_picture(source, self.service.hosts, self.service.limits)
+
+    async def _stream(
+        self, asked: ChatRequest, completion: Completion, events: AsyncGenerator[Piece | Finished, None], send: Send
+    ) -> None:
+        event = await anext(events)  # what is wrong with the request shows here, while it can be an HTTP status
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        begin = {"role": "assistant", "content": ""}
+        await _send_piece(send, completion.chunk(begin, asked.include_usage))
+        try:
+            while isinstance(event, Piece):
+                await _send_piece(send, completion.chunk({"content": event.text}, asked.include_usage))
+                event = await anext(events)
+        except ApiError as error:
+            await _send_piece(send, sse(error.content), is_last=True)
+            return
+        last = completion.chunk({}, asked.include_usage, event.reason)
+        if asked.include_usage:
+            last += completion.usage_chunk(event)
+        await _send_piece(send, last + END, is_last=True)
+
+
+async def _send_piece(send: Send, body: bytes, is_last: bool = False) -> None:
+    """
+    Raises:
+        asyncio.TimeoutError: if the client does not take it.
+    """
+    message = {"type": "http.response.body", "body": body, "more_body": not is_last}
+    await asyncio.wait_for(send(message), SEND_SECONDS)
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """
+    Raises:
+        ApiError: if it has more than `most` bytes, by its header or in truth, or does not come.
+    """
+    error = ApiError(TOO_LARGE, f"The body is too large; allowed: {most} bytes.")
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > most:
+        raise error
+
+    async def read() -> bytes:
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > most:
+                raise error
+        return bytes(content)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError as late:
+        raise ApiError(TIMEOUT, f"The body did not arrive within {BODY_SECONDS:g} s.") from late
+
+
+async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
+    """Do the work, but only as long as the client is there."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_wait_until_gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

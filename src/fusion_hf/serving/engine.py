@@ -1,0 +1,252 @@
+"""Answers to many requests by one model: each by itself, taking turns token by token, in the order of arrival."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from fusion_hf.errors import InputError
+from fusion_hf.inference import Assistant
+from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
+from fusion_hf.serving.generation import AnswerText, Draw, EndWhen
+from fusion_hf.serving.images import decode_picture
+from fusion_hf.serving.limits import Limits
+from fusion_hf.serving.requests import ChatRequest
+
+logger = logging.getLogger(__name__)
+TOO_LONG = "context_length_exceeded"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A further piece of an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer: `"stop"` or `"length"`, tokens read and written."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way; `events` belongs to the event loop `loop`, the rest to whoever has it."""
+
+    request: ChatRequest
+    picture: bytes | None
+    deadline: float  # of the monotonic clock
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Piece | Finished | ApiError] = field(default_factory=asyncio.Queue)
+    is_begun: bool = False
+    is_cancelled: bool = False
+
+    def emit(self, event: Piece | Finished | ApiError) -> None:
+        """Called by the thread that answers."""
+        if not self.is_cancelled:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_cancelled or time.monotonic() > self.deadline
+
+
+class Turns:
+    """A lock that threads get in the order in which they ask for it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._is_taken = False
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine = threading.Event()
+            self._waiting.append(mine)
+        mine.wait()
+
+    def __exit__(self, *error: object) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._is_taken = False
+
+    def pass_on(self) -> None:
+        """Let everybody who waits have a turn before one's own next."""
+        if self._waiting:
+            self.__exit__()
+            self.__enter__()
+
+
+class Engine:
+    """
+    Up to `limits.parallel` answers are on their way at the same time. Only one of them uses the model at any moment:
+    after each token the next one is up, so that a long answer keeps no other from being made, the model's code need
+    not bear several threads, and each answer is that of a request alone.
+    """
+
+    def __init__(self, assistant: Assistant, limits: Limits, budget: TokenBudget):
+        self.assistant = assistant
+        self.budget = budget  # of requests that say nothing about it
+        self.limits = limits
+        self.max_prompt_tokens = min(limits.prompt_tokens, assistant.max_length - 1)
+        self.longest_token = max(map(len, assistant.processor.tokenizer.get_vocab()))  # characters
+        self._turns = Turns()
+        self._slots = asyncio.Semaphore(limits.parallel)
+        self._threads = ThreadPoolExecutor(limits.parallel, thread_name_prefix="answer")
+        self._jobs: dict[asyncio.Task[None], _Job] = {}
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return sum(job.is_begun for job in self._jobs.values())
+
+    async def answer(
+        self, request: ChatRequest, picture: bytes | None, deadline: float
+    ) -> AsyncGenerator[Piece | Finished, None]:
+        """
+        Pieces of text, then the end. Whoever closes this generator before ends the answer and frees its slot. After
+        the deadline (of the monotonic clock) an answer that has begun ends with what there is.
+
+        Raises:
+            ApiError: before the first piece, if the request cannot be answered, or not until its deadline.
+        """
+        job = _Job(request, picture, deadline, asyncio.get_running_loop())
+        task = asyncio.create_task(self._run(job))
+        self._jobs[task] = job
+        task.add_done_callback(self._jobs.pop)
+        try:
+            event = await _first_event(job)
+            while True:
+                if isinstance(event, ApiError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+                event = await job.events.get()
+        finally:
+            job.is_cancelled = True
+            if not job.is_begun:
+                task.cancel()
+
+    def close(self) -> None:
+        """End all answers."""
+        for job in self._jobs.values():
+            job.is_cancelled = True
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def _run(self, job: _Job) -> None:
+        async with self._slots:
+            job.is_begun = True
+            if not job.is_cancelled:
+                await job.loop.run_in_executor(self._threads, self._work, job)
+
+    def _work(self, job: _Job) -> None:
+        try:
+            job.emit(self._generate(job))
+        except ApiError as error:
+            job.emit(error)
+        except InputError as error:
+            job.emit(ApiError(BAD_REQUEST, str(error)))
+        except torch.OutOfMemoryError:
+            logger.exception("a request needs too much memory")
+            job.emit(overloaded("The model has too little memory for this request now.", OVERLOADED))
+        except Exception:  # the last resort of a thread: the client gets an answer, the log gets the reason
+            logger.exception("a request failed")
+            job.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
+
+    def _generate(self, job: _Job) -> Finished:
+        request, assistant = job.request, self.assistant
+        budget = self._budget(request)
+        self._check_length_roughly(request.messages, budget)
+        messages = request.messages
+        if job.picture is not None:
+            messages = with_picture(messages, decode_picture(job.picture, assistant, self.limits))
+        with self._turns:
+            inputs = assistant.prepare(messages, budget.query_len, image_token_grid=budget.image_token_grid)
+            prompt_tokens = inputs["input_ids"].shape[1]
+            self._check_length(prompt_tokens)
+            text = AnswerText(assistant.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))
+
+            def is_over() -> bool:
+                if job.is_over or text.is_stopped:
+                    return True
+                self._turns.pass_on()
+                return job.is_over
+
+            draw = [Draw(request.sampling)] if request.sampling.temperature > 0 else []
+            output = assistant.generate(
+                inputs,
+                request.max_tokens,
+                text,
+                stopping_criteria=StoppingCriteriaList([EndWhen(is_over)]),
+                logits_processor=LogitsProcessorList(draw),
+            )
+        written = output.sequences[0, prompt_tokens:].tolist()
+        is_whole = text.is_stopped or written[-1] in self._end_ids()
+        return Finished("stop" if is_whole else "length", prompt_tokens, len(written))
+
+    def _end_ids(self) -> list[int]:
+        ends = self.assistant.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+    def _budget(self, request: ChatRequest) -> TokenBudget:
+        query_len = self.budget.query_len if request.query_len is None else request.query_len
+        grid = self.budget.image_token_grid if request.image_token_grid is None else request.image_token_grid
+        return TokenBudget(self.assistant.check_query_len(query_len), self.assistant.check_image_token_grid(grid))
+
+    def _check_length_roughly(self, messages: list[dict[str, Any]], budget: TokenBudget) -> None:
+        """Refuse at once what would take long to tokenise only to be refused.
+
+        Raises:
+            ApiError: if the prompt surely has too many tokens.
+        """
+        questions = sum(message["role"] == "user" for message in messages)
+        blocks = [block for message in messages for block in message["content"]]
+        characters = sum(len(block["text"]) for block in blocks if block["type"] == "text")
+        least = questions * budget.query_len + characters // self.longest_token
+        if len(blocks) > sum(block["type"] == "text" for block in blocks):
+            least += budget.num_image_tokens
+        self._check_length(least, "at least ")
+
+    def _check_length(self, tokens: int, about: str = "") -> None:
+        if tokens > self.max_prompt_tokens:
+            message = f"The prompt has {about}{tokens} tokens; allowed: {self.max_prompt_tokens}."
+            raise ApiError(BAD_REQUEST, message, "messages", TOO_LONG)
+
+
+async def _first_event(job: _Job) -> Piece | Finished | ApiError:
+    """
+    Raises:
+        ApiError: if there is none until the deadline.
+    """
+    try:
+        return await asyncio.wait_for(job.events.get(), job.deadline - time.monotonic())
+    except asyncio.TimeoutError as error:
+        raise overloaded("No answer began within the time that a request may take.", OVERLOADED) from error
+
+
+def with_picture(messages: list[dict[str, Any]], picture: Any) -> list[dict[str, Any]]:
+    """The messages with the picture in its place."""
+    block = {"type": "image", "image": picture}
+    return [
+        {**message, "content": [block if part["type"] == "image" else part for part in message["content"]]}
+        for message in messages
+    ]

@@ -1,0 +1,54 @@
+"""Errors of the server, as OpenAI's clients read them. Imports nothing heavy."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMEOUT, TOO_LARGE, UNSUPPORTED_TYPE = 400, 401, 404, 408, 413, 415
+TOO_MANY, INTERNAL, OVERLOADED = 429, 500, 503
+RETRY_SECONDS = 1  # what a client that is sent away is told to wait
+
+
+class ApiError(Exception):
+    """
+    What a client is told instead of an answer.
+
+    Args:
+        status: of HTTP.
+        message: for a person.
+        param: the field of the request that is wrong.
+        code: for a program.
+        headers: of the reply.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The reply's JSON."""
+        kinds = {TOO_MANY: "rate_limit_error", UNAUTHORIZED: "authentication_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= INTERNAL else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def wrong_value(param: str, value: object, allowed: str, code: str | None = None) -> ApiError:
+    """The error of a field's value; a long one is repeated in part."""
+    return ApiError(BAD_REQUEST, f"{param} is {reprlib.repr(value)}; allowed: {allowed}.", param, code)
+
+
+def overloaded(message: str, status: int) -> ApiError:
+    """The error of a request that may be sent again soon."""
+    return ApiError(status, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})

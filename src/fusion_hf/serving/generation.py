@@ -1,0 +1,114 @@
+"""One answer while it is made: its text piece by piece, where it ends, and how its tokens are drawn."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, TopPLogitsWarper
+from transformers.generation.streamers import BaseStreamer
+
+from fusion_hf.serving.requests import Sampling
+
+HALF_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
+
+
+class AnswerText(BaseStreamer):
+    """
+    Turns tokens into text as they come; all pieces together are what `Assistant.read` gives, up to a stop string.
+
+    Args:
+        tokenizer: of the model.
+        stops: texts before the first of which the answer ends.
+        emit: is given each further piece of text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], emit: Callable[[str], None]):
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.emit = emit
+        self.is_stopped = False
+        self._prompt_is_due = True
+        self._ids: list[int] = []
+        self._begin = self._read = 0  # the ids from which a word's spelling can depend, and those that are text
+        self._text = ""
+        self._searched = self._sent = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt `(1, S)`, then with each new token `(1)`."""
+        if self._prompt_is_due:
+            self._prompt_is_due = False
+            return
+        self._ids.extend(value.tolist())
+        before, text = self._decode(self._ids[self._begin : self._read]), self._decode(self._ids[self._begin :])
+        if len(text) > len(before) and not text.endswith(HALF_CHARACTER):
+            self._begin, self._read = self._read, len(self._ids)
+            self._append(text[len(before) :])
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+        if self.is_stopped:
+            return
+        whole = self._decode(self._ids)
+        if whole.startswith(self._text):
+            self._append(whole[len(self._text) :])
+        self._send(self._text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+
+    def _append(self, text: str) -> None:
+        self._text += text
+        ends = [end for stop in self.stops if (end := self._text.find(stop, self._searched)) >= 0]
+        if ends:
+            self.is_stopped = True
+            self._send(self._text[: min(ends)])
+        else:
+            kept = self._may_become_stop()
+            self._searched = len(self._text) - kept
+            self._send(self._text[: self._searched])
+
+    def _may_become_stop(self) -> int:
+        """Characters at the end with which a stop string may begin."""
+        lengths = (n for stop in self.stops for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
+        return max(lengths, default=0)
+
+    def _send(self, text: str) -> None:
+        """Send what is new of the answer's beginning `text`; white space at its end may turn out to be its end."""
+        text = text.strip()
+        if len(text) > self._sent:
+            self.emit(text[self._sent :])
+            self._sent = len(text)
+
+
+class EndWhen(StoppingCriteria):
+    """Ends a single answer as soon as `is_over` says so; asked after each token."""
+
+    def __init__(self, is_over: Callable[[], bool]):
+        self.is_over = is_over
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.is_over(), dtype=torch.bool, device=input_ids.device)
+
+
+class Draw(LogitsProcessor):
+    """
+    Draws a token and forbids all others, so that `generate` without sampling takes it.
+
+    The random numbers are this answer's own, on the CPU: the same seed draws the same whatever else is answered.
+    """
+
+    def __init__(self, sampling: Sampling):
+        self.temperature = sampling.temperature
+        self.warper = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float().cpu() / self.temperature  # (1, V)
+        if self.warper is not None:
+            logits = self.warper(input_ids, logits)
+        chosen = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)  # (1, 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen.to(scores.device), 0.0)

@@ -1,0 +1,77 @@
+"""A client's picture: the bytes of a data URI, and the picture in them; nothing of a client names a file."""
+
+import base64
+import binascii
+import io
+import re
+
+from PIL import Image, UnidentifiedImageError
+
+from fusion_hf.errors import short_name
+from fusion_hf.image_processing_fusion import FORMATS
+from fusion_hf.inference import Assistant
+from fusion_hf.serving.errors import BAD_REQUEST, TOO_LARGE, ApiError
+from fusion_hf.serving.limits import Limits
+
+PARAM = "messages.content.image_url.url"
+DATA_URI = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
+# what broken files make PIL raise; an InputError is a ValueError
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, Image.DecompressionBombError)
+BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # so many characters are so many bytes
+
+
+def is_data_uri(uri: str) -> bool:
+    """Whether it says that it is one."""
+    return uri[:5].lower() == "data:"
+
+
+def decode_data_uri(uri: str, limits: Limits) -> bytes:
+    """
+    The bytes in `data:image/...;base64,...`.
+
+    Raises:
+        ApiError: if it is none, or has more than `limits.image_bytes`.
+    """
+    head = DATA_URI.match(uri)
+    if head is None:
+        allowed = "data:image/png;base64,... or of another kind of picture"
+        raise ApiError(BAD_REQUEST, f"The data URI begins with {short_name(uri)!r}; allowed: {allowed}.", PARAM)
+    if (len(uri) - head.end()) // BASE64_CHARACTERS * BASE64_BYTES > limits.image_bytes + BASE64_BYTES:
+        raise too_large(limits)
+    try:
+        content = base64.b64decode(uri[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(BAD_REQUEST, f"The data URI is no base64: {error}.", PARAM) from error
+    if len(content) > limits.image_bytes:
+        raise too_large(limits)
+    return content
+
+
+def too_large(limits: Limits) -> ApiError:
+    """The error of a picture's file with too many bytes."""
+    return ApiError(TOO_LARGE, f"The picture is too large; allowed: {limits.image_bytes} bytes.", PARAM)
+
+
+def decode_picture(content: bytes, assistant: Assistant, limits: Limits) -> Image.Image:
+    """
+    The picture in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
+
+    Raises:
+        ApiError: if it is none, is broken or has more than `limits.image_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > limits.image_pixels:
+                raise ApiError(
+                    BAD_REQUEST,
+                    f"The picture has {width} x {height} = {width * height} pixels; allowed: {limits.image_pixels}.",
+                    PARAM,
+                )
+            return assistant.open_picture(picture)
+    except UnidentifiedImageError as error:
+        raise ApiError(
+            BAD_REQUEST, f"The picture is of no known kind; allowed: {', '.join(FORMATS)}.", PARAM
+        ) from error
+    except BROKEN as error:
+        raise ApiError(BAD_REQUEST, f"The picture cannot be decoded: {error}", PARAM) from error

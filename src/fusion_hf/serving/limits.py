@@ -1,0 +1,29 @@
+"""What a server lets its clients have. Imports nothing heavy: the command line shows these defaults."""
+
+from dataclasses import dataclass
+
+MEGABYTE = 2**20
+MAX_IMAGES = 1  # FUSION reads one picture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    image_bytes: of a picture's file.
+    image_pixels: of a picture; checked before it is decoded.
+    body_bytes: of a request.
+    prompt_tokens: text, image and latent tokens together; never more than the model's maximum.
+    answer_tokens: of an answer, and how long one is that the client does not limit.
+    parallel: requests that are answered at the same time.
+    queue_length: requests that wait beside them; more are sent away.
+    seconds: from a request's first byte to the end of its answer.
+    """
+
+    image_bytes: int = 10 * MEGABYTE
+    image_pixels: int = 2**25
+    body_bytes: int = 16 * MEGABYTE
+    prompt_tokens: int = 4096
+    answer_tokens: int = 1024
+    parallel: int = 4
+    queue_length: int = 64
+    seconds: int = 300

@@ -1,0 +1,62 @@
+"""OpenAI's objects, as far as this server speaks of them."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusion_hf.serving.engine import Finished
+
+END = b"data: [DONE]\n\n"
+
+
+def model_object(name: str, created: int) -> dict[str, Any]:
+    """A model in a list."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "fusion_hf"}
+
+
+def sse(content: dict[str, Any]) -> bytes:
+    """An event of a stream."""
+    return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def usage(finished: Finished) -> dict[str, int]:
+    """Tokens of a request."""
+    return {
+        "prompt_tokens": finished.prompt_tokens,
+        "completion_tokens": finished.completion_tokens,
+        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one request, whole or in chunks."""
+
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
+        """The reply of a request that does not stream."""
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": finished.reason,
+        }
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(finished)}
+
+    def chunk(self, delta: dict[str, str], with_usage: bool, reason: str | None = None) -> bytes:
+        """A piece of a streamed answer."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        more = {"usage": None} if with_usage else {}
+        return sse({**self._head("chat.completion.chunk"), "choices": [choice], **more})
+
+    def usage_chunk(self, finished: Finished) -> bytes:
+        """The last chunk, for who asked for it."""
+        return sse({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -1,0 +1,46 @@
+"""A listening server process."""
+
+import logging
+import socket
+import sys
+
+import uvicorn
+
+from fusion_hf.errors import InputError
+from fusion_hf.serving.app import Service, build_app
+
+BACKLOG = 2048
+GOODBYE_SECONDS = 5  # for answers on their way when the server is told to end
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    A listening socket; port 0 is any free one.
+
+    Raises:
+        InputError: if there is no such address here, or the port is taken.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=kind, backlog=BACKLOG)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise InputError(f"The server cannot listen on {host} port {port}: {error}.") from error
+
+
+def serve(service: Service, listener: socket.socket) -> None:
+    """Say on the standard output, in one line, where the server is, and serve until it is told to end."""
+    host, port = listener.getsockname()[:2]
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    config = uvicorn.Config(
+        build_app(service),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GOODBYE_SECONDS,
+    )
+    sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {service.name}\n")
+    sys.stdout.flush()
+    uvicorn.Server(config).run(sockets=[listener])

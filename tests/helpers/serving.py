@@ -1,0 +1,205 @@
+"""Servers as users start them, pictures for them, and a stand-in for hosts that have pictures."""
+
+import base64
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import openai
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+QUESTION = "what color is the shape?"
+MODEL = "fusion-nano"
+SECONDS = 120  # a hung server fails its test
+STOP_SECONDS = 15
+POLL_SECONDS = 0.01
+ENDLESS_CHUNKS = 200  # of the stand-in's endless picture: more than anybody should read
+CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: its address, its process, and where it writes errors."""
+
+    url: str
+    pid: int
+    errors: Path
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 0
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+    def rss(self) -> int:
+        """Bytes of memory in use now (Linux)."""
+        (line,) = (x for x in Path(f"/proc/{self.pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    def send(self, content: bytes, then_end: bool = False) -> bytes:
+        """What is answered to raw bytes; nothing, if the server closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS) as connection:
+            connection.sendall(content)
+            if then_end:
+                connection.shutdown(socket.SHUT_WR)
+            answer = b""
+            while not is_whole(answer) and (part := connection.recv(CHUNK)):
+                answer += part
+        return answer
+
+    def health(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/health") as reply:
+            return json.load(reply)
+
+    def wait_for(self, **expected: int) -> None:
+        """Until so many requests run or wait."""
+        end = time.monotonic() + STOP_SECONDS
+        while {name: self.health()[name] for name in expected} != expected:
+            assert time.monotonic() < end, f"{self.health()} is not {expected}"
+            time.sleep(POLL_SECONDS)
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether it is all of an HTTP answer with a declared length."""
+    head, separator, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)^content-length: (\d+)", head, re.MULTILINE)
+    return bool(separator) and length is not None and len(body) >= int(length[1])
+
+
+@contextmanager
+def run_server(*arguments: object, **variables: str) -> Iterator[Server]:
+    """`python -m fusion_hf serve` on a free port of the loopback interface."""
+    command = [sys.executable, "-m", "fusion_hf", "serve", "--port", "0", "--device", "cpu", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
+    with tempfile.NamedTemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+        )
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("http://"), Path(errors.name).read_text(encoding="utf-8")
+            yield Server(line.split()[0], process.pid, Path(errors.name))
+            assert process.poll() is None, "the server died"
+        finally:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+            process.stdout.close()
+
+
+def data_uri(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def user(text: str, url: str | None = None) -> dict[str, Any]:
+    """A user's message, with a picture at an address if there is one."""
+    if url is None:
+        return {"role": "user", "content": text}
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    return {"role": "user", "content": [{"type": "text", "text": text}, picture]}
+
+
+def red_circle() -> str:
+    return data_uri(PICTURE.read_bytes())
+
+
+def ask(client: openai.OpenAI, *messages: dict[str, Any], **settings: Any) -> Any:
+    """The reply to messages."""
+    return client.chat.completions.create(model=MODEL, messages=list(messages), **settings)
+
+
+def stream_text(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    body = name + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png_of_claimed_size(side: int, rows: bytes = b"") -> bytes:
+    """A file that says it is a picture of side x side pixels, and holds what `rows` is, compressed."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+class _PictureHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    requested: list[str]
+
+    def log_message(self, *args: Any) -> None:
+        """Be quiet."""
+
+    def do_GET(self) -> None:
+        self.requested.append(self.path)
+        kind, _, rest = self.path.lstrip("/").partition("/")
+        if kind == "redirect":
+            self._head(302, Location=unquote(rest))
+        elif kind == "again":
+            self._head(302, Location=self.path)
+        elif kind == "status":
+            self._head(int(rest))
+        elif kind == "compressed":
+            self._reply(PICTURE.read_bytes(), **{"Content-Encoding": "gzip"})
+        elif kind == "endless":
+            self._endless()
+        else:
+            self._reply(PICTURE.read_bytes())
+
+    def _head(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _reply(self, content: bytes, **headers: str) -> None:
+        self._head(200, **{"Content-Length": str(len(content)), **headers})
+        self.wfile.write(content)
+
+    def _endless(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            for _ in range(ENDLESS_CHUNKS):
+                self.wfile.write(f"{CHUNK:x}\r\n".encode() + bytes(CHUNK) + b"\r\n")
+        except OSError:  # the reader has enough
+            self.close_connection = True
+
+
+class PictureHost:
+    """Pictures on the loopback interface; `requested` are the paths asked for."""
+
+    def __init__(self) -> None:
+        self.requested: list[str] = []
+        handler = type("Handler", (_PictureHandler,), {"requested": self.requested})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "PictureHost":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

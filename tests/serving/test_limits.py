@@ -1,0 +1,123 @@
+"""What a server gives to many clients at once: turns, a queue with an end, and nothing to those who are gone."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from tests.helpers.serving import QUESTION, SECONDS, Server, ask, red_circle, run_server, user
+
+LONG = 700  # tokens: seconds
+HURRY = 0.5  # of the time of a whole answer, within which a slot must be free that nobody waits for
+PATIENCE = 0.5  # seconds
+MAX_SECONDS = 2
+DRAWN = {"temperature": 2.0, "seed": 1}  # so that there is text all the time
+
+
+@pytest.fixture(scope="module")
+def narrow(endless_model: Path) -> Iterator[Server]:
+    """One answer at a time, and nobody may wait."""
+    arguments = ("--parallel", 1, "--queue-length", 0, "--max-seconds", 60, "--max-image-bytes", 1000)
+    with run_server("--model", endless_model, *arguments) as running:
+        yield running
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_full_queue_and_disconnected_clients(narrow: Server, stream: bool):
+    client = narrow.client()
+    begin = time.monotonic()
+    ask(client, user("tell me"), max_tokens=LONG)
+    whole = time.monotonic() - begin
+    impatient = narrow.client().with_options(timeout=SECONDS if stream else PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(ask, impatient, user("tell me"), **DRAWN, max_tokens=LONG, stream=stream)
+        narrow.wait_for(running=1)
+        with pytest.raises(openai.RateLimitError) as refused:
+            ask(client, user("tell me"))
+        assert refused.value.response.headers["retry-after"] == "1"
+        assert "1 requests are being answered and 0 wait" in refused.value.body["message"]
+        if stream:
+            chunks = pending.result()
+            next(chunks)
+            chunks.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                pending.result()
+    gone = time.monotonic()
+    narrow.wait_for(running=0, waiting=0)
+    assert ask(client, user("tell me"), max_tokens=1).usage.completion_tokens == 1
+    assert time.monotonic() - gone < HURRY * whole
+
+
+def test_openai_client_comes_again(narrow: Server):
+    """The client of OpenAI waits and asks again by itself."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(ask, narrow.client(), user("tell me"), max_tokens=100)
+        narrow.wait_for(running=1)
+        patient = narrow.client().with_options(max_retries=5)
+        assert ask(patient, user("tell me"), max_tokens=1).usage.completion_tokens == 1
+        assert pending.result().usage.completion_tokens == 100
+
+
+def test_image_bytes_option(narrow: Server):
+    with pytest.raises(openai.APIStatusError) as refused:
+        ask(narrow.client(), user(QUESTION, red_circle() + "A" * 2000))
+    assert refused.value.status_code == 413
+
+
+@pytest.mark.slow
+def test_long_answers_keep_nobody_waiting(endless_model: Path):
+    """A short answer comes while long ones, begun before, are still made; who waits longest is next."""
+    with run_server("--model", endless_model, "--parallel", 2) as server, ThreadPoolExecutor(4) as pool:
+        client = server.client()
+        long = pool.submit(ask, client, user("tell me"), max_tokens=LONG)
+        server.wait_for(running=1)
+        ask(client, user("tell me"), max_tokens=5)
+        assert not long.done()
+        second = pool.submit(ask, client, user("tell me"), max_tokens=LONG)
+        server.wait_for(running=2)
+        ends: list[int] = []
+        waiting = []
+        for index in range(2):
+            waiting.append(pool.submit(ask, client, user("tell me"), max_tokens=5))
+            waiting[-1].add_done_callback(lambda _, index=index: ends.append(index))
+            server.wait_for(waiting=index + 1)
+        for answer in (*waiting, long, second):
+            assert answer.result().choices[0].finish_reason == "length"
+        assert ends == [0, 1]
+
+
+@pytest.mark.slow
+def test_time_limit(endless_model: Path):
+    """An answer ends with what there is; a request whose turn does not come is told so."""
+    with run_server("--model", endless_model, "--parallel", 1, "--max-seconds", MAX_SECONDS) as server:
+        client = server.client()
+        with ThreadPoolExecutor(2) as pool:
+            begin = time.monotonic()
+            first = pool.submit(ask, client, user("tell me"), max_tokens=900)
+            server.wait_for(running=1)
+            second = pool.submit(ask, client, user("tell me"), max_tokens=900)
+            cut = first.result()
+            assert cut.choices[0].finish_reason == "length"
+            assert 0 < cut.usage.completion_tokens < 900
+            status = None
+            try:
+                second.result()
+            except openai.InternalServerError as error:
+                status = error.status_code
+            assert time.monotonic() - begin < 4 * MAX_SECONDS
+            assert status in (None, 503)
+        assert ask(client, user("tell me"), max_tokens=1).usage.completion_tokens == 1
+
+
+@pytest.mark.slow
+def test_prompt_option():
+    with run_server("--max-prompt-tokens", 50, "--max-new-tokens", 7, "--query-len", 4) as server:
+        client = server.client()
+        with pytest.raises(openai.BadRequestError, match="allowed: 50"):
+            ask(client, user(QUESTION, red_circle()), extra_body={"query_len": 16})
+        with pytest.raises(openai.BadRequestError, match="1 to 7"):
+            ask(client, user(QUESTION), max_tokens=8)
+        assert ask(client, user("sky?")).usage.prompt_tokens < 50
