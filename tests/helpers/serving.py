@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -189,10 +190,12 @@ class _PictureHandler(BaseHTTPRequestHandler):
 class PictureHost:
     """Pictures on the loopback interface; `requested` are the paths asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.requested: list[str] = []
         handler = type("Handler", (_PictureHandler,), {"requested": self.requested})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 

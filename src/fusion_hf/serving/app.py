@@ -9,7 +9,7 @@ import hmac
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -157,10 +157,16 @@ class ChatEndpoint:
             suppress(ClientDisconnect, asyncio.TimeoutError),
         ):  # a client that is gone, or does not read
             deadline = time.monotonic() + self.service.limits.seconds
-            body = await read_body(request, self.service.limits.body_bytes)
-            asked = parse_chat_request(load_json(body), self.service.name, self.service.limits)
-            del body  # the picture is in `asked`
+            asked = await self._read(request)
             await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
+
+    async def _read(self, request: Request) -> ChatRequest:
+        """The request with its picture's bytes or address; the body, which may be large, is forgotten."""
+        limits = self.service.limits
+        asked = parse_chat_request(load_json(await read_body(request, limits.body_bytes)), self.service.name, limits)
+        if isinstance(asked.picture, str) and is_data_uri(asked.picture):
+            return replace(asked, picture=decode_data_uri(asked.picture, limits))
+        return asked
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -182,7 +188,9 @@ class ChatEndpoint:
             self.places -= 1
 
     async def _answer(self, asked: ChatRequest, deadline: float, scope: Scope, receive: Receive, send: Send) -> None:
-        picture = await self._load(asked.picture)
+        picture = asked.picture
+        if isinstance(picture, str):
+            picture = await fetch_picture(picture, self.service.hosts, self.service.limits)
         completion = Completion(self.service.name)
         async with aclosing(self.engine.answer(asked, picture, deadline)) as events:
             if asked.stream:
@@ -195,13 +203,6 @@ class ChatEndpoint:
                 else:
                     reply = JSONResponse(completion.whole("".join(texts), event))
         await reply(scope, receive, send)
-
-    async def _load(self, source: str | None) -> bytes | None:
-        if source is None:
-            return None
-        if is_data_uri(source):
-            return decode_data_uri(source, self.service.limits)
-        return await fetch_picture(source, self.service.hosts, self.service.limits)
 
     async def _stream(
         self, asked: ChatRequest, completion: Completion, events: AsyncGenerator[Piece | Finished, None], send: Send

@@ -164,6 +164,8 @@ def is_allowed(address: Address, may_be_private: bool = False) -> bool:
         inner = _inner_address(address)
         if inner is not None:
             return is_allowed(inner, may_be_private)
+        if address.is_site_local:
+            return False
     if address.is_multicast or address.is_unspecified or address.is_link_local:
         return False
     if may_be_private and (address.is_loopback or (address.is_private and not address.is_reserved)):

@@ -50,14 +50,14 @@ class Sampling:
 class ChatRequest:
     """
     messages: of the ecosystem, with a block `{"type": "image"}` in the picture's place.
-    picture: its data URI or address.
+    picture: its data URI or address, or its bytes.
     max_tokens: of the answer.
     stop: the answer ends before the first of them.
     query_len, image_token_grid: see `Assistant.answer`.
     """
 
     messages: list[dict[str, Any]]
-    picture: str | None
+    picture: str | bytes | None
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]

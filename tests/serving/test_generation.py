@@ -1,0 +1,106 @@
+"""Pieces of an answer, and turns at the model."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from fusion_hf.inference import Assistant
+from fusion_hf.serving.engine import Turns
+from fusion_hf.serving.generation import AnswerText, Draw
+from fusion_hf.serving.requests import Sampling
+
+ROUNDS = 4
+TEXT = " A rotten 苹果, naïve 🙂\n\n  and more.  \n"
+
+
+class Pieces:
+    """An answer of given ids, as it would be made."""
+
+    def __init__(self, assistant: Assistant, ids: list[int], stops: tuple[str, ...] = ()):
+        self.pieces: list[str] = []
+        self.used = 0
+        text = AnswerText(assistant.processor.tokenizer, stops, self.pieces.append)
+        text.put(torch.tensor([[1, 2, 3]]))
+        for number in ids:
+            text.put(torch.tensor([number]))
+            self.used += 1
+            if text.is_stopped:
+                break
+        text.end()
+        self.text = "".join(self.pieces)
+
+
+@pytest.fixture(scope="module")
+def ids(assistant: Assistant) -> list[int]:
+    return assistant.processor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+
+
+def test_pieces_are_the_answer(assistant: Assistant, ids: list[int]):
+    for end in range(len(ids) + 1):  # also within a character
+        whole = assistant.processor.decode(ids[:end], skip_special_tokens=True).strip()
+        answer = Pieces(assistant, ids[:end])
+        assert answer.text == whole
+    assert all(answer.pieces) and len(answer.pieces) > 10
+    assert "\ufffd" not in answer.text
+
+
+@pytest.mark.parametrize("stop", ["n", "rotten", "ten 苹", "🙂", "\n\n", "more.", ".  ", " and", "果, naïve 🙂\n\n "])
+def test_stops(assistant: Assistant, ids: list[int], stop: str):
+    answer = Pieces(assistant, ids, ("never", stop, "nevermore"))
+    assert answer.text == TEXT[: TEXT.index(stop)].strip()
+    assert answer.used < len(ids) or TEXT.endswith(stop)
+
+
+def test_stops_that_do_not_come(assistant: Assistant, ids: list[int]):
+    whole = Pieces(assistant, ids).text
+    assert Pieces(assistant, ids, ("never", "rotten tomato", "more. \n\n", "aa")).text == whole
+
+
+def test_the_first_stop_counts(assistant: Assistant, ids: list[int]):
+    assert Pieces(assistant, ids, ("naïve", "rotten")).text == "A"
+
+
+def test_draws_follow_the_distribution():
+    """Of three tokens, with temperature; `top_p` leaves out the rare one."""
+    logits = torch.tensor([[2.0, 1.0, -1.0]])
+
+    def shares(sampling: Sampling) -> torch.Tensor:
+        draw = Draw(sampling)
+        drawn = [int(draw(torch.empty(1, 0), logits).argmax()) for _ in range(4000)]
+        return torch.bincount(torch.tensor(drawn), minlength=3) / len(drawn)
+
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (logits[0] / temperature).softmax(-1)
+        assert torch.allclose(shares(Sampling(temperature, seed=1)), expected, atol=0.03)
+    cut = shares(Sampling(1.0, top_p=0.9, seed=1))
+    assert cut[2] == 0
+    assert torch.allclose(cut[:2], logits[0, :2].softmax(-1), atol=0.03)
+    assert torch.equal(shares(Sampling(1.0, seed=5)), shares(Sampling(1.0, seed=5)))
+
+
+def test_turns_go_round():
+    turns = Turns()
+    order: list[int] = []
+    inside: list[int] = []
+
+    def work(name: int) -> None:
+        with turns:
+            for _ in range(ROUNDS):
+                inside.append(name)
+                order.append(name)
+                time.sleep(0.001)
+                assert inside.pop() == name and not inside
+                turns.pass_on()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+    with turns:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while len(turns._waiting) < number:
+                time.sleep(0.001)
+        assert order == []
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2] * ROUNDS
