@@ -84,6 +84,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
         "docs/evaluation_tasks.md",
         "docs/inference.md",
         "docs/synthesis.md",
+        "docs/serving.md",
     ],
 )
 def test_links_lead_somewhere(document: str, root: Path):

@@ -86,24 +86,34 @@ def is_whole(answer: bytes) -> bool:
 
 
 @contextmanager
-def run_server(*arguments: object, **variables: str) -> Iterator[Server]:
+def start_server(*arguments: object, errors: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], Server]]:
     """`python -m fusion_hf serve` on a free port of the loopback interface."""
     command = [sys.executable, "-m", "fusion_hf", "serve", "--port", "0", "--device", "cpu", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
-    with tempfile.NamedTemporaryFile() as errors:
+    with errors.open("w") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, encoding="utf-8"
         )
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            assert line.startswith("http://"), Path(errors.name).read_text(encoding="utf-8")
-            yield Server(line.split()[0], process.pid, Path(errors.name))
-            assert process.poll() is None, "the server died"
-        finally:
-            process.terminate()
-            process.wait(STOP_SECONDS)
-            process.stdout.close()
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("http://"), errors.read_text(encoding="utf-8")
+        yield process, Server(line.split()[0], process.pid, errors)
+    finally:
+        process.terminate()
+        process.wait(STOP_SECONDS)
+        process.stdout.close()
+
+
+@contextmanager
+def run_server(*arguments: object, **variables: str) -> Iterator[Server]:
+    """A server that lives as long as it is needed."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_server(*arguments, errors=Path(folder) / "errors", **variables) as (process, server),
+    ):
+        yield server
+        assert process.poll() is None, "the server died"
 
 
 def data_uri(content: bytes, kind: str = "png") -> str:

@@ -90,6 +90,22 @@ def test_long_answers_keep_nobody_waiting(endless_model: Path):
 
 
 @pytest.mark.slow
+def test_waiting_clients_that_leave(endless_model: Path):
+    with run_server("--model", endless_model, "--parallel", 1) as server, ThreadPoolExecutor(2) as pool:
+        client = server.client()
+        first = pool.submit(ask, client, user("tell me"), max_tokens=LONG)
+        server.wait_for(running=1)
+        impatient = client.with_options(timeout=PATIENCE)
+        second = pool.submit(ask, impatient, user("tell me"), max_tokens=LONG)
+        server.wait_for(running=1, waiting=1)
+        with pytest.raises(openai.APITimeoutError):
+            second.result()
+        server.wait_for(running=1, waiting=0)
+        assert not first.done()
+        assert first.result().usage.completion_tokens == LONG
+
+
+@pytest.mark.slow
 def test_time_limit(endless_model: Path):
     """An answer ends with what there is; a request whose turn does not come is told so."""
     with run_server("--model", endless_model, "--parallel", 1, "--max-seconds", MAX_SECONDS) as server:

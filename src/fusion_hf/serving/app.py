@@ -1,7 +1,8 @@
 """The server's application: who may ask, how much, and what is sent back.
 
-Why it is not `transformers serve`: that one opens any address or file that a client names, has no limits, no queue's
-end and no key, refuses `stream_options` and `n`, draws with one random state for all, and answers one after another.
+Why it is not `transformers serve`: that one opens any address or file and loads any model that a client names, has no
+limits, no end of its queue and no key, takes no `query_len`, passes over `n` and `stream_options` in silence, draws
+all answers with one random state, and answers one after another. None of it can be set from outside.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fusion_hf.errors import short_name
 from fusion_hf.inference import Assistant
 from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.engine import Engine, Finished, Piece
@@ -75,7 +77,8 @@ def build_app(service: Service) -> Starlette:
     async def retrieve_model(request: Request) -> JSONResponse:
         name = request.path_params["name"]
         if name != service.name:
-            raise ApiError(NOT_FOUND, f"model is {name!r}; allowed: {service.name!r}.", "model", "model_not_found")
+            message = f"model is {short_name(name)!r}; allowed: {service.name!r}."
+            raise ApiError(NOT_FOUND, message, "model", "model_not_found")
         return JSONResponse(model)
 
     @asynccontextmanager
@@ -107,7 +110,7 @@ def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
 
 def _reply_to_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {short_name(request.url.path)}: {error.detail}"
     return _error_reply(ApiError(error.status_code, message, headers=error.headers))
 
 

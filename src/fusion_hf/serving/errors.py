@@ -4,6 +4,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from fusion_hf.errors import short_name
+
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMEOUT, TOO_LARGE, UNSUPPORTED_TYPE = 400, 401, 404, 408, 413, 415
 TOO_MANY, INTERNAL, OVERLOADED = 429, 500, 503
 RETRY_SECONDS = 1  # what a client that is sent away is told to wait
@@ -45,7 +47,8 @@ class ApiError(Exception):
 
 
 def wrong_value(param: str, value: object, allowed: str, code: str | None = None) -> ApiError:
-    """The error of a field's value; a long one is repeated in part."""
+    """The error of a field's value; a long one is repeated in part, and so is a long name."""
+    param = short_name(param)
     return ApiError(BAD_REQUEST, f"{param} is {reprlib.repr(value)}; allowed: {allowed}.", param, code)
 
 

@@ -15,7 +15,7 @@ from fusion_hf.serving.limits import Limits
 
 PARAM = "messages.content.image_url.url"
 DATA_URI = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
-# what broken files make PIL raise; an InputError is a ValueError
+# what broken files make PIL raise
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, Image.DecompressionBombError)
 BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # so many characters are so many bytes
 
@@ -59,19 +59,14 @@ def decode_picture(content: bytes, assistant: Assistant, limits: Limits) -> Imag
     Raises:
         ApiError: if it is none, is broken or has more than `limits.image_pixels`.
     """
+    processor = assistant.processor.image_processor
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > limits.image_pixels:
-                raise ApiError(
-                    BAD_REQUEST,
-                    f"The picture has {width} x {height} = {width * height} pixels; allowed: {limits.image_pixels}.",
-                    PARAM,
-                )
-            return assistant.open_picture(picture)
+            return processor.process_image(
+                picture, exif_transpose=processor.exif_transpose, max_image_pixels=limits.image_pixels
+            )
     except UnidentifiedImageError as error:
-        raise ApiError(
-            BAD_REQUEST, f"The picture is of no known kind; allowed: {', '.join(FORMATS)}.", PARAM
-        ) from error
+        kinds = ", ".join(FORMATS)
+        raise ApiError(BAD_REQUEST, f"The picture is of no known kind; allowed: {kinds}.", PARAM) from error
     except BROKEN as error:
-        raise ApiError(BAD_REQUEST, f"The picture cannot be decoded: {error}", PARAM) from error
+        raise ApiError(BAD_REQUEST, f"The picture cannot be used: {error}", PARAM) from error

@@ -3,6 +3,7 @@
 import logging
 import socket
 import sys
+from contextlib import suppress
 
 import uvicorn
 
@@ -43,4 +44,5 @@ def serve(service: Service, listener: socket.socket) -> None:
     )
     sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {service.name}\n")
     sys.stdout.flush()
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which is how a person ends it
+        uvicorn.Server(config).run(sockets=[listener])
