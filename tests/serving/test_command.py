@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
 from tests.helpers.serving import STOP_SECONDS, ask, start_server, user
 
@@ -86,6 +85,7 @@ def test_signals_end_answers(endless_model: Path, tmp_path: Path, number: signal
             os.kill(server.pid, number)
             assert process.wait(STOP_SECONDS) == status
             for answer in pending:
-                with pytest.raises(openai.OpenAIError):
-                    answer.result()
-        assert "Traceback" not in server.errors.read_text(encoding="utf-8")
+                reply = answer.result()
+                assert reply.choices[0].finish_reason == "length"
+                assert 0 < reply.usage.completion_tokens < 900
+        assert server.errors.read_text(encoding="utf-8") == ""

@@ -62,7 +62,7 @@ class Service:
 
 
 def build_app(service: Service) -> Starlette:
-    """The application; it answers in the event loop that runs it."""
+    """The application; it answers in the event loop that runs it, by the engine in its state."""
     engine = Engine(service.assistant, service.limits, TokenBudget(service.query_len, service.image_token_grid))
     chat = ChatEndpoint(service, engine)
     model = model_object(service.name, int(time.time()))
@@ -86,7 +86,7 @@ def build_app(service: Service) -> Starlette:
         yield
         engine.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route(HEALTH, health),
             Route("/v1/models", list_models),
@@ -97,6 +97,8 @@ def build_app(service: Service) -> Starlette:
         exception_handlers={ApiError: _reply_to_error, HTTPException: _reply_to_http, Exception: _reply_to_failure},
         lifespan=lifespan,
     )
+    app.state.engine = engine
+    return app
 
 
 def _error_reply(error: ApiError) -> JSONResponse:

@@ -1,5 +1,6 @@
 """A listening server process."""
 
+import asyncio
 import logging
 import socket
 import sys
@@ -11,7 +12,8 @@ from fusion_hf.errors import InputError
 from fusion_hf.serving.app import Service, build_app
 
 BACKLOG = 2048
-GOODBYE_SECONDS = 5  # for answers on their way when the server is told to end
+GOODBYE_SECONDS = 5  # for answers on their way when the server is told to end; then they end with what there is
+LAST_SECONDS = 10  # for them to reach their clients
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -28,6 +30,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"The server cannot listen on {host} port {port}: {error}.") from error
 
 
+class _Server(uvicorn.Server):
+    """Ends answers that take long before it ends itself."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called when the process was told to end."""
+        engine = self.config.app.state.engine
+        hurry = asyncio.get_running_loop().call_later(GOODBYE_SECONDS, engine.finish_soon)
+        await super().shutdown(sockets)
+        hurry.cancel()
+
+
 def serve(service: Service, listener: socket.socket) -> None:
     """Say on the standard output, in one line, where the server is, and serve until it is told to end."""
     host, port = listener.getsockname()[:2]
@@ -40,9 +53,9 @@ def serve(service: Service, listener: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=GOODBYE_SECONDS,
+        timeout_graceful_shutdown=GOODBYE_SECONDS + LAST_SECONDS,
     )
     sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {service.name}\n")
     sys.stdout.flush()
     with suppress(KeyboardInterrupt):  # which is how a person ends it
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
