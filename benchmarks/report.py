@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import median
 
 import budget_report
+import maps_report
 import synthesis_report
 from blocks import (
     ALLOCATED,
@@ -442,6 +443,7 @@ def write_documents() -> None:
             draw(plot.picture, panels)
     budget_report.write()
     synthesis_report.write()
+    maps_report.write()
 
 
 if __name__ == "__main__":

@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from fusion_hf.configuration_fusion import FusionConfig
     from fusion_hf.image_processing_fusion import FusionImageProcessor
     from fusion_hf.inference import nano_path
+    from fusion_hf.maps import AttentionMaps, attention_maps
     from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
     from fusion_hf.processing_fusion import FusionProcessor
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AttentionMaps": "fusion_hf.maps",
     "CompiledGenerator": "fusion_hf.compilation",
     "FusionConfig": "fusion_hf.configuration_fusion",
     "FusionForConditionalGeneration": "fusion_hf.modeling_fusion",
     "FusionImageProcessor": "fusion_hf.image_processing_fusion",
     "FusionModel": "fusion_hf.modeling_fusion",
     "FusionProcessor": "fusion_hf.processing_fusion",
+    "attention_maps": "fusion_hf.maps",
     "batch_generate": "fusion_hf.batching",
     "nano_path": "fusion_hf.inference",
 }
@@ -45,12 +48,14 @@ def __dir__() -> list[str]:
 register_lazily()
 
 __all__ = [
+    "AttentionMaps",
     "CompiledGenerator",
     "FusionConfig",
     "FusionForConditionalGeneration",
     "FusionImageProcessor",
     "FusionModel",
     "FusionProcessor",
+    "attention_maps",
     "batch_generate",
     "nano_path",
 ]

@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, evaluate, merge, plan, serve, synthesize, train
+from fusion_hf.cli import data, evaluate, maps, merge, plan, serve, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -87,6 +87,7 @@ def make_parser() -> Parser:
         help="later answers begin sooner: the picture stays as seen with the first question in mind",
     )
 
+    maps.add_parser(commands, shared)
     train.add_parser(commands)
     plan.add_parser(commands)
     merge.add_parser(commands)
@@ -191,6 +192,8 @@ def _run(argv: list[str]) -> int:
         from fusion_hf.cli import ask
 
         return ask.run(arguments)
+    if arguments.command == "maps":
+        return maps.run(arguments)
     if arguments.command == "train":
         return train.run(arguments)
     if arguments.command == "plan":

@@ -1,0 +1,63 @@
+"""`fusion-hf maps`: an answer, and pictures of what the model looked at."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
+from fusion_hf.errors import InputError
+
+
+def add_parser(commands: argparse._SubParsersAction, shared: argparse.ArgumentParser) -> None:
+    """Tell the command line about `maps`, which has the options of `ask` as well."""
+    parser = commands.add_parser(
+        "maps",
+        parents=[shared],
+        help="draw what the model looked at for its answer",
+        description="Answer a question about a picture, and draw the attention of the question's words, of the latent "
+        "tokens and of the answer's words over it: a PNG for each.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+    parser.add_argument("question", metavar="QUESTION", help="in quotation marks")
+    parser.add_argument(
+        "--output", type=Path, default=Path("maps"), metavar="DIR", help="a new or empty folder; default: %(default)s"
+    )
+    parser.add_argument(
+        "--layer-groups",
+        type=int,
+        default=4,
+        metavar="N",
+        help="neighbouring layers are averaged in at most so many groups; default: %(default)s",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer and draw; returns the exit status."""
+    check_question(arguments.question)
+    check_picture_exists(arguments.image)
+    if arguments.layer_groups < 1:  # before a model is loaded
+        raise InputError(f"--layer-groups: {arguments.layer_groups} is not allowed; allowed: a whole number from 1.")
+    output: Path = arguments.output
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output: {output} exists and is not an empty folder; give a new one.")
+
+    from fusion_hf.cli.session import load_assistant
+    from fusion_hf.maps import attention_maps
+    from fusion_hf.maps.drawing import check_matplotlib, save_overlays
+
+    check_matplotlib()
+    assistant = load_assistant(arguments)
+    picture = assistant.open_picture(arguments.image)
+    result = attention_maps(
+        picture,
+        arguments.question,
+        assistant,
+        max_new_tokens=arguments.max_new_tokens,
+        query_len=arguments.query_len,
+        image_token_grid=arguments.image_token_grid,
+        layer_groups=arguments.layer_groups,
+    )
+    sys.stdout.write(f"{printable(result.answer)}\n")
+    for path in save_overlays(result, picture, output):
+        sys.stdout.write(f"{printable(str(path))}\n")
+    return 0

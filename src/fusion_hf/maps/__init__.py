@@ -1,0 +1,6 @@
+"""What the model looked at: attention of questions, latent tokens and answers, laid over the picture."""
+
+from fusion_hf.maps.attention import AttentionMaps, attention_maps
+from fusion_hf.maps.view import Maps, View, Word
+
+__all__ = ["AttentionMaps", "Maps", "View", "Word", "attention_maps"]

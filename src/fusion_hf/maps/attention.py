@@ -1,0 +1,106 @@
+"""`attention_maps`: an answer, and what the model looked at for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fusion_hf.configuration_fusion import TILES_PER_SIDE
+from fusion_hf.errors import InputError
+from fusion_hf.inference import AUTO, Assistant, question_message
+from fusion_hf.maps.tap import AttentionTap
+from fusion_hf.maps.view import Maps, View, Word, find_words
+
+LAYER_GROUPS = 4
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps:
+    """
+    What `attention_maps` returns. P patches per side, g side of the grid of image tokens, s * s latents, w window.
+
+    answer: the text, the same as without maps.
+    answer_ids: its tokens.
+    question: from each token of all questions to the patches of the overview, in the tower, `(G, T, P, P)`. Layers
+        whose question rows are uniform are left out. A row's sum is what is left beside the other question tokens.
+    latents: from the latent tokens of each turn to the picture, `(samplers, turns, s * w, s * w)`. Each latent token
+        sees a window, in which its weights sum to one.
+    answer_tokens: from where each token was chosen to the image tokens, in the language model, `(G, tokens, g, g)`. A
+        row's sum is the share of the picture among all that was read.
+    """
+
+    answer: str
+    answer_ids: tuple[int, ...]
+    question: Maps
+    latents: Maps
+    answer_tokens: Maps
+
+    def kinds(self) -> dict[str, Maps]:
+        """All maps by name."""
+        return {"question": self.question, "latents": self.latents, "answer": self.answer_tokens}
+
+
+def attention_maps(
+    image: str | Image.Image,
+    question: str,
+    model: str | Assistant | None = None,
+    history: Sequence[dict[str, Any]] = (),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    query_len: int | None = None,
+    image_token_grid: int | None = None,
+    layer_groups: int = LAYER_GROUPS,
+    device: str = AUTO,
+    dtype: str = AUTO,
+) -> AttentionMaps:
+    """
+    Answer a question about a picture, and tell where the model looked.
+
+    Of each layer only the rows that are shown are kept, as a mean over heads and a sum over its group of layers.
+
+    Args:
+        image: a file, an http(s) address or a PIL image.
+        question: the last question.
+        model: an [`Assistant`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+        history: chat messages before the question, text only.
+        max_new_tokens, query_len, image_token_grid: see [`Assistant.answer`].
+        layer_groups: neighbouring layers are averaged in at most so many groups.
+        device, dtype: see [`Assistant.load`]; not with an [`Assistant`].
+
+    Raises:
+        InputError: for wrong arguments, or a picture or model that cannot be read.
+    """
+    for name, number in (("layer_groups", layer_groups), ("max_new_tokens", max_new_tokens)):
+        if number < 1:
+            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
+    if not question.strip():
+        raise InputError("The question is empty; ask something.")
+    if isinstance(model, Assistant) and (device, dtype) != (AUTO, AUTO):
+        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside an Assistant: {AUTO!r}.")
+    assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
+    picture = assistant.open_picture(image)
+    messages = [*history, question_message(question, picture)]
+    inputs = assistant.prepare(messages, query_len, image_token_grid=image_token_grid)
+    tap = AttentionTap(assistant.model, inputs["input_ids"], layer_groups)
+    with tap:
+        output = assistant.generate(inputs, max_new_tokens)
+    rows = tap.rows()
+    config, tokenizer = assistant.model.config, assistant.processor.tokenizer
+    overview, tiles = (View.of(config, count, picture.size) for count in (1, TILES_PER_SIDE))
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    asked = inputs["instruct_input_ids"][0].tolist()
+    turns = tuple(Word(f"turn {turn + 1}", turn, turn + 1) for turn in range(rows.latents.shape[1]))
+    return AttentionMaps(
+        answer=assistant.read(inputs, output),
+        answer_ids=tuple(ids),
+        question=Maps(_array(rows.question), tap.tower_groups, find_words(tokenizer, asked), overview),
+        latents=Maps(_array(rows.latents), tap.sampler_layers, turns, tiles),
+        answer_tokens=Maps(_array(rows.answer), tap.language_groups, find_words(tokenizer, ids), overview),
+    )
+
+
+def _array(rows: torch.Tensor) -> np.ndarray:
+    return rows.float().numpy()

@@ -1,0 +1,79 @@
+"""Maps drawn over their picture, with matplotlib, which is imported when the first one is drawn."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from fusion_hf.errors import InputError
+from fusion_hf.maps.attention import AttentionMaps
+from fusion_hf.maps.view import Maps, Word
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LONGEST_SIDE = 512  # of a drawn picture, in pixels
+PANEL = 3.0  # inches
+DPI = 100
+OPACITY = 0.65
+COLORS, WHITE = "inferno", 255
+LONGEST_NAME = 24  # characters of a word in a file's name
+
+
+def check_matplotlib() -> None:
+    """
+    Raises:
+        InputError: if matplotlib is not installed; names the extra that has it.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("Maps are drawn with matplotlib, which is not installed: pip install fusion_hf[maps].")
+
+
+def draw_overlay(picture: Image.Image, maps: Maps, word: Word, title: str = "") -> "Figure":
+    """The picture, and beside it one word's map of each group of layers over it; colours begin at zero.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    scale = LONGEST_SIDE / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    shown = picture.resize((width, height))
+    overlays = maps.on_picture(word, (width, height))  # (G, height, width)
+    figure = Figure(figsize=(PANEL * (1 + len(overlays)), PANEL), dpi=DPI, layout="constrained")
+    first, *panels = figure.subplots(1, 1 + len(overlays))
+    first.imshow(shown)
+    first.set_axis_off()
+    for axes, overlay, layers in zip(panels, overlays, maps.layers, strict=True):
+        axes.imshow(shown.convert("L"), cmap="gray", vmin=0, vmax=WHITE)  # its colours would mix with the map's
+        image = axes.imshow(overlay, cmap=COLORS, vmin=0, alpha=OPACITY)
+        axes.set_title(f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}")
+        axes.set_axis_off()
+        figure.colorbar(image, ax=axes, shrink=0.7)
+    figure.suptitle(title)
+    return figure
+
+
+def save_overlays(result: AttentionMaps, picture: Image.Image, folder: Path) -> list[Path]:
+    """A PNG for each word of the question, each turn's latent tokens and each word of the answer.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    check_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind, maps in result.kinds().items():
+        if len(maps.layers) == 0:  # a model without samplers
+            continue
+        for number, word in enumerate(maps.words, start=1):
+            name = re.sub(r"\W+", "-", word.text).strip("-")[:LONGEST_NAME]
+            path = folder / "-".join(part for part in (kind, f"{number:02}", name) if part)
+            paths.append(path.with_name(f"{path.name}.png"))
+            figure = draw_overlay(picture, maps, word, f"{kind}: {word.text}".replace("$", r"\$"))
+            figure.savefig(paths[-1], metadata={"Software": None})
+    return paths

@@ -1,0 +1,109 @@
+"""Maps over a picture: what their cells show, and the words that they belong to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fusion_hf.configuration_fusion import FusionConfig
+
+
+class View(NamedTuple):
+    """
+    How a grid of cells lies on a picture, which is resized to a square without regard to its shape.
+
+    tiles_per_side: 1 for the overview, 2 for the four tiles.
+    coverage: share of a tile's side that has patches; what is left at its right and lower edge is less than a patch.
+    width, height: of the picture, in pixels.
+    """
+
+    tiles_per_side: int
+    coverage: float
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, config: FusionConfig, tiles_per_side: int, size: tuple[int, int]) -> "View":
+        """Of a picture of `size` (width, height), as a model sees it."""
+        vision = config.vision_config
+        return cls(tiles_per_side, config.num_patches_per_side * vision.patch_size / vision.image_size, *size)
+
+    def resize(self, values: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+        """
+        Maps `(..., h, w)` at pixels `(..., H, W)`, bilinearly between the middles of cells; values stay as they are.
+
+        Args:
+            size: width and height; None: the picture's.
+        """
+        width, height = size or (self.width, self.height)
+        rows, columns = self._weights(values.shape[-2], height), self._weights(values.shape[-1], width)
+        return rows @ values @ columns.T
+
+    def _weights(self, cells: int, pixels: int) -> np.ndarray:
+        """Weights of the cells at each pixel of a side, `(pixels, cells)`."""
+        places = (np.arange(pixels) + 0.5) / pixels * self.tiles_per_side
+        tiles = np.floor(places)
+        inside = np.minimum((places - tiles) / self.coverage, 1)
+        positions = ((tiles + inside) / self.tiles_per_side * cells - 0.5).clip(0, cells - 1)
+        before = np.floor(positions).astype(int)
+        share = positions - before
+        weights = np.zeros((pixels, cells), dtype=np.float32)
+        np.add.at(weights, (np.arange(pixels), before), 1 - share)
+        np.add.at(weights, (np.arange(pixels), np.minimum(before + 1, cells - 1)), share)
+        return weights
+
+
+class Word(NamedTuple):
+    """A word, and where its tokens are: rows `first` to before `end` of a `Maps`."""
+
+    text: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """
+    Attention over a picture.
+
+    values (`(G, R, h, w)`, float32): by group of layers and by row, a token or a turn.
+    layers: the layers of each group; `values` are means over them.
+    words: what the rows belong to.
+    view: how the cells lie on the picture.
+    """
+
+    values: np.ndarray
+    layers: tuple[range, ...]
+    words: tuple[Word, ...]
+    view: View
+
+    def of_word(self, word: Word) -> np.ndarray:
+        """The mean over a word's tokens, `(G, h, w)`."""
+        return self.values[:, word.first : word.end].mean(1)
+
+    def on_picture(self, word: Word, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The same at the pixels of the picture `(G, H, W)`, or of one of another size (width, height)."""
+        return self.view.resize(self.of_word(word), size)
+
+
+def find_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[Word, ...]:
+    """The words of a text, with the tokens of each; special tokens belong to none."""
+    special = set(tokenizer.all_special_ids)
+    bounds: list[list[int]] = []
+    read: list[int] = []
+    length = 0
+    for index, token in enumerate(ids):
+        if token in special:
+            continue
+        read.append(token)
+        text = tokenizer.decode(read)
+        begins = text[length : length + 1].isspace()
+        length = len(text)
+        if not bounds or begins or bounds[-1][1] != index:
+            bounds.append([index, index + 1])
+        else:
+            bounds[-1][1] = index + 1
+    words = (Word(tokenizer.decode(ids[first:end]).strip(), first, end) for first, end in bounds)
+    return tuple(word for word in words if word.text)
