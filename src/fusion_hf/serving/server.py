@@ -10,6 +10,7 @@ import uvicorn
 
 from fusion_hf.errors import InputError
 from fusion_hf.serving.app import Service, build_app
+from fusion_hf.serving.engine import Engine
 
 BACKLOG = 2048
 GOODBYE_SECONDS = 5  # for answers on their way when the server is told to end; then they end with what there is
@@ -33,10 +34,13 @@ def listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Ends answers that take long before it ends itself."""
 
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self.engine = engine
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called when the process was told to end."""
-        engine = self.config.app.state.engine
-        hurry = asyncio.get_running_loop().call_later(GOODBYE_SECONDS, engine.finish_soon)
+        hurry = asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self.engine.finish_soon)
         await super().shutdown(sockets)
         hurry.cancel()
 
@@ -45,8 +49,9 @@ def serve(service: Service, listener: socket.socket) -> None:
     """Say on the standard output, in one line, where the server is, and serve until it is told to end."""
     host, port = listener.getsockname()[:2]
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    app = build_app(service)
     config = uvicorn.Config(
-        build_app(service),
+        app,
         http="h11",
         ws="none",
         lifespan="on",
@@ -58,4 +63,4 @@ def serve(service: Service, listener: socket.socket) -> None:
     sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {service.name}\n")
     sys.stdout.flush()
     with suppress(KeyboardInterrupt):  # which is how a person ends it
-        _Server(config).run(sockets=[listener])
+        _Server(config, app.state.engine).run(sockets=[listener])
