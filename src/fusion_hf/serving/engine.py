@@ -185,6 +185,8 @@ class Engine:
         if job.picture is not None:
             messages = with_picture(messages, decode_picture(job.picture, assistant, self.limits))
         with self._turns:
+            if job.is_over:  # a prompt takes long, and nobody waits for it
+                raise too_late()
             inputs = assistant.prepare(messages, budget.query_len, image_token_grid=budget.image_token_grid)
             prompt_tokens = inputs["input_ids"].shape[1]
             self._check_length(prompt_tokens)
@@ -245,7 +247,12 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
     try:
         return await asyncio.wait_for(job.events.get(), job.deadline - time.monotonic())
     except asyncio.TimeoutError as error:
-        raise overloaded("No answer began within the time that a request may take.", OVERLOADED) from error
+        raise too_late() from error
+
+
+def too_late() -> ApiError:
+    """The error of a request whose turn did not come in time."""
+    return overloaded("No answer began within the time that a request may take.", OVERLOADED)
 
 
 def with_picture(messages: list[dict[str, Any]], picture: Any) -> list[dict[str, Any]]:
