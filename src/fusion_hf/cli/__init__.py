@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, evaluate, maps, merge, plan, serve, synthesize, train
+from fusion_hf.cli import data, demo, evaluate, maps, merge, plan, serve, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -88,6 +88,7 @@ def make_parser() -> Parser:
     )
 
     maps.add_parser(commands, shared)
+    demo.add_parser(commands, shared)
     train.add_parser(commands)
     plan.add_parser(commands)
     merge.add_parser(commands)
@@ -194,6 +195,8 @@ def _run(argv: list[str]) -> int:
         return ask.run(arguments)
     if arguments.command == "maps":
         return maps.run(arguments)
+    if arguments.command == "demo":
+        return demo.run(arguments)
     if arguments.command == "train":
         return train.run(arguments)
     if arguments.command == "plan":

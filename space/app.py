@@ -1,0 +1,12 @@
+"""The page of `fusion-hf demo` as a Space. The variable MODEL names a model of the Hub; default: fusion-nano."""
+
+import os
+
+from fusion_hf.demo.page import build_page, launch_settings
+from fusion_hf.demo.session import Answerer
+from fusion_hf.inference import Assistant
+
+demo = build_page(Answerer(Assistant.load(os.environ.get("MODEL")), max_new_tokens=256))
+
+if __name__ == "__main__":
+    demo.launch(**launch_settings())

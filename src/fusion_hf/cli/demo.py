@@ -1,0 +1,75 @@
+"""`fusion-hf demo`: a page in the browser on which a picture is talked about."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+from typing import Any
+
+from fusion_hf.errors import InputError
+
+HOST, PORT = "127.0.0.1", 7860
+LARGEST_PORT = 65535
+UPLOADS = "GRADIO_TEMP_DIR"
+
+
+def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Tell the command line about `demo`.
+
+    Args:
+        commands: the subparsers of `fusion-hf`.
+        shared: arguments of all commands that answer.
+    """
+    parser = commands.add_parser(
+        "demo",
+        parents=[shared],
+        help="a page in the browser: pictures, answers, tiles, attention maps, times",
+        description="Serve a page on which a picture is shown to the model and talked about. Whoever reaches the "
+        "address may use it; the default is this computer alone.",
+    )
+    parser.add_argument("--host", default=HOST, help="address to listen at; default: %(default)s")
+    parser.add_argument("--port", type=_port, default=PORT, help="default: %(default)s")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1 to {LARGEST_PORT}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+    with tempfile.TemporaryDirectory(prefix="fusion-demo-", ignore_cleanup_errors=True) as uploads:
+        os.environ[UPLOADS] = uploads  # before gradio is imported; its own folder is shared and stays
+        try:
+            from fusion_hf.demo.page import build_page, launch_settings
+        except ImportError as error:
+            raise InputError(
+                f"fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]' ({error})."
+            ) from error
+        from fusion_hf.cli.session import load_assistant
+        from fusion_hf.demo.session import Answerer
+
+        assistant = load_assistant(arguments)
+        settings = (arguments.max_new_tokens, arguments.query_len, arguments.image_token_grid)
+        page = build_page(Answerer(assistant, *settings))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            _, address, _ = page.launch(
+                server_name=arguments.host,
+                server_port=arguments.port,
+                quiet=True,
+                prevent_thread_lock=True,
+                **launch_settings(),
+            )
+        except OSError as error:
+            raise InputError(f"The page cannot listen at {arguments.host}, port {arguments.port}: {error}") from error
+        sys.stdout.write(f"The page is at {address}; Ctrl-C ends it.\n")
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        page.close(verbose=False)
+    return 0

@@ -1,0 +1,96 @@
+"""What happens when the page's components are used. Needs the extra `demo`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from fusion_hf.demo.session import Answerer, Session
+from fusion_hf.demo.views import chat_messages, draw_overlay, draw_tiles, times_table
+from fusion_hf.errors import InputError
+
+NO_PICTURE = "Show a picture first."
+Values = tuple[Any, ...]  # new values of components
+
+
+class Handlers:
+    """
+    Methods for gradio's events. A visitor's `Session`, or None before there is a picture, comes from gradio's state.
+
+    Most give new values of the same components: session, chat, question, times, answer, word, overlay.
+
+    Args:
+        answerer: who answers all visitors.
+        uploads: the folder in which gradio puts what visitors upload.
+    """
+
+    def __init__(self, answerer: Answerer, uploads: Path):
+        self.answerer = answerer
+        self.uploads = uploads.resolve()
+
+    def look(self, upload: dict[str, Any] | None) -> Values:
+        """A new session about an uploaded picture; and its overview and tiles behind the other values."""
+        kept = gr.skip()  # an example brings picture and question at once
+        if upload is None:
+            return *self.show(None, kept), None, None
+        try:
+            session = self.answerer.look(self._uploaded(upload))
+        except InputError as error:
+            gr.Warning(str(error))
+            return *self.show(None, kept), None, None
+        return *self.show(session, kept), *draw_tiles(session.tiles)
+
+    def _uploaded(self, upload: dict[str, Any]) -> Path:
+        """The uploaded file; gradio lets a client name any other one if it leaves out a field."""
+        path = self.uploads.joinpath(upload["path"] or "").resolve()
+        if not path.is_relative_to(self.uploads) or not path.is_file():
+            raise InputError("The picture is no uploaded file; upload it.")
+        return path
+
+    def ask(self, question: str, query_len: int, session: Session | None) -> Iterator[Values]:
+        """The conversation while an answer grows."""
+        if session is None:
+            gr.Warning(NO_PICTURE)
+            yield self.show(None, question)
+            return
+        try:
+            for answer in self.answerer.ask(session, question, query_len):
+                yield session, chat_messages(session, question, answer), "", *(gr.skip() for _ in range(4))
+        except InputError as error:
+            gr.Warning(str(error))
+            yield self.show(session, question)
+            return
+        yield self.show(session)
+
+    def reset(self, session: Session | None) -> Values:
+        """A new conversation about the same picture."""
+        if session is not None:
+            session.reset()
+        return self.show(session)
+
+    def show(self, session: Session | None, question: Any = "") -> Values:
+        """What there is: all answers, and the words of the last one to choose from."""
+        turns = [] if session is None else session.turns
+        answers = [(f"{number}: {turn.answer}", number - 1) for number, turn in enumerate(turns, start=1)]
+        last = len(answers) - 1 if answers else None
+        return (
+            session,
+            chat_messages(session),
+            question,
+            times_table(session),
+            gr.update(choices=answers, value=last),
+            *self.choose_answer(last, session),
+        )
+
+    def choose_answer(self, answer: int | None, session: Session | None) -> Values:
+        """New values of word and overlay."""
+        words = () if session is None or answer is None else session.turns[answer].words
+        return gr.update(choices=[(word.text, index) for index, word in enumerate(words)], value=None), None
+
+    def choose_word(self, word: int | None, answer: int | None, session: Session | None) -> Image.Image | None:
+        """Where the answer's word looked."""
+        if session is None or answer is None or word is None:
+            return None
+        return draw_overlay(session.picture, self.answerer.word_map(session, answer, word))

@@ -1,0 +1,192 @@
+"""One visitor's picture and conversation, and the one model that answers all visitors in turn."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.image_processing_fusion import FORMATS
+from fusion_hf.inference import Assistant, Conversation, SeenPicture
+from fusion_hf.maps.tap import AttentionTap
+from fusion_hf.maps.view import Maps, View, Word, find_words
+
+MAX_UPLOAD_BYTES = 20 * 2**20
+MAX_PIXELS = 50_000_000  # of an upload: 150 megabytes while it is read
+MAX_QUESTION = 2_000  # characters
+MESSAGES_PER_TURN = 2
+MAX_SHOWN_SIDE = 1_024  # pixels of the picture that a session keeps
+
+Result = TypeVar("Result")
+
+
+class Turn(NamedTuple):
+    """A question, its answer with the places of its words among its tokens, and what the answer took."""
+
+    question: str
+    answer: str
+    words: tuple[Word, ...]
+    query_len: int
+    times: AnswerTimes
+
+
+@dataclass(eq=False)
+class Session:
+    """What one visitor sees: `picture` at most MAX_SHOWN_SIDE pixels wide and high, `tiles` `(5, H, W, 3)` bytes."""
+
+    picture: Image.Image
+    tiles: np.ndarray
+    seen: SeenPicture
+    conversation: Conversation
+    times: PictureTimes
+    turns: list[Turn] = field(default_factory=list)
+    maps: dict[int, Maps] = field(default_factory=dict)  # of answers, as they are wanted
+
+    def reset(self) -> None:
+        """Forget all questions and answers."""
+        self.conversation.reset()
+        self.turns, self.maps = [], {}
+
+
+class Answerer:
+    """
+    A model that serves any number of sessions. Its calls run in one thread, one after the other, whatever calls it.
+
+    Args:
+        assistant: who answers.
+        max_new_tokens, query_len, image_token_grid: see `Assistant.answer`; a question can have another `query_len`.
+
+    Raises:
+        InputError: if `query_len` or `image_token_grid` is impossible.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        max_new_tokens: int,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
+    ):
+        self.assistant = assistant
+        self.max_new_tokens = max_new_tokens
+        self.query_len = assistant.check_query_len(query_len)
+        self.image_token_grid = assistant.check_image_token_grid(image_token_grid)
+        self.query_lens = sorted({*assistant.model.config.query_lens, self.query_len})
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+    def run(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """`work(*arguments)` when it is its turn."""
+        return self._worker.submit(work, *arguments).result()
+
+    def look(self, path: Path) -> Session:
+        """A session about the picture in a file.
+
+        Raises:
+            InputError: if it cannot be read or is too large.
+        """
+        return self.run(self._look, open_upload(self.assistant, path))
+
+    def _look(self, picture: Image.Image) -> Session:
+        begin = now()
+        pixel_values = self.assistant.cut([picture])
+        cut = now()
+        (seen,) = self.assistant.see_tiles(pixel_values)
+        times = PictureTimes(cut - begin, now() - cut)
+        processor = self.assistant.processor.image_processor
+        tiles = processor([picture], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        picture.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
+        settings = (self.max_new_tokens, self.query_len)
+        conversation = Conversation(
+            self.assistant, picture, *settings, image_token_grid=self.image_token_grid, seen=seen
+        )
+        return Session(picture, tiles.transpose(0, 2, 3, 1), seen, conversation, times)
+
+    def ask(self, session: Session, question: str, query_len: int) -> Iterator[str]:
+        """
+        The answer so far, again and again while it grows. The turn is part of the session when the last one is taken;
+        closing the iterator earlier stops the model and leaves the session as it was.
+
+        Raises:
+            InputError: if the question is empty or too long, `query_len` is none of `query_lens`, or the conversation
+                exceeds the model's maximum.
+        """
+        question = check_question(question)
+        if query_len not in self.query_lens:
+            raise InputError(f"query_len is {query_len}; allowed: {', '.join(map(str, self.query_lens))}.")
+        session.conversation.query_len = query_len
+        yield from self._stream(session, question)
+
+    def _stream(self, session: Session, question: str) -> Iterator[str]:
+        stream = AnswerStream(self.assistant.processor.tokenizer)
+        future = self._worker.submit(session.conversation.ask, question, stream)
+        future.add_done_callback(stream.close)
+        try:
+            text = ""
+            for piece in stream:
+                text += piece
+                yield text.strip()
+            answer = future.result()
+        finally:
+            stream.stop()  # which does nothing to an answer that is complete
+            if not future.cancel():
+                wait([future])  # the next question must not meet this one
+        words = find_words(self.assistant.processor.tokenizer, stream.ids)
+        session.turns.append(Turn(question, answer, words, session.conversation.query_len, stream.times()))
+        yield answer
+
+    def word_map(self, session: Session, turn: int, word: int) -> np.ndarray:
+        """
+        Where a word of an answer looked in `session.picture`: `(H, W)`, a mean over layers and heads. For the first
+        word of an answer the model answers once more.
+        """
+        if turn not in session.maps:
+            session.maps[turn] = self.run(self._read_attention, session, turn)
+        return session.maps[turn].on_picture(session.turns[turn].words[word], session.picture.size).mean(0)
+
+    def _read_attention(self, session: Session, turn: int) -> Maps:
+        assistant, config = self.assistant, self.assistant.model.config
+        messages = session.conversation.messages[: MESSAGES_PER_TURN * turn + 1]
+        settings = (session.turns[turn].query_len, session.seen, self.image_token_grid)
+        inputs = assistant.prepare(messages, *settings)
+        with AttentionTap(assistant.model, inputs["input_ids"], layer_groups=1) as tap:
+            assistant.generate(inputs, self.max_new_tokens)
+        view = View.of(config, 1, session.picture.size)
+        return Maps(tap.rows().answer.float().numpy(), tap.language_groups, session.turns[turn].words, view)
+
+
+def open_upload(assistant: Assistant, path: Path) -> Image.Image:
+    """The picture in an uploaded file, as upright RGB.
+
+    Raises:
+        InputError: if it cannot be read or is too large.
+    """
+    processor, name = assistant.processor.image_processor, short_name(path.name)
+    if path.stat().st_size > MAX_UPLOAD_BYTES:
+        raise InputError(f"{name} has {path.stat().st_size} bytes; allowed: {MAX_UPLOAD_BYTES}.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            limit = min(MAX_PIXELS, processor.max_image_pixels)
+            return processor.process_image(image, processor.exif_transpose, limit)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is no picture; allowed: {', '.join(FORMATS)}.") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def check_question(question: str) -> str:
+    """The question without white space around it.
+
+    Raises:
+        InputError: if it is empty or too long.
+    """
+    question = question.strip()
+    if not question:
+        raise InputError("The question is empty; ask something.")
+    if len(question) > MAX_QUESTION:
+        raise InputError(f"The question has {len(question)} characters; allowed: {MAX_QUESTION}.")
+    return question

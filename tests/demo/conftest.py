@@ -1,0 +1,60 @@
+"""fusion-nano behind the page, and a browser before it."""
+
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion_hf.demo.session import Answerer, Session
+from fusion_hf.inference import Assistant
+
+ROOT = Path(__file__).parents[2]
+MOST = 16
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def red_circle(root: Path) -> Path:
+    return root / "docs" / "assets" / "red_circle.png"
+
+
+@pytest.fixture(scope="session")
+def assistant() -> Assistant:
+    return Assistant.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def answerer(assistant: Assistant) -> Answerer:
+    return Answerer(assistant, MOST)
+
+
+@pytest.fixture
+def session(answerer: Answerer, red_circle: Path) -> Session:
+    return answerer.look(red_circle)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """The Chromium of this machine; or playwright's own, which fails with advice where it is not installed either."""
+    from playwright.sync_api import sync_playwright
+
+    installed = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=installed)
+        yield browser
+        browser.close()

@@ -1,0 +1,268 @@
+"""The page in a real Chromium, served by the real command. `make test-demo` runs it."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+
+from fusion_hf.demo.examples import draw_examples
+from fusion_hf.demo.guard import MAX_JSON_BYTES
+from fusion_hf.demo.session import MAX_UPLOAD_BYTES
+
+pytestmark = pytest.mark.demo
+
+SECONDS = 120
+ANSWERS = ("red", "3", "left", "fish")  # to the examples
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, free_port: int) -> Iterator[subprocess.Popen[str]]:
+    """`fusion-hf demo`, listening."""
+    command = [sys.executable, "-m", "fusion_hf", "demo", "--port", str(free_port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
+    assert process.stdout is not None
+    assert f"http://127.0.0.1:{free_port}" in process.stdout.readline()
+    yield process
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 0
+
+
+@pytest.fixture(scope="module")
+def address(server, free_port: int) -> str:
+    return f"http://127.0.0.1:{free_port}"
+
+
+@pytest.fixture
+def visit(browser, address) -> Iterator[Callable]:
+    """Opens the page as somebody who was never there."""
+    from tests.demo.browsing import HEIGHT, WIDTH, Visitor
+
+    contexts = []
+
+    def visit():
+        contexts.append(browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}))
+        return Visitor(contexts[-1].new_page(), address)
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def example_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("examples")
+    files = [folder / f"{index}.png" for index in range(len(ANSWERS))]
+    for file, example in zip(files, draw_examples(), strict=True):
+        example.picture.save(file)
+    return files
+
+
+def test_upload_ask_and_look(visit, red_circle, answerer, session):
+    visitor = visit()
+    visitor.show(red_circle)
+    assert visitor.ask("what color is the shape?") == "red"
+    assert visitor.ask("what shape is in the image?") == "circle"
+    assert visitor.answers() == ["red", "circle"]
+    assert visitor.words() == ["circle"]
+    overlay = visitor.look_at("circle")
+    for question in ("what color is the shape?", "what shape is in the image?"):
+        list(answerer.ask(session, question, answerer.query_len))
+    from fusion_hf.demo.views import draw_overlay
+
+    expected = draw_overlay(session.picture, answerer.word_map(session, 1, 0))
+    assert np.abs(overlay.astype(int) - np.asarray(expected)).max() <= 2
+    times = visitor.page.locator("#times").inner_text()
+    assert "preprocessing" in times and "tokens/s" in times and times.count(" ms") == 4
+    assert visitor.image("overview").shape == visitor.image("tiles").shape
+
+
+def test_the_words_of_an_earlier_answer(visit, red_circle):
+    visitor = visit()
+    visitor.show(red_circle)
+    visitor.ask("what color is the shape?")
+    visitor.ask("what shape is in the image?")
+    latest = visitor.look_at("circle")
+    visitor.page.get_by_label("Answer", exact=True).click()
+    visitor.page.get_by_role("option", name="1: red").click()
+    visitor.page.locator("#word label").get_by_text("red", exact=True).wait_for()
+    assert visitor.words() == ["red"]
+    assert not np.array_equal(visitor.look_at("red"), latest)
+
+
+def test_examples(visit):
+    visitor = visit()
+    for index, example in enumerate(draw_examples()):
+        visitor.page.get_by_text(example.question, exact=True).first.click()
+        visitor.page.wait_for_function(
+            "question => document.querySelector('textarea').value === question", arg=example.question
+        )
+        visitor.page.locator("#tiles img").wait_for()
+        visitor.page.locator("#chat .bot.message").wait_for(state="detached")
+        assert visitor.ask(example.question) == ANSWERS[index]
+
+
+def test_visitors_do_not_mix(visit, example_files):
+    visitors = [visit() for _ in example_files]
+    for visitor, file in zip(visitors, example_files, strict=True):
+        visitor.show(file)
+    for visitor, example in zip(visitors, draw_examples(), strict=True):
+        visitor.type(example.question)  # all wait at once
+    for visitor, answer in zip(visitors, ANSWERS, strict=True):
+        visitor.page.locator("#word label").first.wait_for()
+        assert (visitor.answers(), visitor.words()) == ([answer], [answer])
+    overlays = [visitor.look_at(answer).tobytes() for visitor, answer in zip(visitors, ANSWERS, strict=True)]
+    assert len(set(overlays)) == len(overlays)
+
+
+def test_another_number_of_latent_tokens(visit, red_circle):
+    visitor = visit()
+    visitor.show(red_circle)
+    visitor.ask("what color is the shape?")
+    many = visitor.look_at("red")
+    visitor.page.locator("#reset").click()
+    visitor.page.locator("#word label").first.wait_for(state="detached")
+    visitor.choose_query_len(4)
+    assert visitor.ask("what color is the shape?") == "red"
+    assert not np.array_equal(visitor.look_at("red"), many)
+
+
+def test_another_picture_begins_anew(visit, example_files):
+    visitor = visit()
+    visitor.show(example_files[0])
+    assert visitor.ask("what color is the shape?") == "red"
+    visitor.show(example_files[3])
+    visitor.page.locator("#chat .bot.message").wait_for(state="detached")
+    assert visitor.ask("what word is written?") == "fish"
+
+
+def test_no_host_but_this_one_is_asked(visit, red_circle, address):
+    visitor = visit()
+    visitor.show(red_circle)
+    visitor.ask("what color is the shape?")
+    local = (address, "data:", "blob:")
+    assert [url for url in visitor.addresses if not url.startswith(local)] == []
+
+
+class TestRefusals:
+    """Told in a note on the page, which goes on working."""
+
+    def test_a_question_without_a_picture(self, visit):
+        visitor = visit()
+        visitor.type("what color is the shape?")
+        visitor.page.get_by_text("Show a picture first.").wait_for()
+
+    def test_no_picture(self, visit, tmp_path, red_circle):
+        file = tmp_path / "text.png"
+        file.write_text("no picture")
+        visitor = visit()
+        visitor.upload(file)
+        visitor.page.get_by_text("text.png is no picture").wait_for()
+        visitor.show(red_circle)
+        assert visitor.ask("what color is the shape?") == "red"
+
+    def test_a_name_is_only_text(self, visit, tmp_path):
+        file = tmp_path / "<img src=x onerror=document.title=1>.png"
+        file.write_text("no picture")
+        visitor = visit()
+        visitor.upload(file)
+        visitor.page.get_by_text("is no picture").wait_for()
+        assert visitor.page.title() == "FUSION"
+
+    def test_the_conversation_is_too_long(self, visit, red_circle):
+        visitor = visit()
+        visitor.show(red_circle)
+        visitor.type("why? " * 380)
+        visitor.page.get_by_text("tokens; allowed").wait_for()
+        assert visitor.ask("what color is the shape?") == "red"
+
+
+class TestHostileRequests:
+    """Without a browser."""
+
+    @staticmethod
+    def post(address: str, path: str, body: bytes, kind: str = "application/json") -> int:
+        request = Request(f"{address}/gradio_api/{path}", data=body, headers={"Content-Type": kind})
+        try:
+            with urlopen(request, timeout=SECONDS) as response:
+                return response.status
+        except HTTPError as error:
+            return error.code
+
+    def test_an_address_in_place_of_an_upload(self, address):
+        call = {"data": [{"path": f"{address}/config"}], "fn_index": 0, "session_hash": "x"}
+        assert self.post(address, "queue/join", json.dumps(call).encode()) == 422
+
+    @pytest.mark.parametrize(
+        ("path", "kind", "length"),
+        [
+            ("queue/join", "application/json", MAX_JSON_BYTES + 1),
+            ("upload", "multipart/form-data; boundary=x", 2 * MAX_UPLOAD_BYTES),
+        ],
+    )
+    def test_large_bodies_are_refused_before_they_are_sent(self, address, path, kind, length):
+        connection = HTTPConnection(address.removeprefix("http://"), timeout=SECONDS)
+        connection.putrequest("POST", f"/gradio_api/{path}")
+        connection.putheader("Content-Type", kind)
+        connection.putheader("Content-Length", str(length))
+        connection.endheaders()
+        assert connection.getresponse().status == 413
+        connection.close()
+
+    @pytest.mark.parametrize("path", ["/etc/passwd", "../../../etc/passwd", "src/fusion_hf/__init__.py"])
+    def test_files_of_the_server(self, address, path):
+        try:
+            with urlopen(f"{address}/gradio_api/file={path}", timeout=SECONDS) as response:
+                pytest.fail(f"got {response.read()[:40]!r}")
+        except HTTPError as error:
+            assert error.code in (403, 404)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"meta": {"_type": "gradio.FileData"}},
+            {"meta": {"_type": "gradio.FileData"}, "is_stream": True},
+            {"is_stream": True, "url": "http://127.0.0.1"},
+        ],
+    )
+    @pytest.mark.parametrize("is_relative", [False, True])
+    def test_pictures_of_the_server(self, address, red_circle, root, fields, is_relative):
+        """Which exist, and are pictures, but were not uploaded."""
+        path = str(red_circle.relative_to(root) if is_relative else red_circle)
+        assert self.tiles_of(address, {"path": path, **fields}) is None
+
+    @pytest.mark.parametrize("path", [None, "", ".", "/", "nowhere.png", "\0"])
+    def test_no_file(self, address, path):
+        assert self.tiles_of(address, {"path": path}) is None
+
+    def tiles_of(self, address: str, picture: object) -> object:
+        """What the page would show of the tiles of a picture, as a browser names it; None: it refuses."""
+        with urlopen(f"{address}/config", timeout=SECONDS) as response:
+            calls = json.load(response)["dependencies"]
+        look = next(call["id"] for call in calls if call["targets"] and call["targets"][0][1] == "change")
+        session = secrets.token_hex(8)
+        call = {"data": [picture], "fn_index": look, "session_hash": session}
+        assert self.post(address, "queue/join", json.dumps(call).encode()) == 200
+        with urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=SECONDS) as events:
+            lines = (json.loads(line.removeprefix(b"data: ")) for line in events if line.startswith(b"data: "))
+            end = next(event for event in lines if event["msg"] == "process_completed")
+        return end["output"]["data"][-1] if end["success"] else None
+
+    def test_an_uploaded_picture_for_comparison(self, address, red_circle):
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head + red_circle.read_bytes() + b"\r\n--x--\r\n"
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        with urlopen(Request(f"{address}/gradio_api/upload", data=body, headers=kind), timeout=SECONDS) as response:
+            (path,) = json.load(response)
+        assert self.tiles_of(address, {"path": path, "meta": {"_type": "gradio.FileData"}}) is not None

@@ -1,0 +1,203 @@
+"""Sessions: right answers piece by piece, refusals, stopping, and no two calls of the model at once."""
+
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fusion_hf.demo import session as session_module
+from fusion_hf.demo.examples import draw_examples
+from fusion_hf.demo.session import MAX_QUESTION, MAX_SHOWN_SIDE, Answerer, Session, open_upload
+from fusion_hf.errors import InputError
+from fusion_hf.inference import Assistant, Conversation
+
+QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")
+LONG_ANSWER = 200
+
+
+def ask(answerer: Answerer, session: Session, question: str, query_len: int | None = None) -> str:
+    """The last of what is shown."""
+    *_, answer = answerer.ask(session, question, answerer.query_len if query_len is None else query_len)
+    return answer
+
+
+def test_answers_are_those_of_a_conversation(answerer, session, assistant, red_circle):
+    conversation = Conversation(assistant, assistant.open_picture(str(red_circle)), answerer.max_new_tokens)
+    for question in QUESTIONS:
+        assert ask(answerer, session, question) == conversation.ask(question)
+    assert [turn.question for turn in session.turns] == list(QUESTIONS)
+    assert session.turns[0].answer == "red"
+
+
+def test_the_answer_grows(answerer, session):
+    shown = list(answerer.ask(session, QUESTIONS[0], answerer.query_len))
+    assert shown[-1] == session.turns[-1].answer
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
+
+
+@pytest.fixture
+def endless(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model goes on with words where it would end."""
+    specials = assistant.processor.tokenizer.all_special_ids
+    monkeypatch.setattr(assistant.model.generation_config, "suppress_tokens", specials)
+
+
+def test_an_answer_ends_at_the_maximum(endless, assistant, red_circle):
+    answerer = Answerer(assistant, LONG_ANSWER)
+    session = answerer.look(red_circle)
+    ask(answerer, session, QUESTIONS[0])
+    assert session.turns[0].times.tokens == LONG_ANSWER
+
+
+def test_each_question_has_its_query_len(answerer, session, assistant, monkeypatch):
+    lengths = []
+    prepare = Assistant.prepare
+    monkeypatch.setattr(
+        Assistant,
+        "prepare",
+        lambda self, messages, length, *rest: lengths.append(length) or prepare(self, messages, length, *rest),
+    )
+    for length in answerer.query_lens:
+        ask(answerer, session, QUESTIONS[0], length)
+    assert lengths == answerer.query_lens == assistant.model.config.query_lens
+    with pytest.raises(InputError, match="query_len is 9; allowed: 4, 16"):
+        ask(answerer, session, QUESTIONS[0], 9)
+
+
+def test_a_length_of_the_caller_can_be_chosen(assistant):
+    answerer = Answerer(assistant, 1, query_len=9)
+    assert (answerer.query_len, answerer.query_lens) == (9, [4, 9, 16])
+
+
+def test_a_smaller_grid_reaches_the_conversation(assistant, red_circle):
+    session = Answerer(assistant, 1, image_token_grid=3).look(red_circle)
+    assert session.conversation.image_token_grid == 3
+
+
+@pytest.mark.parametrize(
+    ("question", "part"),
+    [("", "empty"), (" \n", "empty"), ("x" * (MAX_QUESTION + 1), f"{MAX_QUESTION + 1} characters")],
+)
+def test_questions_that_are_refused(answerer, session, question, part):
+    with pytest.raises(InputError, match=part):
+        ask(answerer, session, question)
+    assert session.turns == []
+
+
+def test_a_conversation_longer_than_the_model_reads(answerer, session):
+    ask(answerer, session, QUESTIONS[0])
+    with pytest.raises(InputError, match="tokens"):
+        ask(answerer, session, "why? " * (MAX_QUESTION // 5))
+    assert [turn.question for turn in session.turns] == [QUESTIONS[0]]
+    assert ask(answerer, session, QUESTIONS[1]) == "circle"
+
+
+def test_closing_stops_the_model_and_leaves_the_session(endless, assistant, red_circle):
+    answerer = Answerer(assistant, LONG_ANSWER)
+    session = answerer.look(red_circle)
+    tokens = []
+    handle = assistant.model.lm_head.register_forward_hook(lambda *_: tokens.append(1))
+    answers = answerer.ask(session, QUESTIONS[0], answerer.query_len)
+    next(answers)
+    answers.close()
+    handle.remove()
+    assert 0 < len(tokens) < LONG_ANSWER
+    assert session.turns == [] and session.conversation.messages == []
+
+
+def test_reset(answerer, session):
+    ask(answerer, session, QUESTIONS[0])
+    session.reset()
+    assert session.turns == [] and session.conversation.messages == []
+
+
+def test_sessions_do_not_mix_and_calls_do_not_overlap(answerer, assistant, tmp_path):
+    examples = draw_examples()
+    paths = [tmp_path / f"{index}.png" for index in range(len(examples))]
+    for path, example in zip(paths, examples, strict=True):
+        example.picture.save(path)
+    running, together = [], []
+    forward = assistant.model.register_forward_pre_hook(
+        lambda *_: running.append(threading.get_ident()) or together.append(len(running))
+    )
+    after = assistant.model.register_forward_hook(lambda *_: running.pop() and None)
+    sessions = [answerer.look(path) for path in paths]
+    answers: dict[int, str] = {}
+
+    def visit(index: int) -> None:
+        answers[index] = ask(answerer, sessions[index], examples[index].question)
+
+    threads = [threading.Thread(target=visit, args=(index,)) for index in range(len(examples))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    forward.remove()
+    after.remove()
+    assert [answers[index] for index in range(len(examples))] == ["red", "3", "left", "fish"]
+    assert set(together) == {1}
+
+
+def test_times_are_of_this_picture_and_answer(answerer, session):
+    ask(answerer, session, QUESTIONS[0])
+    times = session.turns[0].times
+    assert session.times.preprocessing > 0 and session.times.encoding > 0
+    assert times.first_token > 0 and times.tokens == 2  # the word and the end
+    assert times.tokens_per_second == pytest.approx(1 / times.decoding)
+
+
+def test_tiles_are_those_that_the_model_reads(session, assistant, red_circle):
+    (pixels,) = assistant.cut([assistant.open_picture(str(red_circle))])
+    read = ((pixels.numpy() * 0.5 + 0.5) * 255).round().astype(np.uint8)
+    assert np.array_equal(session.tiles, read.transpose(0, 2, 3, 1))
+
+
+def test_a_session_keeps_a_small_picture(answerer, tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.new("RGB", (4 * MAX_SHOWN_SIDE, MAX_SHOWN_SIDE), "red").save(path)
+    assert answerer.look(path).picture.size == (MAX_SHOWN_SIDE, MAX_SHOWN_SIDE // 4)
+
+
+class TestUploads:
+    """Pictures that are refused, in a line that does not name the server's folders."""
+
+    @staticmethod
+    def refused(assistant: Assistant, path: Path) -> str:
+        with pytest.raises(InputError) as info:
+            open_upload(assistant, path)
+        assert str(path.parent) not in str(info.value)
+        assert path.name in str(info.value)
+        return str(info.value)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
+    )
+    def test_no_picture(self, assistant, tmp_path, content):
+        path = tmp_path / "picture.png"
+        path.write_bytes(content)
+        assert "is no picture; allowed: BMP" in self.refused(assistant, path)
+
+    def test_truncated(self, assistant, tmp_path, red_circle):
+        path = tmp_path / "truncated.png"
+        path.write_bytes(red_circle.read_bytes()[:200])
+        assert "cannot be decoded" in self.refused(assistant, path)
+
+    def test_too_many_pixels(self, assistant, tmp_path, red_circle, monkeypatch):
+        monkeypatch.setattr(session_module, "MAX_PIXELS", 64 * 64 - 1)
+        path = tmp_path / "large.png"
+        path.write_bytes(red_circle.read_bytes())
+        assert "64 x 64 = 4096 pixels; allowed: max_image_pixels = 4095" in self.refused(assistant, path)
+
+    def test_bomb(self, assistant, tmp_path):
+        path = tmp_path / "bomb.png"
+        Image.new("1", (20_000, 20_000)).save(path)
+        assert "decompression bomb" in self.refused(assistant, path)
+
+    def test_too_many_bytes(self, assistant, tmp_path, red_circle, monkeypatch):
+        monkeypatch.setattr(session_module, "MAX_UPLOAD_BYTES", 700)
+        path = tmp_path / "many.png"
+        path.write_bytes(red_circle.read_bytes())
+        assert f"has {path.stat().st_size} bytes; allowed: 700" in self.refused(assistant, path)

@@ -1,0 +1,78 @@
+"""An answer that nobody waits for ends, so that the next visitor gets his. With a page in this process."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fusion_hf.demo.session import Answerer
+
+pytestmark = pytest.mark.demo
+
+QUESTION = "what color is the shape?"
+PAUSE = 0.05  # seconds per token
+LONGEST = 400  # tokens, which take much longer than a test waits
+PATIENCE = 5  # seconds
+
+
+@pytest.fixture
+def slow(assistant, monkeypatch) -> Iterator[list[int]]:
+    """Makes the model slow and its answers endless; counts its tokens."""
+    specials = assistant.processor.tokenizer.all_special_ids
+    monkeypatch.setattr(assistant.model.generation_config, "suppress_tokens", specials)
+    tokens: list[int] = []
+    handle = assistant.model.lm_head.register_forward_hook(lambda *_: tokens.append(1) or time.sleep(PAUSE))
+    yield tokens
+    handle.remove()
+
+
+@pytest.fixture
+def address(assistant, free_port: int, tmp_path, monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    from fusion_hf.demo.page import build_page, launch_settings
+
+    page = build_page(Answerer(assistant, LONGEST))
+    _, address, _ = page.launch(server_port=free_port, quiet=True, prevent_thread_lock=True, **launch_settings())
+    yield address
+    page.close(verbose=False)
+
+
+def wait_until_it_stands_still(tokens: list[int]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        before = len(tokens)
+        time.sleep(10 * PAUSE)
+        if len(tokens) == before:
+            return
+    pytest.fail(f"the model goes on: {len(tokens)} tokens")
+
+
+def test_the_stop_button(browser, address, slow, red_circle, monkeypatch, assistant):
+    from tests.demo.browsing import Visitor
+
+    visitor = Visitor(browser.new_page(), address)
+    visitor.show(red_circle)
+    visitor.type(QUESTION)
+    while not slow:
+        time.sleep(PAUSE)
+    visitor.page.locator("button.stop-button").click()
+    wait_until_it_stands_still(slow)
+    assert len(slow) < LONGEST
+    visitor.page.locator("#chat .bot.message").wait_for(state="detached")
+    assert visitor.answers() == []
+    monkeypatch.setattr(assistant.model.generation_config, "suppress_tokens", None)
+    assert visitor.ask(QUESTION) == "red"
+    visitor.page.close()
+
+
+def test_a_closed_tab(browser, address, slow, red_circle):
+    from tests.demo.browsing import Visitor
+
+    visitor = Visitor(browser.new_page(), address)
+    visitor.show(red_circle)
+    visitor.type(QUESTION)
+    while not slow:
+        time.sleep(PAUSE)
+    visitor.page.close()
+    wait_until_it_stands_still(slow)
+    assert len(slow) < LONGEST
