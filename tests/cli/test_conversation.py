@@ -97,6 +97,19 @@ def test_a_picture_is_resized_once(
     assert sizes.count(image.size) == 1
 
 
+def test_a_picture_that_was_seen_before(assistant: Assistant, image: Image.Image, watch: Watch):
+    """Its tiles are not encoded again, in either of two conversations."""
+    (seen,) = assistant.see_tiles(assistant.cut([image]))
+    assert watch.tiles == [TILES]
+    expected = assistant.see(image)
+    assert torch.equal(seen.overview, expected.overview)
+    assert torch.equal(seen.global_features, expected.global_features)
+    watch.clear()
+    answers = [Conversation(assistant, image, MOST, seen=seen).ask(question) for question in QUESTIONS[:2]]
+    assert watch.tiles == [1, 1]
+    assert answers == [Conversation(assistant, image, MOST).ask(question) for question in QUESTIONS[:2]]
+
+
 @pytest.mark.parametrize("budget", [{}, {"query_len": 4}, {"image_token_grid": 3}], ids=str)
 def test_a_conversation_is_encoded_with_all_its_questions(
     assistant: Assistant, image: Image.Image, watch: Watch, budget: dict[str, int]

@@ -53,6 +53,11 @@ class Visitor:
         expect(self.page.locator("#chat .bot.message")).to_have_count(number)
         return self.answers()[-1]
 
+    def call_of(self, event: str) -> int:
+        """Gradio's number of what the page does on an event."""
+        calls = self.page.evaluate("window.gradio_config.dependencies")
+        return next(call["id"] for call in calls if call["targets"] and call["targets"][0][1] == event)
+
     def answers(self) -> list[str]:
         return [text.strip() for text in self.page.locator("#chat .bot.message").all_inner_texts()]
 

@@ -48,7 +48,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, no other test can use asyncio
 def browser() -> Iterator[Any]:
     """The Chromium of this machine; or playwright's own, which fails with advice where it is not installed either."""
     from playwright.sync_api import sync_playwright

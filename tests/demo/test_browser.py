@@ -146,12 +146,32 @@ def test_another_picture_begins_anew(visit, example_files):
     assert visitor.ask("what word is written?") == "fish"
 
 
+def test_a_port_that_is_taken(server, free_port, root):
+    command = [sys.executable, "-m", "fusion_hf", "demo", "--port", str(free_port), "--device", "cpu"]
+    result = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=SECONDS)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: The page cannot listen at 127.0.0.1, port {free_port}: ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_no_host_but_this_one_is_asked(visit, red_circle, address):
     visitor = visit()
     visitor.show(red_circle)
     visitor.ask("what color is the shape?")
     local = (address, "data:", "blob:")
     assert [url for url in visitor.addresses if not url.startswith(local)] == []
+
+
+def test_what_looks_like_html_is_text(visit, red_circle):
+    visitor = visit()
+    visitor.show(red_circle)
+    question = (
+        "<b>what</b> *color* <img src='http://127.0.0.1:9/x.png'> is the shape & \n ![](http://127.0.0.1:9/y.png)"
+    )
+    visitor.ask(question)
+    shown = visitor.page.locator("#chat .user.message")
+    assert shown.inner_text().split() == question.split()
+    assert shown.locator("b, em, img").count() == 0
 
 
 class TestRefusals:
@@ -172,12 +192,13 @@ class TestRefusals:
         assert visitor.ask("what color is the shape?") == "red"
 
     def test_a_name_is_only_text(self, visit, tmp_path):
-        file = tmp_path / "<img src=x onerror=document.title=1>.png"
+        file = tmp_path / "<b>x<b>.png"
         file.write_text("no picture")
         visitor = visit()
         visitor.upload(file)
-        visitor.page.get_by_text("is no picture").wait_for()
-        assert visitor.page.title() == "FUSION"
+        note = visitor.page.get_by_test_id("toast-body")
+        note.get_by_text("is no picture").wait_for()
+        assert note.locator("b").count() == 0
 
     def test_the_conversation_is_too_long(self, visit, red_circle):
         visitor = visit()

@@ -1,7 +1,10 @@
 """An answer that nobody waits for ends, so that the next visitor gets his. With a page in this process."""
 
+import json
 import time
 from collections.abc import Iterator
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -76,3 +79,23 @@ def test_a_closed_tab(browser, address, slow, red_circle):
     visitor.page.close()
     wait_until_it_stands_still(slow)
     assert len(slow) < LONGEST
+
+
+def test_the_queue_is_bounded(browser, address, slow, red_circle):
+    from tests.demo.browsing import Visitor
+
+    from fusion_hf.demo.page import MAX_WAITING
+
+    visitor = Visitor(browser.new_page(), address)
+    visitor.show(red_circle)
+    visitor.type(QUESTION)
+    while not slow:
+        time.sleep(PAUSE)
+    call = json.dumps({"data": [None], "fn_index": visitor.call_of("change"), "session_hash": "waits"}).encode()
+    request = Request(f"{address}gradio_api/queue/join", data=call, headers={"Content-Type": "application/json"})
+    for _ in range(MAX_WAITING):
+        urlopen(request, timeout=PATIENCE).close()
+    with pytest.raises(HTTPError, match="503"):
+        urlopen(request, timeout=PATIENCE)
+    visitor.page.close()
+    wait_until_it_stands_still(slow)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from fusion_hf.demo.session import Turn
 from fusion_hf.demo.timing import AnswerTimes, PictureTimes
-from fusion_hf.demo.views import GAP, TILE_SIDE, chat_messages, draw_overlay, draw_tiles, times_table
+from fusion_hf.demo.views import GAP, TILE_SIDE, answer_choices, chat_messages, draw_overlay, draw_tiles, times_table
 from fusion_hf.maps.view import Word
 
 RED_THEN_CIRCLE = [
@@ -46,6 +46,16 @@ def test_chat(session):
     ]
     assert chat_messages(session, "how many?", "1")[-1] == {"role": "assistant", "content": "1"}
     assert chat_messages(None) == []
+
+
+def test_what_looks_like_html_is_text():
+    (message,) = chat_messages(None, "<b>1</b> & 2 < 3?")
+    assert message["content"] == "&lt;b&gt;1&lt;/b&gt; &amp; 2 &lt; 3?"
+
+
+def test_names_of_answers():
+    long = Turn("what?", "a red circle left of a blue triangle", (), 16, AnswerTimes(1.0, 1, 0.0))
+    assert answer_choices([RED_THEN_CIRCLE[0], long]) == [("1: red", 0), ("2: a red circle left of ...", 1)]
 
 
 def test_times(session):

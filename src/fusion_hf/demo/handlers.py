@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from fusion_hf.demo.session import Answerer, Session
-from fusion_hf.demo.views import chat_messages, draw_overlay, draw_tiles, times_table
+from fusion_hf.demo.views import answer_choices, chat_messages, draw_overlay, draw_tiles, times_table
 from fusion_hf.errors import InputError
 
 NO_PICTURE = "Show a picture first."
@@ -73,14 +73,13 @@ class Handlers:
     def show(self, session: Session | None, question: Any = "") -> Values:
         """What there is: all answers, and the words of the last one to choose from."""
         turns = [] if session is None else session.turns
-        answers = [(f"{number}: {turn.answer}", number - 1) for number, turn in enumerate(turns, start=1)]
-        last = len(answers) - 1 if answers else None
+        last = len(turns) - 1 if turns else None
         return (
             session,
             chat_messages(session),
             question,
             times_table(session),
-            gr.update(choices=answers, value=last),
+            gr.update(choices=answer_choices(turns), value=last),
             *self.choose_answer(last, session),
         )
 

@@ -1,5 +1,7 @@
 """What the page shows of a session, as pictures and text."""
 
+from html import escape
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from fusion_hf.maps.drawing import COLORS, OPACITY
 TILE_SIDE = 192  # pixels that a tile has at least on the page
 SHOWN_SIDE = 400  # pixels that the longer side of an overlay has at least
 GAP = 8  # pixels between tiles
+LONGEST_NAME = 24  # characters of an answer in a list of answers
 MILLISECONDS = 1000
 UNKNOWN = "–"
 
@@ -51,12 +54,19 @@ def draw_overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def chat_messages(session: Session | None, question: str = "", answer: str = "") -> list[dict[str, str]]:
-    """The conversation, and a question that is being answered, as gradio's chat takes it."""
+    """The conversation, and a question that is being answered, as gradio's chat takes it: HTML of plain text."""
     turns = [] if session is None else [(turn.question, turn.answer) for turn in session.turns]
     if question:
         turns.append((question, answer))
     roles = ("user", "assistant")
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True) if text]
+    said = [(role, text) for turn in turns for role, text in zip(roles, turn, strict=True) if text]
+    return [{"role": role, "content": escape(text, quote=False)} for role, text in said]
+
+
+def answer_choices(turns: list[Turn]) -> list[tuple[str, int]]:
+    """A short name of each answer, and its place."""
+    names = (shorten(turn.answer, LONGEST_NAME, placeholder=" ...") for turn in turns)
+    return [(f"{index + 1}: {name}", index) for index, name in enumerate(names)]
 
 
 def times_table(session: Session | None) -> str:
