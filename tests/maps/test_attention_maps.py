@@ -10,7 +10,7 @@ from PIL import Image
 import fusion_hf
 from fusion_hf import AttentionMaps, attention_maps
 from fusion_hf.errors import InputError
-from fusion_hf.inference import Assistant, question_message
+from fusion_hf.inference import Assistant, Conversation, question_message
 from fusion_hf.maps.drawing import draw_overlay, save_overlays
 
 PICTURE = "docs/assets/red_circle.png"
@@ -124,3 +124,21 @@ def test_without_matplotlib_the_error_names_the_extra(result: AttentionMaps, mon
 def test_it_is_a_public_name():
     assert fusion_hf.attention_maps is attention_maps
     assert {"AttentionMaps", "attention_maps"} <= set(fusion_hf.__all__)
+
+
+@pytest.mark.parametrize("first", [HISTORY[0], question_message("how many shapes are there?")])
+def test_a_history_is_read_as_in_a_conversation(assistant: Assistant, monkeypatch: pytest.MonkeyPatch, first: dict):
+    read = []
+
+    original = Assistant.prepare
+
+    def prepare(*args, **kwargs):
+        read.append(original(*args, **kwargs))
+        return read[-1]
+
+    monkeypatch.setattr(Assistant, "prepare", prepare)
+    talk = Conversation(assistant, assistant.open_picture(PICTURE), max_new_tokens=16)
+    talk.messages = [question_message("how many shapes are there?", talk.picture), HISTORY[1]]
+    answer = talk.ask(QUESTION)
+    assert attention_maps(PICTURE, QUESTION, assistant, [first, HISTORY[1]]).answer == answer
+    assert len(read) == 2 and read[0]["input_ids"].equal(read[1]["input_ids"])

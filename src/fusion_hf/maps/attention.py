@@ -65,7 +65,7 @@ def attention_maps(
         image: a file, an http(s) address or a PIL image.
         question: the last question.
         model: an [`Assistant`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
-        history: chat messages before the question, text only.
+        history: chat messages before the question, text only; the first user's gets the picture.
         max_new_tokens, query_len, image_token_grid: see [`Assistant.answer`].
         layer_groups: neighbouring layers are averaged in at most so many groups.
         device, dtype: see [`Assistant.load`]; not with an [`Assistant`].
@@ -82,7 +82,7 @@ def attention_maps(
         raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside an Assistant: {AUTO!r}.")
     assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
     picture = assistant.open_picture(image)
-    messages = [*history, question_message(question, picture)]
+    messages = _show([*history, question_message(question)], picture)
     inputs = assistant.prepare(messages, query_len, image_token_grid=image_token_grid)
     tap = AttentionTap(assistant.model, inputs["input_ids"], layer_groups)
     with tap:
@@ -104,3 +104,12 @@ def attention_maps(
 
 def _array(rows: torch.Tensor) -> np.ndarray:
     return rows.float().numpy()
+
+
+def _show(messages: list[dict[str, Any]], picture: Image.Image) -> list[dict[str, Any]]:
+    """The messages with the picture in the first user's, where every conversation has it."""
+    place = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    content = messages[place]["content"]
+    texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    shown = {"role": "user", "content": [{"type": "image", "image": picture}, *texts]}
+    return [*messages[:place], shown, *messages[place + 1 :]]
