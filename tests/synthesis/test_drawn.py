@@ -41,3 +41,12 @@ def test_a_share_of_the_tasks_has_all_categories(tmp_path: Path):
     assert {name: counts["records"] for name, counts in report.items()} == {"SynthColor": 24, "SynthMultiChoice": 48}
     letters = report["SynthMultiChoice"]["answer_letters"]
     assert letters and set(letters) <= set("ABCD")
+
+
+def test_many_tasks_of_few_records_have_all_categories(tmp_path: Path):
+    """What is drawn does not depend on the number of tasks."""
+    one, many = (synthesize(tmp_path / str(tasks), executor={"tasks": tasks}) for tasks in (1, RECORDS // 4))
+    report = finished_report(many)["categories"]
+    assert set(report) == set(load_categories())
+    assert report.keys() == finished_report(one)["categories"].keys()
+    assert {record["id"] for record in written(many)} == {record["id"] for record in written(one)}

@@ -37,7 +37,9 @@ class DrawRecords(PipelineStep):
 
         first = sum(task_size(self.records, world_size, task) for task in range(rank))
         count = task_size(self.records, world_size, rank)
-        for position, category in enumerate(islice(spread_categories(self.shares), count)):
+        # of all tasks together: a task of a few records has not all categories
+        categories = islice(spread_categories(self.shares), first, first + count)
+        for position, category in enumerate(categories):
             with self.track_time():
                 drawn = draw(category, self.seed, first + position)
                 picture = encode_png(as_one(drawn.pictures), {MODEL: BACKEND, SEED: str(self.seed)})
