@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
+from fusion_hf import publishing
 from fusion_hf.conversion import hub as hub_module
 from fusion_hf.conversion.errors import ConversionError
 
@@ -90,7 +91,7 @@ def test_push(tmp_path, hub, run):
 
 
 def test_push_needs_a_login_before_any_work(monkeypatch):
-    monkeypatch.setattr(hub_module, "get_token", lambda: None)
+    monkeypatch.setattr(publishing, "get_token", lambda: None)
     with pytest.raises(ConversionError, match="hf auth login"):
         hub_module.check_can_push("somebody/fusion")
 

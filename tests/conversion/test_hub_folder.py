@@ -17,6 +17,7 @@ from tests.helpers.tokenizers import write_phi3_tokenizer
 from fusion_hf import FusionConfig
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.family import BENCHMARKS, DATASETS, MEMBERS, find_member
+from fusion_hf.publishing import check_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 FAMILY_FILES = {"FUSION 3B": "fusion-3b", "FUSION-X 3B": "fusion-x-3b", "FUSION-L 3B": "fusion-l-3b"}
@@ -65,6 +66,14 @@ def test_stranger(tmp_path, convert):
     result = run_stranger(output)
     assert result.returncode == 0, result.stderr
     assert "snippet 1" in result.stdout
+
+
+@pytest.mark.slow
+def test_it_can_be_published(tmp_path, convert):
+    write_checkpoint(tmp_path / "checkpoint", vocab_size=32_013)
+    write_phi3_tokenizer(tmp_path / "checkpoint")
+    output = convert("--dtype", "bfloat16")
+    assert sorted(file.name for file in check_folder(output)) == sorted(path.name for path in output.iterdir())
 
 
 def test_card_of_a_checkpoint(tmp_path, convert):

@@ -23,6 +23,9 @@ class HubState:
     commits: list[dict[str, Any]] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     downloads: dict[str, int] = field(default_factory=dict)  # path -> bytes sent
+    tags: dict[str, dict[str, str]] = field(default_factory=dict)  # repository -> tag -> commit
+    fails: dict[str, int] = field(default_factory=dict)  # part of an address -> status of the answer
+    requests: list[str] = field(default_factory=list)  # method and path, of what changes something
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -53,9 +56,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, content: object, status: int = 200) -> None:
         self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"})
 
+    def _fails(self) -> bool:
+        """Whether the test wants this request to fail; answers it then."""
+        for part, status in self.state.fails.items():
+            if part in self.path:
+                self._json({"error": f"{part} fails", "errors": [{"message": f"{part} fails"}]}, status)
+                return True
+        return False
+
     def do_GET(self) -> None:
         self._body()
         path = self.path.split("?")[0]
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
+            return self._refs(match[1])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.*", path):
             return self._tree(match[1])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/.*)?", path):
@@ -65,6 +78,19 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({})
 
     do_HEAD = do_GET
+
+    def _refs(self, name: str) -> None:
+        tags = self.state.tags.get(name, {}).items()
+        refs = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": commit} for tag, commit in tags]
+        self._json({"branches": [], "converts": [], "tags": refs})
+
+    def do_DELETE(self) -> None:
+        request = json.loads(self._body())
+        self.state.requests.append(f"DELETE {self.path}")
+        if not self._fails():
+            name = f"{request['organization']}/{request['name']}"
+            del self.state.repositories[name], self.state.private[name]
+            self._json({})
 
     def _missing(self, code: str) -> None:
         self._send(b"{}", 404, {"X-Error-Code": code, "X-Error-Message": "not found"})
@@ -79,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.state.repositories:
             return self._missing("RepoNotFound")
         siblings = [{"rfilename": path} for path in self.state.repositories[name]]
-        return self._json({"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": []})
+        info = {"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": []}
+        return self._json(info | {"private": self.state.private.get(name, False)})
 
     def _file(self, name: str, path: str) -> None:
         content = self.state.repositories.get(name, {}).get(path)
@@ -97,12 +124,21 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(part, status, headers)
 
     def do_PUT(self) -> None:
-        self.state.blobs[self.path.removeprefix("/put/")] = self._body()
-        self._send(b"")
+        body = self._body()
+        self.state.requests.append(f"PUT {self.path}")
+        if not self._fails():
+            self.state.blobs[self.path.removeprefix("/put/")] = body
+            self._send(b"")
 
     def do_POST(self) -> None:
         body = self._body()
         host = f"http://{self.headers['Host']}"
+        self.state.requests.append(f"POST {self.path}")
+        if self._fails():
+            return None
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tag/(.+)", self.path):
+            self.state.tags.setdefault(match[1], {})[json.loads(body)["tag"]] = match[2]
+            return self._json({})
         if self.path == "/api/repos/create":
             request = json.loads(body)
             name = f"{request['organization']}/{request['name']}"

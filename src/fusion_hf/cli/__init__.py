@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, demo, evaluate, maps, merge, plan, serve, synthesize, train
+from fusion_hf.cli import data, demo, evaluate, maps, merge, plan, push, serve, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
 from fusion_hf.errors import InputError
 
@@ -93,6 +93,7 @@ def make_parser() -> Parser:
     plan.add_parser(commands)
     merge.add_parser(commands)
     data.add_parser(commands)
+    push.add_parser(commands)
     evaluate.add_parser(commands)
     synthesize.add_parser(commands)
     serve.add_parser(commands, _shared_arguments(serve.DEFAULTS.answer_tokens))
@@ -203,6 +204,8 @@ def _run(argv: list[str]) -> int:
         return plan.run(arguments)
     if arguments.command == "merge":
         return merge.run(arguments)
+    if arguments.command == "push":
+        return push.run(arguments)
     if arguments.command == "data":
         return data.run(arguments)
     if arguments.command == "evaluate":

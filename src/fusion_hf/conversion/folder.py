@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-import fusion_hf
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.tokenizer import find_chat_format
 from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.publishing import CODE_PATTERN, PACKAGE
 
-PACKAGE = Path(fusion_hf.__file__).parent
-CODE_PATTERN = "*_fusion*.py"
 MODEL_CLASS = "modeling_fusion.FusionForConditionalGeneration"
 AUTO_MAPS = {
     "config.json": {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # of the client that it uses: httpx or httpx2
@@ -14,10 +14,11 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from fusion_hf.conversion.checkpoint import SAFETENSORS_DTYPES, StoredTensor, first_line
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.errors import InputError
+from fusion_hf.publishing import check_repository, upload
 
 Wanted = Literal["all", "headers", "configuration"]
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -134,11 +135,9 @@ def check_can_push(repository: str) -> None:
         ConversionError: for an impossible name, or if nobody is logged in.
     """
     try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ConversionError(f"--push-to-hub: {first_line(error)}.") from error
-    if get_token() is None:
-        raise ConversionError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.")
+        check_repository(repository, "--push-to-hub")
+    except InputError as error:
+        raise ConversionError(first_line(error)) from error
 
 
 def push(folder: Path, repository: str, private: bool, message: str) -> str:
@@ -147,12 +146,10 @@ def push(folder: Path, repository: str, private: bool, message: str) -> str:
     Raises:
         ConversionError: if the upload fails; the folder stays.
     """
-    api = HfApi()
+    names = sorted(path.name for path in folder.iterdir())
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
+        return upload(folder, names, repository, private, message)
+    except InputError as error:
         raise ConversionError(
             f"The result is complete in {folder}, but pushing it to {repository} failed: {first_line(error)}."
         ) from error
-    return commit.commit_url

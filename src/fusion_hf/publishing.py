@@ -1,0 +1,260 @@
+"""Model folders on the Hub: what is checked before anything is sent, and one commit that has all of it or nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
+
+import fusion_hf
+from fusion_hf.conversion.writer import INDEX_NAME
+from fusion_hf.errors import InputError
+
+PACKAGE = Path(fusion_hf.__file__).parent
+CODE_PATTERN = "*_fusion*.py"  # the code that every model folder has
+CARD, WEIGHTS = "README.md", "model.safetensors"
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    CARD,
+)
+TEXT, PICTURES, TOKENIZER = (".json", ".jinja", ".md", ".txt"), (".png", ".jpg", ".jpeg", ".webp"), ".model"
+SAFETENSORS = ".safetensors"
+OTHER_NAMES = (".gitattributes", "LICENSE", "NOTICE")
+NOT_SENT = (".git", ".cache")  # what git and huggingface_hub leave in a folder
+CODE_BEGINNINGS = (b"\x80", b"PK\x03\x04")  # of pickles, and of the archives that torch.save makes
+CARD_FIELDS = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": None}
+CLASS = re.compile(r"(\w+)\.\w+")  # in an auto_map: a module of the folder, not of another repository
+TAG = re.compile(r"[A-Za-z0-9][\w.+-]*")
+DEFAULT_TAG = f"v{fusion_hf.__version__}"
+UPLOAD_ERRORS = (OSError, HTTPError, HFValidationError, ValueError, RuntimeError)
+
+
+class SentFile(NamedTuple):
+    """A file of a folder that is to be published."""
+
+    name: str
+    size: int  # bytes
+
+
+def check_folder(folder: Path) -> list[SentFile]:
+    """
+    Everything that can be wrong with a model folder, before any of it is sent; returns its files.
+
+    Raises:
+        InputError: names the file and what is wrong with it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--model: {folder} is no folder; give a model folder.")
+    paths = sorted(path for path in folder.iterdir() if path.name not in NOT_SENT)
+    names = {path.name for path in paths}
+    code = {path.name: path for path in sorted(PACKAGE.glob(CODE_PATTERN))}
+    for name in (*NEEDED, *code):
+        if name not in names:
+            advice = "write its model card" if name == CARD else "save or convert the model again"
+            raise InputError(f"{folder} has no {name}; {advice}.")
+    for path in paths:
+        _check_file(path, code)
+    _check_weights(folder, {path.name for path in paths if path.suffix == SAFETENSORS})
+    _check_card(folder / CARD)
+    _check_alone(folder)
+    return [SentFile(path.name, path.stat().st_size) for path in paths]
+
+
+def _check_file(path: Path, code: dict[str, Path]) -> None:
+    """No code but this package's, and nothing that can hold any."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a model folder has none: move it away.")
+    if path.suffix == ".py":
+        if path.name not in code:
+            raise InputError(f"{path} is code that FUSION does not need: remove it.")
+        if path.read_bytes() != code[path.name].read_bytes():
+            raise InputError(f"{path} differs from {path.name} of fusion_hf {fusion_hf.__version__}: save again.")
+        return
+    if path.suffix not in (*TEXT, *PICTURES, TOKENIZER, SAFETENSORS) and path.name not in OTHER_NAMES:
+        raise InputError(f"{path} is no file of a model folder (pickles can hold code): remove it.")
+    with path.open("rb") as file:
+        if path.suffix != SAFETENSORS and file.read(len(max(CODE_BEGINNINGS, key=len))).startswith(CODE_BEGINNINGS):
+            raise InputError(f"{path} begins like a pickle or an archive, which can hold code: remove it.")
+    if path.suffix in TEXT or path.name in OTHER_NAMES:
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else None
+        except ValueError as error:  # of the encoding, or of JSON
+            raise InputError(f"{path} cannot be read: {error}") from error
+        _check_auto_map(path, values, code)
+
+
+def _check_auto_map(path: Path, values: Any, code: dict[str, Path]) -> None:
+    """Classes are those of the folder: an auto_map may name a repository, whose code would be run."""
+    if not isinstance(values, dict) or not isinstance(values.get("auto_map", {}), dict):
+        return
+    for classes in values.get("auto_map", {}).values():
+        for name in classes if isinstance(classes, list) else [classes]:
+            match = CLASS.fullmatch(str(name))
+            if name is not None and (match is None or f"{match[1]}.py" not in code):
+                raise InputError(f"{path}: auto_map names {name!r}; allowed: classes of {', '.join(code)}.")
+
+
+def _check_weights(folder: Path, files: set[str]) -> None:
+    """Every file of weights can be read, belongs to the model, and has the tensors that the index says."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        expected: dict[str, set[str]] = {WEIGHTS: set()}
+    else:
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        expected = {file: {key for key, place in weight_map.items() if place == file} for file in weight_map.values()}
+    for name in sorted(expected):
+        if name not in files:
+            raise InputError(f"{folder} has no {name}; copy or save the weights again.")
+    for name in sorted(files):
+        if name not in expected:
+            raise InputError(f"{folder / name} is not part of the model: remove it.")
+        try:
+            with safe_open(folder / name, "numpy") as file:
+                keys = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / name} cannot be read: {error}; copy or save it again.") from error
+        if index.is_file() and keys != expected[name]:
+            odd = sorted(keys ^ expected[name])[0]
+            raise InputError(f"{index} and {name} disagree about {odd}; copy or save the weights again.")
+
+
+def _check_card(path: Path) -> None:
+    """By huggingface_hub's rules, as far as they need no network, and with what the Hub shows a model by."""
+    try:
+        data = ModelCard(path.read_text(encoding="utf-8")).data.to_dict()
+    except (ValueError, TypeError, YAMLError) as error:
+        raise InputError(f"{path} has invalid metadata: {error}") from error
+    for name, expected in CARD_FIELDS.items():
+        value = data.get(name)
+        if not value or (expected is not None and value != expected):
+            allowed = "an identifier of a licence" if expected is None else repr(expected)
+            raise InputError(f"{path}: {name} is {value!r} in its metadata; allowed: {allowed}.")
+
+
+def _check_alone(folder: Path) -> None:
+    """It loads and answers where this package is not installed."""
+    script = (PACKAGE / "stranger.py").read_text(encoding="utf-8")
+    hidden = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    with tempfile.TemporaryDirectory() as empty:
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(folder.resolve())],
+            cwd=empty,
+            env={**hidden, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": empty},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise InputError(f"{folder} does not answer by itself, without this package: {reason}")
+
+
+def check_repository(repository: str, flag: str) -> None:
+    """Refuse an upload that is bound to fail before any work.
+
+    Raises:
+        InputError: for an impossible name, or if nobody is logged in.
+    """
+    check_name(repository, flag)
+    if get_token() is None:
+        raise InputError(f"{flag} needs a login: run `hf auth login`, or set HF_TOKEN.")
+
+
+def check_name(repository: str, flag: str) -> None:
+    """
+    Raises:
+        InputError: if no repository can have that name.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"{flag}: {error}") from error
+
+
+def check_tag(tag: str) -> None:
+    """
+    Raises:
+        InputError: if no version can have that name.
+    """
+    if not TAG.fullmatch(tag):
+        raise InputError(f"--tag is {tag!r}; allowed: letters, digits and . _ + -, beginning with a letter or digit.")
+
+
+def upload(
+    folder: Path, names: Sequence[str], repository: str, private: bool, message: str, tag: str | None = None
+) -> str:
+    """
+    Files of a folder in one commit, and a tag on it; returns the address. A repository that was made for a commit that
+    fails is removed again.
+
+    Args:
+        private: make the repository private if it is new.
+        tag: of a version, which the repository does not have yet.
+
+    Raises:
+        InputError: if the tag exists, the repository is public where a private one is wanted, or anything fails.
+    """
+    api = HfApi()
+    is_created = is_committed = False
+    try:
+        is_new = _check_remote(api, repository, private, tag)
+        url = api.create_repo(repository, private=private or None, exist_ok=not is_new)
+        is_created = is_new
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+        # which lets the Hub check the card before anything is sent
+        commit = api.create_commit(repository, operations, commit_message=message)
+        is_committed = True
+    except InputError:
+        raise
+    except UPLOAD_ERRORS as error:
+        raise InputError(f"{repository} is as it was, for the upload failed: {error}") from error
+    finally:
+        if is_created and not is_committed:
+            _withdraw(api, repository)
+    if tag is None:
+        return commit.commit_url
+    try:
+        api.create_tag(repository, tag=tag, revision=commit.oid)
+    except UPLOAD_ERRORS as error:
+        raise InputError(
+            f"All files are in {url}, but the tag {tag} could not be made: give the same command again. {error}"
+        ) from error
+    return f"{url}/tree/{tag}"
+
+
+def _withdraw(api: HfApi, repository: str) -> None:
+    """Remove a repository that has nothing in it."""
+    try:
+        api.delete_repo(repository, missing_ok=True)
+    except UPLOAD_ERRORS as error:
+        raise InputError(f"The upload failed, and {repository} is left empty: {error}") from error
+
+
+def _check_remote(api: HfApi, repository: str, private: bool, tag: str | None) -> bool:
+    """Whether the repository is new; an old one must fit."""
+    try:
+        info = api.repo_info(repository)
+    except RepositoryNotFoundError:
+        return True
+    if private and not info.private:
+        raise InputError(f"--private: {repository} exists and is public; give another name, or change it on the Hub.")
+    if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repository).tags}:
+        raise InputError(f"--tag: {repository} has a version {tag} already; give another --tag.")
+    return False

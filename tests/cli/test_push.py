@@ -1,0 +1,285 @@
+"""`fusion-hf push`: what is checked, what is sent, and that a failure leaves nothing half-published."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
+
+from fusion_hf import __version__, publishing
+from fusion_hf.errors import InputError
+from fusion_hf.publishing import check_folder
+
+REPOSITORY = "somebody/fusion"
+ROOT = Path(__file__).parents[2]
+SECONDS = 300  # a hung process fails its test
+Push = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(nano: Path, tmp_path: Path) -> Path:
+    """A copy of the bundled model, with what git and huggingface_hub leave in a folder."""
+    copy = tmp_path / "model"
+    shutil.copytree(nano, copy)
+    for name in (".git", ".cache"):
+        (copy / name).mkdir()
+        (copy / name / "secret.pkl").touch()
+    return copy
+
+
+@pytest.fixture
+def push(hub: HubServer, tmp_path: Path) -> Push:
+    """Runs the command in a process of its own: huggingface_hub reads its environment when it is imported."""
+
+    def call(
+        model: Path, *options: str, repository: str = REPOSITORY, **variables: str
+    ) -> subprocess.CompletedProcess:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
+            "PYTHONPATH": str(ROOT / "src"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_TOKEN": "hf_test",
+        }
+        command = [sys.executable, "-m", "fusion_hf", "push", "--model", str(model), "--repo", repository, *options]
+        environment = {name: value for name, value in (environment | variables).items() if value}
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300
+        )
+
+    return call
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of other checks: the one that starts a process is left out."""
+    monkeypatch.setattr(publishing, "_check_alone", lambda folder: None)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def failed(result: subprocess.CompletedProcess[str], *messages: str) -> None:
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert all(message in result.stderr for message in messages), result.stderr
+
+
+def test_one_commit_and_a_tag(hub: HubServer, folder: Path, push: Push):
+    result = push(folder, "--private", "--tag", "v2.0")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{hub.url}/{REPOSITORY}/tree/v2.0\n"
+    (commit,) = hub.state.commits
+    assert commit["repository"] == REPOSITORY and commit["summary"] == "Upload model (v2.0)"
+    assert sorted(commit["files"]) == sorted(files_of(folder))
+    assert hub.state.repositories[REPOSITORY] == files_of(folder)
+    assert hub.state.private[REPOSITORY]
+    assert hub.state.tags == {REPOSITORY: {"v2.0": COMMIT}}
+
+
+@pytest.mark.slow
+def test_dry_run_sends_nothing(hub: HubServer, folder: Path, push: Push):
+    result = push(folder, "--dry-run", HF_TOKEN="")
+    assert (result.returncode, result.stderr) == (0, "")
+    *lines, total = result.stdout.splitlines()
+    sizes = {name: int(size.replace(",", "")) for size, name in map(str.split, lines)}
+    assert sizes == {name: len(content) for name, content in files_of(folder).items()}
+    assert total == f"{sum(sizes.values()):,} bytes would be sent to {REPOSITORY} as v{__version__}"
+    assert hub.state.requests == [] and hub.state.repositories == {}
+
+
+@pytest.mark.slow
+def test_a_second_version(hub: HubServer, folder: Path, push: Push):
+    """The same tag is refused before anything is sent; another one is a commit of its own."""
+    assert push(folder).returncode == 0
+    before = list(hub.state.requests)
+    failed(push(folder), "--tag", f"v{__version__}", REPOSITORY)
+    assert hub.state.requests == before
+    failed(push(folder, "--private", "--tag", "v3"), "--private", "is public")
+    assert push(folder, "--tag", "v3").returncode == 0
+    assert len(hub.state.commits) == 2 and set(hub.state.tags[REPOSITORY]) == {f"v{__version__}", "v3"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["preupload", "/put/", "/commit/"])
+def test_a_failure_half_way_leaves_nothing(hub: HubServer, folder: Path, push: Push, part: str):
+    hub.state.fails = {part: 400}
+    failed(push(folder), f"{REPOSITORY} is as it was")
+    assert hub.state.repositories == {} and hub.state.commits == [] and hub.state.tags == {}
+
+    hub.state.repositories[REPOSITORY] = {"README.md": b"old"}
+    failed(push(folder), f"{REPOSITORY} is as it was")
+    assert hub.state.repositories == {REPOSITORY: {"README.md": b"old"}} and hub.state.tags == {}
+
+
+@pytest.mark.slow
+def test_a_server_error_leaves_nothing(hub: HubServer, folder: Path, push: Push):
+    hub.state.fails = {"/commit/": 500}
+    failed(push(folder), f"{REPOSITORY} is as it was", "500")
+    assert hub.state.repositories == {} and hub.state.tags == {}
+
+
+@pytest.mark.slow
+def test_what_could_not_be_removed_is_named(hub: HubServer, folder: Path, push: Push):
+    hub.state.fails = {"/commit/": 400, "/repos/delete": 403}
+    failed(push(folder), f"{REPOSITORY} is left empty")
+    assert hub.state.repositories == {REPOSITORY: {}}
+
+
+@pytest.mark.slow
+def test_a_tag_that_fails_can_be_made_later(hub: HubServer, folder: Path, push: Push):
+    hub.state.fails = {"/tag/": 400}
+    failed(push(folder, "--tag", "v1"), "tag v1 could not be made", f"{hub.url}/{REPOSITORY}")
+    hub.state.fails = {}
+    assert push(folder, "--tag", "v1").returncode == 0
+    assert hub.state.repositories[REPOSITORY] == files_of(folder)
+    assert set(hub.state.tags[REPOSITORY]) == {"v1"}
+
+
+@pytest.mark.slow
+def test_the_hub_refuses(hub: HubServer, folder: Path, push: Push):
+    hub.state.fails = {"validate-yaml": 400}
+    failed(push(folder), f"{REPOSITORY} is as it was", "Invalid metadata in README.md")
+    assert not [request for request in hub.state.requests if "PUT" in request]
+    assert hub.state.repositories == {}
+    hub.state.fails, hub.state.requests = {}, []
+    failed(push(folder, repository=REFUSED), f"{REFUSED} is as it was")
+    assert not [request for request in hub.state.requests if "DELETE" in request]
+    assert hub.state.repositories == {} and hub.state.commits == []
+
+
+@pytest.mark.slow
+def test_without_a_token(folder: Path, push: Push, hub: HubServer):
+    failed(push(folder, HF_TOKEN=""), "--repo needs a login", "hf auth login")
+    assert hub.state.requests == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--repo", "a/b/c"), "--repo: "),
+        (("--repo", "me/nano", "--tag", "no spaces"), "--tag is 'no spaces'"),
+        (("--repo", "me/nano", "--model", "nowhere"), "nowhere is no folder"),
+    ],
+)
+def test_wrong_arguments(run_here, nano: Path, options: tuple[str, ...], message: str):
+    failed(run_here("push", "--model", nano, "--dry-run", *options), message)
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_card(folder: Path, old: str, new: str) -> None:
+    card = folder / "README.md"
+    text = card.read_text()
+    assert old in text
+    card.write_text(text.replace(old, new, 1))
+
+
+def split(folder: Path, place: str) -> None:
+    """An index as of several shards, which puts all tensors into the file `place`."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        keys = list(file.keys())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, place) | {"extra": place}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "no code": (lambda f: (f / "modeling_fusion_vision.py").unlink(), "has no modeling_fusion_vision.py"),
+    "no card": (lambda f: (f / "README.md").unlink(), "has no README.md; write its model card"),
+    "pickle": (lambda f: (f / "training_args.bin").write_bytes(b"\x80\x04."), "training_args.bin is no file"),
+    "pickle in disguise": (lambda f: (f / "spiece.model").write_bytes(b"\x80\x04."), "spiece.model begins like"),
+    "archive in disguise": (lambda f: (f / "a.txt").write_bytes(b"PK\x03\x04rest"), "a.txt begins like"),
+    "other code": (lambda f: (f / "evil.py").write_text("1"), "evil.py is code"),
+    "changed code": (
+        lambda f: (f / "processing_fusion.py").write_text("1"),
+        f"processing_fusion.py differs from processing_fusion.py of fusion_hf {__version__}",
+    ),
+    "folder": (lambda f: (f / "checkpoint-5").mkdir(), "checkpoint-5 is a folder"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "no text": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "chat_template.jinja cannot be read"),
+    "code of another repository": (
+        lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "evil/repo--modeling_fusion.FusionModel"}),
+        "auto_map names 'evil/repo--modeling_fusion.FusionModel'",
+    ),
+    "code of another file": (
+        lambda f: rewrite(f / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.Evil"]}),
+        "auto_map names 'evil.Evil'",
+    ),
+    "broken weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read"),
+    "weights too many": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"),
+        "old.safetensors is not part of the model",
+    ),
+    "missing shard": (lambda f: split(f, "gone.safetensors"), "has no gone.safetensors"),
+    "wrong index": (lambda f: split(f, "model.safetensors"), "disagree about extra"),
+    "card without metadata": (lambda f: (f / "README.md").write_text("# nano"), "library_name is None"),
+    "card without licence": (lambda f: change_card(f, "license: apache-2.0\n", ""), "license is None"),
+    "card of another task": (
+        lambda f: change_card(f, "image-text-to-text", "text-generation"),
+        "pipeline_tag is 'text-generation'",
+    ),
+    "card without YAML": (lambda f: change_card(f, "language: en", "language: [en"), "invalid metadata"),
+    "card with broken results": (
+        lambda f: change_card(f, "language: en", "model-index:\n- name: nano\n  results:\n  - task: 1"),
+        "invalid metadata",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_named(name: str, folder: Path, answers: None):
+    check_folder(folder)
+    break_it, message = BROKEN[name]
+    break_it(folder)
+    with pytest.raises(InputError) as error:
+        check_folder(folder)
+    assert message in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "chat_template.jinja").write_text("{{ nothing.at.all }}"), "does not answer by itself"),
+        (lambda f: rewrite(f / "config.json", sampler_layers=[0, 1, 2]), "missing_keys"),
+        (lambda f: rewrite(f / "config.json", sampler_layers=[0]), "unexpected_keys"),
+        (lambda f: rewrite(f / "config.json", auto_map={}), "does not answer by itself"),
+    ],
+)
+def test_a_folder_that_does_not_answer_by_itself(
+    folder: Path, push: Push, hub: HubServer, break_it: Callable[[Path], object], message: str
+):
+    break_it(folder)
+    failed(push(folder), message)
+    assert hub.state.requests == [] and hub.state.repositories == {}
+
+
+def test_what_is_loaded_is_the_folders_own_code(nano: Path, tmp_path: Path):
+    """The process that tries a folder cannot import this package, even where it is installed."""
+    script = (Path(publishing.__file__).parent / "stranger.py").read_text().split("if __name__")[0]
+    code = f"{script}\ntry:\n    import fusion_hf\nexcept ImportError:\n    print('gone')\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tmp_path)
+    assert result.stdout == "gone\n", result.stderr
