@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any, NoReturn
 
@@ -14,6 +14,18 @@ from fusion_hf.errors import InputError
 
 DEBUG = "--debug"
 CONVERT = "convert"
+COMMANDS: Mapping[str, Any] = {
+    "maps": maps,
+    "demo": demo,
+    "train": train,
+    "plan": plan,
+    "merge": merge,
+    "push": push,
+    "data": data,
+    "evaluate": evaluate,
+    "synthesize": synthesize,
+    "serve": serve,
+}
 MAX_NEW_TOKENS = 256
 
 
@@ -45,7 +57,25 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fusion-hf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     shared = _shared_arguments()
+    _add_ask(commands, shared)
+    _add_chat(commands, shared)
+    maps.add_parser(commands, shared)
+    demo.add_parser(commands, shared)
+    train.add_parser(commands)
+    plan.add_parser(commands)
+    merge.add_parser(commands)
+    data.add_parser(commands)
+    push.add_parser(commands)
+    evaluate.add_parser(commands)
+    synthesize.add_parser(commands)
+    serve.add_parser(commands, _shared_arguments(serve.DEFAULTS.answer_tokens))
 
+    # its arguments are its own: `main` hands them over before this parser sees them
+    commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
+    return parser
+
+
+def _add_ask(commands: Any, shared: argparse.ArgumentParser) -> None:
     ask = commands.add_parser(
         "ask",
         parents=[shared],
@@ -74,6 +104,8 @@ def make_parser() -> Parser:
         help="another question about the same pictures, answered by itself in a line of its own; may be repeated",
     )
 
+
+def _add_chat(commands: Any, shared: argparse.ArgumentParser) -> None:
     chat = commands.add_parser(
         "chat",
         parents=[shared],
@@ -86,21 +118,6 @@ def make_parser() -> Parser:
         action="store_true",
         help="later answers begin sooner: the picture stays as seen with the first question in mind",
     )
-
-    maps.add_parser(commands, shared)
-    demo.add_parser(commands, shared)
-    train.add_parser(commands)
-    plan.add_parser(commands)
-    merge.add_parser(commands)
-    data.add_parser(commands)
-    push.add_parser(commands)
-    evaluate.add_parser(commands)
-    synthesize.add_parser(commands)
-    serve.add_parser(commands, _shared_arguments(serve.DEFAULTS.answer_tokens))
-
-    # its arguments are its own: `main` hands them over before this parser sees them
-    commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
-    return parser
 
 
 def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
@@ -194,26 +211,8 @@ def _run(argv: list[str]) -> int:
         from fusion_hf.cli import ask
 
         return ask.run(arguments)
-    if arguments.command == "maps":
-        return maps.run(arguments)
-    if arguments.command == "demo":
-        return demo.run(arguments)
-    if arguments.command == "train":
-        return train.run(arguments)
-    if arguments.command == "plan":
-        return plan.run(arguments)
-    if arguments.command == "merge":
-        return merge.run(arguments)
-    if arguments.command == "push":
-        return push.run(arguments)
-    if arguments.command == "data":
-        return data.run(arguments)
-    if arguments.command == "evaluate":
-        return evaluate.run(arguments)
-    if arguments.command == "synthesize":
-        return synthesize.run(arguments)
-    if arguments.command == "serve":
-        return serve.run(arguments)
+    if arguments.command in COMMANDS:
+        return COMMANDS[arguments.command].run(arguments)
     from fusion_hf.cli import chat
 
     return chat.run(arguments)
