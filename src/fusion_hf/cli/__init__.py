@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from fusion_hf import __version__
 from fusion_hf.cli import data, demo, evaluate, maps, merge, plan, push, serve, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
+from fusion_hf.cli.values import positive
 from fusion_hf.errors import InputError
 
 DEBUG = "--debug"
@@ -94,7 +95,7 @@ def _add_ask(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     ask.add_argument("--output", metavar="JSONL", help='with --input: a new file for {"id", "answer" or "error"}')
     ask.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="with --input: questions answered together; default: 8"
+        "--batch-size", type=positive, metavar="N", help="with --input: questions answered together; default: 8"
     )
     ask.add_argument(
         "--also",
@@ -133,13 +134,13 @@ def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     )
     shared.add_argument(
         "--image-token-grid",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="side of the grid of image tokens: a smaller one is faster and sees less; default: the model's",
     )
     shared.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=max_new_tokens,
         metavar="N",
         help="longest answer; default: %(default)s",
@@ -154,12 +155,6 @@ def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     )
     shared.add_argument(DEBUG, action="store_true", help="show where an error comes from, and the libraries' notes")
     return shared
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
-    return int(text)
 
 
 def _square(text: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED, one_line, printable
+from fusion_hf.cli.values import positive
 from fusion_hf.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--data-root", metavar="DIR", help="local copies of the data, a folder for each benchmark")
     parser.add_argument("--prompts", choices=PROMPTS, default=PROMPTS[0], help="whose prompts; default: %(default)s")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first questions of each task: a try")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first questions of each task: a try")
     parser.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="answered together; default: %(default)s",
@@ -55,12 +56,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--debug", action="store_true", help="show where an error comes from, and the libraries' notes"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

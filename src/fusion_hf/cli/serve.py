@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.cli.values import positive
 from fusion_hf.errors import InputError
 from fusion_hf.serving.limits import Limits
 
@@ -45,7 +46,7 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     for option, value, text in _limit_options():
         help_text = f"{text}; default: %(default)s"
-        parser.add_argument(option, type=_positive, default=value, metavar="N", help=help_text)
+        parser.add_argument(option, type=positive, default=value, metavar="N", help=help_text)
     parser.add_argument(
         "--queue-length",
         type=_whole,
@@ -123,13 +124,6 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number")
     return int(text)
-
-
-def _positive(text: str) -> int:
-    number = _whole(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
-    return number
 
 
 def _port(text: str) -> int:
