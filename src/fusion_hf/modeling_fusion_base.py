@@ -18,6 +18,8 @@ from .configuration_fusion import FusionConfig
 from .modeling_fusion_decoder import DECODER_LAYERS
 from .quantization_fusion import FusionQuantizationMixin
 
+# the name under which vLLM's generic backend puts its own attention into a model of transformers
+ENGINE_ATTENTION = "vllm"
 # what tower and language model can be told to use; flash attention needs its package and a GPU
 ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 
@@ -77,6 +79,14 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     # Engines that take over attention also take over the loop, drop our keywords, and would answer without samplers.
     _supports_attention_backend = False
+
+    def __init__(self, config: FusionConfig, *args: Any, **kwargs: Any):
+        if config.text_config._attn_implementation == ENGINE_ATTENTION:
+            raise ValueError(
+                "vLLM's transformers backend would answer without FUSION's samplers, fluently and wrongly; allowed: "
+                "FUSION's own vLLM plugin, which the package fusion_hf brings (pip install 'fusion_hf[vllm]')."
+            )
+        super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
         super().post_init()

@@ -84,12 +84,16 @@ class FusionSampler(nn.Module):
         latents = hidden_states.gather(1, positions).unflatten(1, updates.latent_positions.shape[1:])  # (B, R, q, D)
         questions = hidden_states.gather(1, ends).unsqueeze(2).expand_as(latents)
 
-        inputs = self.proj_in(torch.cat([questions, latents], dim=-1))  # (B, R, q, D)
-        outputs = self.norm(self.attend(inputs, updates.windows) + inputs)
-        change = self.linear_2(self.act(self.linear_1(outputs)))
+        change = self.change(latents, questions, updates.windows)
         change = torch.where(updates.valid[:, :, None, None], change, 0)
         # adding keeps shapes fixed: a turn that does not exist adds zeros at position 0
         return hidden_states.scatter_add(1, positions, change.flatten(1, 2).to(hidden_states.dtype))
+
+    def change(self, latents: torch.Tensor, questions: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """What is added to latents `(B, R, q, D)` with questions of the same shape and windows `(B, q, w * w, D)`."""
+        inputs = self.proj_in(torch.cat([questions, latents], dim=-1))  # (B, R, q, D)
+        outputs = self.norm(self.attend(inputs, windows) + inputs)
+        return self.linear_2(self.act(self.linear_1(outputs)))
 
     def attend(self, inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Latent token j of every turn looks at window j. Keys and values, of the picture, serve all turns."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 from transformers.utils import PaddingStrategy
 
 from .configuration_fusion import is_perfect_square
@@ -284,6 +285,16 @@ class FusionProcessor(ProcessorMixin):
         if not isinstance(image_token_grid, int) or image_token_grid < 1:
             raise ValueError(f"image_token_grid is {image_token_grid!r}; allowed: a whole number from 1.")
         return image_token_grid**2
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, image_token_grid: int | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Image tokens and entries of `pixel_values` that pictures of these sizes take; one entry holds all tiles."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        tokens = [self.count_image_tokens(image_token_grid)] * count
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens

@@ -44,7 +44,7 @@ def test_curl_example(server: Server):
 
 def test_commands():
     commands = bash_lines("fusion-hf")
-    assert len(commands) == 2
+    assert len(commands) == 4
     for words in commands:
         make_parser().parse_args(words[1:])
 

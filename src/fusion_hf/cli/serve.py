@@ -11,7 +11,10 @@ from fusion_hf.serving.limits import Limits
 
 HOST, PORT, LAST_PORT = "127.0.0.1", 8000, 2**16 - 1
 INSTALL = "pip install 'fusion_hf[serve]'"
+INSTALL_VLLM = "pip install 'fusion_hf[serve,vllm]'"
 DEFAULTS = Limits()
+ENGINES = ("transformers", "vllm")
+PARALLEL = {"transformers": DEFAULTS.parallel, "vllm": 64}
 
 
 def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -21,6 +24,12 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
         parents=[shared],
         help="answer over HTTP, with OpenAI's protocol",
         description="Answer over HTTP with OpenAI's protocol: POST /v1/chat/completions, GET /v1/models, GET /health.",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what answers: this process, or vLLM (extra `vllm`), for many clients at once; default: %(default)s",
     )
     parser.add_argument("--host", default=HOST, help="address to listen on; default: %(default)s, this machine only")
     parser.add_argument(
@@ -48,17 +57,39 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
         help_text = f"{text}; default: %(default)s"
         parser.add_argument(option, type=positive, default=value, metavar="N", help=help_text)
     parser.add_argument(
+        "--parallel",
+        type=positive,
+        metavar="N",
+        help="requests answered at the same time; default: "
+        + ", ".join(f"{number} with {engine}" for engine, number in PARALLEL.items()),
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=positive,
+        metavar="N",
+        help=f"longest time for a request, waiting included; not with vLLM; default: {DEFAULTS.seconds}",
+    )
+    parser.add_argument(
         "--queue-length",
         type=_whole,
         default=DEFAULTS.queue_length,
         metavar="N",
         help="requests that wait beside them; more get status 429; default: %(default)s",
     )
+    parser.add_argument(
+        "engine_arguments", nargs="*", metavar="-- ARGUMENTS", help="with vLLM: further options of its own server"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is told to end; returns the exit status."""
     api_key = None if arguments.api_key_env is None else _api_key(arguments.api_key_env)
+    if arguments.engine == "vllm":
+        _run_vllm(arguments)
+        return 0
+    if arguments.engine_arguments:
+        given = " ".join(arguments.engine_arguments)
+        raise InputError(f"There are arguments behind `--`, {given!r}; allowed: with --engine vllm.")
     try:
         from fusion_hf.serving.app import Service
         from fusion_hf.serving.fetch import HostPolicy
@@ -84,6 +115,36 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_vllm(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        InputError: for options that vLLM decides by itself, or without vLLM.
+    """
+    decided = {"--device": (arguments.device, "auto"), "--max-seconds": (arguments.max_seconds, None)}
+    for option, (value, allowed) in decided.items():
+        if value != allowed:
+            raise InputError(f"{option} is {value!r}; with --engine vllm it is not taken: vLLM decides by itself.")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # read when vLLM is imported
+    try:
+        from fusion_hf.vllm.gate import GateSettings
+        from fusion_hf.vllm.server import ServerOptions, serve
+    except ImportError as error:
+        raise InputError(f"--engine vllm needs the extras `serve` and `vllm` ({error}): {INSTALL_VLLM}") from error
+    from fusion_hf.inference import nano_path
+
+    model = str(arguments.model or nano_path())
+    gate = GateSettings(
+        name=arguments.name or _name(model),
+        api_key_env=arguments.api_key_env,
+        public_hosts=arguments.allow_image_host,
+        private_hosts=arguments.allow_private_image_host,
+        query_len=arguments.query_len,
+        image_token_grid=arguments.image_token_grid,
+        limits=_limits(arguments),
+    )
+    serve(ServerOptions(model, arguments.host, arguments.port, arguments.dtype, gate, arguments.engine_arguments))
+
+
 def _api_key(variable: str) -> str:
     key = os.environ.get(variable, "")
     if not key or not key.isascii() or not key.isprintable():
@@ -103,9 +164,9 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         body_bytes=arguments.max_body_bytes,
         prompt_tokens=arguments.max_prompt_tokens,
         answer_tokens=arguments.max_new_tokens,
-        parallel=arguments.parallel,
+        parallel=arguments.parallel or PARALLEL[arguments.engine],
         queue_length=arguments.queue_length,
-        seconds=arguments.max_seconds,
+        seconds=arguments.max_seconds or DEFAULTS.seconds,
     )
 
 
@@ -115,8 +176,6 @@ def _limit_options() -> tuple[tuple[str, int, str], ...]:
         ("--max-image-pixels", DEFAULTS.image_pixels, "largest picture"),
         ("--max-body-bytes", DEFAULTS.body_bytes, "largest request"),
         ("--max-prompt-tokens", DEFAULTS.prompt_tokens, "longest prompt, with image and latent tokens"),
-        ("--parallel", DEFAULTS.parallel, "requests answered at the same time, taking turns"),
-        ("--max-seconds", DEFAULTS.seconds, "longest time for a request, waiting included"),
     )
 
 

@@ -101,23 +101,24 @@ def build_app(service: Service) -> Starlette:
     return app
 
 
-def _error_reply(error: ApiError) -> JSONResponse:
+def error_reply(error: ApiError) -> JSONResponse:
+    """The error as HTTP."""
     return JSONResponse(error.content, error.status, error.headers)
 
 
 def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return _error_reply(error)
+    return error_reply(error)
 
 
 def _reply_to_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {short_name(request.url.path)}: {error.detail}"
-    return _error_reply(ApiError(error.status_code, message, headers=error.headers))
+    return error_reply(ApiError(error.status_code, message, headers=error.headers))
 
 
 def _reply_to_failure(request: Request, error: Exception) -> JSONResponse:
-    return _error_reply(ApiError(INTERNAL, "The request failed; the server's log says why."))
+    return error_reply(ApiError(INTERNAL, "The request failed; the server's log says why."))
 
 
 class KeyCheck:
@@ -135,7 +136,7 @@ class KeyCheck:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await _error_reply(error)(scope, receive, send)
+            await error_reply(error)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 

@@ -47,6 +47,11 @@ def decode_data_uri(uri: str, limits: Limits) -> bytes:
     return content
 
 
+def to_data_uri(content: bytes, kind: str) -> str:
+    """A picture's bytes, of a kind such as `png`, as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def too_large(limits: Limits) -> ApiError:
     """The error of a picture's file with too many bytes."""
     return ApiError(TOO_LARGE, f"The picture is too large; allowed: {limits.image_bytes} bytes.", PARAM)
@@ -65,8 +70,13 @@ def decode_picture(content: bytes, assistant: Assistant, limits: Limits) -> Imag
             return processor.process_image(
                 picture, exif_transpose=processor.exif_transpose, max_image_pixels=limits.image_pixels
             )
-    except UnidentifiedImageError as error:
-        kinds = ", ".join(FORMATS)
-        raise ApiError(BAD_REQUEST, f"The picture is of no known kind; allowed: {kinds}.", PARAM) from error
     except BROKEN as error:
-        raise ApiError(BAD_REQUEST, f"The picture cannot be used: {error}", PARAM) from error
+        raise not_usable(error) from error
+
+
+def not_usable(error: Exception) -> ApiError:
+    """The error of a picture that cannot be opened or decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        kinds = ", ".join(FORMATS)
+        return ApiError(BAD_REQUEST, f"The picture is of no known kind; allowed: {kinds}.", PARAM)
+    return ApiError(BAD_REQUEST, f"The picture cannot be used: {error}", PARAM)

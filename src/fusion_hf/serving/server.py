@@ -31,6 +31,18 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"The server cannot listen on {host} port {port}: {error}.") from error
 
 
+def address_of(listener: socket.socket) -> str:
+    """Where it listens, as a URL."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def announce(address: str, name: str) -> None:
+    """Say on the standard output, in one line, where the server is."""
+    sys.stdout.write(f"{address} serves {name}\n")
+    sys.stdout.flush()
+
+
 class _Server(uvicorn.Server):
     """Ends answers that take long before it ends itself."""
 
@@ -47,7 +59,6 @@ class _Server(uvicorn.Server):
 
 def serve(service: Service, listener: socket.socket) -> None:
     """Say on the standard output, in one line, where the server is, and serve until it is told to end."""
-    host, port = listener.getsockname()[:2]
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     app = build_app(service)
     config = uvicorn.Config(
@@ -60,7 +71,6 @@ def serve(service: Service, listener: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=GOODBYE_SECONDS + LAST_SECONDS,
     )
-    sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {service.name}\n")
-    sys.stdout.flush()
+    announce(address_of(listener), service.name)
     with suppress(KeyboardInterrupt):  # which is how a person ends it
         _Server(config, app.state.engine).run(sockets=[listener])

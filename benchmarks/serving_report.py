@@ -1,0 +1,78 @@
+"""Table of the servers, from `benchmarks/results`: `report.py` writes it with its own."""
+
+from pathlib import Path
+
+from blocks import (
+    DOCS,
+    RESULTS,
+    Cell,
+    Result,
+    Row,
+    Table,
+    conditions,
+    format_spread,
+    load_results,
+    render,
+    replace_block,
+)
+
+DOCUMENT = DOCS / "serving.md"
+CLIENTS = ("1", "8", "32")
+PATHS = {
+    "vllm": "`--engine vllm`",
+    "transformers": "`--engine transformers`",
+    "batch": "`batch_generate`, as many rows as clients",
+}
+AIMED = ("batch", "8")  # that vLLM is at least 1.5 times as fast as
+AIM = "1.5 or more"
+
+
+def figure(kind: str, path: str, clients: str) -> Cell:
+    def cell(result: Result) -> str | None:
+        return format_spread(result.get(kind, {}).get(path, {}).get(clients))
+
+    return cell
+
+
+def rows() -> list[Row]:
+    """Ratios first: absolute times are of one machine."""
+    lines = []
+    for clients in CLIENTS:
+        for path in ("transformers", "batch"):
+            name = f"requests per second, vLLM by {PATHS[path]}, clients: {clients}"
+            lines.append(Row(name, AIM if (path, clients) == AIMED else "", figure("rate_ratios", path, clients)))
+        name = f"time to first token, vLLM by {PATHS['transformers']}, clients: {clients}"
+        lines.append(Row(name, "", figure("first_token_ratios", "transformers", clients)))
+    for clients in CLIENTS:
+        for path, words in PATHS.items():
+            name = f"requests per second, {words}, clients: {clients}"
+            lines.append(Row(name, "", figure("requests_per_second", path, clients)))
+    for clients in CLIENTS:
+        for path in ("vllm", "transformers"):
+            name = f"seconds to first token, {PATHS[path]}, clients: {clients}"
+            lines.append(Row(name, "", figure("first_token_seconds", path, clients)))
+    return lines
+
+
+def measured_with(result: Result) -> str:
+    settings, versions = result["settings"], result["versions"]
+    engine = next((f", {name} {version}" for name, version in versions.items() if name.startswith("vllm")), "")
+    width, height = settings["photo"]
+    return (
+        f"{conditions(result)}{engine}; size `{settings['size']}`, {settings['rounds']} rounds, "
+        f"{settings['new_tokens']} tokens of each answer, pictures of {width} x {height} pixels"
+    )
+
+
+COLUMNS = {"CPU": "serving_cpu.json", "GPU": "serving_cuda.json"}
+TABLE = Table("serving", DOCUMENT, COLUMNS, rows(), measured_with)
+
+
+def update(document: str, folder: Path) -> str:
+    """The document with the table from the results in `folder`."""
+    return replace_block(document, TABLE, render(TABLE, load_results(TABLE, folder)))
+
+
+def write() -> None:
+    """Into the documentation."""
+    DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))

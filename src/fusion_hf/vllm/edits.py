@@ -1,0 +1,127 @@
+"""The prompts among the tokens of a step, and what samplers change in them.
+
+Shapes: S tokens of a step, all requests in a row; P prompts with equally long latent blocks, R turns, q latent tokens
+per turn, w window size, D LLM width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from vllm.forward_context import get_forward_context
+
+from fusion_hf.modeling_fusion_decoder import FusionSampler, LatentUpdates
+from fusion_hf.vllm.prompts import PromptReader, Turns
+from fusion_hf.vllm.settings import REASON
+
+
+class Prompt(NamedTuple):
+    """A whole prompt with questions, and where it begins among the tokens of a step."""
+
+    start: int
+    turns: Turns
+
+
+class LatentEdit(NamedTuple):
+    """
+    latents (`(P, q, D)`): what the latent tokens of each turn start from.
+    updates ([`LatentUpdates`]): their positions count from the beginning of the step.
+    """
+
+    latents: torch.Tensor
+    updates: LatentUpdates
+
+    def place(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """A copy of `(S, D)` with the latent tokens in place."""
+        valid = self.updates.valid
+        latents = self.latents.unsqueeze(1).expand(-1, valid.shape[1], -1, -1)[valid].flatten(0, 1)
+        return inputs_embeds.index_copy(0, self.updates.latent_positions[valid].flatten(), latents.to(inputs_embeds))
+
+    def rewrite(self, sampler: FusionSampler, hidden_states: torch.Tensor, residual: torch.Tensor) -> None:
+        """Change `hidden_states` `(S, D)`, in place, of a stream `hidden_states + residual`."""
+        _, positions, ends, valid = self.updates
+        latents = hidden_states[positions] + residual[positions]  # (P, R, q, D)
+        questions = (hidden_states[ends] + residual[ends]).unsqueeze(2).expand_as(latents)
+        change = sampler.change(latents, questions, self.updates.windows)
+        change = torch.where(valid[:, :, None, None], change, 0)
+        hidden_states.index_add_(0, positions.flatten(), change.flatten(0, 2).to(hidden_states.dtype))
+
+
+def find_prompts(reader: PromptReader, input_ids: torch.Tensor | None) -> list[Prompt]:
+    """
+    The prompts with questions in the present step. A step of decoding alone is not looked at.
+
+    Raises:
+        RuntimeError: if a prompt arrives in pieces.
+    """
+    metadata: Any = get_forward_context().attn_metadata
+    if metadata is None or input_ids is None:  # vLLM measures memory
+        return []
+    metadata = next(iter(metadata.values()))
+    if metadata.max_query_len == 1:
+        return []
+    starts, totals = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+    ids = input_ids.tolist()
+    prompts = []
+    for start, stop, total in zip(starts, starts[1:], totals, strict=False):
+        length = stop - start
+        if 1 < length < total:
+            raise RuntimeError(f"A prompt arrives in pieces: {length} of its first {total} tokens. {REASON}.")
+        if length == total:
+            try:
+                turns = reader.read(ids[start:stop])
+            except ValueError as error:
+                raise RuntimeError(f"A prompt arrives in pieces, or is no chat: {error} {REASON}.") from error
+            if turns.query_len:
+                prompts.append(Prompt(start, turns))
+    return prompts
+
+
+def make_edits(
+    prompts: list[Prompt],
+    contexts: list[torch.Tensor],
+    window_size: int,
+    grey_windows: Callable[[int], torch.Tensor],
+) -> list[LatentEdit]:
+    """
+    One edit for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each picture, in order.
+
+    Raises:
+        RuntimeError: if there are more or fewer pictures than prompts with one.
+    """
+    with_picture = [prompt for prompt in prompts if prompt.turns.num_image_tokens]
+    if len(with_picture) != len(contexts):
+        raise RuntimeError(f"A step has {len(contexts)} pictures for {len(with_picture)} prompts with one. {REASON}.")
+    remaining = iter(contexts)
+    windows: dict[int, list[torch.Tensor]] = {}
+    members: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        length = prompt.turns.query_len
+        shape = (length, window_size**2)
+        own = (
+            next(remaining)[: length * window_size**2].unflatten(0, shape)
+            if prompt.turns.num_image_tokens
+            else grey_windows(length)
+        )
+        windows.setdefault(length, []).append(own)
+        members.setdefault(length, []).append(prompt)
+    return [_make_edit(members[length], torch.stack(windows[length])) for length in members]
+
+
+def _make_edit(prompts: list[Prompt], windows: torch.Tensor) -> LatentEdit:
+    """`windows`: `(P, q, w * w, D)`."""
+    pad, device = nn.utils.rnn.pad_sequence, windows.device
+    positions = [torch.from_numpy(prompt.turns.latent_positions + prompt.start) for prompt in prompts]
+    ends = [torch.from_numpy(prompt.turns.prompt_end_positions + prompt.start) for prompt in prompts]
+    valid = pad([torch.ones(len(row), dtype=torch.bool) for row in ends], batch_first=True)
+    updates = LatentUpdates(
+        windows,
+        pad(positions, batch_first=True).to(device),  # (P, R, q)
+        pad(ends, batch_first=True).to(device),  # (P, R)
+        valid.to(device),
+    )
+    has_picture = torch.tensor([prompt.turns.num_image_tokens > 0 for prompt in prompts], device=device)
+    # a latent token's cell of the map is that of its window, so its maximum is the window's
+    latents = torch.where(has_picture[:, None, None], windows.amax(2), 0)
+    return LatentEdit(latents, updates)

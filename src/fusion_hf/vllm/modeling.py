@@ -1,0 +1,222 @@
+"""FUSION's model in vLLM: our tower, projectors and samplers around the decoder layers of vLLM.
+
+Shapes: S tokens of a step, all requests in a row; B pictures, P patches per side, N = P * P, T question tokens, D LLM
+width.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+from vllm.transformers_utils.processor import cached_processor_from_config
+
+from fusion_hf.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from fusion_hf.modeling_fusion_decoder import FusionSampler
+from fusion_hf.modeling_fusion_vision import (
+    FusionProjector,
+    FusionVisionModel,
+    pool_context,
+    reduce_grid,
+    stitch_tiles,
+)
+from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.vllm.edits import find_prompts, make_edits
+from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
+from fusion_hf.vllm.prompts import PromptReader
+
+# vLLM's models whose layers take and return (hidden states, residual)
+BACKBONES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# names in a Hub folder -> names here
+RENAMED = (
+    (r"^model\.language_model\.layers\.(\d+)\.vision_sampler\.", r"samplers.\1."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.", ""),
+)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FusionMultiModalProcessor, info=FusionProcessingInfo, dummy_inputs=FusionDummyInputsBuilder
+)
+class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
+    """FUSION, as `vllm_config` describes it; see `fusion_hf.vllm.settings` for what it refuses."""
+
+    # beside their embeddings, `forward` is given the ids, which say where the latent tokens are
+    requires_raw_input_tokens = True
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality == "image":
+            return IMAGE_TOKEN
+        raise ValueError(f"modality is {modality!r}; allowed: 'image'.")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        model_config = vllm_config.model_config
+        config: FusionConfig = model_config.hf_config
+        text_width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.config = config
+        self.reader = PromptReader.of(config, cached_processor_from_config(model_config))
+        self.vocab_size = model_config.get_vocab_size()
+        self.suppressed = _suppressed(model_config.try_get_generation_config())
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
+            self.vision_tower = FusionVisionModel(config.vision_config, early_layers=config.vision_early_layers)
+            features = (1 + NUM_CONNECTOR_GROUPS) * vision_width
+            self.vision_projector = FusionProjector(config, features, text_width)
+            self.vision_projector_back = FusionProjector(config, text_width, vision_width)
+        self.samplers: Any = nn.ModuleDict({str(layer): FusionSampler(config) for layer in config.sampler_layers})
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
+            self.language_model: Any = init_vllm_registered_model(
+                vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                hf_config=config.text_config,
+                architectures=[_backbone(config.text_config)],
+            )
+        # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
+        self.contexts: list[torch.Tensor] = []
+        self.grey: torch.Tensor | None = None
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights((_renamed(name), tensor) for name, tensor in weights)
+
+    def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
+        """
+        Encode pictures `pixel_values` `(B, 5, 3, H, W)` under `instruct_input_ids`, B rows of ids.
+
+        Returns for each picture `(n, (1 + c) * D)`: n image tokens, and beside them, in columns, what its samplers
+        look at, so that vLLM's cache keeps both together. There are none if `kwargs` are empty.
+        """
+        if not kwargs:
+            return []
+        pixel_values, questions = kwargs["pixel_values"], list(kwargs["instruct_input_ids"])
+        lengths, grids = kwargs["query_len"].flatten().tolist(), kwargs["image_token_grid"].flatten().tolist()
+        context = self._encode_tiles(pixel_values[:, :NUM_TILES])  # (B, D, 2P, 2P)
+        alone = self.config.early_text_attention == "uniform_padded"  # where the padding of a batch would matter
+        parts = [[row] for row in range(len(questions))] if alone else [list(range(len(questions)))]
+        features = torch.cat([self._encode_overviews(pixel_values[p, -1], [questions[i] for i in p]) for p in parts])
+        pictures = []
+        for row, (length, grid) in enumerate(zip(lengths, grids, strict=True)):
+            tokens = reduce_grid(features[row : row + 1], self.config.num_patches_per_side, grid)[0]  # (n, D)
+            _, windows = pool_context(context[row : row + 1], length, self.config.window_size)
+            pictures.append(_pack(tokens, windows.flatten(0, 2)))
+        return pictures
+
+    def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """`(B, 4, 3, H, W)` to maps `(B, D, 2P, 2P)`."""
+        features = self.vision_projector(self.vision_tower(tiles.flatten(0, 1)).features)
+        return stitch_tiles(features, self.config.num_patches_per_side)
+
+    def _encode_overviews(self, overviews: torch.Tensor, questions: list[torch.Tensor]) -> torch.Tensor:
+        """`(B, 3, H, W)` with their questions to `(B, N, D)`."""
+        padding = self.config.instruct_pad_token_id
+        ids = nn.utils.rnn.pad_sequence(questions, batch_first=True, padding_value=padding)  # (B, T)
+        text = self.vision_projector_back(self.language_model.embed_input_ids(ids))
+        early = self.config.early_text_attention
+        guided = self.vision_tower(overviews, text, ids != padding, early_text_attention=early)
+        return self.vision_projector(guided.features[:, : guided.patch_embeddings.shape[1]])
+
+    def _grey_windows(self, query_len: int) -> torch.Tensor:
+        """What samplers see in prompts without picture, `(q, w * w, D)`."""
+        if self.grey is None:
+            size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+            weight = self.vision_projector.linear_1.weight
+            features = self.vision_projector(self.vision_tower(weight.new_zeros(1, channels, size, size)).features)
+            self.grey = stitch_tiles(features.repeat(NUM_TILES, 1, 1), self.config.num_patches_per_side)
+        return pool_context(self.grey, query_len, self.config.window_size)[1][0]
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings `(S, D)` with image tokens in place; zeros for latent tokens, which `forward` fills in."""
+        free = (input_ids == self.config.image_token_id) | (input_ids == self.config.latent_token_id)
+        embeds = self.language_model.embed_input_ids(torch.where(free, 0, input_ids))
+        embeds = torch.where(free.unsqueeze(-1), 0, embeds)
+        width = embeds.shape[-1]
+        pictures = list(multimodal_embeddings) if multimodal_embeddings is not None else []
+        self.contexts = [picture[:, width:].reshape(-1, width) for picture in pictures]
+        if pictures:
+            tokens = torch.cat([picture[:, :width] for picture in pictures])
+            embeds[is_multimodal] = tokens.to(embeds)
+        return embeds
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Hidden states `(S, D)` for ids, positions `(S)` and embeddings `(S, D)`."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        prompts = find_prompts(self.reader, input_ids)
+        edits = []
+        if prompts:
+            edits = make_edits(prompts, self.contexts, self.config.window_size, self._grey_windows)
+        for edit in edits:
+            inputs_embeds = edit.place(inputs_embeds)
+        model = self.language_model.model
+        hidden_states, residual = inputs_embeds, None
+        for index, layer in enumerate(model.layers):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+            if edits and str(index) in self.samplers:
+                for edit in edits:
+                    edit.rewrite(self.samplers[str(index)], hidden_states, residual)
+        return model.norm(hidden_states, residual)[0]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """`(S, vocabulary)`, with columns for placeholders behind the language model's vocabulary; None on other ranks
+        than the first."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is None:
+            return None
+        logits = nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
+        logits[:, self.suppressed] = -torch.inf
+        return logits
+
+
+def _backbone(text_config: PreTrainedConfig) -> str:
+    model_type = text_config.model_type
+    if model_type not in BACKBONES:
+        allowed = ", ".join(sorted(BACKBONES))
+        raise ValueError(f"text_config.model_type is {model_type!r}; FUSION in vLLM supports: {allowed}.")
+    return BACKBONES[model_type]
+
+
+def _suppressed(generation_config: dict[str, Any]) -> list[int]:
+    """Ids that the folder's `generation_config.json` forbids; vLLM itself does not read them."""
+    return list(generation_config.get("suppress_tokens") or [])
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    return name
+
+
+def _pack(tokens: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """Image tokens `(n, D)` and, to the right of them, rows of context `(c, D)`, padded with zeros."""
+    missing = -len(context) % len(tokens)
+    columns = nn.functional.pad(context, (0, 0, 0, missing)).view(len(tokens), -1)
+    return torch.cat([tokens, columns], dim=1)

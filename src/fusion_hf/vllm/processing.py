@@ -1,0 +1,100 @@
+"""A picture and its question to what the model's `embed_multimodal` takes."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    ProcessorInputs,
+    PromptReplacement,
+    PromptUpdate,
+)
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.processing_fusion import IMAGE_TOKEN
+
+IMAGE = "image"
+
+
+class FusionProcessingInfo(BaseProcessingInfo):
+    def get_hf_config(self) -> FusionConfig:
+        return self.ctx.get_hf_config(FusionConfig)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {IMAGE: 1}
+
+
+class FusionDummyInputsBuilder(BaseDummyInputsBuilder[FusionProcessingInfo]):
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return IMAGE_TOKEN * mm_counts.get(IMAGE, 0)
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> Any:
+        size = self.info.get_hf_config().vision_config.image_size
+        overrides = mm_options.get(IMAGE)
+        count = mm_counts.get(IMAGE, 0)
+        return {IMAGE: self._get_dummy_images(width=size, height=size, num_images=count, overrides=overrides)}
+
+
+class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
+    """Question ids and numbers of tokens arrive as processor arguments, which vLLM hashes with the picture."""
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """The largest picture there is, for vLLM's measurement of memory."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        config = self.info.get_hf_config()
+        inputs.hf_processor_mm_kwargs = {
+            "instruct_input_ids": [config.instruct_pad_token_id + 1],
+            "query_len": max(config.query_len, *config.query_lens),
+            "image_token_grid": config.num_patches_per_side,
+        }
+        return inputs
+
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        pictures = [_as_sent(item) for items in mm_items.values() for item in items.data]
+        if not pictures:
+            return BatchFeature()
+        processor = self.info.get_hf_processor().image_processor
+        pixel_values = torch.from_numpy(np.asarray(processor(pictures, return_tensors="np")["pixel_values"]))
+        values = {name: torch.tensor(value) for name, value in hf_kwargs.items()}
+        values = {name: value.expand(len(pictures), *value.shape) for name, value in values.items()}
+        return BatchFeature({"pixel_values": pixel_values.to(self.info.ctx.model_config.dtype), **values})
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            "pixel_values": MultiModalFieldConfig.batched(IMAGE),
+            "instruct_input_ids": MultiModalFieldConfig.batched(IMAGE),
+            "query_len": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
+            "image_token_grid": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
+        }
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        """One image token for the picture, which `_get_prompt_updates` expands again."""
+        token = self.info.get_hf_config().image_token_id
+        return [x for i, x in enumerate(prompt) if x != token or i == 0 or prompt[i - 1] != token]
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, Any],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        token = self.info.get_hf_config().image_token_id
+        count = hf_processor_mm_kwargs["image_token_grid"] ** 2
+        return [PromptReplacement(modality=IMAGE, target=[token], replacement=[token] * count)]
+
+
+def _as_sent(item: Any) -> Any:
+    """The picture as it was sent: vLLM's own decoding paints what is transparent white, ours does not."""
+    return Image.open(BytesIO(item.original_bytes)) if isinstance(item, MediaWithBytes) else item

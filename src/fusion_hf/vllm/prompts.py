@@ -1,0 +1,105 @@
+"""Where the turns of a prompt are, found by ids alone: vLLM gives a model nothing else of a prompt without picture."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
+from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
+
+
+class Turns(NamedTuple):
+    """A prompt's picture and questions: R turns, q latent tokens each."""
+
+    num_image_tokens: int
+    query_len: int  # 0 without a turn
+    latent_positions: np.ndarray  # (R, q)
+    prompt_end_positions: np.ndarray  # (R)
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """
+    image_token_id, latent_token_id: the placeholders.
+    header: what marks an assistant header: its ids without the last, which may be joined with what follows.
+    header_length: ids of a whole header.
+    """
+
+    image_token_id: int
+    latent_token_id: int
+    header: tuple[int, ...]
+    header_length: int
+
+    @classmethod
+    def of(cls, config: FusionConfig, processor: FusionProcessor) -> "PromptReader":
+        header = CHAT_FORMATS[processor.chat_format].assistant_header
+        ids = processor.tokenizer(header, add_special_tokens=False)["input_ids"]
+        return cls(config.image_token_id, config.latent_token_id, tuple(ids[:-1] or ids), len(ids))
+
+    def read(self, ids: list[int]) -> Turns:
+        """The turns of a whole prompt: each latent block and the end of the assistant header that follows it.
+
+        Raises:
+            ValueError: if the blocks differ in length, the image comes late, or a block has no header behind it: such
+                a prompt is cut, or was never one that FUSION was trained on.
+        """
+        array = np.asarray(ids)
+        image = np.flatnonzero(array == self.image_token_id)
+        latent = np.flatnonzero(array == self.latent_token_id)
+        if len(latent) == 0:
+            if len(image):
+                raise ValueError(f"A prompt has {len(image)} image tokens, but no latent block.")
+            return Turns(0, 0, np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64))
+        if len(image) and image[-1] > latent[0]:
+            raise ValueError("The image must come before the first latent block.")
+        blocks = np.split(latent, np.flatnonzero(np.diff(latent) > 1) + 1)
+        lengths = sorted({len(block) for block in blocks})
+        if len(lengths) > 1 or not is_perfect_square(lengths[0]):
+            raise ValueError(f"Latent blocks have {lengths} tokens; allowed: one perfect square for all.")
+        return Turns(len(image), lengths[0], np.stack(blocks), self._ends(array, blocks))
+
+    def _ends(self, ids: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+        """The end of the first header behind each block, (R)."""
+        windows = np.lib.stride_tricks.sliding_window_view(ids, min(len(self.header), len(ids)))
+        headers = np.flatnonzero((windows == np.array(self.header)).all(-1)) + self.header_length - 1
+        headers = headers[headers < len(ids)]
+        limits = [*(block[0] for block in blocks[1:]), len(ids)]
+        ends = []
+        for number, (block, limit) in enumerate(zip(blocks, limits, strict=True)):
+            behind = headers[(headers > block[-1]) & (headers < limit)]
+            if len(behind) == 0:
+                raise ValueError(
+                    f"Latent block {number} has no assistant header behind it: the prompt is cut, or lacks its end."
+                )
+            ends.append(behind[0])
+        return np.array(ends)
+
+
+class RequestBudget(NamedTuple):
+    """How many tokens one request spends on its picture."""
+
+    query_len: int
+    image_token_grid: int
+
+    @classmethod
+    def of(cls, config: FusionConfig, query_len: object = None, image_token_grid: object = None) -> "RequestBudget":
+        """What a request asks for, else the model's own.
+
+        Raises:
+            ValueError: for a number of latent tokens that the model was not trained with, or an impossible grid.
+        """
+        length = config.query_len if query_len is None else query_len
+        allowed = sorted({config.query_len, *config.query_lens})
+        if not isinstance(length, int) or length not in allowed:
+            raise ValueError(f"query_len is {length!r}; allowed: {', '.join(map(str, allowed))}.")
+        return cls(length, config.grid_side(image_token_grid))  # type: ignore[arg-type]
+
+    def check(self, turns: Turns) -> None:
+        """Raise a `ValueError` unless the prompt's blocks are as long as the request says."""
+        if turns.query_len not in (0, self.query_len):
+            raise ValueError(f"A latent block has {turns.query_len} tokens, but query_len is {self.query_len}.")
+        if turns.num_image_tokens not in (0, self.image_token_grid**2):
+            found = f"{turns.num_image_tokens} image tokens ({isqrt(turns.num_image_tokens)} a side)"
+            raise ValueError(f"A prompt has {found}, but image_token_grid is {self.image_token_grid}.")

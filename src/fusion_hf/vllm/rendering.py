@@ -1,0 +1,132 @@
+"""Messages and texts to prompts of vLLM, by FUSION's own processor: vLLM's template run would lose the questions."""
+
+from typing import Any, NamedTuple
+
+from PIL import Image
+from vllm.config import VllmConfig
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.transformers_utils.processor import cached_processor_from_config
+from vllm.utils.async_utils import make_async
+
+from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.vllm.prompts import PromptReader, RequestBudget
+
+# what a request may say beside its messages, as `mm_processor_kwargs`
+REQUEST_ARGUMENTS = ("query_len", "image_token_grid")
+QUESTION = "instruct_input_ids"
+TEMPLATE_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
+# under this key a prompt carries what it was made from, to where vLLM processes its picture
+ORIGIN = "_fusion_origin"
+
+
+class Origin(NamedTuple):
+    """The question's ids and what the request asked for."""
+
+    question: list[int]
+    budget: RequestBudget
+
+
+class FusionRenderer(HfRenderer):
+    """Renders chats and texts with [`FusionProcessor`]; each prompt goes through `_process_tokens`."""
+
+    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        self._fusion_config = config.model_config.hf_config
+        self._fusion_processor = cached_processor_from_config(config.model_config)
+        self._reader = PromptReader.of(self._fusion_config, self._fusion_processor)
+        self._to_prompt_async = make_async(self._to_prompt, executor=self._executor)
+        self._tokenize_prompt_async = make_async(self._tokenize_prompt, executor=self._executor)
+
+    def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
+        conversation, mm_data, mm_uuids = parse_chat_messages(
+            messages, self.model_config, content_format="openai", media_io_kwargs=params.media_io_kwargs
+        )
+        return conversation, self._to_prompt(conversation, mm_data, mm_uuids, params)
+
+    async def render_messages_async(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
+        conversation, mm_data, mm_uuids = await parse_chat_messages_async(
+            messages, self.model_config, content_format="openai", media_io_kwargs=params.media_io_kwargs
+        )
+        return conversation, await self._to_prompt_async(conversation, mm_data, mm_uuids, params)
+
+    def _to_prompt(self, conversation: list[Any], mm_data: Any, mm_uuids: Any, params: ChatParams) -> dict[str, Any]:
+        """A prompt of ids, image tokens in place, with its pictures beside it."""
+        budget = self._budget(params.mm_processor_kwargs)
+        given = params.chat_template_kwargs
+        options = {name: given[name] for name in TEMPLATE_ARGUMENTS if name in given}
+        options.setdefault("add_generation_prompt", not options.get("continue_final_message"))
+        text = self._fusion_processor.apply_chat_template(
+            [_with_marks(message) for message in conversation],
+            chat_template=params.chat_template,
+            query_len=budget.query_len,
+            image_token_grid=budget.image_token_grid,
+            tokenize=False,
+            **options,
+        )
+        prompt = self._encode(text, budget)
+        if mm_data is not None:
+            prompt["multi_modal_data"] = mm_data
+        if mm_uuids is not None:
+            prompt["multi_modal_uuids"] = mm_uuids
+        return prompt
+
+    def _tokenize_prompt(self, prompt: Any, params: TokenizeParams) -> Any:
+        """A text prompt, as `apply_chat_template(tokenize=False)` writes it."""
+        budget = self._budget(prompt.get("mm_processor_kwargs"))
+        return {**prompt, **self._encode(prompt["prompt"], budget)}
+
+    def _encode(self, text: str, budget: RequestBudget) -> dict[str, Any]:
+        # a picture of one pixel keeps the place of the real one, which vLLM processes, and caches, itself
+        pictures = [Image.new("RGB", (1, 1))] * text.count(IMAGE_TOKEN)
+        encoded = self._fusion_processor(
+            pictures or None, text, query_len=budget.query_len, image_token_grid=budget.image_token_grid
+        )
+        question = encoded["instruct_input_ids"][0]
+        return {"prompt_token_ids": encoded["input_ids"][0], ORIGIN: Origin(question, budget)}
+
+    def _budget(self, arguments: Any) -> RequestBudget:
+        arguments = dict(arguments or {})
+        unknown = sorted(arguments.keys() - {*REQUEST_ARGUMENTS, QUESTION})
+        if unknown:
+            raise ValueError(f"mm_processor_kwargs has {unknown[0]!r}; allowed: {', '.join(REQUEST_ARGUMENTS)}.")
+        return RequestBudget.of(self._fusion_config, **{name: arguments.get(name) for name in REQUEST_ARGUMENTS})
+
+    def _process_tokens(self, prompt: Any, *, skip_mm_cache: bool = False) -> Any:
+        return super()._process_tokens(self._checked(prompt), skip_mm_cache=skip_mm_cache)
+
+    async def _process_tokens_async(self, prompt: Any, *, skip_mm_cache: bool = False) -> Any:
+        return await super()._process_tokens_async(self._checked(prompt), skip_mm_cache=skip_mm_cache)
+
+    def _checked(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """The prompt with the question beside its picture, where it becomes part of the picture's hash.
+
+        Raises:
+            ValueError: where ids, picture, question and request disagree: the model would answer wrongly, or stop.
+        """
+        prompt = dict(prompt)
+        origin, arguments = prompt.pop(ORIGIN, None), prompt.pop("mm_processor_kwargs", None) or {}
+        if origin is None:
+            origin = Origin(arguments.get(QUESTION) or [], self._budget(arguments))
+        turns = self._reader.read(prompt["prompt_token_ids"])
+        origin.budget.check(turns)
+        num_images = len(_as_list((prompt.get("multi_modal_data") or {}).get("image")))
+        if num_images != int(turns.num_image_tokens > 0):
+            raise ValueError(f"A prompt has {turns.num_image_tokens} image tokens, but {num_images} images.")
+        if num_images:
+            if not origin.question:
+                raise ValueError(f"A prompt of ids with an image needs mm_processor_kwargs[{QUESTION!r}].")
+            prompt["mm_processor_kwargs"] = {QUESTION: list(origin.question), **origin.budget._asdict()}
+        return prompt
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _with_marks(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of vLLM's parser as FUSION's processor takes it."""
+    return {"role": message["role"], "content": message.get("content") or ""}

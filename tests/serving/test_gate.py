@@ -1,0 +1,167 @@
+"""What stands before vLLM's server, around a small application; needs no vLLM."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
+
+from fusion_hf.serving.limits import Limits
+from fusion_hf.vllm.gate import CHAT, COMPLETIONS, VARIABLE, Gate, GateSettings
+
+KEY = "a secret"
+JSON_TYPE = (b"content-type", b"application/json")
+
+
+class Recorder:
+    """An application that keeps what comes through, and answers as soon as it may."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[bytes, bytes]] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def __call__(self, scope, receive, send) -> None:
+        message = await receive() if scope["method"] == "POST" else {"body": b"{}"}
+        self.bodies.append(json.loads(message["body"]))
+        self.headers.append(dict(scope["headers"]))
+        await self.may_answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "{}")
+
+
+@pytest.fixture
+def pictures() -> Iterator[PictureHost]:
+    with PictureHost() as host:
+        yield host
+
+
+def make_gate(**settings: Any) -> Gate:
+    GateSettings(**settings).to_environment()
+    return Gate(Recorder())
+
+
+async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POST", headers: Any = (JSON_TYPE,)):
+    """Status and JSON of the reply."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": b""}
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await gate(scope, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+def ask(gate: Gate, content: Any, **more: Any) -> tuple[int, dict[str, Any]]:
+    return asyncio.run(request(gate, content, **more))
+
+
+def test_the_budget_goes_to_where_vllm_has_it():
+    gate = make_gate(image_token_grid=3)
+    content = {"messages": [user(QUESTION, red_circle())], "query_len": 4, "temperature": 0.5}
+    assert ask(gate, content)[0] == 200
+    (body,) = gate.app.bodies
+    assert body == {
+        "messages": content["messages"],
+        "temperature": 0.5,
+        "mm_processor_kwargs": {"query_len": 4, "image_token_grid": 3},
+    }
+    assert gate.app.headers[0][b"content-length"] == str(len(json.dumps(body))).encode()
+    ask(gate, {"messages": [user(QUESTION)], "mm_processor_kwargs": {"image_token_grid": 2}})
+    assert gate.app.bodies[1]["mm_processor_kwargs"] == {"image_token_grid": 2}
+
+
+def test_addresses_become_data_uris_and_only_of_listed_hosts(pictures):
+    gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
+    assert ask(gate, {"messages": [user(QUESTION, f"{pictures.url}/picture")]})[0] == 200
+    (part,) = (part for part in gate.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
+    assert part["image_url"]["url"] == data_uri(PICTURE.read_bytes())
+    status, reply = ask(make_gate(), {"messages": [user(QUESTION, f"{pictures.url}/picture")]})
+    assert (status, reply["error"]["code"]) == (400, "image_not_allowed")
+
+
+REFUSED = {
+    "pixels": (400, {"messages": [user(QUESTION, data_uri(png_of_claimed_size(6_000)))]}),
+    "no known kind": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),
+    "too large": (413, {"messages": [user(QUESTION, data_uri(bytes(3_000)))]}),
+    "list of allowed image hosts": (400, {"messages": [user(QUESTION, "http://169.254.169.254/latest")]}),
+    "allowed: a data URI": (400, {"messages": [user(QUESTION, "file:///etc/passwd")]}),
+    "messages.content.type is 'audio_url'": (
+        400,
+        {"messages": [{"role": "user", "content": [{"type": "audio_url"}]}]},
+    ),
+    "messages.content.image_url is 'x'": (
+        400,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+    ),
+    "messages.content.image_url.url is 1": (
+        400,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 1}}]}]},
+    ),
+    "media_io_kwargs": (400, {"messages": [user(QUESTION)], "media_io_kwargs": {"image": {}}}),
+    "chat_template": (400, {"messages": [user(QUESTION)], "chat_template": "{{ 1 }}"}),
+    "mm_processor_kwargs is [1]": (400, {"messages": [user(QUESTION)], "mm_processor_kwargs": [1]}),
+    "no JSON in UTF-8": (400, b'{"messages": "\xff"}'),
+    "body is too large": (413, b" " * 200_000),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_does_not_come_through(words):
+    status, content = REFUSED[words]
+    gate = make_gate(limits=Limits(image_bytes=2_000, image_pixels=1_000_000, body_bytes=100_000))
+    answer = ask(gate, content)
+    assert answer[0] == status, answer
+    assert words in answer[1]["error"]["message"]
+    assert gate.app.bodies == []
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/tokenize", "/pooling", "/v1/load_lora_adapter", "/invocations"])
+def test_other_paths_are_closed(path):
+    gate = make_gate()
+    assert ask(gate, {}, path=path)[0] == 404
+    assert ask(gate, {}, path=path, method="GET")[0] == 404
+    assert ask(gate, {"prompt": "x"}, path=COMPLETIONS)[0] == 200
+    assert ask(gate, {}, path="/metrics", method="GET")[0] == 200
+    assert len(gate.app.bodies) == 2
+
+
+def test_a_form_of_a_web_page_is_refused():
+    assert ask(make_gate(), {"messages": []}, headers=((b"content-type", b"text/plain"),))[0] == 415
+
+
+def test_the_key(monkeypatch):
+    monkeypatch.setenv("FUSION_KEY", KEY)
+    gate = make_gate(api_key_env="FUSION_KEY")
+    content = {"messages": [user(QUESTION)]}
+    assert ask(gate, content)[0] == 401
+    assert ask(gate, {}, path="/metrics", method="GET")[0] == 401
+    assert ask(gate, {}, path="/health", method="GET")[0] == 200
+    assert ask(gate, content, headers=(JSON_TYPE, (b"authorization", f"Bearer {KEY}".encode())))[0] == 200
+
+
+def test_a_full_queue():
+    async def crowd() -> list[int]:
+        gate = make_gate(limits=Limits(parallel=1, queue_length=1))
+        gate.app.may_answer.clear()
+        tasks = [asyncio.create_task(request(gate, {"messages": [user(QUESTION)]})) for _ in range(4)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        gate.app.may_answer.set()
+        statuses = [status for status, _ in await asyncio.gather(*tasks)]
+        assert (await request(gate, {"messages": [user(QUESTION)]}))[0] == 200
+        return statuses
+
+    assert sorted(asyncio.run(crowd())) == [200, 200, 429, 429]

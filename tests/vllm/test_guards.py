@@ -1,0 +1,124 @@
+"""What is refused at start, and, with the refusal taken away, what would have gone wrong."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from tests.helpers.vllm_models import CASES, Reference, answer_of, write_random_model
+
+pytestmark = pytest.mark.vllm
+CONVERSATION = CASES[6]  # one picture, three questions
+SEVERAL = [CASES[0], CASES[7], CASES[10], CONVERSATION]
+TOLERANCE = 1e-4
+CHUNK = 24  # tokens; shorter than each prompt of `SEVERAL`
+CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK, "max_num_seqs": 2}
+CACHED = {"enable_prefix_caching": True, "block_size": 32}
+UNSAFE = {
+    "enable_chunked_prefill": CHUNKED,
+    "enable_prefix_caching": CACHED,
+    "max_num_batched_tokens": {"max_num_batched_tokens": CHUNK, "max_num_seqs": 2},
+    "long_prefill_token_threshold": {"long_prefill_token_threshold": CHUNK},
+    "async_scheduling": {"async_scheduling": True},
+    "speculative_config": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference(folder)
+
+
+def ask(engine: Any, reference: Reference, cases: list[Any] = SEVERAL) -> list[float]:
+    """The differences to the reference's log-probabilities; the prompts come one after the other."""
+    from vllm import SamplingParams
+
+    differences = []
+    for case in cases:
+        settings = SamplingParams(temperature=0, max_tokens=case.max_tokens, logprobs=0, detokenize=False)
+        (output,) = engine.generate([reference.prompt(case)], settings, use_tqdm=False)
+        differences.append(reference.answer(case).difference(answer_of(output)))
+    return differences
+
+
+def without_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM as it is without the check at start."""
+    from fusion_hf.vllm.settings import FusionSettings
+
+    monkeypatch.setattr(FusionSettings, "verify_and_update_config", staticmethod(lambda config: None))
+
+
+def without_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model as it is without the check of each step: it changes what it finds of a prompt."""
+    from fusion_hf.vllm import edits, modeling
+
+    def find(reader, input_ids):
+        metadata = edits.get_forward_context().attn_metadata
+        if metadata is None:
+            return []
+        starts = next(iter(metadata.values())).query_start_loc.tolist()
+        found = []
+        for start, stop in pairwise(starts):
+            try:
+                turns = reader.read(input_ids[start:stop].tolist())
+            except ValueError:
+                continue
+            if turns.query_len:
+                found.append(edits.Prompt(start, turns))
+        return found
+
+    def make(prompts, contexts, *others):
+        pictures = [prompt for prompt in prompts if prompt.turns.num_image_tokens]
+        return edits.make_edits([] if len(pictures) != len(contexts) else prompts, contexts, *others)
+
+    monkeypatch.setattr(modeling, "find_prompts", find)
+    monkeypatch.setattr(modeling, "make_edits", make)
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_unsafe_settings_are_refused_at_start(load, folder, name):
+    with pytest.raises(ValueError, match=name) as error:
+        load(folder, **UNSAFE[name])
+    assert "allowed" in str(error.value) or "max_model_len" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "unsafe", [pytest.param(CHUNKED, id="chunked prefill"), pytest.param(CACHED, id="prefix caching")]
+)
+def test_a_prompt_in_pieces_is_noticed_and_would_be_answered_wrongly(load, folder, reference, unsafe, monkeypatch):
+    safe = load(folder)
+    assert max(ask(safe, reference)) < TOLERANCE
+    without_refusal(monkeypatch)
+    # the same conversation a turn longer shares its beginning with the one before
+    cases = [CASES[0], CONVERSATION, *SEVERAL]
+    with pytest.raises(RuntimeError, match="A prompt arrives in pieces"):
+        ask(load(folder, **unsafe), reference, cases)
+    without_check(monkeypatch)
+    assert max(ask(load(folder, **unsafe), reference, cases)) > 100 * TOLERANCE
+
+
+def test_a_preempted_prompt_is_processed_again_as_a_whole(load, folder, reference, monkeypatch):
+    """So few blocks that requests have to give their places up while they are answered."""
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def count(scheduler, request, *args, **kwargs):
+        preempted.append(request.num_output_tokens)
+        return preempt(scheduler, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", count)
+    engine = load(folder, num_gpu_blocks_override=25, block_size=32)
+    settings = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True, logprobs=0, detokenize=False)
+    prompts = [reference.prompt(CASES[number]) for number in (0, 2, 9, 10)]
+    together = engine.generate(prompts, settings, use_tqdm=False)
+    assert max(preempted) > 1, preempted
+    for prompt, output in zip(prompts, together, strict=True):
+        (alone,) = engine.generate([prompt], settings, use_tqdm=False)
+        assert answer_of(output).difference(answer_of(alone)) < TOLERANCE

@@ -1,0 +1,78 @@
+"""What is found in a prompt's ids; needs no vLLM."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fusion_hf import FusionConfig, FusionProcessor, nano_path
+from fusion_hf.inference import question_message
+from fusion_hf.vllm.prompts import PromptReader, RequestBudget
+
+CONFIG = FusionConfig.from_pretrained(nano_path())
+PROCESSOR = FusionProcessor.from_pretrained(nano_path())
+READER = PromptReader.of(CONFIG, PROCESSOR)
+
+
+def conversation(turns: int, has_picture: bool) -> list[dict]:
+    messages = [{"role": "system", "content": "one word"}]
+    for turn in range(turns):
+        picture = Image.new("RGB", (8, 8)) if has_picture and turn == 0 else None
+        messages += [
+            question_message(f"question {turn}?", picture),
+            {"role": "assistant", "content": f"answer {turn}"},
+        ]
+    return messages[:-1]
+
+
+@pytest.mark.parametrize("has_picture", [True, False])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("query_len", [4, 16])
+def test_the_turns_of_a_prompt_are_those_of_the_processor(turns, has_picture, query_len):
+    inputs = PROCESSOR.apply_chat_template(
+        conversation(turns, has_picture),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        query_len=query_len,
+    )
+    ids = inputs["input_ids"][0]
+    found = READER.read(ids)
+    assert found.num_image_tokens == (CONFIG.num_image_tokens if has_picture else 0)
+    assert found.query_len == query_len
+    starts = np.flatnonzero(np.array(ids) == CONFIG.latent_token_id).reshape(turns, query_len)
+    np.testing.assert_array_equal(found.latent_positions, starts)
+    np.testing.assert_array_equal(found.prompt_end_positions, inputs["prompt_end_positions"][0])
+    RequestBudget.of(CONFIG, query_len).check(found)
+
+
+def test_every_beginning_of_a_prompt_is_refused_or_has_no_latents():
+    ids = PROCESSOR.apply_chat_template(conversation(1, True), add_generation_prompt=True, tokenize=True)[0]
+    first = list(ids).index(CONFIG.image_token_id)
+    assert READER.read(ids[:first]).query_len == 0
+    for stop in range(first + 1, len(ids) - 1):
+        with pytest.raises(ValueError, match=r"no latent block|perfect square|cut"):
+            if READER.read(ids[:stop]).query_len == CONFIG.query_len:
+                break
+    assert READER.read(ids).query_len == CONFIG.query_len
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"query_len": 9}, "query_len is 9; allowed: 4, 16"),
+        ({"query_len": "4"}, "query_len is '4'"),
+        ({"image_token_grid": 0}, "image_token_grid"),
+        ({"image_token_grid": CONFIG.num_patches_per_side + 1}, "image_token_grid"),
+    ],
+)
+def test_impossible_budgets(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        RequestBudget.of(CONFIG, **arguments)
+
+
+def test_a_budget_that_the_prompt_does_not_keep():
+    ids = PROCESSOR.apply_chat_template(conversation(1, True), add_generation_prompt=True, tokenize=True)[0]
+    with pytest.raises(ValueError, match="query_len is 4"):
+        RequestBudget.of(CONFIG, 4).check(READER.read(ids))
+    with pytest.raises(ValueError, match="image_token_grid is 2"):
+        RequestBudget.of(CONFIG, image_token_grid=2).check(READER.read(ids))

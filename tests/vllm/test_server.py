@@ -1,0 +1,211 @@
+"""`fusion-hf serve --engine vllm` as users start it, and as OpenAI's client asks it."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+from tests.helpers.serving import (
+    MODEL,
+    PICTURE,
+    QUESTION,
+    PictureHost,
+    Server,
+    ask,
+    data_uri,
+    png_of_claimed_size,
+    red_circle,
+    run_server,
+    start_server,
+    stream_text,
+    user,
+)
+from tests.helpers.vllm_models import CASES, Case, Reference, picture, png_bytes, write_random_model
+
+from fusion_hf import FusionConfig, nano_path
+from fusion_hf.inference import Assistant, question_message
+
+pytestmark = pytest.mark.vllm
+TOLERANCE = 1e-4
+ENGINE = ("--engine", "vllm", "--device", "auto", "--dtype", "float32")
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+KEY = "a secret"
+MAX_NEW_TOKENS = 20
+
+
+def messages_of(case: Case) -> list[dict[str, Any]]:
+    """The case's messages as clients send them."""
+    messages = []
+    for message in case.messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [
+                {"type": "image_url", "image_url": {"url": data_uri(png_bytes(picture(str(case.color))))}}
+                if part["type"] == "image"
+                else part
+                for part in content
+            ]
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+@pytest.fixture(scope="module", params=["llama", "phi3"])
+def random_model(request, tmp_path_factory) -> Iterator[tuple[Reference, Server, str]]:
+    folder = write_random_model(tmp_path_factory.mktemp("model"), request.param)
+    with run_server(*ENGINE, "--model", folder, "--name", "random", "--parallel", "5", **SETTINGS) as server:
+        yield Reference(folder), server, "random"
+
+
+def test_log_probabilities_of_every_prompt_at_once(random_model):
+    reference, server, name = random_model
+
+    def reply(case: Case) -> tuple[list[int], list[float]]:
+        result = server.client().chat.completions.create(
+            model=name,
+            messages=messages_of(case),
+            max_tokens=case.max_tokens,
+            logprobs=True,
+            extra_body={**case.budget, "return_tokens_as_token_ids": True, "skip_special_tokens": False},
+        )
+        tokens = result.choices[0].logprobs.content
+        return [int(token.token.removeprefix("token_id:")) for token in tokens], [token.logprob for token in tokens]
+
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        replies = list(pool.map(reply, CASES))
+    for case, (ids, logprobs) in zip(CASES, replies, strict=True):
+        expected = reference.answer(case)
+        assert ids == expected.ids, case
+        assert max(abs(a - b) for a, b in zip(logprobs, expected.logprobs, strict=True)) < TOLERANCE, case
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[PictureHost]:
+    with PictureHost() as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def server(pictures: PictureHost) -> Iterator[Server]:
+    with run_server(
+        *ENGINE, "--allow-private-image-host", f"127.0.0.1:{pictures.port}", "--max-prompt-tokens", "600", **SETTINGS
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+def test_answers_are_those_of_the_transformers_model(client):
+    assistant = Assistant.load(device="cpu")
+    conversation = [user(QUESTION, red_circle()), {"role": "assistant", "content": "red"}, user("what shape is it?")]
+    for query_len in (4, 16):
+        reply = ask(client, conversation[0], extra_body={"query_len": query_len})
+        expected = assistant.answer([question_message(QUESTION, Image.open(PICTURE))], MAX_NEW_TOKENS, query_len)
+        assert reply.choices[0].message.content == expected
+    whole = ask(client, *conversation).choices[0].message.content
+    assert whole == stream_text(ask(client, *conversation, stream=True))
+    sky = "what color is the sky?"
+    expected = assistant.answer([question_message(sky, None)], MAX_NEW_TOKENS)
+    assert ask(client, user(sky)).choices[0].message.content == expected
+
+
+def test_a_picture_of_an_allowed_host(client, pictures):
+    assert ask(client, user(QUESTION, f"{pictures.url}/picture")).choices[0].message.content == "red"
+
+
+def test_models_and_health(server, client):
+    assert [model.id for model in client.models.list().data] == [MODEL]
+    assert re.match(rb"HTTP/1.1 200", server.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"))
+    assert re.match(rb"HTTP/1.1 404", server.send(b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"))
+
+
+def hostile(pictures: PictureHost) -> dict[str, dict[str, Any]]:
+    """Requests by what is said of them."""
+    elsewhere = f"http://127.0.0.1:{pictures.port + 1}/picture"
+    return {
+        "not on this server's list": {"messages": [user(QUESTION, elsewhere)]},
+        "allowed: a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
+        "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_of_claimed_size(20_000)))]},
+        "truncated": {"messages": [user(QUESTION, data_uri(PICTURE.read_bytes()[:300]))]},
+        "no known kind": {"messages": [user(QUESTION, data_uri(b"no picture"))]},
+        "tokens; allowed": {"messages": [user("word " * 5_000)]},
+        "query_len is 9; allowed: 4, 16": {"messages": [user(QUESTION, red_circle())], "query_len": 9},
+        "image_token_grid is 99": {"messages": [user(QUESTION, red_circle())], "image_token_grid": 99},
+        "mm_processor_kwargs has 'size'": {"messages": [user(QUESTION)], "mm_processor_kwargs": {"size": 1}},
+        "media_io_kwargs": {"messages": [user(QUESTION)], "media_io_kwargs": {"image": {}}},
+        "video_url": {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]},
+    }
+
+
+def post_head(length: int) -> bytes:
+    lines = (
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: a",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+    )
+    return "\r\n".join((*lines, "", "")).encode()
+
+
+def test_hostile_requests_are_refused_and_the_server_lives(server, client, pictures):
+    for reason, content in hostile(pictures).items():
+        with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
+            client.chat.completions.create(model=MODEL, messages=content.pop("messages"), extra_body=content)
+    # ids of a prompt that was never whole: they would stop the engine, which thinks that they came in pieces
+    config = FusionConfig.from_pretrained(nano_path())
+    image, latent = config.image_token_id, config.latent_token_id
+    for ids in ([latent] * 4, [image] * 4, [image] * 16 + [latent] * 4, [latent] * 3):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model=MODEL, prompt=ids, max_tokens=1)
+    length = 50 * 2**20
+    assert re.match(rb"HTTP/1.1 413", server.send(post_head(length)))
+    body = b'{"model": "fusion-nano", "messages": "\xff"}'
+    assert re.match(rb"HTTP/1.1 400", server.send(post_head(len(body)) + body))
+    assert ask(client, user(QUESTION, red_circle())).choices[0].message.content == "red"
+
+
+def test_key_queue_and_settings_of_the_operator(tmp_path):
+    options = ("--api-key-env", "FUSION_KEY", "--parallel", "1", "--queue-length", "1", "--query-len", "4")
+    with run_server(*ENGINE, *options, FUSION_KEY=KEY, **SETTINGS) as server:
+        with pytest.raises(openai.AuthenticationError):
+            server.client().models.list()
+        client = server.client(KEY)
+        assert client.models.list().data
+        few = ask(client, user(QUESTION, red_circle())).usage.prompt_tokens
+        many = ask(client, user(QUESTION, red_circle()), extra_body={"query_len": 16}).usage.prompt_tokens
+        assert many - few == 12
+
+        def one(_: int) -> int:
+            try:
+                ask(client, user(QUESTION, red_circle()), max_tokens=200, extra_body={"ignore_eos": True})
+            except openai.RateLimitError as error:
+                assert "try again soon" in str(error)
+                return 429
+            return 200
+
+        with ThreadPoolExecutor(6) as pool:
+            codes = list(pool.map(one, range(6)))
+        assert 429 in codes
+        assert 200 in codes
+
+
+@pytest.mark.parametrize(
+    "flag", ["--enable-chunked-prefill", "--enable-prefix-caching", "--max-num-batched-tokens=64"]
+)
+def test_unsafe_settings_end_the_start_with_a_reason(tmp_path, flag):
+    errors = tmp_path / "errors"
+    with (
+        pytest.raises(AssertionError),
+        start_server(*ENGINE, "--", flag, errors=errors, **SETTINGS),
+    ):
+        pass
+    (last,) = errors.read_text(encoding="utf-8").splitlines()[-1:]
+    name = flag.split("=")[0].removeprefix("--").replace("-", "_")
+    assert last.startswith("error: ")
+    assert name in last
