@@ -6,13 +6,13 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
+from fusion_hf.endpoints import check_key
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
 from fusion_hf.synthesis.describe import Describe, Writing
 from fusion_hf.synthesis.documents import ReadStage, SaveStage
 from fusion_hf.synthesis.draw import DrawRecords
-from fusion_hf.synthesis.endpoints import check_key
 from fusion_hf.synthesis.executors import make_executors
 from fusion_hf.synthesis.files import json_bytes, write_atomically
 from fusion_hf.synthesis.filtering import BalanceOptions, FilterRecords

@@ -1,0 +1,104 @@
+"""What clients of the OpenAI protocol have in common: addresses, keys, which failures may pass, how long to wait."""
+
+import json
+import os
+import random
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+from fusion_hf.errors import InputError
+
+DEFAULT_PATH = "/v1"
+CHAT, IMAGES, MODELS = "chat/completions", "images/generations", "models"
+MAX_RESPONSE_BYTES = 2**22
+SHOWN = 300  # characters of an endpoint's own words in a reason
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; doubled from try to try
+TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+TO_STOP = frozenset({401, 402, 403, 404})  # what no other request would fare better with
+
+
+class Refused(Exception):
+    """The endpoint will not answer this request; others may fare better."""
+
+
+class Unavailable(Exception):
+    """The endpoint answers nobody: the run has to be given again."""
+
+
+class Again(Exception):
+    """A failure that may pass; `seconds`: how long the endpoint asks to wait."""
+
+    def __init__(self, reason: str, seconds: float | None = None):
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+def read_key(variable: str) -> str:
+    """The API key; read when a request is sent, so that it is in no object that is pickled, logged or shown."""
+    return os.environ.get(variable, "").strip()
+
+
+def check_key(variable: str | None, named_by: str = "key_variable") -> None:
+    """
+    Raises:
+        InputError: if the environment has no such variable.
+    """
+    if variable is not None and not read_key(variable):
+        raise InputError(f"The environment has no {variable}, which {named_by} names; set it to the API key.")
+
+
+def endpoint_url(base: str, call: str) -> str:
+    """Where a call goes: a base without a path gets `/v1`."""
+    base = base.rstrip("/")
+    return f"{base if urlsplit(base).path else base + DEFAULT_PATH}/{call}"
+
+
+def pause(attempt: int, asked: float | None, first: float = FIRST_PAUSE) -> float:
+    """Seconds to wait before the next try, after as many as `attempt`; `asked`: for how long the endpoint asks."""
+    if asked is not None:
+        return min(asked, LONGEST_PAUSE)
+    # apart from each other, or all who failed together come back together
+    return min(first * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+
+
+def seconds_asked(retry_after: str | None) -> float | None:
+    """What a header `Retry-After` says."""
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
+
+
+def check_status(url: str, status: int, body: bytes, retry_after: str | None, key_variable: str | None) -> None:
+    """
+    Raises:
+        Again, Refused, Unavailable: for every status but 200.
+    """
+    if status in TO_RETRY:
+        raise Again(f"HTTP {status}", seconds_asked(retry_after))
+    if status in TO_STOP:
+        words = own_words(body, key_variable)
+        raise Unavailable(f"{url} answers HTTP {status} {HTTPStatus(status).phrase}: {words}")
+    if status != HTTPStatus.OK:
+        raise Refused(f"HTTP {status}: {own_words(body, key_variable)}")
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a response is.
+
+    Raises:
+        Again: if it is none.
+    """
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Again("the response is no JSON") from error
+    if not isinstance(answer, dict):
+        raise Again("the response is no JSON object")
+    return answer
+
+
+def own_words(body: bytes, key_variable: str | None) -> str:
+    """What the endpoint says, in one line without control characters, not at any length, and without our key."""
+    text = " ".join(body[: 4 * SHOWN].decode("utf-8", "replace").split())
+    key = "" if key_variable is None else read_key(key_variable)
+    text = text.replace(key, "<key>") if key else text
+    return "".join(letter for letter in text if letter.isprintable())[:SHOWN]
