@@ -18,7 +18,9 @@ from tests.helpers.serving import (
     user,
 )
 
+from fusion_hf.facts import ModelFacts
 from fusion_hf.inference import Assistant, question_message
+from fusion_hf.modeling_fusion_decoder import TokenBudget
 
 MORE = "what shape is in the image?"
 SYSTEM = {"role": "system", "content": "You answer in one word."}
@@ -158,9 +160,13 @@ def test_stop_strings(talkative: openai.OpenAI, as_list: bool):
     assert reply.usage.completion_tokens < whole.usage.completion_tokens
 
 
-def test_models(client: openai.OpenAI):
+def test_models(client: openai.OpenAI, assistant: Assistant):
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).id == MODEL
+    model = client.models.retrieve(MODEL)
+    assert model.id == MODEL
+    assert model.model_extra["max_model_len"] == assistant.max_length
+    budget = TokenBudget(assistant.processor.query_len, assistant.model.config.grid_side())
+    assert ModelFacts.read(model.model_extra["fusion"]) == ModelFacts.of(assistant, budget)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
 

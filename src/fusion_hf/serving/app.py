@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fusion_hf.errors import short_name
+from fusion_hf.facts import ModelFacts
 from fusion_hf.inference import Assistant
 from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.engine import Engine, Finished, Piece
@@ -63,9 +64,10 @@ class Service:
 
 def build_app(service: Service) -> Starlette:
     """The application; it answers in the event loop that runs it, by the engine in its state."""
-    engine = Engine(service.assistant, service.limits, TokenBudget(service.query_len, service.image_token_grid))
+    budget = TokenBudget(service.query_len, service.image_token_grid)
+    engine = Engine(service.assistant, service.limits, budget)
     chat = ChatEndpoint(service, engine)
-    model = model_object(service.name, int(time.time()))
+    model = model_object(service.name, int(time.time()), ModelFacts.of(service.assistant, budget))
 
     async def health(request: Request) -> JSONResponse:
         waiting = chat.places - engine.running

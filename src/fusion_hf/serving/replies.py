@@ -6,14 +6,22 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusion_hf.facts import FACTS, MAX_LENGTH, ModelFacts
 from fusion_hf.serving.engine import Finished
 
 END = b"data: [DONE]\n\n"
 
 
-def model_object(name: str, created: int) -> dict[str, Any]:
-    """A model in a list."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "fusion_hf"}
+def model_object(name: str, created: int, facts: ModelFacts) -> dict[str, Any]:
+    """A model in a list; beside OpenAI's fields its greatest length, called as vLLM does, and what else is known."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "fusion_hf",
+        MAX_LENGTH: facts.max_length,
+        FACTS: facts.write(),
+    }
 
 
 def sse(content: dict[str, Any]) -> bytes:

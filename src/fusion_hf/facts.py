@@ -1,0 +1,60 @@
+"""What is known of a loaded model: of which answers and figures it is, for records and for who asks it as a server."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusion_hf.batching import digest_model
+from fusion_hf.conversion.family import find_member
+from fusion_hf.inference import Assistant
+from fusion_hf.modeling_fusion_decoder import TokenBudget
+
+FACTS, MAX_LENGTH = "fusion", "max_model_len"  # fields of a model that a server lists
+NUMBERS = ("query_len", "image_token_grid", "max_length")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    revision: changes with the model's configuration, template and weights.
+    dtype, device: of its weights.
+    query_len, image_token_grid: of questions that say nothing about it.
+    max_length: tokens that it can read and write together.
+    published: the published model whose sizes it has, if any.
+    """
+
+    revision: str
+    dtype: str
+    device: str
+    query_len: int
+    image_token_grid: int
+    max_length: int
+    published: str | None
+
+    @classmethod
+    def of(cls, assistant: Assistant, budget: TokenBudget) -> "ModelFacts":
+        """Of a loaded model."""
+        model = assistant.model
+        member = find_member(model.config)
+        return cls(
+            revision=digest_model(assistant),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            **budget._asdict(),
+            max_length=assistant.max_length,
+            published=None if member is None else member.name,
+        )
+
+    @classmethod
+    def read(cls, content: Any) -> "ModelFacts | None":
+        """What `write` gave; None for anything else."""
+        names = cls.__dataclass_fields__
+        if not isinstance(content, dict) or not names.keys() <= content.keys():
+            return None
+        known = {name: content[name] for name in names}
+        kinds = {name: int if name in NUMBERS else str for name in names}
+        fitting = all(type(value) is kinds[name] for name, value in known.items() if name != "published")
+        return cls(**known) if fitting and isinstance(known["published"], (str, type(None))) else None
+
+    def write(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
