@@ -12,6 +12,7 @@ import torch
 from fusion_hf.errors import InputError
 from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.cache import AnswerCache
+from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.questions import MAX_NEW_TOKENS, Continuation, Generation, Request
 from fusion_hf.inference import Assistant
 from fusion_hf.nano.easy_vqa import read_easy_vqa
@@ -21,7 +22,7 @@ OPTIONS = ("red", "blue", "yes", "rectangle")
 
 @pytest.fixture(scope="module")
 def one_by_one(assistant: Assistant, questions: list[Request]) -> list[Any]:
-    return Answerer(assistant, batch_size=1).answer(questions)
+    return Answerer(LocalModel(assistant, batch_size=1)).answer(questions)
 
 
 def test_one_by_one_is_what_the_assistant_answers(assistant, questions, one_by_one):
@@ -34,14 +35,14 @@ def test_one_by_one_is_what_the_assistant_answers(assistant, questions, one_by_o
 
 
 def test_batches_answer_as_one_by_one(assistant, questions, one_by_one):
-    assert Answerer(assistant, batch_size=16).answer(questions) == one_by_one
+    assert Answerer(LocalModel(assistant, batch_size=16)).answer(questions) == one_by_one
 
 
 def test_tiles_of_a_picture_are_encoded_once(assistant, questions, monkeypatch):
     encoded = []
     see_all = Assistant.see_all
     monkeypatch.setattr(Assistant, "see_all", lambda self, p: encoded.append(len(p)) or see_all(self, p))
-    Answerer(assistant, batch_size=4).answer(questions)
+    Answerer(LocalModel(assistant, batch_size=4)).answer(questions)
     with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
     assert sum(encoded) == len(with_picture)
 
@@ -51,17 +52,17 @@ def _shows(request: Request) -> bool:
 
 
 def test_equal_requests_are_asked_once(assistant, questions):
-    answerer = Answerer(assistant, batch_size=4)
+    answerer = Answerer(LocalModel(assistant, batch_size=4))
     answers = answerer.answer([*questions[:3], *questions[:3]])
     assert (answers[:3], answerer.asked) == (answers[3:], 3)
 
 
 def test_what_was_answered_is_not_asked_again(assistant, questions, one_by_one, tmp_path: Path):
     first = AnswerCache(tmp_path)
-    Answerer(assistant, cache=first).answer(questions[:5])
+    Answerer(LocalModel(assistant), first).answer(questions[:5])
     first.close()
     second = AnswerCache(tmp_path, rank=1)
-    answerer = Answerer(assistant, batch_size=16, cache=second)
+    answerer = Answerer(LocalModel(assistant, batch_size=16), second)
     assert answerer.answer(questions) == one_by_one
     second.close()
     keys = [line["key"] for path in tmp_path.glob("*.jsonl") for line in map(json.loads, path.open())]
@@ -70,12 +71,12 @@ def test_what_was_answered_is_not_asked_again(assistant, questions, one_by_one, 
 
 def test_half_a_line_is_dropped_and_asked_again(assistant, questions, one_by_one, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(assistant, cache=cache).answer(questions[:5])
+    Answerer(LocalModel(assistant), cache).answer(questions[:5])
     cache.close()
     path = tmp_path / "00000.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     cache = AnswerCache(tmp_path)
-    answerer = Answerer(assistant, cache=cache)
+    answerer = Answerer(LocalModel(assistant), cache)
     assert answerer.answer(questions[:5]) == one_by_one[:5]
     cache.close()
     assert answerer.asked == 1
@@ -84,8 +85,8 @@ def test_half_a_line_is_dropped_and_asked_again(assistant, questions, one_by_one
 
 def test_other_settings_are_other_questions(assistant, questions, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(assistant, cache=cache).answer(questions[:2])
-    other = Answerer(assistant, cache=cache, query_len=4)
+    Answerer(LocalModel(assistant), cache).answer(questions[:2])
+    other = Answerer(LocalModel(assistant, query_len=4), cache)
     other.answer(questions[:2])
     assert other.asked == 2
 
@@ -114,7 +115,7 @@ def test_failures_are_named_and_keep_no_answer_from_the_others(
         make_request("why? " * assistant.max_length, first, number=102),
         make_request("what?", broken, number=103),
     ]
-    answerer = Answerer(assistant, batch_size=16)
+    answerer = Answerer(LocalModel(assistant, batch_size=16))
     assert answerer.answer([*failing, *questions[:4]]) == [None, None, None, *one_by_one[:4]]
     reasons = {failure.doc_id: failure.reason for failure in answerer.failures}
     assert "SeveralPictures: The request shows 2 pictures" in reasons[101]
@@ -129,7 +130,7 @@ def test_options_are_scored(assistant, make_request: Callable[..., Request]):
         make_request("what color is the shape?", picture, number=number, wanted=Continuation(f" {option}"))
         for number, option in enumerate(OPTIONS)
     ]
-    answers = Answerer(assistant, batch_size=3).answer(requests)
+    answers = Answerer(LocalModel(assistant, batch_size=3)).answer(requests)
     question = [{"role": "user", "content": [{"type": "image", "path": str(picture)}, *_text()]}]
     likeliest = assistant.answer(question, max_new_tokens=6)
     for option, answer in zip(OPTIONS, answers, strict=True):
@@ -165,6 +166,6 @@ def test_settings_of_a_task():
 
 def test_sampled_answers_are_those_of_their_question(assistant, make_request):
     request = make_request("what?", wanted=Generation(max_new_tokens=6, temperature=5.0))
-    answers = Answerer(assistant, batch_size=4).answer([request] * 4)
+    answers = Answerer(LocalModel(assistant, batch_size=4)).answer([request] * 4)
     assert len({answer["answer"] for answer in answers}) > 1
-    assert Answerer(assistant, batch_size=1).answer([request] * 4) == answers
+    assert Answerer(LocalModel(assistant, batch_size=1)).answer([request] * 4) == answers

@@ -30,6 +30,25 @@ def test_wrong_arguments(arguments, message, capsys):
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "bfloat16"], "--dtype is bfloat16; not allowed with --url: the server has chosen it."),
+        (["--device", "cpu"], "--device is cpu; not allowed with --url: the server has chosen it."),
+        (["--batch-size", "8"], "--batch-size is 8; not allowed with --url: --parallel says"),
+    ],
+)
+def test_what_a_server_decides(arguments, message, capsys):
+    assert main(["evaluate", "--tasks", "easy_vqa", "--url", "http://127.0.0.1:9/v1", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("option", ["--api-key-env", "--parallel"])
+def test_options_of_a_server_need_one(option, capsys):
+    assert main(["evaluate", "--tasks", "easy_vqa", option, "7"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} is 7; allowed only with --url")
+
+
 def test_data_is_checked_without_lmms_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     assert main(["evaluate", "--tasks", "easy_vqa", "--check-data"]) == 0

@@ -1,64 +1,30 @@
 """The command with lmms-eval, in real processes: killed, doubled, and with requests that fail."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from fusion_hf.inference import nano_path
+from tests.evaluation.runs import (
+    ENVIRONMENT,
+    LAUNCHERS,
+    LIMIT,
+    ROOT,
+    SECONDS,
+    answers,
+    entries,
+    finish,
+    record_of,
+    run_lmms_eval,
+    start,
+)
 
 pytestmark = pytest.mark.eval
 
-ROOT = Path(__file__).parents[2]
-SECONDS = 600  # a hung process fails its test
-LIMIT = 130  # three windows, so that each of two processes has one
 OPTIONS = "red blue circle rectangle yes no teal green triangle gray black brown yellow".split()
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs" / "accelerate" / "ddp.yaml"]
-ACCELERATE += ["--num_processes", "2", "--main_process_port", "0"]
-LAUNCHERS = [TORCHRUN, ACCELERATE]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(output: Path, *options: object, launcher: Sequence[object] = (), **variables: str) -> subprocess.Popen:
-    arguments = ["-m", "fusion_hf", "evaluate", "--tasks", "easy_vqa", "--limit", LIMIT, "--output", output, *options]
-    return subprocess.Popen(
-        [sys.executable, *map(str, (*launcher, *arguments))],
-        env={**ENVIRONMENT, **variables},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-
-
-def finish(output: Path, *options: object, **others: Any) -> dict[str, Any]:
-    """The record of a run that must succeed."""
-    process = start(output, *options, **others)
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, errors
-    return record_of(output)
-
-
-def record_of(output: Path) -> dict[str, Any]:
-    return json.loads(max(output.glob("record-*.json")).read_text())
-
-
-def entries(output: Path) -> list[dict[str, Any]]:
-    """The answers on disk; a line being written is left out."""
-    paths = sorted((output / "answers").glob("*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().split("\n")[:-1]]
-
-
-def answers(output: Path) -> dict[str, str]:
-    return {entry["key"]: entry["answer"] for entry in entries(output)}
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +59,8 @@ AS_FUSION_L = """
 import sys
 from fusion_hf.cli import main
 from fusion_hf.conversion.family import MEMBERS
-from fusion_hf.evaluation import runner
-runner.find_member = lambda config: {member.name: member for member in MEMBERS}["FUSION-L 3B"]
+from fusion_hf import facts
+facts.find_member = lambda config: {member.name: member for member in MEMBERS}["FUSION-L 3B"]
 sys.exit(main(["evaluate", "--tasks", "easy_vqa", "--limit", "2", "--output", sys.argv[1]]))
 """
 
@@ -195,29 +161,3 @@ def test_lmms_eval_scores_options(tmp_path):
     path.write_text("\n".join(lines) + "\n")
     results = run_lmms_eval(tmp_path, "options", "--force_simple")
     assert results["acc,none"] > 0.9
-
-
-def run_lmms_eval(folder: Path, task: str, *options: str) -> dict[str, Any]:
-    """The results of a task, from lmms-eval's own command."""
-    arguments = [
-        "--model",
-        "fusion",
-        "--model_args",
-        f"pretrained={nano_path()}",
-        "--batch_size",
-        "8",
-        "--tasks",
-        task,
-    ]
-    arguments += ["--include_path", str(folder), "--limit", "20", "--output_path", str(folder / "output"), *options]
-    process = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", *arguments],
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=SECONDS,
-    )
-    paths = list((folder / "output").rglob("*results.json"))
-    assert paths, process.stdout + process.stderr
-    return json.loads(paths[0].read_text())["results"][task]

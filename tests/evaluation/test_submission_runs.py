@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.evaluation.rows import SUBMITTED, submitted_rows, write_rows
-from tests.evaluation.test_runner import ENVIRONMENT, ROOT, TORCHRUN, record_of
+from tests.evaluation.runs import ENVIRONMENT, ROOT, TORCHRUN, record_of
 
 from fusion_hf.evaluation.benchmarks import VARIANTS
 

@@ -138,6 +138,15 @@ def test_of_several_runs_the_last_counts():
     assert (ours["POPE"], ours["MMStar"]) == ("60.0 [1]", "40.0")
 
 
+def test_a_model_that_a_server_has_is_named_with_its_place():
+    url = "http://127.0.0.1:8000/v1"
+    table = make_table([make_run(scored("pope", 0.8), model=replace(MODEL, url=url))])
+    assert f"Measured: my\\|model (my@1) at {url}, bfloat16 on cuda:0, 729 image tokens, 36 latents." in table
+    silent = ModelRecord("a", f"a at {url}", "unknown", "unknown", None, None, url=url)
+    table = make_table([make_run(scored("pope", 0.8), model=silent)])
+    assert "unknown on unknown, image tokens and latents as its server has them." in table
+
+
 def test_runs_of_several_models_are_refused():
     other = replace(MODEL, revision="my@2")
     with pytest.raises(InputError, match="several models: revision is 'my@1' and 'my@2'; allowed: one"):

@@ -20,8 +20,8 @@ TOKENS = 7  # of each answer
 GARBAGE = '{"turns": [{"question": "Wh'
 
 Payload = dict[str, Any]
-# the text of an answer to a prompt, which may be the blocks of a message
-Writer = Callable[[Payload], str]
+# the text of an answer to a prompt, which may be the blocks of a message; or what a bad server has in its place
+Writer = Callable[[Payload], str | None]
 # what goes wrong with a request: its payload, and how often the same one has come before
 Script = Callable[[Payload, int], str | None]
 
@@ -50,6 +50,7 @@ class Scripted:
     writer: Writer
     faults: Script = lambda payload, repeat: None
     key: str | None = None
+    models: list[Payload] = field(default_factory=list)
     seconds: float = 0.0
     slow_seconds: float = 0.5
     requests: list[Payload] = field(default_factory=list)
@@ -80,14 +81,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Any address answers: who waits for the server to be ready asks for its models."""
-        self._send(200, {"data": []})
+        if self._is_known():
+            self._send(200, {"data": self.script.models})
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         script = self.script
-        if script.key is not None and self.headers.get("Authorization") != f"Bearer {script.key}":
-            said = self.headers.get("Authorization", "nothing")
-            return self._send(401, {"error": {"message": f"Incorrect API key provided: {said}"}})
+        if not self._is_known():
+            return None
         time.sleep(script.seconds)
         fault = script.faults(payload, script.note(payload)) or ""
         if fault == "slow":
@@ -101,6 +102,14 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "huge":
             return self._send(200, {"junk": "x" * 2**23})
         return self._answer(payload, fault)
+
+    def _is_known(self) -> bool:
+        """Whether the client has the key; if not, it is told so."""
+        said = self.headers.get("Authorization", "nothing")
+        if self.script.key is None or said == f"Bearer {self.script.key}":
+            return True
+        self._send(401, {"error": {"message": f"Incorrect API key provided: {said}"}})
+        return False
 
     def _answer(self, payload: Payload, fault: str) -> None:
         if self.path == IMAGES:

@@ -13,7 +13,8 @@ from fusion_hf.errors import InputError
 if TYPE_CHECKING:
     from fusion_hf.evaluation.record import RunRecord
 
-ALL = "all"
+ALL, AUTO = "all", "auto"
+BATCH_SIZE = 1
 PROMPTS = ("authors", "lmms-eval")
 OUTPUT = "evaluation"
 INSTALL = "pip install 'fusion_hf[eval,train]' && pip install --no-deps lmms-eval==0.7.3"
@@ -32,13 +33,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
     )
+    parser.add_argument(
+        "--url", metavar="ADDRESS", help="ask a server of the OpenAI protocol instead; --model is then a name it has"
+    )
+    parser.add_argument("--api-key-env", metavar="NAME", help="with --url: environment variable with the server's key")
+    parser.add_argument("--parallel", type=positive, metavar="N", help="with --url: requests in flight; default: 4")
     parser.add_argument("--data-root", metavar="DIR", help="local copies of the data, a folder for each benchmark")
     parser.add_argument("--prompts", choices=PROMPTS, default=PROMPTS[0], help="whose prompts; default: %(default)s")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first questions of each task: a try")
     parser.add_argument(
         "--batch-size",
         type=positive,
-        default=1,
+        default=BATCH_SIZE,
         metavar="N",
         help="answered together; default: %(default)s",
     )
@@ -51,8 +57,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--table", nargs="+", metavar="RECORD.json", help="only make one table of several runs of a model"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto; default: %(default)s")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto; default: %(default)s")
+    parser.add_argument("--device", default=AUTO, help="cpu, cuda, mps or auto; default: %(default)s")
+    parser.add_argument("--dtype", default=AUTO, help="float32, bfloat16, float16 or auto; default: %(default)s")
     parser.add_argument(
         "--debug", action="store_true", help="show where an error comes from, and the libraries' notes"
     )
@@ -66,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         find_published(arguments.published)  # an unknown name is told before the work
     if arguments.table is not None:
         return _make_table(arguments)
+    _check_place(arguments)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: lmms-eval's bars know no terminal
     names = _task_names(arguments.tasks)
@@ -90,6 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         device=arguments.device,
         dtype=arguments.dtype,
+        url=arguments.url,
+        api_key_env=arguments.api_key_env,
+        parallel=arguments.parallel,
         command=sys.argv,
         debug=arguments.debug,
     )
@@ -131,6 +141,30 @@ def _task_names(given: str | None) -> list[str]:
         if name not in known:
             raise InputError(f"--tasks has {name!r}; allowed: {ALL}, {', '.join(known)}.")
     return names
+
+
+def _check_place(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        InputError: for an option of the other place where answers can be made, this process or a server.
+    """
+    if arguments.url is None:
+        for option, value in (("--api-key-env", arguments.api_key_env), ("--parallel", arguments.parallel)):
+            if value is not None:
+                raise InputError(f"{option} is {value}; allowed only with --url: nobody else is asked.")
+        return
+    for option, value, default, instead in (
+        ("--device", arguments.device, AUTO, "the server has chosen it"),
+        ("--dtype", arguments.dtype, AUTO, "the server has chosen it"),
+        (
+            "--batch-size",
+            arguments.batch_size,
+            BATCH_SIZE,
+            "--parallel says how many questions are asked at once",
+        ),
+    ):
+        if value != default:
+            raise InputError(f"{option} is {value}; not allowed with --url: {instead}.")
 
 
 def _check_limit(names: list[str]) -> None:

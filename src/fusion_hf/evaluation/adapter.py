@@ -13,10 +13,12 @@ from PIL import Image
 from torch import distributed
 
 from fusion_hf.errors import InputError
-from fusion_hf.evaluation.answering import BATCH_SIZE, Answerer, Failure
+from fusion_hf.evaluation.answering import Answerer, Failure, Model
 from fusion_hf.evaluation.cache import Answer, AnswerCache
+from fusion_hf.evaluation.local import BATCH_SIZE, LocalModel
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
-from fusion_hf.inference import AUTO, Assistant, choose_device
+from fusion_hf.evaluation.served import PARALLEL, ServedModel
+from fusion_hf.inference import AUTO, choose_device
 
 SHOWN_FAILURES = 3
 
@@ -36,15 +38,18 @@ class FusionChat(lmms):
     FUSION for lmms-eval's chat messages.
 
     Args:
-        pretrained: a model folder or a repository of the Hub; None: the bundled fusion-nano.
+        pretrained: a model folder or a repository of the Hub; None: the bundled fusion-nano. With `url`, the model's
+            name there; None: the only one.
         device, dtype: see `Assistant.load`. Give `device` once: here, or to lmms-eval.
         batch_size: prompts answered together.
         query_len, image_token_grid: see `Assistant.answer`.
         answers: a folder where answers are kept; a run that was killed goes on with them.
+        url, api_key_env, parallel: of a server that is asked instead of a model in this process; see
+            `ServedModel.connect`. `device` and `dtype` are the server's then, and `batch_size` has no meaning.
         max_batch_size: has no meaning here; lmms-eval may give it.
 
     Raises:
-        InputError: if there is no such model, or an argument is impossible.
+        InputError: if there is no such model or server, or an argument is impossible.
     """
 
     is_simple = False
@@ -59,17 +64,28 @@ class FusionChat(lmms):
         image_token_grid: int | None = None,
         answers: str | None = None,
         max_batch_size: int | None = None,
+        url: str | None = None,
+        api_key_env: str | None = None,
+        parallel: int = PARALLEL,
     ):
         rank = int(os.environ.get("RANK", 0))
-        assistant = Assistant.load(pretrained, own_device(device), dtype)
+        budget = {"query_len": query_len, "image_token_grid": image_token_grid}
+        model: Model
+        if url is None:
+            model = LocalModel.load(pretrained, own_device(device), dtype, batch_size=int(batch_size), **budget)
+        elif (device, dtype) != (AUTO, AUTO):
+            raise InputError(
+                f"device is {device}, dtype is {dtype}; allowed with url: {AUTO}, as the server has them."
+            )
+        else:
+            model = ServedModel.connect(url, pretrained, api_key_env, parallel=parallel, **budget)
         cache = None if answers is None else AnswerCache(Path(answers), rank)
-        answerer = Answerer(assistant, int(batch_size), cache, query_len, image_token_grid, progress=rank == 0)
-        on_cpu = assistant.model.device.type == "cpu"
-        self._begin(answerer, Accelerator(cpu=on_cpu))
+        answerer = Answerer(model, cache, progress=rank == 0)
+        self._begin(answerer, Accelerator(cpu=model.device.type == "cpu"))
 
     @classmethod
     def around(cls, answerer: Answerer) -> "FusionChat":
-        """An adapter of a model that is loaded, for a process that evaluates by itself."""
+        """An adapter of a model that is loaded or asked, for a process that evaluates by itself."""
         adapter = cls.__new__(cls)
         adapter._begin(answerer, None)
         return adapter
@@ -84,11 +100,11 @@ class FusionChat(lmms):
 
     @property
     def device(self) -> torch.device:
-        return self.answerer.assistant.model.device
+        return self.answerer.model.device
 
     @property
     def batch_size(self) -> int:
-        return self.answerer.batch_size
+        return self.answerer.model.batch_size
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """

@@ -1,27 +1,19 @@
-"""Answers requests in batches, each question once, tiles of repeated pictures once, and failures by name."""
+"""Answers requests by a model, each question once, and failures by name."""
 
-import json
 import sys
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
-from transformers import BatchFeature
 
-from fusion_hf.batching import digest_model, longest_together
-from fusion_hf.errors import InputError
+from fusion_hf.endpoints import Unavailable
 from fusion_hf.evaluation.cache import Answer, AnswerCache, Entry
-from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Prompt, Reader, Request
-from fusion_hf.inference import Assistant, SeenPicture, with_stand_in
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
+from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.training.data.pictures import MALFORMED
-
-BATCH_SIZE = 1
-KEPT_PICTURES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
-WINDOW = 64  # requests whose pictures are open at a time; at most as many pictures as are kept
 
 
 @dataclass(frozen=True)
@@ -36,79 +28,111 @@ class Failure:
         return f"{self.task}, question {self.doc_id}: {self.reason}"
 
 
+class Outcome(NamedTuple):
+    """What became of prompts: an answer to each, or why there is none."""
+
+    prompts: list[Prompt]
+    answers: list[Answer] | None
+    reason: str = ""
+
+
+class Model(Protocol):
+    """
+    Who answers prompts: a model in this process, or a server.
+
+    Attributes:
+        reader: makes its prompts.
+        batch_size: prompts that it answers together.
+        window: requests whose pictures are open at a time.
+        device: for lmms-eval, where to put what processes tell each other.
+    """
+
+    reader: Reader
+    batch_size: int
+    window: int
+    device: torch.device
+
+    def describe(self) -> ModelRecord:
+        """For a run's record."""
+        ...
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+        """
+        What became of prompts, part by part, in any order.
+
+        Raises:
+            Unavailable: if nothing further will be answered.
+        """
+        ...
+
+
 class Answerer:
     """
-    A model that answers requests.
+    Answers requests by a model.
 
     Args:
-        assistant: the model.
-        batch_size: prompts answered together; the answers do not depend on it.
+        model: who answers.
         cache: keeps answers on disk; None: in memory, for as long as this lives.
-        query_len, image_token_grid: see `Assistant.answer`.
         progress: whether to show a bar, if there is a terminal.
     """
 
-    def __init__(
-        self,
-        assistant: Assistant,
-        batch_size: int = BATCH_SIZE,
-        cache: AnswerCache | None = None,
-        query_len: int | None = None,
-        image_token_grid: int | None = None,
-        progress: bool = True,
-    ):
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; allowed: a whole number from 1.")
-        self.assistant = assistant
-        self.batch_size = batch_size
+    def __init__(self, model: Model, cache: AnswerCache | None = None, progress: bool = True):
+        self.model = model
         self.cache = cache
-        self.budget = TokenBudget(
-            assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid)
-        )
-        self.revision = digest_model(assistant)
-        self.reader = Reader(assistant, self.budget, self._identity())
         self.progress = progress
         self.failures: list[Failure] = []
-        self.prompts: dict[tuple[str, int], list[str]] = {}  # by task and question, as the model reads them
-        self.asked = 0  # prompts that the model was given
+        self.prompts: dict[tuple[str, int], list[str]] = {}  # by task and question, as the reader renders them
+        self.asked = 0  # prompts that the model has answered, or could not
+        self._is_over = False  # nothing further will be answered
         self._memory: dict[str, Answer] = {}
-        self._seen: OrderedDict[str, SeenPicture] = OrderedDict()
-
-    def _identity(self) -> str:
-        image_processor = self.assistant.processor.image_processor.to_dict()
-        parts = [self.revision, str(self.assistant.model.dtype), self.budget, image_processor]
-        return json.dumps(parts, sort_keys=True, default=str)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | None]:
         """The answers in the requests' order, None for those that failed, which `failures` then names."""
         answers: list[Answer | None] = []
         numbered = _number_sampled(requests)
+        self._is_over = False
         terminal = sys.__stderr__  # whatever a caller silences
         bar = tqdm(total=len(numbered), unit="question", file=terminal, disable=None if self.progress else True)
         with bar:
-            for begin in range(0, len(numbered), WINDOW):
-                window = numbered[begin : begin + WINDOW]
+            for begin in range(0, len(numbered), self.model.window):
+                window = numbered[begin : begin + self.model.window]
                 answers += self._answer_window(window)
                 bar.update(len(window))
-        return answers
+                if self._is_over:
+                    break
+        return answers + [None] * (len(numbered) - len(answers))
 
     def _answer_window(self, requests: Sequence[Request]) -> list[Answer | None]:
         prompts = [self._read(request) for request in requests]
         new = {prompt.key: prompt for prompt in prompts if prompt is not None and self._known(prompt) is None}
-        failed: dict[str, str] = {}
-        for batch in self._plan(list(new.values())):
-            self._run(batch, failed)
+        failed = self._ask(new) if new else {}
         answers: list[Answer | None] = []
         for request, prompt in zip(requests, prompts, strict=True):
             answer = None if prompt is None else self._known(prompt)
-            if prompt is not None and answer is None:
+            if prompt is not None and prompt.key in failed:
                 self._fail(request, failed[prompt.key])
             answers.append(answer)
         return answers
 
+    def _ask(self, new: dict[str, Prompt]) -> dict[str, str]:
+        """Ask prompts, given by key, and keep the answers; returns reasons for those that have none, by key."""
+        failed: dict[str, str] = {}
+        try:
+            for outcome in self.model.answer(list(new.values())):
+                self.asked += len(outcome.prompts)
+                if outcome.answers is None:
+                    failed.update({prompt.key: outcome.reason for prompt in outcome.prompts})
+                else:
+                    self._keep(outcome.prompts, outcome.answers)
+        except Unavailable as error:  # one failure says it; thousands that were not asked would hide it
+            self._is_over = True
+            first = next(key for key, prompt in new.items() if key not in failed and self._known(prompt) is None)
+            failed[first] = f"{error}; no further question was asked"
+        return failed
+
     def _read(self, request: Request) -> Prompt | None:
         try:
-            prompt = self.reader.prompt(request)
+            prompt = self.model.reader.prompt(request)
         except (ValueError, *MALFORMED) as error:
             self._fail(request, f"{type(error).__name__}: {error}")
             return None
@@ -127,132 +151,6 @@ class Answerer:
             return
         pairs = zip(batch, answers, strict=True)
         self.cache.put([Entry(p.key, answer, p.request.task, p.request.doc_id) for p, answer in pairs])
-
-    def _plan(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-        """Batches of one kind and similar length, the longest first."""
-        kinds: dict[Any, list[Prompt]] = {}
-        for prompt in prompts:
-            alone = self._is_alone(prompt)
-            wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
-            kinds.setdefault(prompt.key if alone else (wanted, prompt.picture is None), []).append(prompt)
-        for group in kinds.values():
-            ordered = sorted(group, key=lambda prompt: -prompt.length)
-            yield from (ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
-
-    def _is_alone(self, prompt: Prompt) -> bool:
-        if isinstance(prompt.wanted, Generation):
-            longest = longest_together(self.assistant, prompt.wanted.max_new_tokens)
-            return prompt.wanted.sampled or prompt.length > longest
-        continuation = len(self.assistant.processor.tokenizer(prompt.wanted.text)["input_ids"])
-        return prompt.length > longest_together(self.assistant, continuation)
-
-    def _run(self, batch: list[Prompt], failed: dict[str, str]) -> None:
-        """Answer a batch, in halves if it needs too much memory; what has no answer goes to `failed` by key."""
-        pending = deque([batch])
-        while pending:
-            part = pending.popleft()
-            try:
-                answers = self._answer_batch(part)
-            except torch.OutOfMemoryError as error:
-                message = f"it needs too much memory: {error}"
-            except InputError as error:  # of one prompt: longer ones are never in a batch
-                failed.update({prompt.key: str(error) for prompt in part})
-                continue
-            else:
-                self._keep(part, answers)
-                continue
-            torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
-            if len(part) == 1:
-                failed[part[0].key] = message
-            else:
-                half = len(part) // 2
-                pending.extendleft([part[half:], part[:half]])
-
-    @torch.inference_mode()
-    def _answer_batch(self, batch: list[Prompt]) -> list[Answer]:
-        self.asked += len(batch)
-        if isinstance(batch[0].wanted, Generation):
-            return [{"answer": text} for text in self._generate(batch, batch[0].wanted)]
-        return self._score(batch)
-
-    def _generate(self, batch: list[Prompt], wanted: Generation) -> list[str]:
-        model, processor = self.assistant.model, self.assistant.processor
-        inputs = self._inputs(batch, [prompt.messages for prompt in batch], add_generation_prompt=True)
-        begin = inputs["input_ids"].shape[1]
-        room = self.assistant.max_length - begin
-        if room < 1:
-            raise InputError(f"The prompt has {begin} tokens; allowed: fewer than {self.assistant.max_length}.")
-        if wanted.sampled:  # by the question, so that a run can be repeated and resumed
-            torch.manual_seed(int(batch[0].key[:8], 16))
-        output = model.generate(**inputs, max_new_tokens=min(wanted.max_new_tokens, room), **wanted.keywords())
-        texts = processor.batch_decode(output[:, begin:], skip_special_tokens=True)
-        return [wanted.cut(text) for text in texts]
-
-    def _score(self, batch: list[Prompt]) -> list[Answer]:
-        """Sums of the continuations' log-probabilities, and whether each is the greedy one."""
-        conversations = []
-        for prompt in batch:
-            assert isinstance(prompt.wanted, Continuation)
-            text = prompt.wanted.text.lstrip()  # answers of a chat begin without a space
-            if not text:
-                raise InputError(f"The continuation is {prompt.wanted.text!r}; allowed: a text.")
-            conversations.append([*prompt.messages, {"role": "assistant", "content": text}])
-        inputs = self._inputs(batch, conversations, continue_final_message=True)
-        ids = inputs["input_ids"]  # (B, S), padded on the left
-        if ids.shape[1] > self.assistant.max_length:
-            raise InputError(f"The prompt has {ids.shape[1]} tokens; allowed: {self.assistant.max_length}.")
-        begins = inputs["prompt_end_positions"].amax(1)  # (B), of the token that the continuation follows
-        kept = ids.shape[1] - int(begins.min())
-        logits = self.assistant.model(**inputs, logits_to_keep=kept).logits.float()  # (B, kept, V)
-        answers: list[Answer] = []
-        for row, row_ids, begin in zip(logits, ids, begins.tolist(), strict=True):
-            count = len(row_ids) - 1 - begin
-            logprobs, wanted = row[-1 - count : -1].log_softmax(-1), row_ids[-count:]
-            total = logprobs.gather(1, wanted[:, None]).sum().item()
-            answers.append({"logprob": total, "greedy": bool((logprobs.argmax(1) == wanted).all())})
-        return answers
-
-    def _inputs(self, batch: list[Prompt], conversations: list[Messages], **template: Any) -> BatchFeature:
-        """What the model takes for conversations that all have a picture, or all none."""
-        model = self.assistant.model
-        has_pictures = batch[0].picture is not None
-        try:
-            inputs = self.assistant.processor.apply_chat_template(
-                [with_stand_in(messages) for messages in conversations],
-                **self.budget._asdict(),
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding_side": "left"},
-                **template,
-            ).to(model.device, model.dtype)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        inputs.update(self.budget._asdict())
-        if has_pictures:
-            seen = self._see(batch)
-            inputs.update(
-                pixel_values=torch.cat([picture.overview for picture in seen]),
-                global_features=torch.cat([picture.global_features for picture in seen]),
-            )
-        return inputs
-
-    def _see(self, batch: list[Prompt]) -> list[SeenPicture]:
-        """What the batch's pictures share with other questions; tiles that are not known are encoded together."""
-        pictures = {prompt.picture_hash: prompt.picture for prompt in batch}
-        new = {digest: picture for digest, picture in pictures.items() if digest not in self._seen}
-        encoded = self.assistant.see_all([picture for picture in new.values() if picture is not None]) if new else []
-        for digest, seen in zip(new, encoded, strict=True):
-            assert digest is not None
-            self._seen[digest] = seen
-        result = []
-        for prompt in batch:
-            assert prompt.picture_hash is not None
-            self._seen.move_to_end(prompt.picture_hash)
-            result.append(self._seen[prompt.picture_hash])
-        while len(self._seen) > KEPT_PICTURES:
-            self._seen.popitem(last=False)
-        return result
 
 
 def _number_sampled(requests: Sequence[Request]) -> list[Request]:

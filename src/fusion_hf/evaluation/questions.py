@@ -8,10 +8,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from fusion_hf.batching import count_tokens, render
 from fusion_hf.errors import InputError
-from fusion_hf.inference import Assistant
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.image_processing_fusion import ORIENTATION_TAG, UPRIGHT
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 # lmms-eval puts its few-shot delimiter where a task names no end; an answer of two paragraphs must not be cut there
@@ -116,11 +114,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes prompts; `identity` is what all answers depend on."""
+    """
+    Makes prompts.
 
-    assistant: Assistant
-    budget: TokenBudget
+    Args:
+        identity: what all answers depend on.
+        open_picture: makes a picture of what a message shows.
+        render: a conversation as text that tells it apart from others; what the model reads, if that is known.
+        count: at least the number of that text's tokens.
+    """
+
     identity: str
+    open_picture: Callable[[Any], Image.Image]
+    render: Callable[[Messages], str]
+    count: Callable[[str], int]
 
     def prompt(self, request: Request) -> Prompt:
         """
@@ -128,13 +135,12 @@ class Reader:
             InputError: if the request cannot be answered.
         """
         messages, picture = self._messages(request.read())
-        text = render(self.assistant, messages, self.budget)
+        text = self.render(messages)
         digest = None if picture is None else hash_picture(picture)
         kind = type(request.wanted).__name__
         parts = [FORMAT, self.identity, kind, asdict(request.wanted), text, digest, request.repeat]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        length = count_tokens(self.assistant, text, self.budget)
-        return Prompt(request, messages, text, length, picture, digest, key)
+        return Prompt(request, messages, text, self.count(text), picture, digest, key)
 
     def _messages(self, given: Messages) -> tuple[Messages, Image.Image | None]:
         """The conversation as the processor takes it, and its picture."""
@@ -145,7 +151,7 @@ class Reader:
             own = []
             for block in blocks:
                 if block["type"] == "image":
-                    pictures.append(self.assistant.open_picture(block["url"]))
+                    pictures.append(self.open_picture(block["url"]))
                     own.append({"type": "image", "image": pictures[-1]})
                 elif block["type"] == "text":
                     own.append({"type": "text", "text": block["text"]})
@@ -158,5 +164,7 @@ class Reader:
 
 
 def hash_picture(picture: Image.Image) -> str:
-    """Of its pixels, whatever file they came from."""
-    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
+    """Of its pixels, whatever file they came from, and of how it is to be turned."""
+    orientation = picture.getexif().get(ORIENTATION_TAG, UPRIGHT)
+    turned = "" if orientation == UPRIGHT else f" {orientation}"
+    return hashlib.sha256(f"{picture.mode} {picture.size}{turned}".encode() + picture.tobytes()).hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from fusion_hf.errors import InputError
+from fusion_hf.facts import ModelFacts
 
 FORMAT = 2
 SCORED: Final = "scored"
@@ -52,20 +53,40 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Which model it was, and how it ran. `published`: the row of the published table whose sizes it has, if any."""
+    """
+    Which model it was, and how it ran. `published`: the row of the published table whose sizes it has, if any.
+
+    A model that a server has is at `url`, under its `name` there. A server that does not say more of it leaves
+    `dtype` and `device` unknown, the token budget too.
+    """
 
     name: str
     revision: str
     dtype: str
     device: str
-    query_len: int
-    image_token_grid: int
+    query_len: int | None
+    image_token_grid: int | None
     published: str | None = None
+    url: str | None = None
+
+    @classmethod
+    def of(cls, name: str, facts: ModelFacts, url: str | None = None) -> "ModelRecord":
+        """Of a model that is known."""
+        return cls(
+            name=name,
+            revision=facts.revision,
+            dtype=facts.dtype,
+            device=facts.device,
+            query_len=facts.query_len,
+            image_token_grid=facts.image_token_grid,
+            published=facts.published,
+            url=url,
+        )
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run: its tasks in the order in which they were asked for."""
+    """A run: its tasks in the order in which they were asked for. `parallel`: requests in flight to a server."""
 
     command: list[str]
     model: ModelRecord
@@ -75,6 +96,7 @@ class RunRecord:
     processes: int
     data_root: str | None
     tasks: list[TaskRecord] = field(default_factory=list)
+    parallel: int | None = None
 
     @property
     def failed(self) -> list[TaskRecord]:

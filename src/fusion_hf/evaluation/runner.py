@@ -15,17 +15,17 @@ import torch
 from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from fusion_hf.conversion.family import find_member
 from fusion_hf.errors import InputError
 from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
-from fusion_hf.evaluation.answering import WINDOW, Answerer, Failure
+from fusion_hf.evaluation.answering import Answerer, Failure
 from fusion_hf.evaluation.cache import AnswerCache
 from fusion_hf.evaluation.data import PreparedTask, check_data, prepare_tasks
 from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
+from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.processes import Processes, alone
-from fusion_hf.evaluation.record import FAILED, SCORED, SUBMITTED, ModelRecord, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.record import FAILED, SCORED, SUBMITTED, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.evaluation.submissions import submission_file, write_submission
-from fusion_hf.inference import Assistant, nano_path
 
 # lmms-eval's own seeds: some tasks guess where an answer names no option
 PYTHON_SEED, SEED = 0, 1234
@@ -45,6 +45,9 @@ class Options:
     batch_size: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    url: str | None = None
+    api_key_env: str | None = None
+    parallel: int | None = None
     command: Sequence[str] = ()
     debug: bool = False
 
@@ -54,13 +57,13 @@ def run(options: Options) -> RunRecord:
     Answer the tasks one after the other, and score them or write the answers down; what failed is in the record.
 
     Raises:
-        InputError: if the model cannot be loaded, or another run works in the output folder.
+        InputError: if the model cannot be loaded or asked, or another run works in the output folder.
     """
     processes = Processes.start()
-    assistant = Assistant.load(options.model, own_device(options.device), options.dtype)
+    model = _open_model(options)
     cache = AnswerCache(options.output / ANSWERS, processes.rank)
-    answerer = Answerer(assistant, options.batch_size, cache, progress=processes.rank == 0)
-    record = _begin_record(options, answerer, processes)
+    answerer = Answerer(model, cache, progress=processes.rank == 0)
+    record = _begin_record(options, model, processes)
     try:
         for name in options.tasks:
             record.tasks.append(_Evaluation(options, processes, answerer, name).record())
@@ -70,23 +73,22 @@ def run(options: Options) -> RunRecord:
     return record
 
 
-def _begin_record(options: Options, answerer: Answerer, processes: Processes) -> RunRecord:
-    model = answerer.assistant.model
-    member = find_member(model.config)
+def _open_model(options: Options) -> LocalModel | ServedModel:
+    if options.url is None:
+        return LocalModel.load(options.model, own_device(options.device), options.dtype, batch_size=options.batch_size)
+    parallel = PARALLEL if options.parallel is None else options.parallel
+    return ServedModel.connect(options.url, options.model, options.api_key_env, parallel=parallel)
+
+
+def _begin_record(options: Options, model: LocalModel | ServedModel, processes: Processes) -> RunRecord:
     return RunRecord(
         command=list(options.command),
-        model=ModelRecord(
-            name=Path(nano_path()).name if options.model is None else options.model,
-            revision=answerer.revision,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
-            **answerer.budget._asdict(),
-            published=None if member is None else member.name,
-        ),
+        model=model.describe(),
         prompts=options.prompts,
         limit=options.limit,
         batch_size=options.batch_size,
         processes=processes.count,
+        parallel=model.parallel if isinstance(model, ServedModel) else None,
         data_root=None if options.data_root is None else str(options.data_root),
     )
 
@@ -189,9 +191,10 @@ class _Evaluation:
         """Answer this process's part of the requests, whole windows of them, whose pictures stay together."""
         task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
         requests = model.translate(task.instances)
-        windows = [requests[begin : begin + WINDOW] for begin in range(0, len(requests), WINDOW)]
+        window = self.answerer.model.window
+        windows = [requests[begin : begin + window] for begin in range(0, len(requests), window)]
         share = windows[self.processes.rank :: self.processes.count]
-        self.answerer.answer([request for window in share for request in window])
+        self.answerer.answer([request for part in share for request in part])
         failures = self._failures()
         if failures:
             raise RequestsFailed(failures)

@@ -181,10 +181,8 @@ def _beside(one: _Done) -> str:
 
 
 def _about(model: ModelRecord, row: PublishedRow | None, is_recognised: bool) -> str:
-    texts = [
-        f"Measured: {model.name} ({model.revision}), {model.dtype} on {model.device}, "
-        f"{model.image_token_grid**2} image tokens, {model.query_len} latents."
-    ]
+    place = "" if model.url is None else f" at {model.url}"
+    texts = [f"Measured: {model.name} ({model.revision}){place}, {model.dtype} on {model.device}, {_budget(model)}."]
     if row is None:
         texts.append("No published model has its sizes; `--published NAME` chooses a row to compare with.")
     elif is_recognised:
@@ -192,6 +190,12 @@ def _about(model: ModelRecord, row: PublishedRow | None, is_recognised: bool) ->
     else:
         texts.append(f"Published: {row.name}, as asked for.")
     return _escape("\n".join(texts))
+
+
+def _budget(model: ModelRecord) -> str:
+    if model.image_token_grid is None or model.query_len is None:
+        return "image tokens and latents as its server has them"
+    return f"{model.image_token_grid**2} image tokens, {model.query_len} latents"
 
 
 def _escape(text: str) -> str:

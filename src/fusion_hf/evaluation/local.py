@@ -1,0 +1,213 @@
+"""A model in this process: answers in batches, tiles of repeated pictures encoded once."""
+
+import json
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from fusion_hf.batching import count_tokens, longest_together, render
+from fusion_hf.errors import InputError
+from fusion_hf.evaluation.answering import Outcome
+from fusion_hf.evaluation.cache import Answer
+from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Prompt, Reader
+from fusion_hf.evaluation.record import ModelRecord
+from fusion_hf.facts import ModelFacts
+from fusion_hf.inference import AUTO, Assistant, SeenPicture, nano_path, with_stand_in
+from fusion_hf.modeling_fusion_decoder import TokenBudget
+
+BATCH_SIZE = 1
+KEPT_PICTURES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
+WINDOW = 64  # requests whose pictures are open at a time; at most as many pictures as are kept
+
+
+class LocalModel:
+    """
+    A model that is loaded; see `answering.Model`.
+
+    Args:
+        assistant: the model.
+        batch_size: prompts answered together; the answers do not depend on it.
+        query_len, image_token_grid: see `Assistant.answer`.
+        name: for the record; None: fusion-nano.
+    """
+
+    window = WINDOW
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        batch_size: int = BATCH_SIZE,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
+        name: str | None = None,
+    ):
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; allowed: a whole number from 1.")
+        self.assistant = assistant
+        self.batch_size = batch_size
+        self.name = Path(nano_path()).name if name is None else name
+        self.device = assistant.model.device
+        self.budget = TokenBudget(
+            assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid)
+        )
+        self.facts = ModelFacts.of(assistant, self.budget)
+        self.reader = Reader(
+            self._identity(),
+            assistant.open_picture,
+            lambda messages: render(assistant, messages, self.budget),
+            lambda text: count_tokens(assistant, text, self.budget),
+        )
+        self._seen: OrderedDict[str, SeenPicture] = OrderedDict()
+
+    @classmethod
+    def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
+        """
+        The model called `name`; see `Assistant.load`, and `settings` above.
+
+        Raises:
+            InputError: if it cannot be loaded.
+        """
+        return cls(Assistant.load(name, device, dtype), name=name, **settings)
+
+    def describe(self) -> ModelRecord:
+        """For a run's record."""
+        return ModelRecord.of(self.name, self.facts)
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+        """What became of prompts, batch by batch."""
+        for batch in self._plan(prompts):
+            yield from self._run(batch)
+
+    def _identity(self) -> str:
+        image_processor = self.assistant.processor.image_processor.to_dict()
+        parts = [self.facts.revision, str(self.assistant.model.dtype), self.budget, image_processor]
+        return json.dumps(parts, sort_keys=True, default=str)
+
+    def _plan(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+        """Batches of one kind and similar length, the longest first."""
+        kinds: dict[Any, list[Prompt]] = {}
+        for prompt in prompts:
+            alone = self._is_alone(prompt)
+            wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
+            kinds.setdefault(prompt.key if alone else (wanted, prompt.picture is None), []).append(prompt)
+        for group in kinds.values():
+            ordered = sorted(group, key=lambda prompt: -prompt.length)
+            yield from (ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
+
+    def _is_alone(self, prompt: Prompt) -> bool:
+        if isinstance(prompt.wanted, Generation):
+            longest = longest_together(self.assistant, prompt.wanted.max_new_tokens)
+            return prompt.wanted.sampled or prompt.length > longest
+        continuation = len(self.assistant.processor.tokenizer(prompt.wanted.text)["input_ids"])
+        return prompt.length > longest_together(self.assistant, continuation)
+
+    def _run(self, batch: list[Prompt]) -> Iterator[Outcome]:
+        """Answer a batch, in halves if it needs too much memory."""
+        pending = deque([batch])
+        while pending:
+            part = pending.popleft()
+            try:
+                answers = self._answer_batch(part)
+            except torch.OutOfMemoryError as error:
+                message = f"it needs too much memory: {error}"
+            except InputError as error:  # of one prompt: longer ones are never in a batch
+                yield Outcome(part, None, str(error))
+                continue
+            else:
+                yield Outcome(part, answers)
+                continue
+            torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
+            if len(part) == 1:
+                yield Outcome(part, None, message)
+            else:
+                half = len(part) // 2
+                pending.extendleft([part[half:], part[:half]])
+
+    @torch.inference_mode()
+    def _answer_batch(self, batch: list[Prompt]) -> list[Answer]:
+        if isinstance(batch[0].wanted, Generation):
+            return [{"answer": text} for text in self._generate(batch, batch[0].wanted)]
+        return self._score(batch)
+
+    def _generate(self, batch: list[Prompt], wanted: Generation) -> list[str]:
+        model, processor = self.assistant.model, self.assistant.processor
+        inputs = self._inputs(batch, [prompt.messages for prompt in batch], add_generation_prompt=True)
+        begin = inputs["input_ids"].shape[1]
+        room = self.assistant.max_length - begin
+        if room < 1:
+            raise InputError(f"The prompt has {begin} tokens; allowed: fewer than {self.assistant.max_length}.")
+        if wanted.sampled:  # by the question, so that a run can be repeated and resumed
+            torch.manual_seed(int(batch[0].key[:8], 16))
+        output = model.generate(**inputs, max_new_tokens=min(wanted.max_new_tokens, room), **wanted.keywords())
+        texts = processor.batch_decode(output[:, begin:], skip_special_tokens=True)
+        return [wanted.cut(text) for text in texts]
+
+    def _score(self, batch: list[Prompt]) -> list[Answer]:
+        """Sums of the continuations' log-probabilities, and whether each is the greedy one."""
+        conversations = []
+        for prompt in batch:
+            assert isinstance(prompt.wanted, Continuation)
+            text = prompt.wanted.text.lstrip()  # answers of a chat begin without a space
+            if not text:
+                raise InputError(f"The continuation is {prompt.wanted.text!r}; allowed: a text.")
+            conversations.append([*prompt.messages, {"role": "assistant", "content": text}])
+        inputs = self._inputs(batch, conversations, continue_final_message=True)
+        ids = inputs["input_ids"]  # (B, S), padded on the left
+        if ids.shape[1] > self.assistant.max_length:
+            raise InputError(f"The prompt has {ids.shape[1]} tokens; allowed: {self.assistant.max_length}.")
+        begins = inputs["prompt_end_positions"].amax(1)  # (B), of the token that the continuation follows
+        kept = ids.shape[1] - int(begins.min())
+        logits = self.assistant.model(**inputs, logits_to_keep=kept).logits.float()  # (B, kept, V)
+        answers: list[Answer] = []
+        for row, row_ids, begin in zip(logits, ids, begins.tolist(), strict=True):
+            count = len(row_ids) - 1 - begin
+            logprobs, wanted = row[-1 - count : -1].log_softmax(-1), row_ids[-count:]
+            total = logprobs.gather(1, wanted[:, None]).sum().item()
+            answers.append({"logprob": total, "greedy": bool((logprobs.argmax(1) == wanted).all())})
+        return answers
+
+    def _inputs(self, batch: list[Prompt], conversations: list[Messages], **template: Any) -> BatchFeature:
+        """What the model takes for conversations that all have a picture, or all none."""
+        model = self.assistant.model
+        has_pictures = batch[0].picture is not None
+        try:
+            inputs = self.assistant.processor.apply_chat_template(
+                [with_stand_in(messages) for messages in conversations],
+                **self.budget._asdict(),
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding_side": "left"},
+                **template,
+            ).to(model.device, model.dtype)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        inputs.update(self.budget._asdict())
+        if has_pictures:
+            seen = self._see(batch)
+            inputs.update(
+                pixel_values=torch.cat([picture.overview for picture in seen]),
+                global_features=torch.cat([picture.global_features for picture in seen]),
+            )
+        return inputs
+
+    def _see(self, batch: list[Prompt]) -> list[SeenPicture]:
+        """What the batch's pictures share with other questions; tiles that are not known are encoded together."""
+        pictures = {prompt.picture_hash: prompt.picture for prompt in batch}
+        new = {digest: picture for digest, picture in pictures.items() if digest not in self._seen}
+        encoded = self.assistant.see_all([picture for picture in new.values() if picture is not None]) if new else []
+        for digest, seen in zip(new, encoded, strict=True):
+            assert digest is not None
+            self._seen[digest] = seen
+        result = []
+        for prompt in batch:
+            assert prompt.picture_hash is not None
+            self._seen.move_to_end(prompt.picture_hash)
+            result.append(self._seen[prompt.picture_hash])
+        while len(self._seen) > KEPT_PICTURES:
+            self._seen.popitem(last=False)
+        return result

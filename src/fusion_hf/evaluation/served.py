@@ -1,0 +1,277 @@
+"""A model that a server has, asked through the OpenAI protocol: several requests in flight, pictures in them."""
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HTTPError
+from PIL import Image
+
+from fusion_hf.endpoints import CHAT, MODELS, Refused, Unavailable
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.evaluation.answering import Outcome
+from fusion_hf.evaluation.cache import Answer
+from fusion_hf.evaluation.client import Client
+from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
+from fusion_hf.evaluation.record import ModelRecord
+from fusion_hf.evaluation.table import published_rows
+from fusion_hf.facts import FACTS, MAX_LENGTH, ModelFacts
+from fusion_hf.image_processing_fusion import ORIENTATION_TAG, UPRIGHT, FusionImageProcessor
+
+PARALLEL = 4  # as many as `fusion-hf serve` answers at the same time
+CONNECT_TRIES = 3
+WINDOW, WINDOW_PER_REQUEST = 64, 4  # a window's end waits for its slowest answer: many requests want a larger one
+UNKNOWN = "unknown"
+MAX_STOPS = 4  # of the protocol
+SEED_DIGITS = 8  # hexadecimal: as a model in this process is seeded
+EXIF, FILE = "exif", "file"  # among a picture's `info`
+PNG = "image/png"
+TIFF = "TIFF"  # PIL gives a turned one other pixels if it is read from memory, as a server does
+
+
+class ServedModel:
+    """
+    A model at an address; see `answering.Model`.
+
+    Args:
+        client: asks its server.
+        name: the model's there.
+        entry: what the server's list of models says of it.
+        parallel: requests in flight.
+        query_len, image_token_grid: see `Assistant.answer`; None: the server's.
+    """
+
+    device = torch.device("cpu")
+    batch_size = 1
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        entry: dict[str, Any],
+        parallel: int = PARALLEL,
+        query_len: int | None = None,
+        image_token_grid: int | None = None,
+    ):
+        self.client = client
+        self.name = name
+        self.parallel = parallel
+        self.window = max(WINDOW, WINDOW_PER_REQUEST * parallel)
+        given = {"query_len": query_len, "image_token_grid": image_token_grid}
+        self.budget = {field: value for field, value in given.items() if value is not None}
+        self.facts = ModelFacts.read(entry.get(FACTS))
+        most = entry.get(MAX_LENGTH)
+        self.max_length = most if isinstance(most, int) else None
+        self.reader = Reader(self._identity(), open_unturned, _render, len)
+
+    @classmethod
+    def connect(
+        cls, url: str, name: str | None = None, key_variable: str | None = None, **settings: Any
+    ) -> "ServedModel":
+        """
+        Args:
+            url: the server's address; without a path it gets `/v1`.
+            name: the model's there; None: the only one that the server has.
+            key_variable: environment variable with the API key.
+            settings: see above.
+
+        Raises:
+            InputError: if nobody answers there in the OpenAI protocol, or there is no such model.
+        """
+        client = Client(url, key_variable)
+        try:
+            models = client.ask(MODELS, tries=CONNECT_TRIES).get("data")
+        except (Refused, Unavailable) as error:
+            raise InputError(f"--url {client.base} cannot be asked: {error}") from error
+        if not isinstance(models, list) or not all(
+            isinstance(model, dict) and isinstance(model.get("id"), str) for model in models
+        ):
+            raise InputError(f"--url {client.base} lists no models; allowed: a server of the OpenAI protocol.")
+        entries = {model["id"]: model for model in models}
+        chosen = next(iter(entries)) if name is None and len(entries) == 1 else name
+        if chosen is None or chosen not in entries:
+            given = "is missing" if name is None else f"is {name!r}"
+            raise InputError(f"--model {given}; allowed at {client.base}: {', '.join(map(repr, entries)) or 'none'}.")
+        return cls(client, chosen, entries[chosen], **settings)
+
+    def describe(self) -> ModelRecord:
+        """For a run's record."""
+        url = self.client.base
+        if self.facts is None:
+            record = ModelRecord(self.name, f"{self.name} at {url}", UNKNOWN, UNKNOWN, None, None, url=url)
+        else:
+            record = ModelRecord.of(self.name, self.facts, url)
+        return replace(
+            record,
+            query_len=self.budget.get("query_len", record.query_len),
+            image_token_grid=self.budget.get("image_token_grid", record.image_token_grid),
+            published=record.published if record.published in published_rows() else None,
+        )
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+        """
+        What became of prompts, one by one as the answers come.
+
+        Raises:
+            Unavailable: if the server answers nobody; answers that came yet are given before.
+        """
+        stop = threading.Event()
+        unavailable: Unavailable | None = None
+        with ThreadPoolExecutor(self.parallel, thread_name_prefix="ask") as threads:
+            futures = {threads.submit(self._ask, prompt, stop): prompt for prompt in prompts}
+            try:
+                for future in as_completed(futures):
+                    try:
+                        outcome = self._outcome(futures[future], future)
+                    except Unavailable as error:
+                        unavailable = error if unavailable is None else unavailable
+                        stop.set()
+                    else:
+                        if outcome is not None:
+                            yield outcome
+            finally:  # whoever leaves early waits for the requests in flight alone
+                stop.set()
+        if unavailable is not None:
+            raise unavailable
+
+    def _outcome(self, prompt: Prompt, future: "Future[Answer | None]") -> Outcome | None:
+        """None for a prompt that was not asked any more.
+
+        Raises:
+            Unavailable: see `answer`.
+        """
+        try:
+            answer = future.result()
+        except (Refused, InputError, OSError) as error:  # the latter of a picture's file
+            return Outcome([prompt], None, str(error))
+        return None if answer is None else Outcome([prompt], [answer])
+
+    def _ask(self, prompt: Prompt, stop: threading.Event) -> Answer | None:
+        """
+        Raises:
+            InputError, Refused, Unavailable: if there is no answer.
+        """
+        if stop.is_set():
+            return None
+        if not isinstance(prompt.wanted, Generation):
+            raise InputError("The task scores options by log-likelihood; a server is asked for answers alone.")
+        payload = self._payload(prompt, prompt.wanted)
+        content = self._read(self.client.ask(CHAT, payload, stop), prompt.wanted)
+        return {"answer": prompt.wanted.cut(content)}
+
+    def _payload(self, prompt: Prompt, wanted: Generation) -> dict[str, Any]:
+        if wanted.num_beams > 1:
+            raise InputError(f"num_beams is {wanted.num_beams}; allowed with --url: 1.")
+        stops = [text for text in wanted.until if text]
+        if len(stops) > MAX_STOPS:
+            raise InputError(f"until has {len(stops)} texts; allowed with --url: {MAX_STOPS}.")
+        uri = None if prompt.picture is None else data_uri(prompt.picture)
+        payload: dict[str, Any] = {
+            "model": self.name,
+            "messages": [_protocol_message(message, uri) for message in prompt.messages],
+            "max_tokens": wanted.max_new_tokens,
+            "temperature": wanted.temperature,
+            **self.budget,
+        }
+        if stops:
+            payload["stop"] = stops
+        if wanted.sampled:
+            payload["seed"] = int(prompt.key[:SEED_DIGITS], 16)
+            payload |= {} if wanted.top_p is None else {"top_p": wanted.top_p}
+        return payload
+
+    def _read(self, reply: dict[str, Any], wanted: Generation) -> str:
+        """The text of an answer.
+
+        Raises:
+            Refused: if there is none, or the server has ended it where this package would not.
+        """
+        try:
+            choice = reply["choices"][0]
+            content, reason, usage = choice["message"]["content"], choice.get("finish_reason"), reply.get("usage")
+        except (LookupError, TypeError, AttributeError) as error:
+            found = ", ".join(reply) or "nothing"
+            raise Refused(f"the reply has no choices[0].message.content, only {found}") from error
+        if not isinstance(content, str):
+            raise Refused(f"the reply has no content (finish_reason is {reason!r})")
+        if reason == "length" and isinstance(usage, dict):
+            self._check_length(usage.get("prompt_tokens"), usage.get("completion_tokens"), wanted.max_new_tokens)
+        return content
+
+    def _check_length(self, read: Any, written: Any, most: int) -> None:
+        """
+        Raises:
+            Refused: if an answer has ended before its most tokens, and the model's maximum is not why.
+        """
+        if not isinstance(read, int) or not isinstance(written, int) or written >= most:
+            return
+        if self.max_length is None or read + written < self.max_length:
+            raise Refused(f"the server has ended the answer after {written} of {most} tokens, as --max-seconds does")
+
+    def _identity(self) -> str:
+        """What is known of the model; where that is nothing, its address stands for it."""
+        known: dict[str, Any] = {"url": self.client.base} if self.facts is None else self.facts.write()
+        known.pop("device", None)
+        return json.dumps(["served", self.name, known, self.budget], sort_keys=True)
+
+
+def _protocol_message(message: dict[str, Any], uri: str | None) -> dict[str, Any]:
+    """A message of the ecosystem as the protocol writes it."""
+    shown = {"type": "image_url", "image_url": {"url": uri}}
+    content = [shown if block["type"] == "image" else block for block in message["content"]]
+    return {"role": message["role"], "content": content}
+
+
+def _render(messages: Messages) -> str:
+    """Everything but the picture itself: the server's template is not known."""
+    return json.dumps(
+        [
+            [message["role"], [block.get("text") if block["type"] == "text" else None for block in message["content"]]]
+            for message in messages
+        ],
+        ensure_ascii=False,
+    )
+
+
+def open_unturned(source: str | Image.Image) -> Image.Image:
+    """
+    A picture in RGB as it lies in its file: whether to turn it upright is for the server's processor to say. How it is
+    to be turned, and which file it is, stand in its `info`.
+
+    Raises:
+        InputError: if it cannot be read or is too large.
+    """
+    processor = FusionImageProcessor()
+    try:
+        given = processor.fetch_images(source)
+        picture = processor.process_image(given, exif_transpose=False).copy()
+    except (ValueError, HTTPError) as error:
+        raise InputError(f"{short_name(str(source))}: {error}") from error
+    orientation = given.getexif().get(ORIENTATION_TAG, UPRIGHT)
+    picture.info = {}
+    if orientation != UPRIGHT:
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = orientation
+        picture.info[EXIF] = exif.tobytes()
+    if isinstance(source, str) and given.filename == source and given.format != TIFF:
+        picture.info[FILE] = (source, Image.MIME[given.format])
+    return picture
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
+    if FILE in picture.info:
+        name, kind = picture.info[FILE]
+        content = Path(name).read_bytes()
+    else:
+        stream, kind = io.BytesIO(), PNG
+        picture.save(stream, "PNG", exif=picture.info.get(EXIF, b""))
+        content = stream.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
