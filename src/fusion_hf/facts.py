@@ -8,7 +8,8 @@ from fusion_hf.conversion.family import find_member
 from fusion_hf.inference import Assistant
 from fusion_hf.modeling_fusion_decoder import TokenBudget
 
-FACTS, MAX_LENGTH = "fusion", "max_model_len"  # fields of a model that a server lists
+# fields of a model that a server lists; the last one is OpenAI's, of answers
+FACTS, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"
 NUMBERS = ("query_len", "image_token_grid", "max_length")
 
 
@@ -29,6 +30,11 @@ class ModelFacts:
     image_token_grid: int
     max_length: int
     published: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """What answers depend on, for each of them."""
+        return f"{self.revision} {self.dtype} {self.query_len} {self.image_token_grid}"
 
     @classmethod
     def of(cls, assistant: Assistant, budget: TokenBudget) -> "ModelFacts":

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from PIL import Image
 from tests.evaluation.judge import Babbler, serving
 from tests.synthesis.server import TOKENS, Scripted, prompt_of, serve
 
+from fusion_hf.endpoints import CHAT, MODELS, Unavailable
 from fusion_hf.errors import InputError
 from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import ServedModel, data_uri, open_unturned
-from fusion_hf.facts import FACTS, MAX_LENGTH, ModelFacts
+from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.image_processing_fusion import ORIENTATION_TAG
 from fusion_hf.inference import Assistant
 from fusion_hf.nano.easy_vqa import read_easy_vqa
@@ -294,7 +296,7 @@ def test_an_answer_may_end_at_the_models_maximum():
 
 def test_a_server_that_dies_fails_once_and_the_rest_is_not_asked(script: Scripted):
     script.faults = lambda payload, repeat: "drop" if int(prompt_of(payload)) >= 5 else None
-    answerer = Answerer(connect(script, parallel=2))
+    answerer = Answerer(connect(script, parallel=1))
     answers = answerer.answer([ask(str(number), number) for number in range(300)])
     assert texts(answers) == [f"you said {number}" for number in range(5)] + [None] * 295
     (failure,) = answerer.failures
@@ -305,6 +307,16 @@ def test_a_server_that_dies_fails_once_and_the_rest_is_not_asked(script: Scripte
     assert texts(answerer.answer([ask(str(number), number) for number in range(300)])) == [
         f"you said {number}" for number in range(300)
     ]
+
+
+def test_a_server_with_another_model_since_the_run_began(script: Scripted):
+    script.models = [{**ENTRY, FINGERPRINT: "a-model@1"}]
+    answerer = Answerer(connect(script))
+    script.fingerprint = "a-model@1"
+    assert texts(answerer.answer([ask("a")])) == ["you said a"]
+    script.fingerprint = "a-model@2"
+    assert texts(answerer.answer([ask("a"), ask("b", 1)])) == ["you said a", None]
+    assert "has changed its model from 'a-model@1' to 'a-model@2' since the run began" in answerer.failures[0].reason
 
 
 def test_a_server_that_does_not_answer(script: Scripted):
@@ -384,6 +396,32 @@ class Shop(Babbler):
 def test_a_server_of_another_protocol():
     with serving(Shop) as url, pytest.raises(InputError, match="models gives no answer: the response is no JSON"):
         ServedModel.connect(url)
+
+
+class Busy(Babbler):
+    """Wants everybody to come back tomorrow."""
+
+    def do_GET(self) -> None:
+        self.send_response(429)
+        self.send_header("Retry-After", str(24 * 60 * 60))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_pauses_are_those_that_a_server_asks_for_but_not_any(monkeypatch):
+    monkeypatch.setattr("fusion_hf.evaluation.client.LONGEST_PAUSE", 0.3)
+    with serving(Busy) as url:
+        client, begin = Client(url, first_pause=0.001), time.monotonic()
+        with pytest.raises(Unavailable, match="HTTP 429 in 4 tries"):
+            client.ask(MODELS, tries=4)
+    assert 0.9 <= time.monotonic() - begin < 5
+
+
+def test_pauses_grow(script: Scripted):
+    script.faults = lambda payload, repeat: "429!" if repeat < 3 else None  # which asks for none
+    client, begin = Client(script.url, first_pause=0.2), time.monotonic()
+    client.ask(CHAT, {"messages": [{"content": "a"}]})
+    assert time.monotonic() - begin >= 0.5 * (0.2 + 0.4 + 0.8)
 
 
 def test_nobody_is_sent_elsewhere(script: Scripted):

@@ -166,7 +166,10 @@ def test_models(client: openai.OpenAI, assistant: Assistant):
     assert model.id == MODEL
     assert model.model_extra["max_model_len"] == assistant.max_length
     budget = TokenBudget(assistant.processor.query_len, assistant.model.config.grid_side())
-    assert ModelFacts.read(model.model_extra["fusion"]) == ModelFacts.of(assistant, budget)
+    facts = ModelFacts.of(assistant, budget)
+    assert ModelFacts.read(model.model_extra["fusion"]) == facts
+    reply = ask(client, user(QUESTION), max_tokens=1)
+    assert reply.system_fingerprint == model.model_extra["system_fingerprint"] == facts.fingerprint
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
 

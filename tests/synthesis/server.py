@@ -51,6 +51,7 @@ class Scripted:
     faults: Script = lambda payload, repeat: None
     key: str | None = None
     models: list[Payload] = field(default_factory=list)
+    fingerprint: str | None = None
     seconds: float = 0.0
     slow_seconds: float = 0.5
     requests: list[Payload] = field(default_factory=list)
@@ -119,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             choice["finish_reason"] = "length" if fault == "cut" else "stop"
             usage = {"prompt_tokens": len(prompt_of(payload).split()), "completion_tokens": TOKENS}
-            answer = {"choices": [choice], "usage": usage}
+            answer = {"choices": [choice], "usage": usage, "system_fingerprint": self.script.fingerprint}
         else:
             return self._send(404, {"error": {"message": f"there is no {self.path}"}})
         self._send(200, answer, half=fault == "half")

@@ -11,6 +11,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from fusion_hf.endpoints import (
     FIRST_PAUSE,
+    LONGEST_PAUSE,
     MAX_RESPONSE_BYTES,
     Again,
     Refused,
@@ -140,7 +141,8 @@ class Client:
             except Again as again:
                 failures.append(_Failed(time.monotonic(), str(again)))
                 # a full queue asks for a second again and again: patience is to grow even so
-                wait = max(again.seconds or 0.0, pause(len(failures) - 1, None, self.first_pause))
+                asked = 0.0 if again.seconds is None else min(again.seconds, LONGEST_PAUSE)
+                wait = max(asked, pause(len(failures) - 1, None, self.first_pause))
                 if len(failures) == most or stop.wait(wait):
                     break
         reason = failures[-1].reason + (f" in {len(failures)} tries" if len(failures) > 1 else "")

@@ -22,7 +22,7 @@ from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.evaluation.table import published_rows
-from fusion_hf.facts import FACTS, MAX_LENGTH, ModelFacts
+from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.image_processing_fusion import ORIENTATION_TAG, UPRIGHT, FusionImageProcessor
 
 PARALLEL = 4  # as many as `fusion-hf serve` answers at the same time
@@ -69,6 +69,7 @@ class ServedModel:
         self.facts = ModelFacts.read(entry.get(FACTS))
         most = entry.get(MAX_LENGTH)
         self.max_length = most if isinstance(most, int) else None
+        self.fingerprint = entry.get(FINGERPRINT)  # None: the server does not say what its answers are of
         self.reader = Reader(self._identity(), open_unturned, _render, len)
 
     @classmethod
@@ -163,7 +164,9 @@ class ServedModel:
         if not isinstance(prompt.wanted, Generation):
             raise InputError("The task scores options by log-likelihood; a server is asked for answers alone.")
         payload = self._payload(prompt, prompt.wanted)
-        content = self._read(self.client.ask(CHAT, payload, stop), prompt.wanted)
+        reply = self.client.ask(CHAT, payload, stop)
+        self._check_model(reply.get(FINGERPRINT))
+        content = self._read(reply, prompt.wanted)
         return {"answer": prompt.wanted.cut(content)}
 
     def _payload(self, prompt: Prompt, wanted: Generation) -> dict[str, Any]:
@@ -186,6 +189,15 @@ class ServedModel:
             payload["seed"] = int(prompt.key[:SEED_DIGITS], 16)
             payload |= {} if wanted.top_p is None else {"top_p": wanted.top_p}
         return payload
+
+    def _check_model(self, fingerprint: Any) -> None:
+        """
+        Raises:
+            Unavailable: if the server has another model by now, or another dtype or token budget.
+        """
+        if self.fingerprint is not None and fingerprint != self.fingerprint:
+            change = f"from {self.fingerprint!r} to {fingerprint!r}"
+            raise Unavailable(f"{self.client.base} has changed its model {change} since the run began")
 
     def _read(self, reply: dict[str, Any], wanted: Generation) -> str:
         """The text of an answer.

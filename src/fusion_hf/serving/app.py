@@ -66,8 +66,9 @@ def build_app(service: Service) -> Starlette:
     """The application; it answers in the event loop that runs it, by the engine in its state."""
     budget = TokenBudget(service.query_len, service.image_token_grid)
     engine = Engine(service.assistant, service.limits, budget)
-    chat = ChatEndpoint(service, engine)
-    model = model_object(service.name, int(time.time()), ModelFacts.of(service.assistant, budget))
+    facts = ModelFacts.of(service.assistant, budget)
+    chat = ChatEndpoint(service, engine, facts.fingerprint)
+    model = model_object(service.name, int(time.time()), facts)
 
     async def health(request: Request) -> JSONResponse:
         waiting = chat.places - engine.running
@@ -150,9 +151,10 @@ class KeyCheck:
 class ChatEndpoint:
     """`POST /v1/chat/completions`."""
 
-    def __init__(self, service: Service, engine: Engine):
+    def __init__(self, service: Service, engine: Engine, fingerprint: str):
         self.service = service
         self.engine = engine
+        self.fingerprint = fingerprint
         self.places = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,7 +201,7 @@ class ChatEndpoint:
         picture = asked.picture
         if isinstance(picture, str):
             picture = await fetch_picture(picture, self.service.hosts, self.service.limits)
-        completion = Completion(self.service.name)
+        completion = Completion(self.service.name, self.fingerprint)
         async with aclosing(self.engine.answer(asked, picture, deadline)) as events:
             if asked.stream:
                 await self._stream(asked, completion, events, send)

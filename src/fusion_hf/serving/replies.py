@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion_hf.facts import FACTS, MAX_LENGTH, ModelFacts
+from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.serving.engine import Finished
 
 END = b"data: [DONE]\n\n"
@@ -20,6 +20,7 @@ def model_object(name: str, created: int, facts: ModelFacts) -> dict[str, Any]:
         "created": created,
         "owned_by": "fusion_hf",
         MAX_LENGTH: facts.max_length,
+        FINGERPRINT: facts.fingerprint,
         FACTS: facts.write(),
     }
 
@@ -43,6 +44,7 @@ class Completion:
     """The answer to one request, whole or in chunks."""
 
     model: str
+    fingerprint: str  # of what it is made by
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -67,4 +69,5 @@ class Completion:
         return sse({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)})
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, FINGERPRINT: self.fingerprint}
