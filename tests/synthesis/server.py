@@ -81,8 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Be quiet."""
 
     def do_GET(self) -> None:
-        """Any address answers: who waits for the server to be ready asks for its models."""
-        if self._is_known():
+        """Any address answers: who waits for the server to be ready asks for its models, without a key."""
+        if not self.script.models or self._is_known():
             self._send(200, {"data": self.script.models})
 
     def do_POST(self) -> None:
