@@ -67,18 +67,21 @@ def seconds_asked(retry_after: str | None) -> float | None:
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
 
 
-def check_status(url: str, status: int, body: bytes, retry_after: str | None, key_variable: str | None) -> None:
+def check_status(url: str, status: int, words: str, retry_after: str | None) -> None:
     """
+    Args:
+        words: what the endpoint says, from `own_words`. Not the body: a logged traceback may show all arguments, and
+            an endpoint may repeat the key.
+
     Raises:
         Again, Refused, Unavailable: for every status but 200.
     """
     if status in TO_RETRY:
         raise Again(f"HTTP {status}", seconds_asked(retry_after))
     if status in TO_STOP:
-        words = own_words(body, key_variable)
         raise Unavailable(f"{url} answers HTTP {status} {HTTPStatus(status).phrase}: {words}")
     if status != HTTPStatus.OK:
-        raise Refused(f"HTTP {status}: {own_words(body, key_variable)}")
+        raise Refused(f"HTTP {status}: {words}")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fusion_hf.endpoints import (
     check_key,
     check_status,
     endpoint_url,
+    own_words,
     parse_object,
     pause,
     read_key,
@@ -162,7 +163,8 @@ class Client:
             if isinstance(cause, TimeoutError):
                 raise _TooSlow(f"no response in {self.seconds:g} s") from error
             raise Again(f"connection failed ({_words(cause)})") from error
-        check_status(url, status, body, retry_after, self.key_variable)
+        words = own_words(body, self.key_variable)
+        check_status(url, status, words, retry_after)
         return parse_object(body)
 
     def _send(self, request: Request) -> tuple[int, bytes, str | None]:

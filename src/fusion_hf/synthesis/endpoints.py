@@ -15,6 +15,7 @@ from fusion_hf.endpoints import (
     Refused,
     Unavailable,
     check_status,
+    own_words,
     parse_object,
     pause,
     read_key,
@@ -91,7 +92,8 @@ class Poster:
             raise Again(f"no response in {self.timeout:g} s") from error
         except httpx.HTTPError as error:
             raise Again(f"connection failed ({type(error).__name__})") from error
-        check_status(self.url, response.status_code, body, response.headers.get("Retry-After"), self.key_variable)
+        words = own_words(body, self.key_variable)
+        check_status(self.url, response.status_code, words, response.headers.get("Retry-After"))
         return parse_object(body)
 
     async def _send(self, payload: dict[str, Any]) -> tuple[httpx.Response, bytes]:
