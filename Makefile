@@ -24,7 +24,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-vllm test-gpu test-oldest lint format nano bench clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-vllm test-gpu test-oldest lint format nano bench notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -134,6 +134,9 @@ nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
 bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
+
+notebooks: $(TEST)  ## execute the notebooks again, in place
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/run.py
 
 clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo $(VENV)-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
