@@ -85,6 +85,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
         "docs/evaluation.md",
         "docs/evaluation_tasks.md",
         "docs/inference.md",
+        "docs/interchange.md",
         "docs/synthesis.md",
         "docs/serving.md",
     ],

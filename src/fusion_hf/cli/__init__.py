@@ -4,13 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from math import isqrt
 from typing import Any, NoReturn
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, demo, evaluate, maps, merge, plan, push, serve, synthesize, train
+from fusion_hf.cli import data, demo, evaluate, export, maps, merge, plan, push, serve, synthesize, train
 from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
-from fusion_hf.cli.values import positive
+from fusion_hf.cli.values import positive, square
 from fusion_hf.errors import InputError
 
 DEBUG = "--debug"
@@ -22,6 +21,7 @@ COMMANDS: Mapping[str, Any] = {
     "plan": plan,
     "merge": merge,
     "push": push,
+    "export": export,
     "data": data,
     "evaluate": evaluate,
     "synthesize": synthesize,
@@ -67,6 +67,7 @@ def make_parser() -> Parser:
     merge.add_parser(commands)
     data.add_parser(commands)
     push.add_parser(commands)
+    export.add_parser(commands)
     evaluate.add_parser(commands)
     synthesize.add_parser(commands)
     serve.add_parser(commands, _shared_arguments(serve.DEFAULTS.answer_tokens))
@@ -128,7 +129,7 @@ def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     )
     shared.add_argument(
         "--query-len",
-        type=_square,
+        type=square,
         metavar="N",
         help="latent tokens per question, a perfect square: more of them look more closely; default: the model's",
     )
@@ -155,13 +156,6 @@ def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     )
     shared.add_argument(DEBUG, action="store_true", help="show where an error comes from, and the libraries' notes")
     return shared
-
-
-def _square(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number == 0 or isqrt(number) ** 2 != number:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a perfect square (1, 4, 9, 16, ...)")
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""FUSION outside PyTorch: export to ONNX, and answers of onnxruntime."""

@@ -1,0 +1,232 @@
+"""A FUSION as two ONNX graphs: the picture's side, and the language model with its samplers.
+
+Shapes: S tokens of a pass, C tokens in the cache before it, T question tokens, R user turns, q latent tokens per turn,
+w window size, n image tokens, D LLM width, G key heads, E their width. One prompt at a time.
+"""
+
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+
+from fusion_hf.configuration_fusion import NUM_TILES
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.folder import new_folder
+from fusion_hf.errors import InputError
+from fusion_hf.inference import Assistant
+from fusion_hf.interchange.folder import (
+    LANGUAGE,
+    LANGUAGE_INPUTS,
+    LOGITS,
+    PAST,
+    PICTURE,
+    PICTURE_INPUTS,
+    PICTURE_OUTPUTS,
+    PRESENT,
+    Settings,
+    cache_names,
+)
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_decoder import PromptMarks, TokenBudget
+from fusion_hf.modeling_fusion_vision import pool_context, reduce_grid
+
+PACKAGES = ("onnx", "onnxscript")
+# Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.
+CACHED, QUESTION, TURNS = 3, 3, 2
+TEXT = 0  # id of the example's words
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+class _PictureGraph(nn.Module):
+    """What a prompt needs of its picture."""
+
+    def __init__(self, model: FusionForConditionalGeneration, budget: TokenBudget):
+        super().__init__()
+        self.model = model.model
+        self.budget = budget
+
+    def forward(
+        self, pixel_values: torch.Tensor, instruct_input_ids: torch.Tensor, instruct_attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tiles `(1, 5, 3, H, W)` and a question `(1, T)` to image features `(1, n, D)`, latents `(1, q, D)` and
+        windows `(1, q, w * w, D)`."""
+        config = self.model.config
+        picture = self.model.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
+        side, grid = config.num_patches_per_side, self.budget.image_token_grid
+        pooled = pool_context(picture.global_features, self.budget.query_len, config.window_size)
+        return reduce_grid(picture.image_features, side, grid), *pooled
+
+
+class _LanguageGraph(nn.Module):
+    """One pass of the language model: over a prompt, or over the tokens behind a cache."""
+
+    def __init__(self, model: FusionForConditionalGeneration, budget: TokenBudget):
+        super().__init__()
+        self.model = model
+        self.budget = budget
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_features: torch.Tensor,
+        latents: torch.Tensor,
+        windows: torch.Tensor,
+        prompt_end_positions: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            input_ids (`(1, S)`), attention_mask (`(1, C + S)`): as the model takes them.
+            image_features, latents, windows: of the picture's graph; where no ids are theirs, they change nothing.
+            prompt_end_positions (`(1, R)`): as the model takes them; -1 for no turn.
+            past (2 L times `(1, G, C, E)`): keys and values of each layer.
+
+        Returns logits `(1, 1, V)` of the last token, and keys and values `(1, G, C + S, E)` of each layer.
+        """
+        config = self.model.config
+        marks = PromptMarks.find(input_ids, config)
+        words = torch.where(marks.image | marks.latent, TEXT, input_ids)  # placeholders have no embedding
+        inputs_embeds = marks.fill(self.model.get_input_embeddings()(words), image_features, latents)
+        cache = DynamicCache()  # of whole layers: masks do what sliding windows have to
+        for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        outputs = self.model.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
+            past_key_values=cache,
+            latent_updates=marks.latent_updates(windows, prompt_end_positions, self.budget.query_len),
+            use_cache=True,
+        )
+        return self.model.lm_head(outputs.last_hidden_state[:, -1:]), *keys_and_values(outputs.past_key_values)
+
+
+def keys_and_values(cache: Cache) -> tuple[torch.Tensor, ...]:
+    """Of each layer in turn."""
+    return tuple(chain.from_iterable((layer.keys, layer.values) for layer in cache.layers))
+
+
+def max_pool(feature_map: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`adaptive_max_pool2d`, which ONNX does not have, of what it has; the indices, which nothing uses, are zeros."""
+    for dim, cells in zip((2, 3), size, strict=True):
+        length = feature_map.shape[dim]
+        parts = []
+        for cell in range(cells):
+            begin, end = cell * length // cells, -(-(cell + 1) * length // cells)
+            parts.append(feature_map.narrow(dim, begin, end - begin).amax(dim))
+        feature_map = torch.stack(parts, dim)
+    return feature_map, torch.zeros_like(feature_map, dtype=torch.long)
+
+
+def check_packages() -> None:
+    """
+    Raises:
+        InputError: if what writes ONNX is not installed; names the extra that has it.
+    """
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise InputError(f"ONNX is written with {name}, which is not installed: pip install fusion_hf[onnx].")
+
+
+def export_onnx(
+    assistant: Assistant, output: Path, query_len: int | None = None, image_token_grid: int | None = None
+) -> None:
+    """
+    Write both graphs, in float32, with processor and settings, as `interchange.runtime` reads them.
+
+    Args:
+        assistant: a model on the CPU, in float32.
+        output: a new or an empty folder; it appears only when all of it is there.
+        query_len, image_token_grid: fixed in the graphs; None: the model's.
+
+    Raises:
+        InputError: for another device or type, impossible numbers, a folder that is not empty, or without the extra
+            `onnx`.
+    """
+    check_packages()
+    model = assistant.model
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise InputError(f"The model is {model.dtype} on {model.device}; allowed: torch.float32 on cpu.")
+    budget = TokenBudget(assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid))
+    generation = model.generation_config
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    settings = Settings(
+        query_len=budget.query_len,
+        image_token_grid=budget.image_token_grid,
+        max_length=max_length(assistant),
+        eos_token_ids=ends,
+        suppressed_ids=generation.suppress_tokens or [],
+    )
+    try:
+        with new_folder(output) as folder, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's advice on itself
+            write_graphs(model, budget, folder)
+            assistant.processor.save_pretrained(folder)
+            settings.write(folder)
+    except ConversionError as error:
+        raise InputError(str(error)) from error
+
+
+def max_length(assistant: Assistant) -> int:
+    """Of prompt and answer. Long RoPE changes all keys at its limit, and a graph cannot make its cache anew."""
+    text = assistant.model.config.text_config
+    if text.rope_parameters.get("rope_type") == "longrope":
+        return min(assistant.max_length, text.original_max_position_embeddings)
+    return assistant.max_length
+
+
+def write_graphs(model: FusionForConditionalGeneration, budget: TokenBudget, folder: Path) -> None:
+    """Trace both graphs with an example and write them, each beside a file of its weights."""
+    text, layers = model.config.text_config, model.config.text_config.num_hidden_layers
+    example, ends = _example_prompt(model, budget)
+    size, channels = model.config.vision_config.image_size, model.config.vision_config.num_channels
+    pixel_values = torch.zeros(1, NUM_TILES + 1, channels, size, size)
+    question = torch.full((1, QUESTION), TEXT)
+    seen = (pixel_values, question, torch.ones_like(question))
+    graph = _PictureGraph(model, budget)
+    shapes: Any = ({}, {1: DYNAMIC}, {1: DYNAMIC})
+    _write(graph, seen, shapes, PICTURE_INPUTS, PICTURE_OUTPUTS, folder / PICTURE)
+
+    # each a tensor of its own: the graph would read one input for all of them
+    past = tuple(torch.zeros(1, text.num_key_value_heads, CACHED, head_width(model)) for _ in range(2 * layers))
+    mask = torch.ones(1, CACHED + example.shape[1], dtype=torch.long)
+    inputs = (example, mask, *graph(*seen), ends, past)
+    shapes = ({1: DYNAMIC}, {1: DYNAMIC}, {}, {}, {}, {1: DYNAMIC}, ({2: DYNAMIC},) * len(past))
+    names = (*LANGUAGE_INPUTS, *cache_names(PAST, layers))
+    outputs = (LOGITS, *cache_names(PRESENT, layers))
+    _write(_LanguageGraph(model, budget), inputs, shapes, names, outputs, folder / LANGUAGE)
+
+
+def head_width(model: FusionForConditionalGeneration) -> int:
+    """E, which not every configuration names."""
+    return model.model.language_model.layers[0].self_attn.head_dim
+
+
+def _example_prompt(model: FusionForConditionalGeneration, budget: TokenBudget) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `(1, S)` of a picture and several turns, and where these end, `(1, R)`."""
+    config = model.config
+    ids = [TEXT, *[config.image_token_id] * budget.num_image_tokens]
+    ends = []
+    for _ in range(TURNS):
+        ids += [TEXT, *[config.latent_token_id] * budget.query_len, TEXT]
+        ends.append(len(ids) - 1)
+    return torch.tensor([ids]), torch.tensor([ends])
+
+
+def _write(
+    graph: nn.Module, inputs: tuple[Any, ...], shapes: Any, names: Sequence[str], outputs: Sequence[str], path: Path
+) -> None:
+    """One graph, whose weights go to a file of their own: a file of ONNX ends at 2 GB."""
+    program = torch.export.export(graph.eval(), inputs, dynamic_shapes=shapes, strict=False)
+    program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: max_pool})
+    onnx = torch.onnx.export(program, input_names=names, output_names=outputs, dynamo=True, verbose=False)
+    if onnx is None:
+        raise RuntimeError("torch.onnx.export returned nothing.")
+    onnx.save(path, external_data=True)

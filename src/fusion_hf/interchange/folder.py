@@ -1,0 +1,48 @@
+"""What an exported folder holds: two graphs, the names of their inputs and outputs, and settings."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fusion_hf.errors import InputError
+
+PICTURE, LANGUAGE, SETTINGS = "picture.onnx", "language.onnx", "export.json"
+PICTURE_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")
+PICTURE_OUTPUTS = ("image_features", "latents", "windows")
+LANGUAGE_INPUTS = ("input_ids", "attention_mask", *PICTURE_OUTPUTS, "prompt_end_positions")
+LOGITS, PAST, PRESENT = "logits", "past", "present"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    query_len, image_token_grid: those of the graphs.
+    max_length: tokens of prompt and answer together.
+    eos_token_ids: end an answer.
+    suppressed_ids: are never written.
+    """
+
+    query_len: int
+    image_token_grid: int
+    max_length: int
+    eos_token_ids: list[int]
+    suppressed_ids: list[int]
+
+    def write(self, folder: Path) -> None:
+        (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Settings":
+        """
+        Raises:
+            InputError: if the folder is none that was exported.
+        """
+        try:
+            return cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{folder} is no exported folder: {error}") from error
+
+
+def cache_names(prefix: str, layers: int) -> list[str]:
+    """Of keys and values, as the language model's graph takes and returns them."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
