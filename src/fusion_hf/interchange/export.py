@@ -4,8 +4,11 @@ Shapes: S tokens of a pass, C tokens in the cache before it, T question tokens, 
 w window size, n image tokens, D LLM width, G key heads, E their width. One prompt at a time.
 """
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -39,6 +42,7 @@ from fusion_hf.modeling_fusion_vision import pool_context, reduce_grid
 PACKAGES = ("onnx", "onnxscript")
 # Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.
 CACHED, QUESTION, TURNS = 3, 3, 2
+LONG_ROPE = "longrope"
 TEXT = 0  # id of the example's words
 DYNAMIC = torch.export.Dim.DYNAMIC
 
@@ -177,7 +181,7 @@ def export_onnx(
 def max_length(assistant: Assistant) -> int:
     """Of prompt and answer. Long RoPE changes all keys at its limit, and a graph cannot make its cache anew."""
     text = assistant.model.config.text_config
-    if text.rope_parameters.get("rope_type") == "longrope":
+    if text.rope_parameters.get("rope_type") == LONG_ROPE:
         return min(assistant.max_length, text.original_max_position_embeddings)
     return assistant.max_length
 
@@ -201,7 +205,23 @@ def write_graphs(model: FusionForConditionalGeneration, budget: TokenBudget, fol
     shapes = ({1: DYNAMIC}, {1: DYNAMIC}, {}, {}, {}, {1: DYNAMIC}, ({2: DYNAMIC},) * len(past))
     names = (*LANGUAGE_INPUTS, *cache_names(PAST, layers))
     outputs = (LOGITS, *cache_names(PRESENT, layers))
-    _write(_LanguageGraph(model, budget), inputs, shapes, names, outputs, folder / LANGUAGE)
+    with _short_rope(model):
+        _write(_LanguageGraph(model, budget), inputs, shapes, names, outputs, folder / LANGUAGE)
+
+
+@contextmanager
+def _short_rope(model: FusionForConditionalGeneration) -> Iterator[None]:
+    """Long RoPE as it is within `max_length`: older transformers choose frequencies by a branch on values."""
+    rotary = model.model.language_model.rotary_emb
+    if model.config.text_config.rope_parameters.get("rope_type") != LONG_ROPE:
+        yield
+        return
+    rotary.inv_freq.copy_(rotary.original_inv_freq)
+    rotary.forward = partial(inspect.unwrap(type(rotary).forward), rotary)
+    try:
+        yield
+    finally:
+        del rotary.forward
 
 
 def head_width(model: FusionForConditionalGeneration) -> int:
