@@ -53,6 +53,8 @@ class FusionVisionAttention(SiglipAttention):
         Returns the output `(B, N + T, Dv)` and, with eager attention, the weights `(B, heads, N + T, N + T)`.
         """
         output, weights = super().forward(hidden_states, attention_mask, **kwargs)
+        if self.config._attn_implementation != "eager":
+            weights = None  # flex attention has each row's normalizer in this place on a GPU
         if num_patches is None:
             return output, weights
         patches, text = output.split([num_patches, output.shape[1] - num_patches], dim=1)
