@@ -171,3 +171,16 @@ def answer_of(output: Any) -> Answer:
         list(completion.token_ids),
         [step[i].logprob for step, i in zip(completion.logprobs, completion.token_ids, strict=True)],
     )
+
+
+def largest_difference(reference: Reference, engine: Any) -> float:
+    """Of all cases, asked at once; infinite where an answer has other ids."""
+    from vllm import SamplingParams
+
+    settings = [
+        SamplingParams(temperature=0, max_tokens=case.max_tokens, logprobs=0, detokenize=False) for case in CASES
+    ]
+    outputs = engine.generate([reference.prompt(case) for case in CASES], settings, use_tqdm=False)
+    return max(
+        reference.answer(case).difference(answer_of(output)) for case, output in zip(CASES, outputs, strict=True)
+    )

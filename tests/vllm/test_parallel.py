@@ -1,7 +1,7 @@
 """Tensor parallelism, in processes of their own: the same answers."""
 
 import pytest
-from tests.helpers.vllm_models import CASES, Reference, answer_of, write_random_model
+from tests.helpers.vllm_models import Reference, largest_difference, write_random_model
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
@@ -12,8 +12,6 @@ HEADS_OF_KEYS = {"llama": 2, "llama, one head of keys": 1, "phi3": 2}
 
 @pytest.mark.parametrize("name", HEADS_OF_KEYS)
 def test_two_processes(load, tmp_path, monkeypatch, name):
-    from vllm import SamplingParams
-
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core for each
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     folder = write_random_model(tmp_path, name.split(",")[0], {"num_key_value_heads": HEADS_OF_KEYS[name]})
@@ -21,12 +19,4 @@ def test_two_processes(load, tmp_path, monkeypatch, name):
     engine = load(folder, max_num_seqs=5, distributed_executor_backend="mp", tensor_parallel_size=PROCESSES)
     assert engine.llm_engine.vllm_config.parallel_config.tensor_parallel_size == PROCESSES
 
-    prompts = [reference.prompt(case) for case in CASES]
-    settings = [
-        SamplingParams(temperature=0, max_tokens=case.max_tokens, logprobs=0, detokenize=False) for case in CASES
-    ]
-    outputs = engine.generate(prompts, settings, use_tqdm=False)
-    differences = [
-        reference.answer(case).difference(answer_of(output)) for case, output in zip(CASES, outputs, strict=True)
-    ]
-    assert max(differences) < TOLERANCE, differences
+    assert largest_difference(reference, engine) < TOLERANCE

@@ -1,7 +1,7 @@
 """vLLM's log-probabilities are those of our transformers model, for every kind of prompt in one batch."""
 
 import pytest
-from tests.helpers.vllm_models import CASES, Reference, answer_of, write_random_model
+from tests.helpers.vllm_models import Reference, largest_difference, write_random_model
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
@@ -36,15 +36,4 @@ def pair(request, tmp_path_factory, load):
 
 
 def test_every_prompt_in_one_batch(pair):
-    from vllm import SamplingParams
-
-    reference, engine = pair
-    prompts = [reference.prompt(case) for case in CASES]
-    settings = [
-        SamplingParams(temperature=0, max_tokens=case.max_tokens, logprobs=0, detokenize=False) for case in CASES
-    ]
-    outputs = engine.generate(prompts, settings, use_tqdm=False)
-    differences = [
-        reference.answer(case).difference(answer_of(output)) for case, output in zip(CASES, outputs, strict=True)
-    ]
-    assert max(differences) < TOLERANCE, differences
+    assert largest_difference(*pair) < TOLERANCE
