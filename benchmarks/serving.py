@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -118,15 +118,16 @@ def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
     """Random weights with `fusion-nano`'s tokenizer, whose answers do not end by themselves."""
     tokenizer = FusionProcessor.from_pretrained(nano_path()).tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
-    config = FusionConfig(**build_config(size).to_dict() | ids)
+    rows = max(size.vocab_size, len(tokenizer))
+    config = FusionConfig(**build_config(replace(size, vocab_size=rows)).to_dict() | ids)
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     model = make_weights(config, dtype, torch.device("cpu"))
     endings = sorted({tokenizer.eos_token_id, config.text_config.eos_token_id} - {None})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     # of what is no character a server streams nothing, and half a character is kept until the other half comes
-    rows = range(config.text_config.vocab_size)
-    words = {i for i in rows if (text := tokenizer.decode([i])).isascii() and text.strip() and text.isprintable()}
-    forbidden = {*endings, *ids.values(), *tokenizer.all_special_ids, *(set(rows) - words)}
+    every = range(config.text_config.vocab_size)
+    words = {i for i in every if (text := tokenizer.decode([i])).isascii() and text.strip() and text.isprintable()}
+    forbidden = {*endings, *ids.values(), *tokenizer.all_special_ids, *(set(every) - words)}
     model.generation_config.suppress_tokens = sorted(forbidden)
     model.save_pretrained(folder)
     make_processor(config, tokenizer).save_pretrained(folder)

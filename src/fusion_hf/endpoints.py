@@ -1,5 +1,6 @@
 """What clients of the OpenAI protocol have in common: addresses, keys, which failures may pass, how long to wait."""
 
+import base64
 import json
 import os
 import random
@@ -46,6 +47,11 @@ def check_key(variable: str | None, named_by: str = "key_variable") -> None:
     """
     if variable is not None and not read_key(variable):
         raise InputError(f"The environment has no {variable}, which {named_by} names; set it to the API key.")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A picture's file, of a kind such as `image/png`, as the protocol takes it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def endpoint_url(base: str, call: str) -> str:

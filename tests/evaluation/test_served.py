@@ -18,7 +18,7 @@ from fusion_hf.errors import InputError
 from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
-from fusion_hf.evaluation.served import ServedModel, data_uri, open_unturned
+from fusion_hf.evaluation.served import ServedModel, open_unturned, picture_uri
 from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.image_processing_fusion import ORIENTATION_TAG
 from fusion_hf.inference import Assistant
@@ -108,14 +108,14 @@ def test_a_server_sees_the_same_pixels(
     path = save(picture, tmp_path / name, **settings)
     monkeypatch.setattr(assistant.processor.image_processor, "exif_transpose", exif_transpose)
     here = assistant.open_picture(str(path) if as_file else Image.open(path))
-    uri = data_uri(open_unturned(str(path) if as_file else Image.open(path)))
+    uri = picture_uri(open_unturned(str(path) if as_file else Image.open(path)))
     there = decode_picture(decode_data_uri(uri, Limits()), assistant, Limits())
     assert here.tobytes() == there.tobytes() and here.size == there.size
 
 
 def test_a_file_is_sent_as_it_is(tmp_path: Path):
     path = save(noise("RGB"), tmp_path / "photo.jpg")
-    uri = data_uri(open_unturned(str(path)))
+    uri = picture_uri(open_unturned(str(path)))
     assert uri.startswith("data:image/jpeg;")
     assert decode_data_uri(uri, Limits()) == path.read_bytes()
 
@@ -123,7 +123,7 @@ def test_a_file_is_sent_as_it_is(tmp_path: Path):
 def test_a_picture_that_was_changed_since_it_was_opened(assistant: Assistant, tmp_path: Path):
     with Image.open(save(noise("RGB"), tmp_path / "a.png")) as picture:
         picture.putpixel((0, 0), BROWN)
-        uri = data_uri(open_unturned(picture))
+        uri = picture_uri(open_unturned(picture))
     assert decode_picture(decode_data_uri(uri, Limits()), assistant, Limits()).getpixel((0, 0)) == BROWN
 
 

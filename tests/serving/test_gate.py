@@ -93,6 +93,30 @@ def test_addresses_become_data_uris_and_only_of_listed_hosts(pictures):
     assert (status, reply["error"]["code"]) == (400, "image_not_allowed")
 
 
+def test_pictures_are_counted_before_one_is_fetched(pictures):
+    gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
+    status, reply = ask(gate, {"messages": [user(QUESTION, f"{pictures.url}/picture")] * 2})
+    assert status == 400
+    assert "messages have 2 images; allowed: 1" in reply["error"]["message"]
+    assert pictures.requested == []
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_gets_its_place_back():
+    async def leave(gate: Gate) -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            raise AssertionError(message)
+
+        await gate({"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}, receive, send)
+
+    gate = make_gate(limits=Limits(parallel=1, queue_length=1))
+    for _ in range(4):
+        asyncio.run(leave(gate))
+    assert ask(gate, {"messages": [user(QUESTION)]})[0] == 200
+
+
 REFUSED = {
     "pixels": (400, {"messages": [user(QUESTION, data_uri(png_of_claimed_size(6_000)))]}),
     "no known kind": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),

@@ -1,6 +1,5 @@
 """A model that a server has, asked through the OpenAI protocol: several requests in flight, pictures in them."""
 
-import base64
 import io
 import json
 import threading
@@ -14,7 +13,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
-from fusion_hf.endpoints import CHAT, MODELS, Refused, Unavailable
+from fusion_hf.endpoints import CHAT, MODELS, Refused, Unavailable, data_uri
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.cache import Answer
@@ -175,7 +174,7 @@ class ServedModel:
         stops = [text for text in wanted.until if text]
         if len(stops) > MAX_STOPS:
             raise InputError(f"until has {len(stops)} texts; allowed with --url: {MAX_STOPS}.")
-        uri = None if prompt.picture is None else data_uri(prompt.picture)
+        uri = None if prompt.picture is None else picture_uri(prompt.picture)
         payload: dict[str, Any] = {
             "model": self.name,
             "messages": [_protocol_message(message, uri) for message in prompt.messages],
@@ -277,7 +276,7 @@ def open_unturned(source: str | Image.Image) -> Image.Image:
     return picture
 
 
-def data_uri(picture: Image.Image) -> str:
+def picture_uri(picture: Image.Image) -> str:
     """The file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
     if FILE in picture.info:
         name, kind = picture.info[FILE]
@@ -286,4 +285,4 @@ def data_uri(picture: Image.Image) -> str:
         stream, kind = io.BytesIO(), PNG
         picture.save(stream, "PNG", exif=picture.info.get(EXIF, b""))
         content = stream.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return data_uri(content, kind)

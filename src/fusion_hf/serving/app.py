@@ -71,7 +71,7 @@ def build_app(service: Service) -> Starlette:
     model = model_object(service.name, int(time.time()), facts)
 
     async def health(request: Request) -> JSONResponse:
-        waiting = chat.places - engine.running
+        waiting = chat.places.taken - engine.running
         return JSONResponse({"status": "ok", "running": engine.running, "waiting": max(waiting, 0)})
 
     async def list_models(request: Request) -> JSONResponse:
@@ -148,6 +148,45 @@ class KeyCheck:
         return self.expected is None or hmac.compare_digest(given, self.expected)
 
 
+class Places:
+    """How many requests are here at once: those that are answered, and those that wait."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.taken = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """
+        Raises:
+            ApiError: if as many requests are here as may be.
+        """
+        limits = self.limits
+        if self.taken >= limits.parallel + limits.queue_length:
+            raise overloaded(
+                f"{limits.parallel} requests are being answered and {limits.queue_length} wait, which is all that "
+                "this server takes; try again soon.",
+                TOO_MANY,
+            )
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
+def check_content_type(request: Request) -> None:
+    """
+    Without this any web page could make its visitor's browser ask.
+
+    Raises:
+        ApiError: unless it is JSON.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON:
+        raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
+
+
 class ChatEndpoint:
     """`POST /v1/chat/completions`."""
 
@@ -155,15 +194,13 @@ class ChatEndpoint:
         self.service = service
         self.engine = engine
         self.fingerprint = fingerprint
-        self.places = 0
+        self.places = Places(service.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != JSON:  # without this any web page could make its visitor's browser ask
-            raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
+        check_content_type(request)
         with (
-            self._place(),
+            self.places.take(),
             suppress(ClientDisconnect, asyncio.TimeoutError),
         ):  # a client that is gone, or does not read
             deadline = time.monotonic() + self.service.limits.seconds
@@ -177,25 +214,6 @@ class ChatEndpoint:
         if isinstance(asked.picture, str) and is_data_uri(asked.picture):
             return replace(asked, picture=decode_data_uri(asked.picture, limits))
         return asked
-
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        """
-        Raises:
-            ApiError: if as many requests are here as may be.
-        """
-        limits = self.service.limits
-        if self.places >= limits.parallel + limits.queue_length:
-            raise overloaded(
-                f"{limits.parallel} requests are being answered and {limits.queue_length} wait, which is all that "
-                "this server takes; try again soon.",
-                TOO_MANY,
-            )
-        self.places += 1
-        try:
-            yield
-        finally:
-            self.places -= 1
 
     async def _answer(self, asked: ChatRequest, deadline: float, scope: Scope, receive: Receive, send: Send) -> None:
         picture = asked.picture

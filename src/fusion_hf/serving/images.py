@@ -47,11 +47,6 @@ def decode_data_uri(uri: str, limits: Limits) -> bytes:
     return content
 
 
-def to_data_uri(content: bytes, kind: str) -> str:
-    """A picture's bytes, of a kind such as `png`, as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def too_large(limits: Limits) -> ApiError:
     """The error of a picture's file with too many bytes."""
     return ApiError(TOO_LARGE, f"The picture is too large; allowed: {limits.image_bytes} bytes.", PARAM)

@@ -145,14 +145,22 @@ def _parse_messages(given: Any) -> tuple[list[dict[str, Any]], list[str]]:
     pictures: list[str] = []
     for index, message in enumerate(given):
         messages.append(_parse_message(message, f"messages[{index}]", pictures))
-    if len(pictures) > MAX_IMAGES:
-        raise ApiError(BAD_REQUEST, f"messages have {len(pictures)} images; allowed: {MAX_IMAGES}.", "messages")
+    check_count(len(pictures))
     last, where = messages[-1], f"messages[{len(messages) - 1}]"
     if last["role"] != "user":
         raise wrong_value(f"{where}.role", last["role"], "'user': the last message is the question")
     if not any(block["type"] == "text" and block["text"].strip() for block in last["content"]):
         raise ApiError(BAD_REQUEST, f"{where}.content has no text; allowed: a question.", f"{where}.content")
     return messages, pictures
+
+
+def check_count(images: int) -> None:
+    """
+    Raises:
+        ApiError: if messages have more images than FUSION reads.
+    """
+    if images > MAX_IMAGES:
+        raise ApiError(BAD_REQUEST, f"messages have {images} images; allowed: {MAX_IMAGES}.", "messages")
 
 
 def _parse_message(message: Any, where: str, pictures: list[str]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The steps that ask a model about a finished record: a judge who reads it, and one who sees its picture."""
 
-import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.inference.types import InferenceError
 
+from fusion_hf.endpoints import data_uri
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.config import ImageCheck as ImageCheckSettings
@@ -75,8 +75,8 @@ class AskViewer(AskJudge):
         return ImageCheck(lambda prompt, picture: answer, rubric, self.pictures)
 
     def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
-        encoded = base64.b64encode((self.pictures / record.images[0]).read_bytes()).decode()
-        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+        uri = data_uri((self.pictures / record.images[0]).read_bytes(), "image/png")
+        picture = {"type": "image_url", "image_url": {"url": uri}}
         return [picture, {"type": "text", "text": self.rule(record).prompt(record)}]
 
 

@@ -6,31 +6,27 @@ vLLM alone opens any address that a client names, takes bodies of any size and p
 import asyncio
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fusion_hf.endpoints import data_uri
 from fusion_hf.image_processing_fusion import FORMATS
-from fusion_hf.serving.app import HEALTH, JSON, KeyCheck, error_reply, read_body
+from fusion_hf.serving.app import HEALTH, KeyCheck, Places, check_content_type, error_reply, read_body
 from fusion_hf.serving.errors import (
     BAD_REQUEST,
     NOT_FOUND,
-    TOO_MANY,
-    UNSUPPORTED_TYPE,
     ApiError,
-    overloaded,
     wrong_value,
 )
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
-from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable, to_data_uri
+from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable
 from fusion_hf.serving.limits import Limits
-from fusion_hf.serving.requests import load_json
+from fusion_hf.serving.requests import check_count, load_json
 from fusion_hf.serving.server import announce
 
 VARIABLE = "FUSION_HF_GATE"
@@ -84,7 +80,7 @@ class Gate:
         self.hosts = HostPolicy.parse(self.settings.public_hosts, self.settings.private_hosts)
         variable = self.settings.api_key_env
         self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
-        self.places = 0
+        self.places = Places(self.settings.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -94,6 +90,8 @@ class Gate:
                 await self.checked(scope, receive, send)
             except ApiError as error:
                 await error_reply(error)(scope, receive, send)
+            except ClientDisconnect:  # before its request was whole
+                return
 
     def _announcing(self, send: Send) -> Send:
         async def send_and_tell(message: Message) -> None:
@@ -110,7 +108,7 @@ class Gate:
         """
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in (CHAT, COMPLETIONS):
-            with self._place():
+            with self.places.take():
                 body = await self._checked_body(Request(scope, receive), is_chat=path == CHAT)
                 headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
                 headers.append((b"content-length", str(len(body)).encode()))
@@ -121,29 +119,17 @@ class Gate:
             allowed = ", ".join((f"POST {CHAT}", f"POST {COMPLETIONS}", *(f"GET {name}" for name in READABLE)))
             raise ApiError(NOT_FOUND, f"There is no {method[:10]} {path[:80]!r} here; allowed: {allowed}.")
 
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        limits = self.settings.limits
-        if self.places >= limits.parallel + limits.queue_length:
-            running = f"{limits.parallel} requests are being answered and {limits.queue_length} wait"
-            raise overloaded(f"{running}, which is all that this server takes; try again soon.", TOO_MANY)
-        self.places += 1
-        try:
-            yield
-        finally:
-            self.places -= 1
-
     async def _checked_body(self, request: Request, is_chat: bool) -> bytes:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != JSON:
-            raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
+        check_content_type(request)
         content = load_json(await read_body(request, self.settings.limits.body_bytes))
         for name in REFUSED:
             if content.get(name) is not None:
                 raise wrong_value(name, content[name], "nothing: this server does not take it", "unknown_parameter")
         self._move_budget(content)
         if is_chat:
-            for image in find_images(content.get("messages")):
+            images = find_images(content.get("messages"))
+            check_count(len(images))
+            for image in images:
                 image["url"] = await self._checked_picture(image.get("url"))
         return json.dumps(content).encode()
 
@@ -166,7 +152,7 @@ class Gate:
         is_inline = is_data_uri(url)
         content = decode_data_uri(url, limits) if is_inline else await fetch_picture(url, self.hosts, limits)
         kind = await asyncio.to_thread(_check_size, content, limits)
-        return url if is_inline else to_data_uri(content, kind)
+        return url if is_inline else data_uri(content, kind)
 
 
 def find_images(messages: Any) -> list[dict[str, Any]]:
@@ -191,11 +177,11 @@ def find_images(messages: Any) -> list[dict[str, Any]]:
 
 
 def _check_size(content: bytes, limits: Limits) -> str:
-    """The picture's format; nothing of its pixels is decoded."""
+    """The picture's MIME type; nothing of its pixels is decoded."""
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as picture:
             size = picture.width * picture.height
-            kind = str(picture.format).lower()
+            kind = Image.MIME[str(picture.format)]
     except BROKEN as error:
         raise not_usable(error) from error
     if size > limits.image_pixels:
