@@ -187,6 +187,21 @@ class EncodedPicture(NamedTuple):
     instruct_mask: torch.Tensor  # (B, T)
 
 
+def encode_tiles(tower: FusionVisionModel, projector: FusionProjector, tiles: torch.Tensor) -> torch.Tensor:
+    """Projected features `(4 B, N, D)` of tiles `(B, 4, 3, H, W)`, which no question guides."""
+    parts = tiles.split(1) if _one_by_one(tiles) else [tiles]
+    return torch.cat([projector(tower(part.flatten(0, 1)).features) for part in parts])
+
+
+def _one_by_one(tiles: torch.Tensor) -> bool:
+    """Whether to encode one picture after another: four tiles fill a CPU, and activations of more leave its caches."""
+    if tiles.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # all ranks of FSDP must call the tower equally often, whatever their pictures
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_world_size() == 1
+
+
 def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
     """Features `(4 B, N, D)` of pictures' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
     features = features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, features.shape[-1])

@@ -74,8 +74,8 @@ def test_padding_never_reaches_flash_attention(llama: FusionForConditionalGenera
     guided, read = batch * patches + words, tokens
     layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
     assert flash.packed == [(guided, guided)] * layers[0] + [(read, read)] * layers[1]
-    # tiles have no padding: all tiles of the batch are one call
-    assert flash.whole == [(4 * batch, patches)] * layers[0]
+    # tiles have no padding: those of a picture are one call
+    assert flash.whole == [(4, patches)] * layers[0] * batch
 
 
 def test_without_padding_nothing_is_packed(llama: FusionForConditionalGeneration, flash: FlashStandIn) -> None:

@@ -59,6 +59,18 @@ def test_features_of_the_tiles_alone_and_with_the_overview(
         model.get_global_features(pixel_values[:, :3])
 
 
+def test_pictures_are_encoded_one_by_one_where_nothing_is_trained(
+    model: FusionForConditionalGeneration, inputs: dict[str, Any]
+) -> None:
+    with TileCounter(model) as together:
+        expected = model.get_global_features(inputs["pixel_values"])
+    with TileCounter(model) as apart, torch.no_grad():
+        features = model.get_global_features(inputs["pixel_values"])
+    assert together == [len(SAMPLES) * TILES]
+    assert apart == [TILES] * len(SAMPLES)
+    torch.testing.assert_close(features, expected)
+
+
 @torch.no_grad()
 def test_logits_are_those_without_reuse(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -> None:
     expected = model(**inputs).logits

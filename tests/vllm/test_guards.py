@@ -12,12 +12,13 @@ SEVERAL = [CASES[0], CASES[7], CASES[10], CONVERSATION]
 TOLERANCE = 1e-4
 CHUNK = 24  # tokens; shorter than each prompt of `SEVERAL`
 CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK, "max_num_seqs": 2}
+THRESHOLD = {"long_prefill_token_threshold": CHUNK}
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
 UNSAFE = {
     "enable_chunked_prefill": CHUNKED,
     "enable_prefix_caching": CACHED,
     "max_num_batched_tokens": {"max_num_batched_tokens": CHUNK, "max_num_seqs": 2},
-    "long_prefill_token_threshold": {"long_prefill_token_threshold": CHUNK},
+    "long_prefill_token_threshold": THRESHOLD,
     "async_scheduling": {"async_scheduling": True},
     "speculative_config": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
 }
@@ -33,16 +34,23 @@ def reference(folder):
     return Reference(folder)
 
 
-def ask(engine: Any, reference: Reference, cases: list[Any] = SEVERAL) -> list[float]:
-    """The differences to the reference's log-probabilities; the prompts come one after the other."""
+def ask(engine: Any, reference: Reference, cases: list[Any] = SEVERAL, at_once: int = 1) -> list[float]:
+    """The differences to the reference's log-probabilities; the prompts come `at_once`, group after group."""
     from vllm import SamplingParams
 
     differences = []
-    for case in cases:
-        settings = SamplingParams(temperature=0, max_tokens=case.max_tokens, logprobs=0, detokenize=False)
-        (output,) = engine.generate([reference.prompt(case)], settings, use_tqdm=False)
-        differences.append(reference.answer(case).difference(answer_of(output)))
+    for group in batched(cases, at_once):
+        settings = [
+            SamplingParams(temperature=0, max_tokens=case.max_tokens, logprobs=0, detokenize=False) for case in group
+        ]
+        outputs = engine.generate([reference.prompt(case) for case in group], settings, use_tqdm=False)
+        pairs = zip(group, outputs, strict=True)
+        differences += [reference.answer(case).difference(answer_of(output)) for case, output in pairs]
     return differences
+
+
+def batched(cases: list[Any], size: int) -> list[list[Any]]:
+    return [cases[start : start + size] for start in range(0, len(cases), size)]
 
 
 def without_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,18 +95,25 @@ def test_unsafe_settings_are_refused_at_start(load, folder, name):
 
 
 @pytest.mark.parametrize(
-    "unsafe", [pytest.param(CHUNKED, id="chunked prefill"), pytest.param(CACHED, id="prefix caching")]
+    ("unsafe", "at_once"),
+    [
+        pytest.param(CHUNKED, 1, id="chunked prefill, small budget"),
+        pytest.param(THRESHOLD, 2, id="long prefill threshold"),  # does nothing to a prompt alone
+        pytest.param(CACHED, 1, id="prefix caching"),
+    ],
 )
-def test_a_prompt_in_pieces_is_noticed_and_would_be_answered_wrongly(load, folder, reference, unsafe, monkeypatch):
+def test_a_prompt_in_pieces_is_noticed_and_would_be_answered_wrongly(
+    load, folder, reference, unsafe, at_once, monkeypatch
+):
     safe = load(folder)
-    assert max(ask(safe, reference)) < TOLERANCE
+    assert max(ask(safe, reference, at_once=at_once)) < TOLERANCE
     without_refusal(monkeypatch)
     # the same conversation a turn longer shares its beginning with the one before
     cases = [CASES[0], CONVERSATION, *SEVERAL]
     with pytest.raises(RuntimeError, match="A prompt arrives in pieces"):
-        ask(load(folder, **unsafe), reference, cases)
+        ask(load(folder, **unsafe), reference, cases, at_once)
     without_check(monkeypatch)
-    assert max(ask(load(folder, **unsafe), reference, cases)) > 100 * TOLERANCE
+    assert max(ask(load(folder, **unsafe), reference, cases, at_once)) > 100 * TOLERANCE
 
 
 def test_a_preempted_prompt_is_processed_again_as_a_whole(load, folder, reference, monkeypatch):

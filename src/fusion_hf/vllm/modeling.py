@@ -23,6 +23,7 @@ from fusion_hf.modeling_fusion_decoder import FusionSampler
 from fusion_hf.modeling_fusion_vision import (
     FusionProjector,
     FusionVisionModel,
+    encode_tiles,
     pool_context,
     reduce_grid,
     stitch_tiles,
@@ -104,21 +105,18 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
             return []
         pixel_values, questions = kwargs["pixel_values"], list(kwargs["instruct_input_ids"])
         lengths, grids = kwargs["query_len"].flatten().tolist(), kwargs["image_token_grid"].flatten().tolist()
-        context = self._encode_tiles(pixel_values[:, :NUM_TILES])  # (B, D, 2P, 2P)
+        side = self.config.num_patches_per_side
+        tiles = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[:, :NUM_TILES])  # (4 B, N, D)
+        context = stitch_tiles(tiles, side)  # (B, D, 2P, 2P)
         alone = self.config.early_text_attention == "uniform_padded"  # where the padding of a batch would matter
         parts = [[row] for row in range(len(questions))] if alone else [list(range(len(questions)))]
         features = torch.cat([self._encode_overviews(pixel_values[p, -1], [questions[i] for i in p]) for p in parts])
         pictures = []
         for row, (length, grid) in enumerate(zip(lengths, grids, strict=True)):
-            tokens = reduce_grid(features[row : row + 1], self.config.num_patches_per_side, grid)[0]  # (n, D)
+            tokens = reduce_grid(features[row : row + 1], side, grid)[0]  # (n, D)
             _, windows = pool_context(context[row : row + 1], length, self.config.window_size)
             pictures.append(_pack(tokens, windows.flatten(0, 2)))
         return pictures
-
-    def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
-        """`(B, 4, 3, H, W)` to maps `(B, D, 2P, 2P)`."""
-        features = self.vision_projector(self.vision_tower(tiles.flatten(0, 1)).features)
-        return stitch_tiles(features, self.config.num_patches_per_side)
 
     def _encode_overviews(self, overviews: torch.Tensor, questions: list[torch.Tensor]) -> torch.Tensor:
         """`(B, 3, H, W)` with their questions to `(B, N, D)`."""

@@ -42,6 +42,7 @@ from .modeling_fusion_vision import (
     FusionVisionModel,
     check_picture,
     check_tiles,
+    encode_tiles,
     pool_context,
     reduce_grid,
     stitch_tiles,
@@ -126,8 +127,7 @@ class FusionModel(FusionPreTrainedModel):
         [`forward`] and `generate` take them, as `global_features`, for any number of questions.
         """
         check_tiles(self.config, pixel_values)
-        tiles = pixel_values[:, :NUM_TILES].flatten(0, 1)
-        features = self.vision_projector(self.vision_tower(tiles).features)  # (4 B, N, D)
+        features = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[:, :NUM_TILES])
         return stitch_tiles(features, self.config.num_patches_per_side)
 
     def encode_grey(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
