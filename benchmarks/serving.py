@@ -6,7 +6,8 @@
 Both servers are processes of `fusion-hf serve` with one model of random weights, asked over loopback with OpenAI's
 client; `batch` is `batch_generate` in this process with as many rows as there are clients. Only one of them works at a
 time. A round measures each of them at each number of clients, in an order that changes from round to round. Every
-request has a picture and a question of its own, so that nothing can be cached, and gets the same number of tokens.
+request has a picture and a question of its own, so that nothing can be cached, and gets the same number of tokens;
+with `--one-picture`, the questions of a measurement are about one picture.
 Needs the extra `serve` and openai, and vLLM unless `--paths` leaves it out.
 """
 
@@ -56,6 +57,7 @@ from fusion_hf.processing_fusion import FusionProcessor
 VLLM, TRANSFORMERS, BATCH = "vllm", "transformers", "batch"
 PATHS = (VLLM, TRANSFORMERS, BATCH)
 CLIENTS = (1, 8, 32)
+ONE_PICTURE = (8,)
 LEAST_REQUESTS = 8  # of one measurement
 PHOTO = (1280, 960)  # pixels
 NEW_TOKENS = 32
@@ -93,16 +95,34 @@ class Questions:
 
     def __init__(self) -> None:
         self.photo = np.asarray(make_photo(PHOTO))
-        self.count = 0
+        self.pictures = self.texts = 0
 
-    def take(self, count: int) -> list[Question]:
-        return [self._next() for _ in range(count)]
+    def take(self, count: int, one_picture: bool = False) -> list[Question]:
+        pictures = [self._picture()] * count if one_picture else [self._picture() for _ in range(count)]
+        return [Question(picture, self._text()) for picture in pictures]
 
-    def _next(self) -> Question:
-        self.count += 1
+    def _picture(self) -> bytes:
+        self.pictures += 1
         content = io.BytesIO()
-        Image.fromarray(np.roll(self.photo, self.count, axis=1)).save(content, "JPEG", quality=90)
-        return Question(content.getvalue(), f"what can be seen in picture number {self.count}?")
+        Image.fromarray(np.roll(self.photo, self.pictures, axis=1)).save(content, "JPEG", quality=90)
+        return content.getvalue()
+
+    def _text(self) -> str:
+        self.texts += 1
+        return f"what can be seen in picture number {self.texts}?"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured in each round: a path, so many clients, and whether all ask about one picture."""
+
+    path: str
+    clients: int
+    one_picture: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.clients}, one picture" if self.one_picture else str(self.clients)
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,14 @@ def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
 def running_server(engine: str, folder: Path, options: argparse.Namespace) -> Iterator[openai.OpenAI]:
     """A client of `fusion-hf serve`."""
     command = [sys.executable, "-m", "fusion_hf", "serve", "--engine", engine, "--model", str(folder), "--port", "0"]
-    command += ["--name", NAME, "--parallel", str(max(options.clients)), "--dtype", options.dtype]
+    command += [
+        "--name",
+        NAME,
+        "--parallel",
+        str(max([*options.clients, *options.one_picture])),
+        "--dtype",
+        options.dtype,
+    ]
     command += ["--max-prompt-tokens", "2048", "--max-new-tokens", "64"]
     if engine == TRANSFORMERS:
         command += ["--device", options.device, "--max-seconds", str(ANSWER_SECONDS)]
@@ -199,7 +226,7 @@ def answer_batches(assistant: Assistant, clients: int, questions: Sequence[Quest
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[Measurement]]]:
-    """By path and number of clients, one for each round."""
+    """By path and name of the case, one for each round."""
     questions = Questions()
     measured: dict[str, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
@@ -212,13 +239,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, li
                 ways[path] = partial(ask_all, stack.enter_context(running_server(path, folder, options)))
         for way in ways.values():
             way(1, questions.take(1))
-        cases = [(path, clients) for clients in options.clients for path in ways]
+        cases = [Case(path, clients) for clients in options.clients for path in ways]
+        cases += [Case(path, clients, one_picture=True) for clients in options.one_picture for path in ways]
+        names = [f"{case.path} {case.name}" for case in cases]
         for index in tqdm(range(options.rounds), desc="serving", unit="round"):
-            names = [f"{path} {clients}" for path, clients in cases]
             for name in turned(names, index):
-                path, clients = cases[names.index(name)]
-                taken = questions.take(max(LEAST_REQUESTS, clients))
-                measured[path][str(clients)].append(ways[path](clients, taken))
+                case = cases[names.index(name)]
+                taken = questions.take(max(LEAST_REQUESTS, case.clients), case.one_picture)
+                measured[case.path][case.name].append(ways[case.path](case.clients, taken))
     return measured
 
 
@@ -263,6 +291,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--clients", type=numbers, default=list(CLIENTS), help="at the same time, e.g. 1,8,32")
+    parser.add_argument(
+        "--one-picture", type=numbers, default=list(ONE_PICTURE), help="clients that all ask about the same picture"
+    )
     parser.add_argument("--paths", type=names_among(PATHS), default=list(PATHS), help=f"of {', '.join(PATHS)}")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)

@@ -17,7 +17,7 @@ from blocks import (
 )
 
 DOCUMENT = DOCS / "serving.md"
-CLIENTS = ("1", "8", "32")
+CLIENTS = ("1", "8", "32", "8, one picture")
 PATHS = {
     "vllm": "`--engine vllm`",
     "transformers": "`--engine transformers`",
@@ -64,7 +64,11 @@ def measured_with(result: Result) -> str:
     )
 
 
-COLUMNS = {"CPU": "serving_cpu.json", "GPU": "serving_cuda.json"}
+COLUMNS = {
+    "CPU": "serving_cpu.json",
+    "CPU, bfloat16": "serving_cpu_bfloat16.json",
+    "GPU": "serving_cuda.json",
+}
 TABLE = Table("serving", DOCUMENT, COLUMNS, rows(), measured_with)
 
 

@@ -51,13 +51,24 @@ def test_questions_are_never_the_same():
     assert len({question.picture for question in questions}) == len({question.text for question in questions}) == 3
 
 
+def test_questions_about_one_picture():
+    made = serving.Questions()
+    questions, others = made.take(3, one_picture=True), made.take(2, one_picture=True)
+    assert len({question.picture for question in questions}) == 1
+    assert len({question.text for question in [*questions, *others]}) == 5
+    assert questions[0].picture != others[0].picture
+
+
 @pytest.mark.slow
 def test_a_run_of_what_needs_no_vllm(tmp_path):
     output = tmp_path / "result.json"
     paths = f"{TRANSFORMERS},{BATCH}"
-    main(["--size", "tiny", "--rounds", "1", "--clients", "1,2", "--paths", paths, "--output", str(output)])
+    arguments = ["--size", "tiny", "--rounds", "1", "--clients", "1,2", "--one-picture", "2", "--paths", paths]
+    main([*arguments, "--output", str(output)])
     result = json.loads(output.read_text())
     for path in (TRANSFORMERS, BATCH):
-        assert all(result["requests_per_second"][path][clients]["median"] > 0 for clients in ("1", "2"))
+        assert all(
+            result["requests_per_second"][path][clients]["median"] > 0 for clients in ("1", "2", "2, one picture")
+        )
     assert set(result["first_token_seconds"]) == {TRANSFORMERS}
     assert "rate_ratios" not in result

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.entrypoints.launchers.api_server.entry import run_server_worker
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from fusion_hf.configuration_fusion import FusionConfig
@@ -17,7 +18,7 @@ from fusion_hf.serving.server import address_of, listen
 from fusion_hf.vllm.gate import Gate, GateSettings
 from fusion_hf.vllm.settings import ENGINE_ARGUMENTS
 
-# one step may take several prompts, each as a whole
+# one step of an accelerator may take several prompts, each as a whole; a CPU is busy with one
 TOKENS_PER_STEP = 8192
 
 
@@ -72,7 +73,7 @@ def server_arguments(options: ServerOptions) -> list[str]:
         "port": options.port,
         "dtype": options.dtype,
         "max-model-len": length,
-        "max-num-batched-tokens": max(length, TOKENS_PER_STEP),
+        "max-num-batched-tokens": length if current_platform.is_cpu() else max(length, TOKENS_PER_STEP),
         "max-num-seqs": limits.parallel,
         "override-generation-config": json.dumps(defaults),
         "middleware": f"{Gate.__module__}.{Gate.__qualname__}",
