@@ -54,6 +54,15 @@ def answers(output: Path) -> dict[str, str]:
     return {entry["key"]: entry["answer"] for entry in entries(output)}
 
 
+def by_question(output: Path) -> dict[int, str]:
+    """The answers; their keys are others than those of a model in the run's own process."""
+    return {entry["doc_id"]: entry["answer"] for entry in entries(output)}
+
+
+def figures(record: dict[str, Any]) -> list[tuple[str, int, Any]]:
+    return [(task["status"], task["n"], task["metrics"]) for task in record["tasks"]]
+
+
 def run_lmms_eval(
     folder: Path, task: str, *options: str, model_args: str = f"pretrained={nano_path()}", **variables: str
 ) -> dict[str, Any]:

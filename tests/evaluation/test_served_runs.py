@@ -3,10 +3,20 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.evaluation.runs import LIMIT, SECONDS, TORCHRUN, entries, finish, record_of, run_lmms_eval, start
+from tests.evaluation.runs import (
+    LIMIT,
+    SECONDS,
+    TORCHRUN,
+    by_question,
+    entries,
+    figures,
+    finish,
+    record_of,
+    run_lmms_eval,
+    start,
+)
 from tests.helpers.serving import Server, run_server, start_server
 
 pytestmark = [pytest.mark.eval, pytest.mark.slow]
@@ -25,15 +35,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server() -> Iterator[Server]:
     with run_server("--api-key-env", VARIABLE, **{VARIABLE: KEY}) as server:
         yield server
-
-
-def by_question(output: Path) -> dict[int, str]:
-    """The answers; their keys are others than those of a model in the run's own process."""
-    return {entry["doc_id"]: entry["answer"] for entry in entries(output)}
-
-
-def figures(record: dict[str, Any]) -> list[tuple[str, int, Any]]:
-    return [(task["status"], task["n"], task["metrics"]) for task in record["tasks"]]
 
 
 @pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
