@@ -69,10 +69,10 @@ def synthesize(folder: Path, writer: Scripted, image_check: dict[str, Any]) -> l
 
 
 def test_the_image_check_asks_it(server: Server, writer: Scripted, tmp_path: Path):
-    """fusion-nano cannot judge: what it says instead stands in the rejections."""
+    """fusion-nano is no good judge: the scores that it gives stand in the rejections."""
     endpoint = {"model": MODEL, "url": server.url, "temperature": 0, "max_tokens": ANSWER_TOKENS}
     there = synthesize(tmp_path / "there", writer, {"endpoint": endpoint})
     here = synthesize(tmp_path / "here", writer, {"fusion": "nano", "device": "cpu", "dtype": "float32"})
-    assert [reason["step"] for reason in there] == ["image_check"] * RECORDS
-    assert all(reason["reason"].startswith("the answer has no score: ") for reason in there)
     assert there == here
+    assert {reason["step"] for reason in there} == {"image_check"}
+    assert not any(reason["reason"].startswith("refused") for reason in there), there
