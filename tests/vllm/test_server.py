@@ -170,6 +170,13 @@ def test_hostile_requests_are_refused_and_the_server_lives(server, client, pictu
     assert ask(client, user(QUESTION, red_circle())).choices[0].message.content == "red"
 
 
+def test_limits_below_what_a_server_usually_has(tmp_path):
+    """Of tokens in a request; vLLM would have more of them in a step than requests at a time."""
+    limits = ("--max-prompt-tokens", "90", "--max-new-tokens", "4", "--parallel", "200")
+    with run_server(*ENGINE, *limits, **SETTINGS) as server:
+        assert ask(server.client(), user(QUESTION, red_circle()), max_tokens=4).choices[0].message.content == "red"
+
+
 def test_key_queue_and_settings_of_the_operator(tmp_path):
     options = ("--api-key-env", "FUSION_KEY", "--parallel", "1", "--queue-length", "1", "--query-len", "4")
     with run_server(*ENGINE, *options, FUSION_KEY=KEY, **SETTINGS) as server:

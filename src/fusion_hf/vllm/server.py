@@ -19,7 +19,7 @@ from fusion_hf.vllm.gate import Gate, GateSettings
 from fusion_hf.vllm.settings import ENGINE_ARGUMENTS
 
 # one step of an accelerator may take several prompts, each as a whole; a CPU is busy with one
-TOKENS_PER_STEP = 8192
+TOKENS_PER_STEP = 0 if current_platform.is_cpu() else 8192
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def server_arguments(options: ServerOptions) -> list[str]:
         "port": options.port,
         "dtype": options.dtype,
         "max-model-len": length,
-        "max-num-batched-tokens": length if current_platform.is_cpu() else max(length, TOKENS_PER_STEP),
+        # the longest prompt fits in beside all answers that are being written
+        "max-num-batched-tokens": max(length + limits.parallel, TOKENS_PER_STEP),
         "max-num-seqs": limits.parallel,
         "override-generation-config": json.dumps(defaults),
         "middleware": f"{Gate.__module__}.{Gate.__qualname__}",
