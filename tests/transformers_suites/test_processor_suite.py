@@ -48,6 +48,21 @@ def test_processor_files_survive_loading(tmp_path: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+def test_image_tokens_of_a_batch_are_counted_without_it() -> None:
+    """In place of the suite's count, which goes on to two pictures in a prompt."""
+    processor = FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES)
+    sizes = [(100, 100), (300, 100), (500, 30), (213, 167)]  # height, width
+    inputs = processor(
+        [Image.new("RGB", (width, height)) for height, width in sizes],
+        ["<image>\nwhat is it?", "what?<image>", "<image>", "<image>\nand a longer question?"],
+        padding=True,
+        return_mm_token_type_ids=True,
+        return_tensors="pt",
+    )
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+    assert inputs["mm_token_type_ids"].sum(-1).tolist() == counted == [PROCESSOR_VALUES["num_image_tokens"]] * 4
+
+
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="older versions shift the mask by the expanded image"
 )
