@@ -103,7 +103,7 @@ test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
 
 $(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
-	$(INSTALL) -e ".[eval,serve,synth,train]" "$(VLLM)" "openai>=3.57" pytest
+	$(INSTALL) -e ".[eval,quant,serve,synth,train]" "$(VLLM)" "openai>=3.57" pytest
 	$(INSTALL) --no-deps "$(LMMS_EVAL)"
 	$(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	cp tests/vllm/environment/* "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

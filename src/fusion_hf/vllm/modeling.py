@@ -13,7 +13,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsMultiModal
-from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.processor import cached_processor_from_config
@@ -45,13 +50,13 @@ BACKBONES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# names in a Hub folder -> names here
-RENAMED = (
-    (r"^model\.language_model\.layers\.(\d+)\.vision_sampler\.", r"samplers.\1."),
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.", ""),
-)
+# names in a Hub folder -> names here, one after the other
+RENAMED = {
+    r"^model\.language_model\.layers\.(\d+)\.vision_sampler\b": r"samplers.\1",
+    r"^model\.language_model\b": "language_model.model",
+    r"^lm_head\b": "language_model.lm_head",
+    r"^model\.": "",
+}
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -60,6 +65,8 @@ RENAMED = (
 class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
     """FUSION, as `vllm_config` describes it; see `fusion_hf.vllm.settings` for what it refuses."""
 
+    # of weights, and of the layers that a folder's `quantization_config` names
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_regex={re.compile(key): new for key, new in RENAMED.items()})
     # beside their embeddings, `forward` is given the ids, which say where the latent tokens are
     requires_raw_input_tokens = True
 
@@ -97,7 +104,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         self.grey: torch.Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights((_renamed(name), tensor) for name, tensor in weights)
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """
@@ -222,14 +229,6 @@ def _backbone(text_config: PreTrainedConfig) -> str:
 def _suppressed(generation_config: dict[str, Any]) -> list[int]:
     """Ids that the folder's `generation_config.json` forbids; vLLM itself does not read them."""
     return list(generation_config.get("suppress_tokens") or [])
-
-
-def _renamed(name: str) -> str:
-    for pattern, replacement in RENAMED:
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            return new
-    return name
 
 
 def _pack(tokens: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
