@@ -1,10 +1,14 @@
 """What is refused at start, and, with the refusal taken away, what would have gone wrong."""
 
+import sys
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.helpers.vllm_models import CASES, Reference, answer_of, write_random_model
+import torch
+from tests.helpers.vllm_models import CASES, QUESTIONS, Case, Reference, answer_of, write_random_model
 
 pytestmark = pytest.mark.vllm
 CONVERSATION = CASES[6]  # one picture, three questions
@@ -14,12 +18,17 @@ CHUNK = 24  # tokens; shorter than each prompt of `SEVERAL`
 CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK, "max_num_seqs": 2}
 THRESHOLD = {"long_prefill_token_threshold": CHUNK}
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
+STORE = "shared_storage_path"
+TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {STORE: "unused"}}
+STORED = {"kv_transfer_config": TRANSFER}
 UNSAFE = {
     "enable_chunked_prefill": CHUNKED,
     "enable_prefix_caching": CACHED,
     "max_num_batched_tokens": {"max_num_batched_tokens": CHUNK, "max_num_seqs": 2},
     "long_prefill_token_threshold": THRESHOLD,
     "async_scheduling": {"async_scheduling": True},
+    "kv_transfer_config": STORED,
+    "attention_backend": {"attention_backend": "FLASHINFER"},
     "speculative_config": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
 }
 
@@ -94,6 +103,51 @@ def test_unsafe_settings_are_refused_at_start(load, folder, name):
     assert "allowed" in str(error.value) or "max_model_len" in str(error.value)
 
 
+def test_attention_that_is_allowed_says_where_requests_begin(environment):
+    """Their modules can be imported on a CPU; what they say to a model cannot be seen there."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from fusion_hf.vllm.settings import BACKENDS
+
+    for name in BACKENDS:
+        module = sys.modules[AttentionBackendEnum[name].get_class().__module__]
+        (metadata,) = (
+            kind
+            for key, kind in vars(module).items()
+            if key.endswith("Metadata") and is_dataclass(kind) and kind.__module__ == module.__name__
+        )
+        assert {"max_query_len", "query_start_loc", "seq_lens"} <= {field.name for field in fields(metadata)}, name
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "cache", "expected"),
+    [
+        ("cuda", 100, torch.bfloat16, "auto", "FLASH_ATTN"),  # where vLLM would take FlashInfer
+        ("cuda", 90, torch.float16, "auto", "FLASH_ATTN"),
+        ("cuda", 90, torch.bfloat16, "fp8", "TRITON_ATTN"),
+        ("cuda", 90, torch.float32, "auto", "TRITON_ATTN"),
+        ("cuda", 75, torch.float16, "auto", "TRITON_ATTN"),  # and here as well
+        ("rocm", 94, torch.bfloat16, "auto", "TRITON_ATTN"),
+        ("cpu", 0, torch.float32, "auto", None),
+    ],
+)
+def test_attention_on_gpus(environment, monkeypatch, platform, capability, dtype, cache, expected):
+    from fusion_hf.vllm import settings
+
+    described = SimpleNamespace(
+        is_cuda=lambda: platform == "cuda",
+        is_rocm=lambda: platform == "rocm",
+        has_device_capability=lambda least: capability >= least,
+    )
+    monkeypatch.setattr(settings, "current_platform", described)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=dtype), cache_config=SimpleNamespace(cache_dtype=cache)
+    )
+    backend = settings.choose_backend(config)
+    assert (backend.name if backend else None) == expected
+    assert backend is None or backend.name in settings.BACKENDS
+
+
 @pytest.mark.parametrize(
     ("unsafe", "at_once"),
     [
@@ -114,6 +168,20 @@ def test_a_prompt_in_pieces_is_noticed_and_would_be_answered_wrongly(
         ask(load(folder, **unsafe), reference, cases, at_once)
     without_check(monkeypatch)
     assert max(ask(load(folder, **unsafe), reference, cases, at_once)) > 100 * TOLERANCE
+
+
+def test_keys_from_a_store_are_noticed(load, folder, reference, monkeypatch, tmp_path):
+    """Two texts that differ in their last words alone."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    monkeypatch.setitem(TRANSFER["kv_connector_extra_config"], STORE, str(tmp_path))
+    first, second = (Case([f"{' '.join(QUESTIONS * 3)} {last}"], color=None) for last in QUESTIONS[:2])
+    without_refusal(monkeypatch)
+    engine = load(folder, block_size=32, **STORED)
+    assert max(ask(engine, reference, [first])) < TOLERANCE
+    with pytest.raises(RuntimeError, match="A prompt arrives in pieces"):
+        ask(engine, reference, [second])
+    ensure_kv_transfer_shutdown()  # of the process; the next engine has none
 
 
 def test_a_preempted_prompt_is_processed_again_as_a_whole(load, folder, reference, monkeypatch):

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fusion_hf.vllm import RENDERER
 
@@ -13,6 +16,10 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "enable_prefix_caching": False,
     "async_scheduling": False,
 }
+# Attention whose metadata say where requests begin, as `find_prompts` needs it. FlashInfer's, which vLLM prefers on
+# GPUs of compute capability 7.5 and 10, do not.
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "TRITON_ATTN")
+FLASH_CAPABILITY = 80  # from which on FlashAttention works, as vLLM writes 8.0
 REASON = "FUSION's samplers rewrite latent tokens from the end of the prompt, so a prompt must be processed as a whole"
 
 
@@ -38,7 +45,10 @@ class FusionSettings(VerifyAndUpdateConfig):
         budget = scheduler.max_num_batched_tokens
         threshold = scheduler.long_prefill_token_threshold
         prefix_caching = vllm_config.cache_config.enable_prefix_caching
-        speculative = vllm_config.speculative_config
+        speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
+        attention = vllm_config.attention_config
+        attention.backend = attention.backend or choose_backend(vllm_config)
+        chosen = {backend.name for backend in (attention.backend, *attention.backend_per_kind.values()) if backend}
         _require(not scheduler.enable_chunked_prefill, "enable_chunked_prefill", True, "False")
         _require(not prefix_caching, "enable_prefix_caching", True, "False")
         _require(budget >= longest, "max_num_batched_tokens", budget, f"max_model_len = {longest} or more")
@@ -46,6 +56,21 @@ class FusionSettings(VerifyAndUpdateConfig):
         _require(not scheduler.async_scheduling, "async_scheduling", True, "False")
         scheduler.async_scheduling = False  # where nothing is said, vLLM would choose it for GPUs later
         _require(speculative is None, "speculative_config", speculative, "None")
+        _require(transfer is None, "kv_transfer_config", transfer, "None")
+        _require(chosen <= set(BACKENDS), "attention_backend", ", ".join(sorted(chosen)), ", ".join(BACKENDS))
+
+
+def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
+    """One of BACKENDS for a GPU; None elsewhere, where vLLM chooses one of them itself."""
+    if current_platform.is_rocm():
+        return AttentionBackendEnum.TRITON_ATTN
+    if not current_platform.is_cuda():
+        return None
+    half = vllm_config.model_config.dtype in (torch.float16, torch.bfloat16)
+    plain = half and vllm_config.cache_config.cache_dtype == "auto"
+    if plain and current_platform.has_device_capability(FLASH_CAPABILITY):
+        return AttentionBackendEnum.FLASH_ATTN
+    return AttentionBackendEnum.TRITON_ATTN
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
