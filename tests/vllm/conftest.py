@@ -1,6 +1,7 @@
 """vLLM on the CPU, in the tests' own process: one engine per module, since loading one takes 10 to 30 s."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,9 @@ def load(environment: None) -> Iterator[Callable[..., Any]]:
             "disable_log_stats": True,
         }
         engines.append(LLM(str(folder), **(defaults | ENGINE_ARGUMENTS | arguments)))
+        # `tests.helpers.vllm_gpu_runner` has asked for the other one
+        is_wanted = "VLLM_USE_V2_MODEL_RUNNER" in os.environ
+        assert engines[-1].llm_engine.vllm_config.use_v2_model_runner == is_wanted
         return engines[-1]
 
     yield make
