@@ -1,5 +1,6 @@
 """What a server gives to many clients at once: turns, a queue with an end, and nothing to those who are gone."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,8 @@ from pathlib import Path
 import openai
 import pytest
 from tests.helpers.serving import QUESTION, SECONDS, Server, ask, red_circle, run_server, user
+
+from fusion_hf.serving.app import unless_gone
 
 LONG = 700  # tokens: seconds
 HURRY = 0.5  # of the time of a whole answer, within which a slot must be free that nobody waits for
@@ -50,6 +53,27 @@ def test_full_queue_and_disconnected_clients(narrow: Server, stream: bool):
     narrow.wait_for(running=0, waiting=0)
     assert ask(client, user("tell me"), max_tokens=1).usage.completion_tokens == 1
     assert time.monotonic() - gone < HURRY * whole
+
+
+def test_work_that_swallows_a_cancellation_is_cancelled_again():
+    """As `asyncio.wait_for` does before Python 3.12, if what it waits for ends in the same moment."""
+    swallowed = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(SECONDS)
+        except asyncio.CancelledError:
+            swallowed.append(1)
+        await asyncio.sleep(SECONDS)
+
+    async def receive() -> dict[str, str]:
+        await asyncio.sleep(0)  # let the work begin
+        return {"type": "http.disconnect"}
+
+    begin = time.monotonic()
+    asyncio.run(unless_gone(receive, work()))
+    assert swallowed == [1]
+    assert time.monotonic() - begin < SECONDS / 4
 
 
 def test_openai_client_comes_again(narrow: Server):

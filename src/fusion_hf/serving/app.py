@@ -45,6 +45,7 @@ from fusion_hf.serving.requests import ChatRequest, load_json, parse_chat_reques
 HEALTH = "/health"
 BODY_SECONDS = 30.0  # for a request to arrive
 SEND_SECONDS = 30.0  # for a client to take a piece of its answer
+CANCEL_SECONDS = 0.1  # until work for a client that is gone is told again to end
 JSON = "application/json"
 SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -294,8 +295,10 @@ async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
         if working.done():
             working.result()
     finally:
-        working.cancel()
         watching.cancel()
+        while not working.done():  # before Python 3.12 `wait_for` may swallow a cancellation
+            working.cancel()
+            await asyncio.wait({working}, timeout=CANCEL_SECONDS)
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
