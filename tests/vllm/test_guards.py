@@ -126,7 +126,7 @@ def test_attention_that_is_allowed_says_where_requests_begin(environment):
         ("cuda", 90, torch.float16, "auto", "FLASH_ATTN"),
         ("cuda", 90, torch.bfloat16, "fp8", "TRITON_ATTN"),
         ("cuda", 90, torch.float32, "auto", "TRITON_ATTN"),
-        ("cuda", 75, torch.float16, "auto", "TRITON_ATTN"),  # and here as well
+        ("cuda", 75, torch.float16, "auto", "TRITON_ATTN"),  # which FlashAttention does not know
         ("rocm", 94, torch.bfloat16, "auto", "TRITON_ATTN"),
         ("cpu", 0, torch.float32, "auto", None),
     ],
@@ -170,18 +170,18 @@ def test_a_prompt_in_pieces_is_noticed_and_would_be_answered_wrongly(
     assert max(ask(load(folder, **unsafe), reference, cases, at_once)) > 100 * TOLERANCE
 
 
-def test_keys_from_a_store_are_noticed(load, folder, reference, monkeypatch, tmp_path):
+def test_keys_from_a_store_are_noticed(load, folder, reference, monkeypatch, tmp_path, request):
     """Two texts that differ in their last words alone."""
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     monkeypatch.setitem(TRANSFER["kv_connector_extra_config"], STORE, str(tmp_path))
     first, second = (Case([f"{' '.join(QUESTIONS * 3)} {last}"], color=None) for last in QUESTIONS[:2])
     without_refusal(monkeypatch)
+    request.addfinalizer(ensure_kv_transfer_shutdown)  # it is the process's, and the next engine has none
     engine = load(folder, block_size=32, **STORED)
     assert max(ask(engine, reference, [first])) < TOLERANCE
     with pytest.raises(RuntimeError, match="A prompt arrives in pieces"):
         ask(engine, reference, [second])
-    ensure_kv_transfer_shutdown()  # of the process; the next engine has none
 
 
 def test_a_preempted_prompt_is_processed_again_as_a_whole(load, folder, reference, monkeypatch):

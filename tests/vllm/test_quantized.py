@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.vllm_models import CASES, Case, Reference, largest_difference, write_random_model
+from tests.helpers.vllm_models import CASES, Reference, largest_difference, save_model, write_random_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 
@@ -23,21 +25,19 @@ TOP = 20  # log-probabilities that are compared; vLLM's most
 
 def compress(folder: Path, output: Path, bits: int) -> None:
     """
-    A folder in compressed-tensors' format, written without a library, as llm-compressor leaves one.
+    A copy of a folder in compressed-tensors' format, as llm-compressor leaves one.
 
     bits: 8, with inputs in 8 bits too, or 4, of the weights alone.
     """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    model, processor = (load.from_pretrained(folder) for load in (FusionForConditionalGeneration, FusionProcessor))
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    weights, others = {}, ["lm_head"]
+    shutil.copytree(folder, output)
+    weights, ignored = {}, []
     for name, weight in load_file(output / "model.safetensors").items():
-        layer = name.removesuffix(".weight")
-        if LINEAR.fullmatch(name) is None or layer in LEFT_ALONE:
+        module = name.removesuffix(".weight")
+        if LINEAR.fullmatch(name) is None or module in LEFT_ALONE:
             weights[name] = weight
-            others += [layer] * (weight.dim() == 2 and layer != name)
+            ignored.append(module)
             continue
         groups = weight.unflatten(1, (-1, GROUP if bits == 4 else weight.shape[1]))  # (N, K / G, G)
         most = 2 ** (bits - 1) - 1
@@ -51,7 +51,7 @@ def compress(folder: Path, output: Path, bits: int) -> None:
             weights[name] = rounded
     save_file(weights, output / "model.safetensors", {"format": "pt"})
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = _scheme(bits, sorted(others))
+    config["quantization_config"] = _scheme(bits, ignored)
     (output / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -78,8 +78,7 @@ def first_token_difference(reference: Reference, engine: Any) -> float:
     outputs = engine.generate([reference.prompt(case) for case in CASES], settings, use_tqdm=False)
     differences = []
     for case, output in zip(CASES, outputs, strict=True):
-        first = Case(case.questions, case.color, case.answers, case.system, case.budget, max_tokens=1)
-        answer = reference.answer(first)
+        answer = reference.answer(replace(case, max_tokens=1))
         (step,) = output.outputs[0].logprobs
         differences.append(abs(step[answer.ids[0]].logprob - answer.logprobs[0]))
     return max(differences)
@@ -104,8 +103,7 @@ def test_a_folder_that_was_saved_with_torchao(load, tmp_path):
     quantized = FusionForConditionalGeneration.from_pretrained(
         original, dtype=torch.float32, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
     )
-    quantized.save_pretrained(tmp_path / "quantized")
-    FusionProcessor.from_pretrained(original).save_pretrained(tmp_path / "quantized")
+    save_model(tmp_path / "quantized", quantized, FusionProcessor.from_pretrained(original))
     engine = load(tmp_path / "quantized")
     assert largest_difference(Reference(tmp_path / "quantized"), engine) < 1e-4
     assert largest_difference(Reference(original), engine) > 1e-4

@@ -17,10 +17,11 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "async_scheduling": False,
 }
 # Attention whose metadata say where requests begin, as `find_prompts` needs it. FlashInfer's, which vLLM prefers on
-# GPUs of compute capability 7.5 and 10, do not.
+# GPUs of compute capability 10, do not.
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "TRITON_ATTN")
 FLASH_CAPABILITY = 80  # from which on FlashAttention works, as vLLM writes 8.0
 REASON = "FUSION's samplers rewrite latent tokens from the end of the prompt, so a prompt must be processed as a whole"
+UNTOLD = "FUSION's samplers need to know where prompts begin in a step, which other attention does not tell a model"
 
 
 class FusionSettings(VerifyAndUpdateConfig):
@@ -57,7 +58,7 @@ class FusionSettings(VerifyAndUpdateConfig):
         scheduler.async_scheduling = False  # where nothing is said, vLLM would choose it for GPUs later
         _require(speculative is None, "speculative_config", speculative, "None")
         _require(transfer is None, "kv_transfer_config", transfer, "None")
-        _require(chosen <= set(BACKENDS), "attention_backend", ", ".join(sorted(chosen)), ", ".join(BACKENDS))
+        _require(chosen <= set(BACKENDS), "attention_backend", ", ".join(sorted(chosen)), ", ".join(BACKENDS), UNTOLD)
 
 
 def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
@@ -73,8 +74,8 @@ def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
     return AttentionBackendEnum.TRITON_ATTN
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+def _require(condition: bool, name: str, value: object, allowed: str, reason: str = REASON) -> None:
     if not condition:
         flag = name.replace("_", "-")
         advice = f" (--no-{flag})" if value is True else ""
-        raise ValueError(f"{name} is {value!r}; allowed for FUSION: {allowed}{advice}. {REASON}.")
+        raise ValueError(f"{name} is {value!r}; allowed for FUSION: {allowed}{advice}. {reason}.")
