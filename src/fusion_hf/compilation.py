@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig, StaticCache
 
+from fusion_hf.compatibility_fusion import CACHE_NAMES, cache_keyword
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import TokenBudget, check_prompt
@@ -19,7 +20,7 @@ PROMPT_LENGTHS = (1024, 2048, 4096)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 SHORTEST_QUESTION = 32  # what shorter questions are padded to where the prompt is compiled
 # these change the cache's batch, need a cache that shrinks, or bring one of their own
-REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "prompt_lookup_num_tokens", "past_key_values")
+REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "prompt_lookup_num_tokens", *CACHE_NAMES)
 SHAPES_AT_MOST = 64  # torch's own limit, after which it stops compiling, is 8
 
 
@@ -125,7 +126,7 @@ class CompiledGenerator:
         inputs = _fill_up(inputs, self.batch_size)
         with torch._dynamo.config.patch(recompile_limit=SHAPES_AT_MOST):
             output = self._model.generate(
-                **inputs, **self._options, past_key_values=self._cache(padded), max_new_tokens=new_tokens
+                **inputs, **self._options, **cache_keyword(self._cache(padded)), max_new_tokens=new_tokens
             )
         return torch.cat([input_ids, output[:batch, inputs["input_ids"].shape[1] :]], dim=1)
 

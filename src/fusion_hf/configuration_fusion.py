@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
+from .compatibility_fusion import CACHE_NAMES
+
 EARLY_TEXT_ATTENTION = ("uniform", "uniform_padded", "masked")
 # the picture is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
 TILES_PER_SIDE = 2
@@ -20,6 +22,8 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_fusion.FusionForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_fusion.FusionForConditionalGeneration",
 }
+# outputs that models of transformers do not have
+EXTRA_OUTPUTS = ("image_hidden_states", "image_outputs", "language_loss", "mapping_loss")
 NUM_CONNECTOR_GROUPS = 2  # the connector averages two groups of hidden states, each `vision_early_layers` long
 
 
@@ -67,6 +71,8 @@ class FusionConfig(PreTrainedConfig):
 
     model_type = "fusion"
     sub_configs = {"text_config": AutoConfig, "vision_config": SiglipVisionConfig}
+    # `Trainer.predict` and `compute_metrics` get the logits alone
+    keys_to_ignore_at_inference = [*CACHE_NAMES, *EXTRA_OUTPUTS]
 
     # None until `__post_init__` has filled in what other fields imply, never after it: hence Any
     text_config: Any = None

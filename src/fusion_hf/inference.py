@@ -18,6 +18,7 @@ from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from fusion_hf.compatibility_fusion import CACHE_NAME, cache_keyword
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
@@ -348,9 +349,9 @@ class Conversation:
         cache = memory.cache_before(inputs) if memory is not None else None
         if cache is None:
             cache = DynamicCache(config=self.assistant.model.config.text_config)
-        output = self.assistant.generate(inputs, self.max_new_tokens, streamer, past_key_values=cache)
-        cached = output.past_key_values.get_seq_length()
-        self._memory = _Memory(output.sequences[0, :cached], output.past_key_values)
+        output = self.assistant.generate(inputs, self.max_new_tokens, streamer, **cache_keyword(cache))
+        cache = getattr(output, CACHE_NAME)  # another one than was given where long RoPE began
+        self._memory = _Memory(output.sequences[0, : cache.get_seq_length()], cache)
         return self.assistant.read(inputs, output)
 
     def reset(self) -> None:

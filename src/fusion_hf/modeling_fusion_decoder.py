@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.generation import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -175,6 +176,7 @@ class EmbeddedPrompt(NamedTuple):
     latent_updates: LatentUpdates | None = None
     image_features: torch.Tensor | None = None  # (B, image_token_grid ** 2, D)
     mapping_loss: torch.Tensor | None = None  # ()
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class PromptMarks(NamedTuple):
@@ -271,11 +273,11 @@ def check_reuse(
     global_features: torch.Tensor | None,
     instruct_input_ids: torch.Tensor | None,
     prompt_end_positions: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> None:
     """Raise a `ValueError` if a cache, or features of tiles, come with what they do not fit."""
     has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
-    continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+    continues = cache is not None and cache.get_seq_length() > 0
     if global_features is not None and pixel_values is None:
         if not (continues and has_turns):
             raise ValueError(

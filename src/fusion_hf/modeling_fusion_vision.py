@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import (
     SiglipAttention,
@@ -19,8 +20,7 @@ from transformers.models.siglip.modeling_siglip import (
     SiglipPreTrainedModel,
     SiglipVisionEmbeddings,
 )
-from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_fusion import (
@@ -89,10 +89,20 @@ class FusionVisionModelOutput(ModelOutput):
     hidden_states, attentions (*optional*): of every layer, over patches and question tokens; only where asked for.
     """
 
-    features: torch.Tensor | None = None
-    patch_embeddings: torch.Tensor | None = None
+    features: torch.Tensor = None  # type: ignore[assignment]  # outputs have a default for every field
+    patch_embeddings: torch.Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+    def of_image(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Return what models of transformers say about images, with projected features `(B, n, D)`."""
+        num_patches, width = self.patch_embeddings.shape[1:]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=self.features[:, :num_patches, :width],  # (B, N, Dv)
+            pooler_output=image_features,
+            hidden_states=self.hidden_states,
+            attentions=self.attentions,
+        )
 
 
 class FusionVisionModel(SiglipPreTrainedModel):
@@ -118,7 +128,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         early_text_attention: str = "uniform",
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> FusionVisionModelOutput:
         """
         Args:
@@ -185,6 +195,7 @@ class EncodedPicture(NamedTuple):
     instruct_embeds: torch.Tensor  # (B, T, D)
     instruct_features: torch.Tensor  # (B, T, D)
     instruct_mask: torch.Tensor  # (B, T)
+    guided: FusionVisionModelOutput  # of the overview with its question
 
 
 def encode_tiles(tower: FusionVisionModel, projector: FusionProjector, tiles: torch.Tensor) -> torch.Tensor:

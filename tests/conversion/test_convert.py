@@ -26,10 +26,12 @@ from tests.helpers.checkpoints import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fusion_hf
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.conversion.config import convert_config, named_tower
 from fusion_hf.conversion.convert import Options
 from fusion_hf.conversion.convert import convert as run_conversion
+from fusion_hf.publishing import CODE_PATTERN
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 RANK, ALPHA = 4, 6
@@ -124,14 +126,10 @@ def test_folder_is_complete_and_permissions_are_usual(tmp_path, convert):
     assert {file.name for file in output.iterdir()} >= {
         "README.md",
         "config.json",
-        "configuration_fusion.py",
         "generation_config.json",
-        "image_processing_fusion.py",
         "model.safetensors",
-        "modeling_fusion.py",
         "preprocessor_config.json",
-        "processing_fusion.py",
-        "quantization_fusion.py",
+        *(path.name for path in Path(fusion_hf.__file__).parent.glob(CODE_PATTERN)),
     }
     (tmp_path / "plain").mkdir()
     assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode

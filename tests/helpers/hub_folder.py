@@ -22,15 +22,21 @@ messages = [{"role": "user", "content": [
 """
 
 
-def run(script: str, *arguments: object, cache: Path) -> list[str]:
+def run(script: str, *arguments: object, cache: Path, packages: Path | None = None) -> list[str]:
     """
     The lines that a script prints. It finds the first argument as FOLDER, all of them in `sys.argv`, and a question
     about a red circle as `messages`.
 
     Args:
         cache: an empty folder for the code that is copied out of model folders; also the working directory.
+        packages: a folder whose packages come before those of the environment.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "PYTHONPATH": ""}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(cache),
+        "PYTHONPATH": str(packages or ""),
+    }
     command = [sys.executable, "-c", BLOCK + script, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-import pytest
 from tests.helpers.hub_folder import run
 
+import fusion_hf
 from fusion_hf import nano_path
+from fusion_hf.publishing import CODE_PATTERN
 
 AUTO_CLASSES = """
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
@@ -75,10 +76,10 @@ def test_folder_names_every_auto_class() -> None:
     assert processor["auto_map"]["AutoProcessor"] == "processing_fusion.FusionProcessor"
 
 
-@pytest.mark.parametrize("name", ["configuration", "modeling", "quantization", "image_processing", "processing"])
-def test_the_code_files_are_the_packages(name: str) -> None:
-    file = f"{name}_fusion.py"
-    import fusion_hf
-
-    package = Path(fusion_hf.__file__).parent
-    assert (Path(nano_path()) / file).read_text() == (package / file).read_text()
+def test_the_code_files_are_the_packages() -> None:
+    package, folder = Path(fusion_hf.__file__).parent, Path(nano_path())
+    names = sorted(path.name for path in package.glob(CODE_PATTERN))
+    assert "modeling_fusion.py" in names
+    assert names == sorted(path.name for path in folder.glob(CODE_PATTERN))
+    for name in names:
+        assert (folder / name).read_bytes() == (package / name).read_bytes(), name

@@ -1,5 +1,6 @@
 """Saving and loading: weights to the byte, files complete, data types kept."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tests.helpers.tiny import BACKBONES, Sample, make_inputs, tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText
 
+import fusion_hf
 from fusion_hf import FusionForConditionalGeneration
 
 
@@ -19,9 +21,12 @@ def test_save_load_save_is_byte_identical(backbone: str, tmp_path: Path) -> None
     reloaded.save_pretrained(tmp_path / "second")
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("first", "second"))
     assert first == second
-    parts = ("", "_base", "_decoder", "_vision")
-    code = {"configuration_fusion.py", "quantization_fusion.py", *(f"modeling_fusion{part}.py" for part in parts)}
-    assert code | {"config.json", "model.safetensors"} <= first.keys()
+    assert {"config.json", "model.safetensors", "modeling_fusion.py"} <= first.keys()
+    for name in first.keys() - {"config.json", "model.safetensors", "generation_config.json"}:
+        code = first[name]
+        assert code == (Path(fusion_hf.__file__).parent / name).read_bytes()
+        needed = {f"{module}.py" for module in re.findall(r"^from \.(\w+) import", code.decode(), re.MULTILINE)}
+        assert needed <= first.keys(), name
     inputs = make_inputs(model.config, [Sample([4], seed=1), Sample([3, 5], [2], seed=2)])
     with torch.no_grad():
         torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import ModelCardData
 
+from fusion_hf.compatibility_fusion import TESTED
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.conversion.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, Member, find_member
 
@@ -25,8 +26,8 @@ CITATION = """\
 """
 
 USAGE = """\
-The code is in this folder: transformers 5.17 or newer runs it with `trust_remote_code=True`. With the package
-`fusion_hf` installed, `import fusion_hf` makes that flag unnecessary.
+The code is in this folder: transformers {releases} run it with `trust_remote_code=True`. A newer release warns once
+that it was not tested. With the package `fusion_hf` installed, `import fusion_hf` makes the flag unnecessary.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -72,8 +73,8 @@ print(ask(text=messages, max_new_tokens=64, return_full_text=False)[0]["generate
 """
 
 USAGE_WITHOUT_TOKENIZER = """\
-This folder has no tokenizer: the source had none. The weights and the image processor load by themselves; for answers,
-convert again with `--tokenizer`.
+This folder has no tokenizer: the source had none. The code is in this folder, for transformers {releases}.
+The weights and the image processor load by themselves; for answers, convert again with `--tokenizer`.
 
 ```python
 from PIL import Image
@@ -168,7 +169,7 @@ def _introduction(config: FusionConfig, provenance: Provenance, member: Member |
 def _usage(config: FusionConfig, provenance: Provenance) -> str:
     lengths = ", ".join(map(str, config.query_lens))
     template = USAGE if provenance.has_tokenizer else USAGE_WITHOUT_TOKENIZER
-    return template.format(model_id=provenance.model_id, query_lens=lengths)
+    return template.format(model_id=provenance.model_id, query_lens=lengths, releases=TESTED)
 
 
 def _token_budget(config: FusionConfig, member: Member | None) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
+from fusion_hf.compatibility_fusion import CACHE_NAME, cache_keyword
 from fusion_hf.configuration_fusion import NUM_TILES
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.folder import new_folder
@@ -105,11 +106,11 @@ class _LanguageGraph(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
-            past_key_values=cache,
             latent_updates=marks.latent_updates(windows, prompt_end_positions, self.budget.query_len),
             use_cache=True,
+            **cache_keyword(cache),
         )
-        return self.model.lm_head(outputs.last_hidden_state[:, -1:]), *keys_and_values(outputs.past_key_values)
+        return self.model.lm_head(outputs.last_hidden_state[:, -1:]), *keys_and_values(getattr(outputs, CACHE_NAME))
 
 
 def keys_and_values(cache: Cache) -> tuple[torch.Tensor, ...]:

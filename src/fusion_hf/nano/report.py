@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from fusion_hf.compatibility_fusion import TESTED
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.nano.evaluate import accuracies, generate_answers
 from fusion_hf.nano.pictures import WORDS
@@ -129,6 +130,7 @@ def card_text(figures: Figures, parameters: int) -> str:
         steps=steps,
         seed=figures.seed,
         words=len(WORDS),
+        releases=TESTED,
     )
 
 
@@ -142,6 +144,9 @@ works, in seconds and without a download. **It is no evidence for FUSION's mecha
 shows whether they help at this size and task.
 
 ## Use
+
+The code is in this folder: transformers {releases} run it with `trust_remote_code=True`. A newer release warns once
+that it was not tested.
 
 ```python
 from PIL import Image, ImageDraw

@@ -12,10 +12,9 @@ from transformers import AutoModel, Cache, GenerationMixin, StaticCache
 from transformers.generation import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils import can_return_tuple
 
+from .compatibility_fusion import CACHE_NAME, cache_keyword, either_cache, rename_cache
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from .modeling_fusion_base import (
     FusionCausalLMOutputWithPast,
@@ -48,6 +47,8 @@ from .modeling_fusion_vision import (
     stitch_tiles,
 )
 
+# asked of the tower as of the language model
+RECORDED = ("output_hidden_states", "output_attentions")
 # what describes the prompt's picture and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = (
     "pixel_values",
@@ -99,7 +100,7 @@ class FusionModel(FusionPreTrainedModel):
         instruct_input_ids: torch.Tensor | None = None,
         instruct_attention_mask: torch.Tensor | None = None,
         image_token_grid: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
         Encode the overviews of pictures `(B, 5, 3, H, W)` under their questions `(B, T)`.
@@ -112,12 +113,8 @@ class FusionModel(FusionPreTrainedModel):
         overview = pixel_values[:, NUM_TILES]
         guided, _, _ = self.guide_tower(overview, instruct_input_ids, instruct_attention_mask, **kwargs)
         patch_features = guided.features[:, : guided.patch_embeddings.shape[1]]  # (B, N, 3 Dv)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=patch_features[..., : self.config.vision_config.hidden_size],
-            pooler_output=reduce_grid(self.vision_projector(patch_features), self.config.num_patches_per_side, grid),
-            hidden_states=guided.hidden_states,
-            attentions=guided.attentions,
-        )
+        projected = self.vision_projector(patch_features)  # (B, N, D)
+        return guided.of_image(reduce_grid(projected, self.config.num_patches_per_side, grid))
 
     def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -146,7 +143,7 @@ class FusionModel(FusionPreTrainedModel):
         overview: torch.Tensor,
         instruct_input_ids: torch.Tensor | None,
         instruct_attention_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """The tower's output for `(B, 3, H, W)` and its question; the question's embeddings `(B, T, D)` and mask."""
         if instruct_input_ids is None:
@@ -165,13 +162,14 @@ class FusionModel(FusionPreTrainedModel):
         instruct_input_ids: torch.Tensor | None,
         instruct_attention_mask: torch.Tensor | None,
         global_features: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> EncodedPicture:
         """
         Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
         given, over the four tiles without it.
         """
         guided, instruct_embeds, mask = self.guide_tower(
-            pixel_values[:, -1], instruct_input_ids, instruct_attention_mask
+            pixel_values[:, -1], instruct_input_ids, instruct_attention_mask, **kwargs
         )
         num_patches = guided.patch_embeddings.shape[1]
         projected = self.vision_projector(guided.features)  # (B, N + T, D)
@@ -184,6 +182,7 @@ class FusionModel(FusionPreTrainedModel):
             instruct_embeds=instruct_embeds,
             instruct_features=projected[:, num_patches:],
             instruct_mask=mask,
+            guided=guided,
         )
 
     def compute_mapping_loss(self, picture: EncodedPicture, counts: LossCounts | None = None) -> torch.Tensor:
@@ -213,20 +212,22 @@ class FusionModel(FusionPreTrainedModel):
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> EmbeddedPrompt:
         """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
         marks = PromptMarks.find(input_ids, self.config)
         inputs_embeds = self._embed_text(input_ids, marks)
-        image_features = mapping_loss = None
+        image_features = image_outputs = mapping_loss = None
         if pixel_values is None and not output_mapping_loss:
             context = self.encode_grey(inputs_embeds)
         else:
             if pixel_values is None:
                 pixel_values = self._grey(inputs_embeds, len(input_ids), NUM_TILES + 1)
             questions = (instruct_input_ids, instruct_attention_mask)
-            picture = self.encode_picture(pixel_values, *questions, global_features)
+            picture = self.encode_picture(pixel_values, *questions, global_features, **kwargs)
             context, side = picture.global_features, self.config.num_patches_per_side
             image_features = reduce_grid(picture.image_features, side, budget.image_token_grid)
+            image_outputs = picture.guided.of_image(image_features)
             if output_mapping_loss:
                 mapping_loss = self.compute_mapping_loss(picture, loss_counts)
         latents, windows = pool_context(context, budget.query_len, self.config.window_size)
@@ -240,6 +241,7 @@ class FusionModel(FusionPreTrainedModel):
             latent_updates=updates,
             image_features=image_features,
             mapping_loss=mapping_loss,
+            image_outputs=image_outputs,
         )
 
     def embed_turns(
@@ -274,11 +276,13 @@ class FusionModel(FusionPreTrainedModel):
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> FusionModelOutputWithPast:
         """
         See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
         """
+        cache = either_cache(cache, past_key_values)
         has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
         if input_ids is not None and inputs_embeds is None:
             budget = TokenBudget.of(self.config, query_len, image_token_grid)
@@ -287,7 +291,7 @@ class FusionModel(FusionPreTrainedModel):
             is_reuse = global_features is not None
             if (is_prompt or is_reuse or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
                 picture = (pixel_values, global_features, instruct_input_ids)
-                check_reuse(self.config, input_ids, *picture, prompt_end_positions, past_key_values)
+                check_reuse(self.config, input_ids, *picture, prompt_end_positions, cache)
                 check_prompt(self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, budget)
             if global_features is not None and prompt_end_positions is not None and pixel_values is None:
                 prompt = self.embed_turns(input_ids, global_features, prompt_end_positions, budget.query_len)
@@ -302,6 +306,7 @@ class FusionModel(FusionPreTrainedModel):
                     output_mapping_loss,
                     loss_counts,
                     global_features,
+                    **{name: kwargs[name] for name in RECORDED if name in kwargs},
                 )
             else:
                 prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
@@ -324,18 +329,19 @@ class FusionModel(FusionPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=prompt.inputs_embeds,
             use_cache=use_cache,
+            **cache_keyword(cache),
             **kwargs,
         )
         return FusionModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=prompt.image_features,
             mapping_loss=prompt.mapping_loss,
+            image_outputs=prompt.image_outputs,
+            **cache_keyword(getattr(outputs, CACHE_NAME)),
         )
 
 
@@ -389,7 +395,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> FusionCausalLMOutputWithPast:
         """
         Args:
@@ -411,6 +418,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
                 which hold each sample's picture, and `prompt_end_positions` are those of the new turns.
             image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
                 reads it from the configuration.
+            cache ([`Cache`], *optional*): another name of `past_key_values`, as in transformers since 5.24.
 
         Raises:
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
@@ -425,13 +433,13 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             prompt_end_positions=prompt_end_positions,
             query_len=query_len,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_mapping_loss=labels is not None,
             loss_counts=loss_counts,
             global_features=global_features,
             image_token_grid=image_token_grid,
+            cache=either_cache(cache, past_key_values),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -457,11 +465,16 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             language_loss=language_loss,
             mapping_loss=outputs.mapping_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            **cache_keyword(getattr(outputs, CACHE_NAME)),
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as [`GenerationMixin.generate`] does; a cache may be given as `cache` or as `past_key_values`."""
+        return super().generate(*args, **rename_cache(kwargs))
 
     def prepare_inputs_for_generation(
         self,
@@ -470,17 +483,19 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
-        uses_flash = is_flash_attention_requested(self.config.text_config)
-        if uses_flash and isinstance(past_key_values, StaticCache) and kwargs.get("attention_mask") is None:
+        cache = either_cache(cache, past_key_values)
+        uses_flash = "flash" in self.config.text_config._attn_implementation
+        if uses_flash and isinstance(cache, StaticCache) and kwargs.get("attention_mask") is None:
             # `generate` drops masks without padding, but here they tell which of the cache's places are used
-            length = int(past_key_values.get_seq_length()) + (next_sequence_length or input_ids.shape[1])
+            length = int(cache.get_seq_length()) + (next_sequence_length or input_ids.shape[1])
             kwargs["attention_mask"] = torch.ones(len(input_ids), length, dtype=torch.long, device=input_ids.device)
         continues = next_sequence_length is not None and next_sequence_length < input_ids.shape[1]
-        if continues and self._long_rope_begins(input_ids, past_key_values):
-            past_key_values = next_sequence_length = None
+        if continues and self._long_rope_begins(input_ids, cache):
+            cache = next_sequence_length = None
         # an assistant's first pass is not announced by `is_first_iteration`, so the length tells
         is_prompt = inputs_embeds is None and (
             next_sequence_length is None or next_sequence_length >= input_ids.shape[1]
@@ -488,9 +503,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration or is_prompt,
+            **cache_keyword(cache),
             **kwargs,
         )
         if inputs_embeds is None and not is_prompt:
@@ -510,13 +525,13 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             model_kwargs["pixel_values"] = pixel_values[:, -1:]
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, **model_kwargs)
 
-    def _long_rope_begins(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
+    def _long_rope_begins(self, input_ids: torch.Tensor, cache: Cache | None) -> bool:
         """Phi-3's long RoPE changes all keys when a sequence outgrows the short one: the cache must be made anew."""
         rope = self.config.text_config.rope_parameters
-        if past_key_values is None or rope.get("rope_type") != "longrope":
+        if cache is None or rope.get("rope_type") != "longrope":
             return False
         limit = self.config.text_config.original_max_position_embeddings
-        return input_ids.shape[1] > limit >= past_key_values.get_seq_length()
+        return input_ids.shape[1] > limit >= cache.get_seq_length()
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, *args: Any, **kwargs: Any

@@ -10,10 +10,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 
+from .compatibility_fusion import CACHE_NAMES
 from .configuration_fusion import FusionConfig
 from .modeling_fusion_decoder import DECODER_LAYERS
 from .quantization_fusion import FusionQuantizationMixin
@@ -28,31 +32,31 @@ ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" f
 class FusionModelOutputWithPast(BaseModelOutputWithPast):
     """
     image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*): projected image features that the LLM read.
+    image_outputs ([`BaseModelOutputWithPooling`], *optional*): what `get_image_features` returns, without a second
+        pass: `pooler_output` are the `image_hidden_states`.
     mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
     """
 
     image_hidden_states: torch.Tensor | None = None
     mapping_loss: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class FusionCausalLMOutputWithPast(ModelOutput):
+class FusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     loss (`()`, *optional*): `language_loss + mapping_loss_weight * mapping_loss`.
     language_loss (`()`, *optional*): mean cross entropy over labelled tokens.
     mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
     logits (`(B, S, vocabulary)`). hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the
     last entry is after the final norm. image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*).
+    image_outputs ([`BaseModelOutputWithPooling`], *optional*): see [`FusionModelOutputWithPast`].
     """
 
-    loss: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
     language_loss: torch.Tensor | None = None
     mapping_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class LossCounts(NamedTuple):
@@ -72,7 +76,7 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["FusionVisionLayer", *(layer.__name__ for layer in DECODER_LAYERS.values())]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

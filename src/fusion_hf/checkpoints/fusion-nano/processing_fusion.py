@@ -14,6 +14,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import PaddingStrategy
 
+from .compatibility_fusion import as_dicts
 from .configuration_fusion import is_perfect_square
 
 ROLES = ("system", "user", "assistant")
@@ -302,7 +303,7 @@ class FusionProcessor(ProcessorMixin):
     def _prepare_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Copies of the messages as lists of blocks: text protected, the picture in the first user message."""
         prepared, pictures = [], []
-        for message in messages:
+        for message in as_dicts(messages):
             if message.get("role") not in ROLES:
                 raise ValueError(f"A message's role is {message.get('role')!r}; allowed: {', '.join(ROLES)}.")
             content = message.get("content") or ""
