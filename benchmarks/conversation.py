@@ -30,6 +30,7 @@ from measure import (
     write_result,
 )
 from tqdm import tqdm
+from transformers import DynamicCache
 from workload import (
     ANSWER_TOKENS,
     QUESTION_TOKENS,
@@ -83,8 +84,9 @@ class Times:
         """The second turn behind a cache of the first and its answer, but for the answer's last token."""
         held = self.first["input_ids"].shape[1] + ANSWER_TOKENS - 1
         before = {name: self.whole[name][:, :held] for name in ("input_ids", "attention_mask")}
-        cache = self.model(**self.first | before, use_cache=True, logits_to_keep=1).past_key_values
-        return self.first_token(**self.whole, global_features=features, past_key_values=cache)
+        cache = DynamicCache(config=self.model.config.text_config)
+        self.model(**self.first | before, cache=cache, logits_to_keep=1)
+        return self.first_token(**self.whole, global_features=features, cache=cache)
 
     def round(self, index: int) -> None:
         features = self.model.get_global_features(self.first["pixel_values"])

@@ -14,6 +14,7 @@ from reference import build_reference
 from workload import TrainingSize, build_eager, make_batch, make_shallow, make_weights, sharing_copy
 
 from fusion_hf import FusionForConditionalGeneration
+from fusion_hf.training.checkpointing import enable_checkpointing
 from fusion_hf.training.collator import labelled_positions
 from fusion_hf.training.flops import Shape, training_flops
 
@@ -189,14 +190,6 @@ def shallow_errors(size: TrainingSize, device: torch.device) -> dict[str, float]
     rounding error larger, the gradients in bfloat16 have nothing in common.
     """
     return StepBenchmark(replace(size, config=partial(make_shallow, size.config)), torch.float32, device, False).errors
-
-
-def enable_checkpointing(model: FusionForConditionalGeneration) -> None:
-    """Compute layers a second time in the backward pass instead of keeping what is inside of them."""
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer name of the same, whose older one warns
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def relative_error(result: tuple[torch.Tensor, Gradient], expected: tuple[torch.Tensor, Gradient]) -> float:

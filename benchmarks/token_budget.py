@@ -38,6 +38,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from workload import SIZES, Size, build_model, make_image_processor, make_photo, make_prompt
 
+from fusion_hf.compatibility_fusion import cache_keyword
 from fusion_hf.inference import Assistant
 from fusion_hf.modeling_fusion_decoder import EmbeddedPrompt, TokenBudget
 from fusion_hf.nano.evaluate import generate_answers
@@ -93,7 +94,7 @@ class Times:
         """The language model with its samplers, over a whole prompt."""
         cache = DynamicCache(config=self.model.config.text_config)
         given = {"inputs_embeds": prompt.inputs_embeds, "latent_updates": prompt.latent_updates}
-        self.model.model.language_model(**given, past_key_values=cache, use_cache=True)
+        self.model.model.language_model(**given, **cache_keyword(cache), use_cache=True)
         return cache
 
     def prefill(self, name: str) -> Any:

@@ -12,6 +12,7 @@ from tests.helpers.tiny import Sample, make_inputs
 from transformers import CONFIG_MAPPING, SiglipVisionConfig
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf.training.checkpointing import enable_checkpointing
 from fusion_hf.training.parts import PARTS, freeze_except
 
 QUESTION, ANSWER = 12, 20  # tokens
@@ -85,7 +86,7 @@ def measure(case: Case) -> int:
         model = FusionForConditionalGeneration(config).train()
         freeze_except(model, case.train)
         if case.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         model = accelerator.prepare_model(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

@@ -64,7 +64,7 @@ def assert_same_logits(model: FusionForConditionalGeneration, exported: Exported
         np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
         ids = outputs.logits[:, -1:].argmax(-1)
         mask = torch.ones(1, outputs.past_key_values.get_seq_length() + 1, dtype=torch.long)
-        outputs = model(ids, mask, past_key_values=outputs.past_key_values, use_cache=True, **budget)
+        outputs = model(ids, mask, cache=outputs.past_key_values, use_cache=True, **budget)
         logits, past = exported.read(ids.numpy(), NO_TURN, seen, past)
 
 

@@ -12,6 +12,9 @@ from transformers.utils import logging as transformers_logging
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.compatibility_fusion import CACHE_NAME, CACHE_NAMES
 
+# where transformers has the newer name
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 PROMPT, ANSWER = 4, 4  # new tokens of the first and of the second call
 

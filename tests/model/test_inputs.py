@@ -125,7 +125,7 @@ def test_a_cache_is_not_continued_with_new_turns(model: FusionForConditionalGene
     inputs = make_inputs(model.config, SAMPLES[:1])
     cache = model(**inputs, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="pass the whole conversation"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, cache=cache)
 
 
 def test_chunked_prefill_is_refused(model: FusionForConditionalGeneration) -> None:

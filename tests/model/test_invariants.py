@@ -7,6 +7,7 @@ import torch
 from tests.helpers.tiny import BACKBONES, Sample, make_inputs, tiny_config, tiny_model
 
 from fusion_hf import FusionForConditionalGeneration
+from fusion_hf.training.checkpointing import enable_checkpointing
 
 SAMPLES = [
     Sample([5], seed=1),
@@ -214,7 +215,7 @@ def test_gradient_checkpointing_changes_no_gradient(model: FusionForConditionalG
     for checkpointing in (False, True):
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         model.zero_grad()
         model(**inputs, labels=labels, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})

@@ -205,11 +205,11 @@ def test_turns_continue_a_cache(backbone: FusionForConditionalGeneration, turns:
     first, rest = split(inputs, cached)
     cache = backbone(**first, use_cache=True).past_key_values
     with TileCounter(backbone) as calls:
-        logits = backbone(**rest, past_key_values=cache, global_features=features).logits
+        logits = backbone(**rest, cache=cache, global_features=features).logits
     assert calls == []
     torch.testing.assert_close(logits, expected[:, cached:], rtol=1e-4, atol=1e-4)
     cache = backbone(**first, use_cache=True).past_key_values
-    other = backbone(**rest, past_key_values=cache, global_features=features.flip(-1)).logits
+    other = backbone(**rest, cache=cache, global_features=features.flip(-1)).logits
     assert not torch.allclose(other, logits, rtol=1e-4, atol=1e-4)
 
 
@@ -230,7 +230,7 @@ def test_generation_continues_a_cache(backbone: FusionForConditionalGeneration) 
         cache = backbone(**first, use_cache=True).past_key_values
         features = backbone.get_global_features(inputs["pixel_values"])
     with TileCounter(backbone) as calls:
-        output = backbone.generate(**inputs, **GREEDY, past_key_values=cache, global_features=features)
+        output = backbone.generate(**inputs, **GREEDY, cache=cache, global_features=features)
     assert calls == []
     assert torch.equal(output, expected)
 
@@ -242,7 +242,7 @@ def test_what_cannot_continue_a_cache_is_refused(model: FusionForConditionalGene
     cached = int(inputs["prompt_end_positions"][0, 1]) + 2
     first, rest = split(inputs, cached)
     cache = model(**first, use_cache=True).past_key_values
-    given = rest | {"past_key_values": cache, "global_features": features}
+    given = rest | {"cache": cache, "global_features": features}
     with pytest.raises(ValueError, match="or the picture's global_features and no pixel_values"):
         model(**given | {"global_features": None})
     with pytest.raises(ValueError, match="instruct_input_ids guide the overview"):
@@ -250,7 +250,7 @@ def test_what_cannot_continue_a_cache_is_refused(model: FusionForConditionalGene
     with pytest.raises(ValueError, match=r"global_features need pixel_values.* or past_key_values"):
         model(**given | {"prompt_end_positions": None})
     with pytest.raises(ValueError, match=r"global_features need pixel_values.* or past_key_values"):
-        model(**given | {"past_key_values": DynamicCache()})
+        model(**given | {"cache": DynamicCache()})
     with pytest.raises(ValueError, match=f"has {QUERY_LEN} tokens, but query_len is 9"):
         model(**given | {"query_len": 9})
     with pytest.raises(ValueError, match=r"shape \(1, 32, 6, 6\); 1 samples"):
@@ -267,7 +267,7 @@ def test_a_conversation_without_picture_does_not_continue_a_cache(model: FusionF
         first, _ = split(inputs, int(inputs["prompt_end_positions"][0, 0]) + 2)
         cache = model(**first, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="Sample 0 has no picture"):
-        model.generate(**inputs, past_key_values=cache, global_features=features, max_new_tokens=2)
+        model.generate(**inputs, cache=cache, global_features=features, max_new_tokens=2)
 
 
 def test_long_rope_makes_a_continued_cache_anew() -> None:
@@ -282,7 +282,7 @@ def test_long_rope_makes_a_continued_cache_anew() -> None:
     with torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
         features = model.get_global_features(inputs["pixel_values"])
-    given = {"past_key_values": cache, "global_features": features, "return_dict_in_generate": True}
+    given = {"cache": cache, "global_features": features, "return_dict_in_generate": True}
     output = model.generate(**inputs, **GREEDY, **given)
     assert torch.equal(output.sequences, expected)
     assert output.past_key_values is not cache

@@ -119,7 +119,7 @@ def test_reused_features_and_continued_caches(
     }
     with torch.no_grad():
         cache = model(**first, image_token_grid=GRID, use_cache=True).past_key_values
-    assert torch.equal(model.generate(**inputs, **GREEDY, **given, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**inputs, **GREEDY, **given, cache=cache), expected)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_hf import FusionConfig
+from fusion_hf.training.checkpointing import enable_checkpointing
 from fusion_hf.training.flops import Shape, forward_flops, step_flops, training_flops
 from fusion_hf.training.parts import PARTS, freeze_except
 
@@ -23,7 +24,7 @@ def run(
     model = tiny_model(config).train()
     freeze_except(model, tuple(trained))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     inputs = make_inputs(config, SAMPLES)
     batch, sequence = inputs["input_ids"].shape
     shape = Shape(batch, sequence, inputs["instruct_input_ids"].shape[1], inputs["prompt_end_positions"].shape[1], 4)

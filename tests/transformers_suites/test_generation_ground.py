@@ -359,7 +359,7 @@ def test_caches_given_by_the_caller(any_model: FusionForConditionalGeneration) -
     expected = new_tokens(any_model, inputs)
     length = inputs["input_ids"].shape[1] + NEW_TOKENS
     for cache in (DynamicCache(config=any_model.config), StaticCache(config=any_model.config, max_cache_len=length)):
-        assert torch.equal(new_tokens(any_model, inputs, past_key_values=cache), expected)
+        assert torch.equal(new_tokens(any_model, inputs, cache=cache), expected)
 
 
 @pytest.mark.parametrize("again", [True, False])
@@ -371,7 +371,7 @@ def test_continue_from_a_cache(any_model: FusionForConditionalGeneration, again:
     following = {"input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
     if again:
         following = inputs | following
-    found = new_tokens(any_model, following, past_key_values=output.past_key_values, max_new_tokens=3)
+    found = new_tokens(any_model, following, cache=output.past_key_values, max_new_tokens=3)
 
     assert torch.equal(torch.cat([output.sequences[:, -3:], found], dim=1), expected)
 
@@ -382,7 +382,7 @@ def test_a_cache_is_not_continued_with_a_new_turn(model: FusionForConditionalGen
     both = make_inputs(model.config, [Sample([5, 4], [3])])
     assert torch.equal(both["input_ids"][:, : first["input_ids"].shape[1]], first["input_ids"])
     with pytest.raises(ValueError, match="cannot continue a cache"):
-        model.generate(**both, past_key_values=cache, max_new_tokens=3)
+        model.generate(**both, cache=cache, max_new_tokens=3)
 
 
 # --- embeddings instead of ids ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionModel
 from fusion_hf.modeling_fusion_vision import FusionVisionLayer
+from fusion_hf.training.checkpointing import enable_checkpointing
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +77,7 @@ def test_checkpointing_keeps_gradients(backbone: str, use_reentrant: bool) -> No
     model = FusionForConditionalGeneration(tiny_config(backbone, sampler_layers=[0, 1])).train()
     inputs = tiny_inputs(batch_size=2, turns=2, answer=3)
     expected = gradients(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model, use_reentrant)
     calls = []
     layer = next(module for module in model.modules() if isinstance(module, FusionVisionLayer))
     layer.self_attn.register_forward_hook(lambda *_: calls.append(1))

@@ -21,6 +21,7 @@ from fusion_hf.errors import InputError, short_name
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.checkpointing import hide_peft_deprecation
 from fusion_hf.training.parts import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,7 +67,8 @@ def add_lora(model: FusionForConditionalGeneration, arguments: FusionTrainingArg
     )
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # reentrant checkpoints pass gradients on only if an input has them
-    adapted = get_peft_model(model, config)
+    with hide_peft_deprecation():
+        adapted = get_peft_model(model, config)
     config.base_model_name_or_path = arguments.model  # not the cache's folder, which no other machine has
     return adapted
 
@@ -133,7 +135,8 @@ def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> P
         InputError: if the adapter is not exactly one for this model; names the file, and the first key or field.
     """
     folder = Path(folder)
-    adapted = get_peft_model(model, read_config(folder, model))
+    with hide_peft_deprecation():
+        adapted = get_peft_model(model, read_config(folder, model))
     weights = read_weights(folder, get_peft_model_state_dict(adapted))
     set_peft_model_state_dict(adapted, weights)
     for parameter in adapted.parameters():

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from fusion_hf.errors import InputError
 from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.checkpointing import RENAMED_KEYS
 
 OWN_KEYS = tuple(
     sorted(
@@ -31,12 +32,6 @@ DECISIVE = (
     *("max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"),
     *("data_seed", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "load_in_4bit"),
 )
-# Newer releases of transformers call these keys otherwise and warn of the older name, which is the only one that all
-# supported releases know.
-RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
 MAX_RECIPE_BYTES = 2**20
 
 
@@ -201,7 +196,7 @@ def make_arguments(values: Mapping[str, Any], world_size: int) -> FusionTraining
     settings = {**values, "per_device_train_batch_size": batch, "gradient_accumulation_steps": passes}
     if settings.get("gradient_checkpointing"):
         settings.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_KEYS.items():
         if new in KEYS and old in settings:
             settings[new] = settings.pop(old)
     try:

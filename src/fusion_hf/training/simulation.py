@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.training.checkpointing import enable_checkpointing
 from fusion_hf.training.flops import Shape
 from fusion_hf.training.parts import freeze_except
 
@@ -123,17 +124,10 @@ def fake_model(config: FusionConfig, setting: Setting) -> Iterator[FusionForCond
         if setting.lora_rank:
             add_adapters(model, setting)
         if setting.checkpointing:
-            _enable_checkpointing(model)
+            enable_checkpointing(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # "cpu" has, other than "meta", fused attention and autocast
         yield model.to_empty(device="cpu")
-
-
-def _enable_checkpointing(model: FusionForConditionalGeneration) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer name of the same, whose older one warns
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def add_adapters(model: FusionForConditionalGeneration, setting: Setting) -> None:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
-from transformers.utils import PaddingStrategy
 
 from .compatibility_fusion import as_dicts
 from .configuration_fusion import is_perfect_square
 
+DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as texts or as transformers' enumeration
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
 MARKS = re.compile(f"{IMAGE_TOKEN}|(?:{LATENT_TOKEN})+")
@@ -246,8 +246,8 @@ class FusionProcessor(ProcessorMixin):
         ]
         padding = {**self.tokenizer.init_kwargs, **text_kwargs, **kwargs}.get("padding")
         padded = len(features["input_ids"][0])
-        if padding not in (None, False, PaddingStrategy.DO_NOT_PAD) and any(len(row.ids) < padded for row in rows):
-            fixed = padding == PaddingStrategy.MAX_LENGTH or text_kwargs.get("pad_to_multiple_of")
+        if padding not in (None, False, DO_NOT_PAD) and any(len(row.ids) < padded for row in rows):
+            fixed = padding == MAX_LENGTH or text_kwargs.get("pad_to_multiple_of")
             length = padded if fixed else max(sum(row.mask) for row in rows)
             on_left = text_kwargs.get("padding_side", self.tokenizer.padding_side) == "left"
             rows = [self._pad_again(row, length, on_left) for row in rows]
