@@ -1,59 +1,17 @@
-"""What real clients send by default is answered in the shape that they read, and what cannot be done is named.
-
-`tests/fixtures/client_requests` holds requests that a small server recorded from the packages that it names; long
-texts and images are shortened in it. Those of `by_hand.json` are written after the code of tools.
-"""
+"""What real clients send by default is answered in the shape that they read, and what cannot be done is named."""
 
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.docs.markdown import ROOT
-from tests.helpers.serving import MODEL, PICTURE, SECONDS, Server, data_uri
+from tests.helpers.client_requests import FOLDER, IMAGE_MARK, Recording, read_recordings
+from tests.helpers.serving import MODEL, SECONDS, Server
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "client_requests"
-IMAGE_MARK = "data:image/png;base64,RED_CIRCLE"
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 LIKELY = 0.01  # drawn with less, an answer is the most likely one
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A client's request; `refused` is the field, or "path", that a server without tools refuses."""
-
-    client: str
-    call: str
-    path: str
-    headers: dict[str, str]
-    body: dict[str, Any]
-    refused: str | None
-
-    def __str__(self) -> str:
-        return f"{self.client}: {self.call}"
-
-    @property
-    def has_image(self) -> bool:
-        return IMAGE_MARK in json.dumps(self.body)
-
-
-def read_recordings() -> Iterator[Recording]:
-    for file in sorted(FOLDER.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        for request in content["requests"]:
-            yield Recording(
-                file.stem,
-                request["call"],
-                request["path"],
-                content["headers"],
-                request["body"],
-                request.get("refused"),
-            )
 
 
 RECORDINGS = list(read_recordings())
@@ -63,10 +21,9 @@ REFUSED = [recording for recording in RECORDINGS if recording.refused is not Non
 
 def send(server: Server, recording: Recording) -> tuple[int, str, str]:
     """Status, content type and text of the reply."""
-    content = json.dumps(recording.body).replace(IMAGE_MARK, data_uri(PICTURE.read_bytes()))
     # urllib does not unpack what a server may compress
     headers = {name: value for name, value in recording.headers.items() if name != "accept-encoding"}
-    request = urllib.request.Request(server.url + recording.path, content.encode(), headers)
+    request = urllib.request.Request(server.url + recording.path, recording.content.encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as reply:
             return reply.status, reply.headers["content-type"], reply.read().decode()

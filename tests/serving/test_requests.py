@@ -121,7 +121,10 @@ def test_two_images_are_still_two():
     assert "2 images; allowed: 1" in refused.value.message
 
 
-@pytest.mark.parametrize("name", ["users", "systems", "assistants", "an assistant that says nothing"])
+ANSWERED = ["users", "systems", "assistants", "an assistant that says nothing"]
+
+
+@pytest.mark.parametrize("name", ANSWERED)
 def test_joined_messages_are_a_prompt_of_the_model(assistant: Assistant, name: str):
     """Each question has its latent block and each block its answer's header: the model answers."""
     messages, expected = JOINED[name]
@@ -172,7 +175,9 @@ def test_what_asks_for_nothing_changes_nothing(where: str, name: str, value: Any
     assert parse_chat_request(request_with(where, name, value), MODEL, Limits(answer_tokens=MOST)) == plain
 
 
-@pytest.mark.parametrize(("where", "name"), [(where, name) for where, table in TABLES.items() for name in table.neutral])
+@pytest.mark.parametrize(
+    ("where", "name"), [(where, name) for where, table in TABLES.items() for name in table.neutral]
+)
 def test_what_asks_for_something_is_named_with_the_allowed_values(where: str, name: str):
     with pytest.raises(ApiError) as refused:
         parse_chat_request(request_with(where, name, "something"), MODEL, Limits())
