@@ -94,7 +94,7 @@ def test_every_client_is_recorded_with_text_image_stream_and_turns():
         assert any(IMAGE_MARK in json.dumps(body) for body in bodies), file
         assert any(body.get("stream") for body in bodies), file
         assert any(len(body["messages"]) > 2 for body in bodies), file
-        assert all(packages for packages in content.get("packages", {"by hand": "-"}).values()), file
+        assert content.get("packages") or file.stem == "by_hand"
 
 
 def test_the_guide_names_each_client_with_its_version():

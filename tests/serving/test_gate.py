@@ -9,8 +9,9 @@ import pytest
 from tests.helpers.client_requests import read_recordings
 from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
 
+from fusion_hf.serving.errors import CHAT
 from fusion_hf.serving.limits import Limits
-from fusion_hf.vllm.gate import CHAT, COMPLETIONS, VARIABLE, Gate, GateSettings
+from fusion_hf.vllm.gate import COMPLETIONS, VARIABLE, Gate, GateSettings
 
 KEY = "a secret"
 JSON_TYPE = (b"content-type", b"application/json")
@@ -223,7 +224,10 @@ def test_what_does_not_come_through(words):
 @pytest.mark.parametrize("path", ["/v1/responses", "/tokenize", "/pooling", "/v1/load_lora_adapter", "/invocations"])
 def test_other_paths_are_closed(path):
     gate = make_gate()
-    assert ask(gate, {}, path=path)[0] == 404
+    status, reply = ask(gate, {}, path=path)
+    assert status == 404
+    assert f"POST {CHAT}" in reply["error"]["message"]
+    assert ("set_default_openai_api('chat_completions')" in reply["error"]["message"]) == (path == "/v1/responses")
     assert ask(gate, {}, path=path, method="GET")[0] == 404
     assert ask(gate, {"prompt": "x"}, path=COMPLETIONS)[0] == 200
     assert ask(gate, {}, path="/metrics", method="GET")[0] == 200
