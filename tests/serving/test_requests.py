@@ -1,5 +1,7 @@
 """Requests as they are read: orders of messages, fields that ask for nothing, and the errors of all others."""
 
+import itertools
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from fusion_hf.inference import Assistant
 from fusion_hf.serving import fields
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.limits import Limits
-from fusion_hf.serving.messages import Chat, parse_messages
+from fusion_hf.serving.messages import ROLES, Chat, parse_messages
 from fusion_hf.serving.requests import ChatRequest, parse_chat_request
 
 URL, OTHER_URL = "https://images.example/a.png", "https://images.example/b.png"
@@ -130,6 +132,26 @@ def test_joined_messages_are_a_prompt_of_the_model(assistant: Assistant, name: s
     messages, expected = JOINED[name]
     written = [{"role": role, "content": text} for role, text, _ in expected]
     assert assistant.answer(parse_messages(messages).messages, 4) == assistant.answer(written, 4)
+
+
+LENGTH = 4  # of the longest order that is tried
+
+
+def test_every_order_is_answered_or_refused_by_index(assistant: Assistant):
+    answers: dict[tuple[str, ...], str] = {}
+    orders = [order for length in range(1, LENGTH + 1) for order in itertools.product(ROLES, repeat=length)]
+    for order in orders:
+        try:
+            chat = parse_messages([{"role": role, "content": "a"} for role in order])
+        except ApiError as error:
+            refused = re.fullmatch(r"messages\[(\d)\]\.role", str(error.param))
+            assert refused is not None and order[int(refused[1])] in error.message, order
+            continue
+        roles = tuple(message["role"] for message in chat.messages)
+        if roles not in answers:  # the model refuses a prompt with a question that no answer follows
+            answers[roles] = assistant.answer(chat.messages, 1)
+    turns = ("user", "assistant", "user")
+    assert answers.keys() == {("user",), turns, ("system", "user"), ("system", *turns)}
 
 
 # fields
