@@ -19,7 +19,7 @@ IMAGE_MARK = "data:image/png;base64,RED_CIRCLE"
 
 
 @dataclass(frozen=True)
-class Recording:
+class ClientRequest:
     """A client's request; `refused` is the field, or "path", that a server without tools refuses."""
 
     client: str
@@ -42,12 +42,12 @@ class Recording:
         return json.dumps(self.body).replace(IMAGE_MARK, red_circle())
 
 
-def read_recordings() -> Iterator[Recording]:
+def read_recordings() -> Iterator[ClientRequest]:
     """All of them, client by client."""
     for file in sorted(FOLDER.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         for request in content["requests"]:
-            yield Recording(
+            yield ClientRequest(
                 file.stem,
                 request["call"],
                 request["path"],
@@ -57,7 +57,7 @@ def read_recordings() -> Iterator[Recording]:
             )
 
 
-def send(server: Server, recording: Recording) -> tuple[int, str, str]:
+def send(server: Server, recording: ClientRequest) -> tuple[int, str, str]:
     """Status, content type and text of the reply."""
     # urllib does not unpack what a server may compress
     headers = {name: value for name, value in recording.headers.items() if name != "accept-encoding"}
@@ -93,7 +93,7 @@ def _read_stream(text: str, wants_usage: bool) -> str:
     return "".join(choice.delta.content or "" for choice in choices)
 
 
-def answer_to(server: Server, recording: Recording) -> str:
+def answer_to(server: Server, recording: ClientRequest) -> str:
     """The answer, whole or streamed, in the shape that the client expects."""
     status, kind, text = send(server, recording)
     assert status == 200, text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tests.docs.markdown import ROOT
-from tests.helpers.client_requests import FOLDER, IMAGE_MARK, Recording, answer_to, read_recordings, send
+from tests.helpers.client_requests import FOLDER, IMAGE_MARK, ClientRequest, answer_to, read_recordings, send
 from tests.helpers.serving import Server
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -17,7 +17,7 @@ REFUSED = [recording for recording in RECORDINGS if recording.refused is not Non
 
 
 @pytest.mark.parametrize("recording", ACCEPTED, ids=str)
-def test_requests_of_clients_are_answered(server: Server, recording: Recording):
+def test_requests_of_clients_are_answered(server: Server, recording: ClientRequest):
     answer = answer_to(server, recording)
     # fusion-nano knows the circle's color; agents' prompts are too much for it
     if recording.has_image and "Agent" not in recording.call and recording.body.get("temperature", 0) <= LIKELY:
@@ -27,7 +27,7 @@ def test_requests_of_clients_are_answered(server: Server, recording: Recording):
 
 
 @pytest.mark.parametrize("recording", REFUSED, ids=str)
-def test_what_is_not_there_is_named(server: Server, recording: Recording):
+def test_what_is_not_there_is_named(server: Server, recording: ClientRequest):
     status, _, text = send(server, recording)
     error = json.loads(text)["error"]
     if recording.refused == "path":
