@@ -134,7 +134,7 @@ def test_what_asks_for_nothing_does_not_reach_vllm_where_vllm_refuses_it():
     gate = make_gate()
     nothing = {
         "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
-        "media_io_kwargs": {}, "n": None, "stop": None, "logit_bias": None,
+        "media_io_kwargs": {}, "user": {"name": "ann"}, "n": None, "stop": None, "logit_bias": None,
     }  # fmt: skip
     assert ask(gate, {"messages": [user(QUESTION)], "top_k": -1, **nothing, "seed": 3})[0] == 200
     assert gate.app.bodies[0].keys() == {"messages", "top_k", "seed", "mm_processor_kwargs"}

@@ -29,6 +29,7 @@ from tests.helpers.vllm_models import CASES, Case, Reference, picture, png_bytes
 
 from fusion_hf import FusionConfig, nano_path
 from fusion_hf.inference import Assistant, question_message
+from fusion_hf.serving.fields import REQUEST
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
@@ -122,6 +123,14 @@ ACCEPTED = [recording for recording in read_recordings() if recording.refused is
 @pytest.mark.parametrize("recording", ACCEPTED, ids=str)
 def test_requests_of_clients_are_answered(server, recording):
     assert answer_to(server, recording)
+
+
+def test_what_asks_for_nothing_changes_nothing(client):
+    plain = ask(client, user(QUESTION, red_circle())).choices[0].message.content
+    values = {**REQUEST.neutral, **dict.fromkeys(REQUEST.ignored, ("x", {"a": ["b"]}))}
+    for name, value in ((name, value) for name, allowed in values.items() for value in allowed):
+        reply = ask(client, user(QUESTION, red_circle()), extra_body={name: value})
+        assert reply.choices[0].message.content == plain, (name, value)
 
 
 def test_joined_messages_are_answered_as_one(client):

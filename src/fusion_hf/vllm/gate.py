@@ -25,7 +25,7 @@ from fusion_hf.serving.errors import (
     wrong_value,
 )
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
-from fusion_hf.serving.fields import WITHOUT_TOOLS, Fields
+from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
 from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
@@ -126,7 +126,8 @@ class Gate:
     async def _checked_body(self, request: Request, is_chat: bool) -> bytes:
         check_content_type(request)
         given = load_json(await read_body(request, self.settings.limits.body_bytes))
-        content = {name: value for name, value in given.items() if value is not None}
+        # vLLM checks the types of fields that change no answer
+        content = {name: x for name, x in given.items() if x is not None and name not in REQUEST.ignored}
         for name in REFUSED:
             if content.pop(name, None):
                 raise wrong_value(name, given[name], "nothing: this server does not take it", "unknown_parameter")
