@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.helpers.client_requests import read_recordings
 from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
 
+from fusion_hf.serving.errors import CHAT
 from fusion_hf.serving.limits import Limits
-from fusion_hf.vllm.gate import CHAT, COMPLETIONS, VARIABLE, Gate, GateSettings
+from fusion_hf.vllm.gate import COMPLETIONS, VARIABLE, Gate, GateSettings
 
 KEY = "a secret"
 JSON_TYPE = (b"content-type", b"application/json")
+SYSTEM, ANSWER = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "red"}
 
 
 class Recorder:
@@ -93,9 +96,67 @@ def test_addresses_become_data_uris_and_only_of_listed_hosts(pictures):
     assert (status, reply["error"]["code"]) == (400, "image_not_allowed")
 
 
+def text_of(message: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def test_neighbours_are_joined_and_the_same_image_counts_once(pictures):
+    gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
+    asked = user(QUESTION, f"{pictures.url}/one")
+    developer = {"role": "developer", "content": "Be short."}
+    assert ask(gate, {"messages": [SYSTEM, developer, asked, asked, {**ANSWER, "content": None}, asked]})[0] == 200
+    messages = gate.app.bodies[0]["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    texts = ["Be kind.\n\nBe short.", f"{QUESTION}\n\n{QUESTION}", "", QUESTION]
+    assert [text_of(message) for message in messages] == texts
+    assert json.dumps(messages).count('"image_url": {"url"') == 1
+    assert pictures.requested == ["/one"]
+
+
+def test_an_answer_is_continued_where_the_request_says_so():
+    gate = make_gate()
+    content = {"messages": [user(QUESTION), ANSWER], "continue_final_message": True, "add_generation_prompt": False}
+    assert ask(gate, content)[0] == 200
+    assert gate.app.bodies[0]["messages"][1]["role"] == "assistant"
+    assert gate.app.bodies[0]["continue_final_message"] is True
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_longer_answers_than_the_server_gives_are_left_to_its_default(name):
+    gate = make_gate(limits=Limits(answer_tokens=64))
+    for length in (1, 63, 64, 65, 10**9):
+        assert ask(gate, {"messages": [user(QUESTION)], name: length})[0] == 200
+    assert [body.get("max_tokens") for body in gate.app.bodies] == [1, 63, None, None, None]
+    assert all("max_completion_tokens" not in body for body in gate.app.bodies)
+
+
+def test_what_asks_for_nothing_does_not_reach_vllm_where_vllm_refuses_it():
+    gate = make_gate()
+    nothing = {
+        "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
+        "media_io_kwargs": {}, "user": {"name": "ann"}, "n": None, "stop": None, "logit_bias": None,
+    }  # fmt: skip
+    assert ask(gate, {"messages": [user(QUESTION)], "top_k": -1, **nothing, "seed": 3})[0] == 200
+    assert gate.app.bodies[0].keys() == {"messages", "top_k", "seed", "mm_processor_kwargs"}
+
+
+ACCEPTED = [recording for recording in read_recordings() if recording.refused is None]
+
+
+@pytest.mark.parametrize("recording", ACCEPTED, ids=str)
+def test_requests_of_clients_come_through(recording):
+    gate = make_gate()
+    status, reply = ask(gate, json.loads(recording.content))
+    assert status == 200, reply
+    (body,) = gate.app.bodies
+    roles = [message["role"] for message in body["messages"]]
+    turns = roles[roles[0] == "system" :]
+    assert turns == (["user", "assistant"] * len(turns))[: len(turns)]
+
+
 def test_pictures_are_counted_before_one_is_fetched(pictures):
     gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
-    status, reply = ask(gate, {"messages": [user(QUESTION, f"{pictures.url}/picture")] * 2})
+    status, reply = ask(gate, {"messages": [user(QUESTION, f"{pictures.url}/{name}") for name in ("one", "two")]})
     assert status == 400
     assert "messages have 2 images; allowed: 1" in reply["error"]["message"]
     assert pictures.requested == []
@@ -123,21 +184,28 @@ REFUSED = {
     "too large": (413, {"messages": [user(QUESTION, data_uri(bytes(3_000)))]}),
     "list of allowed image hosts": (400, {"messages": [user(QUESTION, "http://169.254.169.254/latest")]}),
     "allowed: a data URI": (400, {"messages": [user(QUESTION, "file:///etc/passwd")]}),
-    "messages.content.type is 'audio_url'": (
+    "messages[0].content[0].type is 'audio_url'": (
         400,
         {"messages": [{"role": "user", "content": [{"type": "audio_url"}]}]},
     ),
-    "messages.content.image_url is 'x'": (
+    "messages[0].content[0].image_url is 'x'": (
         400,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
     ),
-    "messages.content.image_url.url is 1": (
+    "messages[0].content[0].image_url.url is 1": (
         400,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 1}}]}]},
     ),
     "media_io_kwargs": (400, {"messages": [user(QUESTION)], "media_io_kwargs": {"image": {}}}),
     "chat_template": (400, {"messages": [user(QUESTION)], "chat_template": "{{ 1 }}"}),
     "mm_processor_kwargs is [1]": (400, {"messages": [user(QUESTION)], "mm_processor_kwargs": [1]}),
+    "messages[0].role is 'assistant'": (400, {"messages": [ANSWER, user(QUESTION)]}),
+    "messages[1].role is 'system'": (400, {"messages": [user(QUESTION), SYSTEM, user(QUESTION)]}),
+    "messages[1].role is 'assistant'": (400, {"messages": [user(QUESTION), ANSWER]}),
+    "messages[0].role is 'user'": (400, {"messages": [user(QUESTION)], "continue_final_message": True}),
+    "messages[0].tool_calls is [7]": (400, {"messages": [{**user(QUESTION), "tool_calls": [7]}]}),
+    "tools is [7]": (400, {"messages": [user(QUESTION)], "tool_choice": "required", "tools": [7]}),
+    "max_tokens is 0": (400, {"messages": [user(QUESTION)], "max_tokens": 0}),
     "no JSON in UTF-8": (400, b'{"messages": "\xff"}'),
     "body is too large": (413, b" " * 200_000),
 }
@@ -156,7 +224,10 @@ def test_what_does_not_come_through(words):
 @pytest.mark.parametrize("path", ["/v1/responses", "/tokenize", "/pooling", "/v1/load_lora_adapter", "/invocations"])
 def test_other_paths_are_closed(path):
     gate = make_gate()
-    assert ask(gate, {}, path=path)[0] == 404
+    status, reply = ask(gate, {}, path=path)
+    assert status == 404
+    assert f"POST {CHAT}" in reply["error"]["message"]
+    assert ("set_default_openai_api('chat_completions')" in reply["error"]["message"]) == (path == "/v1/responses")
     assert ask(gate, {}, path=path, method="GET")[0] == 404
     assert ask(gate, {"prompt": "x"}, path=COMPLETIONS)[0] == 200
     assert ask(gate, {}, path="/metrics", method="GET")[0] == 200

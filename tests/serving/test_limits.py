@@ -154,11 +154,14 @@ def test_time_limit(endless_model: Path):
 
 
 @pytest.mark.slow
-def test_prompt_option():
-    with run_server("--max-prompt-tokens", 50, "--max-new-tokens", 7, "--query-len", 4) as server:
+def test_prompt_option(endless_model: Path):
+    with run_server(
+        "--model", endless_model, "--max-prompt-tokens", 50, "--max-new-tokens", 7, "--query-len", 4
+    ) as server:
         client = server.client()
         with pytest.raises(openai.BadRequestError, match="allowed: 50"):
             ask(client, user(QUESTION, red_circle()), extra_body={"query_len": 16})
-        with pytest.raises(openai.BadRequestError, match="1 to 7"):
-            ask(client, user(QUESTION), max_tokens=8)
+        for name in ("max_tokens", "max_completion_tokens"):
+            reply = ask(client, user(QUESTION), **{name: 4096})
+            assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (7, "length")
         assert ask(client, user("sky?")).usage.prompt_tokens < 50

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+from tests.helpers.client_requests import answer_to, read_recordings
 from tests.helpers.serving import (
     MODEL,
     PICTURE,
@@ -28,6 +29,7 @@ from tests.helpers.vllm_models import CASES, Case, Reference, picture, png_bytes
 
 from fusion_hf import FusionConfig, nano_path
 from fusion_hf.inference import Assistant, question_message
+from fusion_hf.serving.fields import REQUEST
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
@@ -113,6 +115,34 @@ def test_answers_are_those_of_the_transformers_model(client):
     sky = "what color is the sky?"
     expected = assistant.answer([question_message(sky, None)], MAX_NEW_TOKENS)
     assert ask(client, user(sky)).choices[0].message.content == expected
+
+
+ACCEPTED = [recording for recording in read_recordings() if recording.refused is None]
+
+
+@pytest.mark.parametrize("recording", ACCEPTED, ids=str)
+def test_requests_of_clients_are_answered(server, recording):
+    assert answer_to(server, recording)
+
+
+def test_what_asks_for_nothing_changes_nothing(client):
+    plain = ask(client, user(QUESTION, red_circle())).choices[0].message.content
+    values = {**REQUEST.neutral, **dict.fromkeys(REQUEST.ignored, ("x", {"a": ["b"]}))}
+    for name, value in ((name, value) for name, allowed in values.items() for value in allowed):
+        reply = ask(client, user(QUESTION, red_circle()), extra_body={name: value})
+        assert reply.choices[0].message.content == plain, (name, value)
+
+
+def test_joined_messages_are_answered_as_one(client):
+    joined = ask(client, user(f"a shape\n\n{QUESTION}", red_circle()))
+    reply = ask(client, user("a shape"), user(QUESTION, red_circle()))
+    assert (reply.choices[0].message.content, reply.usage) == (joined.choices[0].message.content, joined.usage)
+
+
+def test_an_answer_is_continued(client):
+    messages = (user(QUESTION, red_circle()), {"role": "assistant", "content": "red"})
+    reply = ask(client, *messages, extra_body={"continue_final_message": True, "add_generation_prompt": False})
+    assert reply.choices[0].finish_reason == "stop"
 
 
 def test_a_picture_of_an_allowed_host(client, pictures):

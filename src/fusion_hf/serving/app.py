@@ -26,6 +26,7 @@ from fusion_hf.inference import Assistant
 from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.engine import Engine, Finished, Piece
 from fusion_hf.serving.errors import (
+    CHAT,
     INTERNAL,
     NOT_FOUND,
     TIMEOUT,
@@ -34,6 +35,7 @@ from fusion_hf.serving.errors import (
     UNAUTHORIZED,
     UNSUPPORTED_TYPE,
     ApiError,
+    no_such_path,
     overloaded,
 )
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
@@ -42,7 +44,7 @@ from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.replies import END, Completion, model_object, sse
 from fusion_hf.serving.requests import ChatRequest, load_json, parse_chat_request
 
-HEALTH = "/health"
+HEALTH, MODELS = "/health", "/v1/models"
 BODY_SECONDS = 30.0  # for a request to arrive
 SEND_SECONDS = 30.0  # for a client to take a piece of its answer
 CANCEL_SECONDS = 0.1  # until work for a client that is gone is told again to end
@@ -93,9 +95,9 @@ def build_app(service: Service) -> Starlette:
     app = Starlette(
         routes=[
             Route(HEALTH, health),
-            Route("/v1/models", list_models),
-            Route("/v1/models/{name:path}", retrieve_model),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route(MODELS, list_models),
+            Route(f"{MODELS}/{{name:path}}", retrieve_model),
+            Route(CHAT, chat, methods=["POST"]),
         ],
         middleware=[Middleware(KeyCheck, api_key=service.api_key)],
         exception_handlers={ApiError: _reply_to_error, HTTPException: _reply_to_http, Exception: _reply_to_failure},
@@ -117,6 +119,9 @@ def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
 
 def _reply_to_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == NOT_FOUND:
+        allowed = f"POST {CHAT}, GET {MODELS}, GET {HEALTH}"
+        return error_reply(no_such_path(request.method, request.url.path, allowed))
     message = f"{request.method} {short_name(request.url.path)}: {error.detail}"
     return error_reply(ApiError(error.status_code, message, headers=error.headers))
 

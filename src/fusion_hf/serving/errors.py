@@ -8,6 +8,9 @@ from fusion_hf.errors import short_name
 
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMEOUT, TOO_LARGE, UNSUPPORTED_TYPE = 400, 401, 404, 408, 413, 415
 TOO_MANY, INTERNAL, OVERLOADED = 429, 500, 503
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+# some clients speak OpenAI's newer protocol unless they are told otherwise
+CHAT_ADVICE = "Set your client to chat completions; openai-agents: `set_default_openai_api('chat_completions')`."
 RETRY_SECONDS = 1  # what a client that is sent away is told to wait
 
 
@@ -55,3 +58,19 @@ def wrong_value(param: str, value: object, allowed: str, code: str | None = None
 def overloaded(message: str, status: int) -> ApiError:
     """The error of a request that may be sent again soon."""
     return ApiError(status, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def no_such_path(method: str, path: str, allowed: str) -> ApiError:
+    """Make the error of a path that a server does not have.
+
+    Args:
+        method: Of HTTP.
+        path: What a client asked for; a long one is repeated in part.
+        allowed: The methods and paths that there are.
+
+    Returns:
+        The error. That of OpenAI's Responses API says what to use instead.
+    """
+    message = f"There is no {short_name(method)} {short_name(path)!r} here; allowed: {allowed}."
+    advice = f" {CHAT_ADVICE}" if path.rstrip("/") == RESPONSES else ""
+    return ApiError(NOT_FOUND, message + advice, code="unknown_url")

@@ -6,35 +6,14 @@ from typing import Any, NoReturn
 
 from fusion_hf.configuration_fusion import is_perfect_square
 from fusion_hf.serving.errors import BAD_REQUEST, NOT_FOUND, ApiError, wrong_value
-from fusion_hf.serving.limits import MAX_IMAGES, Limits
+from fusion_hf.serving.fields import REQUEST, STREAM_OPTIONS
+from fusion_hf.serving.limits import Limits
+from fusion_hf.serving.messages import parse_messages
 
 MAX_JSON_MARKS = 2**17  # commas and opening brackets: each may become an object that is far larger than its bytes
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_TEMPERATURE = 2.0
 SEED_BITS = 64
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-KNOWN = (
-    "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream",
-    "stream_options", "query_len", "image_token_grid",
-)  # fmt: skip
-# Of what this server does not do, the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),  # of no tools
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-}
-# What does not change an answer, whatever its value.
-IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(frozen=True)
@@ -97,15 +76,14 @@ def parse_chat_request(content: dict[str, Any], model: str, limits: Limits) -> C
     Raises:
         ApiError: names the field, its value and the allowed ones.
     """
-    given = {name: value for name, value in content.items() if value is not None}
-    _check_names(given)
+    given = REQUEST.select(content)
     _check_model(given.get("model"), model)
-    messages, pictures = _parse_messages(given.get("messages"))
+    chat = parse_messages(given.get("messages"))
     stream = _flag(given, "stream")
     return ChatRequest(
-        messages=messages,
-        picture=pictures[0] if pictures else None,
-        max_tokens=_max_tokens(given, limits.answer_tokens),
+        messages=chat.messages,
+        picture=chat.image,
+        max_tokens=parse_max_tokens(given, limits.answer_tokens),
         sampling=_sampling(given),
         stop=_stops(given.get("stop")),
         stream=stream,
@@ -115,107 +93,12 @@ def parse_chat_request(content: dict[str, Any], model: str, limits: Limits) -> C
     )
 
 
-def _check_names(given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if name in NEUTRAL:
-            if not any(_same(value, allowed) for allowed in NEUTRAL[name]):
-                raise wrong_value(name, value, ", ".join(map(json.dumps, NEUTRAL[name])), "unsupported_value")
-        elif name not in KNOWN and name not in IGNORED:
-            raise wrong_value(name, value, f"no such field; known ones: {', '.join(KNOWN)}", "unknown_parameter")
-
-
-def _same(value: Any, allowed: Any) -> bool:
-    """Whether they are equal, where `true` is not 1."""
-    return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
-
-
 def _check_model(name: Any, model: str) -> None:
     if not isinstance(name, str):
         raise wrong_value("model", name, repr(model))
     if name != model:
         error = wrong_value("model", name, repr(model))
         raise ApiError(NOT_FOUND, error.message, "model", "model_not_found")
-
-
-def _parse_messages(given: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages of the ecosystem, and their pictures."""
-    if not isinstance(given, list) or not given:
-        raise wrong_value("messages", given, "a list of one or more messages")
-    messages: list[dict[str, Any]] = []
-    pictures: list[str] = []
-    for index, message in enumerate(given):
-        messages.append(_parse_message(message, f"messages[{index}]", pictures))
-    check_count(len(pictures))
-    last, where = messages[-1], f"messages[{len(messages) - 1}]"
-    if last["role"] != "user":
-        raise wrong_value(f"{where}.role", last["role"], "'user': the last message is the question")
-    if not any(block["type"] == "text" and block["text"].strip() for block in last["content"]):
-        raise ApiError(BAD_REQUEST, f"{where}.content has no text; allowed: a question.", f"{where}.content")
-    return messages, pictures
-
-
-def check_count(images: int) -> None:
-    """
-    Raises:
-        ApiError: if messages have more images than FUSION reads.
-    """
-    if images > MAX_IMAGES:
-        raise ApiError(BAD_REQUEST, f"messages have {images} images; allowed: {MAX_IMAGES}.", "messages")
-
-
-def _parse_message(message: Any, where: str, pictures: list[str]) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise wrong_value(where, message, "an object with role and content")
-    given = {name: value for name, value in message.items() if value is not None}
-    for name, value in given.items():
-        # a client that sends an answer back sends its empty lists as well
-        if name not in ("role", "content") and value != []:
-            raise wrong_value(f"{where}.{name}", value, "no such field; known ones: role, content")
-    role = given.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise wrong_value(f"{where}.role", role, ", ".join(ROLES))
-    content = given.get("content")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not content:
-        raise wrong_value(f"{where}.content", content, "a text, or a list of one or more parts")
-    blocks = [_parse_part(part, role, f"{where}.content[{index}]", pictures) for index, part in enumerate(content)]
-    return {"role": ROLES[role], "content": blocks}
-
-
-def _parse_part(part: Any, role: str, where: str, pictures: list[str]) -> dict[str, Any]:
-    kinds = ("text", "image_url") if role == "user" else ("text",)
-    kind = part.get("type") if isinstance(part, dict) else part
-    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in kinds:
-        raise wrong_value(f"{where}.type", kind, f"{', '.join(kinds)} in a message of role {role}")
-    _check_keys(part, ("type", kind), where)
-    if kind == "text":
-        return {"type": "text", "text": _text(part.get("text"), f"{where}.text")}
-    image = part.get("image_url")
-    if not isinstance(image, dict):
-        raise wrong_value(f"{where}.image_url", image, 'an object: {"url": "..."}')
-    _check_keys(image, ("url", "detail"), f"{where}.image_url")
-    if image.get("detail") not in (None, "auto"):
-        raise wrong_value(f"{where}.image_url.detail", image["detail"], "'auto'; query_len is this model's detail")
-    pictures.append(_text(image.get("url"), f"{where}.image_url.url"))
-    return {"type": "image"}
-
-
-def _check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for name, value in given.items():
-        if name not in known and value is not None:
-            raise wrong_value(f"{where}.{name}", value, f"no such field; known ones: {', '.join(known)}")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise wrong_value(where, value, "a text")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ApiError(BAD_REQUEST, f"{where} has half a character: {error.reason}.", where) from error
-    return value
 
 
 def _flag(given: dict[str, Any], name: str) -> bool:
@@ -241,12 +124,25 @@ def _query_len(given: dict[str, Any]) -> int | None:
     return length
 
 
-def _max_tokens(given: dict[str, Any], most: int) -> int:
-    lengths = [_whole(given, name, 1, most) for name in ("max_completion_tokens", "max_tokens")]
+def parse_max_tokens(given: dict[str, Any], most: int) -> int:
+    """
+    Read the longest answer that a request allows, under both of its names.
+
+    Args:
+        given: The request.
+        most: The server's limit in tokens. A request that allows more gets it, as clients know it of other servers.
+
+    Returns:
+        Tokens.
+
+    Raises:
+        ApiError: For anything but a whole number from 1, and for two different ones.
+    """
+    lengths = [_whole(given, name, 1, None) for name in ("max_completion_tokens", "max_tokens")]
     known = [length for length in lengths if length is not None]
     if len(set(known)) > 1:
         raise wrong_value("max_tokens", known[1], f"{known[0]}, as max_completion_tokens, or only one of the two")
-    return known[0] if known else most
+    return min(known[0], most) if known else most
 
 
 def _number(given: dict[str, Any], name: str, allowed: str, least: float, most: float) -> float | None:
@@ -281,9 +177,10 @@ def _stops(given: Any) -> tuple[str, ...]:
 def _include_usage(given: Any, stream: bool) -> bool:
     if given is None:
         return False
-    if not stream or not isinstance(given, dict):
-        raise wrong_value("stream_options", given, 'an object {"include_usage": true or false}, with stream')
-    _check_keys(given, ("include_usage", "include_obfuscation"), "stream_options")
-    if given.get("include_obfuscation"):
-        raise wrong_value("stream_options.include_obfuscation", given["include_obfuscation"], "false")
-    return _flag(given, "include_usage")
+    allowed = 'an object {"include_usage": true or false}, with stream'
+    if not isinstance(given, dict):
+        raise wrong_value("stream_options", given, allowed)
+    wanted = _flag(STREAM_OPTIONS.select(given, "stream_options"), "include_usage")
+    if wanted and not stream:
+        raise wrong_value("stream_options", given, allowed)
+    return wanted

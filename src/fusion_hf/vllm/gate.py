@@ -16,28 +16,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.endpoints import data_uri
 from fusion_hf.image_processing_fusion import FORMATS
-from fusion_hf.serving.app import HEALTH, KeyCheck, Places, check_content_type, error_reply, read_body
+from fusion_hf.serving.app import HEALTH, MODELS, KeyCheck, Places, check_content_type, error_reply, read_body
 from fusion_hf.serving.errors import (
     BAD_REQUEST,
-    NOT_FOUND,
+    CHAT,
     ApiError,
+    no_such_path,
     wrong_value,
 )
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
+from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
 from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable
 from fusion_hf.serving.limits import Limits
-from fusion_hf.serving.requests import check_count, load_json
+from fusion_hf.serving.messages import parse_messages
+from fusion_hf.serving.requests import load_json, parse_max_tokens
 from fusion_hf.serving.server import announce
 
 VARIABLE = "FUSION_HF_GATE"
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MODELS = "/v1/models"
+COMPLETIONS = "/v1/completions"
 READABLE = (HEALTH, MODELS, "/metrics", "/version")
 PROCESSOR_ARGUMENTS = "mm_processor_kwargs"
 BUDGET = ("query_len", "image_token_grid")
 # they would change how pictures are read, or name files and templates
 REFUSED = ("media_io_kwargs", "chat_template", "mm_uuids")
-PARTS = ("text", "image_url")
+# FUSION's renderer shows a model no tools, and vLLM refuses to choose from none
+TOOLS = Fields(known=(), neutral=WITHOUT_TOOLS)
+LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -117,21 +121,42 @@ class Gate:
             await self.app(scope, receive, send)
         else:
             allowed = ", ".join((f"POST {CHAT}", f"POST {COMPLETIONS}", *(f"GET {name}" for name in READABLE)))
-            raise ApiError(NOT_FOUND, f"There is no {method[:10]} {path[:80]!r} here; allowed: {allowed}.")
+            raise no_such_path(method, path, allowed)
 
     async def _checked_body(self, request: Request, is_chat: bool) -> bytes:
         check_content_type(request)
-        content = load_json(await read_body(request, self.settings.limits.body_bytes))
+        given = load_json(await read_body(request, self.settings.limits.body_bytes))
+        # vLLM checks the types of fields that change no answer
+        content = {name: x for name, x in given.items() if x is not None and name not in REQUEST.ignored}
         for name in REFUSED:
-            if content.get(name) is not None:
-                raise wrong_value(name, content[name], "nothing: this server does not take it", "unknown_parameter")
+            if content.pop(name, None):
+                raise wrong_value(name, given[name], "nothing: this server does not take it", "unknown_parameter")
         self._move_budget(content)
         if is_chat:
-            images = find_images(content.get("messages"))
-            check_count(len(images))
-            for image in images:
-                image["url"] = await self._checked_picture(image.get("url"))
+            TOOLS.select({name: content.pop(name) for name in WITHOUT_TOOLS if name in content})
+            self._limit_answer(content)
+            content["messages"] = await self._checked_messages(content)
         return json.dumps(content).encode()
+
+    async def _checked_messages(self, content: dict[str, Any]) -> list[dict[str, Any]]:
+        """Messages as this package's server reads them, with the image as a data URI."""
+        chat = parse_messages(content.get("messages"), content.get("continue_final_message") is True)
+        if chat.image is None:
+            return chat.messages
+        image = {"type": "image_url", "image_url": {"url": await self._checked_picture(chat.image)}}
+        return [
+            {**message, "content": [image if block["type"] == "image" else block for block in message["content"]]}
+            for message in chat.messages
+        ]
+
+    def _limit_answer(self, content: dict[str, Any]) -> None:
+        """Leave a chat that allows more than the server's limit to vLLM's default, which is that limit."""
+        most = self.settings.limits.answer_tokens
+        length = parse_max_tokens(content, most)
+        for name in LENGTHS:
+            content.pop(name, None)
+        if length < most:
+            content["max_tokens"] = length
 
     def _move_budget(self, content: dict[str, Any]) -> None:
         """`query_len` and `image_token_grid` to where vLLM has them."""
@@ -144,36 +169,13 @@ class Gate:
             chosen[name] = arguments.get(name, chosen[name] if given is None else given)
         content[PROCESSOR_ARGUMENTS] = arguments | {name: x for name, x in chosen.items() if x is not None}
 
-    async def _checked_picture(self, url: Any) -> str:
+    async def _checked_picture(self, url: str) -> str:
         """A data URI of a picture within the limits."""
         limits = self.settings.limits
-        if not isinstance(url, str):
-            raise wrong_value(PARAM, url, "a data URI, or an http or https address")
         is_inline = is_data_uri(url)
         content = decode_data_uri(url, limits) if is_inline else await fetch_picture(url, self.hosts, limits)
         kind = await asyncio.to_thread(_check_size, content, limits)
         return url if is_inline else data_uri(content, kind)
-
-
-def find_images(messages: Any) -> list[dict[str, Any]]:
-    """The `image_url` objects of messages.
-
-    Raises:
-        ApiError: if there is a part of another kind than texts and pictures. What else is wrong, vLLM says.
-    """
-    images = []
-    for message in messages if isinstance(messages, list) else []:
-        parts = message.get("content") if isinstance(message, dict) else None
-        for part in parts if isinstance(parts, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else part
-            if not isinstance(part, dict) or kind not in PARTS:
-                raise wrong_value("messages.content.type", kind, ", ".join(PARTS))
-            if kind == "image_url":
-                image = part.get("image_url")
-                if not isinstance(image, dict):
-                    raise wrong_value("messages.content.image_url", image, 'an object: {"url": "..."}')
-                images.append(image)
-    return images
 
 
 def _check_size(content: bytes, limits: Limits) -> str:

@@ -1,0 +1,158 @@
+"""Which fields a request may have, as tables: those that are read, values that ask for nothing, and ignored ones."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusion_hf.serving.errors import wrong_value
+
+UNSUPPORTED, UNKNOWN = "unsupported_value", "unknown_parameter"
+ANY_FLAG = (True, False)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """
+    The fields that a JSON object may have. A field that is null counts as absent.
+
+    Args:
+        known: Fields that are read.
+        neutral: Of what this server does not do, the values that ask for nothing.
+        ignored: Fields that change no answer, whatever their value.
+    """
+
+    known: tuple[str, ...]
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def select(self, content: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """
+        Check all fields of an object, and keep the known ones.
+
+        Args:
+            content: The object.
+            where: Where it stands in the request; "" for the request itself.
+
+        Returns:
+            The known fields that are not null.
+
+        Raises:
+            ApiError: For an unknown field, and for a value that asks for what is not there.
+        """
+        given = {name: value for name, value in content.items() if value is not None}
+        # in the table's order: a client that has tools learns of them first, not of how to choose one
+        for name in self.neutral:
+            if name in given and not any(_is_same(given[name], x) for x in self.neutral[name]):
+                allowed = ", ".join(map(json.dumps, self.neutral[name]))
+                raise wrong_value(_join(where, name), given[name], allowed, UNSUPPORTED)
+        for name, value in given.items():
+            if name not in self.known and name not in self.neutral and name not in self.ignored:
+                allowed = f"no such field; known ones: {', '.join(self.known)}"
+                raise wrong_value(_join(where, name), value, allowed, UNKNOWN)
+        return {name: value for name, value in given.items() if name in self.known}
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _is_same(value: Any, allowed: Any) -> bool:
+    """Compare two values of JSON, where `true` is not 1."""
+    return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
+
+
+# what a request without tools may say about them
+WITHOUT_TOOLS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": ANY_FLAG,
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+REQUEST = Fields(
+    known=(
+        "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream",
+        "stream_options", "query_len", "image_token_grid",
+    ),
+    neutral={
+        **WITHOUT_TOOLS,
+        # what else OpenAI's protocol has
+        "n": (1,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+        # of the older completions
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+        # how other servers (vLLM, SGLang, llama.cpp, OpenRouter, TGI) choose tokens and end answers
+        "repetition_penalty": (1,),
+        "repeat_penalty": (1,),
+        "length_penalty": (1,),
+        "no_repeat_ngram_size": (0,),
+        "top_k": (-1, 0),
+        "min_p": (0,),
+        "top_a": (0,),
+        "typical_p": (1,),
+        "do_sample": (False,),
+        "num_beams": (1,),
+        "use_beam_search": (False,),
+        "early_stopping": (False,),
+        "min_tokens": (0,),
+        "ignore_eos": (False,),
+        "stop_token_ids": ([],),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        # how other servers write prompts and answers
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "chat_template_kwargs": ({}, {"enable_thinking": False}, {"thinking": False}),
+        "mm_processor_kwargs": ({},),
+        "media_io_kwargs": ({},),
+        "documents": ([],),
+        "enable_thinking": (False,),
+        "thinking": ({"type": "disabled"},),
+        "include_reasoning": ANY_FLAG,  # there is none
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "priority": (0,),
+    },
+    ignored=("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "cache_control"),
+)  # fmt: skip
+STREAM_OPTIONS = Fields(
+    known=("include_usage",),
+    neutral={"include_obfuscation": (False,), "continuous_usage_stats": (False,)},
+)
+# An answer that a client sends back has fields that say that there was nothing else in it.
+MESSAGE = Fields(
+    known=("role", "content"),
+    neutral={
+        "tool_calls": ([],),
+        "refusal": ("",),
+        "annotations": ([],),
+        "images": ([],),
+        "reasoning": ("",),
+        "reasoning_content": ("",),
+        "reasoning_details": ([],),
+        "thinking_blocks": ([],),
+        "provider_specific_fields": ({}, {"refusal": None}),
+    },
+    ignored=("name", "cache_control"),
+)
+TEXT_PART = Fields(known=("type", "text"), neutral={"annotations": ([],)}, ignored=("cache_control",))
+IMAGE_PART = Fields(known=("type", "image_url"), ignored=("cache_control",))
+# `query_len` and `image_token_grid` are what this model has instead of `detail`
+IMAGE_URL = Fields(known=("url",), neutral={"detail": ("auto", "low", "high")})
