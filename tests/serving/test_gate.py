@@ -55,8 +55,12 @@ async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POS
     scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": b""}
     sent: list[dict[str, Any]] = []
 
+    remaining = [{"type": "http.request", "body": body, "more_body": False}]
+
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+        if not remaining:
+            await asyncio.Event().wait()  # the client waits for its answer
+        return remaining.pop()
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -66,7 +70,13 @@ async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POS
 
 
 def ask(gate: Gate, content: Any, **more: Any) -> tuple[int, dict[str, Any]]:
-    return asyncio.run(request(gate, content, **more))
+    async def ask_and_end() -> tuple[int, dict[str, Any]]:
+        try:
+            return await request(gate, content, **more)
+        finally:
+            await gate.images.close()
+
+    return asyncio.run(ask_and_end())
 
 
 def test_the_budget_goes_to_where_vllm_has_it():

@@ -10,6 +10,7 @@ import uvicorn
 
 from fusion_hf.errors import InputError
 from fusion_hf.serving.app import Service, build_app
+from fusion_hf.serving.connections import BoundedProtocol
 from fusion_hf.serving.engine import Engine
 
 BACKLOG = 2048
@@ -63,7 +64,7 @@ def serve(service: Service, listener: socket.socket) -> None:
     app = build_app(service)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_level="warning",

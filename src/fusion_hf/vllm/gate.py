@@ -3,28 +3,30 @@
 vLLM alone opens any address that a client names, takes bodies of any size and passes over `query_len` in silence.
 """
 
-import asyncio
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from typing import Any
 
-from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.endpoints import data_uri
-from fusion_hf.image_processing_fusion import FORMATS
-from fusion_hf.serving.app import HEALTH, KeyCheck, Places, check_content_type, error_reply, read_body
-from fusion_hf.serving.errors import (
-    BAD_REQUEST,
-    NOT_FOUND,
-    ApiError,
-    wrong_value,
+from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.serving.app import (
+    HEALTH,
+    KeyCheck,
+    Places,
+    Uploads,
+    check_content_type,
+    error_reply,
+    read_body,
+    unless_gone,
 )
+from fusion_hf.serving.errors import NOT_FOUND, ApiError, wrong_value
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
-from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable
+from fusion_hf.serving.image_workers import ImageWorkers
+from fusion_hf.serving.images import PARAM, decode_data_uri, is_data_uri
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.requests import check_count, load_json
 from fusion_hf.serving.server import announce
@@ -81,10 +83,17 @@ class Gate:
         variable = self.settings.api_key_env
         self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
         self.places = Places(self.settings.limits)
+        self.uploads = Uploads(self.settings.limits)
+        # vLLM turns images upright by itself, if the model's processor does
+        self.images = ImageWorkers(FusionImageProcessor(exif_transpose=False), self.settings.limits, tiles=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, self._announcing(send))
+            await self.images.start()
+            try:
+                await self.app(scope, receive, self._announcing(send))
+            finally:
+                await self.images.close()
         elif scope["type"] == "http":
             try:
                 await self.checked(scope, receive, send)
@@ -108,8 +117,12 @@ class Gate:
         """
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in (CHAT, COMPLETIONS):
+            self.places.check()  # who would find none need not send anything
+            content = await self._read(Request(scope, receive))
             with self.places.take():
-                body = await self._checked_body(Request(scope, receive), is_chat=path == CHAT)
+                body = await unless_gone(receive, self._checked_body(content, is_chat=path == CHAT))
+                if body is None:
+                    return
                 headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
                 headers.append((b"content-length", str(len(body)).encode()))
                 await self.app({**scope, "headers": headers}, _replay(body, receive), send)
@@ -119,9 +132,11 @@ class Gate:
             allowed = ", ".join((f"POST {CHAT}", f"POST {COMPLETIONS}", *(f"GET {name}" for name in READABLE)))
             raise ApiError(NOT_FOUND, f"There is no {method[:10]} {path[:80]!r} here; allowed: {allowed}.")
 
-    async def _checked_body(self, request: Request, is_chat: bool) -> bytes:
+    async def _read(self, request: Request) -> dict[str, Any]:
         check_content_type(request)
-        content = load_json(await read_body(request, self.settings.limits.body_bytes))
+        return load_json(await read_body(request, self.settings.limits.body_bytes, self.uploads))
+
+    async def _checked_body(self, content: dict[str, Any], is_chat: bool) -> bytes:
         for name in REFUSED:
             if content.get(name) is not None:
                 raise wrong_value(name, content[name], "nothing: this server does not take it", "unknown_parameter")
@@ -145,14 +160,14 @@ class Gate:
         content[PROCESSOR_ARGUMENTS] = arguments | {name: x for name, x in chosen.items() if x is not None}
 
     async def _checked_picture(self, url: Any) -> str:
-        """A data URI of a picture within the limits."""
+        """A data URI of an image that vLLM may decode."""
         limits = self.settings.limits
         if not isinstance(url, str):
             raise wrong_value(PARAM, url, "a data URI, or an http or https address")
         is_inline = is_data_uri(url)
         content = decode_data_uri(url, limits) if is_inline else await fetch_picture(url, self.hosts, limits)
-        kind = await asyncio.to_thread(_check_size, content, limits)
-        return url if is_inline else data_uri(content, kind)
+        kind, vetted = await self.images.vet(content)
+        return url if is_inline and vetted is content else data_uri(vetted, kind)
 
 
 def find_images(messages: Any) -> list[dict[str, Any]]:
@@ -174,19 +189,6 @@ def find_images(messages: Any) -> list[dict[str, Any]]:
                     raise wrong_value("messages.content.image_url", image, 'an object: {"url": "..."}')
                 images.append(image)
     return images
-
-
-def _check_size(content: bytes, limits: Limits) -> str:
-    """The picture's MIME type; nothing of its pixels is decoded."""
-    try:
-        with Image.open(BytesIO(content), formats=FORMATS) as picture:
-            size = picture.width * picture.height
-            kind = Image.MIME[str(picture.format)]
-    except BROKEN as error:
-        raise not_usable(error) from error
-    if size > limits.image_pixels:
-        raise ApiError(BAD_REQUEST, f"The picture has {size} pixels; allowed: {limits.image_pixels}.", PARAM)
-    return kind
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
