@@ -5,26 +5,20 @@ both directions. Decoders of some formats keep the interpreter's lock until they
 """
 
 import json
-import math
 import os
+import signal
 import struct
 import sys
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-with suppress(ImportError):  # Windows has no such limits: there the time of the clock alone is bounded
-    import resource
-
 REQUEST_HEAD = struct.Struct("<Q")  # length
 REPLY_HEAD = struct.Struct("<?Q")  # whether the image can be used, length
 MAX_MESSAGE_BYTES = 2000
-MEGABYTE = 2**20
-BYTES_PER_PIXEL = 24  # the most that a decoder needs for a pixel, with a margin
-BASE_BYTES = 128 * MEGABYTE  # what a small image may cost
 SIZES = Path("/proc/self/statm")  # the first number is the address space in pages; Linux
 # their decoders let other threads of a process run
 UNLOCKED_FORMATS = ("JPEG", "PNG")
@@ -37,21 +31,18 @@ class WorkerSettings:
     tiles: whether the result is the image's tiles; else it is what vLLM is given, see `vet`.
     max_pixels: of an image.
     seconds: of the processor's time for an image.
+    memory_bytes: for an image, beside what the process needs by itself.
     """
 
     processor: dict[str, Any]
     tiles: bool
     max_pixels: int
-    seconds: int
+    seconds: float
+    memory_bytes: int
 
     def to_json(self) -> str:
         """As the command line of the process has it."""
         return json.dumps(asdict(self))
-
-    @property
-    def memory_bytes(self) -> int:
-        """What the process may use for an image."""
-        return self.max_pixels * BYTES_PER_PIXEL + BASE_BYTES
 
 
 def main(settings_json: str) -> None:
@@ -66,8 +57,8 @@ def main(settings_json: str) -> None:
     _bound_memory(settings.memory_bytes)
     while head := sys.stdin.buffer.read(REQUEST_HEAD.size):
         content = sys.stdin.buffer.read(*REQUEST_HEAD.unpack(head))
-        _bound_time(settings.seconds)
-        is_usable, result = _answer(content, processor, settings)
+        with _bounded_time(settings.seconds):
+            is_usable, result = _answer(content, processor, settings)
         replies.write(REPLY_HEAD.pack(is_usable, len(result)))
         replies.write(result)
         replies.flush()
@@ -81,21 +72,27 @@ def _take_standard_output() -> BinaryIO:
 
 
 def _bound_memory(more: int) -> None:
-    """Let the process use so many bytes beside those that it uses now; not where that cannot be bounded."""
+    """Let the process use so many bytes beside those that it uses now; only Linux says how many these are."""
     if not SIZES.exists():
         return
+    import resource
+
     pages = int(SIZES.read_text(encoding="ascii").split()[0])
     most = pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def _bound_time(seconds: int) -> None:
-    """Let the system end the process after so many further seconds of the processor's time, or up to one more."""
-    if "resource" not in globals():
+@contextmanager
+def _bounded_time(seconds: float) -> Iterator[None]:
+    """Let the system end the process after so many seconds of the processor's time, whatever code it is in then."""
+    if sys.platform == "win32":  # has no such clock: the server's own bound has to do
+        yield
         return
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    end = math.ceil(time.process_time()) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (end if hard == resource.RLIM_INFINITY else min(end, hard), hard))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[bool, bytes]:

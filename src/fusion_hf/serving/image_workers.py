@@ -1,5 +1,7 @@
 """Decoding of clients' images in processes of their own, which end when nobody waits for them.
 
+They are no workers of `concurrent.futures`: none of those can be ended alone, and each would import torch.
+
 No image holds the server's interpreter or one of the places at the model while it is decoded; an image that costs too
 much time or memory costs nothing but the process that decodes it.
 """
@@ -21,7 +23,7 @@ from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
 from fusion_hf.serving.image_worker import MAX_MESSAGE_BYTES, REPLY_HEAD, REQUEST_HEAD, WorkerSettings
 from fusion_hf.serving.images import PARAM
-from fusion_hf.serving.limits import Limits
+from fusion_hf.serving.limits import MEGABYTE, Limits
 
 logger = logging.getLogger(__name__)
 MIN_WORKERS, MAX_WORKERS = 2, 4  # one hostile image leaves a process for others
@@ -31,6 +33,8 @@ PIPE_BYTES = 2**20  # of a result that are read at once
 CODE = "import sys; sys.path[:] = sys.argv[2:]; from fusion_hf.serving.image_worker import main; main(sys.argv[1])"
 # one thread each, and nothing on the standard error about the absence of torch
 VARIABLES = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+BYTES_PER_PIXEL = 24  # the most that a decoder needs for a pixel, with a margin
+BASE_BYTES = 128 * MEGABYTE  # what a small image may cost
 PNG_BYTES = 4  # more than a pixel of a PNG file in RGB takes
 
 
@@ -39,14 +43,17 @@ class ImageWorkers:
     Up to `MAX_WORKERS` processes, one of which is started by `start`, others when they are needed.
 
     Args:
-        processor: its configuration decides how images are read.
+        processor: makes the tiles; None: there are none to make, files are read for another decoder.
         limits: of an image.
-        tiles: see [`WorkerSettings`].
     """
 
-    def __init__(self, processor: FusionImageProcessor, limits: Limits, tiles: bool = True):
+    def __init__(self, processor: FusionImageProcessor | None, limits: Limits):
+        tiles = processor is not None
+        if processor is None:  # the other decoder turns images upright by itself, or does not
+            processor = FusionImageProcessor(exif_transpose=False)
         configuration = json.loads(processor.to_json_string())
-        settings = WorkerSettings(configuration, tiles, limits.image_pixels, limits.image_seconds)
+        memory = limits.image_pixels * BYTES_PER_PIXEL + BASE_BYTES
+        settings = WorkerSettings(configuration, tiles, limits.image_pixels, limits.image_seconds, memory)
         count = max(MIN_WORKERS, min(MAX_WORKERS, limits.parallel, os.cpu_count() or 1))
         self._shape = (NUM_TILES + 1, 3, processor.size["height"], processor.size["width"])
         self._limits = limits
@@ -183,9 +190,9 @@ class _Worker:
         if status >= 0:
             logger.error("a process that decodes images has ended with status %d", status)
             return ApiError(INTERNAL, "The request failed; the server's log says why.")
-        if status == -signal.SIGXCPU:
+        if status == -signal.SIGPROF:
             seconds = self._settings.seconds
-            message = f"The image takes more than {seconds} s of processor time to decode; allowed: {seconds} s."
+            message = f"The image takes more than {seconds:g} s of processor time to decode; allowed: {seconds:g} s."
             return ApiError(BAD_REQUEST, message, PARAM)
         if status == -signal.SIGKILL:  # this server's doing, or that of a system without memory
             return overloaded("The process that decodes the image was ended.", OVERLOADED)

@@ -23,7 +23,7 @@ class Limits:
 
     image_bytes: int = 10 * MEGABYTE
     image_pixels: int = 2**25
-    image_seconds: int = 5
+    image_seconds: float = 5
     body_bytes: int = 16 * MEGABYTE
     upload_bytes: int = 256 * MEGABYTE
     prompt_tokens: int = 4096

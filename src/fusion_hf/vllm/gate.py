@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.endpoints import data_uri
-from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.app import (
     HEALTH,
     KeyCheck,
@@ -84,8 +83,7 @@ class Gate:
         self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
         self.places = Places(self.settings.limits)
         self.uploads = Uploads(self.settings.limits)
-        # vLLM turns images upright by itself, if the model's processor does
-        self.images = ImageWorkers(FusionImageProcessor(exif_transpose=False), self.settings.limits, tiles=False)
+        self.images = ImageWorkers(None, self.settings.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
