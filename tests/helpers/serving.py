@@ -15,7 +15,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,8 +52,16 @@ class Server:
 
     def rss(self) -> int:
         """Bytes of memory in use now (Linux)."""
-        (line,) = (x for x in Path(f"/proc/{self.pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024
+        return rss_of(self.pid)
+
+    def children(self) -> list[int]:
+        """Processes that the server has started and that are there (Linux)."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended meanwhile
+                if int(path.read_text().rpartition(")")[2].split()[1]) == self.pid:
+                    found.append(int(path.parent.name))
+        return found
 
     def send(self, content: bytes, then_end: bool = False) -> bytes:
         """What is answered to raw bytes; nothing, if the server closes the connection."""
@@ -76,6 +84,15 @@ class Server:
         while {name: self.health()[name] for name in expected} != expected:
             assert time.monotonic() < end, f"{self.health()} is not {expected}"
             time.sleep(POLL_SECONDS)
+
+
+def rss_of(pid: int) -> int:
+    """Bytes of memory that a process uses now (Linux); 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def is_whole(answer: bytes) -> bool:

@@ -9,6 +9,7 @@ import os
 import signal
 import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -51,8 +52,14 @@ def main(settings_json: str) -> None:
     replies = _take_standard_output()
     # transformers, which the image processor is made of, would import it: seconds, and hundreds of megabytes
     sys.modules["torch"] = None  # type: ignore[assignment]
+    from PIL import Image
+
     from fusion_hf.image_processing_fusion import FusionImageProcessor
 
+    Image.MAX_IMAGE_PIXELS = (
+        settings.max_pixels
+    )  # instead of PIL's own, which may be lower; the processor refuses more
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     processor = FusionImageProcessor.from_dict(settings.processor)
     _bound_memory(settings.memory_bytes)
     while head := sys.stdin.buffer.read(REQUEST_HEAD.size):
