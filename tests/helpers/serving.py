@@ -69,10 +69,7 @@ class Server:
             connection.sendall(content)
             if then_end:
                 connection.shutdown(socket.SHUT_WR)
-            answer = b""
-            while not is_whole(answer) and (part := connection.recv(CHUNK)):
-                answer += part
-        return answer
+            return receive(connection)
 
     def health(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}/health") as reply:
@@ -93,6 +90,14 @@ def rss_of(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def receive(connection: socket.socket) -> bytes:
+    """A whole answer; nothing, if the server closes the connection."""
+    answer = b""
+    while not is_whole(answer) and (part := connection.recv(CHUNK)):
+        answer += part
+    return answer
 
 
 def is_whole(answer: bytes) -> bool:
@@ -143,6 +148,13 @@ def user(text: str, url: str | None = None) -> dict[str, Any]:
         return {"role": "user", "content": text}
     picture = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [{"type": "text", "text": text}, picture]}
+
+
+def chat_request(*messages: dict[str, Any]) -> bytes:
+    """A request for an answer, as it goes over the wire."""
+    body = json.dumps({"model": MODEL, "messages": messages}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{len(body)}\r\n\r\n".encode() + body
 
 
 def red_circle() -> str:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import uvicorn
-from tests.helpers.serving import MODEL, QUESTION, SECONDS, Server, ask, red_circle, run_server, user
+from tests.helpers.serving import MODEL, QUESTION, SECONDS, Server, ask, receive, red_circle, run_server, user
 
 from fusion_hf.serving.connections import HEAD_SECONDS, BoundedProtocol
 
@@ -52,7 +52,7 @@ def test_a_slow_upload_is_answered_when_it_is_whole(small: Server):
         for begin in range(0, len(body), 500):
             connection.sendall(body[begin : begin + 500])
             time.sleep(PAUSE / 10)
-        assert b'"red"' in connection.recv(2**16)
+        assert b'"red"' in receive(connection)
 
 
 def test_uploads_are_bounded_together(small: Server):
@@ -62,14 +62,14 @@ def test_uploads_are_bounded_together(small: Server):
             stack.enter_context(upload(small, b" " * (BODY_BYTES - 1)))
         time.sleep(4 * PAUSE)
         with upload(small, b" " * (BODY_BYTES - 1)) as connection:
-            answer = connection.recv(2**16)
+            answer = receive(connection)
         assert answer.startswith(STATUS + b"503")
         assert b"retry-after: 1" in answer.lower()
         assert b"still arriving hold" in answer and b"allowed: %d" % (BODY_BYTES * 5 // 2) in answer
         assert ask(small.client(), user(QUESTION)).choices[0].message.content  # a small one has room
     time.sleep(4 * PAUSE)
     with upload(small, b" " * BODY_BYTES) as connection:
-        assert connection.recv(2**16).startswith(STATUS + b"400")  # whole, and no JSON
+        assert receive(connection).startswith(STATUS + b"400")  # whole, and no JSON
 
 
 async def _hello(scope, receive, send) -> None:

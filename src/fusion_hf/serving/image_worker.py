@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 REQUEST_HEAD = struct.Struct("<Q")  # length
 REPLY_HEAD = struct.Struct("<?Q")  # whether the image can be used, length
 MAX_MESSAGE_BYTES = 2000
+NICENESS = 5  # the server and its answers come first
 SIZES = Path("/proc/self/statm")  # the first number is the address space in pages; Linux
 # their decoders let other threads of a process run
 UNLOCKED_FORMATS = ("JPEG", "PNG")
@@ -61,6 +62,8 @@ def main(settings_json: str) -> None:
     )  # instead of PIL's own, which may be lower; the processor refuses more
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     processor = FusionImageProcessor.from_dict(settings.processor)
+    if sys.platform != "win32":
+        os.nice(NICENESS)
     _bound_memory(settings.memory_bytes)
     while head := sys.stdin.buffer.read(REQUEST_HEAD.size):
         content = sys.stdin.buffer.read(*REQUEST_HEAD.unpack(head))
