@@ -1,16 +1,13 @@
-"""What differs between the releases of transformers that FUSION supports, in one place.
+"""What differs between the releases of transformers that FUSION supports. It imports no torch.
 
-Every other Hub file asks here and contains no version of its own.
+No other Hub file contains a version. The two names of the cache are handled in `modeling_fusion_base.py`.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import transformers
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 # one name for all copies of this file, so that `warning_once` holds for the process
@@ -19,11 +16,7 @@ logger = logging.get_logger("fusion_hf")
 # (major, minor): the oldest and the newest release that the test suite passes on
 OLDEST_TESTED, NEWEST_TESTED = (5, 17), (5, 24)
 TESTED = " to ".join(".".join(map(str, release)) for release in (OLDEST_TESTED, NEWEST_TESTED))
-CACHE_NAMES = ("cache", "past_key_values")
-# 5.24 renamed `past_key_values` to `cache`, in outputs, in `forward` and in `generate`
-CACHE_NAME = next(
-    name for name in CACHE_NAMES if name in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
-)
+CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 
 
 def check_transformers(version: str) -> None:
@@ -42,39 +35,6 @@ def check_transformers(version: str) -> None:
     if release > NEWEST_TESTED:
         advice = "If something fails, install a tested release."
         logger.warning_once(f"FUSION was tested with transformers {TESTED}, got {version}. {advice}")
-
-
-def cache_keyword(cache: Any) -> dict[str, Any]:
-    """Return the cache as the keyword argument that this release of transformers uses."""
-    return {CACHE_NAME: cache}
-
-
-def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """
-    Return keyword arguments in which the cache has the name that this release of transformers uses.
-
-    Raises:
-        ValueError: if they hold a cache under both names.
-    """
-    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
-    cache = either_cache(*(arguments.get(name) for name in CACHE_NAMES))
-    return others if cache is None else others | cache_keyword(cache)
-
-
-def either_cache(cache: Any, past_key_values: Any) -> Any:
-    """
-    Return the cache that a caller gave under one of its two names, or None.
-
-    As in transformers, the older name causes a `FutureWarning` where the newer one is in use.
-
-    Raises:
-        ValueError: if both are given.
-    """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
-    if past_key_values is not None and CACHE_NAME != "past_key_values" and not torch.compiler.is_compiling():
-        warnings.warn(f"`past_key_values` is deprecated. Use `{CACHE_NAME}` instead.", FutureWarning, stacklevel=3)
-    return past_key_values if cache is None else cache
 
 
 def as_dicts(message: Any) -> Any:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import CompileConfig, StaticCache
 
-from fusion_hf.compatibility_fusion import CACHE_NAMES, cache_keyword
+from fusion_hf.compatibility_fusion import CACHE_NAMES
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_base import cache_keyword
 from fusion_hf.modeling_fusion_decoder import TokenBudget, check_prompt
 
 PROMPT_LENGTHS = (1024, 2048, 4096)

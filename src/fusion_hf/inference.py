@@ -18,10 +18,10 @@ from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from fusion_hf.compatibility_fusion import CACHE_NAME, cache_keyword
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.processing_fusion import FusionProcessor
 
 NANO = "checkpoints/fusion-nano"

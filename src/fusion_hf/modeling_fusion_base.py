@@ -3,9 +3,10 @@
 Shapes: B batch, S sequence length, D LLM width. Source: FUSION, arXiv 2504.09925.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,43 @@ from .quantization_fusion import FusionQuantizationMixin
 ENGINE_ATTENTION = "vllm"
 # what tower and language model can be told to use; flash attention needs its package and a GPU
 ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
+
+
+# 5.24 renamed `past_key_values` to `cache`, in outputs, in `forward` and in `generate`
+CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
+
+def cache_keyword(cache: Any) -> dict[str, Any]:
+    """Return the cache as the keyword argument that this release of transformers uses."""
+    return {CACHE_NAME: cache}
+
+
+def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return keyword arguments in which the cache has the name that this release of transformers uses.
+
+    Raises:
+        ValueError: if they hold a cache under both names.
+    """
+    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    cache = either_cache(*(arguments.get(name) for name in CACHE_NAMES))
+    return others if cache is None else others | cache_keyword(cache)
+
+
+def either_cache(cache: Any, past_key_values: Any) -> Any:
+    """
+    Return the cache that a caller gave under one of its two names, or None.
+
+    As in transformers, the older name causes a `FutureWarning` where the newer one is in use.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+    if past_key_values is not None and CACHE_NAME != "past_key_values" and not torch.compiler.is_compiling():
+        warnings.warn(f"`past_key_values` is deprecated. Use `{CACHE_NAME}` instead.", FutureWarning, stacklevel=3)
+    return past_key_values if cache is None else cache
 
 
 @dataclass

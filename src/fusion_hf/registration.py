@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
 from types import ModuleType
 
 AUTO_MODULES = tuple(
@@ -19,6 +20,8 @@ WATCHED = ("transformers.", "fusion_hf.")
 
 def register() -> None:
     """Register FUSION's classes in transformers' auto classes, so that no `trust_remote_code` is needed."""
+    if find_spec("torch") is None:  # a process that only reads images keeps it out
+        return
     from transformers import (
         AutoConfig,
         AutoModel,

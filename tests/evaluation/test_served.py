@@ -56,6 +56,12 @@ def ask(text: str, number: int = 0, wanted: Any = None, role: str = "user") -> R
     return Request("a_task", number, lambda: messages, Generation(6) if wanted is None else wanted)
 
 
+def decode(uri: str, assistant: Assistant) -> Image.Image:
+    """The image as the server reads it."""
+    limits = Limits()
+    return decode_picture(decode_data_uri(uri, limits), assistant.processor.image_processor, limits.image_pixels)
+
+
 def texts(answers: list[Any]) -> list[str | None]:
     return [None if answer is None else answer["answer"] for answer in answers]
 
@@ -109,7 +115,7 @@ def test_a_server_sees_the_same_pixels(
     monkeypatch.setattr(assistant.processor.image_processor, "exif_transpose", exif_transpose)
     here = assistant.open_picture(str(path) if as_file else Image.open(path))
     uri = picture_uri(open_unturned(str(path) if as_file else Image.open(path)))
-    there = decode_picture(decode_data_uri(uri, Limits()), assistant, Limits())
+    there = decode(uri, assistant)
     assert here.tobytes() == there.tobytes() and here.size == there.size
 
 
@@ -124,7 +130,7 @@ def test_a_picture_that_was_changed_since_it_was_opened(assistant: Assistant, tm
     with Image.open(save(noise("RGB"), tmp_path / "a.png")) as picture:
         picture.putpixel((0, 0), BROWN)
         uri = picture_uri(open_unturned(picture))
-    assert decode_picture(decode_data_uri(uri, Limits()), assistant, Limits()).getpixel((0, 0)) == BROWN
+    assert decode(uri, assistant).getpixel((0, 0)) == BROWN
 
 
 def test_a_turned_picture_is_another_question(script: Scripted):

@@ -15,7 +15,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,8 +52,16 @@ class Server:
 
     def rss(self) -> int:
         """Bytes of memory in use now (Linux)."""
-        (line,) = (x for x in Path(f"/proc/{self.pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024
+        return rss_of(self.pid)
+
+    def children(self) -> list[int]:
+        """Processes that the server has started and that are there (Linux)."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended meanwhile
+                if int(path.read_text().rpartition(")")[2].split()[1]) == self.pid:
+                    found.append(int(path.parent.name))
+        return found
 
     def send(self, content: bytes, then_end: bool = False) -> bytes:
         """What is answered to raw bytes; nothing, if the server closes the connection."""
@@ -61,10 +69,7 @@ class Server:
             connection.sendall(content)
             if then_end:
                 connection.shutdown(socket.SHUT_WR)
-            answer = b""
-            while not is_whole(answer) and (part := connection.recv(CHUNK)):
-                answer += part
-        return answer
+            return receive(connection)
 
     def health(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}/health") as reply:
@@ -76,6 +81,23 @@ class Server:
         while {name: self.health()[name] for name in expected} != expected:
             assert time.monotonic() < end, f"{self.health()} is not {expected}"
             time.sleep(POLL_SECONDS)
+
+
+def rss_of(pid: int) -> int:
+    """Bytes of memory that a process uses now (Linux); 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def receive(connection: socket.socket) -> bytes:
+    """A whole answer; nothing, if the server closes the connection."""
+    answer = b""
+    while not is_whole(answer) and (part := connection.recv(CHUNK)):
+        answer += part
+    return answer
 
 
 def is_whole(answer: bytes) -> bool:
@@ -126,6 +148,13 @@ def user(text: str, url: str | None = None) -> dict[str, Any]:
         return {"role": "user", "content": text}
     picture = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [{"type": "text", "text": text}, picture]}
+
+
+def chat_request(*messages: dict[str, Any]) -> bytes:
+    """A request for an answer, as it goes over the wire."""
+    body = json.dumps({"model": MODEL, "messages": messages}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{len(body)}\r\n\r\n".encode() + body
 
 
 def red_circle() -> str:

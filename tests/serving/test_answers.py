@@ -78,6 +78,12 @@ def test_several_turns(client: openai.OpenAI, assistant: Assistant):
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 5e-324, 1e-3])
+def test_temperatures_near_zero(client: openai.OpenAI, assistant: Assistant, temperature: float):
+    reply = ask(client, user(QUESTION, red_circle()), temperature=temperature, top_p=1e-300, max_tokens=MAX_TOKENS)
+    assert reply.choices[0].message.content == own_answer(assistant, QUESTION)
+
+
 def test_text_only(client: openai.OpenAI, assistant: Assistant):
     messages = [SYSTEM, {"role": "user", "content": "what color is the sky?"}]
     reply = ask(client, *messages, max_tokens=MAX_TOKENS)

@@ -1,12 +1,16 @@
 """What stands before vLLM's server, around a small application; needs no vLLM."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.helpers.client_requests import read_recordings
+from tests.helpers.hostile_images import flat, jpeg_of_many_scans, one_bit_png
 from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
 
 from fusion_hf.serving.errors import CHAT
@@ -58,8 +62,12 @@ async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POS
     scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": b""}
     sent: list[dict[str, Any]] = []
 
+    remaining = [{"type": "http.request", "body": body, "more_body": False}]
+
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+        if not remaining:
+            await asyncio.Event().wait()  # the client waits for its answer
+        return remaining.pop()
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -69,7 +77,13 @@ async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POS
 
 
 def ask(gate: Gate, content: Any, **more: Any) -> tuple[int, dict[str, Any]]:
-    return asyncio.run(request(gate, content, **more))
+    async def ask_and_end() -> tuple[int, dict[str, Any]]:
+        try:
+            return await request(gate, content, **more)
+        finally:
+            await gate.images.close()
+
+    return asyncio.run(ask_and_end())
 
 
 def test_the_budget_goes_to_where_vllm_has_it():
@@ -176,6 +190,85 @@ def test_a_client_that_leaves_in_the_middle_of_its_request_gets_its_place_back()
     for _ in range(4):
         asyncio.run(leave(gate))
     assert ask(gate, {"messages": [user(QUESTION)]})[0] == 200
+
+
+def sent_image(gate: Gate) -> bytes:
+    (part,) = (part for part in gate.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
+    return base64.b64decode(part["image_url"]["url"].partition(",")[2])
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "JPEG2000"])
+def test_images_whose_decoders_keep_the_lock_become_png(kind: str):
+    """vLLM decodes in its server's process; meanwhile nothing else would be answered."""
+    gate, file = make_gate(), flat(kind, 100)
+    assert ask(gate, {"messages": [user(QUESTION, data_uri(file, "webp"))]})[0] == 200
+    with Image.open(BytesIO(sent_image(gate))) as sent, Image.open(BytesIO(file)) as original:
+        assert sent.format == "PNG"
+        assert sent.tobytes() == original.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("name", ["png", "scans"])
+def test_images_that_take_long(name: str):
+    gate = make_gate(limits=Limits(image_pixels=2**28, image_seconds=0.2))
+    file = one_bit_png(8000) if name == "png" else jpeg_of_many_scans(2048, 100_000)
+    status, reply = ask(gate, {"messages": [user(QUESTION, data_uri(file))]})
+    assert status == 400
+    assert "allowed: 0.2 s" in reply["error"]["message"] or "scans" in reply["error"]["message"]
+    assert gate.app.bodies == []
+
+
+def test_a_client_that_leaves_while_its_image_is_decoded():
+    async def leave(gate: Gate) -> None:
+        content = {"messages": [user(QUESTION, data_uri(one_bit_png(8000)))]}
+        messages = [{"type": "http.request", "body": json.dumps(content).encode()}, {"type": "http.disconnect"}]
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(0 if len(messages) == 2 else 0.1)
+            return messages.pop(0)
+
+        async def send(message: dict[str, Any]) -> None:
+            raise AssertionError(message)
+
+        await gate.images.start()
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}
+        await asyncio.wait_for(gate(scope, receive, send), 2)
+        assert gate.places.taken == 0 and gate.app.bodies == []
+        await gate.images.close()
+
+    asyncio.run(leave(make_gate(limits=Limits(image_pixels=2**28, image_seconds=60))))
+
+
+def test_slow_uploads_take_no_places_and_are_bounded_together():
+    async def crowd() -> None:
+        gate = make_gate(limits=Limits(parallel=1, queue_length=0, body_bytes=100, upload_bytes=250))
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}
+
+        async def slowly(size: int, sent: list[Any]) -> None:
+            messages = [{"type": "http.request", "body": b" " * size, "more_body": True}]
+
+            async def receive() -> dict[str, Any]:
+                if not messages:
+                    await asyncio.Event().wait()
+                return messages.pop()
+
+            async def send(message: dict[str, Any]) -> None:
+                sent.append(message)
+
+            await gate(scope, receive, send)
+
+        answers: list[list[Any]] = [[] for _ in range(4)]
+        tasks = [asyncio.create_task(slowly(100, answer)) for answer in answers[:2]]
+        await asyncio.sleep(0.05)
+        assert (await request(gate, {"messages": [user("hi")]}))[0] == 200
+        await slowly(100, answers[2])
+        assert answers[2][0]["status"] == 503
+        assert "hold 200 bytes; allowed: 250" in json.loads(answers[2][1]["body"])["error"]["message"]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert gate.uploads.held == 0
+
+    asyncio.run(crowd())
 
 
 REFUSED = {

@@ -80,6 +80,23 @@ def test_draws_follow_the_distribution():
     assert torch.equal(shares(Sampling(1.0, seed=5)), shares(Sampling(1.0, seed=5)))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-45, 1e-38, 1e-30, 1e-10, 1e-3])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-38, 0.5, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_extreme_settings_draw_the_most_likely(temperature: float, top_p: float, scale: float):
+    logits = torch.tensor([[-2.0, float("-inf"), 1.0, 20.0, -1e3]]) * scale
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = Draw(Sampling(temperature, top_p, -(2**63)))(torch.empty(1, 0), logits.to(dtype))
+        assert int(scores.argmax()) == 3
+        assert scores.max() == 0 and scores.dtype == dtype
+
+
+def test_tokens_that_are_equally_likely_stay_so():
+    draw = Draw(Sampling(1e-38, seed=1))
+    drawn = {int(draw(torch.empty(1, 0), torch.tensor([[3.0, 1.0, 3.0]])).argmax()) for _ in range(100)}
+    assert drawn == {0, 2}
+
+
 def test_turns_go_round():
     turns = Turns()
     order: list[int] = []

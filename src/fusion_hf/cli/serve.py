@@ -161,7 +161,9 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     return Limits(
         image_bytes=arguments.max_image_bytes,
         image_pixels=arguments.max_image_pixels,
+        image_seconds=arguments.max_image_seconds,
         body_bytes=arguments.max_body_bytes,
+        upload_bytes=arguments.max_upload_bytes,
         prompt_tokens=arguments.max_prompt_tokens,
         answer_tokens=arguments.max_new_tokens,
         parallel=arguments.parallel or PARALLEL[arguments.engine],
@@ -170,11 +172,13 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     )
 
 
-def _limit_options() -> tuple[tuple[str, int, str], ...]:
+def _limit_options() -> tuple[tuple[str, float, str], ...]:
     return (
         ("--max-image-bytes", DEFAULTS.image_bytes, "largest picture file"),
         ("--max-image-pixels", DEFAULTS.image_pixels, "largest picture"),
+        ("--max-image-seconds", DEFAULTS.image_seconds, "processor time for decoding a picture"),
         ("--max-body-bytes", DEFAULTS.body_bytes, "largest request"),
+        ("--max-upload-bytes", DEFAULTS.upload_bytes, "requests that are still arriving, together"),
         ("--max-prompt-tokens", DEFAULTS.prompt_tokens, "longest prompt, with image and latent tokens"),
     )
 

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from fusion_hf.compatibility_fusion import CACHE_NAME, cache_keyword
 from fusion_hf.configuration_fusion import NUM_TILES
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.folder import new_folder
@@ -37,6 +36,7 @@ from fusion_hf.interchange.folder import (
     cache_names,
 )
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.modeling_fusion_decoder import PromptMarks, TokenBudget
 from fusion_hf.modeling_fusion_vision import pool_context, reduce_grid
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,6 +30,7 @@ from fusion_hf.serving.errors import (
     CHAT,
     INTERNAL,
     NOT_FOUND,
+    OVERLOADED,
     TIMEOUT,
     TOO_LARGE,
     TOO_MANY,
@@ -49,6 +51,7 @@ BODY_SECONDS = 30.0  # for a request to arrive
 SEND_SECONDS = 30.0  # for a client to take a piece of its answer
 CANCEL_SECONDS = 0.1  # until work for a client that is gone is told again to end
 JSON = "application/json"
+Result = TypeVar("Result")
 SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -89,8 +92,9 @@ def build_app(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await engine.start()
         yield
-        engine.close()
+        await engine.close()
 
     app = Starlette(
         routes=[
@@ -155,7 +159,7 @@ class KeyCheck:
 
 
 class Places:
-    """How many requests are here at once: those that are answered, and those that wait."""
+    """How many whole requests are here at once: those that are answered, and those that wait."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -163,6 +167,18 @@ class Places:
 
     @contextmanager
     def take(self) -> Iterator[None]:
+        """
+        Raises:
+            ApiError: see `check`.
+        """
+        self.check()
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+    def check(self) -> None:
         """
         Raises:
             ApiError: if as many requests are here as may be.
@@ -174,11 +190,34 @@ class Places:
                 "this server takes; try again soon.",
                 TOO_MANY,
             )
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
+
+
+class Uploads:
+    """
+    How many bytes of bodies that are still arriving are held. Bytes are counted as they come, not connections: who
+    sends slowly keeps nobody out.
+    """
+
+    def __init__(self, limits: Limits):
+        self.most = max(limits.upload_bytes, limits.body_bytes)
+        self.held = 0
+
+    def take(self, count: int) -> None:
+        """Count further bytes.
+
+        Raises:
+            ApiError: if they are more than may be held.
+        """
+        if self.held + count > self.most:
+            raise overloaded(
+                f"Requests that are still arriving hold {self.held} bytes; allowed: {self.most}; try again soon.",
+                OVERLOADED,
+            )
+        self.held += count
+
+    def release(self, count: int) -> None:
+        """Forget bytes that were taken."""
+        self.held -= count
 
 
 def check_content_type(request: Request) -> None:
@@ -201,22 +240,23 @@ class ChatEndpoint:
         self.engine = engine
         self.fingerprint = fingerprint
         self.places = Places(service.limits)
+        self.uploads = Uploads(service.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         check_content_type(request)
-        with (
-            self.places.take(),
-            suppress(ClientDisconnect, asyncio.TimeoutError),
-        ):  # a client that is gone, or does not read
-            deadline = time.monotonic() + self.service.limits.seconds
+        self.places.check()  # who would find none need not send anything
+        deadline = time.monotonic() + self.service.limits.seconds
+        with suppress(ClientDisconnect, asyncio.TimeoutError):  # a client that is gone, or does not read
             asked = await self._read(request)
-            await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
+            with self.places.take():
+                await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
 
     async def _read(self, request: Request) -> ChatRequest:
         """The request with its picture's bytes or address; the body, which may be large, is forgotten."""
         limits = self.service.limits
-        asked = parse_chat_request(load_json(await read_body(request, limits.body_bytes)), self.service.name, limits)
+        body = await read_body(request, limits.body_bytes, self.uploads)
+        asked = parse_chat_request(load_json(body), self.service.name, limits)
         if isinstance(asked.picture, str) and is_data_uri(asked.picture):
             return replace(asked, picture=decode_data_uri(asked.picture, limits))
         return asked
@@ -267,38 +307,42 @@ async def _send_piece(send: Send, body: bytes, is_last: bool = False) -> None:
     await asyncio.wait_for(send(message), SEND_SECONDS)
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int, uploads: Uploads) -> bytes:
     """
     Raises:
-        ApiError: if it has more than `most` bytes, by its header or in truth, or does not come.
+        ApiError: if it has more than `most` bytes, by its header or in truth, does not come, or comes with too many
+            others.
     """
     error = ApiError(TOO_LARGE, f"The body is too large; allowed: {most} bytes.")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > most:
         raise error
 
-    async def read() -> bytes:
-        content = bytearray()
+    content = bytearray()
+
+    async def read() -> None:
         async for chunk in request.stream():
-            content += chunk
-            if len(content) > most:
+            if len(content) + len(chunk) > most:
                 raise error
-        return bytes(content)
+            uploads.take(len(chunk))
+            content.extend(chunk)
 
     try:
-        return await asyncio.wait_for(read(), BODY_SECONDS)
+        await asyncio.wait_for(read(), BODY_SECONDS)
+        return bytes(content)
     except asyncio.TimeoutError as late:
         raise ApiError(TIMEOUT, f"The body did not arrive within {BODY_SECONDS:g} s.") from late
+    finally:
+        uploads.release(len(content))
 
 
-async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
-    """Do the work, but only as long as the client is there."""
+async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
+    """The work's result; None if the client goes away before."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_wait_until_gone(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
+        return working.result() if working.done() else None
     finally:
         watching.cancel()
         while not working.done():  # before Python 3.12 `wait_for` may swallow a cancellation

@@ -5,20 +5,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fusion_hf.errors import InputError
-from fusion_hf.inference import Assistant
+from fusion_hf.image_processing_fusion import FusionImageProcessor, values_of_bytes
+from fusion_hf.inference import Assistant, with_stand_in
 from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
 from fusion_hf.serving.generation import AnswerText, Draw, EndWhen
-from fusion_hf.serving.images import decode_picture
+from fusion_hf.serving.image_workers import ImageWorkers
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.requests import ChatRequest
 
@@ -47,9 +50,10 @@ class _Job:
     """A request on its way; `events` belongs to the event loop `loop`, the rest to whoever has it."""
 
     request: ChatRequest
-    picture: bytes | None
+    image: bytes | None  # the file, until it is decoded
     deadline: float  # of the monotonic clock
     loop: asyncio.AbstractEventLoop
+    tiles: np.ndarray | None = None  # (5, 3, H, W), uint8
     events: asyncio.Queue[Piece | Finished | ApiError] = field(default_factory=asyncio.Queue)
     is_begun: bool = False
     is_cancelled: bool = False
@@ -108,6 +112,8 @@ class Engine:
         self.limits = limits
         self.max_prompt_tokens = min(limits.prompt_tokens, assistant.max_length - 1)
         self.longest_token = max(map(len, assistant.processor.tokenizer.get_vocab()))  # characters
+        self._images = ImageWorkers(assistant.processor.image_processor, limits)
+        self._is_ending = False
         self._turns = Turns()
         self._slots = asyncio.Semaphore(limits.parallel)
         self._threads = ThreadPoolExecutor(limits.parallel, thread_name_prefix="answer")
@@ -119,7 +125,7 @@ class Engine:
         return sum(job.is_begun for job in self._jobs.values())
 
     async def answer(
-        self, request: ChatRequest, picture: bytes | None, deadline: float
+        self, request: ChatRequest, image: bytes | None, deadline: float
     ) -> AsyncGenerator[Piece | Finished, None]:
         """
         Pieces of text, then the end. Whoever closes this generator before ends the answer and frees its slot. After
@@ -128,7 +134,10 @@ class Engine:
         Raises:
             ApiError: before the first piece, if the request cannot be answered, or not until its deadline.
         """
-        job = _Job(request, picture, deadline, asyncio.get_running_loop())
+        if self._is_ending:
+            raise too_late()
+        job = _Job(request, image, deadline, asyncio.get_running_loop())
+        del image  # which would stay until the answer's end
         task = asyncio.create_task(self._run(job))
         self._jobs[task] = job
         task.add_done_callback(self._jobs.pop)
@@ -146,26 +155,44 @@ class Engine:
             if not job.is_begun:
                 task.cancel()
 
+    async def start(self) -> None:
+        """Start what decodes images."""
+        await self._images.start()
+
     def finish_soon(self) -> None:
-        """End all answers with what there is."""
+        """End all answers with what there is, and begin no more."""
+        self._is_ending = True
         for job in self._jobs.values():
             job.deadline = time.monotonic()
+            if not job.is_begun:
+                job.emit(too_late())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End all answers."""
+        await self._images.close()
         for job in self._jobs.values():
             job.is_cancelled = True
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def _run(self, job: _Job) -> None:
-        async with self._slots:
-            job.is_begun = True
-            if not job.is_cancelled:
-                await job.loop.run_in_executor(self._threads, self._work, job)
+        with self._errors_to(job):
+            self._check_length_roughly(job.request.messages, self._budget(job.request))
+            if job.image is not None:
+                # before the job has a slot: whatever an image costs, the model is there for others
+                job.tiles, job.image = await self._images.cut_tiles(job.image), None
+            async with self._slots:
+                job.is_begun = True
+                if not job.is_cancelled:
+                    await job.loop.run_in_executor(self._threads, self._work, job)
 
     def _work(self, job: _Job) -> None:
-        try:
+        with self._errors_to(job):
             job.emit(self._generate(job))
+
+    @contextmanager
+    def _errors_to(self, job: _Job) -> Iterator[None]:
+        try:
+            yield
         except ApiError as error:
             job.emit(error)
         except InputError as error:
@@ -173,21 +200,22 @@ class Engine:
         except torch.OutOfMemoryError:
             logger.exception("a request needs too much memory")
             job.emit(overloaded("The model has too little memory for this request now.", OVERLOADED))
-        except Exception:  # the last resort of a thread: the client gets an answer, the log gets the reason
+        except Exception:  # the last resort: the client gets an answer, the log gets the reason
             logger.exception("a request failed")
             job.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
 
     def _generate(self, job: _Job) -> Finished:
         request, assistant = job.request, self.assistant
         budget = self._budget(request)
-        self._check_length_roughly(request.messages, budget)
-        messages = request.messages
-        if job.picture is not None:
-            messages = with_picture(messages, decode_picture(job.picture, assistant, self.limits))
+        messages, pixel_values = with_stand_in(request.messages), None
+        if job.tiles is not None:
+            pixel_values = to_pixel_values(job.tiles, assistant.processor.image_processor)
         with self._turns:
             if job.is_over:  # a prompt takes long, and nobody waits for it
                 raise too_late()
             inputs = assistant.prepare(messages, budget.query_len, image_token_grid=budget.image_token_grid)
+            if pixel_values is not None:
+                inputs.update(pixel_values=pixel_values.to(assistant.model.device, assistant.model.dtype))
             prompt_tokens = inputs["input_ids"].shape[1]
             self._check_length(prompt_tokens)
             text = AnswerText(assistant.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))
@@ -255,10 +283,14 @@ def too_late() -> ApiError:
     return overloaded("No answer began within the time that a request may take.", OVERLOADED)
 
 
-def with_picture(messages: list[dict[str, Any]], picture: Any) -> list[dict[str, Any]]:
-    """The messages with the picture in its place."""
-    block = {"type": "image", "image": picture}
-    return [
-        {**message, "content": [block if part["type"] == "image" else part for part in message["content"]]}
-        for message in messages
-    ]
+def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:
+    """What the processor makes of an image with these tiles `(5, 3, H, W)`: `pixel_values` `(1, 5, 3, H, W)`."""
+    table = values_of_bytes(
+        processor.do_rescale,
+        processor.rescale_factor,
+        processor.do_normalize,
+        processor.image_mean,
+        processor.image_std,
+    )
+    planes = [values[tiles[:, channel]] for channel, values in enumerate(table)]
+    return torch.from_numpy(np.stack(planes, axis=1)[None])

@@ -9,6 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.serving.requests import Sampling
 
+# of logits: below it a lower one has no chance that float32 can tell from none, and dividing by it may overflow
+LEAST_TEMPERATURE = 1e-30
 HALF_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
 
 
@@ -98,7 +100,7 @@ class Draw(LogitsProcessor):
     """
 
     def __init__(self, sampling: Sampling):
-        self.temperature = sampling.temperature
+        self.temperature = max(sampling.temperature, LEAST_TEMPERATURE)
         self.warper = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
         self.generator = torch.Generator()
         if sampling.seed is None:

@@ -8,8 +8,7 @@ import re
 from PIL import Image, UnidentifiedImageError
 
 from fusion_hf.errors import short_name
-from fusion_hf.image_processing_fusion import FORMATS
-from fusion_hf.inference import Assistant
+from fusion_hf.image_processing_fusion import FORMATS, FusionImageProcessor
 from fusion_hf.serving.errors import BAD_REQUEST, TOO_LARGE, ApiError
 from fusion_hf.serving.limits import Limits
 
@@ -52,18 +51,17 @@ def too_large(limits: Limits) -> ApiError:
     return ApiError(TOO_LARGE, f"The picture is too large; allowed: {limits.image_bytes} bytes.", PARAM)
 
 
-def decode_picture(content: bytes, assistant: Assistant, limits: Limits) -> Image.Image:
+def decode_picture(content: bytes, processor: FusionImageProcessor, max_pixels: int) -> Image.Image:
     """
     The picture in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
 
     Raises:
-        ApiError: if it is none, is broken or has more than `limits.image_pixels`.
+        ApiError: if it is none, is broken or has more than `max_pixels`.
     """
-    processor = assistant.processor.image_processor
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             return processor.process_image(
-                picture, exif_transpose=processor.exif_transpose, max_image_pixels=limits.image_pixels
+                picture, exif_transpose=processor.exif_transpose, max_image_pixels=max_pixels
             )
     except BROKEN as error:
         raise not_usable(error) from error

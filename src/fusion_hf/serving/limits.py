@@ -11,17 +11,21 @@ class Limits:
     """
     image_bytes: of a picture's file.
     image_pixels: of a picture; checked before it is decoded.
+    image_seconds: of a processor's time for decoding an image.
     body_bytes: of a request.
+    upload_bytes: of all requests that are still arriving, together; never less than `body_bytes`.
     prompt_tokens: text, image and latent tokens together; never more than the model's maximum.
     answer_tokens: of an answer, and how long one is that the client does not limit.
     parallel: requests that are answered at the same time.
     queue_length: requests that wait beside them; more are sent away.
-    seconds: from a request's first byte to the end of its answer.
+    seconds: from the end of a request's head to the end of its answer.
     """
 
     image_bytes: int = 10 * MEGABYTE
     image_pixels: int = 2**25
+    image_seconds: float = 5
     body_bytes: int = 16 * MEGABYTE
+    upload_bytes: int = 256 * MEGABYTE
     prompt_tokens: int = 4096
     answer_tokens: int = 1024
     parallel: int = 4

@@ -10,11 +10,14 @@ import uvicorn
 
 from fusion_hf.errors import InputError
 from fusion_hf.serving.app import Service, build_app
+from fusion_hf.serving.connections import BoundedProtocol
 from fusion_hf.serving.engine import Engine
 
 BACKLOG = 2048
 GOODBYE_SECONDS = 5  # for answers on their way when the server is told to end; then they end with what there is
 LAST_SECONDS = 10  # for them to reach their clients
+# until the event loop, whose turns are short, gets the interpreter from the thread that computes; Python's is 5 ms
+SWITCH_SECONDS = 0.001
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -63,7 +66,7 @@ def serve(service: Service, listener: socket.socket) -> None:
     app = build_app(service)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -72,5 +75,6 @@ def serve(service: Service, listener: socket.socket) -> None:
         timeout_graceful_shutdown=GOODBYE_SECONDS + LAST_SECONDS,
     )
     announce(address_of(listener), service.name)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with suppress(KeyboardInterrupt):  # which is how a person ends it
         _Server(config, app.state.engine).run(sockets=[listener])

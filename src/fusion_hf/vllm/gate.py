@@ -3,30 +3,31 @@
 vLLM alone opens any address that a client names, takes bodies of any size and passes over `query_len` in silence.
 """
 
-import asyncio
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from typing import Any
 
-from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.endpoints import data_uri
-from fusion_hf.image_processing_fusion import FORMATS
-from fusion_hf.serving.app import HEALTH, MODELS, KeyCheck, Places, check_content_type, error_reply, read_body
-from fusion_hf.serving.errors import (
-    BAD_REQUEST,
-    CHAT,
-    ApiError,
-    no_such_path,
-    wrong_value,
+from fusion_hf.serving.app import (
+    HEALTH,
+    MODELS,
+    KeyCheck,
+    Places,
+    Uploads,
+    check_content_type,
+    error_reply,
+    read_body,
+    unless_gone,
 )
+from fusion_hf.serving.errors import CHAT, ApiError, no_such_path, wrong_value
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
 from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
-from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable
+from fusion_hf.serving.image_workers import ImageWorkers
+from fusion_hf.serving.images import decode_data_uri, is_data_uri
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
 from fusion_hf.serving.requests import load_json, parse_max_tokens
@@ -85,10 +86,16 @@ class Gate:
         variable = self.settings.api_key_env
         self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
         self.places = Places(self.settings.limits)
+        self.uploads = Uploads(self.settings.limits)
+        self.images = ImageWorkers(None, self.settings.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, self._announcing(send))
+            await self.images.start()
+            try:
+                await self.app(scope, receive, self._announcing(send))
+            finally:
+                await self.images.close()
         elif scope["type"] == "http":
             try:
                 await self.checked(scope, receive, send)
@@ -112,8 +119,12 @@ class Gate:
         """
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in (CHAT, COMPLETIONS):
+            self.places.check()  # who would find none need not send anything
+            content = await self._read(Request(scope, receive))
             with self.places.take():
-                body = await self._checked_body(Request(scope, receive), is_chat=path == CHAT)
+                body = await unless_gone(receive, self._checked_body(content, is_chat=path == CHAT))
+                if body is None:
+                    return
                 headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
                 headers.append((b"content-length", str(len(body)).encode()))
                 await self.app({**scope, "headers": headers}, _replay(body, receive), send)
@@ -123,9 +134,11 @@ class Gate:
             allowed = ", ".join((f"POST {CHAT}", f"POST {COMPLETIONS}", *(f"GET {name}" for name in READABLE)))
             raise no_such_path(method, path, allowed)
 
-    async def _checked_body(self, request: Request, is_chat: bool) -> bytes:
+    async def _read(self, request: Request) -> dict[str, Any]:
         check_content_type(request)
-        given = load_json(await read_body(request, self.settings.limits.body_bytes))
+        return load_json(await read_body(request, self.settings.limits.body_bytes, self.uploads))
+
+    async def _checked_body(self, given: dict[str, Any], is_chat: bool) -> bytes:
         # vLLM checks the types of fields that change no answer
         content = {name: x for name, x in given.items() if x is not None and name not in REQUEST.ignored}
         for name in REFUSED:
@@ -170,25 +183,12 @@ class Gate:
         content[PROCESSOR_ARGUMENTS] = arguments | {name: x for name, x in chosen.items() if x is not None}
 
     async def _checked_picture(self, url: str) -> str:
-        """A data URI of a picture within the limits."""
+        """A data URI of an image that vLLM may decode."""
         limits = self.settings.limits
         is_inline = is_data_uri(url)
         content = decode_data_uri(url, limits) if is_inline else await fetch_picture(url, self.hosts, limits)
-        kind = await asyncio.to_thread(_check_size, content, limits)
-        return url if is_inline else data_uri(content, kind)
-
-
-def _check_size(content: bytes, limits: Limits) -> str:
-    """The picture's MIME type; nothing of its pixels is decoded."""
-    try:
-        with Image.open(BytesIO(content), formats=FORMATS) as picture:
-            size = picture.width * picture.height
-            kind = Image.MIME[str(picture.format)]
-    except BROKEN as error:
-        raise not_usable(error) from error
-    if size > limits.image_pixels:
-        raise ApiError(BAD_REQUEST, f"The picture has {size} pixels; allowed: {limits.image_pixels}.", PARAM)
-    return kind
+        kind, vetted = await self.images.vet(content)
+        return url if is_inline and vetted is content else data_uri(vetted, kind)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -14,6 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.errors import InputError
+from fusion_hf.serving.connections import BoundedProtocol
 from fusion_hf.serving.server import address_of, listen
 from fusion_hf.vllm.gate import Gate, GateSettings
 from fusion_hf.vllm.settings import ENGINE_ARGUMENTS
@@ -53,7 +54,7 @@ def serve(options: ServerOptions) -> None:
     gate.to_environment()
     arguments = parse(server_arguments(options))
     try:
-        asyncio.run(run_server_worker(address, listener, arguments))
+        asyncio.run(run_server_worker(address, listener, arguments, http=BoundedProtocol))
     except KeyboardInterrupt:  # which is how a person ends it
         pass
     finally:

@@ -14,13 +14,16 @@ from transformers.generation.candidate_generator import CandidateGenerator, Prom
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from .compatibility_fusion import CACHE_NAME, cache_keyword, either_cache, rename_cache
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from .modeling_fusion_base import (
+    CACHE_NAME,
     FusionCausalLMOutputWithPast,
     FusionModelOutputWithPast,
     FusionPreTrainedModel,
     LossCounts,
+    cache_keyword,
+    either_cache,
+    rename_cache,
 )
 from .modeling_fusion_decoder import (
     DECODER_LAYERS,
