@@ -2,21 +2,19 @@
 
 import base64
 import binascii
-import io
 import re
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fusion_hf.errors import short_name
-from fusion_hf.image_processing_fusion import FORMATS
+from fusion_hf.image_limits_fusion import ImageError
+from fusion_hf.image_opening_fusion import open_image
 from fusion_hf.inference import Assistant
 from fusion_hf.serving.errors import BAD_REQUEST, TOO_LARGE, ApiError
 from fusion_hf.serving.limits import Limits
 
 PARAM = "messages.content.image_url.url"
 DATA_URI = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
-# what broken files make PIL raise
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, Image.DecompressionBombError)
 BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # so many characters are so many bytes
 
 
@@ -61,17 +59,11 @@ def decode_picture(content: bytes, assistant: Assistant, limits: Limits) -> Imag
     """
     processor = assistant.processor.image_processor
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            return processor.process_image(
-                picture, exif_transpose=processor.exif_transpose, max_image_pixels=limits.image_pixels
-            )
-    except BROKEN as error:
+        return open_image(content, limits.image_pixels, exif_transpose=processor.exif_transpose)
+    except ImageError as error:
         raise not_usable(error) from error
 
 
-def not_usable(error: Exception) -> ApiError:
+def not_usable(error: ImageError) -> ApiError:
     """The error of a picture that cannot be opened or decoded."""
-    if isinstance(error, UnidentifiedImageError):
-        kinds = ", ".join(FORMATS)
-        return ApiError(BAD_REQUEST, f"The picture is of no known kind; allowed: {kinds}.", PARAM)
-    return ApiError(BAD_REQUEST, f"The picture cannot be used: {error}", PARAM)
+    return ApiError(BAD_REQUEST, f"The picture cannot be used: {error.reason}.", PARAM)

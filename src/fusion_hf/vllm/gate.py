@@ -7,7 +7,6 @@ import asyncio
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from typing import Any
 
 from PIL import Image
@@ -15,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.endpoints import data_uri
-from fusion_hf.image_processing_fusion import FORMATS
+from fusion_hf.image_limits_fusion import ImageError, check_decoder
+from fusion_hf.image_opening_fusion import identify_image
 from fusion_hf.serving.app import HEALTH, KeyCheck, Places, check_content_type, error_reply, read_body
 from fusion_hf.serving.errors import (
     BAD_REQUEST,
@@ -24,7 +24,7 @@ from fusion_hf.serving.errors import (
     wrong_value,
 )
 from fusion_hf.serving.fetch import HostPolicy, fetch_picture
-from fusion_hf.serving.images import BROKEN, PARAM, decode_data_uri, is_data_uri, not_usable
+from fusion_hf.serving.images import PARAM, decode_data_uri, is_data_uri, not_usable
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.requests import check_count, load_json
 from fusion_hf.serving.server import announce
@@ -179,14 +179,14 @@ def find_images(messages: Any) -> list[dict[str, Any]]:
 def _check_size(content: bytes, limits: Limits) -> str:
     """The picture's MIME type; nothing of its pixels is decoded."""
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as picture:
-            size = picture.width * picture.height
-            kind = Image.MIME[str(picture.format)]
-    except BROKEN as error:
+        picture = identify_image(content)
+        check_decoder(picture, len(content))
+    except ImageError as error:
         raise not_usable(error) from error
+    size = picture.width * picture.height
     if size > limits.image_pixels:
         raise ApiError(BAD_REQUEST, f"The picture has {size} pixels; allowed: {limits.image_pixels}.", PARAM)
-    return kind
+    return Image.MIME[str(picture.format)]
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
