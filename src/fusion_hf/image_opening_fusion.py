@@ -23,6 +23,7 @@ from .image_limits_fusion import (
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none whose reader starts another program
 MAX_IMAGE_PIXELS = 89_478_485  # PIL warns above it
+MAX_SIDE = 2**20  # PIL has a pointer for each row, which takes more than a narrow row itself
 MAX_FILE_BYTES = 2**30  # more than any image of MAX_IMAGE_PIXELS has, compressed or not
 # What PIL raises for files that are broken or made to break it, while it opens, decodes, or converts them.
 BROKEN_IMAGE: tuple[type[Exception], ...] = (
@@ -43,7 +44,7 @@ BROKEN_IMAGE: tuple[type[Exception], ...] = (
 )
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
-BLOCK_PIXELS = 2**18  # that are converted at a time
+BLOCK_PIXELS = 2**16  # that are converted at a time
 LONGEST_REASON = 200  # characters
 ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
 TIFF = "TIFF"
@@ -160,6 +161,8 @@ def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_tr
         raise OversizedImage(
             f"it has {width} x {height} = {width * height} pixels; allowed: max_image_pixels = {max_pixels}"
         )
+    if max(width, height) > MAX_SIDE:
+        raise OversizedImage(f"it is {width} x {height} pixels; allowed: {MAX_SIDE} in a row or column")
     load_image(image)
     orientation = read_orientation(image) if exif_transpose else UPRIGHT
     with _reported():
@@ -299,7 +302,7 @@ def _largest(image: Image.Image) -> int:
 
 
 def _gray_block(block: Image.Image, is_scaled: bool) -> Image.Image:
-    gray = np.asarray(block).astype(np.int64).clip(0, LARGEST_UINT16)
+    gray = np.asarray(block).astype(np.int32).clip(0, LARGEST_UINT16)
     if is_scaled:
         gray = gray * LARGEST_UINT8 // LARGEST_UINT16
     return Image.fromarray(gray.astype(np.uint8))

@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 MAX_DECODING_SECONDS = 2.0
 # Each read of a file is a step of a loop in one of PIL's plugins; a step takes up to 2 microseconds.
-MAX_READS, BYTES_PER_FURTHER_READ = 2**20, 2**10
+MAX_READS, BYTES_PER_FURTHER_READ = 2**19, 2**10
 # A scan of a progressive JPEG visits every pixel, however few bytes it has: 0.55 ns per pixel. Encoders write 3 to 20.
 MIN_JPEG_SCANS, MAX_JPEG_SCANS, JPEG_SCAN_PIXELS = 20, 100, 2**31
 MAX_TAG_VALUES = 2**18  # of a TIFF or an EXIF block: PIL makes a Python object of each
@@ -79,7 +79,7 @@ LZMA_TIFF, WEBP = "lzma", "WEBP"
 # Decoders that are not listed take at most 40 ns per pixel. PIL runs those of `PLUGIN_LOOPS` in Python.
 DECODER_COSTS = {
     "jpeg2k": DecoderCost(100, 250),
-    WEBP: DecoderCost(80),  # at most 54 ns, but it also takes 16 bytes of memory per pixel
+    WEBP: DecoderCost(80),  # at most 54 ns, but it also takes 20 bytes of memory per pixel
     LZMA_TIFF: DecoderCost(20, 120),
     "bmp_rle": DecoderCost(150, 300),
     "ppm": DecoderCost(1800),
