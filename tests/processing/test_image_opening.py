@@ -4,23 +4,21 @@ import base64
 import io
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from tests.helpers.broken_images import BROKEN
 from tests.helpers.hostile_images import (
     FILES,
     LONG,
     ODD_TAGS,
     ORIENTATION,
     PHOTOGRAPHS,
-    PNG_HEAD,
     SHORT,
     VALUE_SIZES,
-    chunk,
     costly_files,
     directory,
     encoded,
@@ -184,43 +182,6 @@ def test_a_text_chunk_called_transparency(name: str):
     assert same(open_image(content), open_image(FILES[name]))
     gray = encoded(PHOTO.convert("L"), "PNG")
     assert same(open_image(insert_chunks(gray, [(b"tEXt", b"transparency\0red")])), PHOTO.convert("L").convert("RGB"))
-
-
-def offsets_as_text(content: bytes) -> bytes:
-    (begin,) = struct.unpack_from("<I", content, 4)
-    (entries,) = struct.unpack_from("<H", content, begin)
-    changed = bytearray(content)
-    for place in range(begin + 2, begin + 2 + 12 * entries, 12):
-        if struct.unpack_from("<H", content, place)[0] == 273:
-            struct.pack_into("<H", changed, place + 2, 2)
-    return bytes(changed)
-
-
-BROKEN = {
-    "nothing": b"",
-    "text": b"just text",
-    "half a PNG": FILES["rgb.png"][: len(FILES["rgb.png"]) // 2],
-    "half a JPEG": FILES["rgb.jpg"][: len(FILES["rgb.jpg"]) // 2],
-    "half a JPEG2000": FILES["rgb.jp2"][: len(FILES["rgb.jp2"]) // 2],
-    "half a WebP": FILES["rgb.webp"][: len(FILES["rgb.webp"]) // 2],
-    "half a GIF": FILES["p.gif"][: len(FILES["p.gif"]) // 2],
-    "half a BMP": FILES["rgb.bmp"][: len(FILES["rgb.bmp"]) // 2],
-    "half a PPM": FILES["rgb.ppm"][: len(FILES["rgb.ppm"]) // 2],
-    "half a TIFF": FILES["rgb.tif"][: len(FILES["rgb.tif"]) // 2],
-    "half of BigTIFF": FILES["big.tif"][: len(FILES["big.tif"]) // 2],
-    "half of a packed TIFF": FILES["lzw.tif"][: len(FILES["lzw.tif"]) // 2],
-    "BigTIFF without a directory": b"II\x2b\0\x08\0\0\0" + struct.pack("<Q", 2**63) + bytes(8),
-    "BigTIFF of a huge directory": b"II\x2b\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**63) + bytes(40),
-    "offsets as text": offsets_as_text(FILES["rgb.tif"]),
-    "offsets as text of a packed TIFF": offsets_as_text(FILES["lzw.tif"]),
-    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    "a JPEG of many scans": jpeg_of_many_scans(64, 1000),
-    "a PNG of 10^8 pixels": PNG_HEAD
-    + chunk(b"IHDR", struct.pack(">IIBBBBB", 10**4, 10**4, 8, 2, 0, 0, 0))
-    + chunk(b"IDAT", zlib.compress(b""))
-    + chunk(b"IEND", b""),
-    "a JPEG2000 that is slow": encoded(Image.new("RGB", (5000, 5000)), "JPEG2000"),
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zlib
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.helpers.broken_images import BROKEN as BROKEN_FILES
+from tests.helpers.broken_images import ODD
 from tests.helpers.training_data import (
     NUM_RECORDS,
     add_member,
@@ -22,7 +25,10 @@ from tests.helpers.training_data import (
 )
 from torch.utils.data import DataLoader
 
+from fusion_hf import FusionProcessor, nano_path
+from fusion_hf.cli import main
 from fusion_hf.errors import InputError
+from fusion_hf.training import FusionDataCollator
 from fusion_hf.training.data import SampleKey, load_records
 from fusion_hf.training.data.records import RecordProblem
 from fusion_hf.training.data.skips import BrokenRecords
@@ -356,3 +362,27 @@ def test_policies_that_are_none(tmp_path: Path):
     broken = BrokenRecords("skip", 1, tmp_path / "file" / "skipped.jsonl")
     with pytest.raises(InputError, match=r"skipped_file: .* cannot be written"):
         broken.handle([("file", 1, RecordProblem("shape", "x"))])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_from_strangers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What opening lets pass, the collator takes; the check of the data finds the same as the training."""
+    files = {f"{number}.png": content for number, content in enumerate(BROKEN_FILES.values())} | ODD
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    records = [{**make_record(0), "id": name, "image": name} for name in files]
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    settings = {"on_broken": "skip", "cache": tmp_path / "cache"}
+    collator = FusionDataCollator(FusionProcessor.from_pretrained(nano_path()), compact=True)
+    data = load_records(file, **settings)
+    items = [data[index] for index in range(len(data))]
+    assert ["skipped" in item for item in items] == [name not in ODD for name in files]
+    batch = collator(items)
+    assert len(batch["pixel_bytes"]) == len(ODD)
+    unturned = load_records(file, **settings, exif_transpose=False)
+    first = len(BROKEN_FILES)
+    assert unturned[first]["image"].size == items[first]["image"].size[::-1]
+
+    assert main(["data", "check", str(file), "--images", "decode", "--data-cache", str(tmp_path / "cache")]) == 1
+    counts = re.findall(r"(?:broken|oversized) image: (\d+), first", capsys.readouterr().out)
+    assert sum(map(int, counts)) == len(BROKEN_FILES)
