@@ -42,6 +42,7 @@ BROKEN_IMAGE: tuple[type[Exception], ...] = (
     zlib.error,
     Image.DecompressionBombError,
 )
+SPEAKING = (EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
 BLOCK_PIXELS = 2**16  # that are converted at a time
@@ -209,8 +210,9 @@ def _shown(error: Exception) -> str:
     """What PIL says, in one line without a full stop; the kind of error where that is all there is."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the file's name, which the caller knows
-    text = " ".join(str(error).split()).rstrip(".")
-    return text[:LONGEST_REASON] if text else type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".")[:LONGEST_REASON] or type(error).__name__
+    # the others are mishaps of PIL's own code, whose words say nothing about the file
+    return text if isinstance(error, SPEAKING) else f"its structure is broken ({text})"
 
 
 def load_image(image: Image.Image) -> None:

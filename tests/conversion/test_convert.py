@@ -126,6 +126,8 @@ def test_folder_is_complete_and_permissions_are_usual(tmp_path, convert):
         "config.json",
         "configuration_fusion.py",
         "generation_config.json",
+        "image_limits_fusion.py",
+        "image_opening_fusion.py",
         "image_processing_fusion.py",
         "model.safetensors",
         "modeling_fusion.py",

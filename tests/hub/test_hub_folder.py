@@ -75,7 +75,18 @@ def test_folder_names_every_auto_class() -> None:
     assert processor["auto_map"]["AutoProcessor"] == "processing_fusion.FusionProcessor"
 
 
-@pytest.mark.parametrize("name", ["configuration", "modeling", "quantization", "image_processing", "processing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "configuration",
+        "modeling",
+        "quantization",
+        "image_limits",
+        "image_opening",
+        "image_processing",
+        "processing",
+    ],
+)
 def test_the_code_files_are_the_packages(name: str) -> None:
     file = f"{name}_fusion.py"
     import fusion_hf
