@@ -75,15 +75,16 @@ class DecoderCost:
         return (self.per_pixel * pixels + self.per_byte * size) / 1e9
 
 
-LZMA_TIFF, WEBP = "lzma", "WEBP"
+LZMA_TIFF, WEBP, LAB = "lzma", "WEBP", "LAB"
 # Decoders that are not listed take at most 40 ns per pixel. PIL runs those of `PLUGIN_LOOPS` in Python.
 DECODER_COSTS = {
     "jpeg2k": DecoderCost(100, 250),
     WEBP: DecoderCost(80),  # at most 54 ns, but it also takes 20 bytes of memory per pixel
     LZMA_TIFF: DecoderCost(20, 120),
-    "bmp_rle": DecoderCost(150, 300),
-    "ppm": DecoderCost(1800),
-    "ppm_plain": DecoderCost(30, 250),
+    LAB: DecoderCost(150),  # the conversion by a colour profile
+    "bmp_rle": DecoderCost(200, 300),
+    "ppm": DecoderCost(2500),
+    "ppm_plain": DecoderCost(30, 350),
 }
 PLUGIN_LOOPS = ("bmp_rle", "ppm", "ppm_plain")
 
@@ -104,6 +105,7 @@ def check_decoder(image: Image.Image, size: int) -> None:
     decoder = WEBP if image.format == WEBP else image.tile[0][0] if image.tile else None  # WebP names its own late
     if decoder == "libtiff":
         decoder = image.info.get("compression")
+    decoder = LAB if image.mode == LAB and image.tile else decoder
     cost = DECODER_COSTS.get(decoder) if isinstance(decoder, str) else None
     if cost is None:
         return

@@ -246,6 +246,7 @@ def costly_files(side: int) -> dict[str, bytes]:
         "float32.tif": encoded(Image.fromarray(black.astype(np.float32)), "TIFF", compression="tiff_adobe_deflate"),
         "flat.jp2": encoded(Image.new("RGB", (side, side)), "JPEG2000"),
         "flat.webp": encoded(Image.new("RGB", (side, side)), "WEBP"),
+        "lab.tif": encoded(Image.new("LAB", (side, side)), "TIFF", compression="tiff_adobe_deflate"),
         "flat.gif": encoded(Image.new("P", (side, side)), "GIF"),
         "runs.bmp": rle_bmp(side, side, b"\x01\x05\x00\x00" * side),
         "odd.pgm": b"P5 %d %d 254\n" % (side, side) + bytes(side * side),

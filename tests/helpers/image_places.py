@@ -1,13 +1,14 @@
 """The places where an image is opened, each on its own way: what became of a file there."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fusion_hf.errors import InputError
 from fusion_hf.image_limits_fusion import ImageError
-from fusion_hf.image_opening_fusion import open_image
+from fusion_hf.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image
 from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.inference import Assistant
 from fusion_hf.serving.errors import ApiError
@@ -40,6 +41,18 @@ def of_processor(path: Path, max_pixels: int) -> Outcome:
         image = processor.fetch_images(str(path))
         processor(image, max_image_pixels=max_pixels)
         return _seen(processor.process_image(image, max_image_pixels=max_pixels))
+    except ValueError as error:
+        return Outcome(words=str(error))
+
+
+def of_opened(content: bytes, max_pixels: int) -> Outcome:
+    """An image that the caller has opened with PIL, as a program may; opening it may fail in any way."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (*BROKEN_IMAGE, UnidentifiedImageError) as error:
+        return Outcome(words=str(error))
+    try:
+        return _seen(FusionImageProcessor().process_image(image, max_image_pixels=max_pixels))
     except ValueError as error:
         return Outcome(words=str(error))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.hostile_images import costly_files, mutated_files, structured_files
-from tests.helpers.image_places import Outcome, of_ask, of_opener, of_processor, of_reader, of_server
+from tests.helpers.image_places import Outcome, of_ask, of_opened, of_opener, of_processor, of_reader, of_server
 
 from fusion_hf.inference import Assistant
 
@@ -63,6 +63,8 @@ class Fuzzer:
         for outcome in outcomes:
             assert outcome.pixels == first.pixels, self._kept(content)
             assert first.words in outcome.words, self._kept(content)
+        if everywhere and first.pixels is not None:
+            assert of_opened(content, MAX_PIXELS).pixels == first.pixels, self._kept(content)
         self.counts["files"] += 1
         self.counts["opened" if first.pixels is not None else "refused"] += 1
         self.counts["opened or refused everywhere"] += everywhere

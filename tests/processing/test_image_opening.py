@@ -288,6 +288,7 @@ REFUSED = {
     "flat.webp": "WEBP of 33547264 pixels",
     "runs.bmp": "BMP of 33547264 pixels",
     "odd.pgm": "PPM of 33547264 pixels",
+    "lab.tif": "TIFF of 33547264 pixels",
     "padding.jpg": "too many parts",
     "chunks.png": "too many parts",
     "comments.ppm": "200000 comments; allowed: 1000",
