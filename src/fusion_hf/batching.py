@@ -21,7 +21,6 @@ from fusion_hf.modeling_fusion_decoder import TokenBudget
 from fusion_hf.processing_fusion import IMAGE_TOKEN
 from fusion_hf.quantization_fusion import plain_tensors
 from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
-from fusion_hf.training.data.pictures import MALFORMED
 from fusion_hf.training.data.records import RecordProblem
 
 BATCH_SIZE = 8
@@ -167,7 +166,7 @@ class _Run:
         for prompt in batch:
             try:
                 picture = None if prompt.question.picture is None else self._open(prompt.question.picture)
-            except MALFORMED as error:
+            except (ValueError, OSError) as error:  # the latter of a name that no file can have
                 results[prompt.index] = _error(prompt.question.id, str(error))
                 continue
             block = None if picture is None else {"type": "image", "image": picture}
@@ -208,7 +207,7 @@ class _Run:
     def _open(self, picture: str | Image.Image) -> Image.Image:
         """
         Raises:
-            InputError, or any of `MALFORMED`: if it cannot be opened.
+            InputError, ValueError or OSError: if it cannot be opened.
         """
         if isinstance(picture, Image.Image):
             return self.assistant.open_picture(picture)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 from PIL import Image, ImageFile
 
 from fusion_hf.errors import InputError
+from fusion_hf.image_limits_fusion import ImageError
+from fusion_hf.image_opening_fusion import load_image
 from fusion_hf.training.data.records import (
     Messages,
     Raw,
@@ -142,8 +144,9 @@ def _describe(value: Any) -> str:
     if isinstance(value, ImageFile.ImageFile) and value.filename:
         return f"{value.filename!r} {value.size}"
     try:
+        load_image(value)
         return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    except (OSError, SyntaxError, ValueError):  # a broken one, which is reported when it is its turn
+    except ImageError:  # a broken one, which is reported when it is its turn
         return f"{value.mode} {value.size}"
 
 

@@ -1,5 +1,6 @@
 """Batches answer as one by one do, in the records' order, whatever some of the records are like."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.helpers.broken_images import BROKEN, ODD
 from tests.helpers.questions import write_questions
 from tests.helpers.training_runs import write_model
 from transformers import Phi3Config
@@ -209,6 +211,28 @@ def test_broken_records_are_reported_in_their_places(nano: Assistant, tmp_path: 
         assert part in bad["error"], bad
         identity = record["id"] if isinstance(record, dict) else 2 * index + 1
         assert bad["id"] == (2 * index + 1 if isinstance(identity, list) else identity)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_from_strangers(nano: Assistant, tmp_path: Path):
+    """A broken one is its record's error, as a file and in memory, and all other records are answered."""
+    files = {f"{number}.png": content for number, content in enumerate(BROKEN.values())} | ODD
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    path, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"id": name, "image": name, "question": "what?"}) + "\n" for name in files))
+    results = batch_generate(path, nano, output, batch_size=4, max_new_tokens=2, progress=False)
+    assert [result["id"] for result in results] == list(files)
+    assert ["answer" in result for result in results] == [name in ODD for name in files]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == results
+
+    images = []
+    for name in files:
+        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            images.append((name, Image.open(tmp_path / name)))
+    records = [{"image": image, "question": "what?"} for _, image in images]
+    results = batch_generate(records, nano, batch_size=4, max_new_tokens=2, progress=False)
+    assert ["answer" in result for result in results] == [name in ODD for name, _ in images]
 
 
 def test_records_in_memory(nano: Assistant, tmp_path: Path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.helpers.broken_images import BROKEN, ODD
 
 from fusion_hf.errors import short_name
 from fusion_hf.inference import Assistant, Conversation, choose_device, nano_path
@@ -46,6 +47,23 @@ def test_several_pictures_give_a_line_each_and_broken_ones_an_error(run, picture
     assert result.stdout == f"{picture}: red\n{copy}: red\n"
     assert result.stderr.count("\n") == 1
     assert short_name(str(broken)) in result.stderr
+    assert result.returncode == 2
+
+
+def test_images_from_strangers(run, picture, tmp_path):
+    """Odd ones are answered; broken ones are a line each, and nothing ends the run."""
+    names = []
+    for number, content in enumerate([*BROKEN.values(), *ODD.values()]):
+        names.append(tmp_path / f"{number}.png")
+        names[-1].write_bytes(content)
+
+    result = run("ask", picture, *names, picture, QUESTION, "--max-new-tokens", "1")
+
+    answered = [line.split(": ")[0] for line in result.stdout.splitlines()]
+    assert answered == [str(picture), *map(str, names[len(BROKEN) :]), str(picture)]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert [short_name(str(name)) in error for name, error in zip(names, errors, strict=False)] == [True] * len(BROKEN)
+    assert "Traceback" not in result.stderr
     assert result.returncode == 2
 
 

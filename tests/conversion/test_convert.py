@@ -32,6 +32,7 @@ from fusion_hf.conversion.config import convert_config, named_tower
 from fusion_hf.conversion.convert import Options
 from fusion_hf.conversion.convert import convert as run_conversion
 from fusion_hf.publishing import CODE_PATTERN
+from fusion_hf.training.checkpointing import hide_peft_deprecation
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 RANK, ALPHA = 4, 6
@@ -281,7 +282,8 @@ def test_lora(tmp_path, convert, use_rslora, safe):
     settings = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=targets, use_rslora=use_rslora, init_lora_weights=False
     )
-    model = peft.get_peft_model(write_llama(tmp_path / "base"), settings)
+    with hide_peft_deprecation():
+        model = peft.get_peft_model(write_llama(tmp_path / "base"), settings)
     model.save_pretrained(tmp_path / "checkpoint", safe_serialization=safe)
     if not safe and not (tmp_path / "checkpoint" / "adapter_model.bin").exists():
         file = tmp_path / "checkpoint" / "adapter_model.safetensors"

@@ -178,7 +178,7 @@ class TestUploads:
     def test_no_picture(self, assistant, tmp_path, content):
         path = tmp_path / "picture.png"
         path.write_bytes(content)
-        assert "is no picture; allowed: BMP" in self.refused(assistant, path)
+        assert "it is none of BMP, GIF" in self.refused(assistant, path)
 
     def test_truncated(self, assistant, tmp_path, red_circle):
         path = tmp_path / "truncated.png"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.helpers.client_requests import read_recordings
-from tests.helpers.hostile_images import flat, jpeg_of_many_scans, one_bit_png
+from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
 from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
 
 from fusion_hf.serving.errors import CHAT
@@ -273,7 +273,7 @@ def test_slow_uploads_take_no_places_and_are_bounded_together():
 
 REFUSED = {
     "pixels": (400, {"messages": [user(QUESTION, data_uri(png_of_claimed_size(6_000)))]}),
-    "no known kind": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),
+    "none of BMP, GIF": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),
     "too large": (413, {"messages": [user(QUESTION, data_uri(bytes(3_000)))]}),
     "list of allowed image hosts": (400, {"messages": [user(QUESTION, "http://169.254.169.254/latest")]}),
     "allowed: a data URI": (400, {"messages": [user(QUESTION, "file:///etc/passwd")]}),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.helpers.hostile_images import flat, jpeg_of_many_scans, one_bit_png
+from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
 from tests.helpers.serving import (
     POLL_SECONDS,
     QUESTION,

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zlib
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.helpers.broken_images import BROKEN as BROKEN_FILES
+from tests.helpers.broken_images import ODD
 from tests.helpers.training_data import (
     NUM_RECORDS,
     add_member,
@@ -22,7 +25,10 @@ from tests.helpers.training_data import (
 )
 from torch.utils.data import DataLoader
 
+from fusion_hf import FusionProcessor, nano_path
+from fusion_hf.cli import main
 from fusion_hf.errors import InputError
+from fusion_hf.training import FusionDataCollator
 from fusion_hf.training.data import SampleKey, load_records
 from fusion_hf.training.data.records import RecordProblem
 from fusion_hf.training.data.skips import BrokenRecords
@@ -107,7 +113,11 @@ PICTURES = {
     "empty file": ("empty.png", "broken image", "cannot be decoded"),
     "text": ("text.png", "broken image", "cannot be decoded"),
     "postscript": ("script.eps", "broken image", "cannot be decoded"),  # would start Ghostscript
-    "oversized": ("large.png", "oversized image", "10000 x 10000 = 100000000 pixels; allowed: 89478485"),
+    "oversized": (
+        "large.png",
+        "oversized image",
+        "10000 x 10000 = 100000000 pixels; allowed: max_image_pixels = 89478485",
+    ),
     "bomb": ("bomb.png", "oversized image", "bomb"),
 }
 
@@ -207,7 +217,7 @@ def test_a_smaller_limit_of_pixels(folder: Path, tmp_path: Path):
     file = write_jsonl(tmp_path / "a.jsonl", [make_record(0), make_record(1)])
     records = load_records(file, root=folder, cache=tmp_path / "cache", max_image_pixels=16 * 12)
     assert records[0]["image"].size == (16, 12)
-    with pytest.raises(InputError, match="17 x 12 = 204 pixels; allowed: 192"):
+    with pytest.raises(InputError, match="17 x 12 = 204 pixels; allowed: max_image_pixels = 192"):
         records[1]
 
 
@@ -352,3 +362,27 @@ def test_policies_that_are_none(tmp_path: Path):
     broken = BrokenRecords("skip", 1, tmp_path / "file" / "skipped.jsonl")
     with pytest.raises(InputError, match=r"skipped_file: .* cannot be written"):
         broken.handle([("file", 1, RecordProblem("shape", "x"))])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_from_strangers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What opening lets pass, the collator takes; the check of the data finds the same as the training."""
+    files = {f"{number}.png": content for number, content in enumerate(BROKEN_FILES.values())} | ODD
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    records = [{**make_record(0), "id": name, "image": name} for name in files]
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    settings = {"on_broken": "skip", "cache": tmp_path / "cache"}
+    collator = FusionDataCollator(FusionProcessor.from_pretrained(nano_path()), compact=True)
+    data = load_records(file, **settings)
+    items = [data[index] for index in range(len(data))]
+    assert ["skipped" in item for item in items] == [name not in ODD for name in files]
+    batch = collator(items)
+    assert len(batch["pixel_bytes"]) == len(ODD)
+    unturned = load_records(file, **settings, exif_transpose=False)
+    first = len(BROKEN_FILES)
+    assert unturned[first]["image"].size == items[first]["image"].size[::-1]
+
+    assert main(["data", "check", str(file), "--images", "decode", "--data-cache", str(tmp_path / "cache")]) == 1
+    counts = re.findall(r"(?:broken|oversized) image: (\d+), first", capsys.readouterr().out)
+    assert sum(map(int, counts)) == len(BROKEN_FILES)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
 from fusion_hf.errors import InputError, short_name
-from fusion_hf.image_processing_fusion import FORMATS
+from fusion_hf.image_limits_fusion import ImageError
+from fusion_hf.image_opening_fusion import open_image
 from fusion_hf.inference import Assistant, Conversation, SeenPicture
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
@@ -166,15 +167,10 @@ def open_upload(assistant: Assistant, path: Path) -> Image.Image:
         InputError: if it cannot be read or is too large.
     """
     processor, name = assistant.processor.image_processor, short_name(path.name)
-    if path.stat().st_size > MAX_UPLOAD_BYTES:
-        raise InputError(f"{name} has {path.stat().st_size} bytes; allowed: {MAX_UPLOAD_BYTES}.")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            limit = min(MAX_PIXELS, processor.max_image_pixels)
-            return processor.process_image(image, processor.exif_transpose, limit)
-    except UnidentifiedImageError as error:
-        raise InputError(f"{name} is no picture; allowed: {', '.join(FORMATS)}.") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        limit = min(MAX_PIXELS, processor.max_image_pixels)
+        return open_image(path, limit, MAX_UPLOAD_BYTES, exif_transpose=processor.exif_transpose)
+    except ImageError as error:
         raise InputError(f"{name}: {error}") from error
 
 

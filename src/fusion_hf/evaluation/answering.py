@@ -13,7 +13,7 @@ from fusion_hf.endpoints import Unavailable
 from fusion_hf.evaluation.cache import Answer, AnswerCache, Entry
 from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
 from fusion_hf.evaluation.record import ModelRecord
-from fusion_hf.training.data.pictures import MALFORMED
+from fusion_hf.image_opening_fusion import BROKEN_IMAGE
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Answerer:
     def _read(self, request: Request) -> Prompt | None:
         try:
             prompt = self.model.reader.prompt(request)
-        except (ValueError, *MALFORMED) as error:
+        except BROKEN_IMAGE as error:
             self._fail(request, f"{type(error).__name__}: {error}")
             return None
         self.prompts.setdefault((request.task, request.doc_id), []).append(prompt.text)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from fusion_hf.errors import InputError
-from fusion_hf.image_processing_fusion import ORIENTATION_TAG, UPRIGHT
+from fusion_hf.image_opening_fusion import UPRIGHT, read_orientation
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 # lmms-eval puts its few-shot delimiter where a task names no end; an answer of two paragraphs must not be cut there
@@ -165,6 +165,6 @@ class Reader:
 
 def hash_picture(picture: Image.Image) -> str:
     """Of its pixels, whatever file they came from, and of how it is to be turned."""
-    orientation = picture.getexif().get(ORIENTATION_TAG, UPRIGHT)
+    orientation = read_orientation(picture)
     turned = "" if orientation == UPRIGHT else f" {orientation}"
     return hashlib.sha256(f"{picture.mode} {picture.size}{turned}".encode() + picture.tobytes()).hexdigest()

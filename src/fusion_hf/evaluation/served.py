@@ -22,7 +22,8 @@ from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.evaluation.table import published_rows
 from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
-from fusion_hf.image_processing_fusion import ORIENTATION_TAG, UPRIGHT, FusionImageProcessor
+from fusion_hf.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT, read_orientation
+from fusion_hf.image_processing_fusion import FusionImageProcessor
 
 PARALLEL = 4  # as many as `fusion-hf serve` answers at the same time
 CONNECT_TRIES = 3
@@ -32,7 +33,6 @@ MAX_STOPS = 4  # of the protocol
 SEED_DIGITS = 8  # hexadecimal: as a model in this process is seeded
 EXIF, FILE = "exif", "file"  # among a picture's `info`
 PNG = "image/png"
-TIFF = "TIFF"  # PIL gives a turned one other pixels if it is read from memory, as a server does
 
 
 class ServedModel:
@@ -265,13 +265,14 @@ def open_unturned(source: str | Image.Image) -> Image.Image:
         picture = processor.process_image(given, exif_transpose=False).copy()
     except (ValueError, HTTPError) as error:
         raise InputError(f"{short_name(str(source))}: {error}") from error
-    orientation = given.getexif().get(ORIENTATION_TAG, UPRIGHT)
+    orientation = read_orientation(given)
     picture.info = {}
     if orientation != UPRIGHT:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = orientation
         picture.info[EXIF] = exif.tobytes()
-    if isinstance(source, str) and given.filename == source and given.format != TIFF:
+    # some releases of PIL turn a TIFF otherwise when it is read from memory, as a server does
+    if isinstance(source, str) and Path(source).is_file() and given.format != TIFF:
         picture.info[FILE] = (source, Image.MIME[given.format])
     return picture
 

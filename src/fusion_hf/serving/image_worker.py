@@ -140,12 +140,12 @@ def vet(content: bytes, processor: Any, max_pixels: int) -> bytes:
     """
     from PIL import Image
 
-    from fusion_hf.image_processing_fusion import FORMATS
+    from fusion_hf.image_opening_fusion import identify_image
     from fusion_hf.serving.images import decode_picture
 
     image = decode_picture(content, processor, max_pixels)
-    with Image.open(BytesIO(content), formats=FORMATS) as opened:
-        kind, exif = str(opened.format), opened.info.get("exif", b"")
+    opened = identify_image(content)
+    kind, exif = str(opened.format), opened.info.get("exif", b"")
     if kind in UNLOCKED_FORMATS:
         return f"{Image.MIME[kind]}\n".encode()
     file = BytesIO(f"{Image.MIME['PNG']}\n".encode())

@@ -2,20 +2,19 @@
 
 import base64
 import binascii
-import io
 import re
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fusion_hf.errors import short_name
-from fusion_hf.image_processing_fusion import FORMATS, FusionImageProcessor
+from fusion_hf.image_limits_fusion import ImageError
+from fusion_hf.image_opening_fusion import open_image
+from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.errors import BAD_REQUEST, TOO_LARGE, ApiError
 from fusion_hf.serving.limits import Limits
 
 PARAM = "messages.content.image_url.url"
 DATA_URI = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
-# what broken files make PIL raise
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, Image.DecompressionBombError)
 BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # so many characters are so many bytes
 
 
@@ -57,19 +56,16 @@ def decode_picture(content: bytes, processor: FusionImageProcessor, max_pixels: 
 
     Raises:
         ApiError: if it is none, is broken or has more than `max_pixels`.
+        MemoryError: if there is too little memory for it.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            return processor.process_image(
-                picture, exif_transpose=processor.exif_transpose, max_image_pixels=max_pixels
-            )
-    except BROKEN as error:
+        return open_image(content, max_pixels, exif_transpose=processor.exif_transpose)
+    except ImageError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from error
         raise not_usable(error) from error
 
 
-def not_usable(error: Exception) -> ApiError:
+def not_usable(error: ImageError) -> ApiError:
     """The error of a picture that cannot be opened or decoded."""
-    if isinstance(error, UnidentifiedImageError):
-        kinds = ", ".join(FORMATS)
-        return ApiError(BAD_REQUEST, f"The picture is of no known kind; allowed: {kinds}.", PARAM)
-    return ApiError(BAD_REQUEST, f"The picture cannot be used: {error}", PARAM)
+    return ApiError(BAD_REQUEST, f"The picture cannot be used: {error.reason}.", PARAM)

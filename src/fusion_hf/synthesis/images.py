@@ -17,6 +17,8 @@ from PIL import Image, PngImagePlugin
 
 from fusion_hf.endpoints import IMAGES, Refused, endpoint_url
 from fusion_hf.errors import InputError
+from fusion_hf.image_limits_fusion import ImageError
+from fusion_hf.image_opening_fusion import open_image
 from fusion_hf.synthesis.config import Images
 from fusion_hf.synthesis.documents import TASK, put_record, record_of
 from fusion_hf.synthesis.endpoints import Poster
@@ -165,12 +167,9 @@ class EndpointMaker:
 
 def _decode(content: bytes) -> "Image.Image | str":
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                return f"the picture has {picture.width} x {picture.height} pixels; allowed: {MAX_PIXELS}"
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"the picture cannot be decoded ({type(error).__name__})"
+        return open_image(content, MAX_PIXELS, formats=FORMATS, exif_transpose=False)
+    except ImageError as error:
+        return f"the image cannot be used: {error.reason}"
 
 
 def make_maker(settings: Images, task: int = 0) -> Maker:

@@ -178,6 +178,7 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
             streaming=arguments.streaming and is_training,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             max_image_pixels=processor.image_processor.max_image_pixels,
+            exif_transpose=processor.image_processor.exif_transpose,
         )
 
 

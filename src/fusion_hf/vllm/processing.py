@@ -2,12 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.media import MediaWithBytes
@@ -22,6 +20,7 @@ from vllm.multimodal.processing import (
 )
 
 from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.image_opening_fusion import identify_image
 from fusion_hf.processing_fusion import IMAGE_TOKEN
 
 IMAGE = "image"
@@ -109,4 +108,4 @@ def _digest(tiles: torch.Tensor) -> torch.Tensor:
 
 def _as_sent(item: Any) -> Any:
     """The picture as it was sent: vLLM's own decoding paints what is transparent white, ours does not."""
-    return Image.open(BytesIO(item.original_bytes)) if isinstance(item, MediaWithBytes) else item
+    return identify_image(item.original_bytes) if isinstance(item, MediaWithBytes) else item

@@ -1,17 +1,15 @@
 """Pictures to five tiles: four quarters of a 2 x 2 enlargement, then the overview (FUSION's `static_hd`)."""
 
 import base64
-import binascii
 import os
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import to_pil_image
@@ -19,11 +17,10 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
+from .image_limits_fusion import ImageError
+from .image_opening_fusion import MAX_IMAGE_PIXELS, decode_image, identify_image, read_file
 
-GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
-ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none whose reader starts another program
+LARGEST_UINT8 = 255
 MAX_DOWNLOAD_BYTES = 2**28  # of a picture at an address: who serves it may never stop sending
 
 
@@ -48,7 +45,7 @@ class FusionImageProcessor(PilBackend):
     is scaled to 8 bits, the first frame of an animation is taken.
 
     Raises:
-        ValueError: for a picture that cannot be read or has more than `max_image_pixels` pixels.
+        ValueError: for an image that cannot be read, has more than `max_image_pixels` pixels, or would decode slowly.
     """
 
     valid_kwargs = FusionImageProcessorKwargs
@@ -63,7 +60,7 @@ class FusionImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
     exif_transpose = True
-    max_image_pixels = 89_478_485  # PIL warns above it: a quarter of a gigabyte in RGB
+    max_image_pixels = MAX_IMAGE_PIXELS
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open paths, URLs, base64 text and data URIs (or lists of them) without decoding; others pass through."""
@@ -84,19 +81,7 @@ class FusionImageProcessor(PilBackend):
         """One picture (PIL, array or tensor) as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
         if not isinstance(image, Image.Image):
             image = to_pil_image(_drop_alpha(np.asarray(image)), input_data_format=input_data_format)
-        width, height = image.size
-        if width * height > max_image_pixels:
-            raise ValueError(
-                f"The picture has {width} x {height} = {width * height} pixels; allowed: max_image_pixels = "
-                f"{max_image_pixels}."
-            )
-        try:
-            image.load()
-            if exif_transpose and image.getexif().get(ORIENTATION_TAG, UPRIGHT) != UPRIGHT:
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"The picture cannot be decoded: {error}.") from error
+        return decode_image(image, max_image_pixels, exif_transpose)
 
     def _preprocess(
         self,
@@ -169,19 +154,25 @@ def _look_up(table: np.ndarray, tiles: np.ndarray) -> np.ndarray:
 
 
 def _open(source: str) -> Image.Image:
-    """A picture from a path, an http(s) URL, base64 text or a data URI; not yet decoded."""
+    """An image from a path, an http(s) URL, base64 text or a data URI; not yet decoded."""
     name = source if len(source) <= 100 else f"{source[:100]}..."
     try:
-        if source.startswith(("http://", "https://")):
-            return Image.open(BytesIO(_download(source)), formats=FORMATS)
-        if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
-            return Image.open(source, formats=FORMATS)
-        content = source.split(",", 1)[1] if source.startswith("data:") else source
-        return Image.open(BytesIO(base64.b64decode("".join(content.split()), validate=True)), formats=FORMATS)
-    except (binascii.Error, IndexError) as error:
-        raise ValueError(f"No picture: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
-    except (UnidentifiedImageError, OSError, HTTPError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The picture {name!r} cannot be opened: {error}.") from error
+        return identify_image(_read(source))
+    except ImageError as error:
+        raise ValueError(f"The image {name!r} cannot be opened: {error.reason}.") from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(f"The image {name!r} cannot be opened: {error}.") from error
+    except (ValueError, IndexError) as error:  # of base64, and of a data URI without a comma
+        raise ValueError(f"No image: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
+
+
+def _read(source: str) -> bytes:
+    if source.startswith(("http://", "https://")):
+        return _download(source)
+    if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
+        return read_file(source)
+    content = source.split(",", 1)[1] if source.startswith("data:") else source
+    return base64.b64decode("".join(content.split()), validate=True)
 
 
 def _download(url: str) -> bytes:
@@ -207,15 +198,6 @@ def _drop_alpha(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[-1] == 4:
         return array[..., :3]
     return array[:3] if array.ndim == 3 and array.shape[0] == 4 else array
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in GRAY_16_BIT_MODES:  # PIL would clip at 255, and the picture be white
-        gray = np.asarray(image).astype(np.int64).clip(0, LARGEST_UINT16)
-        if image.mode != "I" or gray.max() > LARGEST_UINT8:
-            gray = gray * LARGEST_UINT8 // LARGEST_UINT16
-        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 FusionImageProcessor.register_for_auto_class()

@@ -1,41 +1,44 @@
-"""Opening the picture of a record: under its root only, bounded before it is decoded, whole or not at all."""
+"""Opening the image of a record: under its root only, bounded before it is decoded, whole or not at all."""
 
 import stat
-import struct
-from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
 from fusion_hf.errors import short_name
-from fusion_hf.image_processing_fusion import FORMATS
+from fusion_hf.image_limits_fusion import ImageError, OversizedImage
+from fusion_hf.image_opening_fusion import open_image
 from fusion_hf.training.data.records import FileSpan, Picture, RecordProblem
 
-MALFORMED = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # PIL's
 MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read before its size in pixels is known
 
 
-def open_picture(picture: Picture, root: Path, max_pixels: int) -> Image.Image:
+def open_picture(picture: Picture, root: Path, max_pixels: int, exif_transpose: bool = True) -> Image.Image:
     """
-    The decoded picture.
+    Decode the image as far as the image processor would: what it gives breaks nothing any more.
 
     Args:
         picture: a path is relative to `root`.
         root: a resolved folder, which no path may leave, not by a link either.
         max_pixels: more are refused before they are decoded.
+        exif_transpose: turn the image upright by its EXIF orientation.
+
+    Returns:
+        The image in mode RGB.
 
     Raises:
-        RecordProblem: if it is missing, outside of `root`, too large, truncated or no picture.
+        RecordProblem: if it is missing, outside of `root`, too large, truncated or no image.
     """
     if isinstance(picture, str):
-        path = picture_path(picture, root)
-        try:
-            with path.open("rb") as stream:
-                return _decode(stream, max_pixels)
-        except OSError as error:
-            raise RecordProblem("broken image", f"{short_name(picture)!r} cannot be read ({error})") from error
-    return _decode(BytesIO(picture if isinstance(picture, bytes) else _read(picture)), max_pixels)
+        source: Path | bytes = picture_path(picture, root)
+    else:
+        source = picture if isinstance(picture, bytes) else _read(picture)
+    try:
+        return open_image(source, max_pixels, exif_transpose=exif_transpose)
+    except OversizedImage as error:
+        raise RecordProblem("oversized image", error.reason) from error
+    except ImageError as error:
+        raise RecordProblem("broken image", error.reason) from error
 
 
 def picture_path(name: str, root: Path) -> Path:
@@ -63,18 +66,3 @@ def _read(span: FileSpan) -> bytes:
     with span.file.open("rb", buffering=0) as stream:
         stream.seek(span.offset)
         return stream.read(span.size)
-
-
-def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
-    try:
-        with Image.open(stream, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                detail = f"it has {width} x {height} = {width * height} pixels; allowed: {max_pixels}"
-                raise RecordProblem("oversized image", detail)
-            image.load()
-            return image
-    except Image.DecompressionBombError as error:
-        raise RecordProblem("oversized image", str(error)) from error
-    except MALFORMED as error:
-        raise RecordProblem("broken image", f"it cannot be decoded ({error})") from error

@@ -1,0 +1,85 @@
+"""The places where an image is opened, each on its own way: what became of a file there."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from fusion_hf.errors import InputError
+from fusion_hf.image_limits_fusion import ImageError
+from fusion_hf.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image
+from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.inference import Assistant
+from fusion_hf.serving.errors import ApiError
+from fusion_hf.serving.images import decode_picture
+from fusion_hf.training.data.pictures import open_picture
+from fusion_hf.training.data.records import RecordProblem
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Size and pixels of an image, or why there is none. Another error than the documented ones is raised."""
+
+    pixels: tuple[tuple[int, int], bytes] | None = None
+    words: str = ""
+
+
+def of_opener(content: bytes, max_pixels: int) -> Outcome:
+    """The function that all others call; its words are a reason, without what they put around it."""
+    try:
+        return _seen(open_image(content, max_pixels))
+    except ImageError as error:
+        return Outcome(words=error.reason)
+
+
+def of_processor(path: Path, max_pixels: int) -> Outcome:
+    """A path, as `ask` and the collator have it."""
+    processor = FusionImageProcessor(size={"height": 8, "width": 8})
+    try:
+        image = processor.fetch_images(str(path))
+        processor(image, max_image_pixels=max_pixels)
+        return _seen(processor.process_image(image, max_image_pixels=max_pixels))
+    except ValueError as error:
+        return Outcome(words=str(error))
+
+
+def of_opened(content: bytes, max_pixels: int) -> Outcome:
+    """An image that the caller has opened with PIL, as a program may; opening it may fail in any way."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (*BROKEN_IMAGE, UnidentifiedImageError) as error:
+        return Outcome(words=str(error))
+    try:
+        return _seen(FusionImageProcessor().process_image(image, max_image_pixels=max_pixels))
+    except ValueError as error:
+        return Outcome(words=str(error))
+
+
+def of_reader(path: Path, max_pixels: int) -> Outcome:
+    """The image of a training record."""
+    try:
+        return _seen(open_picture(path.name, path.parent, max_pixels))
+    except RecordProblem as error:
+        return Outcome(words=str(error))
+
+
+def of_ask(path: Path, assistant: Assistant) -> Outcome:
+    """What `fusion-hf ask` opens."""
+    try:
+        return _seen(assistant.open_picture(str(path)))
+    except InputError as error:
+        return Outcome(words=str(error))
+
+
+def of_server(content: bytes, assistant: Assistant, max_pixels: int) -> Outcome:
+    """What `fusion-hf serve` makes of a client's bytes."""
+    try:
+        return _seen(decode_picture(content, assistant.processor.image_processor, max_pixels))
+    except ApiError as error:
+        return Outcome(words=str(error))
+
+
+def _seen(image: Image.Image) -> Outcome:
+    assert image.mode == "RGB"
+    return Outcome((image.size, image.tobytes()))
