@@ -1,12 +1,11 @@
 """What is known of a loaded model: of which answers and figures it is, for records and for who asks it as a server."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fusion_hf.batching import digest_model
-from fusion_hf.conversion.family import find_member
-from fusion_hf.inference import Assistant
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+if TYPE_CHECKING:
+    from fusion_hf.inference import Assistant
+    from fusion_hf.modeling_fusion_decoder import TokenBudget
 
 # fields of a model that a server lists; the last one is OpenAI's, of answers
 FACTS, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"
@@ -37,8 +36,12 @@ class ModelFacts:
         return f"{self.revision} {self.dtype} {self.query_len} {self.image_token_grid}"
 
     @classmethod
-    def of(cls, assistant: Assistant, budget: TokenBudget) -> "ModelFacts":
+    def of(cls, assistant: "Assistant", budget: "TokenBudget") -> "ModelFacts":
         """Of a loaded model."""
+        # those who read a record need no torch
+        from fusion_hf.batching import digest_model
+        from fusion_hf.conversion.family import find_member
+
         model = assistant.model
         member = find_member(model.config)
         return cls(

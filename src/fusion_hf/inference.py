@@ -5,37 +5,25 @@ Whose model it is does not matter: the classes are this package's own, and no co
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig
+from transformers import BatchFeature, Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.errors import InputError, short_name
+from fusion_hf.folders import find_folder, nano_path
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.processing_fusion import FusionProcessor
 
-NANO = "checkpoints/fusion-nano"
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTHORS_MODEL_TYPES = ("fusion_phi", "fusion_llama")
-# a folder of the Hub without its code, which is not needed, and without weights in formats that can hold code
-HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-IN_FOLDERS = "*/*"
-
-
-def nano_path() -> str:
-    """Folder of the bundled `fusion-nano`, as every `from_pretrained` takes it."""
-    return str(resources.files("fusion_hf") / NANO)
 
 
 def choose_device(name: str = AUTO) -> torch.device:
@@ -396,51 +384,3 @@ def with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else message
         for message in messages
     ]
-
-
-def find_folder(name: str) -> Path:
-    """The folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's.
-
-    Raises:
-        InputError: if there is no such model, or it is no FUSION.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_model_type(folder, name)
-        return folder
-    if folder.exists():
-        raise InputError(f"The model {name} is a file; allowed: the folder that holds it, or a repository of the Hub.")
-    _check_model_type(_download(name, ("config.json",)), name)  # before gigabytes of another model come
-    return _download(name, HUB_FILES)
-
-
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=[IN_FOLDERS]))
-    except HFValidationError as error:
-        raise InputError(f"The model {name} is no folder, and no repository of the Hub can have that name.") from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"The model {name} is no folder, and the Hub cannot be reached: check the name or the network."
-        ) from error
-    except (OSError, HTTPError) as error:
-        raise InputError(f"The model {name} is no folder, and cannot be fetched from the Hub: {error}") from error
-
-
-def _check_model_type(folder: Path, name: str) -> None:
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            advice = f"fusion-hf merge {name} --output NEW_DIR"
-            raise InputError(f"The model {name} is a LoRA adapter: make a model of it and its base, with {advice}.")
-        raise InputError(
-            f"The model {name} has no config.json; allowed: a model folder, as save_pretrained writes it."
-        )
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The model {name} has an unreadable config.json: {error}") from error
-    model_type = values.get("model_type")
-    if model_type in AUTHORS_MODEL_TYPES:
-        raise InputError(f"The model {name} is a checkpoint of the authors' code: convert it with fusion-hf convert.")
-    if model_type != FusionConfig.model_type:
-        raise InputError(f"The model {name} is a {model_type!r} model; allowed: {FusionConfig.model_type!r}.")

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, TypeAlias
 from filelock import FileLock, Timeout
 
 from fusion_hf.errors import InputError
+from fusion_hf.outputs import check_new_file
 
 FORMAT = 1
 PARTIAL, LOCK, DRAFT = ".partial", ".lock", ".tmp"  # put behind the output's name
@@ -38,20 +39,18 @@ class Journal:
         self.stream: BinaryIO | None = None
 
     def __enter__(self) -> "Journal":
-        if not self.output.parent.is_dir():
-            raise InputError(f"output is {self.output}, but {self.output.parent} is no folder; make it first.")
-        if self.output.is_dir():
-            raise InputError(f"output is {self.output}, a folder; allowed: a file, which need not exist.")
+        check_output(self.output)
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(f"output is {self.output}, which another process is working on; wait for it.") from error
         except OSError as error:
             raise InputError(f"output is {self.output}, which cannot be written ({error.strerror}).") from error
-        # with a journal beside it, the run was killed between the output's last byte and the journal's end
-        if self.output.exists() and not self.path.exists():
+        try:
+            check_output(self.output)  # which another process may have finished
+        except InputError:
             self._release()
-            raise InputError(f"output is {self.output}, which exists already; remove it, or give another name.")
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,6 +160,19 @@ class Journal:
         if self.output.exists() and not self.path.exists():
             Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
+
+
+def check_output(output: Path) -> None:
+    """
+    Refuse an output that no run can make, before a model is loaded.
+
+    Raises:
+        InputError: if it is finished already, or cannot be there.
+    """
+    check_new_file(output, "output")
+    # with a journal beside it, the run was killed between the output's last byte and the journal's end
+    if output.exists() and not _beside(output, PARTIAL).exists():
+        raise InputError(f"output is {output}, which exists already; remove it, or give another name.")
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
 import fusion_hf
-from fusion_hf.conversion.writer import INDEX_NAME
 from fusion_hf.errors import InputError
+from fusion_hf.folders import WEIGHTS_INDEX
 
 PACKAGE = Path(fusion_hf.__file__).parent
 CODE_PATTERN = "*_fusion*.py"  # the code that every model folder has
@@ -41,6 +41,7 @@ CARD_FIELDS = {"library_name": "transformers", "pipeline_tag": "image-text-to-te
 CLASS = re.compile(r"(\w+)\.\w+")  # in an auto_map: a module of the folder, not of another repository
 TAG = re.compile(r"[A-Za-z0-9][\w.+-]*")
 DEFAULT_TAG = f"v{fusion_hf.__version__}"
+SECONDS = 10.0  # until the Hub answers the first request
 UPLOAD_ERRORS = (OSError, HTTPError, HFValidationError, ValueError, RuntimeError)
 
 
@@ -58,6 +59,18 @@ def check_folder(folder: Path) -> list[SentFile]:
     Raises:
         InputError: names the file and what is wrong with it.
     """
+    files = check_files(folder)
+    check_alone(folder)
+    return files
+
+
+def check_files(folder: Path) -> list[SentFile]:
+    """
+    What can be wrong with the files of a model folder without running its model; returns them.
+
+    Raises:
+        InputError: names the file and what is wrong with it.
+    """
     if not folder.is_dir():
         raise InputError(f"--model: {folder} is no folder; give a model folder.")
     paths = sorted(path for path in folder.iterdir() if path.name not in NOT_SENT)
@@ -71,7 +84,6 @@ def check_folder(folder: Path) -> list[SentFile]:
         _check_file(path, code)
     _check_weights(folder, {path.name for path in paths if path.suffix == SAFETENSORS})
     _check_card(folder / CARD)
-    _check_alone(folder)
     return [SentFile(path.name, path.stat().st_size) for path in paths]
 
 
@@ -112,7 +124,7 @@ def _check_auto_map(path: Path, values: Any, code: dict[str, Path]) -> None:
 
 def _check_weights(folder: Path, files: set[str]) -> None:
     """Every file of weights can be read, belongs to the model, and has the tensors that the index says."""
-    index = folder / INDEX_NAME
+    index = folder / WEIGHTS_INDEX
     if not index.is_file():
         expected: dict[str, set[str]] = {WEIGHTS: set()}
     else:
@@ -147,8 +159,13 @@ def _check_card(path: Path) -> None:
             raise InputError(f"{path}: {name} is {value!r} in its metadata; allowed: {allowed}.")
 
 
-def _check_alone(folder: Path) -> None:
-    """It loads and answers where this package is not installed."""
+def check_alone(folder: Path) -> None:
+    """
+    See that a folder loads and answers where this package is not installed.
+
+    Raises:
+        InputError: if it does not.
+    """
     script = (PACKAGE / "stranger.py").read_text(encoding="utf-8")
     hidden = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
     with tempfile.TemporaryDirectory() as empty:
@@ -214,7 +231,7 @@ def upload(
     api = HfApi()
     is_created = is_committed = False
     try:
-        is_new = _check_remote(api, repository, private, tag)
+        is_new = check_remote(repository, private, tag)
         url = api.create_repo(repository, private=private or None, exist_ok=not is_new)
         is_created = is_new
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
@@ -247,12 +264,20 @@ def _withdraw(api: HfApi, repository: str) -> None:
         raise InputError(f"The upload failed, and {repository} is left empty: {error}") from error
 
 
-def _check_remote(api: HfApi, repository: str, private: bool, tag: str | None) -> bool:
-    """Whether the repository is new; an old one must fit."""
+def check_remote(repository: str, private: bool, tag: str | None = None) -> bool:
+    """
+    Whether the repository is new; an old one must fit.
+
+    Raises:
+        InputError: if it does not, or the Hub cannot be asked.
+    """
+    api = HfApi()
     try:
-        info = api.repo_info(repository)
+        info = api.repo_info(repository, timeout=SECONDS)
     except RepositoryNotFoundError:
         return True
+    except UPLOAD_ERRORS as error:
+        raise InputError(f"{repository} is as it was, for the Hub cannot be asked about it: {error}") from error
     if private and not info.private:
         raise InputError(f"--private: {repository} exists and is public; give another name, or change it on the Hub.")
     if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repository).tags}:

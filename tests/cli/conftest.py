@@ -52,7 +52,10 @@ def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     """The same without a process, where it is only about a message: a process takes seconds to import torch."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        status = main([str(argument) for argument in arguments])
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse's way
+            status = int(stopped.code or 0)
         printed = capsys.readouterr()
         return subprocess.CompletedProcess(list(arguments), status, printed.out, printed.err)
 

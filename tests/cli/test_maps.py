@@ -22,7 +22,7 @@ def test_answers_and_draws(run, picture, tmp_path: Path):
 
 
 def test_without_matplotlib(run_here, picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fusion_hf.maps.drawing.find_spec", lambda name: None)
+    monkeypatch.setattr("fusion_hf.extras.find_spec", lambda name: None)
     result = run_here("maps", picture, QUESTION, "--output", tmp_path / "maps")
     assert result.returncode == 2
     assert "fusion_hf[maps]" in result.stderr and result.stderr.count("\n") == 1
@@ -34,7 +34,7 @@ def test_without_matplotlib(run_here, picture, tmp_path: Path, monkeypatch: pyte
     [
         (("docs/assets/red_circle.png", " "), "question is empty"),
         (("nowhere.png", QUESTION), "nowhere.png"),
-        (("docs/assets/red_circle.png", QUESTION, "--layer-groups", 0), "--layer-groups: 0"),
+        (("docs/assets/red_circle.png", QUESTION, "--layer-groups", 0), "argument --layer-groups: '0'"),
         (("docs/assets/red_circle.png", QUESTION, "--output", "docs"), "--output: docs exists"),
         (("docs/assets/red_circle.png", QUESTION, "--output", "README.md"), "--output: README.md exists"),
     ],

@@ -65,7 +65,7 @@ def push(hub: HubServer, tmp_path: Path) -> Push:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of other checks: the one that starts a process is left out."""
-    monkeypatch.setattr(publishing, "_check_alone", lambda folder: None)
+    monkeypatch.setattr(publishing, "check_alone", lambda folder: None)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

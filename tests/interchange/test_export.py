@@ -11,7 +11,7 @@ from tests.helpers.tiny import QUERY_LEN, Sample, make_inputs, tiny_config, tiny
 from tests.parity.conftest import FIXTURES, Recording
 from torch import nn
 
-from fusion_hf import FusionForConditionalGeneration
+from fusion_hf import FusionForConditionalGeneration, extras
 from fusion_hf.cli import main
 from fusion_hf.conversion.cli import main as convert
 from fusion_hf.errors import InputError
@@ -79,10 +79,10 @@ def test_pooling_of_the_graph(sides: tuple[int, int]):
 def test_a_missing_package_names_the_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(export, "find_spec", lambda wanted: None if wanted == name else object())
+    monkeypatch.setattr(extras, "find_spec", lambda wanted: None if wanted == name else object())
     assert main(["export", "--output", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err == (
-        f"error: ONNX is written with {name}, which is not installed: pip install fusion_hf[onnx].\n"
+        f"error: Export to ONNX needs {name}, which is not installed: pip install 'fusion_hf[onnx]'.\n"
     )
 
 

@@ -1,20 +1,19 @@
 """The command `fusion-hf`. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from fusion_hf import __version__
-from fusion_hf.cli import data, demo, evaluate, export, maps, merge, plan, push, serve, synthesize, train
-from fusion_hf.cli.terminal import FAILED, INTERRUPTED, USER_ERROR, make_streams_tolerant, one_line
-from fusion_hf.cli.values import positive, square
-from fusion_hf.errors import InputError
+from fusion_hf.cli import convert, data, demo, evaluate, export, maps, merge, plan, push, serve, synthesize, train
+from fusion_hf.cli.parser import Parser
+from fusion_hf.cli.terminal import guarded
+from fusion_hf.cli.values import AUTO, device, dtype, positive, square
 
 DEBUG = "--debug"
-CONVERT = "convert"
 COMMANDS: Mapping[str, Any] = {
+    "convert": convert,
     "maps": maps,
     "demo": demo,
     "train": train,
@@ -28,13 +27,6 @@ COMMANDS: Mapping[str, Any] = {
     "serve": serve,
 }
 MAX_NEW_TOKENS = 256
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 class InsteadOf(argparse.Action):
@@ -71,9 +63,7 @@ def make_parser() -> Parser:
     evaluate.add_parser(commands)
     synthesize.add_parser(commands)
     serve.add_parser(commands, _shared_arguments(serve.DEFAULTS.answer_tokens))
-
-    # its arguments are its own: `main` hands them over before this parser sees them
-    commands.add_parser(CONVERT, help="turn a checkpoint of the authors into a model folder", add_help=False)
+    convert.add_parser(commands)
     return parser
 
 
@@ -147,11 +137,15 @@ def _shared_arguments(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
         help="longest answer; default: %(default)s",
     )
     shared.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: cuda, else mps, else cpu)"
+        "--device",
+        type=device,
+        default=AUTO,
+        help="cpu, cuda, cuda:1, mps or auto (default: cuda, else mps, else cpu)",
     )
     shared.add_argument(
         "--dtype",
-        default="auto",
+        type=dtype,
+        default=AUTO,
         help="float32, bfloat16, float16 or auto (default: bfloat16 on cuda, else float32)",
     )
     shared.add_argument(DEBUG, action="store_true", help="show where an error comes from, and the libraries' notes")
@@ -165,43 +159,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: the process's own.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    debug = DEBUG in given
-    make_streams_tolerant()
-    try:
-        status = _run(given)
-        sys.stdout.flush()  # while errors can still be answered
-        return status
-    except InputError as error:
-        if debug:
-            raise
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted.\n")
-        return INTERRUPTED
-    except BrokenPipeError:  # who reads our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
-        return FAILED
-    except Exception as error:  # the last resort of a command: one line instead of a traceback
-        if debug:
-            raise
-        kind = type(error).__name__
-        sys.stderr.write(f"error: {kind}: {one_line(error)} (run it with {DEBUG} to see where this comes from)\n")
-        return FAILED
+    return guarded(lambda: _run(given), DEBUG in given)
 
 
 def _run(argv: list[str]) -> int:
-    if argv[:1] == [CONVERT]:
-        from fusion_hf.conversion import cli as conversion
-
-        return conversion.main(argv[1:])
     arguments = make_parser().parse_args(argv)
+    if arguments.command in COMMANDS:
+        return COMMANDS[arguments.command].run(arguments)
     if arguments.command == "ask":
         from fusion_hf.cli import ask
 
         return ask.run(arguments)
-    if arguments.command in COMMANDS:
-        return COMMANDS[arguments.command].run(arguments)
     from fusion_hf.cli import chat
 
     return chat.run(arguments)

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from fusion_hf.cli import ask_file
+from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
 from fusion_hf.errors import InputError
 
@@ -18,6 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_question(question)
     for image in arguments.images:
         check_picture_exists(image)
+    arguments.model = find_model(arguments)
 
     from tqdm import tqdm
 

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from pathlib import Path
 
+from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.errors import InputError
 
@@ -27,6 +29,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
+    from fusion_hf.journal import check_output
+    from fusion_hf.questions import read_entries
+
+    read_entries(arguments.input)
+    check_output(Path(arguments.output))
+    arguments.model = find_model(arguments)
+
     from fusion_hf.batching import BATCH_SIZE, batch_generate
     from fusion_hf.cli.session import silence_libraries
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 
+from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, one_line
 from fusion_hf.errors import InputError
 
@@ -12,7 +13,10 @@ EXIT, RESET = "/exit", "/reset"
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until `/exit`, the end of the input or Ctrl-C; returns the exit status."""
+    if sys.stdin is None:
+        raise InputError("The standard input is closed; give questions there, a line each.")
     check_picture_exists(arguments.image)
+    arguments.model = find_model(arguments)
 
     from fusion_hf.cli.session import AnswerStreamer, load_assistant
     from fusion_hf.inference import Conversation

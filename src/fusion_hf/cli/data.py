@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED, one_line, printable
+from fusion_hf.extras import require
+from fusion_hf.outputs import check_place
 
 if TYPE_CHECKING:
     from fusion_hf.training.data.check import EntryReport
@@ -47,20 +49,24 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check; returns the exit status."""
+    require(("datasets", "pyarrow"), "Training data", "train")
+    from fusion_hf.training.data.mixture import read_entries
+
+    entries = read_entries(arguments.source, arguments.data_root)
+    if len(entries) == 1:
+        entries[0].locate()  # what was named does not exist: no finding, but a wrong command line
+    from fusion_hf.training.data.index import default_cache
+
+    cache = default_cache() if arguments.data_cache is None else Path(arguments.data_cache).expanduser()
+    check_place(cache, "--data-cache")
     import datasets
     from tqdm import tqdm
 
     from fusion_hf.training.data.check import check_entry
     from fusion_hf.training.data.dataset import MAX_IMAGE_PIXELS
-    from fusion_hf.training.data.index import default_cache
-    from fusion_hf.training.data.mixture import read_entries
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    entries = read_entries(arguments.source, arguments.data_root)
-    if len(entries) == 1:
-        entries[0].locate()  # what was named does not exist: no finding, but a wrong command line
-    cache = default_cache() if arguments.data_cache is None else Path(arguments.data_cache).expanduser()
     reports = [
         check_entry(entry, cache, MAX_IMAGE_PIXELS, arguments.images)
         for entry in tqdm(entries, desc="data check", unit="file", disable=None, leave=False)

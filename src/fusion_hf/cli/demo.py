@@ -9,6 +9,7 @@ import tempfile
 import threading
 from typing import Any
 
+from fusion_hf.cli.models import find_model
 from fusion_hf.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860
@@ -42,6 +43,7 @@ def _port(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+    arguments.model = find_model(arguments)
     with tempfile.TemporaryDirectory(prefix="fusion-demo-", ignore_cleanup_errors=True) as uploads:
         os.environ[UPLOADS] = uploads  # before gradio is imported; its own folder is shared and stays
         try:

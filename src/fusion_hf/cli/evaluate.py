@@ -3,17 +3,21 @@
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import FAILED, one_line, printable
-from fusion_hf.cli.values import positive
+from fusion_hf.cli.values import AUTO, device, dtype, positive
+from fusion_hf.endpoints import check_key
 from fusion_hf.errors import InputError
+from fusion_hf.outputs import check_place, write_atomically
 
 if TYPE_CHECKING:
     from fusion_hf.evaluation.record import RunRecord
 
-ALL, AUTO = "all", "auto"
+ALL = "all"
 BATCH_SIZE = 1
 PROMPTS = ("authors", "lmms-eval")
 OUTPUT = "evaluation"
@@ -57,8 +61,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--table", nargs="+", metavar="RECORD.json", help="only make one table of several runs of a model"
     )
-    parser.add_argument("--device", default=AUTO, help="cpu, cuda, mps or auto; default: %(default)s")
-    parser.add_argument("--dtype", default=AUTO, help="float32, bfloat16, float16 or auto; default: %(default)s")
+    parser.add_argument("--device", type=device, default=AUTO, help="cpu, cuda, mps or auto; default: %(default)s")
+    parser.add_argument(
+        "--dtype", type=dtype, default=AUTO, help="float32, bfloat16, float16 or auto; default: %(default)s"
+    )
     parser.add_argument(
         "--debug", action="store_true", help="show where an error comes from, and the libraries' notes"
     )
@@ -83,6 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _check_data(names, data_root)
     if arguments.limit is not None:
         _check_limit(names)
+    check_key(arguments.api_key_env, "--api-key-env")
+    check_place(Path(arguments.output), "--output")
+    if arguments.url is None:
+        find_model(arguments)
+    if find_spec("lmms_eval") is None:
+        raise InputError(f"Evaluation needs the extra `eval` and lmms-eval, which is not installed: {INSTALL}")
     _require_lmms_eval(arguments.debug)
     from fusion_hf.evaluation import runner
     from fusion_hf.evaluation.table import make_table
@@ -108,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         path = record.write(options.output)
         _report(record)
         table = path.with_suffix(".md")
-        table.write_text(make_table([record], arguments.published, arguments.peers), encoding="utf-8")
+        write_atomically(table, make_table([record], arguments.published, arguments.peers).encode())
         sys.stdout.write(f"{path}\n{table}\n")
     return FAILED if record.failed else 0
 

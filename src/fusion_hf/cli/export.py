@@ -2,9 +2,15 @@
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
+from fusion_hf.cli.models import find_model
+from fusion_hf.cli.terminal import wrote
 from fusion_hf.cli.values import positive, square
+from fusion_hf.extras import require
+from fusion_hf.interchange.folder import PACKAGES
+from fusion_hf.outputs import check_output
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -30,15 +36,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; returns the exit status."""
+    require(PACKAGES, "Export to ONNX", "onnx")
+    output: Path = arguments.output
+    check_output(output)
+    model = find_model(arguments)
     if not arguments.debug:
         from fusion_hf.cli.session import silence_libraries
 
         silence_libraries()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
     from fusion_hf.inference import Assistant
-    from fusion_hf.interchange.export import check_packages, export_onnx
+    from fusion_hf.interchange.export import export_onnx
 
-    check_packages()  # before a model is loaded
-    assistant = Assistant.load(arguments.model, device="cpu", dtype="float32")
-    export_onnx(assistant, arguments.output, arguments.query_len, arguments.image_token_grid)
+    assistant = Assistant.load(model, device="cpu", dtype="float32")
+    export_onnx(assistant, output, arguments.query_len, arguments.image_token_grid)
+    sys.stdout.write(f"{wrote(output)}\n")
     return 0

@@ -4,8 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
-from fusion_hf.errors import InputError
+from fusion_hf.cli.values import positive
+from fusion_hf.extras import require
+from fusion_hf.outputs import check_output, new_folder
 
 
 def add_parser(commands: argparse._SubParsersAction, shared: argparse.ArgumentParser) -> None:
@@ -24,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction, shared: argparse.ArgumentPa
     )
     parser.add_argument(
         "--layer-groups",
-        type=int,
+        type=positive,
         default=4,
         metavar="N",
         help="neighbouring layers are averaged in at most so many groups; default: %(default)s",
@@ -35,17 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer and draw; returns the exit status."""
     check_question(arguments.question)
     check_picture_exists(arguments.image)
-    if arguments.layer_groups < 1:  # before a model is loaded
-        raise InputError(f"--layer-groups: {arguments.layer_groups} is not allowed; allowed: a whole number from 1.")
+    require(("matplotlib",), "Drawing maps", "maps")
     output: Path = arguments.output
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output: {output} exists and is not an empty folder; give a new one.")
+    check_output(output)
+    arguments.model = find_model(arguments)
 
     from fusion_hf.cli.session import load_assistant
     from fusion_hf.maps import attention_maps
-    from fusion_hf.maps.drawing import check_matplotlib, save_overlays
+    from fusion_hf.maps.drawing import save_overlays
 
-    check_matplotlib()
     assistant = load_assistant(arguments)
     picture = assistant.open_picture(arguments.image)
     result = attention_maps(
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         layer_groups=arguments.layer_groups,
     )
     sys.stdout.write(f"{printable(result.answer)}\n")
-    for path in save_overlays(result, picture, output):
-        sys.stdout.write(f"{printable(str(path))}\n")
+    with new_folder(output) as folder:
+        names = [path.name for path in save_overlays(result, picture, folder)]
+    for name in names:
+        sys.stdout.write(f"{printable(str(output / name))}\n")
     return 0

@@ -1,9 +1,15 @@
 """`fusion-hf merge`: a LoRA adapter and its base become one model folder."""
 
 import argparse
+import sys
 from pathlib import Path
 
+from fusion_hf.cli.terminal import wrote
+from fusion_hf.cli.values import DTYPES
 from fusion_hf.errors import InputError
+from fusion_hf.extras import require
+from fusion_hf.folders import base_of, find_folder
+from fusion_hf.outputs import check_output
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -17,7 +23,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--base", metavar="DIR_OR_REPO", help="default: the model that the adapter names")
     parser.add_argument(
-        "--dtype", default="float32", help="of the written weights: float32, bfloat16 or float16; default: %(default)s"
+        "--dtype",
+        default=DTYPES[0],
+        help=f"of the written weights: {', '.join(DTYPES)}; default: %(default)s",
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
@@ -27,11 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
     adapter, output = Path(arguments.adapter), Path(arguments.output)
     if not adapter.is_dir():
         raise InputError(f"{adapter} is no folder; give the output_dir of a LoRA run.")
+    if arguments.dtype not in DTYPES:
+        raise InputError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPES)}.")
+    base = base_of(adapter, arguments.base)
+    require(("peft",), "Merging", "train")
+    check_output(output)
+    find_folder(base)
     if not arguments.debug:
         from fusion_hf.cli.session import silence_libraries
 
         silence_libraries()
     from fusion_hf.training.merging import merge
 
-    merge(adapter, output, arguments.base, arguments.dtype)
+    merge(adapter, output, base, arguments.dtype)
+    sys.stdout.write(f"{wrote(output)}\n")
     return 0

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED
-from fusion_hf.errors import InputError
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:
     from fusion_hf.configuration_fusion import FusionConfig
@@ -60,12 +61,18 @@ def _amount(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; returns the exit status."""
-    from fusion_hf.training.planning import Machine, Planner
-    from fusion_hf.training.recipe import load_recipe
+    from fusion_hf.training.keys import check_optimizer
+    from fusion_hf.training.recipe import load_recipe, split_batch
 
     values = load_recipe(arguments.recipe, arguments.overrides)
-    config = find_config(values, Path(arguments.recipe), arguments.config)
+    file = find_config(values, Path(arguments.recipe), arguments.config)
+    check_optimizer(values)
+    if values.get("global_batch_size") is not None:
+        split_batch(values, arguments.gpus)
     records = arguments.records if arguments.records is not None else count_records(values["data"])
+    from fusion_hf.training.planning import Machine, Planner
+
+    config = load_config(file)
     machine = Machine(arguments.gpus, int(arguments.gpu_memory * GIB), arguments.sharding)
     plan = Planner(config, values).plan(machine, records, arguments.tokens_per_record)
     text = json.dumps(as_json(plan, arguments.tflops), indent=2) if arguments.json else table(plan, arguments.tflops)
@@ -73,19 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if plan.fits else FAILED
 
 
-def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> "FusionConfig":
+def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path:
     """
-    The configuration in the file `given`, or of the recipe's model if that is on disk, or, since a stage's start is
-    only there after the stage before, that of the family member that the recipe's folder is named after.
+    The file `given`, or the configuration of the recipe's model if that is on disk, or, since a stage's start is only
+    there after the stage before, that of the family member that the recipe's folder is named after.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or it is not a FUSION's.
     """
-    from fusion_hf.configuration_fusion import FusionConfig
-
     model = Path(values["model"]).expanduser()
     family = recipe.resolve().parent
-    candidates = [model / "config.json", family.parents[1] / "models" / f"{family.name}.json"]
+    candidates = [model / "config.json", family.parent.parent / "models" / f"{family.name}.json"]
     if given is not None:
         candidates = [Path(given)]
         if not candidates[0].is_file():
@@ -95,6 +100,22 @@ def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> "Fus
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise InputError(f"model {values['model']!r} is not on disk, so its size is not known; give --config FILE.")
+    model_type = read_config(file).get("model_type")
+    if model_type != MODEL_TYPE:
+        shown = short_name(repr(model_type))
+        raise InputError(f"{file} is of a {shown} model; allowed: {MODEL_TYPE!r}.")
+    return file
+
+
+def load_config(file: Path) -> "FusionConfig":
+    """
+    A configuration from its file.
+
+    Raises:
+        InputError: if its values are impossible.
+    """
+    from fusion_hf.configuration_fusion import FusionConfig
+
     try:
         return FusionConfig.from_pretrained(str(file))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fusion_hf.cli.models import silence_hub
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Tell the command line about `push`."""
@@ -26,16 +28,17 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf import publishing
 
     if not arguments.debug:
-        from fusion_hf.cli.session import silence_libraries
-
-        silence_libraries()
+        silence_hub()
     tag = publishing.DEFAULT_TAG if arguments.tag is None else arguments.tag
     publishing.check_tag(tag)
     if arguments.dry_run:
         publishing.check_name(arguments.repo, "--repo")
     else:
         publishing.check_repository(arguments.repo, "--repo")
-    files = publishing.check_folder(arguments.model)
+    files = publishing.check_files(arguments.model)
+    if not arguments.dry_run:
+        publishing.check_remote(arguments.repo, arguments.private, tag)
+    publishing.check_alone(arguments.model)  # last, for it takes half a minute
     if arguments.dry_run:
         width = len(f"{sum(file.size for file in files):,}")
         for file in files:

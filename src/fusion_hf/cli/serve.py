@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.cli.models import find_model
 from fusion_hf.cli.values import positive
 from fusion_hf.errors import InputError
+from fusion_hf.folders import nano_path
 from fusion_hf.serving.limits import Limits
 
 HOST, PORT, LAST_PORT = "127.0.0.1", 8000, 2**16 - 1
@@ -90,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engine_arguments:
         given = " ".join(arguments.engine_arguments)
         raise InputError(f"There are arguments behind `--`, {given!r}; allowed: with --engine vllm.")
+    name = arguments.name or _name(arguments.model or nano_path())
+    arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
         from fusion_hf.serving.fetch import HostPolicy
@@ -97,14 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
     from fusion_hf.cli.session import load_assistant
-    from fusion_hf.inference import nano_path
 
     hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     listener = listen(arguments.host, arguments.port)  # a taken port is told before the model is loaded
     assistant = load_assistant(arguments)
     service = Service(
         assistant,
-        arguments.name or _name(arguments.model or nano_path()),
+        name,
         _limits(arguments),
         hosts,
         api_key,
@@ -130,8 +133,6 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         from fusion_hf.vllm.server import ServerOptions, serve
     except ImportError as error:
         raise InputError(f"--engine vllm needs the extras `serve` and `vllm` ({error}): {INSTALL_VLLM}") from error
-    from fusion_hf.inference import nano_path
-
     model = str(arguments.model or nano_path())
     gate = GateSettings(
         name=arguments.name or _name(model),

@@ -8,6 +8,7 @@ import huggingface_hub
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from fusion_hf.cli.models import silence_hub
 from fusion_hf.cli.terminal import printable
 from fusion_hf.inference import Assistant
 
@@ -23,9 +24,9 @@ def silence_libraries() -> None:
     """No advice and no loading bars of the libraries; downloads from the Hub keep their bars."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which the line before has disabled as well
+    silence_hub()
 
 
 class AnswerStreamer(TextStreamer):

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED, one_line, printable
-from fusion_hf.errors import InputError
+from fusion_hf.extras import require
+from fusion_hf.outputs import check_place
 
 if TYPE_CHECKING:
     from fusion_hf.synthesis.config import Config
 
-INSTALL = "pip install 'fusion_hf[synth]'"
 TERMINAL_SECONDS, LOG_SECONDS = 1.0, 30.0  # between two lines of progress
 BACKENDS = ("models", "procedural")
 
@@ -44,12 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.debug:
         # read when loguru is imported; processes of other tasks have them too
         os.environ.update(LOGURU_LEVEL="CRITICAL", LOGURU_DIAGNOSE="NO")
-    try:
-        import datatrove  # noqa: F401
-        import pydantic  # noqa: F401
-        import yaml  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"The data engine needs the extra `synth` ({error}): {INSTALL}") from error
+    require(("datatrove", "pydantic", "yaml"), "The data engine", "synth")
     from fusion_hf.synthesis.config import load_config
     from fusion_hf.synthesis.estimate import make_estimate
 
@@ -61,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.estimate:
         sys.stdout.write("\n".join(lines) + "\n")
         return 0
+    check_place(config.output, "output")
     sys.stderr.write("\n".join(lines) + "\n")
     return _synthesize(config, quiet=not arguments.debug)
 

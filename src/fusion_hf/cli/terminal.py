@@ -1,21 +1,135 @@
 """What the commands write to and read from, apart from answers; imports nothing heavy."""
 
+import contextlib
 import io
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fusion_hf.errors import InputError, short_name
 
 FAILED, USER_ERROR, INTERRUPTED, STOPPED = 1, 2, 130, 143  # exit statuses; the last one after SIGTERM
-LONGEST_ERROR = 600  # characters: a library may list every tensor of a model
+ADVICE = 200  # characters at the end of an error that is cut: they say what to do
+MEGABYTE = 10**6
+STREAMS = (0, 1, 2)  # input, output, errors
 ADDRESSES = ("http://", "https://")
 
 
-def make_streams_tolerant() -> None:
-    """Let no character stop a command: not a name that is no Unicode, not a terminal that lacks a letter."""
+def guarded(command: Callable[[], int], debug: bool) -> int:
+    """
+    Run a command: whatever goes wrong is one line on the standard error.
+
+    Args:
+        command: returns the exit status.
+        debug: raise what went wrong instead.
+
+    Returns:
+        the exit status.
+    """
+    try:
+        prepare_streams()
+        status = _flushed(command)
+    except InputError as error:
+        if debug:
+            raise
+        return _fail(one_line(error), USER_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # who reads our output has enough of it
+        _abandon(sys.stdout)
+        return FAILED
+    except Exception as error:  # the last resort of a command: one line instead of a traceback
+        if debug:
+            raise
+        return _fail(*_described(error))
+    return status
+
+
+class _Output(io.FileIO):
+    """The standard output of a process, whose errors say that they are its own."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _abandon(self)  # the interpreter would write what is left when it ends
+            raise InputError(f"The standard output cannot be written: {error.strerror}.") from error
+
+
+def prepare_streams() -> None:
+    """
+    Let no character stop a command: not a name that is no Unicode, not a terminal that lacks a letter. A stream that
+    is closed gets a stand-in, or the next file that is opened would take its number, and its text.
+
+    Raises:
+        InputError: if the standard output is closed, or is a device that takes nothing.
+    """
+    for number in STREAMS:
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (it lasts as long as the process)
+    if sys.stdout is None:
+        raise InputError("The standard output is closed; give a file, or /dev/null.")
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper) and os.name == "posix":
+        sys.stdout = _named(sys.stdout)
+
+
+def _named(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The standard output as it is, through `_Output`."""
+    raw = _Output(stream.fileno(), "w", closefd=False)
+    raw.write(b"")  # which /dev/full refuses
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _flushed(command: Callable[[], int]) -> int:
+    """Run a command, and write what it has left in the buffer while errors can still be answered."""
+    try:
+        status = command()
+    except SystemExit:  # of argparse, behind a help text
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """What to say of an error that no command has foreseen, and the exit status."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        name = "" if error.filename is None else f"{short_name(str(error.filename))}: "
+        return f"{name}{error.strerror}.", USER_ERROR
+    kind = type(error).__name__
+    return f"{kind}: {one_line(error)} (run it with --debug to see where this comes from)", FAILED
+
+
+def _fail(message: str, status: int) -> int:
+    try:
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
+    except OSError:  # nobody is there to be told
+        _abandon(sys.stderr)
+    return status
+
+
+def _abandon(stream: Any) -> None:
+    """Let nothing more be written to a stream: the interpreter would complain of it when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:
@@ -26,7 +140,16 @@ def printable(text: str) -> str:
 def one_line(error: BaseException | str) -> str:
     """What an error says, in one line and not at any length."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} ..."
+    longest = error.longest if isinstance(error, InputError) else InputError.longest
+    return text if len(text) <= longest else f"{text[: longest - ADVICE]} ... {text[-ADVICE:]}"
+
+
+def wrote(folder: Path) -> str:
+    """A line that says what a command has made: a folder, its files and their size."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files) / MEGABYTE
+    names = ", ".join(str(path.relative_to(folder)) for path in files)
+    return printable(f"Wrote {folder}: {names} ({size:,.1f} MB).")
 
 
 def check_picture_exists(source: str) -> None:
@@ -52,7 +175,11 @@ def check_picture_exists(source: str) -> None:
 def check_question(question: str) -> None:
     """
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or it is no text.
     """
     if not question.strip():
         raise InputError("The question is empty; ask something.")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # how Python hands over bytes that are no UTF-8
+        raise InputError(f"The question is no UTF-8, from character {error.start + 1} on; write it anew.") from error

@@ -22,10 +22,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; returns the exit status: STOPPED after a signal, when a checkpoint was written."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    from fusion_hf.training.files import check_files
     from fusion_hf.training.recipe import load_recipe
 
     values = load_recipe(arguments.recipe, arguments.overrides)
+    check_files(values)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     from fusion_hf.training import run as training
 
     if training.run(values):

@@ -1,7 +1,13 @@
 """Types of arguments; imports nothing heavy."""
 
 import argparse
-from math import isqrt
+import re
+
+from fusion_hf.training.keys import is_square
+
+AUTO = "auto"
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)
 
 
 def positive(text: str) -> int:
@@ -22,6 +28,28 @@ def square(text: str) -> int:
         argparse.ArgumentTypeError: for anything else.
     """
     number = int(text) if text.isdecimal() else 0
-    if number == 0 or isqrt(number) ** 2 != number:
+    if not is_square(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a perfect square (1, 4, 9, 16, ...)")
     return number
+
+
+def device(text: str) -> str:
+    """A device of torch by its name; whether this machine has it, torch knows.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if not DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: auto, cpu, cuda, cuda:1, mps")
+    return text
+
+
+def dtype(text: str) -> str:
+    """A type of weights by its name.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if text not in (AUTO, *DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {', '.join((AUTO, *DTYPES))}")
+    return text

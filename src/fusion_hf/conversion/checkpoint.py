@@ -3,23 +3,20 @@
 Nothing here executes what a file says: safetensors hold no code, and `.bin` files are read with `weights_only=True`.
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.reading import INDEX_SUFFIX, WEIGHT_NAMES, first_line, read_index
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# In order of preference; of each pair the index is looked for first.
-WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
-INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -36,67 +33,6 @@ class StoredTensor:
         """Size on disk."""
         size = self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1
         return torch.Size(self.shape).numel() * size
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConversionError: if the file is missing, no JSON, or no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}; allowed: a JSON object.")
-    return content
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line and without its full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return text.rstrip(". ")
-
-
-def find_weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in order; empty if it has none.
-
-    Raises:
-        ConversionError: if an index names a file that does not exist or lies outside the folder.
-    """
-    for name in WEIGHT_NAMES:
-        index = folder / (name + INDEX_SUFFIX)
-        if index.is_file():
-            shards = sorted(set(read_index(index).values()))
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing:
-                raise ConversionError(f"{index} names missing shards: {', '.join(missing)}. Download them again.")
-            return [folder / shard for shard in shards]
-        if (folder / name).is_file():
-            return [folder / name]
-    return []
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Key -> shard of an index file.
-
-    Raises:
-        ConversionError: if it is no index, or a shard is not a plain file name.
-    """
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{path} has no weight_map; allowed: an object of tensor names and shard names.")
-    for shard in weight_map.values():
-        # also refuses Windows paths on other systems and the other way round
-        if not isinstance(shard, str) or PurePath(shard).name != shard or "\\" in shard or shard in ("", "..", "."):
-            raise ConversionError(f"{path} names the shard {shard!r}; allowed: the name of a file in the same folder.")
-    return weight_map
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:

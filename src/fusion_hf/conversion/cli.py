@@ -1,4 +1,4 @@
-"""`fusion-hf convert`, and what its sister script shares with it: one-line errors and exit statuses."""
+"""`fusion-hf convert`, and what its sister script shares with it. Imports nothing heavy before it must."""
 
 import argparse
 import logging
@@ -6,22 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from fusion_hf.conversion.checkpoint import first_line
-from fusion_hf.conversion.convert import Options, convert
+from fusion_hf.cli.parser import Parser
+from fusion_hf.cli.terminal import guarded
+from fusion_hf.cli.values import positive
 from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.tokenizer import NO_TOKENIZER
+from fusion_hf.conversion.inputs import DTYPES, NO_TOKENIZER, ConversionOptions, find_conversion_inputs
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like any other error, in one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConversionError(f"{message} (see --help)")
+DEBUG = "--debug"
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,34 +20,47 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as most of them are stored")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result in one commit")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument(DEBUG, action="store_true", help="show where an error comes from")
 
 
 def run_command(parser: Parser, function: Callable[[argparse.Namespace], str], argv: Sequence[str] | None) -> int:
     """Parse, run, print the resulting line; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in arguments
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    given = sys.argv[1:] if argv is None else list(argv)
     try:
-        sys.stdout.write(function(parser.parse_args(arguments)) + "\n")
-    except (ConversionError, OSError) as error:
-        if debug:
-            raise
-        sys.stderr.write(f"error: {first_line(error)}.\n")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; nothing was written.\n")
-        return INTERRUPTED
+        return guarded(lambda: run(parser.parse_args(given), function), DEBUG in given)
+    except SystemExit as stopped:  # argparse's way, after its own line
+        return int(stopped.code or 0)
+
+
+def run(arguments: argparse.Namespace, function: Callable[[argparse.Namespace], str]) -> int:
+    """Do what the arguments say, and print the resulting line."""
+    # our warnings alone: the Hub's client writes its own lines itself
+    notes = logging.StreamHandler(sys.stderr)
+    notes.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("fusion_hf")
+    logger.addHandler(notes)
+    try:
+        sys.stdout.write(function(arguments) + "\n")
+    finally:
+        logger.removeHandler(notes)
     return 0
 
 
 def make_parser() -> Parser:
     """The command line of `fusion-hf convert`."""
-    parser = Parser(
-        prog="fusion-hf convert",
-        description="Convert a checkpoint of the authors' FUSION code to a complete Hub folder. Everything is checked "
-        "before anything is written, and at most one shard is in memory.",
-    )
+    parser = Parser(prog="fusion-hf convert", description=DESCRIPTION)
+    add_arguments(parser)
+    return parser
+
+
+DESCRIPTION = (
+    "Convert a checkpoint of the authors' FUSION code to a complete Hub folder. Everything is checked before anything "
+    "is written, and at most one shard is in memory."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `convert`."""
     where = "DIR_OR_REPO"
     parser.add_argument("--checkpoint", required=True, metavar=where, help="the authors' checkpoint")
     parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder (needed unless --dry-run)")
@@ -74,35 +78,41 @@ def make_parser() -> Parser:
     parser.add_argument("--base", metavar=where, help="what a LoRA or adapter-only run was trained on")
     parser.add_argument(
         "--image-token-grid",
-        type=int,
+        type=positive,
         metavar="SIDE",
         help="write a FUSION-L configuration: the same weights, with image features reduced to SIDE x SIDE "
         "(published: 16)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check keys and shapes from the headers; write nothing")
     add_shared_arguments(parser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return run_command(make_parser(), _convert, argv)
+    return run_command(make_parser(), convert, argv)
 
 
-def _convert(arguments: argparse.Namespace) -> str:
+def convert(arguments: argparse.Namespace) -> str:
+    """Convert; returns a line that says what was done.
+
+    Raises:
+        InputError: for anything that does not fit; nothing is left behind then.
+    """
     if arguments.output is None and not arguments.dry_run:
         raise ConversionError("--output is needed unless --dry-run is given.")
-    return convert(
-        Options(
-            checkpoint=arguments.checkpoint,
-            output=arguments.output,
-            vision_config=arguments.vision_config,
-            tokenizer=arguments.tokenizer,
-            base=arguments.base,
-            dtype=DTYPES.get(arguments.dtype),
-            image_token_grid=arguments.image_token_grid,
-            push_to_hub=arguments.push_to_hub,
-            private=arguments.private,
-            dry_run=arguments.dry_run,
-        )
+    options = ConversionOptions(
+        checkpoint=arguments.checkpoint,
+        output=arguments.output,
+        vision_config=arguments.vision_config,
+        tokenizer=arguments.tokenizer,
+        base=arguments.base,
+        dtype=arguments.dtype,
+        image_token_grid=arguments.image_token_grid,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
     )
+    inputs = find_conversion_inputs(options)
+    from fusion_hf.conversion.convert import convert
+
+    return convert(options, inputs)

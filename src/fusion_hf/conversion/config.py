@@ -12,21 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
 
 from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.conversion.checkpoint import first_line, read_json
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.inputs import FUSION_FIELDS, TEXT_MODEL_TYPES, check_upstream
+from fusion_hf.conversion.reading import first_line, parse_query_lens, read_json
 
-TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
 # Names that a transformers 4 configuration has for `rope_parameters`; the configuration classes translate them.
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 # `use_cache` is off in checkpoints that training saved before its end
 NOT_TAKEN_OVER = ("use_cache",)
-FUSION_FIELDS = (
-    "query_len",
-    "window_size",
-    "num_of_vision_sampler_layers",
-    "start_of_vision_sampler_layers",
-    "stride_of_vision_sampler_layers",
-)
 DEFAULT_QUERY_LEN = 36
 
 # What the authors' code chooses by the tower's name; counts all layers of the published towers.
@@ -49,18 +42,9 @@ def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_to
     Raises:
         ConversionError: for missing fields and impossible values.
     """
-    model_type = upstream.get("model_type")
-    if model_type not in TEXT_MODEL_TYPES:
-        allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
-        raise ConversionError(f"config.json: model_type is {model_type!r}; allowed: {allowed}.")
-    missing = [name for name in FUSION_FIELDS if name not in upstream]
-    if missing:
-        raise ConversionError(f"config.json lacks {', '.join(missing)}: it is no FUSION checkpoint's.")
+    check_upstream(upstream)
     counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
-    wrong = [f"{name} is {value!r}" for name, value in counts.items() if type(value) is not int]
-    if wrong:
-        raise ConversionError(f"config.json: {', '.join(wrong)}; allowed: whole numbers.")
-    text = convert_text_config(upstream, TEXT_MODEL_TYPES[model_type])
+    text = convert_text_config(upstream, TEXT_MODEL_TYPES[upstream["model_type"]])
     number, start = counts["num_of_vision_sampler_layers"], counts["start_of_vision_sampler_layers"]
     stride = counts["stride_of_vision_sampler_layers"]
     return fusion_config(
@@ -142,19 +126,6 @@ def sampler_layers(number: int, start: int, stride: int, num_layers: int) -> lis
             f"There are {number} samplers with stride {stride}; allowed: 1 to {num_layers} samplers, stride 1 or more."
         )
     return [start + stride * index for index in range(number)]
-
-
-def parse_query_lens(value: Any) -> list[int]:
-    """Latent lengths from the authors' text "4,16,36,64,144", a number or a list.
-
-    Raises:
-        ConversionError: if they are no whole numbers.
-    """
-    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    try:
-        return [int(item) for item in items]
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"query_len is {value!r}; allowed: numbers such as '4,16,36,64,144'.") from error
 
 
 def named_tower(name: object) -> SiglipVisionConfig:

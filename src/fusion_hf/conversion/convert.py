@@ -11,50 +11,29 @@ from transformers import PreTrainedTokenizerFast
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.conversion import hub, lora
 from fusion_hf.conversion.card import Provenance, write_card
-from fusion_hf.conversion.checkpoint import (
-    StoredTensor,
-    check_index,
-    find_weight_files,
-    read_headers,
-    read_json,
-)
-from fusion_hf.conversion.config import TEXT_MODEL_TYPES, convert_config, named_tower, read_tower_config
-from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.checkpoint import StoredTensor, check_index, read_headers
+from fusion_hf.conversion.config import convert_config, named_tower, read_tower_config
 from fusion_hf.conversion.family import LAST_STAGE
-from fusion_hf.conversion.folder import (
-    check_output,
-    make_generation_config,
-    make_processor,
-    new_folder,
-    set_dtype,
-    write_files,
+from fusion_hf.conversion.folder import make_generation_config, make_processor, set_dtype, write_files
+from fusion_hf.conversion.inputs import (
+    ADAPTER_CONFIG,
+    PROJECTOR,
+    TEXT_MODEL_TYPES,
+    ConversionInputs,
+    find_conversion_inputs,
 )
-from fusion_hf.conversion.hub import Location, locate
+from fusion_hf.conversion.inputs import ConversionOptions as Options
 from fusion_hf.conversion.keys import CHECKPOINT_TABLE, TOWER_TABLE
+from fusion_hf.conversion.locations import Location, describe
 from fusion_hf.conversion.plan import Plan, RecipeReader, Source, make_plan
+from fusion_hf.conversion.reading import find_weight_files, read_json
 from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer
-from fusion_hf.conversion.writer import DTYPE_NAMES, MAX_SHARD_BYTES, write_weights
+from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
+from fusion_hf.outputs import new_folder
 
 UPSTREAM_TOWER = "model.vision_tower."
 STAGE = re.compile(r"Stage1(?:\.5)?", re.IGNORECASE)
 TOWER_HINT = "A frozen tower is not in the checkpoint: give --vision-config a SigLIP folder with its weights."
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says; see its help."""
-
-    checkpoint: str
-    output: Path | None
-    vision_config: str | None = None
-    tokenizer: str | None = None
-    base: str | None = None
-    dtype: torch.dtype | None = None
-    image_token_grid: int | None = None
-    push_to_hub: str | None = None
-    private: bool = False
-    dry_run: bool = False
-    max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -85,20 +64,20 @@ class Conversion:
         )
 
 
-def convert(options: Options) -> str:
+def convert(options: Options, inputs: ConversionInputs | None = None) -> str:
     """Convert, or with `dry_run` only check; returns a line that says what was done.
 
+    Args:
+        options: what is to be done.
+        inputs: what `find_conversion_inputs` found, if it was asked before.
+
     Raises:
-        ConversionError: for anything that does not fit; nothing is left behind then.
+        InputError: for anything that does not fit; nothing is left behind then.
     """
-    if options.push_to_hub is not None:
-        hub.check_can_push(options.push_to_hub)
-    if options.output is not None:
-        check_output(options.output)
-    conversion = prepare(options)
+    conversion = prepare(options, find_conversion_inputs(options) if inputs is None else inputs)
     if options.dry_run or options.output is None:
         return f"The checkpoint fits: {conversion.summary}. Nothing was written."
-    with new_folder(options.output.absolute()) as folder:
+    with new_folder(options.output) as folder:
         write(folder, conversion, options)
     done = f"Wrote {options.output}: {conversion.summary}."
     if options.push_to_hub is not None:
@@ -108,30 +87,23 @@ def convert(options: Options) -> str:
     return done
 
 
-def prepare(options: Options) -> Conversion:
+def prepare(options: Options, inputs: ConversionInputs) -> Conversion:
     """Read configurations, headers and tokenizer, and check that they fit together."""
-    checkpoint = locate(options.checkpoint, "--checkpoint", "headers" if options.dry_run else "all")
-    upstream = read_json(checkpoint.path / "config.json")
-    base = None
-    if options.base is not None:
-        base = locate(options.base, "--base", "headers" if options.dry_run else "all")
-    vision = None
-    if options.vision_config is not None:
-        vision = locate(options.vision_config, "--vision-config", "configuration" if base is None else "all")
+    checkpoint, upstream, vision = inputs.checkpoint, inputs.upstream, inputs.vision
     tower = read_tower_config(vision.path) if vision else named_tower(upstream.get("mm_vision_tower"))
     config = convert_config(upstream, tower, options.image_token_grid)
 
-    weights = read_weights(checkpoint, base, vision, TEXT_MODEL_TYPES[upstream["model_type"]])
+    weights = read_weights(checkpoint, inputs.base, vision, TEXT_MODEL_TYPES[upstream["model_type"]])
     tower_name = vision.name if vision else f"mm_vision_tower {upstream['mm_vision_tower']!r}"
     plan = make_plan(config, weights.sources, weights.updates, tower_name, TOWER_HINT)
     longest = upstream.get("tokenizer_model_max_length")
     if not isinstance(longest, int):
         longest = config.text_config.max_position_embeddings
-    tokenizer = choose_tokenizer(options.tokenizer, [checkpoint, base], config.text_config.model_type, longest)
+    tokenizer = choose_tokenizer(inputs.tokenizer, config.text_config.model_type, longest)
     if tokenizer is not None:
         add_marks(tokenizer, config.text_config.vocab_size)
         config.text_config.pad_token_id = tokenizer.pad_token_id
-    dtype = options.dtype or plan.main_dtype
+    dtype = plan.main_dtype if options.dtype is None else DTYPES[options.dtype]
     if dtype not in DTYPE_NAMES:
         dtype = torch.float32
     set_dtype(config, dtype)
@@ -139,19 +111,8 @@ def prepare(options: Options) -> Conversion:
 
 
 def read_weights(checkpoint: Location, base: Location | None, vision: Location | None, text_type: str) -> Weights:
-    """Headers of everything that a full, LoRA or adapter-only checkpoint consists of.
-
-    Raises:
-        ConversionError: if the layout needs a `--base` that is not there, or the other way round.
-    """
+    """Headers of everything that a full, LoRA or adapter-only checkpoint consists of; `check_layout` has seen it."""
     folder = checkpoint.path
-    is_lora, is_adapter = (folder / lora.ADAPTER_CONFIG).is_file(), (folder / lora.PROJECTOR).is_file()
-    is_full = checkpoint.is_remote or bool(find_weight_files(folder)) or not (is_lora or is_adapter)
-    if is_full and base is not None:
-        raise ConversionError(f"--base is for LoRA and adapter-only runs, but {checkpoint.name} is a full checkpoint.")
-    if not is_full and base is None:
-        kind = "a LoRA run" if is_lora else "an adapter-only run"
-        raise ConversionError(f"{checkpoint.name} is {kind}: give the model that it was trained on with --base.")
     locations = {"checkpoint": checkpoint}
     sources, updates = [], {}
     if base is None:
@@ -159,12 +120,10 @@ def read_weights(checkpoint: Location, base: Location | None, vision: Location |
     else:
         locations["base"] = base
         base_type = read_json(base.path / "config.json").get("model_type")
-        if TEXT_MODEL_TYPES.get(str(base_type), base_type) != text_type:
-            raise ConversionError(f"--base: {base.name} is a {base_type!r} model; the checkpoint needs {text_type!r}.")
         sources.append(Source(_read_full(base), CHECKPOINT_TABLE, grows=base_type == text_type))
-        if is_lora:
+        if (folder / ADAPTER_CONFIG).is_file():
             updates = lora.read_lora(folder)
-        for name in (lora.NON_LORA, lora.PROJECTOR):
+        for name in (lora.NON_LORA, PROJECTOR):
             if (folder / name).is_file():
                 sources.append(Source(lora.read_trained_whole(folder / name), CHECKPOINT_TABLE))
     has_tower = any(key.startswith(UPSTREAM_TOWER) for source in sources for key in source.tensors)
@@ -180,13 +139,7 @@ def _read_full(location: Location) -> dict[str, StoredTensor]:
     """Headers of a folder with complete weights, or of a repository whose weights were not downloaded."""
     if location.is_remote:
         return hub.read_remote_headers(location)
-    files = find_weight_files(location.path)
-    if not files:
-        raise ConversionError(
-            f"{location.name} has no weights; allowed: model.safetensors or pytorch_model.bin, in one file or in "
-            "shards with their index."
-        )
-    stored = read_headers(files)
+    stored = read_headers(find_weight_files(location.path))
     check_index(location.path, stored)
     return stored
 
@@ -230,7 +183,7 @@ def _provenance(conversion: Conversion, options: Options) -> Provenance:
     return Provenance(
         title=(options.push_to_hub or output).split("/")[-1],
         model_id=options.push_to_hub or output,
-        sources=tuple((role, hub.describe(location)) for role, location in conversion.locations.items()),
+        sources=tuple((role, describe(location)) for role, location in conversion.locations.items()),
         base_models=tuple(location.name for location in bases if location is not None and "/" in location.name),
         dtype=conversion.dtype,
         num_parameters=conversion.plan.num_parameters,

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.tokenizer import find_chat_format
 from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.processing_fusion import FusionProcessor
@@ -39,38 +35,6 @@ STOP_TOKENS = {
     "chatml": ("<|im_end|>", "<|endoftext|>"),
 }
 PUBLISHED_STOP_IDS = {("phi3", 32_013): (32_007, 32_001, 32_000), ("llama", 128_258): (128_001, 128_008, 128_009)}
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name if all goes well, and else disappears.
-
-    Raises:
-        ConversionError: if `output` exists and is not an empty folder.
-    """
-    check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if output.is_dir():
-            output.rmdir()  # it is empty; not every system renames onto an existing folder
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_output(output: Path) -> None:
-    """Refuse to write into something that exists.
-
-    Raises:
-        ConversionError: if `output` is a file or a folder that is not empty.
-    """
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        raise ConversionError(f"--output: {output} exists and is not an empty folder; give a new one.")
 
 
 def set_dtype(config: FusionConfig, dtype: torch.dtype) -> None:

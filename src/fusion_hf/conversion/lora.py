@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader, read_headers, read_json
+from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader, read_headers
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.inputs import ADAPTER_CONFIG
+from fusion_hf.conversion.reading import read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"
-PROJECTOR = "mm_projector.bin"
 
 PEFT_PREFIX, MODEL_PREFIX = "base_model.", "model."
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")

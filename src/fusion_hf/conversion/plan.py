@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader, first_line
+from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.keys import KeyMap, Row
 from fusion_hf.conversion.lora import LoraPair
+from fusion_hf.conversion.reading import first_line
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"

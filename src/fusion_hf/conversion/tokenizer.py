@@ -7,24 +7,21 @@ behind every special token, so that form is rewritten here.
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusion_hf.conversion.checkpoint import first_line, read_json
 from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.hub import Location, locate
+from fusion_hf.conversion.locations import Location
+from fusion_hf.conversion.reading import first_line, read_json
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, LATENT_TOKEN, VISION_END, VISION_START
 
 logger = logging.getLogger(__name__)
 
-NO_TOKENIZER = "none"
 MARKS = (VISION_START, VISION_END, IMAGE_TOKEN, LATENT_TOKEN)  # in the order of their ids
 NUM_PLACEHOLDERS = 2  # <image> and <latent_image> have an id but no row in the embedding
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 WHITE_SPACE = "\u2581"
 METASPACE = {"type": "Metaspace", "replacement": WHITE_SPACE, "prepend_scheme": "first", "split": False}
@@ -32,31 +29,16 @@ METASPACE = {"type": "Metaspace", "replacement": WHITE_SPACE, "prepend_scheme": 
 PAD_TOKENS = {"phi3": "<unk>", "llama3": "<|reserved_special_token_0|>"}
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's files."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def choose_tokenizer(
-    wanted: str | None, locations: Iterable[Location | None], model_type: str, model_max_length: int
-) -> PreTrainedTokenizerFast | None:
-    """The tokenizer asked for, or the first that a location has, or none with a warning; without the marks.
+def choose_tokenizer(found: Location | None, model_type: str, model_max_length: int) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in a folder, without the marks; or none, with a warning.
 
     Args:
-        wanted: a folder, a repository, `"none"`, or nothing.
-        locations: where to look if nothing is wanted.
+        found: holds it, see `inputs.find_tokenizer`.
         model_type, model_max_length: see [`load_tokenizer`].
 
     Raises:
-        ConversionError: if what is wanted has no tokenizer.
+        ConversionError: if it is none that FUSION can use.
     """
-    found = None
-    if wanted is None:
-        found = next((location for location in locations if location and has_tokenizer(location.path)), None)
-    elif wanted != NO_TOKENIZER:
-        found = locate(wanted, "--tokenizer", "configuration")
-        if not has_tokenizer(found.path):
-            raise ConversionError(f"--tokenizer: {found.name} has no tokenizer files.")
     if found is None:
         logger.warning("No tokenizer is written: the result cannot answer questions by itself (see --tokenizer).")
         return None

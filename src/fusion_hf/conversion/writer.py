@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 
-INDEX_NAME = "model.safetensors.index.json"
+from fusion_hf.conversion.inputs import MAX_SHARD_BYTES
+from fusion_hf.folders import WEIGHTS_INDEX
+from fusion_hf.outputs import check_space
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-MAX_SHARD_BYTES = 5 * 10**9
 HEADER_ALIGNMENT = 8  # bytes
 LENGTH_BYTES = 8  # of the header's length, little-endian
 
@@ -32,8 +35,12 @@ def write_weights(
         dtype: the type of all of them: with one type, no tensor begins at an odd address.
         load: gives a tensor by its name, contiguous and of type `dtype`.
         max_shard_bytes: a shard is closed before it grows beyond this, unless one tensor is larger.
+
+    Raises:
+        InputError: if the disk has not as much space.
     """
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    check_space(folder, sum(sizes.values()))
     shards = list(split_into_shards(sizes, max_shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -44,7 +51,7 @@ def write_weights(
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         metadata = {"total_parameters": parameters, "total_size": sum(sizes.values())}
         index = {"metadata": metadata, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def split_into_shards(sizes: dict[str, int], max_shard_bytes: int) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from fusion_hf.errors import InputError
 from fusion_hf.facts import ModelFacts
+from fusion_hf.outputs import write_atomically
 
 FORMAT = 2
 SCORED: Final = "scored"
@@ -107,7 +108,7 @@ class RunRecord:
         now = datetime.now(timezone.utc)
         content = {"format": FORMAT, "date": now.isoformat(timespec="seconds"), "versions": versions(), **asdict(self)}
         path = folder / f"record-{now.strftime('%Y%m%d-%H%M%S-%f')}.json"
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
         return path
 
     @classmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.evaluation.benchmarks import Benchmark
+from fusion_hf.outputs import write_atomically
 
 Row = Mapping[str, Any]
 Write = Callable[[list[dict[str, Any]], Path], None]
@@ -39,7 +40,7 @@ class FileFormat:
 
 
 def _write_json(rows: list[dict[str, Any]], path: Path) -> None:
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    write_atomically(path, json.dumps(rows).encode())
 
 
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:

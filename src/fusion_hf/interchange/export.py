@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from fusion_hf.configuration_fusion import NUM_TILES
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.folder import new_folder
 from fusion_hf.errors import InputError
+from fusion_hf.extras import require
 from fusion_hf.inference import Assistant
 from fusion_hf.interchange.folder import (
     LANGUAGE,
     LANGUAGE_INPUTS,
     LOGITS,
+    PACKAGES,
     PAST,
     PICTURE,
     PICTURE_INPUTS,
@@ -39,8 +38,8 @@ from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.modeling_fusion_decoder import PromptMarks, TokenBudget
 from fusion_hf.modeling_fusion_vision import pool_context, reduce_grid
+from fusion_hf.outputs import new_folder
 
-PACKAGES = ("onnx", "onnxscript")
 # Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.
 CACHED, QUESTION, TURNS = 3, 3, 2
 LONG_ROPE = "longrope"
@@ -135,9 +134,7 @@ def check_packages() -> None:
     Raises:
         InputError: if what writes ONNX is not installed; names the extra that has it.
     """
-    for name in PACKAGES:
-        if find_spec(name) is None:
-            raise InputError(f"ONNX is written with {name}, which is not installed: pip install fusion_hf[onnx].")
+    require(PACKAGES, "Export to ONNX", "onnx")
 
 
 def export_onnx(
@@ -169,14 +166,11 @@ def export_onnx(
         eos_token_ids=ends,
         suppressed_ids=generation.suppress_tokens or [],
     )
-    try:
-        with new_folder(output) as folder, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's advice on itself
-            write_graphs(model, budget, folder)
-            assistant.processor.save_pretrained(folder)
-            settings.write(folder)
-    except ConversionError as error:
-        raise InputError(str(error)) from error
+    with new_folder(output) as folder, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's advice on itself
+        write_graphs(model, budget, folder)
+        assistant.processor.save_pretrained(folder)
+        settings.write(folder)
 
 
 def max_length(assistant: Assistant) -> int:

@@ -10,6 +10,7 @@ PICTURE, LANGUAGE, SETTINGS = "picture.onnx", "language.onnx", "export.json"
 PICTURE_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")
 PICTURE_OUTPUTS = ("image_features", "latents", "windows")
 LANGUAGE_INPUTS = ("input_ids", "attention_mask", *PICTURE_OUTPUTS, "prompt_end_positions")
+PACKAGES = ("onnx", "onnxscript")  # that write graphs
 LOGITS, PAST, PRESENT = "logits", "past", "present"
 
 

@@ -1,13 +1,12 @@
 """Maps drawn over their picture, with matplotlib, which is imported when the first one is drawn."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from fusion_hf.errors import InputError
+from fusion_hf.extras import require
 from fusion_hf.maps.attention import AttentionMaps
 from fusion_hf.maps.view import Maps, Word
 
@@ -27,8 +26,7 @@ def check_matplotlib() -> None:
     Raises:
         InputError: if matplotlib is not installed; names the extra that has it.
     """
-    if find_spec("matplotlib") is None:
-        raise InputError("Maps are drawn with matplotlib, which is not installed: pip install fusion_hf[maps].")
+    require(("matplotlib",), "Drawing maps", "maps")
 
 
 def draw_overlay(picture: Image.Image, maps: Maps, word: Word, title: str = "") -> "Figure":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image, ImageDraw, ImageOps
 
-from fusion_hf.synthesis.files import write_atomically
+from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
 

@@ -226,7 +226,11 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         name, separator, written = text.partition("=")
         if not separator:
             raise InputError(f"{text!r} is no override; allowed: key=value, such as executor.tasks=8.")
-        _override(values, name, yaml.safe_load(written))
+        try:
+            value = yaml.safe_load(written)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise InputError(f"{short_name(name)} is {short_name(repr(written))}, which is no YAML value.") from error
+        _override(values, name, value)
     return make_settings(Config, values, path.name)
 
 
@@ -237,7 +241,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"The config {path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"The config {path} holds a {type(values).__name__}; allowed: keys with values.")

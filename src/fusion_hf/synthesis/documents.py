@@ -8,7 +8,8 @@ from typing import Any
 from datatrove.data import Document, Media, MediaType
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.synthesis.files import atomic_file, json_bytes
+from fusion_hf.outputs import atomic_file
+from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.record import SynthRecord
 
 RECORD, POSITION, TASK, USAGE = "record", "position", "task", "usage"  # keys of a document's metadata

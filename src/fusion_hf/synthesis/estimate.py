@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 from fusion_hf.synthesis.category import Category, load_categories
@@ -52,7 +53,7 @@ class Estimate:
 
 def make_estimate(config: Config) -> Estimate:
     """Of the whole run, from its beginning."""
-    records = {name: round(config.records * share) for name, share in config.shares.items()}
+    records = split_records(config.records, config.shares)
     if config.backend == "procedural":
         return Estimate(records, 0, 0, 0, 0, 0.0, None, ())
     known = load_categories()
@@ -67,6 +68,15 @@ def make_estimate(config: Config) -> Estimate:
     return Estimate(
         records, requests, input_tokens, output_tokens, pictures, cost, hours, (*cost_missing, *time_missing)
     )
+
+
+def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """How many of `total` each share gets: rounded down, and one more where that has cut off most."""
+    counts = {name: floor(total * share) for name, share in shares.items()}
+    most_cut = sorted(shares, key=lambda name: counts[name] - total * shares[name])
+    for name in most_cut[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def _per_record(category: Category) -> tuple[float, float, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
+from fusion_hf.errors import InputError
 from fusion_hf.synthesis.config import Executor
 from fusion_hf.synthesis.settings import check_keys
 from fusion_hf.synthesis.stages import Folders, Stage
@@ -41,6 +42,8 @@ class LocalExecutor(LocalPipelineExecutor):
         try:
             with redirect_stderr(_Nowhere()) if self.quiet else nullcontext():
                 return super()._run_for_rank(rank, local_rank, node_rank)
+        except InputError:  # it passes between processes, and no other start of the same run fares better
+            raise
         except Exception as error:
             # datatrove's own errors cannot be unpickled: the parent process would wait for ever
             raise TaskFailed(f"task {rank}: {type(error).__name__}: {error}") from error

@@ -8,26 +8,28 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.endpoints import check_key
 from fusion_hf.errors import InputError, short_name
+from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
 from fusion_hf.synthesis.describe import Describe, Writing
-from fusion_hf.synthesis.documents import ReadStage, SaveStage
+from fusion_hf.synthesis.documents import ReadStage, SaveStage, plan_file
 from fusion_hf.synthesis.draw import DrawRecords
 from fusion_hf.synthesis.executors import make_executors
-from fusion_hf.synthesis.files import json_bytes, write_atomically
+from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import BalanceOptions, FilterRecords
 from fusion_hf.synthesis.images import MakeImage
 from fusion_hf.synthesis.judging import AskJudge, AskViewer, LookWithFusion
 from fusion_hf.synthesis.pool import STAGE as POOL
 from fusion_hf.synthesis.pool import PlanRecords
 from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.readers import check_pool
 from fusion_hf.synthesis.report import MakeReport
 from fusion_hf.synthesis.requests import Requests
 from fusion_hf.synthesis.stages import Folders, Stage
 from fusion_hf.synthesis.write_qa import WriteQA
 from fusion_hf.synthesis.write_records import WriteRecords
 
-SETTINGS = "settings.json"
+SETTINGS, MODELS = "settings.json", "models"
 # what changes no record: an endpoint may move, and be asked faster, slower or for another price
 FREE_ENDPOINT = ("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments")
 FREE_PRICES = ("price_per_million_input", "price_per_million_output", "tokens_per_second")
@@ -46,15 +48,17 @@ def run(config: Config, quiet: bool = True) -> bool:
         whether the run is finished.
 
     Raises:
-        InputError: if the folder was begun with other settings, or an API key is missing.
+        InputError: if the folder was begun with other settings, or captions or an API key are missing.
         TaskFailed: if a task failed; what it has done is kept.
     """
     viewer = None if config.image_check is None else config.image_check.endpoint
     for asked in (config.writer, config.images, config.judge, viewer):
         if asked is not None:
             check_key(asked.key_variable)
-    begin(config)
     folders = Folders(config.output)
+    if config.pool is not None and config.backend == MODELS and not plan_file(folders.work).exists():
+        check_pool(config.pool)
+    begin(config)
     executors = make_executors(config.executor, make_stages(config), folders, quiet)
     if config.executor.kind == "slurm":
         executors[-1].run()  # which launches those before it

@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from fusion_hf.outputs import atomic_file, write_atomically
 from fusion_hf.synthesis.config import Pool
 from fusion_hf.synthesis.documents import document_line, plan_file, task_file, to_document
-from fusion_hf.synthesis.files import atomic_file, json_bytes, write_atomically
+from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filters.minhash import NearDuplicates
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record import SynthRecord

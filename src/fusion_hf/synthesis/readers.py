@@ -1,7 +1,7 @@
 """Caption pools: text, JSON Lines, Parquet and Hub data sets, read as a stream. Files of strangers are bounded."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,7 +23,7 @@ class Caption(NamedTuple):
     problem: str | None = None
 
 
-def read_captions(pool: Pool) -> Iterator[Caption]:
+def read_captions(pool: Pool) -> Generator[Caption, None, None]:
     """
     All captions in the order of their files, in constant memory; what is no caption is reported in its place.
 
@@ -31,6 +31,23 @@ def read_captions(pool: Pool) -> Iterator[Caption]:
         InputError: if the pool is missing or cannot be read.
     """
     yield from islice(_read(pool), pool.limit)
+
+
+def check_pool(pool: Pool) -> None:
+    """
+    Look for the first caption, before a run begins. A data set of the Hub is looked for by the run.
+
+    Raises:
+        InputError: if the pool is missing, cannot be read or is empty.
+    """
+    if pool.kind == "hub":
+        return
+    captions = read_captions(pool)
+    try:
+        if next(captions, None) is None:
+            raise InputError(f"pool.source is {short_name(pool.source)}, which holds no caption.")
+    finally:
+        captions.close()
 
 
 def _read(pool: Pool) -> Iterator[Caption]:

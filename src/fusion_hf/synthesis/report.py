@@ -9,10 +9,11 @@ import yaml
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.card import write_card
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
-from fusion_hf.synthesis.files import json_bytes, write_atomically
+from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import filters_of
 from fusion_hf.synthesis.summary import CategorySummary, Summary
 from fusion_hf.synthesis.write_records import SUMMARIES, stage_folder

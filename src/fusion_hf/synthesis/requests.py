@@ -18,9 +18,9 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from pydantic import BaseModel, ValidationError
 
 from fusion_hf.endpoints import CHAT, Refused, Unavailable, endpoint_url
+from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.endpoints import Poster
-from fusion_hf.synthesis.files import write_atomically
 from fusion_hf.synthesis.progress import Progress
 
 A = TypeVar("A", bound=BaseModel)

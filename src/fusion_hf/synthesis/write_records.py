@@ -8,9 +8,10 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from fusion_hf.outputs import atomic_file, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.documents import USAGE, record_of, task_file
-from fusion_hf.synthesis.files import atomic_file, json_bytes, write_atomically
+from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.record import SynthRecord
 from fusion_hf.synthesis.shards import SHARDS, Shard
 from fusion_hf.synthesis.summary import Summary

@@ -2,17 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.training.collator import FusionDataCollator
-
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
+    from fusion_hf.training.collator import FusionDataCollator
     from fusion_hf.training.data import load_records
     from fusion_hf.training.trainer import FusionTrainer
 
 __all__ = ["FusionDataCollator", "FusionTrainer", "FusionTrainingArguments", "load_records"]
 
-# what needs the extra `train`, and seconds to import
-_MODULES = {"FusionTrainer": "trainer", "FusionTrainingArguments": "arguments", "load_records": "data"}
+# what needs torch or the extra `train`, and seconds to import
+_MODULES = {
+    "FusionDataCollator": "collator",
+    "FusionTrainer": "trainer",
+    "FusionTrainingArguments": "arguments",
+    "load_records": "data",
+}
 
 
 def __getattr__(name: str) -> Any:

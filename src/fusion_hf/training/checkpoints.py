@@ -20,10 +20,10 @@ from multiprocessing import parent_process
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import FrameType
 
-from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusion_hf.errors import LONGEST_NAME, InputError
+from fusion_hf.outputs import WRITE_ERRORS, write_problem
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ MAX_MANIFEST_BYTES = 2**24  # some 100 000 files
 REPEAT_SECONDS = 10.0
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
 INCOMPLETE, SUPERSEDED = "incomplete", "superseded"
-# In what torch's writer says of a failed write: it raises RuntimeError and keeps the reason to itself.
-TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter", "cannot be opened", "Parent directory")
 
 
 class CheckpointError(InputError):
@@ -225,7 +223,7 @@ def saving(folder: Path, remove: bool = True) -> Iterator[None]:
             yield
         except BaseException as error:
             # Half a checkpoint is of no use, and on a full disk its space is what the log and the next try need.
-            if remove and _reason(error, folder.parent) is not None:
+            if remove and write_problem(error, folder.parent) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -239,8 +237,8 @@ def writing(run_dir: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if (reason := _reason(error, run_dir)) is None:
+    except WRITE_ERRORS as error:
+        if (reason := write_problem(error, run_dir)) is None:
             raise
         last = find_last(run_dir)
         state = (
@@ -248,19 +246,6 @@ def writing(run_dir: Path, what: str) -> Iterator[None]:
         )
         advice = "free space (or mend the folder) and run the same command again"
         raise CheckpointError(f"{what} could not be written: {reason}; {state}; {advice}.") from error
-
-
-def _reason(error: BaseException, run_dir: Path) -> str | None:
-    """What the disk has against a write; None if the error is not the disk's."""
-    if isinstance(error, OSError):
-        # a library's network error is an OSError as well, without a number
-        return None if error.errno is None or isinstance(error, ConnectionError) else error.strerror
-    if isinstance(error, SafetensorError) and "I/O error: " in str(error):
-        return str(error).rpartition("I/O error: ")[2]
-    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in TORCH_WRITER):
-        free = shutil.disk_usage(run_dir).free / 10**9
-        return f"torch could not write all of a file, {free:.3f} GB are free on that disk"
-    return None
 
 
 class StopSignal:

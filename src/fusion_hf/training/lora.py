@@ -4,7 +4,6 @@ An adapter is read strictly. PEFT passes over what it does not find, and a model
 only badly: here every key that is missing or too many is an error.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib.util import find_spec
@@ -18,14 +17,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from fusion_hf.errors import InputError, short_name
+from fusion_hf.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpointing import hide_peft_deprecation
 from fusion_hf.training.parts import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 2**20
 HEAD = "lm_head"
 MODULES_OF_PART = {
     VISION_TOWER: ("vision_tower",),
@@ -156,29 +154,9 @@ def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
 
 def read_config(folder: Path, model: nn.Module) -> LoraConfig:
     """The configuration in an adapter's folder; see `load_adapter`."""
-    content = read_json(folder)
+    content = read_adapter(folder)
     _check_config(content, folder / ADAPTER_CONFIG, model)
     return LoraConfig(**{name: content[name] for name in USED if name in content})
-
-
-def read_json(folder: Path) -> dict[str, Any]:
-    """What an adapter's configuration says, unchecked.
-
-    Raises:
-        InputError: if `folder` holds none.
-    """
-    path = folder / ADAPTER_CONFIG
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; it is no adapter's configuration.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give the output_dir of a LoRA run.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON; copy the adapter again.") from error
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        raise InputError(f"{path} describes no LoRA; give the output_dir of a LoRA run.")
-    return content
 
 
 def _check_config(content: dict[str, Any], path: Path, model: nn.Module) -> None:

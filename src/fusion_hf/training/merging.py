@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.folder import new_folder
 from fusion_hf.errors import InputError
+from fusion_hf.folders import base_of
 from fusion_hf.inference import DTYPES, Assistant
+from fusion_hf.outputs import new_folder
 from fusion_hf.training.cast import cast_weights
-from fusion_hf.training.lora import load_adapter, read_json
+from fusion_hf.training.lora import load_adapter
 
 
 def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:
@@ -25,15 +25,10 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
-    named = read_json(adapter).get("base_model_name_or_path") if base is None else base
-    if not isinstance(named, str) or not named:
-        raise InputError(f"The adapter {adapter} names no base; give it with --base.")
-    try:
-        with new_folder(output) as folder:
-            start = Assistant.load(named, device="cpu", dtype="float32")
-            merged = load_adapter(start.model, adapter).merge_and_unload(safe_merge=True)
-            merged.save_pretrained(folder)
-            start.processor.save_pretrained(folder)
-            cast_weights(folder, dtype)
-    except ConversionError as error:
-        raise InputError(str(error)) from error
+    named = base_of(adapter, base)
+    with new_folder(output) as folder:
+        start = Assistant.load(named, device="cpu", dtype="float32")
+        merged = load_adapter(start.model, adapter).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
+        start.processor.save_pretrained(folder)
+        cast_weights(folder, dtype)

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
-PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
+from fusion_hf.training.keys import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
 
 # Wrappers (PEFT, DDP, compilation) put names in front. A sampler lies inside a layer of the language model, whose
 # part is whatever is left.

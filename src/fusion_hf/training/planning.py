@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
-from fusion_hf.errors import InputError
 from fusion_hf.training.flops import Shape, StepFlops, step_flops
-from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, count_by_part
+from fusion_hf.training.keys import FULL, LANGUAGE_MODEL, OPTIMIZER_BYTES, PARTS, check_optimizer
+from fusion_hf.training.parts import count_by_part
 from fusion_hf.training.recipe import split_batch
 from fusion_hf.training.simulation import (
     ACCUMULATED,
@@ -33,17 +33,8 @@ SHARDINGS = (DDP, ZERO2, FSDP2, ZERO3)
 OPTIMIZER_STEP = "optimizer step"
 
 GIB = 2**30
-FULL, HALF = 4, 2  # bytes of a float32, and of a bfloat16 or float16
-# bytes per trained weight that an optimizer keeps
-OPTIMIZER_BYTES = {
-    "adamw_torch_fused": 2 * FULL,
-    "adamw_torch": 2 * FULL,
-    "adamw_bnb_8bit": 2,
-    "adamw_8bit": 2,
-    "sgd": 0,
-}
+HALF = 2  # bytes of a bfloat16 or float16
 UNFUSED = "adamw_torch"  # makes one float32 copy of all trained weights while it steps
-DEFAULT_OPTIMIZER = "adamw_torch_fused"
 # NF4 with an 8-bit scale for each 64 weights, and a float32 for each 256 of those
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + FULL / (64 * 256)
 LIVE_WEIGHTS = 10**9  # ZeRO-3 keeps as many gathered at a time (`stage3_max_live_parameters`)
@@ -165,9 +156,7 @@ class Run:
         Raises:
             InputError: for an optimizer whose memory is not known.
         """
-        optimizer = values.get("optim") or DEFAULT_OPTIMIZER
-        if optimizer not in OPTIMIZER_BYTES:
-            raise InputError(f"optim is {optimizer!r}; plans know {', '.join(OPTIMIZER_BYTES)}.")
+        optimizer = check_optimizer(values)
         rank, targets = values.get("lora_rank") or 0, values.get("lora_targets")
         trained = values.get("train") or PARTS
         half = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None

@@ -1,27 +1,18 @@
 """A recipe: one YAML file that is a whole training run, and what the command line changes in it."""
 
 import difflib
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import TrainingArguments
 
-from fusion_hf.errors import InputError
-from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.checkpointing import RENAMED_KEYS
+from fusion_hf.errors import InputError, short_name
+from fusion_hf.training.keys import OwnArguments, all_keys, own_keys
 
-OWN_KEYS = tuple(
-    sorted(
-        {field.name for field in fields(FusionTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
-    )
-)
-KEYS = tuple(field.name for field in fields(FusionTrainingArguments) if field.init)
+if TYPE_CHECKING:
+    from fusion_hf.training.arguments import FusionTrainingArguments
+
 REQUIRED = ("model", "data", "output_dir")
 PATHS = ("data", "data_root", "eval_data")  # a recipe's own are relative to its folder
 # What a run computes. A checkpoint goes on only under the same of these; the others may change between two starts.
@@ -60,12 +51,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         check_key(key)
         try:
             values[key] = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as error:
-            raise InputError(f"{key} is {value!r}, which is no YAML value.") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise InputError(f"{key} is {short_name(repr(value))}, which is no YAML value.") from error
     values = {key: convert(key, value) for key, value in values.items()}
     for key in REQUIRED:
         if values.get(key) is None:
             raise InputError(f"{path} gives no {key}; add it, or say {key}=... on the command line.")
+    OwnArguments(**{key: values[key] for key in own_keys() if key in values}).check()
     return values
 
 
@@ -76,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"The recipe {path} is no YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"The recipe {path} holds a {type(values).__name__}; allowed: keys with values.")
@@ -94,13 +86,10 @@ def check_key(key: str) -> None:
     Raises:
         InputError: if no recipe has such a key; names the nearest one that it has.
     """
-    if key in KEYS:
+    if key in all_keys():
         return
-    nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
-    raise InputError(f"{key!r} is no key of a recipe; did you mean {nearest!r}?")
-
-
-_HINTS = typing.get_type_hints(FusionTrainingArguments)
+    nearest = difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.0)[0]
+    raise InputError(f"{short_name(repr(key))} is no key of a recipe; did you mean {nearest!r}?")
 
 
 def convert(key: str, value: Any) -> Any:
@@ -110,9 +99,10 @@ def convert(key: str, value: Any) -> Any:
     Raises:
         InputError: if it cannot be one; names the key, the value and the type.
     """
-    kinds = _kinds(_HINTS[key])
+    known = all_keys()[key]
+    kinds = known.kinds
     if value is None:
-        if type(None) in kinds or _default_is_none(key):
+        if known.takes_none:
             return None
         raise InputError(f"{key} has no value; allowed: {_names(kinds)}.")
     if value is False and key.endswith("_strategy"):
@@ -134,25 +124,9 @@ def convert(key: str, value: Any) -> Any:
     raise InputError(f"{key} is {value!r}; allowed: {_names(kinds)}.")
 
 
-def _kinds(hint: Any) -> set[type]:
-    """The plain types among which a value may be: of `float | None`, float and NoneType."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return set().union(*(_kinds(part) for part in typing.get_args(hint)))
-    if isinstance(origin, type):
-        return {origin}
-    if isinstance(hint, type):
-        return {str} if issubclass(hint, Enum) else {hint}
-    return {str}
-
-
-def _default_is_none(key: str) -> bool:
-    return any(field.name == key and field.default is None for field in fields(FusionTrainingArguments))
-
-
-def _names(kinds: set[type]) -> str:
+def _names(kinds: Iterable[type]) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
-    return " or ".join(sorted(names.get(kind, kind.__name__) for kind in kinds if kind is not type(None)))
+    return " or ".join(sorted(names.get(kind, kind.__name__) for kind in kinds))
 
 
 def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
@@ -168,6 +142,8 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     total = values.get("global_batch_size")
     batch, passes = values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")
     if total is None:
+        from transformers import TrainingArguments
+
         return (
             TrainingArguments.per_device_train_batch_size if batch is None else batch,
             1 if passes is None else passes,
@@ -190,14 +166,17 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     return batch, passes
 
 
-def make_arguments(values: Mapping[str, Any], world_size: int) -> FusionTrainingArguments:
+def make_arguments(values: Mapping[str, Any], world_size: int) -> "FusionTrainingArguments":
     """The arguments of a run of `world_size` processes."""
+    from fusion_hf.training.arguments import FusionTrainingArguments
+    from fusion_hf.training.checkpointing import RENAMED_KEYS
+
     batch, passes = split_batch(values, world_size)
     settings = {**values, "per_device_train_batch_size": batch, "gradient_accumulation_steps": passes}
     if settings.get("gradient_checkpointing"):
         settings.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     for old, new in RENAMED_KEYS.items():
-        if new in KEYS and old in settings:
+        if new in all_keys() and old in settings:
             settings[new] = settings.pop(old)
     try:
         return FusionTrainingArguments(**settings)

@@ -22,13 +22,14 @@ from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_a
 from fusion_hf.training.collator import FusionDataCollator
 from fusion_hf.training.data import load_records
 from fusion_hf.training.distributed import keep_names
+from fusion_hf.training.files import FINISHED_FILE
 from fusion_hf.training.parts import freeze_except
 from fusion_hf.training.recipe import DECISIVE, make_arguments
 from fusion_hf.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, FINISHED_FILE, SKIPPED_FILE = "recipe.yaml", "finished.json", "skipped.jsonl"
+RECIPE_FILE, SKIPPED_FILE = "recipe.yaml", "skipped.jsonl"
 AUTO, NONE = "auto", "none"  # of `resume_from_checkpoint`
 
 

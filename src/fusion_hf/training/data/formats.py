@@ -5,20 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_hf.errors import InputError, short_name
-from fusion_hf.training.data.records import IMAGE_KEY
+from fusion_hf.training.data.records import FILE_NAME, IMAGE_KEY
 from fusion_hf.training.data.shards import TarShard, find_shards
 from fusion_hf.training.data.sources import JsonArray, JsonLines, Source, Stream
-from fusion_hf.training.data.tables import (
-    FILE_NAME,
-    CsvRows,
-    HubRows,
-    ParquetRows,
-    RowStream,
-    Table,
-    load_csv,
-    load_hub,
-    load_parquet,
-)
 
 FILE_SOURCES: dict[str, type[JsonArray | JsonLines | TarShard]] = {
     ".json": JsonArray,
@@ -44,24 +33,32 @@ class Location:
     def sources(self, cache: Path) -> list[Source]:
         """What has random access; Parquet and CSV are written to `cache` for it."""
         if self.hub is not None:
+            from fusion_hf.training.data.tables import Table, load_hub  # which take a second to import
+
             return [Table(load_hub(*self.hub), ":".join(self.hub), self.root)]
         return [self._source(file, cache / TABLES_FOLDER) for file in self.files]
 
     def _source(self, file: Path, cache: Path) -> Source:
         if file.suffix in FILE_SOURCES:
             return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
+        from fusion_hf.training.data.tables import Table, load_csv, load_parquet
+
         load = load_parquet if file.suffix == ".parquet" else load_csv
         return Table(load(file, cache), str(file), self.root, self.image_key)
 
     def streams(self) -> list[Stream]:
         """What is read from beginning to end."""
         if self.hub is not None:
+            from fusion_hf.training.data.tables import HubRows, RowStream
+
             return [RowStream(HubRows(*self.hub), ":".join(self.hub), self.root)]
         return [self._stream(file) for file in self.files]
 
     def _stream(self, file: Path) -> Stream:
         if file.suffix in FILE_SOURCES:
             return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
+        from fusion_hf.training.data.tables import CsvRows, ParquetRows, RowStream
+
         rows = ParquetRows(file) if file.suffix == ".parquet" else CsvRows(file)
         return RowStream(rows, str(file), self.root, self.image_key)
 
@@ -84,32 +81,32 @@ def locate(name: str, folder: Path, image_root: Path | None = None) -> Location:
         InputError: if there is nothing of this name, or nothing that holds records.
     """
     path = folder / name
-    root = existing_folder(image_root if image_root is not None else folder)
+    root = existing_folder(folder) if image_root is None else existing_folder(image_root, "image_root")
     if not exists(path):
         hub = HUB_ID.fullmatch(name)
         if hub is not None and Path(name).suffix not in SUFFIXES:
             return Location((), root, hub=(hub["repository"], hub["split"] or DEFAULT_SPLIT))
         shown = short_name(str(path))
-        raise InputError(f"data: {shown} does not exist; allowed: a file, a folder or OWNER/NAME of the Hub.")
+        raise InputError(f"{shown} does not exist; allowed: a file, a folder or OWNER/NAME of the Hub.")
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise InputError(f"data: {path} has the suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
+            raise InputError(f"{path} has the suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
         return Location((path,), root)
     for metadata in METADATA:
         if (path / metadata).is_file():
             return Location((path / metadata,), root if image_root is not None else path.resolve(), FILE_NAME)
     if files := find_shards(path) or sorted(path.glob("*.parquet")):
         return Location(tuple(files), root)
-    raise InputError(f"data: {path} has none of {', '.join(METADATA)}, *.tar, *.parquet; name a file in it.")
+    raise InputError(f"{path} has none of {', '.join(METADATA)}, *.tar, *.parquet; name a file in it.")
 
 
-def existing_folder(folder: Path) -> Path:
+def existing_folder(folder: Path, key: str = "data_root") -> Path:
     """
-    The folder, resolved.
+    The folder, resolved; `key` names it.
 
     Raises:
         InputError: if it is none.
     """
     if not folder.is_dir():
-        raise InputError(f"data_root: {folder} is no folder; name the one that the pictures are under.")
+        raise InputError(f"{key}: {folder} is no folder; name the one that the pictures are under.")
     return folder.resolve()

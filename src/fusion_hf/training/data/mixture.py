@@ -91,11 +91,12 @@ class Entry:
             raise InputError(f"{self.where}: {error}") from error
 
 
-def read_entries(source: str | Path, root: str | Path | None = None) -> list[Entry]:
+def read_entries(source: str | Path, root: str | Path | None = None, key: str = "data") -> list[Entry]:
     """
     Args:
         source: a mixture file (.yaml), or what can stand in one.
         root: that relative paths and pictures are under; default: the folder of the mixture or data file.
+        key: of the recipe that names the source, for errors.
 
     Raises:
         InputError: naming the file, the entry and what is wrong with it.
@@ -103,22 +104,26 @@ def read_entries(source: str | Path, root: str | Path | None = None) -> list[Ent
     path = Path(source).expanduser()
     data_root = None if root is None else existing_folder(Path(root).expanduser())
     if path.suffix in SUFFIXES:
-        return _read_mixture(path, data_root if data_root is not None else existing_folder(path.parent))
+        content = _read_yaml(path, key)
+        return _mixture(content, path, data_root if data_root is not None else path.parent.resolve(), key)
     if exists(path):
-        return [Entry(str(path.absolute()), data_root if data_root is not None else path.parent)]
-    return [Entry(str(source), data_root if data_root is not None else Path())]
+        return [Entry(str(path.absolute()), data_root if data_root is not None else path.parent, where=key)]
+    return [Entry(str(source), data_root if data_root is not None else Path(), where=key)]
 
 
-def _read_mixture(path: Path, root: Path) -> list[Entry]:
+def _read_yaml(path: Path, key: str) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"data: {path} cannot be read ({error.strerror}).") from error
+        raise InputError(f"{key}: {path} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"data: {path} is no YAML ({error}).") from error
+        raise InputError(f"{key}: {path} is no YAML ({error}).") from error
+
+
+def _mixture(content: Any, path: Path, root: Path, key: str) -> list[Entry]:
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"datasets"}:
-        raise InputError(f"data: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
+        raise InputError(f"{key}: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
     return [_entry(fields, root, f"{path}, entry {number}") for number, fields in enumerate(entries, start=1)]
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fusion_hf.errors import short_name
-from fusion_hf.processing_fusion import IMAGE_TOKEN
 
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = tuple(ROLE_OF_SPEAKER.values())
 IMAGE_KEY = "image"
+FILE_NAME = "file_name"  # the picture's column in the metadata of an image folder
+IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
 SHOWN_ROLES = 6  # of a conversation, in an error
 
 ProblemKind = Literal[

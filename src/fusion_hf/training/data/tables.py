@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from fusion_hf.errors import InputError
-from fusion_hf.training.data.records import IMAGE_KEY, Raw, RecordProblem
+from fusion_hf.training.data.records import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
 from fusion_hf.training.data.sources import MAX_RECORD_BYTES, Item, Source, Stream, file_state
 
-FILE_NAME = "file_name"  # the picture's column in the metadata of an image folder
 COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
 TURNS = ("conversations", "messages")
+HUB_SECONDS = 10.0  # until the Hub answers
 ROWS = 64  # read at once: they may hold pictures
 
 
@@ -187,7 +190,31 @@ def load_hub(repository: str, split: str, streaming: bool = False) -> Any:
         InputError: if there is none, or the Hub cannot be reached.
     """
     try:
-        return datasets.load_dataset(repository, split=split, streaming=streaming)
+        with _cache_alone() if _is_out_of_reach(repository) else nullcontext():
+            return datasets.load_dataset(repository, split=split, streaming=streaming)
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, ValueError) as error:
         advice = "name an existing file, or a data set of the Hub as OWNER/NAME or OWNER/NAME:SPLIT"
         raise InputError(f"data: {repository}:{split} cannot be loaded ({error}); {advice}.") from error
+
+
+def _is_out_of_reach(repository: str) -> bool:
+    """Whether the Hub does not answer one request: `datasets` sends each of its own for half a minute."""
+    if is_offline_mode():
+        return False  # which `datasets` knows
+    try:
+        HfApi().dataset_info(repository, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):  # an answer, of which `datasets` says more
+        return False
+    except (HTTPError, OSError):
+        return True
+    return False
+
+
+@contextmanager
+def _cache_alone() -> Iterator[None]:
+    """Let `datasets` take what it has downloaded before, as where HF_HUB_OFFLINE is set."""
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

@@ -1,0 +1,130 @@
+"""An untrained FUSION from a language model and a SigLIP tower: the start of a training."""
+
+import re
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.conversion import hub
+from fusion_hf.conversion.card import Provenance, write_card
+from fusion_hf.conversion.checkpoint import check_index, read_headers
+from fusion_hf.conversion.config import convert_text_config, fusion_config, read_tower_config, sampler_layers
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.folder import make_generation_config, make_processor, set_dtype, write_files
+from fusion_hf.conversion.inputs import BuildInputs, find_build_inputs
+from fusion_hf.conversion.inputs import BuildOptions as Options
+from fusion_hf.conversion.keys import LANGUAGE_MODEL_ROWS, TOWER_TABLE, Row
+from fusion_hf.conversion.locations import Location, describe
+from fusion_hf.conversion.plan import HEAD, NUM_MARKS, Plan, RecipeReader, Source, make_plan
+from fusion_hf.conversion.reading import find_weight_files, read_json
+from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer, vocabulary_size
+from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
+from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.outputs import new_folder
+
+FRESH = re.compile(r"^model\.vision_projector(?:_back)?\.|\.vision_sampler\.")
+UPSTREAM_EMBEDDING = "model.embed_tokens.weight"
+
+
+def build(options: Options, inputs: BuildInputs | None = None) -> str:
+    """Build the folder; returns a line that says what was done. The whole model is in memory, in the target type.
+
+    Args:
+        options: what is to be done.
+        inputs: what `find_build_inputs` found, if it was asked before.
+
+    Raises:
+        InputError: for backbones that do not fit; nothing is left behind then.
+    """
+    inputs = find_build_inputs(options) if inputs is None else inputs
+    text, vision, values = inputs.text, inputs.vision, inputs.values
+    model_type = values["model_type"]
+    text_source = _read(text, LANGUAGE_MODEL_ROWS, grows=True)
+    text_config = convert_text_config(values, model_type)
+    tokenizer = choose_tokenizer(inputs.tokenizer, model_type, text_config.max_position_embeddings)
+    text_config.vocab_size = _vocab_size(text_source, tokenizer)
+    config = fusion_config(
+        text_config,
+        read_tower_config(vision.path),
+        query_lens=list(options.query_lens),
+        window_size=options.window_size,
+        sampler_layers=sampler_layers(
+            options.num_samplers, options.start, options.stride, text_config.num_hidden_layers
+        ),
+    )
+    if tokenizer is not None:
+        add_marks(tokenizer, text_config.vocab_size)
+        text_config.pad_token_id = tokenizer.pad_token_id
+    plan = make_plan(config, [_read(vision, TOWER_TABLE), text_source], {}, vision.name, fresh=FRESH)
+    dtype = plan.main_dtype if options.dtype is None else DTYPES[options.dtype]
+    if dtype not in DTYPE_NAMES:
+        dtype = torch.float32
+    set_dtype(config, dtype)
+
+    with new_folder(options.output) as folder:
+        weights = make_weights(config, plan, dtype, options.seed)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        write_weights(folder, shapes, dtype, lambda name: weights[name].contiguous())
+        settings = text.path / "generation_config.json"
+        generation = make_generation_config(config, tokenizer, read_json(settings) if settings.is_file() else {})
+        num_parameters = sum(weight.numel() for weight in weights.values())
+        provenance = _provenance(options, text, vision, dtype, num_parameters, tokenizer is not None)
+        write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
+    done = f"Wrote {options.output}: an untrained FUSION of {num_parameters:,} parameters in {DTYPE_NAMES[dtype]}."
+    if options.push_to_hub is not None:
+        url = hub.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
+        done += f" Pushed: {url}"
+    return done
+
+
+def _read(location: Location, table: tuple[Row, ...], grows: bool = False) -> Source:
+    stored = read_headers(find_weight_files(location.path))
+    check_index(location.path, stored)
+    return Source(stored, table, grows=grows)
+
+
+def _vocab_size(text: Source, tokenizer: PreTrainedTokenizerFast | None) -> int:
+    """Rows of the new embedding: those that the tokenizer uses (the authors drop a backbone's spare rows), and two."""
+    embedding = text.tensors.get(UPSTREAM_EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise ConversionError(f"--text: the weights have no matrix {UPSTREAM_EMBEDDING}.")
+    rows = embedding.shape[0]
+    used = rows if tokenizer is None else vocabulary_size(tokenizer)
+    if used > rows:
+        raise ConversionError(f"--text: the tokenizer has {used} tokens, but the embedding only {rows} rows.")
+    return used + NUM_MARKS
+
+
+def make_weights(config: FusionConfig, plan: Plan, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """All weights of the model: the backbones' as they are, the new parts as the model initialises them."""
+    torch.manual_seed(seed)
+    model = FusionForConditionalGeneration._from_config(config, dtype=dtype)
+    weights = model.state_dict()
+    reader = RecipeReader()
+    for name, recipe in tqdm(plan.recipes.items(), unit="tensors", disable=None):
+        weights[name].copy_(reader.load(recipe, dtype))
+    reader.close()
+    if config.tie_word_embeddings:
+        del weights[HEAD]
+    return weights
+
+
+def _provenance(
+    options: Options, text: Location, vision: Location, dtype: torch.dtype, num_parameters: int, has_tokenizer: bool
+) -> Provenance:
+    return Provenance(
+        title=(options.push_to_hub or options.output.name).split("/")[-1],
+        model_id=options.push_to_hub or options.output.name,
+        sources=(("language model", describe(text)), ("vision tower", describe(vision))),
+        base_models=tuple(location.name for location in (text, vision) if "/" in location.name),
+        dtype=dtype,
+        num_parameters=num_parameters,
+        has_tokenizer=has_tokenizer,
+        is_untrained=True,
+        notes=(
+            f"Projectors and samplers are initialised with seed {options.seed}; the rows of the two new tokens are "
+            "the mean of the others.",
+        ),
+    )

@@ -1,0 +1,215 @@
+"""What a conversion or an assembly reads and writes, checked as far as it can be without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.locations import Location, Wanted, locate
+from fusion_hf.conversion.reading import find_weight_files, read_json
+from fusion_hf.errors import short_name
+from fusion_hf.outputs import check_output
+
+DTYPES = ("float32", "bfloat16", "float16")
+TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
+# as `DECODER_LAYERS` has them, which imports torch
+DECODER_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+FUSION_FIELDS = (
+    "query_len",
+    "window_size",
+    "num_of_vision_sampler_layers",
+    "start_of_vision_sampler_layers",
+    "stride_of_vision_sampler_layers",
+)
+ADAPTER_CONFIG, PROJECTOR = "adapter_config.json", "mm_projector.bin"
+NO_TOKENIZER = "none"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What the command line of `convert` says; see its help. `dtype` is one of `DTYPES`."""
+
+    checkpoint: str
+    output: Path | None
+    vision_config: str | None = None
+    tokenizer: str | None = None
+    base: str | None = None
+    dtype: str | None = None
+    image_token_grid: int | None = None
+    push_to_hub: str | None = None
+    private: bool = False
+    dry_run: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the command line of `build_from_backbones.py` says; see its help. `dtype` is one of `DTYPES`."""
+
+    text: str
+    vision: str
+    output: Path
+    tokenizer: str | None = None
+    query_lens: tuple[int, ...] = (4, 16, 36, 64, 144)
+    window_size: int = 3
+    num_samplers: int = 10
+    start: int = 0
+    stride: int = 3
+    seed: int = 0
+    dtype: str | None = None
+    push_to_hub: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class ConversionInputs:
+    """Folders that a conversion reads, the content of the checkpoint's `config.json`, and where the tokenizer is."""
+
+    checkpoint: Location
+    upstream: dict[str, Any]
+    base: Location | None
+    vision: Location | None
+    tokenizer: Location | None
+
+
+@dataclass(frozen=True)
+class BuildInputs:
+    """Folders that an assembly reads, the language model's `config.json`, and where the tokenizer is."""
+
+    text: Location
+    values: dict[str, Any]
+    vision: Location
+    tokenizer: Location | None
+
+
+def find_conversion_inputs(options: ConversionOptions) -> ConversionInputs:
+    """
+    Fetch what is on the Hub, and see that everything is there and can be put where it is to go.
+
+    Raises:
+        ConversionError, InputError: for the first thing that does not fit.
+    """
+    _check_result(options)
+    wanted: Wanted = "headers" if options.dry_run else "all"
+    checkpoint = locate(options.checkpoint, "--checkpoint", wanted)
+    upstream = read_json(checkpoint.path / "config.json")
+    check_upstream(upstream)
+    base = None if options.base is None else locate(options.base, "--base", wanted)
+    vision = None
+    if options.vision_config is not None:
+        vision = locate(options.vision_config, "--vision-config", "configuration" if base is None else "all")
+    check_layout(checkpoint, base, TEXT_MODEL_TYPES[upstream["model_type"]])
+    tokenizer = find_tokenizer(options.tokenizer, checkpoint, base)
+    return ConversionInputs(checkpoint, upstream, base, vision, tokenizer)
+
+
+def find_build_inputs(options: BuildOptions) -> BuildInputs:
+    """
+    The same for an assembly.
+
+    Raises:
+        ConversionError, InputError: for the first thing that does not fit.
+    """
+    _check_result(options)
+    text, vision = locate(options.text, "--text"), locate(options.vision, "--vision")
+    values = read_json(text.path / "config.json")
+    if values.get("model_type") not in DECODER_TYPES:
+        shown, allowed = short_name(repr(values.get("model_type"))), ", ".join(DECODER_TYPES)
+        raise ConversionError(f"--text: {text.name} is a {shown} model; FUSION supports: {allowed}.")
+    for location in (text, vision):
+        check_weights(location)
+    return BuildInputs(text, values, vision, find_tokenizer(options.tokenizer, text))
+
+
+def _check_result(options: ConversionOptions | BuildOptions) -> None:
+    if options.output is not None:
+        check_output(options.output)
+    if options.push_to_hub is not None:
+        from fusion_hf.conversion.hub import check_can_push  # its client takes longer to import than all of this
+
+        check_can_push(options.push_to_hub, options.private)
+
+
+def check_upstream(upstream: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConversionError: for missing fields and impossible values of the authors' `config.json`.
+    """
+    model_type = upstream.get("model_type")
+    if model_type not in TEXT_MODEL_TYPES:
+        allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
+        raise ConversionError(f"config.json: model_type is {model_type!r}; allowed: {allowed}.")
+    missing = [name for name in FUSION_FIELDS if name not in upstream]
+    if missing:
+        raise ConversionError(f"config.json lacks {', '.join(missing)}: it is no FUSION checkpoint's.")
+    counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
+    wrong = [f"{name} is {value!r}" for name, value in counts.items() if type(value) is not int]
+    if wrong:
+        raise ConversionError(f"config.json: {', '.join(wrong)}; allowed: whole numbers.")
+
+
+def is_adapter(checkpoint: Location) -> bool:
+    """Whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
+    folder = checkpoint.path
+    parts = any((folder / name).is_file() for name in (ADAPTER_CONFIG, PROJECTOR))
+    return parts and not checkpoint.is_remote and not find_weight_files(folder)
+
+
+def check_layout(checkpoint: Location, base: Location | None, text_type: str) -> None:
+    """
+    Raises:
+        ConversionError: if the checkpoint needs a `--base` that is not there, or another one, or the other way round.
+    """
+    if not is_adapter(checkpoint):
+        if base is not None:
+            reason = f"{checkpoint.name} is a full checkpoint"
+            raise ConversionError(f"--base is for LoRA and adapter-only runs, but {reason}.")
+        check_weights(checkpoint)
+        return
+    if base is None:
+        kind = "a LoRA run" if (checkpoint.path / ADAPTER_CONFIG).is_file() else "an adapter-only run"
+        raise ConversionError(f"{checkpoint.name} is {kind}: give the model that it was trained on with --base.")
+    base_type = read_json(base.path / "config.json").get("model_type")
+    if TEXT_MODEL_TYPES.get(str(base_type), base_type) != text_type:
+        raise ConversionError(f"--base: {base.name} is a {base_type!r} model; the checkpoint needs {text_type!r}.")
+    check_weights(base)
+
+
+def check_weights(location: Location) -> None:
+    """
+    Raises:
+        ConversionError: if a folder has no weights.
+    """
+    if not location.is_remote and not (location.path.is_dir() and find_weight_files(location.path)):
+        raise ConversionError(
+            f"{location.name} has no weights; allowed: model.safetensors or pytorch_model.bin, in one file or in "
+            "shards with their index."
+        )
+
+
+def find_tokenizer(wanted: str | None, *locations: Location | None) -> Location | None:
+    """
+    Where the tokenizer asked for is, or the first that a location has; None: there is none.
+
+    Args:
+        wanted: a folder, a repository, `"none"`, or nothing.
+        locations: where to look if nothing is wanted.
+
+    Raises:
+        ConversionError: if what is wanted has no tokenizer.
+    """
+    if wanted is None:
+        return next((location for location in locations if location and has_tokenizer(location.path)), None)
+    if wanted == NO_TOKENIZER:
+        return None
+    found = locate(wanted, "--tokenizer", "configuration")
+    if not has_tokenizer(found.path):
+        raise ConversionError(f"--tokenizer: {found.name} has no tokenizer files.")
+    return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

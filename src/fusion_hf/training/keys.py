@@ -1,0 +1,226 @@
+"""
+The keys of a recipe: ours, and those of transformers' `TrainingArguments`.
+
+A wrong key is told before torch is imported, which takes seconds. So this imports neither torch nor transformers, and
+reads what transformers declares in the source of the installed version.
+"""
+
+import ast
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from functools import cache
+from importlib.util import find_spec
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from fusion_hf.errors import InputError
+
+VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
+PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
+ON_BROKEN = ("error", "skip")
+GROUP_BY = ("modality_length", "none")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+FULL = 4  # bytes of a float32
+# bytes per trained weight that an optimizer keeps
+OPTIMIZER_BYTES = {
+    "adamw_torch_fused": 2 * FULL,
+    "adamw_torch": 2 * FULL,
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "sgd": 0,
+}
+DEFAULT_OPTIMIZER = "adamw_torch_fused"
+# where transformers declares its own keys
+SOURCE, CLASS = "training_args.py", "TrainingArguments"
+BUILT_IN: Mapping[str, type] = {kind.__name__: kind for kind in (int, float, bool, str, list, dict)}
+
+
+def _key(default: Any, text: str) -> Any:
+    """A field with its line in the table of docs/training.md."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class OwnArguments:
+    """The keys of a recipe that are ours."""
+
+    model: str | None = _key(None, "folder or Hub repository of the FUSION to start from")
+    data: str | None = _key(None, "mixture (YAML), JSON, JSONL, Parquet, folder of pictures or tar shards, or Hub id")
+    data_root: str | None = _key(None, "folder of the files and pictures that `data` names; default: that of `data`")
+    data_cache: str | None = _key(None, "folder of the index of `data`; default: in the Hugging Face cache")
+    streaming: bool = _key(False, "read `data` in its own order, without an index")
+    on_broken: str = _key("error", "`error` ends the run at a broken record, `skip` leaves it out and counts it")
+    max_skipped: int = _key(100, "so many records may be skipped; one more ends the run")
+    eval_data: str | None = _key(None, "held-out records, as `data`")
+    eval_samples: int = _key(0, "so many records of `eval_data` are answered at each evaluation, and compared exactly")
+    eval_max_new_tokens: int = _key(32, "longest answer there")
+    global_batch_size: int | None = _key(None, "records per optimizer step, over all processes and accumulation")
+    train: list[str] = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "parts that are trained, the others stay as they are; default: all, with LoRA not the tower"
+        },
+    )
+    vision_tower_learning_rate: float | None = _key(None, "of the tower; default: `learning_rate`")
+    projector_learning_rate: float | None = _key(None, "of both projectors; default: `learning_rate`")
+    sampler_learning_rate: float | None = _key(None, "of the samplers; default: `learning_rate`")
+    query_lens: list[int] | None = field(
+        default=None, metadata={"help": "latent tokens, drawn for each step; default: the model's list"}
+    )
+    max_length: int | None = _key(None, "longer conversations are cut on the right; default: the tokenizer's maximum")
+    group_by: str = _key("modality_length", "`modality_length`: steps of like records, as upstream; or `none`")
+    lora_rank: int = _key(0, "rank of LoRA in the language model; 0: no LoRA")
+    lora_alpha: float | None = _key(None, "scale of LoRA; default: twice the rank")
+    lora_dropout: float = _key(0.05, "dropout before LoRA")
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "names of linear layers; default: all of the language model's"}
+    )
+    load_in_4bit: bool = _key(False, "keep the frozen language model in 4 bits (bitsandbytes)")
+    save_dtype: str = _key("float32", "type of the finished model's weights; checkpoints are always exact")
+    peak_tflops: float | None = _key(None, "of one device, for the utilisation; default: a matrix product's, measured")
+
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: for an impossible value; names the key, the value and what is allowed.
+        """
+        _allow("on_broken", self.on_broken, ON_BROKEN)
+        _allow("group_by", self.group_by, GROUP_BY)
+        _allow("save_dtype", self.save_dtype, SAVE_DTYPES)
+        for part in PARTS if self.train is None else self.train:
+            _allow("train", part, PARTS)
+        if self.train == []:
+            raise InputError(f"train is empty; allowed: some of {', '.join(PARTS)}.")
+        for length in self.query_lens if self.query_lens is not None else [1]:
+            if not is_square(length):
+                raise InputError(f"query_lens holds {length}; allowed: perfect squares (1, 4, 9, 16, ...).")
+        if self.query_lens == []:
+            raise InputError("query_lens is empty; allowed: at least one perfect square.")
+        for name, least in (("max_skipped", 0), ("eval_samples", 0), ("eval_max_new_tokens", 1), ("lora_rank", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; allowed: {least} or more.")
+        if self.load_in_4bit and not self.lora_rank:
+            raise InputError("load_in_4bit is true, but lora_rank is 0; 4-bit weights do not train: set lora_rank.")
+
+
+def is_square(number: int) -> bool:
+    """Whether a number is a perfect square, 1 or more; as the configuration has it, which imports transformers."""
+    return number > 0 and isqrt(number) ** 2 == number
+
+
+def _allow(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key may hold: one of some plain types, or nothing. `kinds` of None are left out."""
+
+    kinds: frozenset[type]
+    takes_none: bool
+
+
+def own_keys() -> dict[str, Key]:
+    """Ours, by name."""
+    hints = typing.get_type_hints(OwnArguments)
+    return {own.name: _key_of(hints[own.name], own.default is None) for own in fields(OwnArguments)}
+
+
+@cache
+def all_keys() -> Mapping[str, Key]:
+    """All keys that a recipe can have, by name."""
+    return {**transformers_keys(), **own_keys()}
+
+
+def transformers_keys() -> dict[str, Key]:
+    """Those of transformers' `TrainingArguments`, by name."""
+    folders = (spec.submodule_search_locations if (spec := find_spec("transformers")) is not None else None) or ()
+    for folder in folders:
+        path = Path(folder) / SOURCE
+        tree = ast.parse(path.read_bytes()) if path.is_file() else ast.Module([], [])
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == CLASS and not node.bases:
+                return dict(_declared(node))
+    from transformers import TrainingArguments  # a version that has it elsewhere
+
+    return keys_of(TrainingArguments)
+
+
+def keys_of(arguments: Any) -> dict[str, Key]:
+    """Those of a class of arguments, by name."""
+    hints = typing.get_type_hints(arguments)
+    return {each.name: _key_of(hints[each.name], each.default is None) for each in fields(arguments) if each.init}
+
+
+def _declared(node: ast.ClassDef) -> Iterator[tuple[str, Key]]:
+    """Names and types of a dataclass's fields, from its source."""
+    for line in node.body:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+            continue
+        default: ast.expr | None = line.value
+        if isinstance(default, ast.Call):  # of `field`
+            settings = {keyword.arg: keyword.value for keyword in default.keywords}
+            if isinstance(init := settings.get("init"), ast.Constant) and init.value is False:
+                continue
+            default = settings.get("default")
+        kinds = frozenset(_written_kinds(line.annotation))
+        if str in kinds:  # the other name is an enumeration's, whose values are texts
+            kinds &= {*BUILT_IN.values(), type(None)}
+        is_none = isinstance(default, ast.Constant) and default.value is None
+        yield line.target.id, Key(kinds - {type(None)}, type(None) in kinds or is_none)
+
+
+def _written_kinds(hint: ast.expr) -> Iterator[type]:
+    """As `_kinds`, of an annotation as it is written: an unknown name is a class that YAML has no value for."""
+    if isinstance(hint, ast.BinOp):
+        yield from (*_written_kinds(hint.left), *_written_kinds(hint.right))
+    elif isinstance(hint, ast.Constant) and hint.value is None:
+        yield type(None)
+    elif isinstance(hint, ast.Subscript):
+        name = hint.value.id if isinstance(hint.value, ast.Name) else ""
+        inner = hint.slice.elts if isinstance(hint.slice, ast.Tuple) else [hint.slice]
+        if name in ("Union", "Optional"):
+            yield from (kind for each in inner for kind in _written_kinds(each))
+            if name == "Optional":
+                yield type(None)
+        else:
+            yield BUILT_IN.get(name, str)  # `Literal`, as a text
+    elif isinstance(hint, ast.Name):
+        yield BUILT_IN.get(hint.id) or type(hint.id, (), {})
+    else:
+        yield str
+
+
+def _key_of(hint: Any, default_is_none: bool) -> Key:
+    kinds = frozenset(_kinds(hint))
+    return Key(kinds - {type(None)}, type(None) in kinds or default_is_none)
+
+
+def _kinds(hint: Any) -> Iterable[type]:
+    """The plain types among which a value may be: of `float | None`, float and NoneType."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return {kind for part in typing.get_args(hint) for kind in _kinds(part)}
+    if isinstance(origin, type):
+        return {origin}
+    if isinstance(hint, type):
+        return {str} if issubclass(hint, Enum) else {hint}
+    return {str}
+
+
+def check_optimizer(values: Mapping[str, Any]) -> str:
+    """
+    The optimizer of a recipe.
+
+    Raises:
+        InputError: for one whose memory is not known.
+    """
+    optimizer = values.get("optim") or DEFAULT_OPTIMIZER
+    if optimizer not in OPTIMIZER_BYTES:
+        raise InputError(f"optim is {optimizer!r}; plans know {', '.join(OPTIMIZER_BYTES)}.")
+    return optimizer

@@ -1,0 +1,211 @@
+"""What can be known without torch and transformers is told without them: here they cannot be imported."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.helpers.light_runs import light_environment, run_light
+
+from fusion_hf.conversion.inputs import DECODER_TYPES
+from fusion_hf.modeling_fusion_decoder import DECODER_LAYERS
+from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.training import keys
+from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.data import records
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+CONFIG = ROOT / "configs" / "models" / "fusion-3b.json"
+HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
+REPEATS = 3
+COMMANDS = (
+    *("ask", "chat", "maps", "demo", "train", "plan", "merge", "push", "export", "data", "evaluate", "synthesize"),
+    *("serve", "convert"),
+)
+# the command line, and what its error says; `run.yaml` and `mix.yaml` name files that are missing
+ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("train gone.yaml", ("gone.yaml", "No such file")),
+    ("train run.yaml lerning_rate=1", ("'lerning_rate'", "'learning_rate'")),
+    ("train run.yaml seed=many", ("seed is 'many'", "a whole number")),
+    ("train run.yaml seed=[", ("seed is '['", "no YAML")),
+    ("train run.yaml on_broken=x", ("on_broken is 'x'", "error, skip")),
+    ("train run.yaml query_lens=[5]", ("query_lens holds 5", "perfect squares")),
+    ("train run.yaml", ("data: gone.json does not exist",)),
+    ("train run.yaml data=mix.yaml", ("mix.yaml, entry 1: ", "gone.json does not exist")),
+    ("train run.yaml data=mix.yaml data_root=nowhere", ("data_root: nowhere is no folder",)),
+    ("train run.yaml data=records.json eval_data=gone.json", ("eval_data: gone.json does not exist",)),
+    ("train run.yaml data=records.json output_dir=records.json", ("output_dir: records.json", "Not a directory")),
+    ("train run.yaml data=records.json resume_from_checkpoint=gone", ("resume_from_checkpoint is 'gone'",)),
+    ("train run.yaml data=records.json", ("./model is no folder",)),
+    ("train run.yaml data=records.json model=records.json", ("records.json is a file",)),
+    ("train run.yaml data=records.json model=adapter", ("LoRA adapter", "fusion-hf merge")),
+    ("plan gone.yaml", ("gone.yaml", "No such file")),
+    ("plan --gpus 2 run.yaml --json seed=x", ("seed is 'x'",)),
+    ("plan run.yaml", ("model './model' is not on disk", "--config")),
+    ("plan run.yaml --config gone.json", ("--config is 'gone.json'",)),
+    ("plan run.yaml --config records.json", ("records.json holds a list",)),
+    ("plan run.yaml --config CONFIG optim=x", ("optim is 'x'", "adamw_torch_fused")),
+    ("plan run.yaml --config CONFIG --gpus 3 global_batch_size=8", ("global_batch_size is 8", "3 processes")),
+    ("plan run.yaml --config CONFIG data=gone.yaml", ("data: gone.yaml cannot be read",)),
+    ("merge gone --output new", ("gone is no folder",)),
+    ("merge empty --output new", ("adapter_config.json cannot be read",)),
+    ("merge adapter --output new", ("adapter_model.safetensors is missing",)),
+    ("merge whole_adapter --output new", ("names no base", "--base")),
+    ("merge whole_adapter --output new --base ./gone", ("./gone is no folder",)),
+    ("merge whole_adapter --output full --base ./gone", ("--output: full exists",)),
+    ("merge adapter --output new --dtype int8", ("'int8'", "float32")),
+    ("push --model gone --repo me/it --dry-run", ("gone is no folder",)),
+    ("push --model empty --repo me/it --dry-run", ("empty has no config.json",)),
+    ("push --model empty --repo a/b/c --dry-run", ("--repo: ", "a/b/c")),
+    ("export --output new --model ./gone", ("./gone is no folder",)),
+    ("export --output full", ("--output: full exists",)),
+    ("export --output records.json/new", ("records.json/new cannot be written", "Not a directory")),
+    ("export --output new --image-token-grid x", ("'x'", "whole number from 1")),
+    ("maps PICTURE what? --output full", ("--output: full exists",)),
+    ("maps PICTURE what? --output records.json/new", ("records.json/new cannot be written",)),
+    ("maps PICTURE what? --model ./gone", ("./gone is no folder",)),
+    ("maps gone.png what?", ("'gone.png' is no file",)),
+    ("ask PICTURE what? --model empty", ("empty has no config.json",)),
+    ("ask PICTURE what? --model llama", ("is a 'llama' model", "'fusion'")),
+    ("ask PICTURE what? --dtype int8", ("'int8'", "allowed: auto, float32")),
+    ("ask PICTURE what? --device abacus", ("'abacus'", "allowed: auto, cpu, cuda")),
+    ("ask --input gone.jsonl --output new.jsonl", ("gone.jsonl cannot be read",)),
+    ("ask --input questions.jsonl --output gone/new.jsonl", ("output is gone/new.jsonl", "no folder")),
+    ("ask --input questions.jsonl --output questions.jsonl", ("output is questions.jsonl", "exists already")),
+    ("ask --input questions.jsonl --output new.jsonl --model ./gone", ("./gone is no folder",)),
+    ("chat gone.png", ("'gone.png' is no file",)),
+    ("chat PICTURE --model ./gone", ("./gone is no folder",)),
+    ("evaluate", ("--tasks is missing", "pope")),
+    ("evaluate --tasks x", ("--tasks has 'x'", "pope")),
+    ("evaluate --tasks pope --model ./gone", ("./gone is no folder",)),
+    ("evaluate --tasks pope --data-root gone", ("--data-root is gone",)),
+    ("evaluate --tasks pope --output records.json", ("--output: records.json", "Not a directory")),
+    ("evaluate --tasks pope --url http://x --api-key-env NO_SUCH_KEY", ("NO_SUCH_KEY", "--api-key-env")),
+    ("evaluate --published x", ("--published is 'x'", "FUSION 3B")),
+    ("evaluate --table gone.json", ("gone.json is no record",)),
+    ("data check gone.json", ("gone.json does not exist",)),
+    ("data check gone.yaml", ("gone.yaml cannot be read",)),
+    ("data check mix.yaml", ("mix.yaml, entry 1: ", "gone.json does not exist")),
+    ("data check records.json --data-root gone", ("data_root: gone is no folder",)),
+    ("data check records.json --data-cache questions.jsonl", ("--data-cache: questions.jsonl", "Not a directory")),
+    ("synthesize gone.yaml", ("gone.yaml", "No such file")),
+    ("synthesize synth.yaml --backend procedural recrds=1", ("'recrds'", "'records'")),
+    ("synthesize synth.yaml records=[", ("records is '['", "no YAML")),
+    ("synthesize synth.yaml output=records.json", ("output: records.json", "Not a directory")),
+    ("convert --checkpoint empty", ("--output is needed",)),
+    ("convert --checkpoint empty --output full", ("--output: full exists",)),
+    ("convert --checkpoint ./gone --output new", ("--checkpoint: './gone'", "neither")),
+    ("convert --checkpoint empty --output new", ("empty/config.json does not exist",)),
+    ("convert --checkpoint records.json --output new", ("config.json cannot be read", "Not a directory")),
+    ("convert --checkpoint llama --output new", ("model_type is 'llama'", "'fusion_phi'")),
+    ("convert --checkpoint authors --output new", ("authors has no weights", "model.safetensors")),
+    ("convert --checkpoint authors --output new --base llama", ("--base is for LoRA", "authors")),
+    ("convert --checkpoint authors --output new --image-token-grid 0", ("'0'", "whole number from 1")),
+    ("build --text llama --vision empty --output new", ("llama has no weights",)),
+    ("build --text empty --vision empty --output new", ("empty/config.json does not exist",)),
+    ("build --text authors --vision empty --output new", ("'fusion_phi' model", "phi3")),
+    ("build --text llama --vision empty --output new --query-lens 4,x", ("query_len is '4,x'",)),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command lines name."""
+    folder = tmp_path_factory.mktemp("early")
+    (folder / "run.yaml").write_text("model: ./model\ndata: gone.json\noutput_dir: out\n")
+    (folder / "mix.yaml").write_text("datasets:\n- json_path: gone.json\n")
+    (folder / "synth.yaml").write_text("output: made\nrecords: 60\nbackend: procedural\n")
+    (folder / "records.json").write_text("[]")
+    (folder / "questions.jsonl").write_text('{"question": "what?"}\n')
+    for name in ("empty", "full", "llama", "authors", "adapter"):
+        (folder / name).mkdir()
+    (folder / "full" / "file").touch()
+    (folder / "llama" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    fields = ("window_size", "num_of_vision_sampler_layers", "start_of_vision_sampler_layers")
+    upstream = {"model_type": "fusion_phi", "query_len": 4, "stride_of_vision_sampler_layers": 1}
+    (folder / "authors" / "config.json").write_text(json.dumps(upstream | dict.fromkeys(fields, 1)))
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    shutil.copytree(folder / "adapter", folder / "whole_adapter")
+    (folder / "whole_adapter" / "adapter_model.safetensors").touch()
+    return folder
+
+
+def test_errors(folder: Path):
+    """In one process: each alone would take longer to start than to fail."""
+    before = sorted(folder.iterdir())
+    places = {"PICTURE": str(PICTURE), "CONFIG": str(CONFIG)}
+    commands = [[places.get(word, word) for word in line.split()] for line, _ in ERRORS]
+    for (line, parts), result in zip(ERRORS, run_light(folder, commands), strict=True):
+        assert result.status == 2 and result.out == "", (line, result)
+        assert result.error.startswith("error: ") and result.error.count("\n") == 1, (line, result)
+        for part in parts:
+            assert part in result.error, (line, result)
+        for word in line.split()[1:]:  # an error names a file once
+            assert word.startswith("-") or "." not in word or result.error.count(word) <= 1, (line, result)
+    made = set(folder.iterdir()) - set(before)
+    assert {path.name for path in made} <= {"refuse"}
+
+
+@pytest.mark.parametrize("command", ["train run.yaml lerning_rate=1", "convert --checkpoint gone --output new"])
+def test_a_process_answers_at_once(folder: Path, command: str):
+    """As a user has it, with all packages there: the fastest of a few starts."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        begin = os.times()
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        arguments = [sys.executable, "-m", "fusion_hf", *command.split()]
+        done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
+        end = os.times()
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+        best = min(best, end.children_user + end.children_system - begin.children_user - begin.children_system)
+    assert best < ERROR_SECONDS
+
+
+def test_help_imports_nothing_heavy(folder: Path):
+    results = run_light(folder, [*([name, "--help"] for name in COMMANDS), ["data", "check", "--help"]])
+    results += run_light(folder, [["build", "--help"]])
+    for result in results:
+        assert result.status == 0 and result.error == "" and result.out.startswith("usage: "), result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_fast(folder: Path, command: str):
+    times = []
+    for _ in range(REPEATS):
+        begin = os.times()
+        subprocess.run(
+            [sys.executable, "-m", "fusion_hf", command, "--help"],
+            check=True,
+            capture_output=True,
+            env=light_environment(folder),
+        )
+        end = os.times()
+        times.append(end.children_user + end.children_system - begin.children_user - begin.children_system)
+        if times[-1] < HELP_SECONDS:
+            return
+    pytest.fail(f"the fastest of {REPEATS} took {min(times):.2f} s")
+
+
+def test_keys_are_those_of_the_class():
+    """They are read from the source of transformers; the class itself, which takes seconds to import, has the same."""
+
+    def shown(known: dict[str, keys.Key]) -> dict[str, tuple[list[str], bool]]:
+        return {name: (sorted(kind.__name__ for kind in key.kinds), key.takes_none) for name, key in known.items()}
+
+    assert shown(dict(keys.all_keys())) == shown(keys.keys_of(FusionTrainingArguments))
+
+
+def test_keys_of_a_version_that_has_them_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    expected = keys.transformers_keys().keys()
+    monkeypatch.setattr(keys, "SOURCE", "moved.py")
+    assert keys.transformers_keys().keys() == expected
+
+
+def test_names_that_are_written_twice_are_the_same():
+    """Where the first would need torch."""
+    assert tuple(sorted(DECODER_LAYERS)) == DECODER_TYPES
+    assert records.IMAGE_TOKEN == IMAGE_TOKEN
