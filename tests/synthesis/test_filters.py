@@ -94,6 +94,14 @@ def test_counts_of_several_things(question, answer, kept):
     assert (check("counts", subject) is None) == kept
 
 
+def test_both_pictures_are_those_of_the_pair():
+    pair = ("A red ball.", "A blue ball.")
+    question = "Do both pictures have the same number of balls?"
+    assert check("counts", record((question, "Yes"), descriptions=pair)) is None
+    assert check("counts", record(("Do both pictures show three balls?", "Yes"), descriptions=pair)) is not None
+    assert check("counts", record((question, "Yes"), descriptions=pair[:1])) is not None
+
+
 def test_derived_counts():
     turn = ("How many birds are there for each apple?", "There are 7 of them")
     assert check("counts", record(turn)) is not None
@@ -151,6 +159,11 @@ def test_colors(question, answer, reason):
             "turn 1: the question contains the answer of turn 2",
         ),
         ([("What color is the bus?", "Red"), ("Where is the red hat?", "Left")], None),
+        ([("How many dogs are there?", "There are no dogs.")], None),
+        (
+            [("How many dogs are there?", "There are dogs.")],
+            "turn 1: the question contains the answer 'There are dogs.'",
+        ),
     ],
 )
 def test_leakage(turns, found):

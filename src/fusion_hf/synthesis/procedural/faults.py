@@ -150,7 +150,7 @@ def _count(record: SynthRecord, rng: random.Random, values: list[int] | None) ->
         return None
     index = rng.choice(places)
     right = int(record.turns[index].answer)
-    wrong = rng.choice(values if values is not None else [count for count in (right - 1, right + 1) if count])
+    wrong = rng.choice(values if values is not None else [count for count in (right - 1, right + 1) if count > 0])
     return with_turn(record, index, replace(record.turns[index], answer=str(wrong)))
 
 
