@@ -5,13 +5,19 @@ from collections.abc import Mapping
 
 from fusion_hf.synthesis.choices import plain
 from fusion_hf.synthesis.filters.base import said
-from fusion_hf.synthesis.filters.mentions import asked_color, asked_counts, color_mentions, count_mentions, unquoted
-from fusion_hf.synthesis.filters.words import color_of, is_word, number_at, tokens
+from fusion_hf.synthesis.filters.mentions import (
+    asked_color,
+    asked_counts,
+    color_mentions,
+    count_mentions,
+    quoted,
+    unquoted,
+)
+from fusion_hf.synthesis.filters.words import ARTICLES, color_of, is_word, number_at, tokens
 from fusion_hf.synthesis.record import Turn
 
-FORM_WORDS = 4  # at the beginning of a question, that make its form
-HOW_MANY = ("how", "many")
-ARTICLES = ("a", "an", "the")
+FORM_WORDS = 3  # at the beginning of a question, that make its form
+SHORT_FORMS = (("how", "many"), ("is", "there"), ("are", "there"))  # whose next word is what is asked for
 VALUE = "..."  # stands for a colour, a number or quoted text
 ANSWER_WORDS = 4  # of the longest answer that is counted as it is
 CONCLUSION = "Answer:"  # stands behind the steps to a number
@@ -25,20 +31,20 @@ def question_form(question: str) -> str:
     """
     Return the words a question begins with, which questions for the same property share.
 
-    Colours, numbers and quoted text become `...`, articles are left out, and "how many" is a form of its own.
+    Colours, numbers and quoted text become `...`, and articles are left out.
 
     Returns:
-        For example "is there ... circle" for "Is there a red circle in the image?".
+        Up to three words, for example "which shape is" for "Which shape is left of the red circle?".
     """
     words = []
     parts = tokens(unquoted(question, f" {VALUE[0]} "))
-    if parts[:2] == HOW_MANY:
-        return " ".join(HOW_MANY)
+    if parts[:2] in SHORT_FORMS:
+        return " ".join(parts[:2])
     for place, token in enumerate(parts):
         is_value = token == VALUE[0] or number_at(parts, place) is not None or bool(color_of(token))
         if is_value:
             words.append(VALUE)
-        elif is_word(token) and token not in ARTICLES:
+        elif is_word(token) and token not in (*ARTICLES, "the"):
             words.append(token)
         if len(words) == FORM_WORDS:
             break
@@ -61,7 +67,13 @@ def answer_value(turn: Turn) -> str:
         return f"{numbers[0].value:g}" if numbers else LONGER
     if asked_color(question) is not None and (colors := color_mentions(answer, plain=True)):
         return colors[0].word
-    return plain(answer) if 0 < len(answer.split()) <= ANSWER_WORDS else LONGER
+    texts = quoted(answer)
+    if len(texts) == 1:
+        return plain(texts[0])
+    words = plain(answer).split()
+    words = words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words
+    sentence = answer.endswith(".") and len(words) > 1
+    return " ".join(words) if 0 < len(words) <= ANSWER_WORDS and not sentence else LONGER
 
 
 def count_answers(found: Answers, turn: Turn) -> None:

@@ -10,7 +10,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.documents import USAGE, record_of, task_file
-from fusion_hf.synthesis.files import atomic_file, json_bytes, write_atomically
+from fusion_hf.synthesis.files import atomic_file, json_bytes, remove_draft, write_atomically
 from fusion_hf.synthesis.record import SynthRecord
 from fusion_hf.synthesis.shards import SHARDS, Shard
 from fusion_hf.synthesis.summary import Summary
@@ -50,12 +50,16 @@ class WriteRecords(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         summary = Summary()
         shards: dict[str, Shard] = {}
+        rejects = task_file(self.data / REJECTED, rank)
+        remove_draft(rejects)
         with ExitStack() as files:
-            rejected = files.enter_context(atomic_file(task_file(self.data / REJECTED, rank)))
+            rejected: BinaryIO | None = None  # a task that rejects nothing leaves no file
             for document in data:
                 record = record_of(document)
                 summary.add(record, document.metadata[USAGE])
                 if record.rejection is not None:
+                    if rejected is None:
+                        rejected = files.enter_context(atomic_file(rejects))
                     rejected.write(json_bytes(record.to_dict()))
                 else:
                     stage = load_categories()[record.category].stage
