@@ -125,6 +125,25 @@ def words_of(record: SynthRecord) -> list[dict]:
     return [facts for facts in record.facts["pictures"] if facts["word"] is not None]
 
 
+def test_yes_and_no_are_those_of_the_facts():
+    asked: Counter[str] = Counter()
+    for name in NAMES:
+        for record in records(name):
+            first, *others = record.facts["pictures"]
+            for turn in record.turns:
+                if (there := re.fullmatch(r"Is there a (\w+) (\w+)\?", turn.question)) is not None:
+                    truth = there.groups() in [(shape["color"], shape["kind"]) for shape in first["shapes"]]
+                elif (said := re.fullmatch(r'Does the picture say "(\w+)"\?', turn.question)) is not None:
+                    truth = said[1] == first["word"]["text"]
+                elif turn.question.startswith("Do both pictures have the same number"):
+                    truth = len(first["shapes"]) == len(others[0]["shapes"])
+                else:
+                    continue
+                assert (answer_value(turn) == "yes") == truth, (turn, record.facts)
+                asked[question_form(turn.question)] += 1
+    assert len(asked) == 3, asked
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sentences_end_and_singulars_are_singular(name: str):
     for record in records(name):
