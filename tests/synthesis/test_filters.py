@@ -102,6 +102,15 @@ def test_both_pictures_are_those_of_the_pair():
     assert check("counts", record((question, "Yes"), descriptions=pair[:1])) is not None
 
 
+def test_no_is_no_color():
+    text = "Two green cars stand there. There are no red or dark blue cars and no yellow bikes."
+    for color, kept in (("Green", True), ("Red", False), ("Blue", False), ("Yellow", False)):
+        subject = record(("What color are the cars?", color), descriptions=(text,))
+        assert (check("colors", subject) is None) == kept, color
+    assert check("colors", record(("What is there?", "There are no red cars."), descriptions=(text,))) is None
+    assert check("colors", record(("Is it green?", "No, red."), descriptions=(text,))) is not None
+
+
 def test_derived_counts():
     turn = ("How many birds are there for each apple?", "There are 7 of them")
     assert check("counts", record(turn)) is not None

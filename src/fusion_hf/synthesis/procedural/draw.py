@@ -68,7 +68,7 @@ def plan(category: str, seed: int, index: int) -> Plan:
         category=category,
         caption=scenes[0].caption(),
         seed=seed,
-        descriptions=tuple(scene.description() for scene in scenes),
+        descriptions=tuple(scene.stated() for scene in scenes),
         turns=turns,
         facts={"pictures": [scene.facts() for scene in scenes]},
         origins=dict.fromkeys(("describe", "images", "write_qa"), origin),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fusion_hf.nano.pictures import COLORS, COUNT_GRID, MAX_COUNT, SHAPES, Shape, place_word
 from fusion_hf.synthesis.procedural.scenes import (
     CANVAS_SIDE,
+    EVERYTHING,
     Scene,
     exact_scene,
     place_of,
@@ -47,8 +48,8 @@ class ScenePair:
 
     def worded(self, wording: int) -> "ScenePair":
         """The same pair with both descriptions in this wording: they differ in nothing but the one thing."""
-        first, second = (replace(scene, wording=wording) for scene in (self.first, self.second))
-        return replace(self, first=first, second=second)
+        first, second = (replace(scene, wording=wording, counted=(EVERYTHING,)) for scene in (self.first, self.second))
+        return ScenePair(first, second, self.difference)
 
 
 def draw_pair(rng: random.Random) -> ScenePair:

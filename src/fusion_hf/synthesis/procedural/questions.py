@@ -134,14 +134,13 @@ def counts(scene: Scene, rng: random.Random) -> list[Asked]:
     """Numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
     found = []
     for group in scene.counted:
-        value = "" if group == EVERYTHING else group.split()[0]  # "red" or "circles"
-        attribute = "color" if value in COLORS else "kind"
-        members = [n for n, shape in enumerate(scene.shapes) if value in ("", f"{shape.kind}s", shape.color)]
+        members = scene.members(group)
+        attribute = "color" if group.split()[0] in COLORS else "kind"
         count = len(members)
         verb, amount = "is" if count == 1 else "are", spoken(count) if count else "no"
         text = sentence_case(rng.choice(COUNT_FORMS).format(plural=group))
         sentence = f"There {verb} {amount} {plural(group.removesuffix('s'), count)}."
-        tells = frozenset(f"{attribute}/{number}" for number in members if value)
+        tells = frozenset(f"{attribute}/{number}" for number in members if group != EVERYTHING)
         found.append(Asked(text, str(count), sentence, "count", f"count/{group}", tells))
     return found
 

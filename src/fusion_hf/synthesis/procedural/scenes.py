@@ -165,6 +165,16 @@ class Scene:
             told.append(f"The {plural(name, count)} {'is' if count == 1 else 'are'} {listing(places)}.")
         return told
 
+    def members(self, group: str) -> list[int]:
+        """Numbers of the shapes that belong to a group of `counted`."""
+        value = group.split()[0]
+        return [n for n, shape in enumerate(self.shapes) if value in (EVERYTHING, f"{shape.kind}s", shape.color)]
+
+    def stated(self) -> str:
+        """The description as a filter reads it: it also rules out the groups that are counted and have no member."""
+        missing = [f"no {group}" for group in self.counted if not self.members(group)]
+        return f"{self.description()} There are {listing(missing)}." if missing else self.description()
+
     def relation(self) -> str | None:
         """Where the first of two shapes is from the second, one of `DIRECTIONS`."""
         return direction(*self.shapes) if self.spec.category == "spatial" else None
