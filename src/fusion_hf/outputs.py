@@ -150,6 +150,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             draft.unlink()
 
 
+def remove_draft(path: Path) -> None:
+    """Remove what a killed process has left of a file that may not be written this time."""
+    with suppress(FileNotFoundError):
+        path.with_name(path.name + DRAFT).unlink()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file."""
     with atomic_file(path) as stream:

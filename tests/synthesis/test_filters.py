@@ -94,6 +94,23 @@ def test_counts_of_several_things(question, answer, kept):
     assert (check("counts", subject) is None) == kept
 
 
+def test_both_pictures_are_those_of_the_pair():
+    pair = ("A red ball.", "A blue ball.")
+    question = "Do both pictures have the same number of balls?"
+    assert check("counts", record((question, "Yes"), descriptions=pair)) is None
+    assert check("counts", record(("Do both pictures show three balls?", "Yes"), descriptions=pair)) is not None
+    assert check("counts", record((question, "Yes"), descriptions=pair[:1])) is not None
+
+
+def test_no_is_no_color():
+    text = "Two green cars stand there. There are no red or dark blue cars and no yellow bikes."
+    for color, kept in (("Green", True), ("Red", False), ("Blue", False), ("Yellow", False)):
+        subject = record(("What color are the cars?", color), descriptions=(text,))
+        assert (check("colors", subject) is None) == kept, color
+    assert check("colors", record(("What is there?", "There are no red cars."), descriptions=(text,))) is None
+    assert check("colors", record(("Is it green?", "No, red."), descriptions=(text,))) is not None
+
+
 def test_derived_counts():
     turn = ("How many birds are there for each apple?", "There are 7 of them")
     assert check("counts", record(turn)) is not None
@@ -151,6 +168,11 @@ def test_colors(question, answer, reason):
             "turn 1: the question contains the answer of turn 2",
         ),
         ([("What color is the bus?", "Red"), ("Where is the red hat?", "Left")], None),
+        ([("How many dogs are there?", "There are no dogs.")], None),
+        (
+            [("How many dogs are there?", "There are dogs.")],
+            "turn 1: the question contains the answer 'There are dogs.'",
+        ),
     ],
 )
 def test_leakage(turns, found):

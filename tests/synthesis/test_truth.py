@@ -57,7 +57,6 @@ def _impossible(name: str) -> set[str]:
     return {
         "SynthColor": {"counts"},
         "SynthSpatial": {"counts", "leakage"},
-        "SynthText": {"colors"},
         "SynthReasoning": {"leakage", "colors"},
         "SynthMultiChoice": {"leakage"},
     }.get(name, set())

@@ -1,7 +1,8 @@
 """The data card of a run, and its contact sheet as a picture and as a page."""
 
 import html
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +11,27 @@ import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 from fusion_hf.outputs import write_atomically
+from fusion_hf.synthesis.balance import LONGER
+from fusion_hf.synthesis.config import DRAWN_LICENSE
+from fusion_hf.synthesis.draw import BACKEND
+from fusion_hf.synthesis.record import HUMAN, IMAGE_MARK
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
 
 CARD, SHEET, PAGE = "README.md", "contact_sheet.png", "contact_sheet.html"
 SIDE, GAP, LABEL = 192, 8, 20  # pixels: of a picture's box, between boxes, of a line of text
 COLUMNS = 4
-POLICY = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'"  # of the page: nothing runs
+# Of the page: nothing runs, and its images are inside it, since browsers give a local page no other file.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = (
+    "body{font-family:sans-serif;max-width:60em;margin:auto}"
+    "section{display:flex;gap:1em;align-items:flex-start}"
+    f"img{{width:{SIDE}px;flex:none}}dl{{margin:0}}"
+    "dt{font-weight:bold}dt,dd{white-space:pre-line}"  # options and steps stand one a line
+)
+NOT_RUN, NONE_CAME = "not run", "none came"
+UNKNOWN_LICENSE = "unknown"  # as the Hub names it
+MOST_SHOWN = 6  # answers of a form
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -33,7 +48,7 @@ def write_card(data: Path, report: dict[str, Any], summary: Summary, mixtures: l
     samples = list(_samples(data, summary, kind))
     if samples:
         write_atomically(data / SHEET, _sheet(samples))
-        write_atomically(data / PAGE, _page(samples).encode("utf-8", "backslashreplace"))
+        write_atomically(data / PAGE, contact_page(samples).encode("utf-8", "backslashreplace"))
     write_atomically(data / CARD, _card(report, mixtures, bool(samples)).encode("utf-8", "backslashreplace"))
 
 
@@ -81,29 +96,39 @@ def _png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _page(samples: list[Sample]) -> str:
-    """Everything in it is text of models and strangers: escaped, and the page runs nothing."""
+def contact_page(samples: list[Sample]) -> str:
+    """Each sample's image beside its turns; texts of models and strangers are escaped, and the page runs nothing."""
     parts = [
-        '<!doctype html><meta charset="utf-8"><title>Contact sheet</title>',
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Contact sheet</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        "<style>body{font-family:sans-serif;max-width:60em;margin:auto}dt{font-weight:bold}</style>",
-        f'<p><img src="{SHEET}" alt="Sample pictures by category">',
+        f"<style>{STYLE}</style>",
     ]
     for sample in samples:
-        parts.append(f"<h2>{html.escape(sample.category)}: {html.escape(sample.record['id'])}</h2><dl>")
+        name = html.escape(sample.record["id"])
+        source = f"data:image/png;base64,{b64encode(_png(sample.picture)).decode()}"
+        parts.append(f"<h2>{html.escape(sample.category)}: {name}</h2>")
+        parts.append(f'<section><img src="{source}" alt="{name}"><dl>')
         for turn in sample.record["conversations"]:
-            tag = "dt" if turn["from"] == "human" else "dd"
-            parts.append(f"<{tag}>{html.escape(turn['value'])}</{tag}>")
-        parts.append("</dl>")
+            tag = "dt" if turn["from"] == HUMAN else "dd"
+            text = turn["value"].removeprefix(f"{IMAGE_MARK}\n")
+            parts.append(f"<{tag}>{html.escape(text)}</{tag}>")
+        parts.append("</dl></section>")
     return "\n".join(parts) + "\n"
 
 
 def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
-    header = {"task_categories": ["visual-question-answering"], "language": ["en"], "tags": ["synthetic"]}
+    header = {
+        "license": report["license"] or UNKNOWN_LICENSE,
+        "task_categories": ["visual-question-answering"],
+        "language": ["en"],
+        "tags": ["synthetic"],
+    }
+    rejected = report["records"] - report["written"]
+    others = "the others were rejected, each with its reason in `rejected/`" if rejected else "none was rejected"
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Synthesized visual questions", ""]
     lines += [
-        f"{report['written']:,} of {report['records']:,} records that were begun; the others were rejected, each with "
-        f"its reason in `rejected/`. Backend: {report['backend']}. Seed: {report['seed']}.",
+        f"{report['written']:,} of {report['records']:,} records that were begun; {others}. "
+        f"Backend: {report['backend']}. Seed: {report['seed']}.",
         "",
         "Made by `fusion-hf synthesize` of fusion_hf. For training, name a mixture in `data`: "
         + (", ".join(f"`{path.name}`" for path in mixtures) or "there is none"),
@@ -111,6 +136,7 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     ]
     if has_sheet:
         lines += [f"![Sample pictures by category]({SHEET})", "", f"Their questions are in `{PAGE}`.", ""]
+    lines += ["## License", "", _license(report), ""]
     lines += ["## Composition", "", "| category | stage | begun | written | turns | words of answers |"]
     lines += ["|---|---|---|---|---|---|"]
     for name, counts in report["categories"].items():
@@ -119,14 +145,51 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     lines += ["", "## Models", "", "| step | model | records |", "|---|---|---|"]
     for step, models in report["models"].items():
         lines += [f"| {step} | {_cell(model)} | {number:,} |" for model, number in models.items()]
+    lines += _balance(report)
     lines += ["", "## Yield of each step", "", "| category | step | came | rejected | kept |", "|---|---|---|---|---|"]
     for name, counts in report["categories"].items():
-        for step in counts["yields"]:
-            kept = f"{step['kept_share']:.1%}"
-            lines.append(f"| {name} | {step['step']} | {step['came']:,} | {step['rejected']:,} | {kept} |")
+        lines += [f"| {name} | {step['step']} | {_yield(step)} |" for step in counts["yields"]]
+    if report["backend"] == BACKEND:
+        return "\n".join([*lines, "", "No model was asked, so no prompt was used."]) + "\n"
     lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", "| category | hash |", "|---|---|"]
     lines += [f"| {name} | `{counts['prompts_sha256']}` |" for name, counts in report["categories"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _license(report: dict[str, Any]) -> str:
+    if report["license"] is None:
+        terms = "it depends on the captions and on the terms of the models below"
+        return f"To be stated by you: {terms}. The key `license` of the config sets it."
+    if report["backend"] == BACKEND and report["license"] == DRAWN_LICENSE:
+        source = "the license of fusion_hf, whose templates all images and texts are drawn from"
+        return f"`{DRAWN_LICENSE}`, {source}. The key `license` of the config sets another one."
+    return f"`{report['license']}`, as the config of the run states."
+
+
+def _balance(report: dict[str, Any]) -> list[str]:
+    """How often each answer of each form of question is right, the most frequent answers first."""
+    head = "| category | question begins | answers | shares of short answers |"
+    lines = ["", "## Balance of the answers", "", head, "|---|---|---|---|"]
+    for name, counts in report["categories"].items():
+        for form, answers in counts["answers"].items():
+            lines.append(f"| {name} | {_cell(form)} | {sum(answers.values()):,} | {_shares(answers)} |")
+    return lines
+
+
+def _shares(answers: Mapping[str, int]) -> str:
+    short = sorted(((-count, value) for value, count in answers.items() if value != LONGER))
+    total = -sum(count for count, _ in short)
+    shown = [f"{_cell(value)} {-count / total:.1%}" for count, value in short[:MOST_SHOWN]]
+    if len(short) > MOST_SHOWN:
+        shown.append(f"{len(short) - MOST_SHOWN} more")
+    return ", ".join(shown) or "none"
+
+
+def _yield(step: dict[str, Any]) -> str:
+    if not step["ran"]:
+        return f" |  | {NOT_RUN}"
+    kept = NONE_CAME if step["kept_share"] is None else f"{step['kept_share']:.1%}"
+    return f"{step['came']:,} | {step['rejected']:,} | {kept}"
 
 
 def _cell(text: str) -> str:

@@ -1,5 +1,6 @@
 """The YAML file of a synthesis run: what is made, by whom, where, and how it is spread over machines."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from fusion_hf.synthesis.settings import make_settings
 MAX_CONFIG_BYTES = 2**20
 SCHEMES = ("http", "https")
 MOST_RECORDS = 10**9
+DRAWN_LICENSE = "apache-2.0"  # this project's
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the Hub names them
 SLURM_NEEDS = ("time", "partition")
 
 
@@ -173,6 +176,9 @@ class Config:
         categories: their shares by name; None: all, with the shares that their files give.
         backend: `models` asks the endpoints; `procedural` draws everything without a model.
         chunk: records between two checkpoints of a task.
+        license: the data card's, an identifier of the Hub such as `cc-by-4.0`. Without it drawn records have the
+            licence of this project, whose templates they are made of; others have none, since that depends on
+            captions and models.
     """
 
     output: Path
@@ -188,11 +194,14 @@ class Config:
     executor: Executor = field(default_factory=Executor)
     format: Literal["tar", "parquet"] = "tar"
     chunk: int = 500
+    license: str | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "records", "chunk")
         if self.records > MOST_RECORDS:
             raise ValueError(f"records is {self.records}; allowed: up to {MOST_RECORDS}.")
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise ValueError(f"license is {short_name(repr(self.license))}; allowed: an identifier such as cc-by-4.0.")
         if self.backend == "models":
             for name in ("pool", "writer", "images"):
                 if getattr(self, name) is None:
@@ -203,6 +212,11 @@ class Config:
                 raise ValueError(f"categories has {short_name(repr(name))}; allowed: {', '.join(known)}.")
             if share <= 0:
                 raise ValueError(f"categories.{name} is {share}; allowed: a share above 0.")
+
+    @property
+    def license_name(self) -> str | None:
+        """The licence that the data card states; None if whoever publishes the data has to."""
+        return DRAWN_LICENSE if self.license is None and self.backend == "procedural" else self.license
 
     @property
     def shares(self) -> dict[str, float]:

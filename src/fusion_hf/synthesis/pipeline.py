@@ -102,6 +102,7 @@ def decisive(config: Config) -> dict[str, Any]:
         values["image_check"] = {**check, "endpoint": _without(check["endpoint"], FREE_ENDPOINT + FREE_PRICES)}
     values["executor"] = {"tasks": config.executor.tasks}
     values["output"] = None
+    del values["license"]  # is in the data card alone
     known = load_categories()
     values["prompts"] = {name: known[name].prompts_hash for name in config.shares}
     flat: dict[str, Any] = {}

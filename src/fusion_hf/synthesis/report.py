@@ -1,7 +1,7 @@
 """The end of a run: its report, the mixtures for training, and the data card."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,39 +13,56 @@ from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.card import write_card
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
+from fusion_hf.synthesis.draw import BACKEND
 from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import filters_of
 from fusion_hf.synthesis.summary import CategorySummary, Summary
-from fusion_hf.synthesis.write_records import SUMMARIES, stage_folder
+from fusion_hf.synthesis.write_records import REJECTED, SUMMARIES, stage_folder
 
 REPORT = "report.json"
+DECIMALS = 4  # of shares
 BEFORE_RULES, AFTER_RULES = ("describe", "write_qa"), ("duplicate_questions", "judge", "make_image", "image_check")
 
 
 class Yield(NamedTuple):
-    """What one step kept of the records that came to it."""
+    """What one step kept of the records that came to it; none came to one that was not run."""
 
     step: str
     came: int
     rejected: int
+    ran: bool = True
 
     @property
-    def kept_share(self) -> float:
-        return 1 - self.rejected / self.came if self.came else 1.0
+    def kept_share(self) -> float | None:
+        """From 0 to 1, with four decimals; None if no record came."""
+        return round(1 - self.rejected / self.came, DECIMALS) if self.came else None
 
 
-def yields(summary: CategorySummary, rules: list[str]) -> list[Yield]:
+def idle_steps(config: Config) -> set[str]:
+    """Return the steps that a run with this config does not have: nothing is known of what they would have kept."""
+    drawn = config.backend == BACKEND
+    idle = {*BEFORE_RULES, "make_image"} if drawn else set()
+    if drawn or config.judge is None:
+        idle.add("judge")
+    if drawn or config.image_check is None:
+        idle.add("image_check")
+    return idle
+
+
+def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[Yield]:
     """
     Step by step, in the order in which they look; steps that rejected nothing are among them.
 
     Args:
         rules: names of the category's filters in their order.
+        idle: steps that were not run.
     """
     known = [*BEFORE_RULES, *rules, *AFTER_RULES]
     steps = [*known, *sorted(set(summary.rejected) - set(known))]
     found, came = [], summary.records
     for step in steps:
-        found.append(Yield(step, came, summary.rejected[step]))
+        ran = step not in idle
+        found.append(Yield(step, came if ran else 0, summary.rejected[step], ran))
         came -= summary.rejected[step]
     return found
 
@@ -60,10 +77,10 @@ def read_summary(work: Path) -> Summary:
 
 def make_report(config: Config, summary: Summary) -> dict[str, Any]:
     """Counts, yields, prompts and models of a run as JSON values. The same run gives the same ones: no times."""
-    known = load_categories()
+    known, idle = load_categories(), idle_steps(config)
     categories = {}
     for name, counts in sorted(summary.categories.items()):
-        steps = yields(counts, [rule.name for rule in filters_of(name)])
+        steps = yields(counts, [rule.name for rule in filters_of(name)], idle)
         categories[name] = {
             "stage": known[name].stage,
             "records": counts.records,
@@ -71,8 +88,9 @@ def make_report(config: Config, summary: Summary) -> dict[str, Any]:
             "turns": counts.turns,
             "words": counts.words,
             "answer_letters": dict(sorted(counts.letters.items())),
+            "answers": {form: dict(values.most_common()) for form, values in sorted(counts.answers.items())},
             "prompts_sha256": known[name].prompts_hash,
-            "yields": [{**step._asdict(), "kept_share": round(step.kept_share, 4)} for step in steps],
+            "yields": [{**step._asdict(), "kept_share": step.kept_share} for step in steps],
             "examples": counts.examples,
         }
     return {
@@ -80,6 +98,7 @@ def make_report(config: Config, summary: Summary) -> dict[str, Any]:
         "written": summary.written,
         "seed": config.seed,
         "backend": config.backend,
+        "license": config.license_name,
         "models": {step: dict(sorted(models.items())) for step, models in sorted(summary.models.items())},
         "usage": {step: dict(sorted(amounts.items())) for step, amounts in sorted(summary.usage.items())},
         "categories": categories,
@@ -98,6 +117,13 @@ def write_mixtures(data: Path) -> list[Path]:
     return paths
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove the files without a record, which tasks of earlier versions have left."""
+    for path in folder.glob("*"):
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
 class MakeReport(PipelineStep):
     """Adds up what the tasks have counted, once all of them are done."""
 
@@ -110,6 +136,7 @@ class MakeReport(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         summary = read_summary(self.work)
+        remove_empty(self.data / REJECTED)
         report = make_report(self.config, summary)
         write_atomically(self.data / REPORT, json_bytes(report, indent=1))
         mixtures = write_mixtures(self.data)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusion_hf.synthesis.balance import Answers, count_answers, merge_answers
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.record import SynthRecord
 
@@ -21,6 +22,7 @@ class CategorySummary:
         examples: first reasons by step.
         turns: of the written records; `words` in their answers.
         letters: answers of multiple choice.
+        answers: by form of question.
         samples: ids of the first written records.
     """
 
@@ -31,6 +33,7 @@ class CategorySummary:
     words: int = 0
     letters: Counter[str] = field(default_factory=Counter)
     samples: list[str] = field(default_factory=list)
+    answers: Answers = field(default_factory=dict)
 
     @property
     def written(self) -> int:
@@ -49,6 +52,8 @@ class CategorySummary:
         self.words += sum(len(turn.answer.split()) for turn in record.turns)
         choices = [parse_choice(turn) for turn in record.turns]
         self.letters.update(choice.letter for choice in choices if isinstance(choice, Choice))
+        for turn in record.turns:
+            count_answers(self.answers, turn)
         if len(self.samples) < SAMPLES:
             self.samples.append(record.id)
 
@@ -60,6 +65,7 @@ class CategorySummary:
         self.rejected.update(other.rejected)
         self.letters.update(other.letters)
         self.samples = [*self.samples, *other.samples][:SAMPLES]
+        merge_answers(self.answers, other.answers)
         for step, reasons in other.examples.items():
             known = self.examples.get(step, [])
             self.examples[step] = list(dict.fromkeys([*known, *reasons]))[:EXAMPLES]
@@ -116,7 +122,9 @@ class Summary:
         summary = cls()
         for name, fields in values["categories"].items():
             counters = {key: Counter(fields[key]) for key in ("rejected", "letters")}
-            summary.categories[name] = CategorySummary(**{**fields, **counters})
+            # a task that an earlier version finished has not counted them
+            answers = {form: Counter(counts) for form, counts in fields.get("answers", {}).items()}
+            summary.categories[name] = CategorySummary(**{**fields, **counters, "answers": answers})
         for key in ("models", "usage"):
             getattr(summary, key).update({step: Counter(amounts) for step, amounts in values[key].items()})
         return summary

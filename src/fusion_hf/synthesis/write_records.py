@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.outputs import atomic_file, write_atomically
+from fusion_hf.outputs import atomic_file, remove_draft, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.documents import USAGE, record_of, task_file
 from fusion_hf.synthesis.files import json_bytes
@@ -51,12 +51,16 @@ class WriteRecords(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         summary = Summary()
         shards: dict[str, Shard] = {}
+        rejects = task_file(self.data / REJECTED, rank)
+        remove_draft(rejects)
         with ExitStack() as files:
-            rejected = files.enter_context(atomic_file(task_file(self.data / REJECTED, rank)))
+            rejected: BinaryIO | None = None  # a task that rejects nothing leaves no file
             for document in data:
                 record = record_of(document)
                 summary.add(record, document.metadata[USAGE])
                 if record.rejection is not None:
+                    if rejected is None:
+                        rejected = files.enter_context(atomic_file(rejects))
                     rejected.write(json_bytes(record.to_dict()))
                 else:
                     stage = load_categories()[record.category].stage

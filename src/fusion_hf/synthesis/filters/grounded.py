@@ -22,6 +22,7 @@ from fusion_hf.synthesis.record import SynthRecord
 
 MOST_SUMMED = 12  # mentions of which all sums are made
 WRITING = frozenset({"word", "text", "writing", "lettering", "letter", "number"})
+WHOLES, PAIR = frozenset({"picture", "image"}), 2  # "both pictures" are those that the two descriptions are of
 GENERIC = frozenset({"shape", "thing", "object", "item", "figure", "one"})  # words for whatever there is
 _SIDES = re.compile(r"\b(left|right|first|second) (?:picture|image)\b", re.IGNORECASE)
 DENIALS = ("no", "not", "none", "neither")
@@ -50,6 +51,10 @@ class Counts:
         for index, turn in enumerate(map(said, record.turns)):
             texts = _texts_for(record, turn)
             for claim in _count_claims(turn, last=self.derived):
+                if claim.value == PAIR == len(record.descriptions) and any(
+                    words[-1] in WHOLES for words in claim.things
+                ):
+                    continue
                 if not any(self._supported(claim, count_mentions(text, articles=True), text) for text in texts):
                     things = " and ".join(" ".join(words) for words in claim.things)
                     said_of = f"{claim.value:g} {things}".rstrip()

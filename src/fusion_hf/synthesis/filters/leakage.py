@@ -55,6 +55,8 @@ def _contains_answer(turn: Said) -> bool:
     answer = content(turn.answer)
     if not answer or (tokens(turn.answer)[0] in YES_NO and set(parts) & VERBS_FIRST):
         return False
+    if asked_counts(question) and "no" in tokens(turn.answer):  # "there are no dogs" says zero
+        return False
     return set(answer) <= set(content(question))
 
 

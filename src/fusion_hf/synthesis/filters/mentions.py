@@ -112,13 +112,23 @@ def color_mentions(text: str, plain: bool = False) -> tuple[ColorMention, ...]:
 def _color_mentions(parts: tuple[str, ...], plain: bool) -> Iterator[ColorMention]:
     for place, token in enumerate(parts):
         colors = color_of(token, plain) if is_word(token) else frozenset()
-        if not colors:
+        if not colors or _is_denied(parts, place):
             continue
         words = [word for word in _colored(parts, place) if not color_of(word)]
         if subject := _subject(parts, place):
             words = [*subject, *words]
         before = token_at(parts, place - 2) if token_at(parts, place - 1) == "-" else token_at(parts, place - 1)
         yield ColorMention(token, colors, TONES.get(before, ""), tuple(words))
+
+
+def _is_denied(parts: tuple[str, ...], place: int) -> bool:
+    """Whether "no" leads to this color: "no red or dark blue cars" gives no car a color."""
+    place -= 1
+    while (
+        token_at(parts, place) in ("and", "or") or token_at(parts, place) in TONES or color_of(token_at(parts, place))
+    ):
+        place -= 1
+    return token_at(parts, place) == "no"
 
 
 def _colored(parts: tuple[str, ...], place: int) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Records that the project draws by itself, with exact facts: no model is needed."""
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 from PIL import Image
@@ -8,6 +9,7 @@ from PIL import Image
 from fusion_hf.nano.pictures import PictureSpec
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.procedural.pairs import draw_pair
+from fusion_hf.synthesis.procedural.scenes import WORDINGS
 from fusion_hf.synthesis.procedural.writers import SCENES, any_scene, write_pair_turns, write_turns
 from fusion_hf.synthesis.record import Origin, SynthRecord
 
@@ -49,11 +51,12 @@ def plan(category: str, seed: int, index: int) -> Plan:
     rng = random.Random(f"synthesis/{category}/{seed}/{index}")
     for _ in range(MOST_TRIES):
         if settings.pictures == 2:
-            pair = draw_pair(rng)
+            pair = draw_pair(rng).worded(rng.randrange(WORDINGS))
             scenes = [pair.first, pair.second]
             turns = write_pair_turns(settings, pair, rng)
         else:
-            scenes = [SCENES.get(category, any_scene)(rng)]
+            scene = SCENES.get(category, any_scene)(rng)
+            scenes = [replace(scene, wording=rng.randrange(WORDINGS))]
             turns = write_turns(settings, scenes[0], rng)
         if len(turns) >= settings.turns.least:
             break
@@ -65,7 +68,7 @@ def plan(category: str, seed: int, index: int) -> Plan:
         category=category,
         caption=scenes[0].caption(),
         seed=seed,
-        descriptions=tuple(scene.description() for scene in scenes),
+        descriptions=tuple(scene.stated() for scene in scenes),
         turns=turns,
         facts={"pictures": [scene.facts() for scene in scenes]},
         origins=dict.fromkeys(("describe", "images", "write_qa"), origin),

@@ -19,6 +19,7 @@ COLOR = re.compile(rf"\b({'|'.join(COLORS)})\b", re.IGNORECASE)
 COUNT = re.compile(rf"\b(\d|{'|'.join(UNITS[1:10])})\b", re.IGNORECASE)
 QUOTED = re.compile(r'"(\w+)"')
 COUNTED = re.compile(rf"\b({'|'.join(UNITS[2:9])})(?= (\w+ )?(shapes|{'s|'.join(SHAPES)}s)\b)")
+DENIAL = re.compile(r"\bno\b", re.IGNORECASE)
 HOW_MANY = re.compile("how many", re.IGNORECASE)
 META = (
     "The description does not say that.",
@@ -98,7 +99,7 @@ def in_an_answer(record: SynthRecord, rng: random.Random, pattern: re.Pattern[st
 def _absent_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
     """A colour that is nowhere in the picture; not in what an answer denies."""
     text = " ".join(record.descriptions)
-    if any(turn.answer.startswith("No") for turn in record.turns):
+    if any(DENIAL.search(turn.answer) for turn in record.turns):
         return None
     return in_an_answer(record, rng, COLOR, rng.choice([color for color in COLORS if color not in text]))
 
@@ -150,7 +151,7 @@ def _count(record: SynthRecord, rng: random.Random, values: list[int] | None) ->
         return None
     index = rng.choice(places)
     right = int(record.turns[index].answer)
-    wrong = rng.choice(values if values is not None else [count for count in (right - 1, right + 1) if count])
+    wrong = rng.choice(values if values is not None else [count for count in (right - 1, right + 1) if count > 0])
     return with_turn(record, index, replace(record.turns[index], answer=str(wrong)))
 
 

@@ -89,10 +89,12 @@ def _denied_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None
     return with_turn(record, index, Turn(question, f"No, there are not nine but {turn.answer}."))
 
 
-def _total(record: SynthRecord, rng: random.Random) -> SynthRecord:
+def _total(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
     """A sum that no sentence gives: of two kinds of shapes in the first picture."""
     shapes = record.facts["pictures"][0]["shapes"]
     kinds = sorted({shape["kind"] for shape in shapes})
+    if not kinds:
+        return None
     if len(kinds) < 2:
         return with_turn(record, 0, Turn(f"How many {kinds[0]}s can you see?", str(len(shapes))))
     first, second = kinds[:2]
@@ -119,9 +121,11 @@ def _denied_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None
     return with_turn(record, index, Turn(question, f"No, it is not {wrong}; it is {shape['color']}."))
 
 
-def _plural_colors(record: SynthRecord, rng: random.Random) -> SynthRecord:
+def _plural_colors(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
     """Colours as nouns."""
     colors = sorted({shape["color"] for shape in record.facts["pictures"][0]["shapes"]})
+    if not colors:
+        return None
     answer = f"There are {' and '.join(f'{color}s' for color in colors)}."
     return with_turn(record, 0, Turn("Which colors do the shapes have?", answer))
 

@@ -3,15 +3,18 @@
 import random
 from dataclasses import dataclass, replace
 
-from fusion_hf.nano.pictures import COLORS, COUNT_GRID, SHAPES, Shape, place_word
+from fusion_hf.nano.pictures import COLORS, COUNT_GRID, MAX_COUNT, SHAPES, Shape, place_word
 from fusion_hf.synthesis.procedural.scenes import (
-    BAND,
     CANVAS_SIDE,
-    SIGN_WORD,
+    EVERYTHING,
     Scene,
+    exact_scene,
     place_of,
+    reshaped,
     shapes_scene,
     sign_scene,
+    sign_text,
+    text_scene,
     written_text,
 )
 
@@ -43,15 +46,33 @@ class ScenePair:
     second: Scene
     difference: Difference
 
+    def worded(self, wording: int) -> "ScenePair":
+        """The same pair with both descriptions in this wording: they differ in nothing but the one thing."""
+        first, second = (replace(scene, wording=wording, counted=(EVERYTHING,)) for scene in (self.first, self.second))
+        return ScenePair(first, second, self.difference)
+
 
 def draw_pair(rng: random.Random) -> ScenePair:
     """A scene, and the same with one change."""
-    change = rng.choice((change_color, change_kind, change_place, change_count, change_text))
-    pair = change(sign_scene(rng) if change is change_text else shapes_scene(rng, least=2), rng)
+    change = rng.choice(CHANGES)
+    if change is change_count:
+        scene = _countable(rng)
+    elif change is change_text:
+        scene = sign_scene(rng) if rng.random() < 1 / 2 else text_scene(rng)
+    else:
+        scene = shapes_scene(rng)
+    pair = change(scene, rng)
     if rng.random() < 1 / 2:
         return pair
     swapped = replace(pair.difference, first=pair.difference.second, second=pair.difference.first)
     return ScenePair(pair.second, pair.first, swapped)
+
+
+def _countable(rng: random.Random) -> Scene:
+    """One to `MAX_COUNT` shapes, each number as likely; a text stands beside a single one, and stays without it."""
+    total = rng.randint(1, MAX_COUNT)
+    scene = exact_scene(rng, total) if total > 1 else sign_scene(rng)
+    return replace(scene, spec=replace(scene.spec, shapes=scene.shapes[:total]))
 
 
 def _with_shape(scene: Scene, index: int, shape: Shape) -> Scene:
@@ -74,7 +95,7 @@ def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     kind = rng.choice([kind for kind in SHAPES if kind != shape.kind])
-    second = _with_shape(scene, index, replace(shape, kind=kind))
+    second = _with_shape(scene, index, reshaped(shape, kind, rng))
     difference = Difference("kind", f"the {shape.color} shape {place_of(shape)}", f"a {shape.kind}", f"a {kind}")
     return ScenePair(scene, second, difference)
 
@@ -108,9 +129,15 @@ def change_text(scene: Scene, rng: random.Random) -> ScenePair:
     text = written_text(rng)
     while text == word.text:
         text = written_text(rng)
-    changed = place_word(text, word.color, rng, SIGN_WORD, top=BAND)
+    if scene.shapes:
+        changed = sign_text(text, word.color, rng, scene.text_is_below)
+    else:
+        changed = place_word(text, word.color, rng)
     second = Scene(replace(scene.spec, word=changed))
     return ScenePair(scene, second, Difference("text", "the writing", f'"{word.text}"', f'"{text}"'))
+
+
+CHANGES = (change_color, change_kind, change_place, change_count, change_text)
 
 
 def _in_free_cell(scene: Scene, shape: Shape, rng: random.Random) -> Shape:

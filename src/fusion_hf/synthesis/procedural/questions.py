@@ -2,19 +2,23 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fusion_hf.nano.pictures import COLORS, DIRECTIONS, MAX_COUNT, SHAPES, WORDS, Shape
+from fusion_hf.nano.pictures import COLORS, DIRECTIONS, MAX_COUNT, SHAPES, WORD_COLORS, WORDS
 from fusion_hf.nano.questions import COLOR_FORMS, COUNT_FORMS, RELATION_FORM, RELATION_PHRASES, WORD_FORMS
-from fusion_hf.synthesis.procedural.scenes import PLACES, Scene, place_of, plural, spoken
+from fusion_hf.synthesis.procedural.scenes import EVERYTHING, LARGEST_NUMBER, PLACES, Scene, place_of, plural, spoken
+
+TRUE_SHARE = 1 / 2  # of questions of yes or no have the answer yes
 
 VALUES: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
     "kind": SHAPES,
-    "count": tuple(str(count) for count in range(1, MAX_COUNT + 3)),
+    "count": tuple(str(count) for count in range(MAX_COUNT + 1)),  # those that can be right, and no others
     "place": tuple(PLACES.values()),
     "relation": tuple(RELATION_PHRASES.values()),
     "word": WORDS,
+    "text color": WORD_COLORS,
+    "number": tuple(str(number) for number in range(1, LARGEST_NUMBER + 1)),
 }
 
 
@@ -42,15 +46,23 @@ def compatible(first: Asked, second: Asked) -> bool:
     return first.asks != second.asks and first.asks not in second.tells and second.asks not in first.tells
 
 
-def choose(candidates: Sequence[Asked], count: int, rng: random.Random) -> list[Asked]:
-    """Up to `count` of them in random order, none of which gives away another one's answer."""
+def choose(
+    candidates: Sequence[Asked], count: int, rng: random.Random, preferred: Sequence[Asked] = ()
+) -> list[Asked]:
+    """
+    Up to `count` of them in random order, none of which gives away another one's answer.
+
+    Args:
+        preferred: questions that are taken before the candidates. Their answers are spread evenly, which would end if
+            scenes with many candidates left them out.
+    """
     chosen: list[Asked] = []
-    for asked in rng.sample(candidates, len(candidates)):
+    for asked in (*rng.sample(preferred, len(preferred)), *rng.sample(candidates, len(candidates))):
         if len(chosen) == count:
             break
         if all(compatible(asked, other) for other in chosen):
             chosen.append(asked)
-    return chosen
+    return rng.sample(chosen, len(chosen))
 
 
 def sentence_case(text: str) -> str:
@@ -58,7 +70,7 @@ def sentence_case(text: str) -> str:
 
 
 def colors(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Colours of shapes that are named by kind or by place, of all shapes, and of a word."""
+    """Colours of shapes that are named by kind or by place, and of what is written."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place = f"color/{number}", place_of(shape)
@@ -69,11 +81,17 @@ def colors(scene: Scene, rng: random.Random) -> list[Asked]:
         if scene.places[place] == 1:
             answer = f"The shape {place} is {shape.color}."
             found.append(_color(f"what color is the shape {place}?", shape.color, answer, key, {f"place/{number}"}))
-    if scene.spec.word is not None:
-        color = scene.spec.word.color
-        text = rng.choice(COLOR_FORMS).format(kind="word")
-        found.append(_color(text, color, f"The word is {color}.", "word color", set()))
-    return found
+    return [*found, *text_colors(scene, rng)]
+
+
+def text_colors(scene: Scene, rng: random.Random) -> list[Asked]:
+    """The colour of what is written."""
+    if scene.spec.word is None:
+        return []
+    color = scene.spec.word.color
+    text = rng.choice(COLOR_FORMS).format(kind=scene.text_kind)
+    asked = _color(text, color, f"The {scene.text_kind} is {color}.", "word color", {"written"})
+    return [replace(asked, about="text color")]
 
 
 def _color(text: str, color: str, sentence: str, asks: str, tells: set[str]) -> Asked:
@@ -113,18 +131,16 @@ def places(scene: Scene) -> list[Asked]:
 
 
 def counts(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Numbers of all shapes, of each kind, and of each colour."""
-    groups = [("shapes", "", "")]
-    groups += [(f"{kind}s", "kind", kind) for kind in scene.kinds]
-    groups += [(f"{color} shapes", "color", color) for color in scene.colors]
+    """Numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
     found = []
-    for group, attribute, value in groups:
-        members = [n for n, shape in enumerate(scene.shapes) if value in ("", shape.kind, shape.color)]
+    for group in scene.counted:
+        members = scene.members(group)
+        attribute = "color" if group.split()[0] in COLORS else "kind"
         count = len(members)
-        verb = "is" if count == 1 else "are"
+        verb, amount = "is" if count == 1 else "are", spoken(count) if count else "no"
         text = sentence_case(rng.choice(COUNT_FORMS).format(plural=group))
-        sentence = f"There {verb} {spoken(count)} {plural(group.removesuffix('s'), count)}."
-        tells = frozenset(f"{attribute}/{number}" for number in members if attribute)
+        sentence = f"There {verb} {amount} {plural(group.removesuffix('s'), count)}."
+        tells = frozenset(f"{attribute}/{number}" for number in members if group != EVERYTHING)
         found.append(Asked(text, str(count), sentence, "count", f"count/{group}", tells))
     return found
 
@@ -152,15 +168,27 @@ def relations(scene: Scene) -> list[Asked]:
 
 
 def texts(scene: Scene, rng: random.Random) -> list[Asked]:
-    """What is written, and whether a word is."""
+    """What is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
     word = scene.spec.word
     if word is None:
         return []
-    other = rng.choice([text for text in WORDS if text != word.text])
-    kind = "number" if word.text.isdigit() else "word"
-    read = f'"{word.text}"'
+    kind, read = scene.text_kind, f'"{word.text}"'
+    form = rng.choice(WORD_FORMS)
+    if rng.random() < TRUE_SHARE:
+        said, short, sentence = word.text, "Yes", f"Yes, the picture says {read}."
+    else:
+        said = rng.choice([text for text in VALUES[kind] if text != word.text])
+        short, sentence = f"No, it says {read}.", f"No, the picture says {read}."
+    tells = frozenset({"written"})
     return [
-        Asked(sentence_case(rng.choice(WORD_FORMS)), read, f"It says {read}.", "word", "word"),
+        Asked(
+            sentence_case(form.replace("word", kind)),
+            read,
+            f"It says {read}.",
+            kind,
+            "word",
+            tells if "word" in form else frozenset(),
+        ),
         Asked(
             "Is a number or a word written in the picture?",
             sentence_case(f"a {kind}"),
@@ -168,30 +196,29 @@ def texts(scene: Scene, rng: random.Random) -> list[Asked]:
             "",
             "written",
         ),
-        Asked(
-            f'Does the picture say "{other}"?',
-            f"No, it says {read}",
-            f"No, the picture says {read}.",
-            "",
-            "word",
-        ),
+        Asked(f'Does the picture say "{said}"?', short, sentence, "", "word", tells),
     ]
 
 
 def presences(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Whether a shape is there: one that is, and one that is not."""
+    """
+    Whether a shape is there: one that is, or one that has its kind or its colour from one that is.
+
+    Both answers are as likely, and what the question gives away does not depend on the answer: else one of the two
+    would be chosen more often.
+    """
     if not scene.shapes:
         return []
-    names = {shape.name for shape in scene.shapes}
-    missing = [Shape(kind, color, 0, 0, 0, 0) for kind in SHAPES for color in COLORS]
-    absent = rng.choice([shape for shape in missing if shape.name not in names])
     number = rng.randrange(len(scene.shapes))
-    present = scene.shapes[number]
-    tells = frozenset({f"color/{number}", f"kind/{number}", "presence"})
-    return [
-        Asked(f"Is there a {absent.name}?", "No", f"No, there is no {absent.name}.", "", f"is/{absent.name}"),
-        Asked(f"Is there a {present.name}?", "Yes", f"Yes, there is a {present.name}.", "", "present", tells),
-    ]
+    shape = scene.shapes[number]
+    tells = frozenset({f"color/{number}", f"kind/{number}"})
+    if rng.random() < TRUE_SHARE:
+        name, short, sentence = shape.name, "Yes", f"Yes, there is a {shape.name}."
+    else:
+        alike = [f"{shape.color} {kind}" for kind in SHAPES] + [f"{color} {shape.kind}" for color in COLORS]
+        name = rng.choice([other for other in alike if other not in scene.names])
+        short, sentence = "No", f"No, there is no {name}."
+    return [Asked(f"Is there a {name}?", short, sentence, "", "presence", tells)]
 
 
 def distractors(asked: Asked, scene: Scene, count: int, rng: random.Random) -> list[str]:
@@ -206,9 +233,8 @@ def distractors(asked: Asked, scene: Scene, count: int, rng: random.Random) -> l
 
 
 def everything(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Questions of all kinds."""
+    """Questions of all kinds but for numbers, which `choose` takes as `preferred`."""
     lists: Iterable[list[Asked]] = (
-        colors(scene, rng), kinds(scene), places(scene), counts(scene, rng) if scene.shapes else [], relations(scene),
-        texts(scene, rng), presences(scene, rng),
+        colors(scene, rng), kinds(scene), places(scene), relations(scene), texts(scene, rng), presences(scene, rng),
     )  # fmt: skip
     return [asked for found in lists for asked in found]

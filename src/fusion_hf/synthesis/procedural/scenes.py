@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 from fusion_hf.nano.pictures import (
     CANVAS_SIDE,
     COLORS,
+    MAX_COUNT,
     SHAPES,
+    TRIANGLE_ASPECT,
     WORD_COLORS,
     WORDS,
     PictureSpec,
     Shape,
+    Word,
     count_spec,
     direction,
     place_word,
@@ -31,11 +34,32 @@ PLACES = {
     for column in COLUMNS
 } | {("middle", "left"): "on the left", ("middle", "center"): "in the middle", ("middle", "right"): "on the right"}
 LARGEST_NUMBER = 999  # that is written
-NUMBER_SHARE = 0.3  # of written texts are numbers
-BAND = CANVAS_SIDE // 2  # shapes of a sign are above it, its word is below, in canvas pixels
+NUMBER_SHARE = 0.5  # of written texts are numbers
+BAND = CANVAS_SIDE // 2  # of a sign: shapes are on one side of it, the text is on the other, in canvas pixels
+TOTAL_SHARE = 1 / 3  # of scenes to be counted are counted as a whole, the others by kind and by colour
+EVERYTHING = "shapes"  # the group that all shapes belong to
 SIGN_SIZES = (24, 40)  # of shapes, in canvas pixels
 SIGN_WORD = 36  # largest font size
+LEAST_SIDE = 0.6  # of a rectangle that takes another shape's place, times the sides of that one's box
 MOST_TRIES = 1000  # of drawing a scene with a property that is not rare
+
+
+# Each has what a description begins with: `{count} {noun}`, then `: {groups}.`
+OPENINGS = (
+    "There {verb} {count} {noun} on a plain light background",
+    "On a plain light background, there {verb} {count} {noun}",
+    "The plain light background has {count} {noun} on it",
+)
+# Of a description; most have none, since the text is complete without it.
+CLOSINGS = (
+    "",
+    "",
+    "",
+    "Nothing else can be seen in the picture.",
+    "The rest of the picture is empty.",
+    "There is nothing more to see.",
+)
+WORDINGS = len(OPENINGS) * len(CLOSINGS)
 
 
 def spoken(count: int) -> str:
@@ -61,9 +85,18 @@ def place_of(shape: Shape) -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to draw, and what is true of it."""
+    """
+    A picture to draw, and what is true of it.
+
+    Attributes:
+        counted: the groups ("shapes", "circles", "red shapes") whose numbers are drawn first, all equally often from
+            zero. Only these are asked for: other groups would mostly have one member.
+        wording: selects the opening and the closing of the description.
+    """
 
     spec: PictureSpec
+    counted: tuple[str, ...] = ()
+    wording: int = 0
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -93,22 +126,54 @@ class Scene:
 
     def caption(self) -> str:
         """One sentence."""
-        if self.spec.word is None or not self.shapes:
+        word = self.spec.word
+        if word is None:
             return drawn_caption(self.spec)
+        if not self.shapes:
+            return f'the {word.color} {self.text_kind} "{word.text}".'
         shapes = drawn_caption(replace(self.spec, category="count" if len(self.shapes) > 1 else "single", word=None))
-        return f'{shapes.removesuffix(".")} above the word "{self.spec.word.text}".'
+        where = "above" if self.text_is_below else "below"
+        return f'{shapes.removesuffix(".")} {where} the {self.text_kind} "{word.text}".'
+
+    @property
+    def text_kind(self) -> str:
+        """What is written, "number" or "word".
+
+        Raises:
+            ValueError: if nothing is written.
+        """
+        if self.spec.word is None:
+            raise ValueError("nothing is written in this scene")
+        return "number" if self.spec.word.text.isdigit() else "word"
+
+    @property
+    def text_is_below(self) -> bool:
+        """Whether the text of a sign is below its shapes."""
+        return self.spec.word is not None and self.spec.word.top >= BAND
 
     def described_groups(self) -> list[str]:
         """ "two red circles", "one blue triangle"."""
         return [f"{spoken(count)} {plural(name, count)}" for name, count in self.names.items()]
 
     def places_told(self) -> list[str]:
-        """A sentence for each shape that is the only one of its name and place."""
-        return [
-            f"The {shape.name} is {place_of(shape)}."
-            for shape in self.shapes
-            if self.names[shape.name] == 1 and self.places[place_of(shape)] == 1
-        ]
+        """A sentence for each name whose shapes have places of their own."""
+        told = []
+        for name, count in self.names.items():
+            places = [place_of(shape) for shape in self.shapes if shape.name == name]
+            if any(self.places[place] > 1 for place in places):
+                continue
+            told.append(f"The {plural(name, count)} {'is' if count == 1 else 'are'} {listing(places)}.")
+        return told
+
+    def members(self, group: str) -> list[int]:
+        """Numbers of the shapes that belong to a group of `counted`."""
+        value = group.split()[0]
+        return [n for n, shape in enumerate(self.shapes) if value in (EVERYTHING, f"{shape.kind}s", shape.color)]
+
+    def stated(self) -> str:
+        """The description as a filter reads it: it also rules out the groups that are counted and have no member."""
+        missing = [f"no {group}" for group in self.counted if not self.members(group)]
+        return f"{self.description()} There are {listing(missing)}." if missing else self.description()
 
     def relation(self) -> str | None:
         """Where the first of two shapes is from the second, one of `DIRECTIONS`."""
@@ -116,21 +181,23 @@ class Scene:
 
     def description(self) -> str:
         """All that is in the picture, in sentences."""
+        closing, opening = divmod(self.wording, len(OPENINGS))
+        total = len(self.shapes)
         sentences = []
         if self.shapes:
-            total = len(self.shapes)
-            verb, noun = ("is", "shape") if total == 1 else ("are", "shapes")
-            groups = listing(self.described_groups())
-            sentences.append(f"There {verb} {spoken(total)} {noun} on a plain light background: {groups}.")
+            verb, noun = "is" if total == 1 else "are", plural("shape", total)
+            begin = OPENINGS[opening].format(verb=verb, count=spoken(total), noun=noun)
+            sentences.append(f"{begin}: {listing(self.described_groups())}.")
             sentences += self.places_told()
         if (relation := self.relation()) is not None:
             first, second = self.shapes
             sentences.append(f"The {first.name} is {RELATION_PHRASES[relation]} the {second.name}.")
         if (word := self.spec.word) is not None:
-            where = "below the shapes" if self.shapes else "on a plain light background"
-            sentences.append(f'"{word.text}" is written in {word.color} letters {where}.')
-        sentences.append("Nothing else can be seen in the picture.")
-        return " ".join(sentences)
+            where = f"{'below' if self.text_is_below else 'above'} the {plural('shape', total)}"
+            where = where if self.shapes else "on a plain light background"
+            signs = "digits" if self.text_kind == "number" else "letters"
+            sentences.append(f'The {self.text_kind} "{word.text}" is written in {word.color} {signs} {where}.')
+        return " ".join([*sentences, CLOSINGS[closing]]).rstrip()
 
 
 def draw_until(
@@ -160,17 +227,25 @@ def text_scene(rng: random.Random) -> Scene:
 
 
 def sign_scene(rng: random.Random) -> Scene:
-    """One or two shapes above a word or a number."""
+    """One or two shapes above or below a word or a number."""
     count = rng.randint(1, 2)
+    text_below = rng.random() < 1 / 2
+    top = 0 if text_below else BAND
     kinds, colors = rng.sample(SHAPES, count), rng.sample(tuple(COLORS), count)
     shapes = []
     for index, (kind, color) in enumerate(zip(kinds, colors, strict=True)):
         size = rng.randint(*SIGN_SIZES)
         room = CANVAS_SIDE // count - size
-        left, top = index * CANVAS_SIDE // count + rng.randint(0, room), rng.randint(0, BAND - size)
+        left, top = index * CANVAS_SIDE // count + rng.randint(0, room), top + rng.randint(0, BAND - size)
         shapes.append(Shape(kind, color, left, top, size, size))
-    word = place_word(written_text(rng), rng.choice(WORD_COLORS), rng, SIGN_WORD, top=BAND)
+    word = sign_text(written_text(rng), rng.choice(WORD_COLORS), rng, text_below)
     return Scene(PictureSpec("text", single_spec(rng).background, tuple(shapes), word))
+
+
+def sign_text(text: str, color: str, rng: random.Random, below: bool) -> Word:
+    """The text of a sign, in the half of the image that its shapes leave free."""
+    top, bottom = (BAND, CANVAS_SIDE) if below else (0, BAND)
+    return place_word(text, color, rng, SIGN_WORD, top, bottom)
 
 
 def shapes_scene(rng: random.Random, least: int = 1, kinds: int = 1, colors: int = 1) -> Scene:
@@ -185,3 +260,83 @@ def shapes_scene(rng: random.Random, least: int = 1, kinds: int = 1, colors: int
 def pair_scene(rng: random.Random) -> Scene:
     """Two shapes with a clear relation."""
     return Scene(spatial_spec(rng))
+
+
+def counted_scene(rng: random.Random) -> Scene:
+    """
+    Shapes whose numbers are drawn before they are: each number from zero to `MAX_COUNT` is as likely as the others.
+
+    A total is not asked for beside a group, since it is not independent of the group's number. Without any shape the
+    scene is a written text.
+    """
+    if rng.random() < TOTAL_SHARE:
+        total = rng.randint(0, MAX_COUNT)
+        scene = exact_scene(rng, total) if total else text_scene(rng)
+        return replace(scene, counted=(EVERYTHING,))
+    kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
+    of_kind, of_color = (rng.randint(0, MAX_COUNT) for _ in range(2))
+    total = rng.randint(max(of_kind, of_color, 1), MAX_COUNT)
+    scene = exact_scene(rng, total)
+    kinds = _with_members(rng, SHAPES, kind, of_kind, total)
+    colors = _with_members(rng, tuple(COLORS), color, of_color, total)
+    return replace(recast(scene, kinds, colors, rng), counted=(f"{kind}s", f"{color} shapes"))
+
+
+def _with_members(rng: random.Random, values: Sequence[str], value: str, members: int, total: int) -> list[str]:
+    """`total` values in random order, of which so many are `value`."""
+    others = [other for other in values if other != value]
+    drawn = [value] * members + [rng.choice(others) for _ in range(total - members)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def exact_scene(rng: random.Random, total: int) -> Scene:
+    """So many shapes that do not touch, from one to `MAX_COUNT`."""
+    return draw_until(rng, count_spec, lambda scene: len(scene.shapes) == total)
+
+
+def recast(scene: Scene, kinds: Iterable[str], colors: Iterable[str], rng: random.Random) -> Scene:
+    """The same places with shapes of other kinds and colours."""
+    given = zip(scene.shapes, kinds, colors, strict=True)
+    shapes = tuple(replace(reshaped(shape, kind, rng), color=color) for shape, kind, color in given)
+    return replace(scene, spec=replace(scene.spec, shapes=shapes))
+
+
+def reshaped(shape: Shape, kind: str, rng: random.Random) -> Shape:
+    """A shape of another kind around the same middle and inside the same box: a circle is no ellipse."""
+    if kind == shape.kind:
+        return shape
+    side = min(shape.width, shape.height)
+    width, height = side, side * TRIANGLE_ASPECT if kind == "triangle" else side
+    if kind == "rectangle":
+        width, height = (rng.uniform(LEAST_SIDE * length, length) for length in (shape.width, shape.height))
+    column, row = shape.center
+    left, top = round(column - width / 2), round(row - height / 2)
+    return Shape(kind, shape.color, left, top, width, height)
+
+
+def reasoning_scene(rng: random.Random) -> Scene:
+    """
+    Shapes for a question whose answer is drawn first.
+
+    `counted` has two kinds for the difference of their numbers, 0 to `MAX_COUNT`, or one kind for what is left without
+    its shapes, 0 to `MAX_COUNT - 1`.
+    """
+    first, second, third = rng.sample(SHAPES, len(SHAPES))
+    counted: tuple[str, ...]
+    if rng.random() < 1 / 2:
+        difference = rng.randint(0, MAX_COUNT)
+        fewer = rng.randint(int(difference == 0), (MAX_COUNT - difference) // 2)
+        more = fewer + difference
+        rest = rng.randint(0, MAX_COUNT - more - fewer)
+        kinds = [first] * more + [second] * fewer + [third] * rest
+        counted = (first, second)
+    else:
+        left = rng.randint(0, MAX_COUNT - 1)
+        taken = rng.randint(1, MAX_COUNT - left)
+        kinds = [first] * taken + [rng.choice((second, third)) for _ in range(left)]
+        counted = (first,)
+    rng.shuffle(kinds)
+    scene = exact_scene(rng, len(kinds))
+    scene = recast(scene, kinds, [shape.color for shape in scene.shapes], rng)
+    return replace(scene, counted=tuple(f"{kind}s" for kind in counted))

@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.choices import Choice
-from fusion_hf.synthesis.procedural.pairs import ScenePair
+from fusion_hf.synthesis.procedural.pairs import CHANGES, ScenePair
 from fusion_hf.synthesis.procedural.questions import (
     Asked,
     choose,
@@ -18,14 +19,17 @@ from fusion_hf.synthesis.procedural.questions import (
     presences,
     relations,
     sentence_case,
+    text_colors,
     texts,
 )
 from fusion_hf.synthesis.procedural.scenes import (
     Scene,
+    counted_scene,
     listing,
     pair_scene,
     place_of,
     plural,
+    reasoning_scene,
     shapes_scene,
     sign_scene,
     spoken,
@@ -50,12 +54,19 @@ COMPARISON_FORMS = (
     "Compare the two pictures.",
     "What is the difference between the two pictures, and how can one see it?",
 )
+BACKGROUNDS = ("", "The background has no pattern.", "The background has one light color all over.")
+ARRANGEMENTS = (
+    "",
+    "The shapes do not touch each other.",
+    "No shape covers another one.",
+    "The background between them is plain and light.",
+)
 ARRANGEMENT_FORMS = ("How is the picture arranged?", "Explain where everything is in the picture.")
 
 
 def any_scene(rng: random.Random) -> Scene:
-    """Shapes, a pair, or a sign."""
-    maker: Callable[[random.Random], Scene] = rng.choice((_several, pair_scene, sign_scene))
+    """Shapes to be counted, a pair, or a sign."""
+    maker: Callable[[random.Random], Scene] = rng.choice((counted_scene, pair_scene, sign_scene))
     return maker(rng)
 
 
@@ -73,19 +84,19 @@ def _written(rng: random.Random) -> Scene:
 
 SCENES: dict[str, Callable[[random.Random], Scene]] = {
     "SynthColor": _colorful,
-    "SynthCount": shapes_scene,
+    "SynthCount": counted_scene,
     "SynthSpatial": pair_scene,
     "SynthText": _written,
     "SynthConvLong": _several,
-    "SynthReasoning": lambda rng: shapes_scene(rng, least=3, kinds=2),
+    "SynthReasoning": reasoning_scene,
     "SynthTextQA": sign_scene,
 }  # any scene for others
 
 FOCUS: dict[str, Callable[[Scene, random.Random], list[Asked]]] = {
     "SynthColor": colors,
-    "SynthCount": counts,
+    "SynthCount": lambda scene, rng: [],  # beside the numbers, which all categories ask for where they were drawn
     "SynthSpatial": lambda scene, rng: [*relations(scene), *places(scene)],
-    "SynthText": texts,
+    "SynthText": lambda scene, rng: [*texts(scene, rng), *text_colors(scene, rng)],
     "SynthTextQA": lambda scene, rng: [*texts(scene, rng), *colors(scene, rng), *kinds(scene), *presences(scene, rng)],
 }  # everything for others
 
@@ -102,7 +113,7 @@ def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[T
     if category.name == "SynthMultiChoice":
         candidates = [asked for asked in candidates if asked.about]
     amount = rng.randint(category.turns.least, category.turns.most)
-    chosen = choose(candidates, amount, rng)
+    chosen = choose(candidates, amount, rng, preferred=counts(scene, rng))
     if category.name == "SynthMultiChoice":
         return tuple(_choice(asked, scene, rng) for asked in chosen)
     return tuple(_answered(asked, rng) for asked in chosen)
@@ -131,47 +142,48 @@ def _long(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
     ordered = sorted(scene.shapes, key=lambda shape: shape.center[::-1])
     steps = [f"a {shape.name} {place_of(shape)}" for shape in ordered]
     walk = f"Going from the top of the picture to the bottom, one comes across {listing(steps)}. "
-    rest = "The shapes do not touch each other, and the background between them is plain and light."
     turns = [
-        Turn(rng.choice(DETAIL_FORMS), f"{scene.description()} The background has no pattern."),
-        Turn(rng.choice(ARRANGEMENT_FORMS), walk + rest),
+        Turn(rng.choice(DETAIL_FORMS), f"{scene.description()} {rng.choice(BACKGROUNDS)}".rstrip()),
+        Turn(rng.choice(ARRANGEMENT_FORMS), f"{walk}{rng.choice(ARRANGEMENTS)}".rstrip()),
     ]
     rng.shuffle(turns)
     return tuple(turns)
 
 
 def _reasoned(scene: Scene, rng: random.Random) -> Turn:
-    """A difference of two numbers, or a number after some are taken away."""
-    more, fewer = scene.kinds.most_common()[0], scene.kinds.most_common()[-1]
-    first, second = (f"There {_are(count)} {spoken(count)} {plural(kind, count)}." for kind, count in (more, fewer))
-    if rng.random() < 1 / 2 and more[1] > fewer[1]:
-        left = more[1] - fewer[1]
-        question = f"How many more {more[0]}s than {fewer[0]}s are there?"
-        steps = [first, second, f"{sentence_case(spoken(more[1]))} minus {spoken(fewer[1])} is {spoken(left)}."]
+    """A difference of two numbers, or a number after some are taken away, as the scene was drawn for."""
+    numbers = [(kind, scene.kinds[kind.removesuffix("s")]) for kind in scene.counted]
+    steps = [_there_are(count, kind.removesuffix("s")) for kind, count in numbers]
+    if len(numbers) == 2:
+        (more, minuend), (fewer, subtrahend) = numbers
+        question = f"How many more {more} than {fewer} are there?"
     else:
-        total, left = len(scene.shapes), len(scene.shapes) - more[1]
-        question = f"If all {more[0]}s were taken away, how many shapes would be left in the picture?"
-        taken = f"{sentence_case(spoken(total))} minus {spoken(more[1])} is {spoken(left)}."
-        steps = [f"There are {spoken(total)} shapes in all.", first, taken]
+        ((taken, subtrahend),) = numbers
+        minuend = len(scene.shapes)
+        question = f"If all {taken} were taken away, how many shapes would be left in the picture?"
+        steps.insert(0, _there_are(minuend, "shape", " in all"))
+    left = minuend - subtrahend
+    steps.append(f"{sentence_case(spoken(minuend))} minus {spoken(subtrahend)} is {spoken(left)}.")
     return Turn(question, "\n".join([*steps, f"Answer: {left}"]))
 
 
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
+def _there_are(count: int, noun: str, where: str = "") -> str:
+    return f"There {'is' if count == 1 else 'are'} {_amount(count, noun)}{where}."
 
 
 def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) -> tuple[Turn, ...]:
     """Turns about two pictures side by side."""
     difference = _difference(pair)
     if category.name == "SynthContrastLong":
-        left, right = (_lower(scene.description()) for scene in (pair.first, pair.second))
+        left, right = (_lower(replace(scene, wording=0).description()) for scene in (pair.first, pair.second))
         answer = f"{difference} In the left picture, {left} In the right picture, {right}"
         return (Turn(rng.choice(COMPARISON_FORMS), answer),)
-    sides = _sides(pair)
-    turns = [Turn("What differs between the two pictures?", difference), *sides, _same_count(pair)]
+    # As many pairs with equal numbers as with others are asked for them: else the question would tell the answer.
+    counted = pair.difference.what == "count" or rng.random() < 1 / (len(CHANGES) - 1)
+    turns = [*_count_sides(pair), _same_count(pair)] if counted else _sides(pair)
     amount = rng.randint(category.turns.least, category.turns.most)
-    rest = rng.sample(turns[1:], min(len(turns) - 1, amount - 1))
-    return (turns[0], *rest)
+    rest = rng.sample(turns, min(len(turns), amount - 1))
+    return (Turn("What differs between the two pictures?", difference), *rest)
 
 
 def _lower(text: str) -> str:
@@ -202,15 +214,21 @@ _SIDE_FORMS = {
 
 
 def _sides(pair: ScenePair) -> list[Turn]:
-    """How the thing that differs is in either picture."""
+    """How the thing that differs is in either picture; numbers have `_count_sides`."""
     found = pair.difference
-    turns = []
-    for side, value, scene in (("left", found.first, pair.first), ("right", found.second, pair.second)):
-        if found.what == "count":
-            turns.append(Turn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes))))
-        else:
-            turns.append(Turn(_SIDE_FORMS[found.what].format(subject=found.subject, side=side), sentence_case(value)))
-    return turns
+    form = _SIDE_FORMS[found.what]
+    return [
+        Turn(form.format(subject=found.subject, side=side), sentence_case(value))
+        for side, value in (("left", found.first), ("right", found.second))
+    ]
+
+
+def _count_sides(pair: ScenePair) -> list[Turn]:
+    """How many shapes either picture has."""
+    return [
+        Turn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes)))
+        for side, scene in (("left", pair.first), ("right", pair.second))
+    ]
 
 
 def _same_count(pair: ScenePair) -> Turn:

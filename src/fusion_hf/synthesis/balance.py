@@ -1,0 +1,97 @@
+"""How the answers of each form of question are spread: what a model could guess without looking at the image."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from fusion_hf.synthesis.choices import plain
+from fusion_hf.synthesis.filters.base import said
+from fusion_hf.synthesis.filters.mentions import (
+    asked_color,
+    asked_counts,
+    color_mentions,
+    count_mentions,
+    quoted,
+    unquoted,
+)
+from fusion_hf.synthesis.filters.words import ARTICLES, color_of, is_word, number_at, tokens
+from fusion_hf.synthesis.record import Turn
+
+FORM_WORDS = 3  # at the beginning of a question, that make its form
+SHORT_FORMS = (("how", "many"), ("is", "there"), ("are", "there"))  # whose next word is what is asked for
+VALUE = "..."  # stands for a colour, a number or quoted text
+ANSWER_WORDS = 4  # of the longest answer that is counted as it is
+CONCLUSION = "Answer:"  # stands behind the steps to a number
+LONGER, OTHER = "(longer)", "(other)"
+MOST_FORMS, MOST_ANSWERS = 64, 24  # of a category, of a form: language models write as many as there are records
+
+Answers = dict[str, Counter[str]]
+
+
+def question_form(question: str) -> str:
+    """
+    Return the words a question begins with, which questions for the same property share.
+
+    Colours, numbers and quoted text become `...`, and articles are left out.
+
+    Returns:
+        Up to three words, for example "which shape is" for "Which shape is left of the red circle?".
+    """
+    words = []
+    parts = tokens(unquoted(question, f" {VALUE[0]} "))
+    if parts[:2] in SHORT_FORMS:
+        return " ".join(parts[:2])
+    for place, token in enumerate(parts):
+        is_value = token == VALUE[0] or number_at(parts, place) is not None or bool(color_of(token))
+        if is_value:
+            words.append(VALUE)
+        elif is_word(token) and token not in (*ARTICLES, "the"):
+            words.append(token)
+        if len(words) == FORM_WORDS:
+            break
+    return " ".join(words)
+
+
+def answer_value(turn: Turn) -> str:
+    """
+    Return what an answer says, in the same words for a word, a phrase and a sentence where that can be known.
+
+    Returns:
+        "yes" or "no", a number in digits, a colour, a short answer in lower case, or `LONGER`.
+    """
+    question, answer = said(turn)
+    parts = tokens(answer)
+    if parts[:1] in (("yes",), ("no",)) and not asked_counts(question):
+        return parts[0]
+    if asked_counts(question):
+        numbers = count_mentions(answer.rpartition(CONCLUSION)[2], articles=True)
+        return f"{numbers[0].value:g}" if numbers else LONGER
+    if asked_color(question) is not None and (colors := color_mentions(answer, plain=True)):
+        return colors[0].word
+    texts = quoted(answer)
+    if len(texts) == 1:
+        return plain(texts[0])
+    words = plain(answer).split()
+    words = words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words
+    sentence = answer.endswith(".") and len(words) > 1
+    return " ".join(words) if 0 < len(words) <= ANSWER_WORDS and not sentence else LONGER
+
+
+def count_answers(found: Answers, turn: Turn) -> None:
+    """Add the answer of a turn to the counts of its form."""
+    question, _ = said(turn)
+    _add(found, question_form(question), answer_value(turn), 1)
+
+
+def merge_answers(found: Answers, more: Mapping[str, Mapping[str, int]]) -> None:
+    """Add the counts of another task."""
+    for form, counts in more.items():
+        for value, count in counts.items():
+            _add(found, form, value, count)
+
+
+def _add(found: Answers, form: str, value: str, count: int) -> None:
+    """What is one too many counts as `OTHER`, so that a summary stays as small as it is for drawn records."""
+    form = form if form in found or len(found) < MOST_FORMS else OTHER
+    counts = found.setdefault(form, Counter())
+    value = value if value in counts or len(counts) < MOST_ANSWERS else OTHER
+    counts[value] += count
