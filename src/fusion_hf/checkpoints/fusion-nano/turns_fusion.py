@@ -273,7 +273,8 @@ def _question(ids: list[int], config: FusionConfig) -> list[int]:
     if len(cuts) == 1 and config.questions_are_cut:
         return [*(config.question_prefix_ids or ()), *cuts[0]]
     # the questions of several turns are tokenized as one text, so that ids at their borders may be others
-    tokenizer = load_tokenizer(config._name_or_path, config._commit_hash)
+    commit = getattr(config, "_commit_hash", None)  # only what comes from the Hub has one
+    tokenizer = load_tokenizer(config._name_or_path, commit)
     if tokenizer is None:
         raise ValueError(
             f"`instruct_input_ids` is missing, and {config._name_or_path!r}, from which the model was loaded, has no "
