@@ -239,7 +239,7 @@ class FusionProcessor(ProcessorMixin):
 
         expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
         rows = [
-            self._drop_breaks(_Tokens(*columns), t)
+            _drop_breaks(_Tokens(*columns), t)
             for *columns, t in zip(
                 features["input_ids"], features["attention_mask"], features["offset_mapping"], expanded, strict=True
             )
@@ -319,7 +319,7 @@ class FusionProcessor(ProcessorMixin):
                     raise ValueError(
                         f"A {message['role']} message has a block of type {block['type']!r}; allowed: {allowed}."
                     )
-            protected = [{"type": "text", "text": self._protect(t)} for t in texts]
+            protected = [{"type": "text", "text": protect(t, self.tokenizer)} for t in texts]
             prepared.append({**message, "content": protected})
         if len(pictures) > 1:
             raise ValueError(f"A conversation has {len(pictures)} images; FUSION reads 1.")
@@ -329,16 +329,6 @@ class FusionProcessor(ProcessorMixin):
             joined = "".join(block["text"] for block in first["content"]).strip()
             first["content"] = [*pictures, {"type": "text", "text": joined}]
         return prepared
-
-    def _protect(self, text: str) -> str:
-        """Break up what the tokenizer would read as a special token."""
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        special = [t.content for t in tokens if len(t.content) > 1 and (t.special or re.fullmatch("<.*>", t.content))]
-        pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        text = text.replace(BREAK, "")
-        while pattern.search(text):
-            text = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
-        return text
 
     def _arrange(self, text: str, query_len: int, strict: bool) -> str:
         """Image mark first, latent marks as whole blocks, the family's prefix in front."""
@@ -363,15 +353,6 @@ class FusionProcessor(ProcessorMixin):
         begins_special = text.startswith(tuple(t.content for t in self.tokenizer.added_tokens_decoder.values()))
         return CHAT_FORMATS[self.chat_format].prompt_prefix if begins_special else ""
 
-    @staticmethod
-    def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
-        """Without the tokens that cover nothing but a `BREAK`."""
-        breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
-        if not breaks:
-            return row
-        kept = [i for i, (start, end) in enumerate(row.offsets) if not (start in breaks and end == start + 1)]
-        return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
-
     def _pad_again(self, row: "_Tokens", length: int, on_left: bool) -> "_Tokens":
         """The attended tokens of a row, padded to `length`."""
         attended = [i for i, mask in enumerate(row.mask) if mask]
@@ -395,11 +376,7 @@ class FusionProcessor(ProcessorMixin):
             messages = turns.findall(text) or [text]
             question = "".join(VISION_BLOCKS.sub("", message).strip() for message in messages)
             questions.append(question if IMAGE_TOKEN in text else "")
-        encoded = self.tokenizer(questions, return_offsets_mapping=True, padding=False)
-        columns = zip(
-            encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True
-        )
-        rows = [self._drop_breaks(_Tokens(*tokens), question).ids for *tokens, question in columns]
+        rows = tokenize_alone(questions, self.tokenizer)
         rows = [ids if IMAGE_TOKEN in text else [] for ids, text in zip(rows, texts, strict=True)]
         ids = _pad([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)
         mask = [[int(i != self.instruct_pad_token_id) for i in row] for row in ids]
@@ -425,6 +402,33 @@ class _Tokens(NamedTuple):
     ids: list[int]
     mask: list[int]
     offsets: list[tuple[int, int]]
+
+
+def protect(text: str, tokenizer: Any) -> str:
+    """Break up what the tokenizer would read as a special token."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    special = [t.content for t in tokens if len(t.content) > 1 and (t.special or re.fullmatch("<.*>", t.content))]
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    text = text.replace(BREAK, "")
+    while pattern.search(text):
+        text = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
+    return text
+
+
+def tokenize_alone(questions: list[str], tokenizer: Any) -> list[list[int]]:
+    """Tokenize protected texts as the tokenizer does by default: the ids that guide the vision tower."""
+    encoded = tokenizer(questions, return_offsets_mapping=True, padding=False)
+    columns = zip(encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True)
+    return [_drop_breaks(_Tokens(*tokens), question).ids for *tokens, question in columns]
+
+
+def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
+    """Without the tokens that cover nothing but a `BREAK`."""
+    breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
+    if not breaks:
+        return row
+    kept = [i for i, (start, end) in enumerate(row.offsets) if not (start in breaks and end == start + 1)]
+    return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
 
 
 def _checked_query_len(query_len: int) -> int:

@@ -39,7 +39,7 @@ def test_the_prompt_exercises_tower_and_samplers(model, prompt):
     expected = model(**prompt).logits
     other_pixels = prompt | {"pixel_values": prompt["pixel_values"].flip(-1)}
     other_question = prompt | {"instruct_input_ids": prompt["instruct_input_ids"] + 1}
-    no_turns = prompt | {"prompt_end_positions": None}
+    no_turns = prompt | {"prompt_end_positions": prompt["prompt_end_positions"][:, :0]}
     for changed in (other_pixels, other_question, no_turns):
         assert relative_error(model(**changed).logits, expected) > 1e-4
 

@@ -98,7 +98,7 @@ def ends(*rows: list[int]) -> torch.Tensor:
         ({"pixel_values": None}, r"has 16 image tokens, but pixel_values is None"),
         ({"pixel_values": torch.zeros(1, 5, 3, 32, 32)}, r"\(1, 5, 3, 32, 32\); 2 samples need \(2, 5, 3, 32, 32\)"),
         ({"pixel_values": torch.zeros(2, 5, 3, 16, 16)}, r"\(2, 5, 3, 16, 16\); 2 samples need"),
-        ({"prompt_end_positions": ends([35])}, r"1 rows for 2 samples"),
+        ({"prompt_end_positions": ends([35])}, r"B = 2 samples, got \(1, 1\)"),
         ({"prompt_end_positions": ends([999], [34])}, r"prompt_end_positions\[0\] is 999; allowed: \d+ to \d+"),
         ({"prompt_end_positions": ends([3], [3])}, r"prompt_end_positions\[0\] is 3; allowed"),
         ({"prompt_end_positions": ends([34, 35], [35, 36])}, r"2 prompt_end_positions for 1 latent blocks"),
@@ -118,7 +118,7 @@ def test_wrong_numbers_of_placeholders(model: FusionForConditionalGeneration, in
     with pytest.raises(ValueError, match=r"has 15 image tokens; one picture gives 16"):
         model(**change(inputs, input_ids=ids))
     with pytest.raises(ValueError, match="image must come before the first latent block"):
-        model(**change(inputs, input_ids=inputs["input_ids"].flip(1), prompt_end_positions=None))
+        model(**change(inputs, input_ids=inputs["input_ids"].flip(1), prompt_end_positions=torch.zeros(2, 0).long()))
 
 
 def test_a_cache_is_not_continued_with_new_turns(model: FusionForConditionalGeneration) -> None:
@@ -130,7 +130,7 @@ def test_a_cache_is_not_continued_with_new_turns(model: FusionForConditionalGene
 
 def test_chunked_prefill_is_refused(model: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(model.config, SAMPLES[:1])
-    with pytest.raises(ValueError, match="prefill_chunk_size is 16"):
+    with pytest.raises(ValueError, match="`prefill_chunk_size` must be None, got 16"):
         model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
 
 

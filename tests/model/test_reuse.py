@@ -248,7 +248,7 @@ def test_what_cannot_continue_a_cache_is_refused(model: FusionForConditionalGene
     with pytest.raises(ValueError, match="instruct_input_ids guide the overview"):
         model(**given, instruct_input_ids=inputs["instruct_input_ids"])
     with pytest.raises(ValueError, match=r"global_features need pixel_values.* or past_key_values"):
-        model(**given | {"prompt_end_positions": None})
+        model(**given | {"prompt_end_positions": inputs["prompt_end_positions"][:, :0]})
     with pytest.raises(ValueError, match=r"global_features need pixel_values.* or past_key_values"):
         model(**given | {"cache": DynamicCache()})
     with pytest.raises(ValueError, match=f"has {QUERY_LEN} tokens, but query_len is 9"):

@@ -13,6 +13,7 @@ from fusion_hf.conversion.tokenizer import find_chat_format
 from fusion_hf.image_processing_fusion import FusionImageProcessor
 from fusion_hf.processing_fusion import FusionProcessor
 from fusion_hf.publishing import CODE_PATTERN, PACKAGE
+from fusion_hf.turns_fusion import describe_turns
 
 MODEL_CLASS = "modeling_fusion.FusionForConditionalGeneration"
 AUTO_MAPS = {
@@ -105,6 +106,8 @@ def write_files(
     card: str,
 ) -> None:
     """Write everything of a Hub folder but the weights."""
+    if isinstance(processor, FusionProcessor):
+        config.update(describe_turns(processor))
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)

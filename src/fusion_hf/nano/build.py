@@ -14,6 +14,7 @@ from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_decoder import FusionSampler
 from fusion_hf.modeling_fusion_vision import FusionVisionLayer, FusionVisionModel
 from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
+from fusion_hf.turns_fusion import describe_turns
 
 TILE_SIDE = 48  # pixels of a tile; the four tiles show the picture at twice that
 EMBEDDING_STD = 0.3
@@ -42,7 +43,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) ->
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
     """Every mechanism of the large models at about two million parameters."""
     ids = tokenizer.convert_tokens_to_ids(["<image>", "<latent_image>", "<vision_start>", "<vision_end>"])
-    return FusionConfig(
+    config = FusionConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -75,6 +76,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
         sampler_num_heads=4,
         instruct_pad_token_id=tokenizer.pad_token_id,
     )
+    config.update(describe_turns(build_processor(tokenizer, config)))
+    return config
 
 
 def build_model(config: FusionConfig, seed: int) -> FusionForConditionalGeneration:

@@ -64,6 +64,14 @@ class FusionConfig(PreTrainedConfig):
         instruct_pad_token_id (`int`): this id is ignored in the question (0, also where 0 is a real token: the
             authors' mask is `ids != 0`).
         projector_hidden_act (`str`): activation of both projectors.
+        assistant_header_ids (`list[int]`, *optional*): how the chat format begins an assistant's message, in ids and
+            without the white space at its end. With `turn_end_token_id` the model finds turns and questions in ids by
+            itself; None: callers must pass them.
+        assistant_header_tail (`int`): number of tokens of white space that end the assistant's header.
+        turn_end_token_id (`int`, *optional*): ends a user's message.
+        question_separator_ids (`list[int]`, *optional*): between the blocks of an image and its question.
+        question_prefix_ids (`list[int]`, *optional*): what the tokenizer puts before a text of its own.
+        questions_are_cut (`bool`): whether a question in a prompt has the ids that it has as a text of its own.
 
     Raises:
         ValueError: for an impossible value; names the field, the value and what is allowed.
@@ -93,6 +101,12 @@ class FusionConfig(PreTrainedConfig):
     instruct_pad_token_id: int = 0
     projector_hidden_act: str = "gelu"
     tie_word_embeddings: bool = False
+    assistant_header_ids: list[int] | None = None
+    assistant_header_tail: int = 0
+    turn_end_token_id: int | None = None
+    question_separator_ids: list[int] | None = None
+    question_prefix_ids: list[int] | None = None
+    questions_are_cut: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _build_sub_config("text_config", self.text_config, "phi3", {"vocab_size": 32013})

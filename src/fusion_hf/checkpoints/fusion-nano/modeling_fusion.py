@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, StaticCache
-from transformers.generation import LogitsProcessorList
-from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers import AutoModel, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from .generation_fusion import FusionGenerationMixin
 from .modeling_fusion_base import (
     CACHE_NAME,
     FusionCausalLMOutputWithPast,
@@ -23,20 +22,15 @@ from .modeling_fusion_base import (
     LossCounts,
     cache_keyword,
     either_cache,
-    rename_cache,
 )
 from .modeling_fusion_decoder import (
     DECODER_LAYERS,
     EmbeddedPrompt,
     FusionSampler,
-    InVocabulary,
     PromptMarks,
     TokenBudget,
-    WordLookup,
     check_prompt,
     check_reuse,
-    in_vocabulary,
-    turns_behind_cache,
 )
 from .modeling_fusion_vision import (
     EncodedPicture,
@@ -49,17 +43,10 @@ from .modeling_fusion_vision import (
     reduce_grid,
     stitch_tiles,
 )
+from .turns_fusion import PromptTurns, check_labelled_ends, complete_turns, ignore_placeholders
 
 # asked of the tower as of the language model
 RECORDED = ("output_hidden_states", "output_attentions")
-# what describes the prompt's picture and turns: needed while the prompt is processed, never after it
-PROMPT_INPUTS = (
-    "pixel_values",
-    "global_features",
-    "instruct_input_ids",
-    "instruct_attention_mask",
-    "prompt_end_positions",
-)
 
 
 class FusionModel(FusionPreTrainedModel):
@@ -286,6 +273,11 @@ class FusionModel(FusionPreTrainedModel):
         See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
         """
         cache = either_cache(cache, past_key_values)
+        # a later step of generation has one token, and no turn begins in it
+        if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            turns = PromptTurns(prompt_end_positions, instruct_input_ids, instruct_attention_mask)
+            turns = complete_turns(self.config, input_ids, attention_mask, pixel_values, turns)
+            prompt_end_positions, instruct_input_ids, instruct_attention_mask = turns
         has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
         if input_ids is not None and inputs_embeds is None:
             budget = TokenBudget.of(self.config, query_len, image_token_grid)
@@ -348,7 +340,7 @@ class FusionModel(FusionPreTrainedModel):
         )
 
 
-class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
+class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixin):
     """FUSION with its language head: answers questions about pictures, and trains."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -408,12 +400,14 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             attention_mask (`(B, S)`): padded left or right.
             pixel_values (`(B, 5, 3, H, W)`, *optional*): four tiles and the overview. A sample without image tokens in
                 a mixed batch carries zeros, and its latents are zeros.
-            instruct_input_ids, instruct_attention_mask (`(B, T)`, *optional*): the questions; T may be 0.
+            instruct_input_ids, instruct_attention_mask (`(B, T)`, *optional*): the questions; T may be 0. Without
+                them the questions are found in `input_ids`; an empty `(B, 0)` tensor is no question.
             prompt_end_positions (`(B, R)`, *optional*): index in `input_ids` of each turn's last prompt token, -1
-                padded. Turn t belongs to latent block t; blocks beyond the last given turn stay as they are.
+                padded. Turn t belongs to latent block t; blocks beyond the last given turn stay as they are. Without
+                them the turns are found in `input_ids`; an empty `(B, 0)` tensor leaves all blocks as they are.
             query_len (`int`, *optional*): None reads it from the configuration.
-            labels (`(B, S)`, *optional*): -100 is ignored. Trainers that split sequences also give `shift_labels`,
-                which are aligned with the logits already.
+            labels (`(B, S)`, *optional*): -100 is ignored, and so are image and latent placeholders. Trainers that
+                split sequences also give `shift_labels`, which are aligned with the logits already.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
             global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the pictures, one row
                 per sample, on any device. Only the overview is encoded then, the last of `pixel_values`, which may be
@@ -427,6 +421,12 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        if shift_labels is not None:
+            shift_labels = ignore_placeholders(shift_labels, self.config)
+        if labels is not None:
+            labels = ignore_placeholders(labels, self.config)
+            if prompt_end_positions is not None and input_ids is not None and not torch.compiler.is_compiling():
+                check_labelled_ends(input_ids, labels, prompt_end_positions, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -474,91 +474,6 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, GenerationMixin):
             image_outputs=outputs.image_outputs,
             **cache_keyword(getattr(outputs, CACHE_NAME)),
         )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as [`GenerationMixin.generate`] does; a cache may be given as `cache` or as `past_key_values`."""
-        return super().generate(*args, **rename_cache(kwargs))
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
-        cache = either_cache(cache, past_key_values)
-        uses_flash = "flash" in self.config.text_config._attn_implementation
-        if uses_flash and isinstance(cache, StaticCache) and kwargs.get("attention_mask") is None:
-            # `generate` drops masks without padding, but here they tell which of the cache's places are used
-            length = int(cache.get_seq_length()) + (next_sequence_length or input_ids.shape[1])
-            kwargs["attention_mask"] = torch.ones(len(input_ids), length, dtype=torch.long, device=input_ids.device)
-        continues = next_sequence_length is not None and next_sequence_length < input_ids.shape[1]
-        if continues and self._long_rope_begins(input_ids, cache):
-            cache = next_sequence_length = None
-        # an assistant's first pass is not announced by `is_first_iteration`, so the length tells
-        is_prompt = inputs_embeds is None and (
-            next_sequence_length is None or next_sequence_length >= input_ids.shape[1]
-        )
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration or is_prompt,
-            **cache_keyword(cache),
-            **kwargs,
-        )
-        if inputs_embeds is None and not is_prompt:
-            turns = turns_behind_cache(self.config, input_ids, model_inputs) if is_first_iteration else {}
-            for name in PROMPT_INPUTS:
-                model_inputs.pop(name, None)
-            model_inputs.update(turns)
-        return model_inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, **model_kwargs: Any
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Beams share their picture's tiles, which are encoded before the inputs are repeated."""
-        pixel_values = model_kwargs.get("pixel_values")
-        if expand_size > 1 and pixel_values is not None and model_kwargs.get("global_features") is None:
-            model_kwargs["global_features"] = self.get_global_features(pixel_values)
-            model_kwargs["pixel_values"] = pixel_values[:, -1:]
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, **model_kwargs)
-
-    def _long_rope_begins(self, input_ids: torch.Tensor, cache: Cache | None) -> bool:
-        """Phi-3's long RoPE changes all keys when a sequence outgrows the short one: the cache must be made anew."""
-        rope = self.config.text_config.rope_parameters
-        if cache is None or rope.get("rope_type") != "longrope":
-            return False
-        limit = self.config.text_config.original_max_position_embeddings
-        return input_ids.shape[1] > limit >= cache.get_seq_length()
-
-    def _validate_generation_mode(
-        self, generation_mode: Any, generation_config: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        if generation_config.prefill_chunk_size is not None:
-            raise ValueError(
-                f"prefill_chunk_size is {generation_config.prefill_chunk_size}; allowed: None. FUSION's samplers need "
-                "the whole prompt in one pass."
-            )
-        super()._validate_generation_mode(generation_mode, generation_config, *args, **kwargs)
-
-    def _get_logits_processor(
-        self, *args: Any, encoder_input_ids: torch.Tensor | None = None, **kwargs: Any
-    ) -> LogitsProcessorList:
-        if encoder_input_ids is not None and encoder_input_ids.ndim == 2:  # the prompt's ids, not its embeddings
-            encoder_input_ids = in_vocabulary(encoder_input_ids, self.config)
-        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
-        return InVocabulary(processors, self.config)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        if isinstance(generator, PromptLookupCandidateGenerator):
-            return WordLookup(generator, self.config)
-        return generator
 
 
 # so that saving a model brings the code files along

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.activations import ACT2FN
-from transformers.generation import LogitsProcessorList
-from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
@@ -213,28 +211,6 @@ class PromptMarks(NamedTuple):
         return LatentUpdates(windows, torch.where(valid[..., None], positions, 0), torch.where(valid, ends, 0), valid)
 
 
-def turns_behind_cache(
-    config: FusionConfig, input_ids: torch.Tensor, model_inputs: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """
-    Of a whole conversation `(B, S)` whose beginning is in the cache, so that `model_inputs` has only the rest of its
-    ids: what the turns in that rest need.
-    """
-    global_features, ends = model_inputs.get("global_features"), model_inputs.get("prompt_end_positions")
-    if ends is not None:
-        ends = ends - (input_ids.shape[1] - model_inputs["input_ids"].shape[1])  # (B, R)
-        is_behind = ends >= 0
-        order = (~is_behind).long().argsort(dim=1, stable=True)  # those that remain come first
-        ends = ends.masked_fill(~is_behind, -1).gather(1, order)
-    if global_features is None or ends is None or not bool((ends >= 0).any()):
-        check_continuation(config, model_inputs["input_ids"])
-        return {}
-    for row, has_image in enumerate((input_ids == config.image_token_id).any(1).tolist()):
-        if not has_image:
-            raise ValueError(f"Sample {row} has no picture: global_features cannot continue its cache.")
-    return {"global_features": global_features, "prompt_end_positions": ends}
-
-
 def check_prompt(
     config: FusionConfig,
     input_ids: torch.Tensor,
@@ -257,6 +233,11 @@ def check_prompt(
         latent = (ids == config.latent_token_id).nonzero().flatten().tolist()
         if image and pixel_values is None:
             raise ValueError(f"Sample {row} has {len(image)} image tokens, but pixel_values is None.")
+        if not image and pixel_values is not None and bool(pixel_values[row].any()):
+            raise ValueError(
+                f"Sample {row} has no image tokens, but an image in `pixel_values`, which must be zeros there. Write "
+                "prompts with the processor's chat template."
+            )
         most = budget.num_image_tokens
         if image and len(image) != most and (len(image) > most or image[-1] != last):
             allowed = f"one picture gives {most}, as image_token_grid is {budget.image_token_grid}"
@@ -324,34 +305,3 @@ def _check_turns(row: int, blocks: list[range], ends: list[int], query_len: int,
                 f"Sample {row}: prompt_end_positions[{turn}] is {end}; allowed: {block[-1] + 1} to {limit}, behind "
                 "its latent block and before the next one."
             )
-
-
-def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
-    return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
-
-
-class InVocabulary(LogitsProcessorList):
-    """Shows the processors ids that exist in the logits."""
-
-    def __init__(self, processors: LogitsProcessorList, config: FusionConfig):
-        super().__init__(processors)
-        self.config = config
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return super().__call__(in_vocabulary(input_ids, self.config), scores, **kwargs)
-
-
-class WordLookup(CandidateGenerator):
-    """Prompt lookup that proposes no placeholders: the text before a picture may be what the model says last."""
-
-    def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):
-        self.lookup = lookup
-        self.config = config
-
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        candidates, logits = self.lookup.get_candidates(in_vocabulary(input_ids, self.config), **kwargs)
-        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
-
-    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
-        self.lookup.update_candidate_strategy(*args, **kwargs)
