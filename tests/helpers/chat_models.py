@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from tests.helpers.tiny import tiny_config, tiny_model
 from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenizer
 
@@ -46,5 +47,5 @@ def write_chat_model(folder: Path, chat_format: str) -> Path:
 
 def load_chat_model(folder: Path) -> tuple[FusionForConditionalGeneration, FusionProcessor]:
     """The model and the processor in a folder."""
-    model = FusionForConditionalGeneration.from_pretrained(folder).eval()
+    model = FusionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model, FusionProcessor.from_pretrained(folder)

@@ -214,7 +214,8 @@ def test_placeholders_are_never_written(pair) -> None:
     model, processor = pair
     inputs = encode(processor, chat("what?"))
     grown = FusionForConditionalGeneration.from_pretrained(model.config._name_or_path).eval()
-    grown.resize_token_embeddings(max(model.config.image_token_id, model.config.latent_token_id) + 1)
+    rows = max(model.config.text_config.vocab_size, model.config.image_token_id + 1, model.config.latent_token_id + 1)
+    grown.resize_token_embeddings(rows)
     with torch.no_grad():
         for placeholder in (model.config.image_token_id, model.config.latent_token_id):
             grown.lm_head.weight[placeholder] = grown.lm_head.weight.abs().max() * 100

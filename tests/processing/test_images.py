@@ -208,3 +208,20 @@ def test_switches(processor: FusionImageProcessor, photo: Image.Image) -> None:
     torch.testing.assert_close((raw / 255 - 0.5) / 0.5, pixels(processor, photo), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="do_resize is False"):
         pixels(processor, photo, do_resize=False)
+
+
+@pytest.mark.parametrize("shape", ["last", "first"])
+def test_floats_of_black_and_white_are_an_image(shape: str) -> None:
+    """As `to_tensor` writes a drawing: all values are 0.0 or 1.0, which are no bytes."""
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[10:20, 10:20] = 255
+    expected = FusionImageProcessor()(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
+    shares = pixels / np.float32(255)
+    for given in (shares, pixels > 0):
+        moved = given if shape == "last" else np.moveaxis(given, -1, 0)
+        assert np.array_equal(FusionImageProcessor()(moved, return_tensors="np")["pixel_values"], expected)
+
+
+def test_an_array_without_pixels_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have pixels"):
+        FusionImageProcessor()(np.zeros((0, 4, 3), np.uint8))

@@ -192,9 +192,25 @@ def test_too_long_question(processor: FusionProcessor) -> None:
             [user("a", PICTURE), {"role": "assistant", "content": "b"}, user("c", PICTURE)],
             "has 2 images; FUSION reads 1",
         ),
-        ([{"role": "tool", "content": "a"}], "role is 'tool'; allowed: system, user, assistant"),
-        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "block of type 'video'; allowed: text"),
-        ([{"role": "assistant", "content": [{"type": "image", "image": PICTURE}]}], "assistant message has a block"),
+        ([{"role": "tool", "content": "a"}], r"messages\[0\].*'system', 'user', 'assistant', got 'tool'"),
+        (
+            [{"role": "user", "content": [{"type": "video", "video": "a"}]}],
+            r"messages\[0\].content\[0\].*'text', 'image', 'image_url'.*got 'video'",
+        ),
+        (
+            [user("a"), {"role": "assistant", "content": [{"type": "image", "image": PICTURE}]}],
+            r"messages\[1\].content\[0\].*'text'.*'assistant', got 'image'",
+        ),
+        ([], "list of messages"),
+        (["hello"], r"messages\[0\]"),
+        ([user("a"), user("b")], r"messages\[1\].role must be 'assistant'.*got 'user'"),
+        ([{"role": "assistant", "content": "a"}, user("b")], r"messages\[0\].role must be 'user'.*got 'assistant'"),
+        ([user("a"), {"role": "system", "content": "b"}], r"messages\[1\].role must be 'assistant'.*got 'system'"),
+        ([user("a"), {"role": "assistant", "content": "b"}], r"messages\[1\].role must be 'user' with"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content must be a string or a list of blocks, got int"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text must be a string"),
+        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\] must have a type"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\].image_url"),
     ],
 )
 def test_messages_that_cannot_be(processor: FusionProcessor, messages: list[Any], error: str) -> None:
@@ -236,3 +252,35 @@ def test_save_and_reload(processor: FusionProcessor, tmp_path: Any) -> None:
     for name, value in inputs[0].items():
         torch.testing.assert_close(inputs[1][name], value)
     assert reloaded.chat_template == processor.chat_template and reloaded.query_len == processor.query_len
+
+
+def test_query_len_may_be_among_the_processors_arguments(processor: FusionProcessor) -> None:
+    given = processor.apply_chat_template([user("a")], **CALL, processor_kwargs={"query_len": 4})
+    expected = processor.apply_chat_template([user("a")], **CALL, query_len=4)
+    assert torch.equal(given["input_ids"], expected["input_ids"])
+    assert int((given["input_ids"] == processor.latent_token_id).sum()) == 4
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_image_without_a_question_has_no_newline_behind_it(processor: FusionProcessor, question: str) -> None:
+    """As in the authors' sequence, which is stripped as a whole."""
+    text = processor.apply_chat_template([user(question, PICTURE)], add_generation_prompt=True)
+    assert "<vision_end><|im_end|>" in text and "<vision_end>\n" not in text
+    assert "<vision_end>\nwhat" in processor.apply_chat_template([user("what", PICTURE)])
+
+
+def test_the_tokenizers_own_template_takes_plain_messages(processor: FusionProcessor) -> None:
+    messages = [user("is it red?"), {"role": "assistant", "content": "yes"}, user("why?")]
+    text = processor.tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    assert text == processor.apply_chat_template(messages)
+    assert text.count("<latent_image>") == 2 * processor.query_len
+
+
+def test_images_stay_with_their_prompts(processor: FusionProcessor) -> None:
+    texts = ["<image><latent_image>a", "<image><latent_image>b"]
+    with pytest.raises(ValueError, match=r"Prompt 0 has 1 <image> marks, but images\[0\] has 2"):
+        processor(images=[[PICTURE, PICTURE], []], text=texts, return_tensors="pt")
+    nested = processor(images=[[PICTURE], [PICTURE]], text=texts, return_tensors="pt")
+    assert torch.equal(
+        nested["pixel_values"], processor(images=[PICTURE] * 2, text=texts, return_tensors="pt")["pixel_values"]
+    )

@@ -32,7 +32,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) ->
     return FusionProcessor(
         image_processor,
         tokenizer,
-        chat_template=replace(CHAT_FORMATS[CHAT_FORMAT], system="").chat_template,
+        chat_template=replace(CHAT_FORMATS[CHAT_FORMAT], system="").write_template(config.query_len),
         chat_format=CHAT_FORMAT,
         num_image_tokens=config.num_image_tokens,
         query_len=config.query_len,

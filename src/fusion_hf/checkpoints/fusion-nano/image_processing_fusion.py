@@ -80,7 +80,14 @@ class FusionImageProcessor(PilBackend):
     ) -> Image.Image:
         """One picture (PIL, array or tensor) as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
         if not isinstance(image, Image.Image):
-            image = to_pil_image(_drop_alpha(np.asarray(image)), input_data_format=input_data_format)
+            array = _drop_alpha(np.asarray(image))
+            if array.size == 0:
+                raise ValueError(f"An image must have pixels, got an array of shape {array.shape}.")
+            if array.dtype == bool:
+                array = array.astype(np.uint8) * LARGEST_UINT8
+            # transformers takes floats without a fraction for bytes, and black and white for two shades of black
+            is_share = array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1
+            image = to_pil_image(array, do_rescale=is_share or None, input_data_format=input_data_format)
         return decode_image(image, max_image_pixels, exif_transpose)
 
     def _preprocess(

@@ -46,38 +46,36 @@ class ChatFormat:
     # put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer
     prompt_prefix: str = ""
 
-    @property
-    def chat_template(self) -> str:
-        """The Jinja template; `query_len` is the number of latent tokens per turn."""
-        return _TEMPLATE.format(
-            **{name: getattr(self, name).replace("\n", "\\n") for name in self.__dataclass_fields__},
-        )
+    def write_template(self, query_len: int) -> str:
+        """Write the Jinja template; `query_len` is the number of latent tokens per turn where a call names none."""
+        parts = {name: getattr(self, name).replace("\n", "\\n") for name in self.__dataclass_fields__}
+        return _TEMPLATE.format(query_len=query_len, **parts)
 
 
 _TEMPLATE = """\
+{{%- set query_len = query_len | default({query_len}) -%}}
 {{%- if messages[0]['role'] != 'system' -%}}
 {{{{- '{system_header}{system}{turn_end}{separator}' -}}}}
 {{%- endif -%}}
 {{%- for message in messages -%}}
+{{%- set image = false -%}}
+{{%- set text = message['content'] -%}}
+{{%- if text is not string -%}}
+{{%- set image = text | selectattr('type', 'equalto', 'image') | list | length > 0 -%}}
+{{%- set text = text | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}}
+{{%- endif -%}}
 {{%- if message['role'] == 'system' -%}}
-{{{{- '{system_header}' -}}}}
-{{%- for block in message['content'] -%}}{{{{- block['text'] -}}}}{{%- endfor -%}}
-{{{{- '{turn_end}{separator}' -}}}}
+{{{{- '{system_header}' + text + '{turn_end}{separator}' -}}}}
 {{%- elif message['role'] == 'user' -%}}
 {{{{- '{user_header}' -}}}}
-{{%- set image = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 0 -%}}
 {{%- if image -%}}{{{{- '<vision_start><image><vision_end>' -}}}}{{%- endif -%}}
 {{{{- '<vision_start>' + '<latent_image>' * query_len + '<vision_end>' -}}}}
-{{%- if image -%}}{{{{- '\\n' -}}}}{{%- endif -%}}
-{{%- for block in message['content'] -%}}
-{{%- if block['type'] == 'text' -%}}{{{{- block['text'] -}}}}{{%- endif -%}}
-{{%- endfor -%}}
-{{{{- '{turn_end}{separator}' -}}}}
+{{%- if image and text -%}}{{{{- '\\n' -}}}}{{%- endif -%}}
+{{{{- text + '{turn_end}{separator}' -}}}}
 {{%- else -%}}
 {{{{- '{assistant_header}' -}}}}
 {{%- generation -%}}
-{{%- for block in message['content'] -%}}{{{{- block['text'] -}}}}{{%- endfor -%}}
-{{{{- '{turn_end}' -}}}}
+{{{{- text + '{turn_end}' -}}}}
 {{%- endgeneration -%}}
 {{{{- '{separator}' -}}}}
 {{%- endif -%}}
@@ -112,7 +110,6 @@ CHAT_FORMATS = {
         system=LLAMA3_SYSTEM,
     ),
 }
-CHAT_TEMPLATES = {name: chat_format.chat_template for name, chat_format in CHAT_FORMATS.items()}
 
 
 class FusionProcessor(ProcessorMixin):
@@ -149,7 +146,7 @@ class FusionProcessor(ProcessorMixin):
         self.image_token, self.latent_token = IMAGE_TOKEN, LATENT_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
-        template = CHAT_TEMPLATES[chat_format] if chat_template is None else chat_template
+        template = CHAT_FORMATS[chat_format].write_template(query_len) if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
     @property
@@ -174,11 +171,16 @@ class FusionProcessor(ProcessorMixin):
         stays text. `query_len` and `image_token_grid` are those of the call.
         """
         self.count_image_tokens(image_token_grid)
+        processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
+        query_len = processor_kwargs.get("query_len") if query_len is None else query_len
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         prepared = [self._prepare_messages(c) for c in (conversation if batched else [conversation])]
+        if kwargs.get("add_generation_prompt"):
+            for messages in prepared:
+                require_question(messages)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
-        processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {}), "query_len": length}
+        processor_kwargs["query_len"] = length
         if image_token_grid is not None:
             processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
@@ -221,6 +223,7 @@ class FusionProcessor(ProcessorMixin):
         given = [text] if isinstance(text, str) else text
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
         shifts = [len(self._prefix(t)) for t in given]
+        _check_nesting(images, texts)
         flat_images = _flatten(images)
         marks = sum(t.count(IMAGE_TOKEN) for t in texts)
         if marks != len(flat_images):  # in transformers' words, whose older versions do not count
@@ -303,22 +306,17 @@ class FusionProcessor(ProcessorMixin):
     def _prepare_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Copies of the messages as lists of blocks: text protected, the picture in the first user message."""
         prepared, pictures = [], []
-        for message in as_dicts(messages):
-            if message.get("role") not in ROLES:
-                raise ValueError(f"A message's role is {message.get('role')!r}; allowed: {', '.join(ROLES)}.")
+        messages = as_dicts(messages)
+        check_messages(messages)
+        for message in messages:
             content = message.get("content") or ""
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             texts = []
             for block in blocks:
                 if block["type"] == "text":
                     texts.append(block["text"])
-                elif block["type"] in ("image", "image_url") and message["role"] == "user":
-                    pictures.append(_as_image_block(block))
                 else:
-                    allowed = "text, and image in user messages"
-                    raise ValueError(
-                        f"A {message['role']} message has a block of type {block['type']!r}; allowed: {allowed}."
-                    )
+                    pictures.append(_as_image_block(block))
             protected = [{"type": "text", "text": protect(t, self.tokenizer)} for t in texts]
             prepared.append({**message, "content": protected})
         if len(pictures) > 1:
@@ -404,6 +402,69 @@ class _Tokens(NamedTuple):
     offsets: list[tuple[int, int]]
 
 
+def check_messages(messages: Any) -> None:
+    """
+    Check the form of one conversation.
+
+    Raises:
+        ValueError: names the message and the block that FUSION cannot read.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"A conversation must be a list of messages, got {messages!r}.")
+    begins = 0
+    for number, message in enumerate(messages):
+        name = f"messages[{number}]"
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise ValueError(f"{name} must have a role of {', '.join(map(repr, ROLES))}, got {role!r}.")
+        if number == 0 and role == "system":
+            begins = 1
+            expected = role
+        else:
+            expected = ("user", "assistant")[(number - begins) % 2]
+        if role != expected:
+            raise ValueError(f"{name}.role must be {expected!r}, since users and assistants take turns, got {role!r}.")
+        _check_content(name, role, message.get("content"))
+
+
+def _check_content(name: str, role: str, content: Any) -> None:
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise ValueError(f"{name}.content must be a string or a list of blocks, got {type(content).__name__}.")
+    allowed = ("text", "image", "image_url") if role == "user" else ("text",)
+    for number, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind not in allowed:
+            raise ValueError(
+                f"{name}.content[{number}] must have a type of {', '.join(map(repr, allowed))} in a message of "
+                f"the role {role!r}, got {kind!r}."
+            )
+        if kind == "text" and not isinstance(block.get("text"), str):
+            raise ValueError(f"{name}.content[{number}].text must be a string, got {block.get('text')!r}.")
+        if kind == "image_url" and not isinstance(_address(block), str):
+            raise ValueError(f"{name}.content[{number}].image_url must be an address, got {block.get('image_url')!r}.")
+
+
+def _address(block: dict[str, Any]) -> Any:
+    url = block.get("image_url")
+    return url.get("url") if isinstance(url, dict) else url
+
+
+def require_question(messages: list[dict[str, Any]]) -> None:
+    """
+    Check that a conversation that is to be answered ends with a question.
+
+    Raises:
+        ValueError: names its last message.
+    """
+    last = messages[-1]["role"]
+    if last != "user":
+        raise ValueError(
+            f"messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, got {last!r}."
+        )
+
+
 def protect(text: str, tokenizer: Any) -> str:
     """Break up what the tokenizer would read as a special token."""
     tokens = tokenizer.added_tokens_decoder.values()
@@ -441,8 +502,7 @@ def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
     """OpenAI's `image_url` block as the ecosystem's `image` block."""
     if block["type"] == "image":
         return block
-    url = block["image_url"]
-    return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+    return {"type": "image", "url": _address(block)}
 
 
 def _flatten(images: Any) -> list[Any]:
@@ -451,6 +511,20 @@ def _flatten(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flatten(item)]
     return [images]
+
+
+def _check_nesting(images: Any, texts: list[str]) -> None:
+    """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
+    if not isinstance(images, (list, tuple)) or len(images) != len(texts):
+        return
+    if not all(isinstance(each, (list, tuple)) for each in images):
+        return
+    for number, (each, text) in enumerate(zip(images, texts, strict=True)):
+        marks, count = text.count(IMAGE_TOKEN), len(_flatten(each))
+        if marks != count:
+            raise ValueError(
+                f"Prompt {number} has {marks} {IMAGE_TOKEN} marks, but images[{number}] has {count} images."
+            )
 
 
 def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def _require_headers(ends: torch.Tensor, input_ids: torch.Tensor, config: Fusion
 
 def _checked_type(ends: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Prompt ends `(B, R)` in order, absent ones last."""
+    if isinstance(ends, torch.Tensor) and ends.ndim == 2 and ends.numel() == 0:
+        return ends  # an empty tensor is of no type in particular
     if not isinstance(ends, torch.Tensor) or ends.is_floating_point() or ends.dtype == torch.bool:
         kind = ends.dtype if isinstance(ends, torch.Tensor) else type(ends).__name__
         raise ValueError(f"`prompt_end_positions` must be a tensor of integers, got {kind}.")
