@@ -12,7 +12,9 @@ from fusion_hf.training.distributed import sum_over_ranks
 
 
 def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] | None:
-    """The messages before a record's first answer, and that answer; None if nothing was answered."""
+    """The messages before a record's first answer, and that answer; None if it has none or the record was skipped."""
+    if "skipped" in record:
+        return None
     messages = record_to_messages(record)
     for position, message in enumerate(messages):
         if message["role"] == "assistant":

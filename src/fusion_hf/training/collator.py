@@ -17,40 +17,94 @@ SMALL_BYTES = 2**18
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
 AS_BYTES = {"do_rescale": False, "do_normalize": False}  # of the image processor
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
+IMAGE_KEYS = ("image", "images")  # of a record
+IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "base64", "image_url")  # of a message
 
 
 def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """
-    The chat messages of a record `{"image", "conversations": [{"from", "value"}]}` or `{"image", "messages"}`.
+    Read the chat messages of a record.
 
-    The picture (path, PIL or None) becomes an image block of the first user message; image marks in LLaVA-shaped
-    values are taken out.
+    The image of `image`, of `images` (a list of one, as TRL has it) or of an image block becomes an image block of the
+    first user message. Image marks in texts and image blocks without an image are taken out: they only say that there
+    is an image.
+
+    Args:
+        record: `conversations` (`[{"from", "value"}]`) or `messages` (`[{"role", "content"}]`), and an image or none.
+
+    Returns:
+        The messages, without the record's other fields.
 
     Raises:
-        ValueError: for an unknown speaker, no user message, or an image mark without a picture.
+        ValueError: for an unknown speaker, no user message, several images, or an image mark without an image.
     """
-    messages = [dict(message) for message in record["messages"]] if "messages" in record else _from_llava(record)
-    picture = record.get("image")
-    questions = [message for message in messages if message["role"] == "user"]
+    name = f"Record {record.get('id')!r}"
+    if record.get("messages") is not None:
+        messages = [dict(message) for message in record["messages"]]
+    elif record.get("conversations") is not None:
+        messages = [_read_turn(turn, name) for turn in record["conversations"]]
+    else:
+        raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
+    images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
+    is_marked = False
+    for message in messages:
+        message["content"], inside, has_mark = _split_content(message.get("content"), message.get("role"), name)
+        images += inside
+        is_marked |= has_mark
+    questions = [message for message in messages if message.get("role") == "user"]
     if not questions:
-        raise ValueError(f"Record {record.get('id')!r} has no user message.")
-    if picture is not None:
+        raise ValueError(f"{name} has no user message.")
+    if len(images) > 1:
+        raise ValueError(f"{name} has {len(images)} images; allowed: one or none.")
+    if is_marked and not images:
+        raise ValueError(f"{name} has an {IMAGE_TOKEN} mark, but no image.")
+    if images:
         content = questions[0]["content"]
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        questions[0]["content"] = [{"type": "image", "image": picture}, *blocks]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        questions[0]["content"] = [{"type": "image", "image": images[0]}, *blocks]
     return messages
 
 
-def _from_llava(record: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = []
-    for turn in record["conversations"]:
-        if turn["from"] not in ROLE_OF_SPEAKER:
-            allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise ValueError(f"Record {record.get('id')!r} has a speaker {turn['from']!r}; allowed: {allowed}.")
-        if IMAGE_TOKEN in turn["value"] and record.get("image") is None:
-            raise ValueError(f"Record {record.get('id')!r} has an {IMAGE_TOKEN} mark, but no image.")
-        messages.append({"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"].replace(IMAGE_TOKEN, "")})
-    return messages
+def _read_turn(turn: dict[str, Any], name: str) -> dict[str, Any]:
+    """A message of LLaVA's turn `{"from", "value"}`."""
+    if turn["from"] not in ROLE_OF_SPEAKER:
+        allowed = ", ".join(ROLE_OF_SPEAKER)
+        raise ValueError(f"{name} has a speaker {turn['from']!r}; allowed: {allowed}.")
+    return {"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], bool]:
+    """A message's content without images and marks, its images, and whether it says that there is one."""
+    if isinstance(content, str):
+        return content.replace(IMAGE_TOKEN, ""), [], IMAGE_TOKEN in content
+    if content is None:
+        return "", [], False
+    if not isinstance(content, (list, tuple)):
+        return content, [], False  # the processor says what is wrong with it, and with odd blocks
+    blocks, images, has_mark = [], [], False
+    for block in content:
+        if not isinstance(block, dict):
+            blocks.append(block)
+        elif block.get("type") in IMAGE_BLOCKS:
+            if role != "user":
+                raise ValueError(f"{name} has an image in a message of the role {role!r}; allowed: user.")
+            images += [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
+            has_mark = True
+        elif isinstance(block.get("text"), str):
+            has_mark |= IMAGE_TOKEN in block["text"]
+            blocks.append({**block, "text": block["text"].replace(IMAGE_TOKEN, "")})
+        else:
+            blocks.append(block)
+    return blocks, images, has_mark
+
+
+def _unwrap_url(image: Any) -> Any:
+    """The address in OpenAI's `{"url": ...}`."""
+    return image["url"] if isinstance(image, dict) and "url" in image else image
 
 
 class Batch(dict[str, Any]):
@@ -116,7 +170,7 @@ class FusionDataCollator:
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
-        pictures = [picture for messages in conversations for picture in _pictures(messages)]
+        pictures = [picture for messages in conversations for picture in images_of(messages)]
         features = self.processor(
             text=texts,
             images=pictures or None,
@@ -136,7 +190,7 @@ class FusionDataCollator:
         features["labels"] = np.where(is_label, features["input_ids"], IGNORE_INDEX)
         if self.compact and pictures:
             features["pixel_bytes"] = features.pop("pixel_values")
-            features["has_picture"] = [bool(_pictures(messages)) for messages in conversations]
+            features["has_picture"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
@@ -173,7 +227,8 @@ class FusionDataCollator:
         return (starts < last[np.searchsorted(first, starts, side="right") - 1]) & (ends > starts)
 
 
-def _pictures(messages: list[dict[str, Any]]) -> list[Any]:
+def images_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The images of messages, as `record_to_messages` gives them."""
     blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
     return [block["image"] for block in blocks if block["type"] == "image"]
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.training.answers import text_of
-from fusion_hf.training.collator import record_to_messages
+from fusion_hf.training.collator import images_of, record_to_messages
 from fusion_hf.training.data import RecordDataset, SampleKey, StreamedRecords
 from fusion_hf.training.sampler import query_len_of_step
 
@@ -68,6 +68,5 @@ def keyed(records: Any, query_len: int | None = None) -> Any:
 
 def _words(record: dict[str, Any]) -> int:
     messages = record_to_messages(record)
-    has_picture = any(not isinstance(message["content"], str) for message in messages)
     count = max(1, sum(len(text_of(message["content"]).split()) for message in messages))
-    return count if has_picture and record.get("image") is not None else -count
+    return count if images_of(messages) else -count
