@@ -1,6 +1,5 @@
 """Records to training batches: ids and labels as the authors' code makes them, query length drawn for each batch."""
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from fusion_hf.image_processing_fusion import values_of_bytes
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, FusionProcessor
+from fusion_hf.training.query_lens import BatchDraw
 
 IGNORE_INDEX = -100
 SMALL_BYTES = 2**18
@@ -136,11 +136,13 @@ class FusionDataCollator:
 
     Args:
         processor ([`FusionProcessor`]): tokenizer and pictures.
-        query_lens (`Sequence[int]`, *optional*): one is drawn for each batch. Default: the processor's `query_len`.
+        query_lens (`Sequence[int]`, *optional*): one is drawn for each batch, see [`BatchDraw`]. Default: the
+            processor's `query_len`.
         max_length (`int`, *optional*): longer conversations are cut on the right; default: the tokenizer's maximum.
         seed (`int`): of the drawing.
         compact (`bool`): what a training step needs and no more. Pictures stay bytes, a quarter of the size of the
             numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
+        max_image_pixels (`int`, *optional*): pictures with more are refused; default: the image processor's.
     """
 
     def __init__(
@@ -150,12 +152,14 @@ class FusionDataCollator:
         max_length: int | None = None,
         seed: int = 0,
         compact: bool = False,
+        max_image_pixels: int | None = None,
     ):
         self.processor = processor
         self.query_lens = tuple(query_lens) if query_lens is not None else (processor.query_len,)
         self.max_length = max_length if max_length is not None else processor.tokenizer.model_max_length
-        self.random = random.Random(seed)
+        self.draw = BatchDraw(self.query_lens, seed)
         self.compact = compact
+        self.image_settings = {} if max_image_pixels is None else {"max_image_pixels": max_image_pixels}
         chat_format = CHAT_FORMATS[processor.chat_format]
         header, end = re.escape(chat_format.assistant_header), re.escape(chat_format.turn_end)
         self.answer = re.compile(f"(?<={header})(?:.*?){end}", re.DOTALL)
@@ -166,9 +170,9 @@ class FusionDataCollator:
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_picture` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
         """
-        query_len = self._query_len(records)
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
+        query_len = self._query_len(records, conversations)
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
         pictures = [picture for messages in conversations for picture in images_of(messages)]
         features = self.processor(
@@ -180,6 +184,7 @@ class FusionDataCollator:
             truncation=True,
             max_length=self.max_length,
             return_offsets_mapping=True,
+            **self.image_settings,
             **(AS_BYTES if self.compact else {}),
         )
         for name in ("input_ids", "attention_mask"):
@@ -212,11 +217,15 @@ class FusionDataCollator:
         inputs["pixel_values"] = torch.stack(channels, dim=2).where(has_picture[:, None, None, None, None], 0)
         return inputs
 
-    def _query_len(self, records: Sequence[dict[str, Any]]) -> int:
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins, so that a loop of your own that resumes draws the numbers of one that went on."""
+        self.draw.epoch = epoch
+
+    def _query_len(self, records: Sequence[dict[str, Any]], conversations: list[list[dict[str, Any]]]) -> int:
         given = {record["query_len"] for record in records if "query_len" in record}
         if len(given) > 1:
             raise ValueError(f"The records of a batch ask for query_len {sorted(given)}; allowed: one number.")
-        return given.pop() if given else self.random.choice(self.query_lens)
+        return given.pop() if given else self.draw(conversations)
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""

@@ -2,21 +2,27 @@
 
 import stat
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fusion_hf.errors import short_name
 from fusion_hf.image_processing_fusion import FORMATS
 from fusion_hf.training.data.records import FileSpan, Picture, RecordProblem
 
 MALFORMED = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # PIL's
+OnTruncated = Literal["error", "load"]
+ON_TRUNCATED = ("error", "load")
+PIL_SETTINGS = threading.RLock()
 MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read before its size in pixels is known
 
 
-def open_picture(picture: Picture, root: Path, max_pixels: int) -> Image.Image:
+def open_picture(picture: Picture, root: Path, max_pixels: int, on_truncated: OnTruncated = "error") -> Image.Image:
     """
     The decoded picture.
 
@@ -24,6 +30,7 @@ def open_picture(picture: Picture, root: Path, max_pixels: int) -> Image.Image:
         picture: a path is relative to `root`.
         root: a resolved folder, which no path may leave, not by a link either.
         max_pixels: more are refused before they are decoded.
+        on_truncated: `load` takes what there is of a picture that ends too early, the rest is grey or black.
 
     Raises:
         RecordProblem: if it is missing, outside of `root`, too large, truncated or no picture.
@@ -31,11 +38,26 @@ def open_picture(picture: Picture, root: Path, max_pixels: int) -> Image.Image:
     if isinstance(picture, str):
         path = picture_path(picture, root)
         try:
-            with path.open("rb") as stream:
+            with path.open("rb") as stream, limits_of_pil(max_pixels, on_truncated):
                 return _decode(stream, max_pixels)
         except OSError as error:
             raise RecordProblem("broken image", f"{short_name(picture)!r} cannot be read ({error})") from error
-    return _decode(BytesIO(picture if isinstance(picture, bytes) else _read(picture)), max_pixels)
+    with limits_of_pil(max_pixels, on_truncated):
+        return _decode(BytesIO(picture if isinstance(picture, bytes) else _read(picture)), max_pixels)
+
+
+@contextmanager
+def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
+    """Let PIL open as many pixels, and as little of a file, as is allowed: it has one setting for a whole process."""
+    with PIL_SETTINGS:
+        before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        if before[0] is not None:
+            Image.MAX_IMAGE_PIXELS = max(max_pixels, before[0])
+        ImageFile.LOAD_TRUNCATED_IMAGES = on_truncated == "load"
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def picture_path(name: str, root: Path) -> Path:
