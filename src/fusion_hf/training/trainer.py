@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderAdapter
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -124,28 +125,37 @@ class FusionTrainer(Trainer):
 
     def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> Any:
         """As Trainer's, which makes batches smaller when memory ends: here a step then takes more of them."""
-        if self.args.auto_find_batch_size:
-            batch_size = self._split_again(batch_size or self.args.per_device_train_batch_size)
-        return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
+        if not self.args.auto_find_batch_size:
+            return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
+        taken = self.args.per_device_train_batch_size
+        first = min(batch_size or taken, taken)  # what a checkpoint remembers may be less
+        size = self._split_step(first if self.attempts == 0 else taken - 1)
+        self.attempts += 1
+        try:
+            return super()._inner_training_loop(batch_size=size, args=args, **kwargs)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if self.state.global_step > self._initial_global_step:
+                raise InputError(
+                    f"Memory ended after step {self.state.global_step}, when weights had changed already; set "
+                    f"per_device_train_batch_size to less than {size}, and run again from the last checkpoint."
+                ) from error
+            if size == 1:
+                raise InputError(
+                    "Memory does not suffice for one record at a time; choose a shorter max_length, or LoRA."
+                ) from error
+            raise
 
-    def _split_again(self, largest: int) -> int:
-        """Set, and return, how many records are taken at a time: a divisor of the step's, a smaller one each time."""
+    def _split_step(self, largest: int) -> int:
+        """Take at most so many of a step's records at a time, as many each time. Returns how many."""
         args = self.args
-        taken, self.attempts = args.per_device_train_batch_size, self.attempts + 1
-        share = taken * args.gradient_accumulation_steps
-        largest = min(largest, taken) if self.attempts == 1 else taken - 1
-        size = next((size for size in range(largest, 0, -1) if share % size == 0), None)
-        if size is None:
-            raise InputError("Memory does not suffice for one record at a time: choose a shorter max_length, or LoRA.")
-        if self.attempts > 1 and self.state.global_step > self._initial_global_step:
-            raise InputError(
-                f"Memory ended after step {self.state.global_step}, when weights had changed already: set "
-                f"per_device_train_batch_size to {size}, and run again from the last checkpoint."
-            )
+        share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        size = next(size for size in range(largest, 0, -1) if share % size == 0)
+        if size != args.per_device_train_batch_size:
+            logger.warning("auto_find_batch_size: %d records at a time, %d times a step", size, share // size)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = size, share // size
         self.meter, self.step_loss = StepMeter(), torch.zeros_like(self.step_loss)  # of a step that was broken off
-        if size != taken:
-            logger.warning("auto_find_batch_size: %d records at a time, %d times a step", size, share // size)
         return size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
