@@ -222,20 +222,3 @@ def test_each_micro_batch_of_all_processes_draws_its_own():
     expected = [query_len_of_step(number // 8, QUERY_LENS, 0, number % 8) for number in range(32)]
     assert [batch.pop() for batch in batches] == expected
     assert len(set(expected[:8])) > 2
-
-
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (3, 2)])
-def test_epochs_have_other_orders_where_incomplete_batches_are_left_out(folder, tmp_path, batch_size, accumulation):
-    trainer = make_trainer(
-        folder,
-        tmp_path,
-        write_ids(make_records(10)),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        dataloader_drop_last=True,
-        max_steps=-1,
-        num_train_epochs=2,
-    )
-    trainer.train()
-    half = len(trainer.seen) // 2
-    assert [ids for _, ids in trainer.seen[:half]] != [ids for _, ids in trainer.seen[half:]]
