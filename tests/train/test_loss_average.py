@@ -117,8 +117,8 @@ def test_both_averages_are_those_by_hand(folder, tmp_path):
     expected = by_hand(folder)
     found = {name: step_of(folder, tmp_path / name, loss_average=name) for name in ("tokens", "micro_batches")}
     for name, (loss, language, gradients) in expected.items():
-        assert found[name][0] == pytest.approx(float(loss), rel=1e-5)
-        assert found[name][1] == pytest.approx(float(language), rel=1e-5)
+        assert found[name][0] == pytest.approx(loss.item(), rel=1e-5)
+        assert found[name][1] == pytest.approx(language.item(), rel=1e-5)
         difference = flat(found[name][2]) - flat(gradients)
         assert float(difference.norm() / flat(gradients).norm()) < 1e-4
     heads = [found[name][2]["lm_head.weight"].flatten() for name in ("tokens", "micro_batches")]
@@ -134,5 +134,5 @@ def test_a_micro_batch_without_labels_counts_as_zero(folder, tmp_path):
     assert [count > 0 for _, count in sums] == [False, True, True]
     expected = sum(total / count for total, count in sums if count) / 3
     _, language, gradients = step_of(folder, tmp_path, MAX_LENGTH, loss_average="micro_batches")
-    assert language == pytest.approx(float(expected), rel=1e-5)
+    assert language == pytest.approx(expected.item(), rel=1e-5)
     assert torch.isfinite(flat(gradients)).all()

@@ -112,6 +112,7 @@ class FusionTrainer(Trainer):
         self.train_sampler: StepSampler | None = None
         self.resume_step = 0  # of a stream, which does not go back
         self.attempts = 0  # of `auto_find_batch_size`
+        self.first_step: int | None = None  # where the run begins or goes on
         self.add_callback(_StepCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -119,7 +120,7 @@ class FusionTrainer(Trainer):
         if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
-        self.attempts = 0
+        self.attempts, self.first_step = 0, None
         warn_of_half_weights(self.model, keeps_float32=self.is_deepspeed_enabled)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -136,7 +137,7 @@ class FusionTrainer(Trainer):
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if self.state.global_step > self._initial_global_step:
+            if self.first_step is not None and self.state.global_step > self.first_step:
                 raise InputError(
                     f"Memory ended after step {self.state.global_step}, when weights had changed already; set "
                     f"per_device_train_batch_size to less than {size}, and run again from the last checkpoint."
@@ -486,6 +487,7 @@ class _StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer.first_step = state.global_step
         own = trainer.args.peak_tflops
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         trainer.peak_flops = matrix_rate(args.device, dtype) if own is None else own * 1e12
