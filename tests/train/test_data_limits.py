@@ -54,7 +54,7 @@ def test_what_there_is_of_an_image_is_taken(tmp_path: Path, monkeypatch, name: s
     content = half_of(name)
     (tmp_path / "image").write_bytes(content)
     picture = "image" if as_file else content
-    image = open_picture(picture, tmp_path, LIMIT, "load").convert("RGB")
+    image = open_picture(picture, tmp_path, LIMIT, on_truncated="load").convert("RGB")
     np.testing.assert_array_equal(np.asarray(image), as_upstream(content, monkeypatch))
     assert np.asarray(image).std() > 0  # something is there
     with pytest.raises(RecordProblem, match="broken image"):
@@ -64,14 +64,14 @@ def test_what_there_is_of_an_image_is_taken(tmp_path: Path, monkeypatch, name: s
 def test_an_image_without_a_beginning_is_broken(tmp_path: Path):
     for content in (b"", half_of("JPEG")[:20], half_of("TIFF")):
         with pytest.raises(RecordProblem, match="broken image"):
-            open_picture(content, tmp_path, LIMIT, "load")
+            open_picture(content, tmp_path, LIMIT, on_truncated="load")
 
 
 def test_pil_s_settings_are_as_they_were(tmp_path: Path):
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    open_picture(half_of("JPEG"), tmp_path, 10**9, "load")
+    open_picture(half_of("JPEG"), tmp_path, 10**9, on_truncated="load")
     with pytest.raises(RecordProblem):
-        open_picture(b"", tmp_path, 10**9, "load")
+        open_picture(b"", tmp_path, 10**9, on_truncated="load")
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before == (LIMIT, False)
 
 
@@ -87,7 +87,7 @@ def test_threads_do_not_lend_each_other_their_settings(tmp_path: Path):
 
     thread = threading.Thread(target=open_strictly)
     thread.start()
-    lenient = [open_picture(content, tmp_path, LIMIT, "load") for _ in range(50)]
+    lenient = [open_picture(content, tmp_path, LIMIT, on_truncated="load") for _ in range(50)]
     thread.join()
     assert strict == [None] * 50 and len(lenient) == 50
 

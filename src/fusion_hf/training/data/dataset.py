@@ -52,7 +52,7 @@ def load_records(
     """
     entries = read_entries(source, root)
     broken = BrokenRecords(on_broken, max_skipped, skipped_file)
-    reader = RecordReader(broken, max_image_pixels, on_truncated)
+    reader = RecordReader(broken, max_image_pixels, on_truncated=on_truncated)
     if streaming:
         return StreamedRecords(entries, reader)
     parts = read_parts(entries, default_cache() if cache is None else Path(cache).expanduser(), seed)
@@ -86,8 +86,9 @@ class RecordReader:
             record = parse_record(raw, index, stream.image_key)
             identity = record.id
             image = record.image
-            limits = (stream.root, self.max_image_pixels, self.on_truncated)
-            picture = None if image is None else open_picture(image, *limits)
+            picture = None
+            if image is not None:
+                picture = open_picture(image, stream.root, self.max_image_pixels, on_truncated=self.on_truncated)
         except RecordProblem as problem:
             problem.identity = identity if identity is not None else problem.identity
             self.broken.handle([(stream.name, index, problem)])
