@@ -7,11 +7,11 @@ from transformers import TrainingArguments
 
 from fusion_hf.configuration_fusion import is_perfect_square
 from fusion_hf.errors import InputError
-from fusion_hf.training.data.pictures import ON_TRUNCATED
 from fusion_hf.training.distributed import choose_cpu, spare_tf32
 from fusion_hf.training.parts import PARTS, VISION_TOWER
 
 ON_BROKEN = ("error", "skip")
+ON_TRUNCATED = ("error", "load")
 GROUP_BY = ("modality_length", "none")
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
