@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -137,6 +138,12 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
         known = self._no_split_modules  # a list or a set, as the version of transformers has it
         self._no_split_modules = type(known)(name for name in known if name in present)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """As in transformers; reentrant checkpoints behind frozen weights have right gradients too."""
+        super()._set_gradient_checkpointing(enable, partial(_checkpoint, gradient_checkpointing_func), **kwargs)
+
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str | None:
@@ -166,6 +173,14 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
         for name in self.config.sub_configs:
             getattr(self.config, name).dtype = self.dtype
         super().save_pretrained(*args, **kwargs)
+
+
+def _checkpoint(usual: Callable[..., Any], layer: Callable[..., Any], *inputs: Any) -> Any:
+    """A layer's outputs by torch's `checkpoint` with its settings, `usual`."""
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+        return usual(layer, *inputs)
+    # a reentrant checkpoint gives the layer's own weights a gradient only if an input has one
+    return usual(layer, *inputs, use_reentrant=False)
 
 
 def _is_accepted(choose: Callable[[str], str], name: str) -> bool:

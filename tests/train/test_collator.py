@@ -1,6 +1,8 @@
 """Batches of the collator: labels, and the compact form that a training passes on."""
 
+import base64
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from tests.helpers.training_runs import write_model
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
 from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, labelled_positions
+from fusion_hf.training.keyed import keyed
 
-WORDS = "what color is the shape of circles red two <|im_end|> <image> assistant".split()
+WORDS = "what color is the shape of circles red two <|im_end|> <latent_image> assistant".split()
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,97 @@ def test_answers_and_their_ends_are_labelled_and_nothing_else(processor):
     ends = [place for place, token in enumerate(tokens) if token == "<|im_end|>"]
     assert ends == [1, len(tokens) - 1] and tokens[0] == "red"
     assert processor.tokenizer.decode(labels[kept][2:-1]) == "two <|im_end|> two"
+
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+def asking(content, answer=ANSWER):
+    return [{"role": "user", "content": content}, answer]
+
+
+LAYOUTS = {
+    "a list": {"images": [IMAGE], "messages": asking("what color ?")},
+    "a list and a mark": {"images": [IMAGE], "messages": asking("<image>what color ?")},
+    "a list and a block": {
+        "images": [IMAGE],
+        "messages": asking([{"type": "image"}, {"type": "text", "text": "what color ?"}]),
+    },
+    "a row of a table": {
+        "image": None,
+        "images": [IMAGE],
+        "conversations": None,
+        "messages": asking([{"type": "image", "text": None}, {"type": "text", "text": "what color ?", "image": None}]),
+    },
+    "a block": {"messages": asking([{"type": "text", "text": "what color ?"}, {"type": "image", "image": IMAGE}])},
+    "a mark in the middle": {"image": IMAGE, "messages": asking("what <image>color ?")},
+    "a mark in a block": {"image": IMAGE, "messages": asking([{"type": "text", "text": "<image>\nwhat color ?"}])},
+    "a mark in an answer": {
+        "image": IMAGE,
+        "messages": asking("what color ?", {"role": "assistant", "content": "<image>red"}),
+    },
+    "conversations": {
+        "images": [IMAGE],
+        "conversations": [{"from": "human", "value": "what color ?"}, {"from": "gpt", "value": "red"}],
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_an_image_is_read(processor, layout):
+    turns = [{"from": "human", "value": "<image>\nwhat color ?"}, {"from": "gpt", "value": "red"}]
+    collator = FusionDataCollator(processor, [4])
+    expected, found = collator([{"image": IMAGE, "conversations": turns}]), collator([LAYOUTS[layout]])
+    assert int((found["input_ids"] == processor.image_token_id).sum()) == processor.num_image_tokens
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(value)), name
+
+
+def test_a_path_or_an_address_in_a_block_is_read(processor, tmp_path):
+    IMAGE.save(tmp_path / "image.png")
+    collator = FusionDataCollator(processor, [4])
+    expected = collator([{"image": IMAGE, "messages": asking("what color ?")}])["pixel_values"]
+    content = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    blocks = [
+        {"type": "image", "path": str(tmp_path / "image.png")},
+        {"type": "image", "base64": content},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}},
+    ]
+    for block in blocks:
+        text = {"type": "text", "text": "what color ?"}
+        assert torch.equal(collator([{"messages": asking([block, text])}])["pixel_values"], expected)
+
+
+REFUSED = {
+    "two images": ({"images": [IMAGE, IMAGE], "messages": asking("x")}, "has 2 images; allowed: one or none"),
+    "twice": ({"image": IMAGE, "images": [IMAGE], "messages": asking("x")}, "has 2 images"),
+    "block and field": (
+        {"images": [IMAGE], "messages": asking([{"type": "image", "image": IMAGE}])},
+        "has 2 images",
+    ),
+    "only a mark": ({"images": [], "messages": asking("<image>x")}, "has an <image> mark, but no image"),
+    "only a block": ({"messages": asking([{"type": "image"}])}, "has an <image> mark, but no image"),
+    "image of the assistant": (
+        {"messages": [*asking("x", {"role": "assistant", "content": [{"type": "image", "image": IMAGE}]})]},
+        "role 'assistant'; allowed: user",
+    ),
+    "other fields": ({"images": [IMAGE], "prompt": asking("x")}, "neither messages nor conversations, but id, images"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_left_out_is_refused(processor, case):
+    record, message = REFUSED[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        FusionDataCollator(processor, [4])([{"id": "seven", **record}])
+    assert "'seven'" in str(error.value)
+
+
+def test_records_with_images_in_any_layout_are_grouped_together():
+    lengths = keyed([*LAYOUTS.values(), {"messages": asking("what color ?")}]).lengths
+    assert lengths.tolist() == [4] * len(LAYOUTS) + [-4]
 
 
 @pytest.mark.parametrize("pictures", [0.0, 0.5, 1.0])

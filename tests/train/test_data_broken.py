@@ -68,6 +68,11 @@ STRUCTURAL = {
     "no speaker": ({"conversations": [{"value": "q"}]}, "wrong role", "from None"),
     "list as speaker": ({"conversations": talk((["human"], "q"))}, "wrong role", "allowed: human"),
     "order": ({"conversations": talk(("gpt", "a"), ("human", "q"))}, "wrong order", "roles are assistant, user"),
+    "answer first": (
+        {"conversations": talk(("gpt", "a"), ("human", "q"), ("gpt", "a"))},
+        "wrong order",
+        "take out an answer that no question precedes",
+    ),
     "twice": (
         {"conversations": talk(("human", "q"), ("gpt", "a"), ("gpt", "a"))},
         "wrong order",

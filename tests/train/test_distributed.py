@@ -168,6 +168,18 @@ def test_two_processes_that_accumulate_are_one_process(config: str, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_micro_batches_of_two_processes_are_those_of_one_that_accumulates(config, tmp_path, model, records):
+    """Each has its own number of latent tokens, and the step's loss is the mean of theirs."""
+    keys = {"loss_average": "micro_batches", "query_len_draw": "micro_batch", "max_grad_norm": 0.0}
+    one = make(tmp_path / "one", model, records, gradient_accumulation_steps=2, **keys)
+    two = make(tmp_path / "two", model, records, **keys)
+    one.finish()
+    launch(two, config)
+    assert_same(two, one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_fsdp2_goes_on_from_its_checkpoint(state: str, tmp_path: Path, model: Path, records: Path):
     one, two = (make(tmp_path / name, model, records) for name in ("one", "two"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusion_hf.errors import InputError
-from fusion_hf.training.recipe import load_recipe, make_arguments, split_batch
+from fusion_hf.training.recipe import changed_keys, load_recipe, make_arguments, split_batch
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 # the paper's table of stages: global batch, learning rate, the tower's, longest sequence
@@ -33,7 +33,13 @@ EVERYWHERE = {
     "warmup_steps": 0.03,
     "optim": "adamw_torch",
     "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "loss_average": "micro_batches",
+    "query_len_draw": "micro_batch",
+    "on_truncated": "load",
+    "max_image_pixels": 933_120_000,
     "bf16": True,
+    "tf32": True,
     "gradient_checkpointing": True,
 }
 
@@ -154,6 +160,14 @@ def test_a_global_batch_is_split(values, world_size, expected):
 def test_a_batch_that_does_not_divide_is_refused(values, world_size):
     with pytest.raises(InputError, match=r"global_batch_size is \d+"):
         split_batch(values, world_size)
+
+
+def test_a_key_that_is_not_given_has_its_default():
+    began = {"learning_rate": 1e-5, "max_steps": 5}
+    assert changed_keys(began, {**began, "max_grad_norm": 1.0, "loss_average": "tokens", "seed": 42}) == {}
+    assert changed_keys({**began, "query_len_draw": "step", "train": None}, began) == {}
+    changed = changed_keys(began, {**began, "max_grad_norm": 0.0, "on_truncated": "load", "max_image_pixels": 9})
+    assert changed == {"max_grad_norm": (1.0, 0.0), "on_truncated": ("error", "load"), "max_image_pixels": (None, 9)}
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage1.5", "stage2"])

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 from fusion_hf.training.sampler import Layout, StepSampler, query_len_of_step
 
@@ -82,6 +84,17 @@ def test_all_records_of_a_step_have_its_query_len_and_epochs_count_on():
         for number, step in enumerate(steps_of(sampler)):
             expected = query_len_of_step(epoch * sampler.steps_per_epoch + number, QUERY_LENS, 0)
             assert {key.query_len for key in step} == {expected}
+
+
+@pytest.mark.parametrize("layout", [Layout(4), Layout(3, 2), Layout(2, 2, 2), Layout(3, 4, 2)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_has_as_many_steps_as_its_loader(layout, drop_last):
+    """By which the epochs of all processes are counted."""
+    for records in (24, 31, 40, 101):
+        sampler = StepSampler(records, layout, QUERY_LENS, 0, drop_last=drop_last)
+        batches = BatchSampler(sampler, layout.batch_size, drop_last)
+        share = len(list(BatchSamplerShard(batches, layout.world_size, 0))) if layout.world_size > 1 else len(batches)
+        assert sampler.steps_per_epoch == -(-share // layout.accumulation)
 
 
 def test_every_query_len_is_drawn_about_as_often():

@@ -1,6 +1,7 @@
 """A training run: losses that do not depend on the split, learning rates by part, resuming, logs, evaluation."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,22 @@ def test_a_finished_run_is_not_repeated_and_a_changed_one_not_continued(recipe):
     (Path(values["output_dir"]) / "finished.json").unlink()
     with pytest.raises(InputError, match=r"was begun with learning_rate = 0\.0001, and learning_rate is 1\.0 now"):
         training.run({**values, "learning_rate": 1.0})
+
+
+def test_a_run_says_how_it_began_as_overrides(recipe):
+    """Also one that was begun when its recipe, or this package, had fewer keys."""
+    values = load_recipe(recipe, ["max_steps=2", "save_strategy=steps", "save_steps=1"])
+    losses(values)
+    (Path(values["output_dir"]) / "finished.json").unlink()
+    now = {**values, "max_grad_norm": 0.0, "loss_average": "micro_batches", "query_lens": [4], "max_image_pixels": 9}
+    with pytest.raises(
+        InputError, match=r"was begun with query_lens = \[4, 16\], and query_lens is \[4\] now"
+    ) as error:
+        training.run(now)
+    overrides = str(error.value).partition("the same value (")[2].partition("), another")[0]
+    assert "max_grad_norm=1.0" in overrides and "loss_average=tokens" in overrides
+    settings = ["max_steps=2", "save_strategy=steps", "save_steps=1", *shlex.split(overrides)]
+    assert training.run(load_recipe(recipe, settings))
 
 
 def test_logs_tell_the_losses_apart_and_the_speed(recipe):

@@ -1,9 +1,11 @@
 """Exact answers to held-out questions, by greedy generation: does the model do what the loss promises?"""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from fusion_hf.processing_fusion import FusionProcessor
@@ -12,7 +14,9 @@ from fusion_hf.training.distributed import sum_over_ranks
 
 
 def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] | None:
-    """The messages before a record's first answer, and that answer; None if nothing was answered."""
+    """The messages before a record's first answer, and that answer; None if it has none or the record was skipped."""
+    if "skipped" in record:
+        return None
     messages = record_to_messages(record)
     for position, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -31,20 +35,23 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
 def exact_matches(
     model: Any,
     processor: FusionProcessor,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]] | IterableDataset,
     samples: int,
     batch_size: int,
     max_new_tokens: int,
     rank: int = 0,
     world_size: int = 1,
+    image_settings: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """
     `accuracy`, the share of the first `samples` records whose first question is answered word for word, and `answers`,
     how many were asked.
 
     Every process asks its share. A share that ends earlier is filled up with its last record, since a sharded model
-    generates only in all processes together.
+    generates only in all processes together. `image_settings` are of the image processor.
     """
+    if isinstance(records, IterableDataset):
+        records = list(islice(records, samples))
     samples = min(samples, len(records))
     own = list(range(rank, samples, world_size))
     rounds = -(-samples // world_size)
@@ -62,7 +69,7 @@ def exact_matches(
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            processor_kwargs={"padding_side": "left"},
+            processor_kwargs={"padding_side": "left", **(image_settings or {})},
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -4,8 +4,16 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from fusion_hf.training.distributed import choose_cpu
+from fusion_hf.errors import InputError
+from fusion_hf.training.distributed import choose_cpu, spare_tf32
 from fusion_hf.training.keys import PARTS, VISION_TOWER, OwnArguments
+
+# transformers' arguments that FusionTrainer does not ask: the allowed value, and what there is instead
+UNHEARD = {
+    "label_smoothing_factor": (0.0, "FUSION's loss has no smoothing: override FusionTrainer.compute_loss for another"),
+    "train_sampling_strategy": ("random", "group_by says in which order records come"),
+    "average_tokens_across_devices": (True, "loss_average says what the loss of a step is the mean of"),
+}
 
 
 @dataclass
@@ -26,7 +34,11 @@ class FusionTrainingArguments(OwnArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check()
+        for name, (allowed, instead) in UNHEARD.items():
+            if getattr(self, name) != allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {allowed!r}. {instead}.")
         if self.train is None:
             self.train = [part for part in PARTS if part != VISION_TOWER or not self.lora_rank]
+        spare_tf32(self)
         choose_cpu(self)
         super().__post_init__()

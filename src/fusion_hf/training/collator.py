@@ -1,6 +1,5 @@
 """Records to training batches: ids and labels as the authors' code makes them, query length drawn for each batch."""
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from fusion_hf.image_processing_fusion import values_of_bytes
 from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, FusionProcessor
+from fusion_hf.training.query_lens import BatchDraw
 
 IGNORE_INDEX = -100
 SMALL_BYTES = 2**18
@@ -17,40 +17,94 @@ SMALL_BYTES = 2**18
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
 AS_BYTES = {"do_rescale": False, "do_normalize": False}  # of the image processor
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
+IMAGE_KEYS = ("image", "images")  # of a record
+IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "base64", "image_url")  # of a message
 
 
 def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """
-    The chat messages of a record `{"image", "conversations": [{"from", "value"}]}` or `{"image", "messages"}`.
+    Read the chat messages of a record.
 
-    The picture (path, PIL or None) becomes an image block of the first user message; image marks in LLaVA-shaped
-    values are taken out.
+    The image of `image`, of `images` (a list of one, as TRL has it) or of an image block becomes an image block of the
+    first user message. Image marks in texts and image blocks without an image are taken out: they only say that there
+    is an image.
+
+    Args:
+        record: `conversations` (`[{"from", "value"}]`) or `messages` (`[{"role", "content"}]`), and an image or none.
+
+    Returns:
+        The messages, without the record's other fields.
 
     Raises:
-        ValueError: for an unknown speaker, no user message, or an image mark without a picture.
+        ValueError: for an unknown speaker, no user message, several images, or an image mark without an image.
     """
-    messages = [dict(message) for message in record["messages"]] if "messages" in record else _from_llava(record)
-    picture = record.get("image")
-    questions = [message for message in messages if message["role"] == "user"]
+    name = f"Record {record.get('id')!r}"
+    if record.get("messages") is not None:
+        messages = [dict(message) for message in record["messages"]]
+    elif record.get("conversations") is not None:
+        messages = [_read_turn(turn, name) for turn in record["conversations"]]
+    else:
+        raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
+    images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
+    is_marked = False
+    for message in messages:
+        message["content"], inside, has_mark = _split_content(message.get("content"), message.get("role"), name)
+        images += inside
+        is_marked |= has_mark
+    questions = [message for message in messages if message.get("role") == "user"]
     if not questions:
-        raise ValueError(f"Record {record.get('id')!r} has no user message.")
-    if picture is not None:
+        raise ValueError(f"{name} has no user message.")
+    if len(images) > 1:
+        raise ValueError(f"{name} has {len(images)} images; allowed: one or none.")
+    if is_marked and not images:
+        raise ValueError(f"{name} has an {IMAGE_TOKEN} mark, but no image.")
+    if images:
         content = questions[0]["content"]
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        questions[0]["content"] = [{"type": "image", "image": picture}, *blocks]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        questions[0]["content"] = [{"type": "image", "image": images[0]}, *blocks]
     return messages
 
 
-def _from_llava(record: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = []
-    for turn in record["conversations"]:
-        if turn["from"] not in ROLE_OF_SPEAKER:
-            allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise ValueError(f"Record {record.get('id')!r} has a speaker {turn['from']!r}; allowed: {allowed}.")
-        if IMAGE_TOKEN in turn["value"] and record.get("image") is None:
-            raise ValueError(f"Record {record.get('id')!r} has an {IMAGE_TOKEN} mark, but no image.")
-        messages.append({"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"].replace(IMAGE_TOKEN, "")})
-    return messages
+def _read_turn(turn: dict[str, Any], name: str) -> dict[str, Any]:
+    """A message of LLaVA's turn `{"from", "value"}`."""
+    if turn["from"] not in ROLE_OF_SPEAKER:
+        allowed = ", ".join(ROLE_OF_SPEAKER)
+        raise ValueError(f"{name} has a speaker {turn['from']!r}; allowed: {allowed}.")
+    return {"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], bool]:
+    """A message's content without images and marks, its images, and whether it says that there is one."""
+    if isinstance(content, str):
+        return content.replace(IMAGE_TOKEN, ""), [], IMAGE_TOKEN in content
+    if content is None:
+        return "", [], False
+    if not isinstance(content, (list, tuple)):
+        return content, [], False  # the processor says what is wrong with it, and with odd blocks
+    blocks, images, has_mark = [], [], False
+    for block in content:
+        if not isinstance(block, dict):
+            blocks.append(block)
+        elif block.get("type") in IMAGE_BLOCKS:
+            if role != "user":
+                raise ValueError(f"{name} has an image in a message of the role {role!r}; allowed: user.")
+            images += [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
+            has_mark = True
+        elif isinstance(block.get("text"), str):
+            has_mark |= IMAGE_TOKEN in block["text"]
+            blocks.append({**block, "text": block["text"].replace(IMAGE_TOKEN, "")})
+        else:
+            blocks.append(block)
+    return blocks, images, has_mark
+
+
+def _unwrap_url(image: Any) -> Any:
+    """The address in OpenAI's `{"url": ...}`."""
+    return image["url"] if isinstance(image, dict) and "url" in image else image
 
 
 class Batch(dict[str, Any]):
@@ -82,11 +136,13 @@ class FusionDataCollator:
 
     Args:
         processor ([`FusionProcessor`]): tokenizer and pictures.
-        query_lens (`Sequence[int]`, *optional*): one is drawn for each batch. Default: the processor's `query_len`.
+        query_lens (`Sequence[int]`, *optional*): one is drawn for each batch, see [`BatchDraw`]. Default: the
+            processor's `query_len`.
         max_length (`int`, *optional*): longer conversations are cut on the right; default: the tokenizer's maximum.
         seed (`int`): of the drawing.
         compact (`bool`): what a training step needs and no more. Pictures stay bytes, a quarter of the size of the
             numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
+        max_image_pixels (`int`, *optional*): pictures with more are refused; default: the image processor's.
     """
 
     def __init__(
@@ -96,12 +152,14 @@ class FusionDataCollator:
         max_length: int | None = None,
         seed: int = 0,
         compact: bool = False,
+        max_image_pixels: int | None = None,
     ):
         self.processor = processor
         self.query_lens = tuple(query_lens) if query_lens is not None else (processor.query_len,)
         self.max_length = max_length if max_length is not None else processor.tokenizer.model_max_length
-        self.random = random.Random(seed)
+        self.draw = BatchDraw(self.query_lens, seed)
         self.compact = compact
+        self.image_settings = {} if max_image_pixels is None else {"max_image_pixels": max_image_pixels}
         chat_format = CHAT_FORMATS[processor.chat_format]
         header, end = re.escape(chat_format.assistant_header), re.escape(chat_format.turn_end)
         self.answer = re.compile(f"(?<={header})(?:.*?){end}", re.DOTALL)
@@ -112,11 +170,11 @@ class FusionDataCollator:
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_picture` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
         """
-        query_len = self._query_len(records)
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
+        query_len = self._query_len(records, conversations)
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
-        pictures = [picture for messages in conversations for picture in _pictures(messages)]
+        pictures = [picture for messages in conversations for picture in images_of(messages)]
         features = self.processor(
             text=texts,
             images=pictures or None,
@@ -126,6 +184,7 @@ class FusionDataCollator:
             truncation=True,
             max_length=self.max_length,
             return_offsets_mapping=True,
+            **self.image_settings,
             **(AS_BYTES if self.compact else {}),
         )
         for name in ("input_ids", "attention_mask"):
@@ -136,7 +195,7 @@ class FusionDataCollator:
         features["labels"] = np.where(is_label, features["input_ids"], IGNORE_INDEX)
         if self.compact and pictures:
             features["pixel_bytes"] = features.pop("pixel_values")
-            features["has_picture"] = [bool(_pictures(messages)) for messages in conversations]
+            features["has_picture"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
@@ -158,11 +217,15 @@ class FusionDataCollator:
         inputs["pixel_values"] = torch.stack(channels, dim=2).where(has_picture[:, None, None, None, None], 0)
         return inputs
 
-    def _query_len(self, records: Sequence[dict[str, Any]]) -> int:
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins, so that a loop of your own that resumes draws the numbers of one that went on."""
+        self.draw.epoch = epoch
+
+    def _query_len(self, records: Sequence[dict[str, Any]], conversations: list[list[dict[str, Any]]]) -> int:
         given = {record["query_len"] for record in records if "query_len" in record}
         if len(given) > 1:
             raise ValueError(f"The records of a batch ask for query_len {sorted(given)}; allowed: one number.")
-        return given.pop() if given else self.random.choice(self.query_lens)
+        return given.pop() if given else self.draw(conversations)
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
@@ -173,7 +236,8 @@ class FusionDataCollator:
         return (starts < last[np.searchsorted(first, starts, side="right") - 1]) & (ends > starts)
 
 
-def _pictures(messages: list[dict[str, Any]]) -> list[Any]:
+def images_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The images of messages, as `record_to_messages` gives them."""
     blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
     return [block["image"] for block in blocks if block["type"] == "image"]
 

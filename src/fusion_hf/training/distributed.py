@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_torch_tf32_available
 
 from fusion_hf.errors import InputError
 
@@ -31,6 +32,12 @@ def choose_cpu(arguments: TrainingArguments) -> None:
         _spare_deepspeed_build()
     else:
         arguments.use_cpu = True
+
+
+def spare_tf32(arguments: TrainingArguments) -> None:
+    """Let a recipe allow TF32 where no device has it: all digits are computed there, and Trainer would refuse it."""
+    if arguments.tf32 and not is_torch_tf32_available():
+        arguments.tf32 = None
 
 
 def enable_cpu_fsdp(accelerator: Accelerator) -> bool:

@@ -1,16 +1,17 @@
 """Records that know the number of latent tokens of their step, which a collator in a worker cannot know."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.training.answers import text_of
-from fusion_hf.training.collator import record_to_messages
+from fusion_hf.training.collator import images_of, record_to_messages
 from fusion_hf.training.data import RecordDataset, SampleKey, StreamedRecords
-from fusion_hf.training.sampler import query_len_of_step
+from fusion_hf.training.sampler import Layout, query_len_of_step
 
 
 class KeyedRecords(Dataset):
@@ -46,28 +47,130 @@ class KeyedStream(IterableDataset):
         records: of one process, from one of its micro-batches on.
         accumulation: micro-batches per step.
         query_lens, seed: see `query_len_of_step`.
+        per_micro_batch: draw from `query_lens` for each micro-batch of a step.
     """
 
-    def __init__(self, records: StreamedRecords, accumulation: int, query_lens: Sequence[int], seed: int):
+    def __init__(
+        self,
+        records: StreamedRecords,
+        accumulation: int,
+        query_lens: Sequence[int],
+        seed: int,
+        per_micro_batch: bool = False,
+    ):
         self.records, self.accumulation, self.query_lens, self.seed = records, accumulation, query_lens, seed
+        self.per_micro_batch = per_micro_batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
-        for position, record in enumerate(self.records):
-            batch = self.records.start + worker + position // self.records.batch_size * workers
-            query_len = query_len_of_step(batch // self.accumulation, self.query_lens, self.seed)
+        world_size, rank = self.records.world_size, self.records.rank
+        for batch, record in _with_batches(self.records, self.records.batch_size):
+            step, place = divmod(self.records.start + batch, self.accumulation)
+            micro_batch = place * world_size + rank if self.per_micro_batch else None
+            yield {**record, "query_len": query_len_of_step(step, self.query_lens, self.seed, micro_batch)}
+
+
+class KeyedIterable(IterableDataset):
+    """
+    Records of any iterable data set with the number of latent tokens of their step, for one process.
+
+    A data set without a length begins again where it ends: the run ends it. So a resumed run counts on as it had.
+
+    Args:
+        records: a data set, which deals its records to workers itself, as torch's and datasets' do.
+        layout: how a step is split.
+        query_lens, seed: see `query_len_of_step`.
+        per_micro_batch: draw from `query_lens` for each micro-batch of a step.
+    """
+
+    def __init__(
+        self, records: Any, layout: Layout, query_lens: Sequence[int], seed: int, per_micro_batch: bool = False
+    ):
+        self.records, self.layout, self.query_lens, self.seed = records, layout, query_lens, seed
+        self.per_micro_batch = per_micro_batch
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """That of the records; a `TypeError` where they have none."""
+        return len(self.records)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of records that have a length; others count their epochs themselves."""
+        if self._has_length:
+            self.epoch = epoch
+
+    @property
+    def _has_length(self) -> bool:
+        return isinstance(self.records, Sized)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        steps = -(-len(self) // self.layout.global_batch_size) if self._has_length else 0
+        for batch, record in _with_batches(self._passes(), self.layout.batch_size):
+            step, micro_batch = divmod(batch, self.layout.accumulation)
+            number = micro_batch if self.per_micro_batch else None
+            query_len = query_len_of_step(self.epoch * steps + step, self.query_lens, self.seed, number)
             yield {**record, "query_len": query_len}
+
+    def _passes(self) -> Iterator[dict[str, Any]]:
+        for epoch in itertools.count(self.epoch):
+            if isinstance(self.records, HasEpochs):
+                self.records.set_epoch(epoch)
+            is_empty = True
+            for record in self.records:
+                is_empty = False
+                yield record
+            if is_empty or self._has_length:
+                return
+
+
+@runtime_checkable
+class HasEpochs(Protocol):
+    """A data set that is shuffled anew for each epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class FixedIterable(IterableDataset):
+    """Records of any iterable data set, all with the same number of latent tokens."""
+
+    def __init__(self, records: Any, query_len: int):
+        self.records, self.query_len = records, query_len
+
+    def __len__(self) -> int:
+        """That of the records; a `TypeError` where they have none."""
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({**record, "query_len": self.query_len} for record in self.records)
+
+
+def _with_batches(records: Iterable[dict[str, Any]], batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records of this worker with the number of their batch: the workers' batches come in turn."""
+    info = get_worker_info()
+    workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
+    for position, record in enumerate(records):
+        yield worker + position // batch_size * workers, record
 
 
 def keyed(records: Any, query_len: int | None = None) -> Any:
-    """`records` as a data set that takes `StepSampler`'s keys."""
-    takes_keys = records is None or isinstance(records, RecordDataset | IterableDataset)
-    return records if takes_keys and (query_len is None or records is None) else KeyedRecords(records, query_len)
+    """
+    Prepare records for the trainer: a data set that takes `StepSampler`'s keys, or an iterable one.
+
+    Args:
+        records: a sequence of records, a data set, or named ones (a dictionary).
+        query_len: of all records. None: a sampler or the trainer says it.
+    """
+    if records is None:
+        return None
+    if isinstance(records, dict):
+        return {name: keyed(named, query_len) for name, named in records.items()}
+    if isinstance(records, IterableDataset):
+        return records if query_len is None else FixedIterable(records, query_len)
+    if isinstance(records, RecordDataset) and query_len is None:
+        return records
+    return KeyedRecords(records, query_len)
 
 
 def _words(record: dict[str, Any]) -> int:
     messages = record_to_messages(record)
-    has_picture = any(not isinstance(message["content"], str) for message in messages)
     count = max(1, sum(len(text_of(message["content"]).split()) for message in messages))
-    return count if has_picture and record.get("image") is not None else -count
+    return count if images_of(messages) else -count

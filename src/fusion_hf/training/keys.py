@@ -22,6 +22,9 @@ from fusion_hf.errors import InputError
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
 ON_BROKEN = ("error", "skip")
+ON_TRUNCATED = ("error", "load")
+TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
+STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
 GROUP_BY = ("modality_length", "none")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 FULL = 4  # bytes of a float32
@@ -55,6 +58,8 @@ class OwnArguments:
     streaming: bool = _key(False, "read `data` in its own order, without an index")
     on_broken: str = _key("error", "`error` ends the run at a broken record, `skip` leaves it out and counts it")
     max_skipped: int = _key(100, "so many records may be skipped; one more ends the run")
+    on_truncated: str = _key("error", "`error`: images that end too early are broken; `load`: they are trained on")
+    max_image_pixels: int | None = _key(None, "images with more are broken; default: the image processor's number")
     eval_data: str | None = _key(None, "held-out records, as `data`")
     eval_samples: int = _key(0, "so many records of `eval_data` are answered at each evaluation, and compared exactly")
     eval_max_new_tokens: int = _key(32, "longest answer there")
@@ -70,6 +75,12 @@ class OwnArguments:
     sampler_learning_rate: float | None = _key(None, "of the samplers; default: `learning_rate`")
     query_lens: list[int] | None = field(
         default=None, metadata={"help": "latent tokens, drawn for each step; default: the model's list"}
+    )
+    query_len_draw: str = _key(
+        "step", "`step`: all of a step has one of `query_lens`; `micro_batch`: a part of it has"
+    )
+    loss_average: str = _key(
+        "tokens", "`tokens`: mean over a step's tokens; `micro_batches`: mean of its parts' means"
     )
     max_length: int | None = _key(None, "longer conversations are cut on the right; default: the tokenizer's maximum")
     group_by: str = _key("modality_length", "`modality_length`: steps of like records, as upstream; or `none`")
@@ -90,6 +101,9 @@ class OwnArguments:
         """
         _allow("on_broken", self.on_broken, ON_BROKEN)
         _allow("group_by", self.group_by, GROUP_BY)
+        _allow("on_truncated", self.on_truncated, ON_TRUNCATED)
+        _allow("query_len_draw", self.query_len_draw, QUERY_LEN_DRAWS)
+        _allow("loss_average", self.loss_average, LOSS_AVERAGES)
         _allow("save_dtype", self.save_dtype, SAVE_DTYPES)
         for part in PARTS if self.train is None else self.train:
             _allow("train", part, PARTS)
@@ -103,6 +117,8 @@ class OwnArguments:
         for name, least in (("max_skipped", 0), ("eval_samples", 0), ("eval_max_new_tokens", 1), ("lora_rank", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; allowed: {least} or more.")
+        if self.max_image_pixels is not None and self.max_image_pixels < 1:
+            raise InputError(f"max_image_pixels is {self.max_image_pixels}; allowed: 1 or more.")
         if self.load_in_4bit and not self.lora_rank:
             raise InputError("load_in_4bit is true, but lora_rank is 0; 4-bit weights do not train: set lora_rank.")
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ DECISIVE = (
     *("sampler_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs"),
     *("max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"),
     *("data_seed", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "load_in_4bit"),
+    *("on_truncated", "max_image_pixels", "query_len_draw", "loss_average"),
 )
 MAX_RECIPE_BYTES = 2**20
 
@@ -122,6 +124,23 @@ def convert(key: str, value: Any) -> Any:
     elif isinstance(value, str | int | float) and list in kinds and str not in kinds:
         return [value]
     raise InputError(f"{key} is {value!r}; allowed: {_names(kinds)}.")
+
+
+def default_of(key: str) -> Any:
+    """The value of a key that a recipe does not give; None where it follows from others."""
+    from fusion_hf.training.arguments import FusionTrainingArguments
+
+    (field,) = [field for field in fields(FusionTrainingArguments) if field.name == key]
+    return None if field.default is MISSING else field.default
+
+
+def changed_keys(began: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """
+    What a run would compute otherwise than it began to: the values of a decisive key, before and now. A key that a
+    recipe does not give has its default.
+    """
+    pairs = {key: (began.get(key, default_of(key)), values.get(key, default_of(key))) for key in DECISIVE}
+    return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
 
 
 def _names(kinds: Iterable[type]) -> str:

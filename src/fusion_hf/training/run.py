@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fusion_hf.training.data import load_records
 from fusion_hf.training.distributed import keep_names
 from fusion_hf.training.files import FINISHED_FILE
 from fusion_hf.training.parts import freeze_except
-from fusion_hf.training.recipe import DECISIVE, make_arguments
+from fusion_hf.training.recipe import changed_keys, make_arguments
 from fusion_hf.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,12 +80,16 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
     goes_on = find_last(output) is not None and arguments.resume_from_checkpoint != NONE
     if goes_on and recipe.is_file():
         began = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        for key in DECISIVE:
-            if began.get(key) != values.get(key):
-                raise InputError(
-                    f"{output} was begun with {key} = {began.get(key)!r}, and {key} is {values.get(key)!r} now; "
-                    "allowed: the same value, another output_dir, or resume_from_checkpoint=none to begin anew."
-                )
+        if changed := changed_keys(began, values):
+            found = ", and ".join(
+                f"{output} was begun with {key} = {before!r}, and {key} is {now!r} now"
+                for key, (before, now) in changed.items()
+            )
+            same = " ".join(f"{key}={_in_yaml(before)}" for key, (before, _) in changed.items())
+            raise InputError(
+                f"{found}; allowed: the same value ({same}), another output_dir, or resume_from_checkpoint=none to "
+                "begin anew."
+            )
     with writing(output, RECIPE_FILE):
         draft = recipe.with_name(f"{recipe.name}.tmp")
         draft.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -92,6 +97,11 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
     given = arguments.resume_from_checkpoint
     if given not in (None, AUTO):
         supersede(output, _step_in(output, given))
+
+
+def _in_yaml(value: Any) -> str:
+    """As an override of the command line gives it."""
+    return shlex.quote(yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip())
 
 
 def _step_in(output: Path, given: str) -> int:
@@ -152,7 +162,11 @@ def make_trainer(
 ) -> FusionTrainer:
     """The trainer of a run, with its records."""
     collator = FusionDataCollator(
-        processor, query_lens=arguments.query_lens, max_length=arguments.max_length, compact=True
+        processor,
+        query_lens=arguments.query_lens,
+        max_length=arguments.max_length,
+        compact=True,
+        max_image_pixels=arguments.max_image_pixels,
     )
     records = _records(arguments, str(arguments.data), processor)
     held_out = None if arguments.eval_data is None else _records(arguments, arguments.eval_data, processor)
@@ -178,8 +192,13 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
             cache=arguments.data_cache,
             streaming=arguments.streaming and is_training,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            max_image_pixels=processor.image_processor.max_image_pixels,
+            max_image_pixels=(
+                processor.image_processor.max_image_pixels
+                if arguments.max_image_pixels is None
+                else arguments.max_image_pixels
+            ),
             exif_transpose=processor.image_processor.exif_transpose,
+            on_truncated=arguments.on_truncated,  # type: ignore[arg-type]
         )
 
 

@@ -14,9 +14,13 @@ from torch.utils.data import Sampler
 from fusion_hf.training.data import SampleKey
 
 
-def query_len_of_step(step: int, query_lens: Sequence[int], seed: int) -> int:
-    """The number of latent tokens of optimizer step `step`, counted from 0 over all epochs."""
-    return random.Random(f"query_len/{seed}/{step}").choice(list(query_lens))
+def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_batch: int | None = None) -> int:
+    """
+    The number of latent tokens of optimizer step `step`, counted from 0 over all epochs; of one of its micro-batches
+    (see [`Layout`]) where each has its own.
+    """
+    key = f"query_len/{seed}/{step}" if micro_batch is None else f"query_len/{seed}/{step}/{micro_batch}"
+    return random.Random(key).choice(list(query_lens))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class StepSampler(Sampler[SampleKey]):
         seed: of the order and of the drawing.
         lengths (`(num_records,)`, *optional*): words of each record, negative without a picture. None: the order is
             one random permutation.
+        per_micro_batch: draw from `query_lens` for each micro-batch of a step.
+        drop_last: the loader leaves out micro-batches that are not full.
     """
 
     def __init__(
@@ -59,9 +65,11 @@ class StepSampler(Sampler[SampleKey]):
         query_lens: Sequence[int],
         seed: int,
         lengths: np.ndarray | None = None,
+        per_micro_batch: bool = False,
+        drop_last: bool = False,
     ):
         self.num_records, self.layout, self.query_lens, self.seed = num_records, layout, list(query_lens), seed
-        self.lengths = lengths
+        self.lengths, self.per_micro_batch, self.drop_last = lengths, per_micro_batch, drop_last
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,14 +82,18 @@ class StepSampler(Sampler[SampleKey]):
 
     @property
     def steps_per_epoch(self) -> int:
+        if self.drop_last:
+            return -(-(len(self) // (self.layout.batch_size * self.layout.world_size)) // self.layout.accumulation)
         return -(-len(self) // self.layout.global_batch_size)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        size = self.layout.global_batch_size
+        size, batch_size = self.layout.global_batch_size, self.layout.batch_size
         first_step = self.epoch * self.steps_per_epoch
         for position, index in enumerate(self._complete(self._order())):
-            if position % size == 0:
-                query_len = query_len_of_step(first_step + position // size, self.query_lens, self.seed)
+            if position % (batch_size if self.per_micro_batch else size) == 0:
+                step, place = divmod(position, size)
+                micro_batch = place // batch_size if self.per_micro_batch else None
+                query_len = query_len_of_step(first_step + step, self.query_lens, self.seed, micro_batch)
             yield SampleKey(index, query_len)
 
     def _complete(self, order: Iterator[int]) -> Iterator[int]:

@@ -3,12 +3,14 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderAdapter
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,15 +19,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.errors import InputError
-from fusion_hf.modeling_fusion import LossCounts
+from fusion_hf.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
 from fusion_hf.training.answers import exact_matches
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpoints import StopSignal, rotate, saving, seal, shield_data_worker, writing
+from fusion_hf.training.checks import check_parts, warn_of_half_weights
 from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
 from fusion_hf.training.data import StreamedRecords
 from fusion_hf.training.distributed import any_rank, enable_cpu_fsdp, plain_class, sum_over_ranks, whole_weights
 from fusion_hf.training.flops import Shape, training_flops
-from fusion_hf.training.keyed import KeyedStream, keyed
+from fusion_hf.training.keyed import KeyedIterable, KeyedStream, keyed
+from fusion_hf.training.keys import MICRO_BATCH, MICRO_BATCHES
 from fusion_hf.training.meters import StepMeter, matrix_rate
 from fusion_hf.training.parts import (
     LANGUAGE_MODEL,
@@ -40,6 +44,8 @@ from fusion_hf.training.sampler import Layout, StepSampler
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+PREDICTION = "Prediction"  # what Trainer calls it
+COMPACT_LOGITS = ("logits_to_keep", "shift_labels")  # of a compact batch
 
 
 class NonFiniteError(InputError):
@@ -52,17 +58,22 @@ class FusionTrainer(Trainer):
 
     The loss of a step is the whole step's: cross entropy over all its labelled tokens, mapping losses over all its
     question tokens and pictures, however the step is split over processes and accumulation. So accumulation equals
-    one batch, and one process equals many.
+    one batch, and one process equals many. With `loss_average="micro_batches"` it is the mean of the losses of the
+    step's micro-batches, as in the authors' training.
 
     Args:
         model ([`FusionForConditionalGeneration`], or its PEFT model).
         args ([`FusionTrainingArguments`]).
         data_collator ([`FusionDataCollator`]).
         train_dataset, eval_dataset ([`RecordDataset`] or [`StreamedRecords`], *optional*): a sequence of records, as
-            the collator takes them, will do.
+            the collator takes them, will do, and so will another iterable data set. Several ones to evaluate on are a
+            dictionary.
         stop ([`StopSignal`], *optional*): asks for a checkpoint and the end of the run.
         **kwargs: of Trainer. No `processing_class` is needed: the collator's processor is saved with the model, and
             Trainer would write the tokenizer's special tokens into the model's configuration.
+
+    Raises:
+        InputError: for what would not train, or not as it says, see [`check_parts`].
     """
 
     args: FusionTrainingArguments
@@ -79,6 +90,7 @@ class FusionTrainer(Trainer):
         stop: StopSignal | None = None,
         **kwargs: Any,
     ):
+        check_parts(args, data_collator, train_dataset, kwargs)
         self.fusion_config: FusionConfig = model.config  # type: ignore[assignment]
         if isinstance(train_dataset, StreamedRecords) and args.max_steps <= 0:
             raise InputError("max_steps is not given; streaming needs it, since a stream does not tell its length.")
@@ -100,6 +112,8 @@ class FusionTrainer(Trainer):
         self.peak_flops = 0.0
         self.train_sampler: StepSampler | None = None
         self.resume_step = 0  # of a stream, which does not go back
+        self.attempts = 0  # of `auto_find_batch_size`
+        self.first_step: int | None = None  # where the run begins or goes on
         self.add_callback(_StepCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -107,7 +121,44 @@ class FusionTrainer(Trainer):
         if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
+        self.attempts, self.first_step = 0, None
+        warn_of_half_weights(self.model, keeps_float32=self.is_deepspeed_enabled)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> Any:
+        """As Trainer's, which makes batches smaller when memory ends: here a step then takes more of them."""
+        if not self.args.auto_find_batch_size:
+            return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
+        taken = self.args.per_device_train_batch_size
+        first = min(batch_size or taken, taken)  # what a checkpoint remembers may be less
+        size = self._split_step(first if self.attempts == 0 else taken - 1)
+        self.attempts += 1
+        try:
+            return super()._inner_training_loop(batch_size=size, args=args, **kwargs)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if self.first_step is not None and self.state.global_step > self.first_step:
+                raise InputError(
+                    f"Memory ended after step {self.state.global_step}, when weights had changed already; set "
+                    f"per_device_train_batch_size to less than {size}, and run again from the last checkpoint."
+                ) from error
+            if size == 1:
+                raise InputError(
+                    "Memory does not suffice for one record at a time; choose a shorter max_length, or LoRA."
+                ) from error
+            raise
+
+    def _split_step(self, largest: int) -> int:
+        """Take at most so many of a step's records at a time, as many each time. Returns how many."""
+        args = self.args
+        share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        size = next(size for size in range(largest, 0, -1) if share % size == 0)
+        if size != args.per_device_train_batch_size:
+            logger.warning("auto_find_batch_size: %d records at a time, %d times a step", size, share // size)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = size, share // size
+        self.meter, self.step_loss = StepMeter(), torch.zeros_like(self.step_loss)  # of a step that was broken off
+        return size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, which takes one step too many where a run goes on from the checkpoint of its last step."""
@@ -127,6 +178,11 @@ class FusionTrainer(Trainer):
     def query_lens(self) -> list[int]:
         """What the number of latent tokens is drawn from."""
         return self.args.query_lens if self.args.query_lens is not None else self.fusion_config.query_lens
+
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether a number of latent tokens holds for one micro-batch, not for a step."""
+        return self.args.query_len_draw == MICRO_BATCH
 
     @property
     def trained_parts(self) -> list[str]:
@@ -150,15 +206,21 @@ class FusionTrainer(Trainer):
             self.query_lens,
             self.seed,
             lengths=dataset.lengths if grouped else None,  # type: ignore[union-attr]
+            per_micro_batch=self.draws_per_micro_batch,
+            drop_last=args.dataloader_drop_last,
         )
         return self.train_sampler
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; a stream deals its records to processes and workers itself, and begins where the run is."""
-        records = self.train_dataset
-        if not isinstance(records, StreamedRecords):
+        records, args = self.train_dataset, self.args
+        if not isinstance(records, IterableDataset):
             return _shielded(super().get_train_dataloader())
-        args = self.args
+        if not isinstance(records, StreamedRecords):
+            layout = Layout(args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps)
+            iterable = KeyedIterable(records, layout, self.query_lens, self.seed, self.draws_per_micro_batch)
+            loader = self._get_dataloader(iterable, "Training", layout.batch_size, is_training=True)
+            return _shielded(loader)
         stream = KeyedStream(
             records.split(
                 rank=args.process_index,
@@ -169,6 +231,7 @@ class FusionTrainer(Trainer):
             args.gradient_accumulation_steps,
             self.query_lens,
             self.seed,
+            self.draws_per_micro_batch,
         )
         loader = DataLoader(
             stream,
@@ -181,7 +244,13 @@ class FusionTrainer(Trainer):
         return _shielded(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return _shielded(super().get_eval_dataloader(eval_dataset))
+        """As Trainer's, of named records of `eval_dataset` or of others."""
+        given = eval_dataset if isinstance(eval_dataset, str) else keyed(eval_dataset, self.fusion_config.query_len)
+        return _shielded(super().get_eval_dataloader(given))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As Trainer's, of records."""
+        return _shielded(super().get_test_dataloader(keyed(test_dataset, self.fusion_config.query_len)))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -222,19 +291,25 @@ class FusionTrainer(Trainer):
         num_items_in_batch: LossCounts | None = None,
     ) -> Any:
         """This part's share of the step's loss `()`. Without `num_items_in_batch` (evaluation): the batch's own."""
+        share = 1.0
+        if num_items_in_batch is not None and self.args.loss_average == MICRO_BATCHES:
+            # its own counts, since without a label the mean over none would be no number
+            num_items_in_batch = LossCounts(*self._count(inputs).float())
+            share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size)
         outputs = model(**inputs, loss_counts=num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None:
-            self._measure(inputs, outputs)
+            loss = loss * share
+            self._measure(inputs, outputs, share)
             loss = loss * self.args.world_size  # gradients are averaged over processes, the shares are to be added
         return (loss, outputs) if return_outputs else loss
 
-    def _measure(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+    def _measure(self, inputs: Mapping[str, Any], outputs: Any, share: float) -> None:
         ids = inputs["input_ids"]
-        self.step_loss = self.step_loss + outputs.loss.detach()
+        self.step_loss = self.step_loss + outputs.loss.detach() * share
         self.meter.add(
-            language_loss=outputs.language_loss.detach(),
-            mapping_loss=outputs.mapping_loss.detach(),
+            language_loss=outputs.language_loss.detach() * share,
+            mapping_loss=outputs.mapping_loss.detach() * share,
             tokens=inputs["attention_mask"].sum(),
             pictures=(ids == self.fusion_config.image_token_id).any(1).sum(),
             flops=training_flops(
@@ -324,24 +399,53 @@ class FusionTrainer(Trainer):
             ):
                 file.write(json.dumps(line, default=float) + "\n")
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Trainer's loss and, for `eval_samples` of the records, the share of exact answers."""
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.args.eval_samples and self.eval_dataset is not None:
-            scores = exact_matches(
-                self.accelerator.unwrap_model(self.model),
-                self.data_collator.processor,
-                self.eval_dataset,
-                samples=self.args.eval_samples,
-                batch_size=self.args.per_device_eval_batch_size,
-                max_new_tokens=self.args.eval_max_new_tokens,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-            )
-            extra = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-            self.log(extra)
-            metrics |= extra
-        return metrics
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        records = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(records, str):
+            records = self.eval_dataset[records]
+        # of a dictionary, each has been evaluated on its own by now
+        if not self.args.eval_samples or records is None or isinstance(records, dict):
+            return metrics
+        scores = exact_matches(
+            self.accelerator.unwrap_model(self.model),
+            self.data_collator.processor,
+            records,
+            samples=self.args.eval_samples,
+            batch_size=self.args.per_device_eval_batch_size,
+            max_new_tokens=self.args.eval_max_new_tokens,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            image_settings=self.data_collator.image_settings,
+        )
+        extra = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(extra)
+        return metrics | extra
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As Trainer's; logits are gathered where they are asked for: by `predict`, and for `compute_metrics`."""
+        if prediction_loss_only is None and (description == PREDICTION or self.compute_metrics is not None):
+            prediction_loss_only = False
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As Trainer's; logits are those of all positions, as the labels are, and come alone."""
+        if not prediction_loss_only:
+            inputs = {name: value for name, value in inputs.items() if name not in COMPACT_LOGITS}
+            if ignore_keys is None:
+                ignore_keys = [field.name for field in fields(FusionCausalLMOutputWithPast) if field.name != "logits"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint in the way that the launch configuration says; a finished model as a whole, in any case."""
@@ -384,6 +488,7 @@ class _StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer.first_step = state.global_step
         own = trainer.args.peak_tflops
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         trainer.peak_flops = matrix_rate(args.device, dtype) if own is None else own * 1e12

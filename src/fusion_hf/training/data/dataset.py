@@ -15,10 +15,11 @@ from fusion_hf.errors import InputError
 from fusion_hf.image_opening_fusion import MAX_IMAGE_PIXELS
 from fusion_hf.training.data.index import Index, default_cache, open_index
 from fusion_hf.training.data.mixture import Entry, Rows, Strategy, read_entries
-from fusion_hf.training.data.pictures import open_picture
+from fusion_hf.training.data.pictures import OnTruncated, open_picture
 from fusion_hf.training.data.records import Raw, RecordProblem, SampleKey, parse_record
 from fusion_hf.training.data.skips import BrokenRecords, OnBroken
 from fusion_hf.training.data.sources import Source, Stream
+from fusion_hf.training.keys import ON_TRUNCATED
 
 
 def load_records(
@@ -33,6 +34,7 @@ def load_records(
     seed: int = 0,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     exif_transpose: bool = True,
+    on_truncated: OnTruncated = "error",
 ) -> "RecordDataset | StreamedRecords":
     """
     The records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
@@ -44,14 +46,15 @@ def load_records(
         streaming: begin at once and never go back.
         seed: of `random:N` in a mixture.
         max_image_pixels: a picture with more is broken.
-        exif_transpose: turn pictures upright by their EXIF orientation, as the image processor of that setting does.
+        exif_transpose: turn images upright by their EXIF orientation, as the image processor of that setting does.
+        on_truncated: `error`: an image that ends too early is broken; `load`: what there is of it is taken.
 
     Raises:
         InputError: for a missing or unreadable file, and for a broken record under `error`.
     """
     entries = read_entries(source, root)
     broken = BrokenRecords(on_broken, max_skipped, skipped_file)
-    reader = RecordReader(broken, max_image_pixels, exif_transpose)
+    reader = RecordReader(broken, max_image_pixels, exif_transpose, on_truncated)
     if streaming:
         return StreamedRecords(entries, reader)
     parts = read_parts(entries, default_cache() if cache is None else Path(cache).expanduser(), seed)
@@ -61,10 +64,19 @@ def load_records(
 class RecordReader:
     """Makes what a data set gives from a stored record."""
 
-    def __init__(self, broken: BrokenRecords, max_image_pixels: int = MAX_IMAGE_PIXELS, exif_transpose: bool = True):
+    def __init__(
+        self,
+        broken: BrokenRecords,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        exif_transpose: bool = True,
+        on_truncated: OnTruncated = "error",
+    ):
+        if on_truncated not in ON_TRUNCATED:
+            raise InputError(f"on_truncated: {on_truncated!r}; allowed: {', '.join(ON_TRUNCATED)}.")
         self.broken = broken
         self.max_image_pixels = max_image_pixels
         self.exif_transpose = exif_transpose
+        self.on_truncated = on_truncated
 
     def __call__(self, stream: Stream, index: int, raw: Raw) -> dict[str, Any]:
         """
@@ -78,7 +90,7 @@ class RecordReader:
             record = parse_record(raw, index, stream.image_key)
             identity = record.id
             image = record.image
-            settings = (stream.root, self.max_image_pixels, self.exif_transpose)
+            settings = (stream.root, self.max_image_pixels, self.exif_transpose, self.on_truncated)
             picture = None if image is None else open_picture(image, *settings)
         except RecordProblem as problem:
             problem.identity = identity if identity is not None else problem.identity

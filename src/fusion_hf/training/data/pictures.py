@@ -1,19 +1,31 @@
 """Opening the image of a record: under its root only, bounded before it is decoded, whole or not at all."""
 
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fusion_hf.errors import short_name
 from fusion_hf.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.image_opening_fusion import open_image
 from fusion_hf.training.data.records import FileSpan, Picture, RecordProblem
 
+OnTruncated = Literal["error", "load"]
+PIL_SETTINGS = threading.RLock()
 MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read before its size in pixels is known
 
 
-def open_picture(picture: Picture, root: Path, max_pixels: int, exif_transpose: bool = True) -> Image.Image:
+def open_picture(
+    picture: Picture,
+    root: Path,
+    max_pixels: int,
+    exif_transpose: bool = True,
+    on_truncated: OnTruncated = "error",
+) -> Image.Image:
     """
     Decode the image as far as the image processor would: what it gives breaks nothing any more.
 
@@ -22,6 +34,7 @@ def open_picture(picture: Picture, root: Path, max_pixels: int, exif_transpose: 
         root: a resolved folder, which no path may leave, not by a link either.
         max_pixels: more are refused before they are decoded.
         exif_transpose: turn the image upright by its EXIF orientation.
+        on_truncated: `load` takes what there is of an image that ends too early, the rest is grey or black.
 
     Returns:
         The image in mode RGB.
@@ -34,11 +47,26 @@ def open_picture(picture: Picture, root: Path, max_pixels: int, exif_transpose: 
     else:
         source = picture if isinstance(picture, bytes) else _read(picture)
     try:
-        return open_image(source, max_pixels, exif_transpose=exif_transpose)
+        with limits_of_pil(max_pixels, on_truncated):
+            return open_image(source, max_pixels, exif_transpose=exif_transpose)
     except OversizedImage as error:
         raise RecordProblem("oversized image", error.reason) from error
     except ImageError as error:
         raise RecordProblem("broken image", error.reason) from error
+
+
+@contextmanager
+def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
+    """Let PIL open as many pixels, and as little of a file, as is allowed: it has one setting for a whole process."""
+    with PIL_SETTINGS:
+        before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        if before[0] is not None:
+            Image.MAX_IMAGE_PIXELS = max(max_pixels, before[0])
+        ImageFile.LOAD_TRUNCATED_IMAGES = on_truncated == "load"
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def picture_path(name: str, root: Path) -> Path:

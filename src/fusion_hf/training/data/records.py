@@ -224,6 +224,8 @@ def _check_turns(turns: list[tuple[str, str]]) -> None:
         raise RecordProblem("empty conversation", "no answer has any text")
     if conversation != ["user", "assistant"] * (len(conversation) // 2):
         allowed = "user, assistant, user, assistant, ..."
+        if conversation[0] == "assistant":
+            allowed += "; take out an answer that no question precedes, as the authors' code does"
         raise RecordProblem("wrong order", f"its roles are {shown_roles(roles)}; allowed: {allowed}")
 
 
