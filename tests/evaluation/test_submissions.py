@@ -1,13 +1,11 @@
 """Files for servers: what is in them, and that there is none where an answer is missing. The tables need openpyxl."""
 
 import json
-from pathlib import Path
-from typing import Any
+import os
 
 import pytest
 
 from fusion_hf.cli import main
-from fusion_hf.evaluation import submissions
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 from fusion_hf.evaluation.submissions import FORMATS, SubmissionIncomplete, submission_file, write_submission
 
@@ -48,12 +46,10 @@ def test_writing_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = write_submission(DOCVQA, ANSWERS, 2, tmp_path)
     before = path.read_bytes()
 
-    def write_half(self: Path, text: str, **options: Any) -> int:
-        with self.open("w", **options) as stream:
-            stream.write(text[: len(text) // 2])
+    def fail(descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(submissions.Path, "write_text", write_half)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         write_submission(DOCVQA, ANSWERS[:1], 1, tmp_path)
     assert path.read_bytes() == before
