@@ -50,7 +50,8 @@ def test_prompts_hold_as_many_image_tokens_as_the_picture_has(contestants, name,
     prompt = contestant.prompt(asked)
     given = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
     features = contestant.model.model.get_image_features(**given, return_dict=True).pooler_output
-    assert [len(feature) for feature in features] == [contestant.picture_tokens] * asked.batch
+    # older releases of transformers return SmolVLM's features of each tile apart
+    assert sum(map(len, features)) == contestant.picture_tokens * asked.batch
     marks = prompt["input_ids"] == contestant.model.config.image_token_id
     assert marks.sum(1).tolist() == [contestant.picture_tokens] * asked.batch
     assert len(prompt["pixel_values"][0]) == contestant.tiles
