@@ -104,8 +104,8 @@ $(VENV)/.installed-demo: $(TEST)
 IN_PROCESS := $(foreach name,guards nano parity quantized windows,tests/vllm/test_$(name).py)
 test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
 	$(MAKE) $(VENV)-vllm/.installed-vllm VENV=$(VENV)-vllm CONSTRAINTS=$(VENV)-oldest.txt
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm -p tests.helpers.vllm_gpu_runner $(IN_PROCESS)
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m vllm tests/vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m vllm -p tests.helpers.vllm_gpu_runner $(IN_PROCESS)
 
 $(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
 	$(INSTALL) -e ".[eval,quant,serve,synth,train]" "$(VLLM)" "openai>=3.57" pytest triton

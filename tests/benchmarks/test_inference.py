@@ -31,7 +31,7 @@ PLAIN = [name for name in NAMES if name not in COMPILED]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, working_peers):
     output = tmp_path_factory.mktemp("benchmark") / "results" / "tiny.json"
     flags = ("--size", "tiny", "--repeats", 2, "--slow-repeats", 1, "--threads", 1, "--dtype", "bfloat16", "--profile")
     return run(*flags, "--batches", "1,3", "--models", ",".join(PLAIN), "--device", "cpu", "--output", output), output
@@ -151,7 +151,7 @@ def test_compiled_decoding(tmp_path):
 
 
 @pytest.fixture
-def shrunk_3b(monkeypatch, tmp_path):
+def shrunk_3b(monkeypatch, tmp_path, working_peers):
     """A published configuration with few and narrow layers in the place of FUSION 3B's."""
     config = json.loads((workload.RELEASED / "fusion-3b.json").read_text())
     rope = config["text_config"]["rope_parameters"]

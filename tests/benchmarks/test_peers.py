@@ -81,6 +81,7 @@ def test_peers_have_our_language_model_and_tower(ours, contestants, name):
     assert theirs == mine
 
 
+@pytest.mark.usefixtures("working_peers")
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
 def test_peers_read_the_picture(contestants, name):
@@ -115,6 +116,7 @@ def test_compiled_decoding_is_compiled_and_writes_the_same(contestants, name, mo
     assert torch.equal(output, contestant.generate(prompt, 4))
 
 
+@pytest.mark.usefixtures("working_peers")
 @torch.no_grad()
 def test_flops_of_a_prompt(contestants):
     """A layer's causal attention counts half of its square: a longer question costs what its tokens add."""
@@ -144,6 +146,7 @@ def test_what_is_compared_with_what():
     assert default_names(SIZES["3b"]) == [name for name in NAMES if name not in ("eager", "reference")]
 
 
+@pytest.mark.usefixtures("working_peers")
 @pytest.mark.parametrize("name", PLAIN)
 def test_encoding_is_clocked_inside_of_generation(contestants, name):
     contestant = contestants[name]

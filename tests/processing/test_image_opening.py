@@ -80,7 +80,12 @@ def test_valid_files_give_the_same_pixels_as_ever(name: str, tmp_path: Path):
     path.write_bytes(FILES[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency
-        expected = as_before(FILES[name])
+        try:
+            expected = as_before(FILES[name])
+        except OSError:  # Pillow 12 cannot read a TIFF of YCbCr
+            with pytest.raises(ImageError):
+                open_image(FILES[name])
+            return
     for source in (FILES[name], path, str(path)):
         assert same(open_image(source), expected)
     processor = FusionImageProcessor()

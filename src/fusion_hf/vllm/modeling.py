@@ -84,7 +84,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         self.config = config
         self.reader = PromptReader.of(config, cached_processor_from_config(model_config))
         self.vocab_size = model_config.get_vocab_size()
-        self.suppressed = _suppressed(model_config.try_get_generation_config())
+        self.suppressed = _suppressed(config, model_config.try_get_generation_config())
         with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             self.vision_tower = FusionVisionModel(config.vision_config, early_layers=config.vision_early_layers)
             features = (1 + NUM_CONNECTOR_GROUPS) * vision_width
@@ -226,9 +226,10 @@ def _backbone(text_config: PreTrainedConfig) -> str:
     return BACKBONES[model_type]
 
 
-def _suppressed(generation_config: dict[str, Any]) -> list[int]:
-    """Ids that the folder's `generation_config.json` forbids; vLLM itself does not read them."""
-    return list(generation_config.get("suppress_tokens") or [])
+def _suppressed(config: FusionConfig, generation_config: dict[str, Any]) -> list[int]:
+    """Placeholders, and ids that the folder's `generation_config.json` forbids; vLLM itself does not read them."""
+    placeholders = {config.image_token_id, config.latent_token_id}
+    return sorted(placeholders.union(generation_config.get("suppress_tokens") or []))
 
 
 def _pack(tokens: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
