@@ -15,7 +15,7 @@ from .modeling_fusion_base import cache_keyword, either_cache, rename_cache
 from .modeling_fusion_decoder import check_continuation
 from .turns_fusion import can_find_turns, find_prompt_ends
 
-# what describes the prompt's picture and turns: needed while the prompt is processed, never after it
+# what describes the prompt's image and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = (
     "pixel_values",
     "global_features",
@@ -71,7 +71,7 @@ class FusionGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Picture and turns go only into passes over the whole prompt: the first one, or all without a cache."""
+        """Give image and turns only to passes over the whole prompt: the first one, or all without a cache."""
         cache = either_cache(cache, past_key_values)
         uses_flash = "flash" in self.config.text_config._attn_implementation
         if uses_flash and isinstance(cache, StaticCache) and kwargs.get("attention_mask") is None:
@@ -103,7 +103,7 @@ class FusionGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, **model_kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Beams share their picture's tiles, which are encoded before the inputs are repeated."""
+        """Encode the tiles of an image once for all its beams, before the inputs are repeated."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and model_kwargs.get("global_features") is None:
             model_kwargs["global_features"] = self.get_global_features(pixel_values)
@@ -188,7 +188,7 @@ class FusionLogitsProcessorList(LogitsProcessorList):
 
 
 class WordLookup(CandidateGenerator):
-    """Prompt lookup that proposes no placeholders: the text before a picture may be what the model says last."""
+    """Prompt lookup that proposes no placeholders: the text before an image may be what the model says last."""
 
     def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):
         self.lookup = lookup

@@ -177,7 +177,7 @@ def _limit_options() -> tuple[tuple[str, float, str], ...]:
     return (
         ("--max-image-bytes", DEFAULTS.image_bytes, "largest picture file"),
         ("--max-image-pixels", DEFAULTS.image_pixels, "largest picture"),
-        ("--max-image-seconds", DEFAULTS.image_seconds, "processor time for decoding a picture"),
+        ("--max-image-seconds", DEFAULTS.image_seconds, "processor time for decoding an image"),
         ("--max-body-bytes", DEFAULTS.body_bytes, "largest request"),
         ("--max-upload-bytes", DEFAULTS.upload_bytes, "requests that are still arriving, together"),
         ("--max-prompt-tokens", DEFAULTS.prompt_tokens, "longest prompt, with image and latent tokens"),
