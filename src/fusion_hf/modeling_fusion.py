@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from .generation_fusion import FusionGenerationMixin
@@ -20,6 +20,8 @@ from .modeling_fusion_base import (
     FusionModelOutputWithPast,
     FusionPreTrainedModel,
     LossCounts,
+    MappingLossGradient,
+    MappingLossReceiver,
     cache_keyword,
     either_cache,
 )
@@ -45,6 +47,12 @@ from .modeling_fusion_vision import (
 )
 from .turns_fusion import PromptTurns, check_labelled_ends, complete_turns, ignore_placeholders
 
+logger = logging.get_logger(__name__)
+HIDDEN_MAPPING_LOSS = (
+    "This training pass has no `labels`, so the gradient of the mapping loss is added to the gradient of the hidden "
+    "states, once for each backward pass. If you accumulate gradients over k batches, divide "
+    "`config.mapping_loss_weight` by k. Set it to 0 to train without the mapping loss."
+)
 # asked of the tower as of the language model
 RECORDED = ("output_hidden_states", "output_attentions")
 
@@ -262,17 +270,25 @@ class FusionModel(FusionPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_mapping_loss: bool = False,
+        output_mapping_loss: bool | None = None,
         loss_counts: LossCounts | None = None,
+        mapping_loss_receiver: MappingLossReceiver | None = None,
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> FusionModelOutputWithPast:
         """
-        See [`FusionForConditionalGeneration.forward`]. `output_mapping_loss`: also compute the mapping losses.
+        Run the model without its language head, see [`FusionForConditionalGeneration.forward`].
+
+        Args:
+            output_mapping_loss (`bool`, *optional*): True returns the mapping loss. None adds its gradient to that of
+                `last_hidden_state` in a training pass, for callers that make a loss of their own.
+            mapping_loss_receiver ([`MappingLossReceiver`], *optional*): takes the mapping loss instead.
         """
         cache = either_cache(cache, past_key_values)
+        is_hidden = output_mapping_loss is None and self.training and torch.is_grad_enabled()
+        is_hidden &= self.config.mapping_loss_weight > 0
         # a later step of generation has one token, and no turn begins in it
         if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             turns = PromptTurns(prompt_end_positions, instruct_input_ids, instruct_attention_mask)
@@ -298,7 +314,7 @@ class FusionModel(FusionPreTrainedModel):
                     instruct_attention_mask,
                     prompt_end_positions,
                     budget,
-                    output_mapping_loss,
+                    bool(output_mapping_loss or is_hidden),
                     loss_counts,
                     global_features,
                     **{name: kwargs[name] for name in RECORDED if name in kwargs},
@@ -329,12 +345,21 @@ class FusionModel(FusionPreTrainedModel):
             **cache_keyword(cache),
             **kwargs,
         )
+        hidden_states, mapping_loss = outputs.last_hidden_state, prompt.mapping_loss
+        if is_hidden and mapping_loss is not None:
+            if mapping_loss_receiver is not None:
+                mapping_loss_receiver.mapping_loss = mapping_loss
+            else:
+                logger.warning_once(HIDDEN_MAPPING_LOSS)
+                weighted = self.config.mapping_loss_weight * mapping_loss
+                hidden_states = MappingLossGradient.apply(hidden_states, weighted)
+            mapping_loss = None
         return FusionModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=prompt.image_features,
-            mapping_loss=prompt.mapping_loss,
+            mapping_loss=mapping_loss,
             image_outputs=prompt.image_outputs,
             **cache_keyword(getattr(outputs, CACHE_NAME)),
         )
@@ -370,6 +395,37 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
     def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See [`FusionModel.get_global_features`]."""
         return self.model.get_global_features(pixel_values)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Run the model, also where a trainer has put a function of its own in place of `forward`.
+
+        Such a function (TRL's fused language head) makes its loss of the labels and of the base model's hidden
+        states. It gets labels without placeholders, and the log-probabilities that it returns carry the gradient of
+        the mapping loss.
+        """
+        if "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        for name in ("labels", "shift_labels"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = ignore_placeholders(kwargs[name], self.config)
+        if kwargs.get("labels") is None or not self.training or not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        receiver = MappingLossReceiver()
+        outputs = super().__call__(*args, mapping_loss_receiver=receiver, **kwargs)
+        if receiver.mapping_loss is None:
+            return outputs  # of the model's own `forward` behind a wrapper, whose loss has the mapping loss
+        if not isinstance(outputs, ModelOutput) or not {"log_probs", "label_mask"} <= outputs.keys():
+            raise ValueError(
+                "The `forward` that was put in place of the model's own returns no `log_probs` and `label_mask`, "
+                "through which the mapping loss could be trained. Set `config.mapping_loss_weight` to 0 to train "
+                "without it."
+            )
+        weighted = self.config.mapping_loss_weight * receiver.mapping_loss
+        outputs.log_probs = MappingLossGradient.apply(outputs.log_probs, weighted, outputs.label_mask)
+        if outputs.get("loss") is not None:
+            outputs.loss = outputs.loss + weighted
+        return outputs
 
     @can_return_tuple
     def forward(
@@ -438,7 +494,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_mapping_loss=labels is not None,
+            output_mapping_loss=True if labels is not None else None,
             loss_counts=loss_counts,
             global_features=global_features,
             image_token_grid=image_token_grid,

@@ -109,6 +109,47 @@ class LossCounts(NamedTuple):
     pictures: torch.Tensor
 
 
+class MappingLossGradient(torch.autograd.Function):
+    """
+    Return a tensor as it is and give the mapping loss a gradient wherever the tensor gets one.
+
+    A caller that takes hidden states, logits or log-probabilities and makes a loss of its own never sees the mapping
+    loss. With this function in its graph, its backward pass adds the gradient of the mapping loss to its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, mapping_loss: torch.Tensor, label_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            tensor (any shape): is returned.
+            mapping_loss (`()`): weighted.
+            label_mask (the tensor's shape, *optional*): which of these log-probabilities are those of labels. The
+                gradient of the mapping loss is then added as often as the caller's loss weighs them: once for their
+                negative mean, 1/k times for that of one of k accumulated batches. Without it, it is added once.
+        """
+        ctx.label_mask, ctx.dtype = label_mask, mapping_loss.dtype
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (gradient,) = gradients
+        scale = gradient.new_ones(()) if ctx.label_mask is None else (gradient * ctx.label_mask).abs().sum()
+        return gradient, scale.to(ctx.dtype), None
+
+
+class MappingLossReceiver:
+    """
+    Carries the mapping loss of a pass to the model's caller, past a `forward` that a trainer put in place of its own.
+
+    It is no list, since hooks that move inputs to a device copy lists.
+    """
+
+    def __init__(self) -> None:
+        self.mapping_loss: torch.Tensor | None = None
+
+
 class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     config: FusionConfig
     base_model_prefix = "model"

@@ -46,14 +46,20 @@ class ChatFormat:
     # put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer
     prompt_prefix: str = ""
 
-    def write_template(self, query_len: int) -> str:
-        """Write the Jinja template; `query_len` is the number of latent tokens per turn where a call names none."""
+    def write_template(self, query_len: int, begin: str = "") -> str:
+        """
+        Write the Jinja template.
+
+        Args:
+            query_len (`int`): number of latent tokens per turn where a call names none.
+            begin (`str`): the token that the tokenizer puts before a text, since trainers tell it not to.
+        """
         parts = {name: getattr(self, name).replace("\n", "\\n") for name in self.__dataclass_fields__}
-        return _TEMPLATE.format(query_len=query_len, **parts)
+        return _TEMPLATE.format(query_len=query_len, begin=f"{{{{- '{begin}' -}}}}\n" if begin else "", **parts)
 
 
 _TEMPLATE = """\
-{{%- set query_len = query_len | default({query_len}) -%}}
+{begin}{{%- set query_len = query_len | default({query_len}) -%}}
 {{%- if messages[0]['role'] != 'system' -%}}
 {{{{- '{system_header}{system}{turn_end}{separator}' -}}}}
 {{%- endif -%}}
@@ -146,7 +152,8 @@ class FusionProcessor(ProcessorMixin):
         self.image_token, self.latent_token = IMAGE_TOKEN, LATENT_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
-        template = CHAT_FORMATS[chat_format].write_template(query_len) if chat_template is None else chat_template
+        self.begin = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
+        template = chat_template or CHAT_FORMATS[chat_format].write_template(query_len, self.begin)
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
     @property
@@ -221,8 +228,12 @@ class FusionProcessor(ProcessorMixin):
             return super().__call__(images=images, **kwargs)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         given = [text] if isinstance(text, str) else text
+        begins = [bool(self.begin) and isinstance(t, str) and t.startswith(self.begin) for t in given]
+        if all(begins):  # as the authors' tokenizer: the text without it, and the token put before the ids
+            kwargs["add_special_tokens"] = True
+            given = [t.removeprefix(self.begin) for t in given]
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
-        shifts = [len(self._prefix(t)) for t in given]
+        shifts = [len(self._prefix(t)) - all(begins) * len(self.begin) for t in given]
         _check_nesting(images, texts)
         flat_images = _flatten(images)
         marks = sum(t.count(IMAGE_TOKEN) for t in texts)
@@ -269,11 +280,14 @@ class FusionProcessor(ProcessorMixin):
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
-            # character spans in the prompt without the prefix that was put before it
+            # character spans in the prompt as it was given, without the prefix and with its first token
             pairs = zip(rows, shifts, strict=True)
             data["offset_mapping"] = [_shifted(row.offsets, n) for row, n in pairs]
         if text_kwargs.get("return_text_replacement_offsets"):
-            data["text_replacement_offsets"] = features["text_replacement_offsets"]
+            data["text_replacement_offsets"] = [
+                [{**each, **{name: _shifted([each[name]], n)[0] for name in ("span", "new_span")}} for each in row]
+                for row, n in zip(features["text_replacement_offsets"], shifts, strict=True)
+            ]
         if text_kwargs.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
@@ -538,8 +552,8 @@ def _pad(rows: list[list[int]], value: int) -> list[list[int]]:
 
 
 def _shifted(offsets: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Character spans, in a text without the first `count` characters."""
-    return [(max(start - count, 0), max(end - count, 0)) for start, end in offsets] if count else offsets
+    """Character spans, in a text without the first `count` characters, or with as many more; padding has none."""
+    return [(max(start - count, 0), max(end - count, 0)) if end > start else (0, 0) for start, end in offsets]
 
 
 def _one_per_sample(pixel_values: np.ndarray, has_image: list[bool]) -> np.ndarray:
