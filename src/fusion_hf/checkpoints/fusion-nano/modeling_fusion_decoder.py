@@ -296,7 +296,10 @@ def _check_turns(row: int, blocks: list[range], ends: list[int], query_len: int,
             count = len(block)
             raise ValueError(f"Sample {row}: latent block {number} has {count} tokens, but query_len is {query_len}.")
     if len(ends) > len(blocks):
-        raise ValueError(f"Sample {row} has {len(ends)} prompt_end_positions for {len(blocks)} latent blocks.")
+        raise ValueError(
+            f"Sample {row} has {len(ends)} prompt_end_positions for {len(blocks)} latent blocks. If the sequence was "
+            "cut, allow more tokens (`max_length`)."
+        )
     for turn, end in enumerate(ends):
         block = blocks[turn]
         limit = blocks[turn + 1].start - 1 if turn + 1 < len(blocks) else last
