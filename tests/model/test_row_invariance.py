@@ -1,4 +1,4 @@
-"""What collators of other projects do to a batch leaves each row's loss as it is: padding, flushing, cutting, order."""
+"""What collators of other projects do to a batch leaves each row's loss as it is: padding, cutting, another order."""
 
 import random
 from collections.abc import Callable

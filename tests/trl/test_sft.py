@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-
 from tests.helpers.hub_folder import run
 from tests.trl.conftest import (
     CHATS,
@@ -117,9 +116,7 @@ def test_completions_train_as_by_hand(subject, tmp_path):
     chats = [row["prompt"] + row["completion"] for row in rows]
     texts = processor.apply_chat_template([[{**chat[0], "content": with_block(chat)}, *chat[1:]] for chat in chats])
     whole = processor(text=texts, images=[row["images"] for row in rows])
-    kept = [
-        ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    kept = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     assert kept == whole["input_ids"]
 
 
