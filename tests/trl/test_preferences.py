@@ -1,0 +1,198 @@
+"""TRL's trainers of preferences: DPO, whose answers come in pairs, and KTO, whose answers come alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import pytest
+import torch
+from tests.trl.conftest import (
+    CHATS,
+    ONE_STEP,
+    KeepGradients,
+    Prompt,
+    Subject,
+    another_model,
+    answer,
+    ask,
+    assert_own_log_probs,
+    assert_same_gradients,
+    gradients_of,
+    image,
+    record_passes,
+    with_image,
+)
+from torch.nn.functional import logsigmoid
+
+from fusion_hf import FusionForConditionalGeneration, FusionModel, FusionProcessor
+
+pytest.importorskip("trl", reason="TRL is installed in an environment of its own: make test-trl")
+
+from peft import LoraConfig  # noqa: E402
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
+
+pytestmark = pytest.mark.trl
+
+BETA = 0.5
+# short, so that the large vocabularies of real tokenizers are asked at few positions
+SYSTEM = {"role": "system", "content": "see"}
+TEXT_ONLY = 1  # the row of a mixed batch that has no image
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|qkv_proj)"}
+
+
+def prompts_of(processor: FusionProcessor, has_images: bool) -> list[Prompt]:
+    """Prompts of unequal lengths; one of those with images has none."""
+    return [
+        Prompt(
+            processor, [SYSTEM, ask(question)], image(color) if has_images and number != TEXT_ONLY else None
+        )
+        for number, (color, question, _) in enumerate(CHATS)
+    ]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """An answer of each chat, and one to be learnt away from, of unequal lengths."""
+    return [(good, f"{good} or not") for _, _, good in CHATS]
+
+
+def shared_columns(prompt: Prompt, has_images: bool) -> dict[str, Any]:
+    columns: dict[str, Any] = {"prompt": prompt.messages}
+    return columns | {"images": [prompt.picture] if prompt.picture else []} if has_images else columns
+
+
+def completion_of(prompt: Prompt, text: str) -> list[int]:
+    ids = prompt.conversation(text)["input_ids"][0].tolist()
+    assert ids[: len(prompt.ids)] == prompt.ids
+    return ids[len(prompt.ids) :]
+
+
+def mapping_loss(model: FusionForConditionalGeneration, prompts: list[Prompt], texts: list[str]) -> torch.Tensor:
+    """Of one batch with all rows, as `FusionTrainer` has it: weighted."""
+    conversations = [
+        with_image([*prompt.messages, answer(text)], prompt.picture)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    batch = prompts[0].processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return model.config.mapping_loss_weight * model.model(**batch, output_mapping_loss=True).mapping_loss
+
+
+@contextmanager
+def count_mapping_losses() -> Iterator[list[bool]]:
+    """Of each mapping loss that is computed, whether it has a gradient."""
+    counted: list[bool] = []
+    compute = FusionModel.compute_mapping_loss
+
+    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute(*args, **kwargs)
+        counted.append(loss.requires_grad)
+        return loss
+
+    with mock.patch.object(FusionModel, "compute_mapping_loss", counting):
+        yield counted
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+def test_dpo(subject: Subject, has_images: bool, tmp_path: Path):
+    (model, processor), reference, keep = subject.load(), another_model(subject), KeepGradients()
+    prompts = prompts_of(processor, has_images)
+    rows = [
+        {**shared_columns(prompt, has_images), "chosen": [answer(good)], "rejected": [answer(bad)]}
+        for prompt, (good, bad) in zip(prompts, pairs(), strict=True)
+    ]
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(output_dir=tmp_path, beta=BETA, **ONE_STEP),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=processor,
+        callbacks=[keep],
+    )
+    policy_passes, reference_passes = record_passes(model), record_passes(trainer.ref_model)
+    with count_mapping_losses() as mapping_losses:
+        trainer.train()
+
+    # the same rows one by one, by hand
+    model, _ = subject.load()
+    reference = another_model(subject)
+    completions = [tuple(completion_of(prompt, text) for text in pair) for prompt, pair in zip(prompts, pairs(), strict=True)]
+    (policy_pass,), (reference_pass,) = policy_passes, reference_passes
+    for passed, own in ((policy_pass, model), (reference_pass, reference)):
+        ids = sorted([*p.ids, *completion] for p, both in zip(prompts, completions, strict=True) for completion in both)
+        assert sorted(row for row, _ in passed.rows()) == ids
+        assert_own_log_probs(passed, own, prompts)
+    assert (policy_pass.has_gradient, reference_pass.has_gradient) == (True, False)
+
+    loss = torch.zeros(())
+    weight = 0.0  # the sum of |d loss / d log_probs|
+    for prompt, both in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            expected = [prompt.log_probs(reference, completion).sum() for completion in both]
+        good, bad = (
+            prompt.log_probs(model, completion).sum() - other for completion, other in zip(both, expected, strict=True)
+        )
+        margin = BETA * (good - bad)
+        loss = loss - logsigmoid(margin) / len(prompts)
+        weight += BETA * torch.sigmoid(-margin).item() / len(prompts) * sum(map(len, both))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+    total = loss + weight * mapping_loss(model, prompts * 2, [text for texts in zip(*pairs(), strict=True) for text in texts])
+    total.backward()
+    assert_same_gradients(keep.gradients, gradients_of(model))
+    assert mapping_losses == [True]  # none for the reference
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+def test_kto(subject: Subject, has_images: bool, tmp_path: Path):
+    (model, processor), reference, keep = subject.load(), another_model(subject), KeepGradients()
+    prompts = prompts_of(processor, has_images)
+    texts, is_good = [pair[number % 2] for number, pair in enumerate(pairs())], [True, False, True, False]
+    rows = [
+        {**shared_columns(prompt, has_images), "completion": [answer(text)], "label": label}
+        for prompt, text, label in zip(prompts, texts, is_good, strict=True)
+    ]
+    trainer = KTOTrainer(
+        model=model,
+        ref_model=reference,
+        args=KTOConfig(output_dir=tmp_path, beta=BETA, **ONE_STEP),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=processor,
+        callbacks=[keep],
+    )
+    policy_passes, reference_passes = record_passes(model), record_passes(trainer.ref_model)
+    with count_mapping_losses() as mapping_losses:
+        trainer.train()
+
+    model, _ = subject.load()
+    reference = another_model(subject)
+    completions = [completion_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    (other_pass, policy_pass), (other_reference_pass, reference_pass) = policy_passes, reference_passes
+    for passed, own in ((policy_pass, model), (reference_pass, reference)):
+        ids = sorted([*prompt.ids, *completion] for prompt, completion in zip(prompts, completions, strict=True))
+        assert sorted(row for row, _ in passed.rows()) == ids
+        assert_own_log_probs(passed, own, prompts)
+    # answers to other prompts, from which the divergence is estimated
+    assert_own_log_probs(other_pass, model, prompts)
+    assert_own_log_probs(other_reference_pass, reference, prompts)
+    all_passes = (other_pass, policy_pass, other_reference_pass, reference_pass)
+    assert [passed.has_gradient for passed in all_passes] == [False, True, False, False]
+
+    divergence = (other_pass.log_probs.sum() - other_reference_pass.log_probs.sum()).clamp(min=0) / len(prompts)
+    loss = torch.zeros(())
+    weight = 0.0
+    for prompt, completion, label in zip(prompts, completions, is_good, strict=True):
+        with torch.no_grad():
+            expected = prompt.log_probs(reference, completion).sum()
+        ratio = prompt.log_probs(model, completion).sum() - expected - divergence
+        value = torch.sigmoid(BETA * ratio if label else -BETA * ratio)
+        loss = loss + (1 - value) / len(prompts)
+        weight += BETA * (value * (1 - value)).item() / len(prompts) * len(completion)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+    (loss + weight * mapping_loss(model, prompts, texts)).backward()
+    assert_same_gradients(keep.gradients, gradients_of(model))
+    assert mapping_losses == [True]
