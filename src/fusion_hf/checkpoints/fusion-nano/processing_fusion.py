@@ -48,6 +48,12 @@ class ChatFormat:
     # put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer
     prompt_prefix: str = ""
 
+    @property
+    def before_answer(self) -> str:
+        """What an answer alone is tokenized behind: a special token, after which Phi-3's swallows blanks."""
+        header = self.assistant_header.rstrip()
+        return header if header.endswith("|>") else VISION_END
+
     def write_template(self, query_len: int, begin: str = "") -> str:
         """
         Write the Jinja template.
@@ -265,11 +271,11 @@ class FusionProcessor(ProcessorMixin):
         features = super().__call__(images=flat_images or None, text=list(texts), **kwargs)
 
         expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
+        columns = (features[name] for name in ("input_ids", "attention_mask", "offset_mapping"))
+        before = len(CHAT_FORMATS[self.chat_format].before_answer)
         rows = [
-            _drop_breaks(_Tokens(*columns), t)
-            for *columns, t in zip(
-                features["input_ids"], features["attention_mask"], features["offset_mapping"], expanded, strict=True
-            )
+            _drop_tokens(_Tokens(*row), t, before if self._continues(t_given) else 0)
+            for *row, t, t_given in zip(*columns, expanded, given, strict=True)
         ]
         padding = {**self.tokenizer.init_kwargs, **text_kwargs, **kwargs}.get("padding")
         padded = len(features["input_ids"][0])
@@ -377,8 +383,18 @@ class FusionProcessor(ProcessorMixin):
         return self._prefix(text) + MARKS.sub(lambda _: next(ordered), text)
 
     def _prefix(self, text: str) -> str:
+        """What the tokenizer must see before a text, to give it the ids that it has in a conversation."""
+        if self._continues(text):
+            return CHAT_FORMATS[self.chat_format].before_answer
         begins_special = text.startswith(tuple(t.content for t in self.tokenizer.added_tokens_decoder.values()))
         return CHAT_FORMATS[self.chat_format].prompt_prefix if begins_special else ""
+
+    def _continues(self, text: str) -> bool:
+        """Whether a text begins with an answer and its end, as the completions that trainers tokenize alone do."""
+        chat_format = CHAT_FORMATS[self.chat_format]
+        begin, end, _ = text.partition(chat_format.turn_end)
+        headers = (chat_format.system_header, chat_format.user_header, chat_format.assistant_header)
+        return bool(end) and not MARKS.search(begin) and not any(header in begin for header in headers)
 
     def _pad_again(self, row: "_Tokens", length: int, on_left: bool) -> "_Tokens":
         """The attended tokens of a row, padded to `length`."""
@@ -509,15 +525,16 @@ def tokenize_alone(questions: list[str], tokenizer: Any) -> list[list[int]]:
     """Tokenize protected texts as the tokenizer does by default: the ids that guide the vision tower."""
     encoded = tokenizer(questions, return_offsets_mapping=True, padding=False)
     columns = zip(encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True)
-    return [_drop_breaks(_Tokens(*tokens), question).ids for *tokens, question in columns]
+    return [_drop_tokens(_Tokens(*tokens), question).ids for *tokens, question in columns]
 
 
-def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
-    """Without the tokens that cover nothing but a `BREAK`."""
+def _drop_tokens(row: "_Tokens", text: str, begin: int = 0) -> "_Tokens":
+    """Without the tokens that begin before the character `begin`, and those that cover nothing but a `BREAK`."""
     breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
-    if not breaks:
+    if not breaks and not begin:
         return row
-    kept = [i for i, (start, end) in enumerate(row.offsets) if not (start in breaks and end == start + 1)]
+    is_break = [start in breaks and end == start + 1 for start, end in row.offsets]
+    kept = [i for i, (start, end) in enumerate(row.offsets) if not is_break[i] and (start >= begin or start == end)]
     return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
 
 
