@@ -251,5 +251,5 @@ def test_prompts_that_are_cut_are_refused(trainer: str, most: int, folders: dict
     else:
         rows = single_rows(prompts, has_images=True)
         made = KTOTrainer(args=KTOConfig(**arguments), train_dataset=rows, **settings)
-    with pytest.raises(ValueError, match=r"Sample \d: `prompt_end_positions` must be at most \d+, .* `max_length`"):
+    with pytest.raises(ValueError, match=r"Sample \d: `prompt_end_positions` must be at most \d+, .*`max_length`"):
         made.train()

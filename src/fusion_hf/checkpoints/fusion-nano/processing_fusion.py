@@ -173,8 +173,7 @@ class FusionProcessor(ProcessorMixin):
         """
         Return a processor that gives ids, masks and images alone, so that the model finds turns and questions.
 
-        For callers that hand on no input that they do not know, such as TRL's trainers that sample. Saved and loaded
-        again, it is the processor that it was made from.
+        For callers that hand on no others, as TRL's trainers that sample. Saved, it is an ordinary processor.
         """
         processor = copy.copy(self)
         processor.returns_turns = False
@@ -291,13 +290,10 @@ class FusionProcessor(ProcessorMixin):
             "attention_mask": [row.mask for row in rows],
         }
         if self.returns_turns:
-            data.update(self._questions(texts))
-            ends = [self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)]
-            data["prompt_end_positions"] = _pad(ends, -1)
-        if tensors is not None and self.returns_turns:  # of whole numbers, even where there are no turns
-            data["prompt_end_positions"] = np.array(data["prompt_end_positions"], dtype=np.int64).reshape(
-                len(rows), -1
-            )
+            ends = _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1)
+            # of whole numbers, even where there are no turns
+            whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
+            data |= self._questions(texts) | {"prompt_end_positions": whole}
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
