@@ -23,6 +23,9 @@ CHATS = (
     ("green", "is it red ?", "no"),
     ("black", "what is this shape called by people who know it ?", "a circle"),
 )
+TEXT_ONLY, LATER_TURN = 1, 3  # numbers of chats
+# an adapter of the language model of every kind
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|qkv_proj)"}
 # of every trainer: one step on the CPU, nothing written, gradients as they are
 ONE_STEP = {
     "max_steps": 1,
@@ -176,11 +179,32 @@ class Prompt:
         return self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 
     def log_probs(self, model: FusionForConditionalGeneration, completion: list[int]) -> torch.Tensor:
-        """Log-probabilities of a completion's tokens, `(n,)`, with the turns and the question that the processor gave."""
+        """Log-probabilities of a completion's tokens, `(n,)`, with the turns and questions that the processor gave."""
         ids = torch.tensor([[*self.ids, *completion]])
         inputs = self.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits = model(**inputs).logits[0, len(self.ids) - 1 : -1]  # (n, vocabulary)
         return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def prompts_of(processor: FusionProcessor, has_images: bool = True) -> list[Prompt]:
+    """
+    Prompts of unequal lengths. One of those with images has none, and one is a later turn.
+
+    The system message is short, so that the large vocabularies of real tokenizers are asked at few positions.
+    """
+    prompts = []
+    for number, (color, question, _) in enumerate(CHATS):
+        turns = [ask("hello ?"), answer("yes")] if number == LATER_TURN else []
+        picture = image(color) if has_images and number != TEXT_ONLY else None
+        messages = [{"role": "system", "content": "see"}, *turns, ask(question)]
+        prompts.append(Prompt(processor, messages, picture))
+    return prompts
+
+
+def columns_of(prompt: Prompt, has_images: bool = True) -> dict[str, Any]:
+    """The columns of a prompt in TRL's data sets."""
+    columns: dict[str, Any] = {"prompt": prompt.messages}
+    return columns | {"images": [prompt.picture] if prompt.picture else []} if has_images else columns
 
 
 def assert_own_log_probs(passed: Pass, model: FusionForConditionalGeneration, prompts: list[Prompt]) -> None:

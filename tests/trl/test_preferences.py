@@ -11,48 +11,35 @@ import pytest
 import torch
 from tests.trl.conftest import (
     CHATS,
+    LORA,
     ONE_STEP,
     KeepGradients,
     Prompt,
     Subject,
     another_model,
     answer,
-    ask,
     assert_own_log_probs,
     assert_same_gradients,
+    columns_of,
     gradients_of,
-    image,
+    prompts_of,
     record_passes,
     with_image,
 )
 from torch.nn.functional import logsigmoid
 
-from fusion_hf import FusionForConditionalGeneration, FusionModel, FusionProcessor
+from fusion_hf import FusionForConditionalGeneration, FusionModel
 
 pytest.importorskip("trl", reason="TRL is installed in an environment of its own: make test-trl")
 
-from peft import LoraConfig  # noqa: E402
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 pytestmark = pytest.mark.trl
 
 BETA = 0.5
 # relative; of two answers that begin alike, most of the gradients cancel
 ROUNDING = 5e-5
-# short, so that the large vocabularies of real tokenizers are asked at few positions
-SYSTEM = {"role": "system", "content": "see"}
-TEXT_ONLY = 1  # the row of a mixed batch that has no image
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|qkv_proj)"}
-
-
-def prompts_of(processor: FusionProcessor, has_images: bool) -> list[Prompt]:
-    """Prompts of unequal lengths; one of those with images has none."""
-    return [
-        Prompt(
-            processor, [SYSTEM, ask(question)], image(color) if has_images and number != TEXT_ONLY else None
-        )
-        for number, (color, question, _) in enumerate(CHATS)
-    ]
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -60,15 +47,10 @@ def pairs() -> list[tuple[str, str]]:
     return [(good, f"{good} or not") for _, _, good in CHATS]
 
 
-def shared_columns(prompt: Prompt, has_images: bool) -> dict[str, Any]:
-    columns: dict[str, Any] = {"prompt": prompt.messages}
-    return columns | {"images": [prompt.picture] if prompt.picture else []} if has_images else columns
-
-
-def pair_rows(prompts: list[Prompt], has_images: bool) -> datasets.Dataset:
+def pair_rows(prompts: list[Prompt], has_images: bool = True) -> datasets.Dataset:
     return datasets.Dataset.from_list(
         [
-            {**shared_columns(prompt, has_images), "chosen": [answer(good)], "rejected": [answer(bad)]}
+            {**columns_of(prompt, has_images), "chosen": [answer(good)], "rejected": [answer(bad)]}
             for prompt, (good, bad) in zip(prompts, pairs(), strict=True)
         ]
     )
@@ -79,10 +61,10 @@ def singles() -> tuple[list[str], list[bool]]:
     return [pair[number % 2] for number, pair in enumerate(pairs())], [True, False, True, False]
 
 
-def single_rows(prompts: list[Prompt], has_images: bool) -> datasets.Dataset:
+def single_rows(prompts: list[Prompt], has_images: bool = True) -> datasets.Dataset:
     return datasets.Dataset.from_list(
         [
-            {**shared_columns(prompt, has_images), "completion": [answer(text)], "label": is_good}
+            {**columns_of(prompt, has_images), "completion": [answer(text)], "label": is_good}
             for prompt, text, is_good in zip(prompts, *singles(), strict=True)
         ]
     )
@@ -140,10 +122,14 @@ def test_dpo(subject: Subject, has_images: bool, tmp_path: Path):
     # the same rows one by one, by hand
     model, _ = subject.load()
     reference = another_model(subject)
-    completions = [tuple(completion_of(prompt, text) for text in pair) for prompt, pair in zip(prompts, pairs(), strict=True)]
+    completions = [
+        [completion_of(prompt, text) for text in pair] for prompt, pair in zip(prompts, pairs(), strict=True)
+    ]
     (policy_pass,), (reference_pass,) = policy_passes, reference_passes
     for passed, own in ((policy_pass, model), (reference_pass, reference)):
-        ids = sorted([*p.ids, *completion] for p, both in zip(prompts, completions, strict=True) for completion in both)
+        ids = sorted(
+            [*p.ids, *completion] for p, both in zip(prompts, completions, strict=True) for completion in both
+        )
         assert sorted(row for row, _ in passed.rows()) == ids
         assert_own_log_probs(passed, own, prompts)
     assert (policy_pass.has_gradient, reference_pass.has_gradient) == (True, False)
@@ -161,8 +147,8 @@ def test_dpo(subject: Subject, has_images: bool, tmp_path: Path):
         weight += BETA * torch.sigmoid(-margin).item() / len(prompts) * sum(map(len, both))
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
-    total = loss + weight * mapping_loss(model, prompts * 2, [text for texts in zip(*pairs(), strict=True) for text in texts])
-    total.backward()
+    chosen, rejected = zip(*pairs(), strict=True)
+    (loss + weight * mapping_loss(model, prompts * 2, [*chosen, *rejected])).backward()
     assert_same_gradients(keep.gradients, gradients_of(model), ROUNDING)
     assert mapping_losses == [True]  # none for the reference
 
@@ -219,11 +205,11 @@ def test_kto(subject: Subject, has_images: bool, tmp_path: Path):
 def test_dpo_of_an_adapter(kind: str, folders: dict[str, Path], tmp_path: Path):
     subject = Subject(kind, folders[kind])
     model, processor = subject.load()
-    prompts = prompts_of(processor, has_images=True)
+    prompts = prompts_of(processor)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(output_dir=tmp_path, **{**ONE_STEP, "max_steps": 2, "learning_rate": 0.05}),
-        train_dataset=pair_rows(prompts, has_images=True),
+        train_dataset=pair_rows(prompts),
         processing_class=processor,
         peft_config=LoraConfig(**LORA),
     )
@@ -243,13 +229,13 @@ def test_dpo_of_an_adapter(kind: str, folders: dict[str, Path], tmp_path: Path):
 @pytest.mark.parametrize("trainer", ["dpo", "kto"])
 def test_prompts_that_are_cut_are_refused(trainer: str, most: int, folders: dict[str, Path], tmp_path: Path):
     model, processor = Subject("nano", folders["nano"]).load()
-    prompts = prompts_of(processor, has_images=True)
+    prompts = prompts_of(processor)
     settings: dict[str, Any] = {"model": model, "processing_class": processor}
     arguments = {"output_dir": tmp_path, "max_length": most, **ONE_STEP}
     if trainer == "dpo":
-        made = DPOTrainer(args=DPOConfig(**arguments), train_dataset=pair_rows(prompts, has_images=True), **settings)
+        made = DPOTrainer(args=DPOConfig(**arguments), train_dataset=pair_rows(prompts), **settings)
     else:
-        rows = single_rows(prompts, has_images=True)
+        rows = single_rows(prompts)
         made = KTOTrainer(args=KTOConfig(**arguments), train_dataset=rows, **settings)
     with pytest.raises(ValueError, match=r"Sample \d: `prompt_end_positions` must be at most \d+, .*`max_length`"):
         made.train()

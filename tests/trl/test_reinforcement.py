@@ -9,46 +9,33 @@ import pytest
 import torch
 from tests.trl.conftest import (
     CHATS,
+    LORA,
     ONE_STEP,
     Pass,
     Prompt,
     Subject,
-    ask,
     assert_own_log_probs,
-    image,
+    columns_of,
+    prompts_of,
     record_passes,
 )
 
-from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf import FusionForConditionalGeneration
 
 pytest.importorskip("trl", reason="TRL is installed in an environment of its own: make test-trl")
 
-from peft import LoraConfig  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 pytestmark = pytest.mark.trl
 
-SYSTEM = {"role": "system", "content": "see"}
-TEXT_ONLY = 1  # the row of a mixed batch that has no image
 GENERATIONS = 2
 # 4 prompts, 2 completions each, in 2 passes of 4 rows
 SAMPLING = {**ONE_STEP, "num_generations": GENERATIONS, "max_completion_length": 4, "steps_per_generation": 2}
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|qkv_proj)"}
-
-
-def prompts_of(processor: FusionProcessor, has_images: bool = True) -> list[Prompt]:
-    return [
-        Prompt(processor, [SYSTEM, ask(question)], image(color) if has_images and number != TEXT_ONLY else None)
-        for number, (color, question, _) in enumerate(CHATS)
-    ]
 
 
 def rows_of(prompts: list[Prompt], has_images: bool = True) -> datasets.Dataset:
-    rows: list[dict[str, Any]] = [{"prompt": prompt.messages} for prompt in prompts]
-    if has_images:
-        for row, prompt in zip(rows, prompts, strict=True):
-            row["images"] = [prompt.picture] if prompt.picture else []
-    return datasets.Dataset.from_list(rows)
+    return datasets.Dataset.from_list([columns_of(prompt, has_images) for prompt in prompts])
 
 
 def rewards(completions: list[Any], **_: Any) -> list[float]:

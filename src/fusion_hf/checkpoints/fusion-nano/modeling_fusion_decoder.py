@@ -232,8 +232,8 @@ def check_prompt(
         ends = [end for end in turns[row] if end != -1]
         if ends and max(ends) > last:
             raise ValueError(
-                f"Sample {row}: `prompt_end_positions` must be at most {last}, its last token, got {max(ends)}. If the "
-                "prompt was cut, allow longer samples (`max_length` of a trainer) or leave this one out."
+                f"Sample {row}: `prompt_end_positions` must be at most {last}, its last token, got {max(ends)}. If "
+                "the prompt was cut, allow longer samples (`max_length` of a trainer) or leave this one out."
             )
         image = (ids == config.image_token_id).nonzero().flatten().tolist()
         latent = (ids == config.latent_token_id).nonzero().flatten().tolist()
