@@ -229,6 +229,12 @@ def check_prompt(
     for row, (ids, mask) in enumerate(zip(input_ids.cpu(), attention_mask[:, -length:].cpu(), strict=True)):
         attended = mask.nonzero().flatten().tolist()
         last = attended[-1] if attended else length - 1  # a block may be cut by truncation, but only at the very end
+        ends = [end for end in turns[row] if end != -1]
+        if ends and max(ends) > last:
+            raise ValueError(
+                f"Sample {row}: `prompt_end_positions` must be at most {last}, its last token, got {max(ends)}. If "
+                "the prompt was cut, allow longer samples (`max_length` of a trainer) or leave this one out."
+            )
         image = (ids == config.image_token_id).nonzero().flatten().tolist()
         latent = (ids == config.latent_token_id).nonzero().flatten().tolist()
         if image and pixel_values is None:
@@ -244,7 +250,7 @@ def check_prompt(
             raise ValueError(f"Sample {row} has {len(image)} image tokens; {allowed}.")
         if image and latent and image[-1] > latent[0]:
             raise ValueError(f"Sample {row}: the image must come before the first latent block.")
-        _check_turns(row, _blocks(latent), [end for end in turns[row] if end != -1], budget.query_len, last)
+        _check_turns(row, _blocks(latent), ends, budget.query_len, last)
 
 
 def check_reuse(

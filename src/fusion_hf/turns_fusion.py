@@ -119,8 +119,9 @@ def _require_headers(ends: torch.Tensor, input_ids: torch.Tensor, config: Fusion
         if has_latents and found[0] == ABSENT:
             raise ValueError(
                 f"Sample {row} has a latent block and no assistant header behind it, so `prompt_end_positions` cannot "
-                "be found. End the prompt as the chat template does with `add_generation_prompt=True`, or pass "
-                "`prompt_end_positions` (an empty `(B, 0)` tensor for no samplers)."
+                "be found. End the prompt as the chat template does with `add_generation_prompt=True`, allow longer "
+                "samples if a trainer cut it (`max_length`), or pass `prompt_end_positions` (an empty `(B, 0)` tensor "
+                "for no samplers)."
             )
 
 

@@ -99,9 +99,9 @@ def ends(*rows: list[int]) -> torch.Tensor:
         ({"pixel_values": torch.zeros(1, 5, 3, 32, 32)}, r"\(1, 5, 3, 32, 32\); 2 samples need \(2, 5, 3, 32, 32\)"),
         ({"pixel_values": torch.zeros(2, 5, 3, 16, 16)}, r"\(2, 5, 3, 16, 16\); 2 samples need"),
         ({"prompt_end_positions": ends([35])}, r"B = 2 samples, got \(1, 1\)"),
-        ({"prompt_end_positions": ends([999], [34])}, r"prompt_end_positions\[0\] is 999; allowed: \d+ to \d+"),
+        ({"prompt_end_positions": ends([999], [34])}, r"must be at most \d+, its last token, got 999.*`max_length`"),
         ({"prompt_end_positions": ends([3], [3])}, r"prompt_end_positions\[0\] is 3; allowed"),
-        ({"prompt_end_positions": ends([34, 35], [35, 36])}, r"2 prompt_end_positions for 1 latent blocks"),
+        ({"prompt_end_positions": ends([33, 34], [34, 35])}, r"2 prompt_end_positions for 1 latent blocks"),
     ],
 )
 def test_counts_that_disagree(

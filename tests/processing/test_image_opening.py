@@ -1,7 +1,9 @@
 """Images from strangers: odd ones give the pixels that they hold, broken ones the same words at every place."""
 
 import base64
+import copy
 import io
+import pickle
 import struct
 import warnings
 from collections.abc import Callable
@@ -343,3 +345,16 @@ def test_an_image_that_its_owner_has_decoded_is_taken():
     image = Image.open(io.BytesIO(jpeg_of_many_scans(64, 1000)))
     image.load()
     assert decode_image(image).size == (64, 64)
+
+
+def sent(image: Image.Image) -> Image.Image:
+    """As it arrives in another process."""
+    return pickle.loads(pickle.dumps(image))  # noqa: S301
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, sent])
+@pytest.mark.parametrize("name", [name for name in FILES if name != "ycbcr.tif"])  # Pillow 12 cannot read that one
+def test_a_copy_of_an_opened_image_gives_the_same_pixels(name: str, copied: Callable[[Image.Image], Image.Image]):
+    """A trainer copies its rows, and a loader's process sends them to another."""
+    expected = np.asarray(open_image(FILES[name]))
+    assert np.array_equal(np.asarray(decode_image(copied(Image.open(io.BytesIO(FILES[name]))))), expected)

@@ -284,3 +284,16 @@ def test_images_stay_with_their_prompts(processor: FusionProcessor) -> None:
     assert torch.equal(
         nested["pixel_values"], processor(images=[PICTURE] * 2, text=texts, return_tensors="pt")["pixel_values"]
     )
+
+
+def test_turns_may_be_left_to_the_model(processor: FusionProcessor, tmp_path: Any) -> None:
+    turns = {"instruct_input_ids", "instruct_attention_mask", "prompt_end_positions"}
+    chats = [[user("what shape?", PICTURE)], [user("red?")]]
+    whole = processor.apply_chat_template(chats, **CALL)
+    bare_processor = processor.without_turns()
+    bare = bare_processor.apply_chat_template(chats, **CALL)
+    assert set(bare) == set(bare_processor.model_input_names) == set(whole) - turns
+    assert all(torch.equal(bare[name], whole[name]) for name in bare)
+    assert set(processor.apply_chat_template(chats, **CALL)) == set(whole)  # its own remain
+    bare_processor.save_pretrained(tmp_path)
+    assert set(FusionProcessor.from_pretrained(tmp_path).apply_chat_template(chats, **CALL)) == set(whole)

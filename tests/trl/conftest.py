@@ -23,6 +23,9 @@ CHATS = (
     ("green", "is it red ?", "no"),
     ("black", "what is this shape called by people who know it ?", "a circle"),
 )
+TEXT_ONLY, LATER_TURN = 1, 3  # numbers of chats
+# an adapter of the language model of every kind
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|qkv_proj)"}
 # of every trainer: one step on the CPU, nothing written, gradients as they are
 ONE_STEP = {
     "max_steps": 1,
@@ -109,3 +112,115 @@ def step_of(trainer: Callable[..., Any], model: Any, arguments: Any, rows: list[
     )
     made.train()
     return made, made.state.log_history[0]["loss"], keep.gradients
+
+
+@dataclass
+class Pass:
+    """What a model was asked in one pass with TRL's fused head, and what it gave."""
+
+    input_ids: torch.Tensor  # (B, S)
+    attention_mask: torch.Tensor  # (B, S)
+    log_probs: torch.Tensor  # (B, S - 1)
+    label_mask: torch.Tensor  # (B, S - 1)
+    has_gradient: bool
+
+    def rows(self) -> list[tuple[list[int], torch.Tensor]]:
+        """Of each row, the ids without padding and the log-probabilities of its labelled tokens, which end it."""
+        return [
+            (ids[mask.bool()].tolist(), log_probs[labelled])
+            for ids, mask, log_probs, labelled in zip(
+                self.input_ids, self.attention_mask, self.log_probs, self.label_mask, strict=True
+            )
+        ]
+
+
+def record_passes(model: torch.nn.Module) -> list[Pass]:
+    """Record the passes that a model makes from now on with TRL's fused head."""
+    passes: list[Pass] = []
+
+    def record(module, args, kwargs, outputs):
+        if outputs.get("log_probs") is not None:
+            ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+            log_probs = outputs.log_probs.detach().clone()
+            passes.append(Pass(ids, mask, log_probs, outputs.label_mask, outputs.log_probs.requires_grad))
+
+    model.register_forward_hook(record, with_kwargs=True)
+    return passes
+
+
+def with_image(messages: list[dict[str, Any]], picture: Image.Image | None) -> list[dict[str, Any]]:
+    """The messages with the image in the first question, as the processor reads them."""
+    if picture is None:
+        return messages
+    first = next(number for number, message in enumerate(messages) if message["role"] == "user")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": messages[first]["content"]}]
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
+
+
+@dataclass
+class Prompt:
+    """One prompt, and the model's own forward on it with some completion: what all trainers are compared with."""
+
+    processor: FusionProcessor
+    messages: list[dict[str, Any]]
+    picture: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        self.inputs = dict(self.processor.apply_chat_template(with_image(self.messages, self.picture), **options))
+
+    @property
+    def ids(self) -> list[int]:
+        return self.inputs["input_ids"][0].tolist()
+
+    def conversation(self, text: str) -> dict[str, torch.Tensor]:
+        """The processor's features of the prompt with an answer."""
+        messages = with_image([*self.messages, answer(text)], self.picture)
+        return self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+
+    def log_probs(self, model: FusionForConditionalGeneration, completion: list[int]) -> torch.Tensor:
+        """Log-probabilities of a completion's tokens, `(n,)`, with the turns and questions that the processor gave."""
+        ids = torch.tensor([[*self.ids, *completion]])
+        inputs = self.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = model(**inputs).logits[0, len(self.ids) - 1 : -1]  # (n, vocabulary)
+        return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def prompts_of(processor: FusionProcessor, has_images: bool = True) -> list[Prompt]:
+    """
+    Prompts of unequal lengths. One of those with images has none, and one is a later turn.
+
+    The system message is short, so that the large vocabularies of real tokenizers are asked at few positions.
+    """
+    prompts = []
+    for number, (color, question, _) in enumerate(CHATS):
+        turns = [ask("hello ?"), answer("yes")] if number == LATER_TURN else []
+        picture = image(color) if has_images and number != TEXT_ONLY else None
+        messages = [{"role": "system", "content": "see"}, *turns, ask(question)]
+        prompts.append(Prompt(processor, messages, picture))
+    return prompts
+
+
+def columns_of(prompt: Prompt, has_images: bool = True) -> dict[str, Any]:
+    """The columns of a prompt in TRL's data sets."""
+    columns: dict[str, Any] = {"prompt": prompt.messages}
+    return columns | {"images": [prompt.picture] if prompt.picture else []} if has_images else columns
+
+
+def assert_own_log_probs(passed: Pass, model: FusionForConditionalGeneration, prompts: list[Prompt]) -> None:
+    """Every row of a batch is what the model gives for the row alone."""
+    for ids, log_probs in passed.rows():
+        prompt = next(prompt for prompt in prompts if ids[: len(prompt.ids)] == prompt.ids)
+        with torch.no_grad():
+            expected = prompt.log_probs(model, ids[len(prompt.ids) :])
+        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+
+
+def another_model(subject: Subject) -> FusionForConditionalGeneration:
+    """A model that differs a little from the subject's."""
+    model, _ = subject.load()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 0.02 * torch.randn_like(weight))
+    return model

@@ -225,7 +225,8 @@ def load_image(image: Image.Image) -> None:
         ImageError: if it is broken, or too expensive to decode.
     """
     with _reported():
-        if isinstance(image, ImageFile.ImageFile):
+        # a copy (`copy.deepcopy`, or from another process) holds decoded pixels and knows no file
+        if isinstance(image, ImageFile.ImageFile) and "fp" in vars(image):
             _load_file(image)
         else:
             image.load()

@@ -21,6 +21,8 @@ ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
 MARKS = re.compile(f"{IMAGE_TOKEN}|(?:{LATENT_TOKEN})+")
 VISION_BLOCKS = re.compile(f"{VISION_START}(?:{IMAGE_TOKEN}|(?:{LATENT_TOKEN})*){VISION_END}|{MARKS.pattern}")
+# of what the processor gives, what the model can find in the ids as well
+TURN_INPUTS = ("instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
 # A code point that Unicode never assigns, put into text that looks like a special token so that it stays text.
 BREAK = "\ufdd0"
 
@@ -158,14 +160,24 @@ class FusionProcessor(ProcessorMixin):
         self.image_token, self.latent_token = IMAGE_TOKEN, LATENT_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+        self.returns_turns = True
         self.begin = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
         template = chat_template or CHAT_FORMATS[chat_format].write_template(query_len, self.begin)
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
-        names = ["input_ids", "attention_mask", "pixel_values"]
-        return [*names, "instruct_input_ids", "instruct_attention_mask", "prompt_end_positions"]
+        return ["input_ids", "attention_mask", "pixel_values", *(TURN_INPUTS if self.returns_turns else ())]
+
+    def without_turns(self) -> "FusionProcessor":
+        """
+        Return a processor that gives ids, masks and images alone, so that the model finds turns and questions.
+
+        For callers that hand on no others, as TRL's trainers that sample. Saved, it is an ordinary processor.
+        """
+        processor = copy.copy(self)
+        processor.returns_turns = False
+        return processor
 
     def apply_chat_template(
         self,
@@ -276,13 +288,12 @@ class FusionProcessor(ProcessorMixin):
         data: dict[str, Any] = {
             "input_ids": [row.ids for row in rows],
             "attention_mask": [row.mask for row in rows],
-            **self._questions(texts),
-            "prompt_end_positions": _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1),
         }
-        if tensors is not None:  # of whole numbers, even where there are no turns
-            data["prompt_end_positions"] = np.array(data["prompt_end_positions"], dtype=np.int64).reshape(
-                len(rows), -1
-            )
+        if self.returns_turns:
+            ends = _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1)
+            # of whole numbers, even where there are no turns
+            whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
+            data |= self._questions(texts) | {"prompt_end_positions": whole}
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
