@@ -107,13 +107,17 @@ class FusionProcessor(ProcessorMixin):
         if missing:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             try:
-                config = FusionConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-            except OSError as error:
+                found, _ = FusionConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            except OSError:  # newer releases of transformers return nothing where there is no file
+                found = None
+            if not found or found.get("model_type") != FusionConfig.model_type:
                 names = ", ".join(f"`{name}`" for name in missing)
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} has no processor_config.json and no config.json. Pass {names} "
-                    "to `from_pretrained`, or save the processor there with `processor.save_pretrained`."
-                ) from error
+                    f"{pretrained_model_name_or_path} has no processor_config.json, and no config.json of a FUSION "
+                    f"model. Pass {names} to `from_pretrained`, or save the processor there with "
+                    "`processor.save_pretrained`."
+                )
+            config = FusionConfig.from_dict(found)
             values |= {name: getattr(config, name) for name in missing}
         return values, unused
 

@@ -250,7 +250,8 @@ def find_prompt_ends(
     found = found[:, 1:].gather(1, is_alone.long().argsort(dim=1, stable=True))
     # truncation may leave the end of a turn whose latent block was behind it
     num_blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
-    return found.masked_fill(torch.arange(found.shape[1], device=found.device) >= num_blocks[:, None], ABSENT)
+    found = found.masked_fill(torch.arange(found.shape[1], device=found.device) >= num_blocks[:, None], ABSENT)
+    return found[:, : int(num_blocks.max())]
 
 
 def find_questions(
