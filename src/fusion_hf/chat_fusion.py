@@ -254,9 +254,13 @@ def find_control_tokens(tokenizer: Any, sanitize: bool = False) -> set[str]:
 
 def protect(text: str, tokenizer: Any, sanitize: bool = False) -> str:
     """Break up what the tokenizer would read as a control token, see [`find_control_tokens`]."""
+    return break_up(text.replace(BREAK, ""), tokenizer, sanitize)
+
+
+def break_up(text: str, tokenizer: Any, sanitize: bool = False) -> str:
+    """The same for a text that may be protected already."""
     ordered = sorted(find_control_tokens(tokenizer, sanitize), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-    text = text.replace(BREAK, "")
     while pattern.search(text):
         text = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
     return text

@@ -22,6 +22,7 @@ from .chat_fusion import (
     REPEATED,
     VISION_BLOCKS,
     address_of,
+    break_up,
     check_messages,
     check_tokenizer,
     derive_chat_format,
@@ -378,8 +379,9 @@ class FusionProcessor(ProcessorMixin):
 
     def _questions(self, texts: list[str], given: str | list[str] | None) -> dict[str, list[list[int]]]:
         """The questions of each prompt, tokenised on their own; a prompt without image has none."""
-        questions = [given] if isinstance(given, str) else given
-        if questions is None:
+        if given is not None:
+            questions = [break_up(q, self.tokenizer) for q in ([given] if isinstance(given, str) else given)]
+        else:
             questions = [self._find_question(text) if IMAGE_TOKEN in text else "" for text in texts]
         if len(questions) != len(texts):
             raise ValueError(f"`questions` must hold a text for each of {len(texts)} prompts, got {len(questions)}.")

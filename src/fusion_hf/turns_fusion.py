@@ -303,7 +303,10 @@ def _question(ids: list[int], config: FusionConfig) -> list[int]:
             "`input_ids`. Pass `instruct_input_ids` as the processor returns it."
         )
     texts = [tokenizer.decode(cut, clean_up_tokenization_spaces=False).strip() for cut in cuts]
-    return tokenize_alone([protect("".join(texts), tokenizer)], tokenizer)[0]
+    # what looks like a special token and is none was broken up in the prompt
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    sanitize = not any(number in special for cut in cuts for number in cut)
+    return tokenize_alone([protect("".join(texts), tokenizer, sanitize)], tokenizer)[0]
 
 
 def _cut(ids: list[int], config: FusionConfig) -> list[list[int]]:

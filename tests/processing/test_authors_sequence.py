@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from tests.helpers.authors_sequence import IMAGE, LATENT, LAYOUTS, Sequence, make_sequence
 from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
+from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.inference import Assistant
+from fusion_hf.modeling_fusion_base import cache_keyword
 from fusion_hf.questions import Entry, parse_question
 from fusion_hf.training import FusionDataCollator
 from fusion_hf.training.data.records import parse_record
@@ -212,10 +214,21 @@ def test_the_model_takes_an_image_in_a_later_turn(pair: tuple[Model, FusionProce
     written = model.generate(**rows[0], query_len=QUERY_LEN, max_new_tokens=3, do_sample=False)
     uncached = model.generate(**rows[0], query_len=QUERY_LEN, max_new_tokens=3, do_sample=False, use_cache=False)
     assert torch.equal(written, uncached)
+    # a cache that ends between a turn and its latent block cannot be continued
+    cache = DynamicCache(config=model.config.text_config)
+    ids = rows[0]["input_ids"]
+    border = int((ids == processor.latent_token_id).nonzero()[0, 1]) - 2
+    begun = {**rows[0], "input_ids": ids[:, :border], "attention_mask": rows[0]["attention_mask"][:, :border]}
+    features = model.get_global_features(rows[0]["pixel_values"])
+    model(**{**begun, "prompt_end_positions": ids[:, :0]}, query_len=QUERY_LEN, **cache_keyword(cache), use_cache=True)
+    with pytest.raises(ValueError, match="0 latent blocks and the ends of 1 turns"):
+        model.generate(
+            **{**rows[0], "global_features": features}, **cache_keyword(cache), query_len=QUERY_LEN, max_new_tokens=1
+        )
     record = {"image": PICTURE, "conversations": [{"from": s, "value": t} for s, t in [*turns, ("gpt", "so")]]}
     whole = FusionDataCollator(processor, query_lens=[QUERY_LEN])([record])
     first = int((whole["input_ids"][0] == processor.image_token_id).nonzero()[-1])
-    for length in range(first + 1, whole["input_ids"].shape[1] + 1, 3):
+    for length in range(first + 1, whole["input_ids"].shape[1] + 1, 7):
         cut = FusionDataCollator(processor, query_lens=[QUERY_LEN], max_length=length)([record])
         assert torch.equal(cut["input_ids"], whole["input_ids"][:, :length])
         assert torch.isfinite(model(**{name: value for name, value in cut.items() if name != "labels"}).logits).all()
