@@ -125,18 +125,22 @@ CHAT_FORMATS = {
 }
 
 
-def check_messages(messages: Any) -> None:
+def check_messages(messages: Any, where: str = "") -> None:
     """
     Check the form of one conversation.
+
+    Args:
+        messages: of the conversation.
+        where (`str`): in front of a message's name in errors, to tell the conversations of a batch apart.
 
     Raises:
         ValueError: names the message and the block that FUSION cannot read.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"A conversation must be a list of messages, got {messages!r}.")
+        raise ValueError(f"{where}messages must be a list of messages, got {messages!r}.")
     begins = 0
     for number, message in enumerate(messages):
-        name = f"messages[{number}]"
+        name = f"{where}messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
             raise ValueError(f"{name} must have a role of {', '.join(map(repr, ROLES))}, got {role!r}.")

@@ -252,9 +252,26 @@ def test_what_a_message_lacks_is_named_in_the_collator_too(
 ) -> None:
     with pytest.raises(ValueError, match=error):
         processor.apply_chat_template([message], **CALL)
-    if message.get("content", "") is not None and "content" in message:
-        with pytest.raises(ValueError, match=error if message.get("role") else "no user message"):
-            FusionDataCollator(processor)([{"messages": [message, answer("b")]}])
+    for image in (None, IMAGE):
+        with pytest.raises(ValueError, match=f"Record 'seven': {error}"):
+            FusionDataCollator(processor)([{"id": "seven", "image": image, "messages": [message, answer("b")]}])
+
+
+@pytest.mark.parametrize(
+    ("turns", "error"),
+    [
+        ([{"from": "human"}], r"conversations\[0\].value must be a string, got None"),
+        ([{"from": "human", "value": 3}], r"conversations\[0\].value must be a string, got 3"),
+        ([{"value": "a"}], r"conversations\[0\] has a speaker None; allowed: human, gpt, system"),
+        (["a"], "conversations must be a list of turns"),
+        ({}, "conversations must be a list of turns"),
+        ([{"from": "human", "value": "a"}] * 2, r"messages\[1\].role must be 'assistant'"),
+        ([{"from": "gpt", "value": "a"}], r"messages\[0\].role must be 'user'"),
+    ],
+)
+def test_turns_that_cannot_be(processor: FusionProcessor, turns: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=f"Record 'seven': {error}"):
+        FusionDataCollator(processor)([{"id": "seven", "conversations": turns}])
 
 
 # Processors that were saved by parts

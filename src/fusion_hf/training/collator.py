@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusion_hf.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED
+from fusion_hf.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
+from fusion_hf.compatibility_fusion import as_dicts
 from fusion_hf.image_processing_fusion import values_of_bytes
 from fusion_hf.processing_fusion import FusionProcessor
 from fusion_hf.training.query_lens import BatchDraw
@@ -37,24 +38,27 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         The messages, without the record's other fields.
 
     Raises:
-        ValueError: for an unknown speaker, no user message, several images, or an image mark without an image.
+        ValueError: for several images, an image mark without an image, and what a message or a turn cannot be; names
+            the record, the message and the block.
     """
     name = f"Record {record.get('id')!r}"
     if record.get("messages") is not None:
-        messages = [dict(message) for message in record["messages"]]
+        given = as_dicts(record["messages"])
     elif record.get("conversations") is not None:
-        messages = [_read_turn(turn, name) for turn in record["conversations"]]
+        given = _read_turns(record["conversations"], name)
     else:
         raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
     images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
     is_marked, marked = False, []
+    messages = [dict(message) for message in given] if all(isinstance(each, dict) for each in given) else []
     for message in messages:
         message["content"], inside, has_mark = _split_content(message.get("content"), message.get("role"), name)
         images += inside
         is_marked |= has_mark
         if has_mark and message.get("role") == "user":
             marked.append(message)
-    questions = [message for message in messages if message.get("role") == "user"]
+    check_messages(given, f"{name}: ")
+    questions = [message for message in messages if message["role"] == "user"]
     if not questions:
         raise ValueError(f"{name} has no user message.")
     if len(images) > 1:
@@ -70,12 +74,19 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _read_turn(turn: dict[str, Any], name: str) -> dict[str, Any]:
-    """A message of LLaVA's turn `{"from", "value"}`."""
-    if turn["from"] not in ROLE_OF_SPEAKER:
-        allowed = ", ".join(ROLE_OF_SPEAKER)
-        raise ValueError(f"{name} has a speaker {turn['from']!r}; allowed: {allowed}.")
-    return {"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]}
+def _read_turns(turns: Any, name: str) -> list[dict[str, Any]]:
+    """Messages of LLaVA's turns `{"from", "value"}`."""
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{name}: conversations must be a list of turns, got {turns!r}.")
+    for number, turn in enumerate(turns):
+        if turn.get("from") not in ROLE_OF_SPEAKER:
+            allowed = ", ".join(ROLE_OF_SPEAKER)
+            raise ValueError(
+                f"{name}: conversations[{number}] has a speaker {turn.get('from')!r}; allowed: {allowed}."
+            )
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"{name}: conversations[{number}].value must be a string, got {turn.get('value')!r}.")
+    return [{"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -86,10 +97,8 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
     """A message's content without images and marks, its images, and whether it says that there is one."""
     if isinstance(content, str):
         return content.replace(IMAGE_TOKEN, ""), [], IMAGE_TOKEN in content
-    if content is None:
-        return "", [], False
     if not isinstance(content, (list, tuple)):
-        return content, [], False  # the processor says what is wrong with it, and with odd blocks
+        return content, [], False  # `check_messages` says what is wrong with it, and with odd blocks
     blocks, images, has_mark = [], [], False
     for block in content:
         if not isinstance(block, dict):

@@ -154,8 +154,13 @@ class FusionProcessor(ProcessorMixin):
             kwargs = protect_all(kwargs, self.tokenizer, sanitize)
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         query_len = processor_kwargs.get("query_len") if query_len is None else query_len
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        prepared = [self._prepare_messages(c, sanitize) for c in (conversation if batched else [conversation])]
+        is_list = isinstance(conversation, (list, tuple)) and bool(conversation)
+        batched = is_list and isinstance(conversation[0], (list, tuple))
+        if batched:
+            pairs = enumerate(conversation)
+            prepared = [self._prepare_messages(each, sanitize, f"conversation[{n}].") for n, each in pairs]
+        else:
+            prepared = [self._prepare_messages(conversation, sanitize)]
         if kwargs.get("add_generation_prompt"):
             for messages in prepared:
                 require_question(messages)
@@ -168,7 +173,7 @@ class FusionProcessor(ProcessorMixin):
             self._check_headers(prepared, chat_template, length, kwargs)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
         processor_kwargs["query_len"] = length
-        processor_kwargs["questions"] = [_join_questions(messages) for messages in prepared]
+        processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
         if image_token_grid is not None:
             processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
@@ -230,6 +235,8 @@ class FusionProcessor(ProcessorMixin):
             return resized(images, text, query_len, questions=questions, **kwargs)
         if text is None:
             return super().__call__(images=images, **kwargs)
+        if not isinstance(text, (str, list, tuple)) or text in ([], ()):
+            raise ValueError(f"`text` must be a string or a list of one or more strings, got {text!r}.")
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         given = [text] if isinstance(text, str) else text
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
@@ -321,11 +328,11 @@ class FusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens
 
-    def _prepare_messages(self, messages: list[dict[str, Any]], sanitize: bool = False) -> list[dict[str, Any]]:
+    def _prepare_messages(self, messages: Any, sanitize: bool, where: str = "") -> list[dict[str, Any]]:
         """Copies of the messages as lists of blocks: one protected text each, behind the image of its message."""
         prepared, pictures = [], 0
         messages = as_dicts(messages)
-        check_messages(messages)
+        check_messages(messages, where)
         for message in messages:
             content = message["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -338,7 +345,7 @@ class FusionProcessor(ProcessorMixin):
             others = protect_all(others, self.tokenizer, sanitize)
             prepared.append({"role": message["role"], **others, "content": [*images, {"type": "text", "text": text}]})
         if pictures > 1:
-            raise ValueError(f"A conversation has {pictures} images; FUSION reads 1.")
+            raise ValueError(f"{where}messages has {pictures} images; FUSION reads 1.")
         return prepared
 
     def _arrange(self, text: str, query_len: int, strict: bool) -> str:
@@ -481,8 +488,9 @@ def _drop_breaks(row: "_Tokens", text: str) -> "_Tokens":
 
 
 def _checked_query_len(query_len: int) -> int:
-    if not is_perfect_square(query_len):
-        raise ValueError(f"query_len is {query_len}; allowed: a perfect square (1, 4, 9, 16, ...).")
+    is_number = isinstance(query_len, (int, np.integer)) and not isinstance(query_len, bool)
+    if not is_number or not is_perfect_square(query_len):
+        raise ValueError(f"query_len is {query_len!r}; allowed: a perfect square (1, 4, 9, 16, ...).")
     return query_len
 
 
