@@ -179,9 +179,12 @@ def address_of(block: dict[str, Any]) -> Any:
     return url.get("url") if isinstance(url, dict) else url
 
 
-def require_question(messages: list[dict[str, Any]]) -> None:
+def require_question(messages: list[dict[str, Any]], where: str = "") -> None:
     """
     Check that a conversation that is to be answered ends with a question.
+
+    Args:
+        messages: see [`check_messages`], and `where` as well.
 
     Raises:
         ValueError: names its last message.
@@ -189,7 +192,7 @@ def require_question(messages: list[dict[str, Any]]) -> None:
     last = messages[-1]["role"]
     if last != "user":
         raise ValueError(
-            f"messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, got {last!r}."
+            f"{where}messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, got {last!r}."
         )
 
 

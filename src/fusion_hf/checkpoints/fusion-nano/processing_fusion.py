@@ -156,32 +156,33 @@ class FusionProcessor(ProcessorMixin):
         query_len = processor_kwargs.get("query_len") if query_len is None else query_len
         is_list = isinstance(conversation, (list, tuple)) and bool(conversation)
         batched = is_list and isinstance(conversation[0], (list, tuple))
-        if batched:
-            pairs = enumerate(conversation)
-            prepared = [self._prepare_messages(each, sanitize, f"conversation[{n}].") for n, each in pairs]
-        else:
-            prepared = [self._prepare_messages(conversation, sanitize)]
-        if kwargs.get("add_generation_prompt"):
-            for messages in prepared:
-                require_question(messages)
+        prepared = []
+        for number, messages in enumerate(conversation if batched else [conversation]):
+            where = f"conversation[{number}]." if batched else ""
+            prepared.append(self._prepare_messages(messages, sanitize, where))
+            if kwargs.get("add_generation_prompt"):
+                require_question(prepared[-1], where)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         chats = prepared if batched else prepared[0]
+        template = str(self.chat_template if chat_template is None else chat_template)
+        if "query_len" in template:  # older releases of transformers lose `processor_kwargs` with other arguments
+            kwargs["query_len"] = length
         if not kwargs.get("tokenize"):
-            text = super().apply_chat_template(chats, chat_template=chat_template, query_len=length, **kwargs)
+            text = super().apply_chat_template(chats, chat_template=chat_template, **kwargs)
             return [_order_marks(each) for each in text] if batched else _order_marks(text)
         if any(message["role"] == "assistant" for messages in prepared for message in messages):
-            self._check_headers(prepared, chat_template, length, kwargs)
+            self._check_headers(prepared, chat_template, template, kwargs)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
         processor_kwargs["query_len"] = length
         processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
         if image_token_grid is not None:
             processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
-            chats, chat_template=chat_template, query_len=length, processor_kwargs=processor_kwargs, **kwargs
+            chats, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
 
     def _check_headers(
-        self, prepared: list[list[dict[str, Any]]], chat_template: str | None, query_len: int, kwargs: dict[str, Any]
+        self, prepared: list[list[dict[str, Any]]], chat_template: str | None, template: str, kwargs: dict[str, Any]
     ) -> None:
         """
         Check that a template of the caller's own says where answers begin.
@@ -190,10 +191,9 @@ class FusionProcessor(ProcessorMixin):
             ValueError: if it does not write the chat format's assistant header.
         """
         header = CHAT_FORMATS[self.chat_format].assistant_header
-        template = self.chat_template if chat_template is None else chat_template
-        if header.replace("\n", "\\n") in str(template):
+        if header.replace("\n", "\\n") in template:
             return
-        options = {"chat_template": chat_template, "query_len": query_len, **kwargs, **AS_TEXT}
+        options = {"chat_template": chat_template, **kwargs, **AS_TEXT}
         for messages, text in zip(prepared, super().apply_chat_template(prepared, **options), strict=True):
             answers = sum(message["role"] == "assistant" for message in messages)
             answers += bool(kwargs.get("add_generation_prompt"))
@@ -328,7 +328,7 @@ class FusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens
 
-    def _prepare_messages(self, messages: Any, sanitize: bool, where: str = "") -> list[dict[str, Any]]:
+    def _prepare_messages(self, messages: Any, sanitize: bool, where: str) -> list[dict[str, Any]]:
         """Copies of the messages as lists of blocks: one protected text each, behind the image of its message."""
         prepared, pictures = [], 0
         messages = as_dicts(messages)
