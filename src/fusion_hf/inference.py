@@ -15,6 +15,7 @@ from transformers import BatchFeature, Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from fusion_hf.chat_fusion import REPEATED
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.folders import find_folder, nano_path
@@ -379,8 +380,12 @@ def with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with a picture of one pixel, for a template and a processor that want one: it costs no resizing."""
     stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
     return [
-        {**message, "content": [stand_in if block["type"] == "image" else block for block in message["content"]]}
+        {**message, "content": [stand_in if _is_image(block) else block for block in message["content"]]}
         if isinstance(message["content"], list)
         else message
         for message in messages
     ]
+
+
+def _is_image(block: dict[str, Any]) -> bool:
+    return block["type"] == "image" and not block.get(REPEATED)

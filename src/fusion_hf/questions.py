@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image, ImageFile
 
+from fusion_hf.chat_fusion import IMAGE_TOKEN, REPEATED
 from fusion_hf.errors import InputError
 from fusion_hf.image_limits_fusion import ImageError
 from fusion_hf.image_opening_fusion import load_image
@@ -47,11 +48,14 @@ class Question:
     picture: str | Image.Image | None
 
     def with_picture(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The chat messages, the first question's content beginning with an image block, if one is given."""
+        """The chat messages; an image block, if one is given, is in the questions with a mark, or in the first one."""
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
         if block is not None:
-            first = next(message for message in messages if message["role"] == "user")
-            first["content"] = [block, {"type": "text", "text": first["content"]}]
+            questions = [message for message in messages if message["role"] == "user"]
+            marked = [message for message in questions if IMAGE_TOKEN in message["content"]]
+            for number, message in enumerate(marked or questions[:1]):
+                text = {"type": "text", "text": message["content"].replace(IMAGE_TOKEN, "")}
+                message["content"] = [{"type": "image", REPEATED: True} if number else block, text]
         return messages
 
 
@@ -166,5 +170,5 @@ def _check_order(messages: Messages) -> None:
     if conversation != [*["user", "assistant"] * (len(conversation) // 2), "user"]:
         allowed = "user, or user, assistant, user, ...; a question is last"
         raise RecordProblem("wrong order", f"its roles are {shown_roles(roles)}; allowed: {allowed}")
-    if not messages[-1]["content"].strip():
+    if not messages[-1]["content"].replace(IMAGE_TOKEN, "").strip():
         raise RecordProblem("empty conversation", "the question is empty")

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .chat_fusion import BETWEEN_BLOCKS, CHAT_FORMATS, VISION_END, protect
 from .configuration_fusion import FusionConfig
-from .processing_fusion import CHAT_FORMATS, VISION_END, protect, tokenize_alone
+from .processing_fusion import tokenize_alone
 
 ABSENT = -1  # in place of the prompt end of a turn that a row does not have
 IGNORED = -100  # in labels
@@ -211,10 +212,13 @@ def find_prompt_ends(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FusionConfig
 ) -> torch.Tensor:
     """
-    Find the last token of the assistant header behind each latent block.
+    Find the last token of the assistant header behind the blocks of each turn.
+
+    A turn begins with one block, of the image or of latent tokens, or with several next to each other. An image in a
+    later question takes the first block of the conversation, so that a latent block may be behind its prompt's end.
 
     Args:
-        input_ids (`(B, S)`): prompts with one latent block per turn.
+        input_ids (`(B, S)`): prompts.
         attention_mask (`(B, S)`, *optional*): what is padding is not looked at.
         config ([`FusionConfig`]): says how an assistant header is written in ids.
 
@@ -224,10 +228,12 @@ def find_prompt_ends(
     length = input_ids.shape[1]
     header = input_ids.new_tensor(config.assistant_header_ids)  # (h,)
     latent = input_ids == config.latent_token_id  # (B, S)
-    begins = latent.clone()
-    begins[:, 1:] &= ~latent[:, :-1]
-    block = begins.cumsum(1)  # (B, S): how many blocks have begun
-    most = int(block[:, -1].max())
+    is_block = latent | (input_ids == config.image_token_id)
+    begins = is_block.clone()
+    for distance in range(1, BETWEEN_BLOCKS + 2):
+        begins[:, distance:] &= ~is_block[:, :-distance]
+    turn = begins.cumsum(1)  # (B, S): how many turns have begun
+    most = int(turn[:, -1].max())
     found = torch.full((len(input_ids), most + 1), length, device=input_ids.device)  # (B, 1 + R)
     reach = len(header) - 1 + config.assistant_header_tail  # from a header's first token to its last
     if length > reach:
@@ -235,10 +241,18 @@ def find_prompt_ends(
         ends = torch.arange(reach, length, device=input_ids.device).expand(len(input_ids), -1)
         if attention_mask is not None:
             is_header = is_header & attention_mask[:, reach:].bool()
-        # the first header behind each block; what stands before all blocks goes to column 0
+        # the first header behind each turn's blocks; what stands before all of them goes to column 0
         ends = torch.where(is_header, ends, length)
-        found.scatter_reduce_(1, block[:, : length - reach], ends, "amin")
-    return torch.where(found < length, found, ABSENT)[:, 1:]
+        found.scatter_reduce_(1, turn[:, : length - reach], ends, "amin")
+    found = torch.where(found < length, found, ABSENT)
+    # an image that a text, but no header, parts from the first latent block belongs to that block's turn
+    has_latents = torch.zeros_like(found).scatter_reduce_(1, turn, latent.long(), "amax")  # (B, 1 + R)
+    is_alone = ((found == ABSENT) & (has_latents == 0))[:, 1:]
+    found = found[:, 1:].gather(1, is_alone.long().argsort(dim=1, stable=True))
+    # truncation may leave the end of a turn whose latent block was behind it
+    num_blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
+    found = found.masked_fill(torch.arange(found.shape[1], device=found.device) >= num_blocks[:, None], ABSENT)
+    return found[:, : int(num_blocks.max())]
 
 
 def find_questions(
@@ -284,19 +298,33 @@ def _question(ids: list[int], config: FusionConfig) -> list[int]:
             "tokenizer to find it in `input_ids`: the ids of these questions depend on the text before them. Pass "
             "`instruct_input_ids` as the processor returns it, or an empty `(B, 0)` tensor for no question."
         )
+    if any(number >= len(tokenizer) for cut in cuts for number in cut):
+        raise ValueError(
+            f"`instruct_input_ids` is missing, and the tokenizer in {config._name_or_path!r} lacks a token of "
+            "`input_ids`. Pass `instruct_input_ids` as the processor returns it."
+        )
     texts = [tokenizer.decode(cut, clean_up_tokenization_spaces=False).strip() for cut in cuts]
-    return tokenize_alone([protect("".join(texts), tokenizer)], tokenizer)[0]
+    # what looks like a special token and is none was broken up in the prompt
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    sanitize = not any(number in special for cut in cuts for number in cut)
+    return tokenize_alone([protect("".join(texts), tokenizer, sanitize)], tokenizer)[0]
 
 
 def _cut(ids: list[int], config: FusionConfig) -> list[list[int]]:
-    """The ids between each latent block and its turn's end, without the separator that may begin them."""
+    """The ids between each turn's blocks and its end, without the separator that may begin them."""
     separator, cuts = config.question_separator_ids or [], []
-    start = 0
-    while config.latent_token_id in ids[start:]:
-        start = ids.index(config.latent_token_id, start)
-        while start < len(ids) and ids[start] in (config.latent_token_id, config.vision_end_token_id):
+    marks = {config.image_token_id, config.latent_token_id}
+    places = [place for place, number in enumerate(ids) if number in marks]
+    end = 0
+    for place, following in zip(places, [*places[1:], len(ids)], strict=True):
+        start = place + 1
+        if place < end or following - start <= BETWEEN_BLOCKS:  # of a block inside a turn's
+            continue
+        if ids[start : start + 1] == [config.vision_end_token_id]:
             start += 1
         end = ids.index(config.turn_end_token_id, start) if config.turn_end_token_id in ids[start:] else len(ids)
+        if following < end:  # an image that a text, but no turn's end, parts from the latent block
+            continue
         if ids[start : start + len(separator)] == separator:
             start += len(separator)
         cuts.append(ids[start:end])
@@ -323,17 +351,9 @@ def describe_turns(processor: Any) -> dict[str, Any]:
 
     Returns:
         Values for the fields of [`FusionConfig`] by which the model finds turns and questions in ids.
-
-    Raises:
-        ValueError: if the tokenizer does not know the token that ends a turn of the chat format.
     """
     tokenizer, chat_format = processor.tokenizer, CHAT_FORMATS[processor.chat_format]
     vocabulary = tokenizer.get_vocab()
-    if chat_format.turn_end not in vocabulary:
-        raise ValueError(
-            f"The tokenizer has no token {chat_format.turn_end!r}, which ends a turn of the chat format "
-            f"{processor.chat_format!r}."
-        )
     end, vision_end = vocabulary[chat_format.turn_end], vocabulary[VISION_END]
 
     def behind_vision_end(text: str) -> list[int]:

@@ -153,6 +153,7 @@ def turns_behind_cache(
     if ends is None and global_features is not None and can_find_turns(config):
         ends = find_prompt_ends(input_ids, given.get("attention_mask"), config)
     if ends is not None:
+        _check_border(config, input_ids[:, : -model_inputs["input_ids"].shape[1]], ends)
         ends = ends - (input_ids.shape[1] - model_inputs["input_ids"].shape[1])  # (B, R)
         is_behind = ends >= 0
         order = (~is_behind).long().argsort(dim=1, stable=True)  # those that remain come first
@@ -164,6 +165,24 @@ def turns_behind_cache(
         if not has_image:
             raise ValueError(f"Sample {row} has no picture: global_features cannot continue its cache.")
     return {"global_features": global_features, "prompt_end_positions": ends}
+
+
+def _check_border(config: FusionConfig, cached_ids: torch.Tensor, ends: torch.Tensor) -> None:
+    """
+    Check that a cache holds the latent block of each turn whose end it holds, and no other.
+
+    Raises:
+        ValueError: if it does not. Where a later question has the image, a block is behind its turn's end.
+    """
+    latent = cached_ids == config.latent_token_id  # (B, S)
+    blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
+    turns = ((ends >= 0) & (ends < cached_ids.shape[1])).sum(1)
+    for row, (found, expected) in enumerate(zip(blocks.tolist(), turns.tolist(), strict=True)):
+        if found != expected:
+            raise ValueError(
+                f"Sample {row}: the cache holds {found} latent blocks and the ends of {expected} turns, so that it "
+                "cannot be continued. Process the whole conversation without it."
+            )
 
 
 def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
