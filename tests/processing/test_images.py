@@ -15,7 +15,7 @@ import skimage.data
 import torch
 from PIL import Image
 
-from fusion_hf import FusionImageProcessor, image_processing_fusion
+from fusion_hf import FusionImageProcessor, image_sources_fusion
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_pictures_at_addresses(
         pixels(processor, f"{address}/none.png")
     with pytest.raises(ValueError, match=r"/text\.png' cannot be opened"):
         pixels(processor, f"{address}/text.png")
-    monkeypatch.setattr(image_processing_fusion, "MAX_DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(image_sources_fusion, "MAX_DOWNLOAD_BYTES", 1000)
     with pytest.raises(ValueError, match=r"/photo\.png' cannot be opened: it has more than the allowed 1000 bytes"):
         pixels(processor, f"{address}/photo.png")
 

@@ -15,6 +15,7 @@ from transformers.processing_utils import MultiModalData
 
 from .compatibility_fusion import as_dicts
 from .configuration_fusion import is_perfect_square
+from .image_sources_fusion import defer_images, flatten_images, is_group
 
 DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as texts or as transformers' enumeration
 ROLES = ("system", "user", "assistant")
@@ -218,13 +219,13 @@ class FusionProcessor(ProcessorMixin):
             resized.num_image_tokens = self.count_image_tokens(image_token_grid)
             return resized(images, text, query_len, **kwargs)
         if text is None:
-            return super().__call__(images=images, **kwargs)
+            return super().__call__(images=None if images is None else defer_images(images), **kwargs)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         given = [text] if isinstance(text, str) else text
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
         shifts = [len(self._prefix(t)) for t in given]
         _check_nesting(images, texts)
-        flat_images = _flatten(images)
+        flat_images = defer_images(images)
         marks = sum(t.count(IMAGE_TOKEN) for t in texts)
         if marks != len(flat_images):  # in transformers' words, whose older versions do not count
             raise ValueError(
@@ -499,28 +500,21 @@ def _checked_query_len(query_len: int) -> int:
 
 
 def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's `image_url` block as the ecosystem's `image` block."""
-    if block["type"] == "image":
-        return block
-    return {"type": "image", "url": _address(block)}
-
-
-def _flatten(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flatten(item)]
-    return [images]
+    """OpenAI's `image_url` block, and one of datasets with `bytes` and `path`, as the ecosystem's `image` block."""
+    if block["type"] == "image_url":
+        return {"type": "image", "url": _address(block)}
+    return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block
 
 
 def _check_nesting(images: Any, texts: list[str]) -> None:
     """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
-    if not isinstance(images, (list, tuple)) or len(images) != len(texts):
+    parts = list(images) if is_group(images) else [images]
+    if not flatten_images(images) or not any(part is None or is_group(part) for part in parts):
         return
-    if not all(isinstance(each, (list, tuple)) for each in images):
-        return
-    for number, (each, text) in enumerate(zip(images, texts, strict=True)):
-        marks, count = text.count(IMAGE_TOKEN), len(_flatten(each))
+    if len(parts) != len(texts):
+        raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
+    for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
+        marks, count = text.count(IMAGE_TOKEN), len(flatten_images(part))
         if marks != count:
             raise ValueError(
                 f"Prompt {number} has {marks} {IMAGE_TOKEN} marks, but images[{number}] has {count} images."
