@@ -126,28 +126,28 @@ class FusionImageProcessor(PilBackend):
     ) -> BatchFeature:
         """Open, decode and cut one image after another: decoded, all of a call would take gigabytes."""
         _check_settings(**kwargs)
-        sources, size, resample = flatten_images(images), kwargs["size"], kwargs["resample"]
-        tables = _Tables.of(**kwargs)
-        shape = (len(sources), NUM_TILES + 1, 3, size.height, size.width)
-        pixel_values = np.empty(shape, dtype=np.uint8 if tables.of_bytes is None else np.float32)
-        for number, source in enumerate(sources):
-            rgb = self._open(source, **kwargs)
-            table = tables.of_shares if rgb.is_share else tables.of_bytes
-            if table is None:
-                self.cut(rgb.image, size, resample, out=pixel_values[number])
-                continue
-            if pixel_values.dtype != table.dtype:  # the first shares among bytes that stay bytes
-                pixel_values = pixel_values.astype(table.dtype)
-            _look_up(table, self.cut(rgb.image, size, resample), out=pixel_values[number])
+        sources, size = flatten_images(images), kwargs["size"]
+        pixel_values = np.empty((len(sources), NUM_TILES + 1, 3, size.height, size.width), dtype=np.uint8)
+        are_shares = [
+            self._cut_source(source, tiles, **kwargs) for source, tiles in zip(sources, pixel_values, strict=True)
+        ]
+        tables = None if kwargs["as_bytes"] else _tables_of(are_shares, **kwargs)
+        if tables is not None:
+            pixel_values = _look_up(tables, pixel_values)
         # a whole array becomes a tensor as it is, a list of arrays would be copied
         data = {"pixel_values": list(pixel_values) if return_tensors is None else pixel_values}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _open(self, source: Any, **kwargs: Any) -> RGBImage:
+    def _cut_source(
+        self, source: Any, out: np.ndarray, size: SizeDict, resample: PILImageResampling, **kwargs: Any
+    ) -> bool:
+        """Write the tiles of an image into `out`, and tell whether it was given in shares."""
         try:
-            return self._to_rgb(open_source(source), **kwargs)
+            rgb = self._to_rgb(open_source(source), **kwargs)
         except ImageError as error:
             raise type(error)(error.reason, f"The image {describe_source(source)}") from error
+        self.cut(rgb.image, size, resample, out=out)
+        return rgb.is_share
 
     @staticmethod
     def cut(
@@ -198,29 +198,22 @@ def values_of_shares(
     return np.ascontiguousarray(table.T)
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """What the bytes of an image become `(3, 256)`, by what it was given in; None: they stay bytes."""
-
-    of_bytes: np.ndarray | None
-    of_shares: np.ndarray | None
-
-    @classmethod
-    def of(
-        cls,
-        do_rescale: bool | None,
-        rescale_factor: float,
-        do_normalize: bool | None,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-        as_bytes: bool | None,
-        **kwargs: Any,
-    ) -> "_Tables":
-        if as_bytes:
-            return cls(None, None)
-        settings = (bool(do_normalize), image_mean, image_std)
-        of_bytes = values_of_bytes(bool(do_rescale), rescale_factor, *settings) if do_rescale or do_normalize else None
-        return cls(of_bytes, of_bytes if do_rescale else values_of_shares(*settings))
+def _tables_of(
+    are_shares: Sequence[bool],
+    do_rescale: bool | None,
+    rescale_factor: float,
+    do_normalize: bool | None,
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
+    **kwargs: Any,
+) -> list[np.ndarray] | None:
+    """What the bytes of each image become `(3, 256)`; None if all stay bytes, as in transformers."""
+    if not (do_rescale or do_normalize or any(are_shares)):
+        return None
+    settings = (bool(do_normalize), image_mean, image_std)
+    of_bytes = values_of_bytes(bool(do_rescale), rescale_factor, *settings)
+    of_shares = of_bytes if do_rescale else values_of_shares(*settings)
+    return [of_shares if is_share else of_bytes for is_share in are_shares]
 
 
 def _check_settings(
@@ -259,12 +252,15 @@ def _check_settings(
         raise ValueError(f"image_std is {image_std}; allowed: numbers above 0.")
 
 
-def _look_up(table: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> None:
-    """Write the values of `table` `(3, 256)` for bytes `(5, 3, height, width)` into `out`."""
-    for tile, target in zip(tiles, out, strict=True):
-        for channel in range(len(table)):
-            # plane by plane, so that NumPy's indices stay in the cache; "clip" only says that none is to be checked
-            np.take(table[channel], tile[channel], out=target[channel], mode="clip")
+def _look_up(tables: Sequence[np.ndarray], tiles: np.ndarray) -> np.ndarray:
+    """The values of each image's table `(3, 256)` for bytes `(n, 5, 3, height, width)`."""
+    values = np.empty(tiles.shape, dtype=np.float32)
+    for table, images, targets in zip(tables, tiles, values, strict=True):
+        for tile, target in zip(images, targets, strict=True):
+            for channel in range(len(table)):
+                # by planes, so that NumPy's indices stay in the cache; "clip" only says that none is to be checked
+                np.take(table[channel], tile[channel], out=target[channel], mode="clip")
+    return values
 
 
 def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -110,12 +110,16 @@ def open_source(source: Any) -> Any:
 
 def describe_source(source: Any) -> str:
     """Name a source in an error: its path or address where it has one, else its kind."""
+    if isinstance(source, UnopenedImage):
+        return describe_source(source.source)
     if isinstance(source, Mapping):
         source = source.get("path") or source.get("bytes")
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         return repr(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}...")
-    return f"of {len(source)} bytes" if isinstance(source, (bytes, bytearray)) else f"of type {type(source).__name__}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"of {len(source)} bytes"
+    return f"of type {type(source).__name__}"
 
 
 def _choose(source: Mapping[str, Any]) -> Any:
