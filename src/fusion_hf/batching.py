@@ -204,12 +204,12 @@ class _Run:
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
-    def _open(self, picture: str | Image.Image) -> Image.Image:
+    def _open(self, picture: str | bytes | Image.Image) -> Image.Image:
         """
         Raises:
             InputError, ValueError or OSError: if it cannot be opened.
         """
-        if isinstance(picture, Image.Image):
+        if not isinstance(picture, str):
             return self.assistant.open_picture(picture)
         if picture.startswith(ADDRESSES):
             return self.assistant.open_picture(picture)

@@ -306,7 +306,7 @@ def _channels_last(array: np.ndarray, input_data_format: str | ChannelDimension 
             )
     if channels not in CHANNELS:
         given = "" if input_data_format is None else f", input_data_format {input_data_format!r}"
-        raise ValueError(f"An image has the shape {array.shape}{given}; allowed: {CHANNELS} channels, first or last.")
+        raise ValueError(f"An image has the shape {array.shape}{given}; allowed: 1, 3 or 4 channels, first or last.")
     return np.moveaxis(array, 0, -1) if is_first else array
 
 

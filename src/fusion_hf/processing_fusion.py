@@ -15,7 +15,7 @@ from transformers.processing_utils import MultiModalData
 
 from .compatibility_fusion import as_dicts
 from .configuration_fusion import is_perfect_square
-from .image_sources_fusion import defer_images, flatten_images, is_group
+from .image_sources_fusion import defer_images, is_group
 
 DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as texts or as transformers' enumeration
 ROLES = ("system", "user", "assistant")
@@ -509,12 +509,12 @@ def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
 def _check_nesting(images: Any, texts: list[str]) -> None:
     """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
     parts = list(images) if is_group(images) else [images]
-    if not flatten_images(images) or not any(part is None or is_group(part) for part in parts):
+    if not defer_images(images) or not any(part is None or is_group(part) for part in parts):
         return
     if len(parts) != len(texts):
         raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
     for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
-        marks, count = text.count(IMAGE_TOKEN), len(flatten_images(part))
+        marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
         if marks != count:
             raise ValueError(
                 f"Prompt {number} has {marks} {IMAGE_TOKEN} marks, but images[{number}] has {count} images."

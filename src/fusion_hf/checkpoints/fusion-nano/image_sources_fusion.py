@@ -58,11 +58,9 @@ def flatten_images(images: Any) -> list[Any]:
     List the images of a caller in their order, each as it was given.
 
     Args:
-        images: one image or None, or (nested) lists of them. An array or tensor of more than three dimensions is a
-            list of its parts.
+        images: one image, or (nested) lists of them. An array or tensor of more than three dimensions is a list of its
+            parts.
     """
-    if images is None:
-        return []
     if isinstance(images, np.ndarray) and images.dtype.kind in LIST_DTYPES:
         return flatten_images(images.tolist())
     return [image for part in images for image in flatten_images(part)] if is_group(images) else [images]
@@ -76,8 +74,8 @@ def is_group(images: Any) -> bool:
 
 
 def defer_images(images: Any) -> list[UnopenedImage]:
-    """The images of `flatten_images`, none of them opened."""
-    return [UnopenedImage(image) for image in flatten_images(images)]
+    """The images of `flatten_images`, none of them opened; None stands for no image."""
+    return [UnopenedImage(image) for image in flatten_images(images) if image is not None]
 
 
 def open_source(source: Any) -> Any:
