@@ -22,6 +22,7 @@ MAX_DOWNLOAD_BYTES = 2**28  # of an image at an address: who serves it may never
 MAX_DOWNLOAD_SECONDS = 30.0  # for an image at an address, redirects included
 IMAGE_DIMENSIONS = (2, 3)  # of the array of one image; with more it is a batch of images
 LIST_DTYPES = "OU"  # of arrays that hold paths or objects, not pixels
+ADDRESSES = ("http://", "https://")
 DATASETS_KEYS = ("bytes", "path")  # of an image that the library datasets has not decoded
 LONGEST_NAME = 100  # characters
 # huggingface_hub's HTTP client is httpx or httpx2, depending on its release
@@ -147,7 +148,7 @@ def _read(source: Any) -> bytes:
 
 
 def _read_text(source: str) -> bytes:
-    if source.startswith(("http://", "https://")):
+    if source[: len(ADDRESSES[-1])].lower().startswith(ADDRESSES):
         return _download(source)
     if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
         return read_file(source)
@@ -210,7 +211,7 @@ class _Download(threading.Thread):
             "GET",
             self.url,
             follow_redirects=True,
-            timeout=self.seconds,
+            timeout=2 * self.seconds,  # of a single wait; `result` does not wait for it
             extensions={"trace": self._watch},
             headers={"Connection": "close"},  # an older connection's socket is not known, and could not be shut
         ) as response:
@@ -231,13 +232,14 @@ class _Download(threading.Thread):
         """
         try:
             self.join(self.seconds)
+            is_late = self.is_alive()
         finally:
             self._end()
-        if self.content is not None:
-            return self.content
-        if self.is_alive() or _is_timeout(self.error):
+        if is_late:  # whatever the thread has made of its sockets' end
             raise OSError(f"it did not arrive within {self.seconds:g} seconds")
-        raise self.error or OSError("the download has failed")
+        if self.content is None:
+            raise self.error or OSError("the download has failed")
+        return self.content
 
     def _watch(self, event: str, info: dict[str, Any]) -> None:
         """Keep the sockets that are connected, so that `_end` can shut them."""
@@ -258,10 +260,3 @@ class _Download(threading.Thread):
                     socket.socket.shutdown(connected, socket.SHUT_RDWR)  # a TLS socket's own is not for other threads
                 except OSError:  # it is closed
                     continue
-
-
-def _is_timeout(error: BaseException | None) -> bool:
-    """Whether a socket's timeout is behind an error of the HTTP client."""
-    while error is not None and not isinstance(error, TimeoutError):
-        error = error.__cause__
-    return error is not None
