@@ -41,11 +41,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A conversation that ends with a question; `picture` is a path, an http(s) address or an image."""
+    """A conversation that ends with a question; `picture` is a path, an http(s) address, bytes or an image."""
 
     id: str | int
     messages: Messages
-    picture: str | Image.Image | None
+    picture: str | bytes | Image.Image | None
 
     def with_picture(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The chat messages; an image block, if one is given, is in the questions with a mark, or in the first one."""
@@ -106,9 +106,9 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
     messages = without_marks(turns)
     _check_order(messages)
     picture = pictures[0] if pictures else None
-    if picture is not None and not isinstance(picture, str):
+    if picture is not None and not isinstance(picture, (str, bytes)):
         kind = type(picture).__name__
-        raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address or a PIL image")
+        raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address, bytes or a PIL image")
     if picture == IN_MEMORY and images_in_memory:
         return Question(identity, messages, images_in_memory[0])
     return Question(identity, messages, picture)
@@ -142,7 +142,9 @@ def digest_entries(entries: list[Entry]) -> str:
 
 
 def _describe(value: Any) -> str:
-    """What is no JSON: a picture by its pixels or, if they are still to be read, by its file."""
+    """What is no JSON: a picture by its pixels or, if they are still to be read, by its file; bytes by a digest."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if not isinstance(value, Image.Image):
         return repr(value)
     if isinstance(value, ImageFile.ImageFile) and value.filename:

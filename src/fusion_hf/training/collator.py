@@ -17,7 +17,6 @@ IGNORE_INDEX = -100
 SMALL_BYTES = 2**18
 # stands where every record of a batch was skipped: this process must take part in the step as well
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
-AS_BYTES: dict[str, Any] = {"do_rescale": False, "do_normalize": False}  # of the image processor
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 IMAGE_KEYS = ("image", "images")  # of a record
 IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "base64", "image_url")  # of a message
@@ -106,7 +105,7 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
         elif block.get("type") in IMAGE_BLOCKS:
             if role != "user":
                 raise ValueError(f"{name} has an image in a message of the role {role!r}; allowed: user.")
-            images += [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
+            images += images_of_block(block)
             has_mark = True
         elif isinstance(block.get("text"), str):
             has_mark |= IMAGE_TOKEN in block["text"]
@@ -114,6 +113,13 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
         else:
             blocks.append(block)
     return blocks, images, has_mark
+
+
+def images_of_block(block: dict[str, Any]) -> list[Any]:
+    """The images of an image block; one in most cases, and none where the block only says that there is one."""
+    if block.get("bytes") is not None:  # as the library datasets has it, whose `path` only names the bytes
+        return [block["bytes"]]
+    return [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
 
 
 def _unwrap_url(image: Any) -> Any:
@@ -192,6 +198,8 @@ class FusionDataCollator:
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
         self._check_answers(conversations, texts)
         pictures = [picture for messages in conversations for picture in images_of(messages)]
+        # without rescaling, what a byte becomes depends on whether the image was given in bytes or in floats
+        is_compact = self.compact and self.processor.image_processor.do_rescale
         features = self.processor(
             text=texts,
             images=pictures or None,
@@ -202,7 +210,7 @@ class FusionDataCollator:
             max_length=self.max_length,
             return_offsets_mapping=True,
             **self.image_settings,
-            **(AS_BYTES if self.compact else {}),
+            **({"as_bytes": True} if is_compact else {}),
         )
         for name in ("input_ids", "attention_mask"):
             features[name] = np.array(features[name])
@@ -210,7 +218,7 @@ class FusionDataCollator:
         is_label = np.stack([self._in_answers(*row) for row in zip(offsets, texts, strict=True)])
         is_label &= features["attention_mask"].astype(bool) & bool(kept)
         features["labels"] = np.where(is_label, features["input_ids"], IGNORE_INDEX)
-        if self.compact and pictures:
+        if is_compact and pictures:
             features["pixel_bytes"] = features.pop("pixel_values")
             features["has_picture"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)

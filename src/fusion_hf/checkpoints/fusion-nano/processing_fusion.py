@@ -31,6 +31,7 @@ from .chat_fusion import (
 )
 from .compatibility_fusion import as_dicts
 from .configuration_fusion import FusionConfig, is_perfect_square
+from .image_sources_fusion import defer_images, is_group
 
 # of what the processor gives, what the model can find in the ids as well
 TURN_INPUTS = ("instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
@@ -247,7 +248,7 @@ class FusionProcessor(ProcessorMixin):
             resized.num_image_tokens = self.count_image_tokens(image_token_grid)
             return resized(images, text, query_len, questions=questions, **kwargs)
         if text is None:
-            return super().__call__(images=images, **kwargs)
+            return super().__call__(images=None if images is None else defer_images(images), **kwargs)
         if not isinstance(text, (str, list, tuple)) or text in ([], ()):
             raise ValueError(f"`text` must be a string or a list of one or more strings, got {text!r}.")
         length = self.query_len if query_len is None else _checked_query_len(query_len)
@@ -261,7 +262,7 @@ class FusionProcessor(ProcessorMixin):
         if any(IMAGE_TOKEN in t and LATENT_TOKEN not in t for t in texts):
             warnings.warn(NO_LATENTS, stacklevel=2)
         _check_nesting(images, texts)
-        flat_images = _flatten(images)
+        flat_images = defer_images(images)
         marks = sum(t.count(IMAGE_TOKEN) for t in texts)
         if marks != len(flat_images):  # in transformers' words, whose older versions do not count
             raise ValueError(
@@ -518,28 +519,21 @@ def _checked_query_len(query_len: int) -> int:
 
 
 def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's `image_url` block as the ecosystem's `image` block."""
-    if block["type"] == "image":
-        return block
-    return {"type": "image", "url": address_of(block)}
-
-
-def _flatten(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flatten(item)]
-    return [images]
+    """OpenAI's `image_url` block, and one of datasets with `bytes` and `path`, as the ecosystem's `image` block."""
+    if block["type"] == "image_url":
+        return {"type": "image", "url": address_of(block)}
+    return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block
 
 
 def _check_nesting(images: Any, texts: list[str]) -> None:
     """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
-    if not isinstance(images, (list, tuple)) or len(images) != len(texts):
+    parts = list(images) if is_group(images) else [images]
+    if not defer_images(images) or not any(part is None or is_group(part) for part in parts):
         return
-    if not all(isinstance(each, (list, tuple)) for each in images):
-        return
-    for number, (each, text) in enumerate(zip(images, texts, strict=True)):
-        marks, count = text.count(IMAGE_TOKEN), len(_flatten(each))
+    if len(parts) != len(texts):
+        raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
+    for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
+        marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
         if marks != count:
             raise ValueError(
                 f"Prompt {number} has {marks} {IMAGE_TOKEN} marks, but images[{number}] has {count} images."
