@@ -129,7 +129,8 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
         if engine is not None:
             raise ValueError(
                 f"{engine}'s transformers backend would answer without FUSION's samplers, fluently and wrongly; "
-                "allowed: FUSION's own vLLM plugin, which the package fusion_hf brings (pip install 'fusion_hf[vllm]')."
+                "allowed: FUSION's own vLLM plugin, which the package fusion_hf brings (pip install "
+                "'fusion_hf[vllm]')."
             )
         super().__init__(config, *args, **kwargs)
 
@@ -180,7 +181,10 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
 
 def _refuse_paged(attn_implementation: str | None) -> None:
     if attn_implementation is not None and attn_implementation.startswith(PAGED_ATTENTION):
-        raise ValueError("Continuous batching would drop FUSION's samplers.")
+        raise ValueError(
+            f"`attn_implementation` must not be {attn_implementation!r}: continuous batching would drop FUSION's "
+            "samplers."
+        )
 
 
 def check_engine(config: FusionConfig, cache: Any) -> None:
