@@ -200,6 +200,7 @@ class FusionDataCollator:
         pictures = [picture for messages in conversations for picture in images_of(messages)]
         # without rescaling, what a byte becomes depends on whether the image was given in bytes or in floats
         is_compact = self.compact and self.processor.image_processor.do_rescale
+        image_form: dict[str, Any] = {"as_bytes": True} if is_compact else {}
         features = self.processor(
             text=texts,
             images=pictures or None,
@@ -210,7 +211,7 @@ class FusionDataCollator:
             max_length=self.max_length,
             return_offsets_mapping=True,
             **self.image_settings,
-            **({"as_bytes": True} if is_compact else {}),
+            **image_form,
         )
         for name in ("input_ids", "attention_mask"):
             features[name] = np.array(features[name])
