@@ -192,7 +192,8 @@ def require_question(messages: list[dict[str, Any]], where: str = "") -> None:
     last = messages[-1]["role"]
     if last != "user":
         raise ValueError(
-            f"{where}messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, got {last!r}."
+            f"{where}messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, "
+            f"got {last!r}."
         )
 
 
