@@ -57,8 +57,8 @@ def batch_generate(
 
     Args:
         records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
-            path, an http(s) address or a PIL image) and `id` (default: the index). Or a JSONL file of them, to whose
-            folder paths are relative.
+            path, an http(s) address, bytes of a file or a PIL image) and `id` (default: the index). Or a JSONL file of
+            them, to whose folder paths are relative.
         model: an [`Assistant`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
         output: a JSONL file for the results. A run that was killed goes on when it is called again with the same
             arguments (`batch_size` and `device` may differ).
@@ -204,12 +204,12 @@ class _Run:
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
-    def _open(self, picture: str | Image.Image) -> Image.Image:
+    def _open(self, picture: str | bytes | Image.Image) -> Image.Image:
         """
         Raises:
             InputError, ValueError or OSError: if it cannot be opened.
         """
-        if isinstance(picture, Image.Image):
+        if not isinstance(picture, str):
             return self.assistant.open_picture(picture)
         if picture.startswith(ADDRESSES):
             return self.assistant.open_picture(picture)

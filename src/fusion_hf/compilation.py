@@ -13,9 +13,11 @@ from transformers import CompileConfig, StaticCache
 
 from fusion_hf.compatibility_fusion import CACHE_NAMES
 from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.generation_fusion import given_turns
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_base import cache_keyword
 from fusion_hf.modeling_fusion_decoder import TokenBudget, check_prompt
+from fusion_hf.turns_fusion import PromptTurns
 
 PROMPT_LENGTHS = (1024, 2048, 4096)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -121,7 +123,7 @@ class CompiledGenerator:
         if padded is None:
             longest = self.prompt_lengths[-1]
             raise ValueError(f"A prompt has {length} tokens; allowed: at most {longest}, the last of prompt_lengths.")
-        self._check(inputs)
+        inputs = self._check(inputs)
         if self.compile_prompt:
             inputs = _pad(inputs, padded, self._model.config)
         inputs = _fill_up(inputs, self.batch_size)
@@ -131,14 +133,17 @@ class CompiledGenerator:
             )
         return torch.cat([input_ids, output[:batch, inputs["input_ids"].shape[1] :]], dim=1)
 
-    def _check(self, inputs: dict[str, Any]) -> None:
-        """What the model itself checks only where it is not compiled."""
-        config, mask = self._model.config, inputs.get("attention_mask")
+    def _check(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model itself checks, and completes, only where it is not compiled."""
+        config, ids, mask = self._model.config, inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("attention_mask ends with padding; allowed: padding on the left.")
-        given = (mask, inputs.get("pixel_values"), inputs.get("prompt_end_positions"))
+        # nothing is missing then, so that the model does not look for it in compiled code
+        nothing = dict.fromkeys(PromptTurns._fields, ids[:, :0])
+        inputs = inputs | nothing | given_turns(config, ids, inputs)
         budget = TokenBudget.of(config, inputs.get("query_len"), inputs.get("image_token_grid"))
-        check_prompt(config, inputs["input_ids"], *given, budget)
+        check_prompt(config, ids, mask, inputs.get("pixel_values"), inputs["prompt_end_positions"], budget)
+        return inputs
 
     def _cache(self, prompt_length: int) -> StaticCache:
         """The empty cache of a prompt length."""

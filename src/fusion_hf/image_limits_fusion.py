@@ -29,14 +29,15 @@ class ImageError(ValueError):
 
     Args:
         reason: says what "it" is or does, without a full stop.
+        image: what is put before the reason; names the image where it is one of several.
     """
 
-    def __init__(self, reason: str):
-        super().__init__(f"The image cannot be used: {reason}.")
-        self.reason = reason
+    def __init__(self, reason: str, image: str = "The image"):
+        super().__init__(f"{image} cannot be used: {reason}.")
+        self.reason, self.image = reason, image
 
-    def __reduce__(self) -> tuple[type["ImageError"], tuple[str]]:
-        return type(self), (self.reason,)  # it may cross processes
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        return type(self), (self.reason, self.image)  # it may cross processes
 
 
 class OversizedImage(ImageError):

@@ -15,9 +15,11 @@ from transformers import BatchFeature, Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from fusion_hf.chat_fusion import REPEATED
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.folders import find_folder, nano_path
+from fusion_hf.image_sources_fusion import describe_source
 from fusion_hf.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.processing_fusion import FusionProcessor
@@ -105,8 +107,9 @@ class Assistant:
         """Tokens that the model can read and write together."""
         return min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
-    def open_picture(self, source: str | Image.Image) -> Image.Image:
-        """The picture in a file, at an http(s) address, or of PIL, as upright RGB.
+    def open_picture(self, source: Any) -> Image.Image:
+        """The picture in a file, at an http(s) address, or of any other kind that the image processor takes, as
+        upright RGB.
 
         Raises:
             InputError: if it cannot be read or is too large; begins with its name.
@@ -120,7 +123,8 @@ class Assistant:
             )
         except (ValueError, HTTPError) as error:
             advice = "Give another picture, or save it as PNG or JPEG."
-            raise InputError(f"{short_name(str(source))}: {error} {advice}") from error
+            name = short_name(source) if isinstance(source, str) else f"The image {describe_source(source)}"
+            raise InputError(f"{name}: {error} {advice}") from error
 
     def check_query_len(self, query_len: int | None = None) -> int:
         """`query_len`, or the model's own.
@@ -379,8 +383,12 @@ def with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with a picture of one pixel, for a template and a processor that want one: it costs no resizing."""
     stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
     return [
-        {**message, "content": [stand_in if block["type"] == "image" else block for block in message["content"]]}
+        {**message, "content": [stand_in if _is_image(block) else block for block in message["content"]]}
         if isinstance(message["content"], list)
         else message
         for message in messages
     ]
+
+
+def _is_image(block: dict[str, Any]) -> bool:
+    return block["type"] == "image" and not block.get(REPEATED)

@@ -23,6 +23,7 @@ from .modeling_fusion_base import (
     MappingLossGradient,
     MappingLossReceiver,
     cache_keyword,
+    check_engine,
     either_cache,
 )
 from .modeling_fusion_decoder import (
@@ -45,7 +46,15 @@ from .modeling_fusion_vision import (
     reduce_grid,
     stitch_tiles,
 )
-from .turns_fusion import PromptTurns, check_labelled_ends, complete_turns, ignore_placeholders
+from .turns_fusion import (
+    PromptTurns,
+    check_ids,
+    check_labelled_ends,
+    complete_turns,
+    ignore_placeholders,
+    lacks_turns,
+    order_prompt_ends,
+)
 
 logger = logging.get_logger(__name__)
 HIDDEN_MAPPING_LOSS = (
@@ -289,10 +298,16 @@ class FusionModel(FusionPreTrainedModel):
         cache = either_cache(cache, past_key_values)
         is_hidden = output_mapping_loss is None and self.training and torch.is_grad_enabled()
         is_hidden &= self.config.mapping_loss_weight > 0
+        check_engine(self.config, cache)
+        check_ids(input_ids)
         # a later step of generation has one token, and no turn begins in it
-        if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+        if input_ids is not None and input_ids.shape[1] > 1:
             turns = PromptTurns(prompt_end_positions, instruct_input_ids, instruct_attention_mask)
-            turns = complete_turns(self.config, input_ids, attention_mask, pixel_values, turns)
+            # looking into the ids breaks a compiled graph, so that there it is done only where something is missing
+            if not torch.compiler.is_compiling() or lacks_turns(pixel_values, turns):
+                turns = complete_turns(self.config, input_ids, attention_mask, pixel_values, turns)
+            elif prompt_end_positions is not None:
+                turns = turns._replace(prompt_end_positions=order_prompt_ends(prompt_end_positions, input_ids))
             prompt_end_positions, instruct_input_ids, instruct_attention_mask = turns
         has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
         if input_ids is not None and inputs_embeds is None:
@@ -322,8 +337,9 @@ class FusionModel(FusionPreTrainedModel):
             else:
                 prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
         elif inputs_embeds is not None and input_ids is None:
-            names = ("pixel_values", "global_features", "prompt_end_positions")
-            is_given = (pixel_values is not None, global_features is not None, has_turns)
+            names = ("pixel_values", "global_features", "prompt_end_positions", "instruct_input_ids")
+            has_question = instruct_input_ids is not None and len(instruct_input_ids) > 0
+            is_given = (pixel_values is not None, global_features is not None, has_turns, has_question)
             if any(is_given):
                 name = names[is_given.index(True)]
                 raise ValueError(f"{name} need input_ids: image and latent tokens are found by their ids.")

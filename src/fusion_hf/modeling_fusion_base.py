@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -24,8 +24,9 @@ from .configuration_fusion import FusionConfig
 from .modeling_fusion_decoder import DECODER_LAYERS
 from .quantization_fusion import FusionQuantizationMixin
 
-# the name under which vLLM's generic backend puts its own attention into a model of transformers
-ENGINE_ATTENTION = "vllm"
+# the names under which the generic backends of engines put their own attention into a model of transformers
+ENGINE_ATTENTION = {"vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI"}
+PAGED_ATTENTION = "paged|"  # begins the names of attention that continuous batching uses
 # what tower and language model can be told to use; flash attention needs its package and a GPU
 ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 
@@ -165,10 +166,12 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     _supports_attention_backend = False
 
     def __init__(self, config: FusionConfig, *args: Any, **kwargs: Any):
-        if config.text_config._attn_implementation == ENGINE_ATTENTION:
+        engine = ENGINE_ATTENTION.get(config.text_config._attn_implementation)
+        if engine is not None:
             raise ValueError(
-                "vLLM's transformers backend would answer without FUSION's samplers, fluently and wrongly; allowed: "
-                "FUSION's own vLLM plugin, which the package fusion_hf brings (pip install 'fusion_hf[vllm]')."
+                f"{engine}'s transformers backend would answer without FUSION's samplers, fluently and wrongly; "
+                "allowed: FUSION's own vLLM plugin, which the package fusion_hf brings (pip install "
+                "'fusion_hf[vllm]')."
             )
         super().__init__(config, *args, **kwargs)
 
@@ -203,6 +206,7 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     @contextmanager
     def _naming_supported(self, name: str | None) -> Iterator[None]:
         try:
+            _refuse_paged(name)
             yield
         except (ImportError, ValueError) as error:
             is_supported = partial(_is_accepted, self.get_correct_attn_implementation)
@@ -214,6 +218,34 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
         for name in self.config.sub_configs:
             getattr(self.config, name).dtype = self.dtype
         super().save_pretrained(*args, **kwargs)
+
+
+def _refuse_paged(attn_implementation: str | None) -> None:
+    if attn_implementation is not None and attn_implementation.startswith(PAGED_ATTENTION):
+        raise ValueError(
+            f"`attn_implementation` must not be {attn_implementation!r}: continuous batching would drop FUSION's "
+            "samplers."
+        )
+
+
+def check_engine(config: FusionConfig, cache: Any) -> None:
+    """
+    Check that no engine calls the model in a loop of its own.
+
+    Args:
+        config ([`FusionConfig`]): of the model, whose attention an engine may have replaced.
+        cache ([`Cache`], *optional*): continuous batching brings one that is no `Cache`.
+
+    Raises:
+        ValueError: if one does: its packed rows would be answered without samplers.
+    """
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`{CACHE_NAME}` must be a `Cache` of transformers, got {type(cache).__name__}. Continuous batching is "
+            "not possible with FUSION's samplers."
+        )
+    for part in (config.text_config, config.vision_config):
+        _refuse_paged(part._attn_implementation)
 
 
 def _checkpoint(usual: Callable[..., Any], layer: Callable[..., Any], *inputs: Any) -> Any:

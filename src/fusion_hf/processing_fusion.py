@@ -6,124 +6,45 @@ turn 1, question 1, then latent block and question of each further turn.
 
 import copy
 import re
-from dataclasses import dataclass
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from .chat_fusion import (
+    BREAK,
+    CHAT_FORMATS,
+    IMAGE_TOKEN,
+    LATENT_TOKEN,
+    MARKS,
+    REPEATED,
+    VISION_BLOCKS,
+    address_of,
+    break_up,
+    check_messages,
+    check_tokenizer,
+    derive_chat_format,
+    protect_all,
+    require_question,
+)
 from .compatibility_fusion import as_dicts
-from .configuration_fusion import is_perfect_square
+from .configuration_fusion import FusionConfig, is_perfect_square
+from .image_sources_fusion import defer_images, is_group
 
-DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as texts or as transformers' enumeration
-ROLES = ("system", "user", "assistant")
-IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
-MARKS = re.compile(f"{IMAGE_TOKEN}|(?:{LATENT_TOKEN})+")
-VISION_BLOCKS = re.compile(f"{VISION_START}(?:{IMAGE_TOKEN}|(?:{LATENT_TOKEN})*){VISION_END}|{MARKS.pattern}")
 # of what the processor gives, what the model can find in the ids as well
 TURN_INPUTS = ("instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
-# A code point that Unicode never assigns, put into text that looks like a special token so that it stays text.
-BREAK = "\ufdd0"
-
-PHI3_SYSTEM = "You are a helpful AI assistant."
-LLAMA3_SYSTEM = (
-    "You are a helpful, highly intelligent language and vision assistant. You are able to understand the visual "
-    "content that the user provides, and assist the user with a variety of tasks using natural language. Whenever an "
-    "image is present in the conversation, very carefully examine it and consider its content when formulating your "
-    "response."
+# of a processor's arguments, those that a model's configuration has as well
+FIELDS_OF_CONFIG = ("num_image_tokens", "query_len", "instruct_pad_token_id")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+DEFAULT_SIDE, DEFAULT_IMAGE_TOKENS = 384, 729  # of FUSION 3B and 8B
+AS_TEXT = {"tokenize": False, "return_dict": False}  # of `apply_chat_template`
+NO_LATENTS = (
+    f"A prompt has {IMAGE_TOKEN} and no {LATENT_TOKEN}: FUSION's chat template was not used. The model gets no latent "
+    "tokens, and no question but what is behind the image. Write prompts with `apply_chat_template`."
 )
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a family of backbones writes a conversation."""
-
-    system_header: str
-    user_header: str
-    assistant_header: str
-    turn_end: str  # the last token that the assistant must learn to write
-    separator: str  # between messages, after `turn_end`
-    system: str  # what FUSION says where the messages have no system message
-    # put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer
-    prompt_prefix: str = ""
-
-    @property
-    def before_answer(self) -> str:
-        """What an answer alone is tokenized behind: a special token, after which Phi-3's swallows blanks."""
-        header = self.assistant_header.rstrip()
-        return header if header.endswith("|>") else VISION_END
-
-    def write_template(self, query_len: int, begin: str = "") -> str:
-        """
-        Write the Jinja template.
-
-        Args:
-            query_len (`int`): number of latent tokens per turn where a call names none.
-            begin (`str`): the token that the tokenizer puts before a text, since trainers tell it not to.
-        """
-        parts = {name: getattr(self, name).replace("\n", "\\n") for name in self.__dataclass_fields__}
-        return _TEMPLATE.format(query_len=query_len, begin=f"{{{{- '{begin}' -}}}}\n" if begin else "", **parts)
-
-
-_TEMPLATE = """\
-{begin}{{%- set query_len = query_len | default({query_len}) -%}}
-{{%- if messages[0]['role'] != 'system' -%}}
-{{{{- '{system_header}{system}{turn_end}{separator}' -}}}}
-{{%- endif -%}}
-{{%- for message in messages -%}}
-{{%- set image = false -%}}
-{{%- set text = message['content'] -%}}
-{{%- if text is not string -%}}
-{{%- set image = text | selectattr('type', 'equalto', 'image') | list | length > 0 -%}}
-{{%- set text = text | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}}
-{{%- endif -%}}
-{{%- if message['role'] == 'system' -%}}
-{{{{- '{system_header}' + text + '{turn_end}{separator}' -}}}}
-{{%- elif message['role'] == 'user' -%}}
-{{{{- '{user_header}' -}}}}
-{{%- if image -%}}{{{{- '<vision_start><image><vision_end>' -}}}}{{%- endif -%}}
-{{{{- '<vision_start>' + '<latent_image>' * query_len + '<vision_end>' -}}}}
-{{%- if image and text -%}}{{{{- '\\n' -}}}}{{%- endif -%}}
-{{{{- text + '{turn_end}{separator}' -}}}}
-{{%- else -%}}
-{{{{- '{assistant_header}' -}}}}
-{{%- generation -%}}
-{{{{- text + '{turn_end}' -}}}}
-{{%- endgeneration -%}}
-{{{{- '{separator}' -}}}}
-{{%- endif -%}}
-{{%- endfor -%}}
-{{%- if add_generation_prompt -%}}{{{{- '{assistant_header}' -}}}}{{%- endif -%}}
-"""
-
-CHAT_FORMATS = {
-    "phi3": ChatFormat(
-        system_header="<|system|>\n",
-        user_header="<|user|>\n",
-        assistant_header="<|assistant|>\n",
-        turn_end="<|end|>",
-        separator="\n",
-        system=PHI3_SYSTEM,
-        prompt_prefix=" ",
-    ),
-    "llama3": ChatFormat(
-        system_header="<|start_header_id|>system<|end_header_id|>\n\n",
-        user_header="<|start_header_id|>user<|end_header_id|>\n\n",
-        assistant_header="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        turn_end="<|eot_id|>",
-        separator="",
-        system=LLAMA3_SYSTEM,
-    ),
-    "chatml": ChatFormat(
-        system_header="<|im_start|>system\n",
-        user_header="<|im_start|>user\n",
-        assistant_header="<|im_start|>assistant\n",
-        turn_end="<|im_end|>",
-        separator="\n",
-        system=LLAMA3_SYSTEM,
-    ),
-}
+DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as texts or as transformers' enumeration
 
 
 class FusionProcessor(ProcessorMixin):
@@ -134,8 +55,10 @@ class FusionProcessor(ProcessorMixin):
         image_processor ([`FusionImageProcessor`]): makes the tiles.
         tokenizer ([`PreTrainedTokenizerBase`]): knows the four marks as special tokens.
         chat_template (`str`, *optional*): default: the one of `chat_format`.
-        chat_format (`str`): headers and separators of the backbone, a key of `CHAT_FORMATS`.
-        num_image_tokens (`int`): image tokens that the LLM reads per picture.
+        chat_format (`str`, *optional*): headers and separators of the backbone, a key of `CHAT_FORMATS`; default: the
+            one whose tokens the tokenizer knows.
+        num_image_tokens (`int`, *optional*): image tokens that the LLM reads per picture. There is a default, 729, for
+            tiles of 384 pixels only.
         query_len (`int`): default number of latent tokens per turn.
         instruct_pad_token_id (`int`): padding of the question, and ignored in it.
     """
@@ -145,25 +68,64 @@ class FusionProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         chat_template: str | None = None,
-        chat_format: str = "phi3",
-        num_image_tokens: int = 729,
+        chat_format: str | None = None,
+        num_image_tokens: int | None = None,
         query_len: int = 36,
         instruct_pad_token_id: int = 0,
         **kwargs: Any,
     ):
+        if chat_format is None:
+            chat_format = derive_chat_format(tokenizer)
         if chat_format not in CHAT_FORMATS:
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(map(repr, CHAT_FORMATS))}.")
+        check_tokenizer(tokenizer, chat_format)
         self.chat_format = chat_format
+        if num_image_tokens is None:
+            num_image_tokens = _default_image_tokens(image_processor)
         self.num_image_tokens = num_image_tokens
         self.query_len = _checked_query_len(query_len)
         self.instruct_pad_token_id = instruct_pad_token_id
         self.image_token, self.latent_token = IMAGE_TOKEN, LATENT_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+        if chat_template is None and LATENT_TOKEN in str(tokenizer.chat_template):
+            chat_template = tokenizer.chat_template
         self.returns_turns = True
         self.begin = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
         template = chat_template or CHAT_FORMATS[chat_format].write_template(query_len, self.begin)
+        if tokenizer.chat_template is None:  # so that a tokenizer that is used, or saved, by itself has FUSION's
+            tokenizer.chat_template = template
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Read `processor_config.json` or, in a folder to which the tokenizer and the image processor were saved one by
+        one (as `Pipeline.save_pretrained` does), the same values of the model's `config.json`.
+
+        Raises:
+            ValueError: names what neither file holds.
+        """
+        values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        missing = [name for name in FIELDS_OF_CONFIG if name not in values and name not in unused]
+        if missing:
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            try:
+                found, _ = FusionConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            except OSError:  # newer releases of transformers return nothing where there is no file
+                found = None
+            if not found or found.get("model_type") != FusionConfig.model_type:
+                names = ", ".join(f"`{name}`" for name in missing)
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has no processor_config.json, and no config.json of a FUSION "
+                    f"model. Pass {names} to `from_pretrained`, or save the processor there with "
+                    "`processor.save_pretrained`."
+                )
+            config = FusionConfig.from_dict(found)
+            values |= {name: getattr(config, name) for name in missing}
+        return values, unused
 
     @property
     def model_input_names(self) -> list[str]:
@@ -192,29 +154,69 @@ class FusionProcessor(ProcessorMixin):
 
         A message's content is a string or a list of `{"type": "text", "text": ...}` and one
         `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
-        before the first question, whichever user message carries it. What looks like a special token in a message
-        stays text. `query_len` and `image_token_grid` are those of the call.
+        where training puts it, see [`CHAT_FORMATS`]. What looks like a control token in a message stays text; with
+        `sanitize_control_tokens=True` so does every special token that a user added. `query_len` and
+        `image_token_grid` are those of the call.
+
+        Raises:
+            ValueError: names the message and the block that FUSION cannot read, or says what the template lacks.
         """
         self.count_image_tokens(image_token_grid)
+        # transformers' own way breaks offsets, and lacks in older releases: texts are protected here anyway
+        sanitize = bool(kwargs.pop("sanitize_control_tokens", False))
+        if sanitize:
+            kwargs = protect_all(kwargs, self.tokenizer, sanitize)
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         query_len = processor_kwargs.get("query_len") if query_len is None else query_len
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        prepared = [self._prepare_messages(c) for c in (conversation if batched else [conversation])]
-        if kwargs.get("add_generation_prompt"):
-            for messages in prepared:
-                require_question(messages)
+        is_list = isinstance(conversation, (list, tuple)) and bool(conversation)
+        batched = is_list and isinstance(conversation[0], (list, tuple))
+        prepared = []
+        for number, messages in enumerate(conversation if batched else [conversation]):
+            where = f"conversation[{number}]." if batched else ""
+            prepared.append(self._prepare_messages(messages, sanitize, where))
+            if kwargs.get("add_generation_prompt"):
+                require_question(prepared[-1], where)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
+        chats = prepared if batched else prepared[0]
+        template = str(self.chat_template if chat_template is None else chat_template)
+        if "query_len" in template:  # older releases of transformers lose `processor_kwargs` with other arguments
+            kwargs["query_len"] = length
+        if not kwargs.get("tokenize"):
+            text = super().apply_chat_template(chats, chat_template=chat_template, **kwargs)
+            return [_order_marks(each) for each in text] if batched else _order_marks(text)
+        if any(message["role"] == "assistant" for messages in prepared for message in messages):
+            self._check_headers(prepared, chat_template, template, kwargs)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
         processor_kwargs["query_len"] = length
+        processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
         if image_token_grid is not None:
             processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
-            prepared if batched else prepared[0],
-            chat_template=chat_template,
-            query_len=length,
-            processor_kwargs=processor_kwargs,
-            **kwargs,
+            chats, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
+
+    def _check_headers(
+        self, prepared: list[list[dict[str, Any]]], chat_template: str | None, template: str, kwargs: dict[str, Any]
+    ) -> None:
+        """
+        Check that a template of the caller's own says where answers begin.
+
+        Raises:
+            ValueError: if it does not write the chat format's assistant header.
+        """
+        header = CHAT_FORMATS[self.chat_format].assistant_header
+        if header.replace("\n", "\\n") in template:
+            return
+        options = {"chat_template": chat_template, **kwargs, **AS_TEXT}
+        for messages, text in zip(prepared, super().apply_chat_template(prepared, **options), strict=True):
+            answers = sum(message["role"] == "assistant" for message in messages)
+            answers += bool(kwargs.get("add_generation_prompt"))
+            if text.count(header) != answers:
+                raise ValueError(
+                    f"The chat template writes {text.count(header)} assistant headers {header!r} for {answers} "
+                    "answers, so that the ends of the prompts cannot be found. Write the headers of `chat_format` = "
+                    f"{self.chat_format!r}."
+                )
 
     def __call__(
         self,
@@ -222,6 +224,7 @@ class FusionProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         query_len: int | None = None,
         image_token_grid: int | None = None,
+        questions: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -229,7 +232,9 @@ class FusionProcessor(ProcessorMixin):
 
         A single `<latent_image>` stands for a block of `query_len`, `<image>` for `image_token_grid ** 2` image tokens
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
-        swapped. Batches that become tensors are padded.
+        swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
+        default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
+        behind its image.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
@@ -241,9 +246,11 @@ class FusionProcessor(ProcessorMixin):
             # a copy that other threads do not see: transformers asks `replace_image_token`, which knows no call's grid
             resized = copy.copy(self)
             resized.num_image_tokens = self.count_image_tokens(image_token_grid)
-            return resized(images, text, query_len, **kwargs)
+            return resized(images, text, query_len, questions=questions, **kwargs)
         if text is None:
-            return super().__call__(images=images, **kwargs)
+            return super().__call__(images=None if images is None else defer_images(images), **kwargs)
+        if not isinstance(text, (str, list, tuple)) or text in ([], ()):
+            raise ValueError(f"`text` must be a string or a list of one or more strings, got {text!r}.")
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         given = [text] if isinstance(text, str) else text
         begins = [bool(self.begin) and isinstance(t, str) and t.startswith(self.begin) for t in given]
@@ -252,8 +259,10 @@ class FusionProcessor(ProcessorMixin):
             given = [t.removeprefix(self.begin) for t in given]
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
         shifts = [len(self._prefix(t)) - all(begins) * len(self.begin) for t in given]
+        if any(IMAGE_TOKEN in t and LATENT_TOKEN not in t for t in texts):
+            warnings.warn(NO_LATENTS, stacklevel=2)
         _check_nesting(images, texts)
-        flat_images = _flatten(images)
+        flat_images = defer_images(images)
         marks = sum(t.count(IMAGE_TOKEN) for t in texts)
         if marks != len(flat_images):  # in transformers' words, whose older versions do not count
             raise ValueError(
@@ -271,9 +280,9 @@ class FusionProcessor(ProcessorMixin):
 
         expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
         columns = (features[name] for name in ("input_ids", "attention_mask", "offset_mapping"))
-        before = len(CHAT_FORMATS[self.chat_format].before_answer)
+        chat_format = CHAT_FORMATS[self.chat_format]
         rows = [
-            _drop_tokens(_Tokens(*row), t, before if self._continues(t_given) else 0)
+            _drop_tokens(_Tokens(*row), t, len(chat_format.before_answer) * chat_format.begins_with_answer(t_given))
             for *row, t, t_given in zip(*columns, expanded, given, strict=True)
         ]
         padding = {**self.tokenizer.init_kwargs, **text_kwargs, **kwargs}.get("padding")
@@ -293,10 +302,15 @@ class FusionProcessor(ProcessorMixin):
             ends = _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1)
             # of whole numbers, even where there are no turns
             whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
-            data |= self._questions(texts) | {"prompt_end_positions": whole}
+            data |= self._questions(texts, questions) | {"prompt_end_positions": whole}
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
+            if any(_order_marks(t) != t for t in given):
+                raise ValueError(
+                    f"`return_offsets_mapping` needs a text in FUSION's order, with {IMAGE_TOKEN} before the first "
+                    f"{LATENT_TOKEN}. Write it with FUSION's chat template."
+                )
             # character spans in the prompt as it was given, without the prefix and with its first token
             pairs = zip(rows, shifts, strict=True)
             data["offset_mapping"] = [_shifted(row.offsets, n) for row, n in pairs]
@@ -334,29 +348,24 @@ class FusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens
 
-    def _prepare_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copies of the messages as lists of blocks: text protected, the picture in the first user message."""
-        prepared, pictures = [], []
+    def _prepare_messages(self, messages: Any, sanitize: bool, where: str) -> list[dict[str, Any]]:
+        """Copies of the messages as lists of blocks: one protected text each, behind the image of its message."""
+        prepared, pictures = [], 0
         messages = as_dicts(messages)
-        check_messages(messages)
+        check_messages(messages, where)
         for message in messages:
-            content = message.get("content") or ""
+            content = message["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            texts = []
-            for block in blocks:
-                if block["type"] == "text":
-                    texts.append(block["text"])
-                else:
-                    pictures.append(_as_image_block(block))
-            protected = [{"type": "text", "text": protect(t, self.tokenizer)} for t in texts]
-            prepared.append({**message, "content": protected})
-        if len(pictures) > 1:
-            raise ValueError(f"A conversation has {len(pictures)} images; FUSION reads 1.")
-        questions = [message for message in prepared if message["role"] == "user"]
-        if pictures and questions:
-            first = questions[0]
-            joined = "".join(block["text"] for block in first["content"]).strip()
-            first["content"] = [*pictures, {"type": "text", "text": joined}]
+            images = [_as_image_block(block) for block in blocks if block["type"] != "text"]
+            pictures += sum(not image.get(REPEATED) for image in images)
+            # joined before they are protected: two blocks could hold the halves of a mark
+            text = "".join(block["text"] for block in blocks if block["type"] == "text")
+            text = protect_all(text.strip() if images else text, self.tokenizer, sanitize)
+            others = {name: value for name, value in message.items() if name not in ("role", "content")}
+            others = protect_all(others, self.tokenizer, sanitize)
+            prepared.append({"role": message["role"], **others, "content": [*images, {"type": "text", "text": text}]})
+        if pictures > 1:
+            raise ValueError(f"{where}messages has {pictures} images; FUSION reads 1.")
         return prepared
 
     def _arrange(self, text: str, query_len: int, strict: bool) -> str:
@@ -374,23 +383,15 @@ class FusionProcessor(ProcessorMixin):
                 marks[number] = LATENT_TOKEN * query_len
             elif strict and count != query_len:
                 raise ValueError(f"A latent block has {count} tokens, but query_len is {query_len}.")
-        marks.sort(key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
         ordered = iter(marks)
-        return self._prefix(text) + MARKS.sub(lambda _: next(ordered), text)
+        return self._prefix(text) + _order_marks(MARKS.sub(lambda _: next(ordered), text))
 
     def _prefix(self, text: str) -> str:
         """What the tokenizer must see before a text, to give it the ids that it has in a conversation."""
-        if self._continues(text):
+        if CHAT_FORMATS[self.chat_format].begins_with_answer(text):
             return CHAT_FORMATS[self.chat_format].before_answer
         begins_special = text.startswith(tuple(t.content for t in self.tokenizer.added_tokens_decoder.values()))
         return CHAT_FORMATS[self.chat_format].prompt_prefix if begins_special else ""
-
-    def _continues(self, text: str) -> bool:
-        """Whether a text begins with an answer and its end, as the completions that trainers tokenize alone do."""
-        chat_format = CHAT_FORMATS[self.chat_format]
-        begin, end, _ = text.partition(chat_format.turn_end)
-        headers = (chat_format.system_header, chat_format.user_header, chat_format.assistant_header)
-        return bool(end) and not MARKS.search(begin) and not any(header in begin for header in headers)
 
     def _pad_again(self, row: "_Tokens", length: int, on_left: bool) -> "_Tokens":
         """The attended tokens of a row, padded to `length`."""
@@ -406,20 +407,35 @@ class FusionProcessor(ProcessorMixin):
         if longest > most:
             raise ValueError(f"A prompt has {longest} tokens; allowed: tokenizer.model_max_length = {most}.")
 
-    def _questions(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        """The user messages of each prompt, tokenised on their own; a prompt without image has none."""
-        chat_format = CHAT_FORMATS[self.chat_format]
-        turns = re.compile(re.escape(chat_format.user_header) + "(.*?)" + re.escape(chat_format.turn_end), re.DOTALL)
-        questions = []
-        for text in texts:
-            messages = turns.findall(text) or [text]
-            question = "".join(VISION_BLOCKS.sub("", message).strip() for message in messages)
-            questions.append(question if IMAGE_TOKEN in text else "")
+    def _questions(self, texts: list[str], given: str | list[str] | None) -> dict[str, list[list[int]]]:
+        """The questions of each prompt, tokenised on their own; a prompt without image has none."""
+        if given is not None:
+            questions = [break_up(q, self.tokenizer) for q in ([given] if isinstance(given, str) else given)]
+        else:
+            questions = [self._find_question(text) if IMAGE_TOKEN in text else "" for text in texts]
+        if len(questions) != len(texts):
+            raise ValueError(f"`questions` must hold a text for each of {len(texts)} prompts, got {len(questions)}.")
         rows = tokenize_alone(questions, self.tokenizer)
         rows = [ids if IMAGE_TOKEN in text else [] for ids, text in zip(rows, texts, strict=True)]
         ids = _pad([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)
         mask = [[int(i != self.instruct_pad_token_id) for i in row] for row in ids]
         return {"instruct_input_ids": ids, "instruct_attention_mask": mask}
+
+    def _find_question(self, text: str) -> str:
+        """The user messages of a prompt with an image."""
+        chat_format = CHAT_FORMATS[self.chat_format]
+        # the last user message may be open, to be continued
+        end = f"(?:{re.escape(chat_format.turn_end)}|{re.escape(chat_format.assistant_header)}|\\Z)"
+        turns = re.findall(re.escape(chat_format.user_header) + "(.*?)" + end, text, re.DOTALL)
+        if not turns and len(re.findall(f"(?:{LATENT_TOKEN})+", text)) > 1:
+            raise ValueError(
+                f"A prompt has several latent blocks and no user header {chat_format.user_header!r}, so that its "
+                "questions cannot be found. Pass `questions`."
+            )
+        if not turns:
+            # of another template: what is before the marks may be a system message, so it is no question
+            turns = re.split(end, text[[mark.end() for mark in VISION_BLOCKS.finditer(text)][-1] :])[:1]
+        return "".join(VISION_BLOCKS.sub("", turn).strip() for turn in turns)
 
     def _prompt_ends(self, row: "_Tokens", text: str) -> list[int]:
         """Index of the last token of each assistant header; of the prompt, if it has no header but a latent block."""
@@ -429,10 +445,23 @@ class FusionProcessor(ProcessorMixin):
         header = CHAT_FORMATS[self.chat_format].assistant_header
         ends = [match.end() for match in re.finditer(re.escape(header), text)]
         if not ends:
+            blocks = len(re.findall(f"(?:{LATENT_TOKEN})+", text))
+            if blocks > 1:
+                raise ValueError(
+                    f"A prompt has {blocks} latent blocks and no assistant header {header!r}, so that the ends of its "
+                    "turns cannot be found. Write it with the headers of `chat_format` = "
+                    f"{self.chat_format!r}."
+                )
             return [attended[-1]]
         last_character = row.offsets[attended[-1]][1]  # less than the text's length after truncation
         starts = np.array([row.offsets[i][0] for i in attended])
-        return [attended[np.flatnonzero(starts < end)[-1]] for end in ends if end <= last_character]
+        found = [attended[np.flatnonzero(starts < end)[-1]] for end in ends if end <= last_character]
+        kept = sum(row.ids[i] == self.latent_token_id for i in attended)
+        if kept == text.count(LATENT_TOKEN):
+            return found
+        # a turn loses its end where truncation took its latent block, which may be behind the end
+        length = next(len(mark) // len(LATENT_TOKEN) for mark in MARKS.findall(text) if mark != IMAGE_TOKEN)
+        return found[: -(-kept // length)]
 
 
 class _Tokens(NamedTuple):
@@ -443,78 +472,26 @@ class _Tokens(NamedTuple):
     offsets: list[tuple[int, int]]
 
 
-def check_messages(messages: Any) -> None:
-    """
-    Check the form of one conversation.
-
-    Raises:
-        ValueError: names the message and the block that FUSION cannot read.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"A conversation must be a list of messages, got {messages!r}.")
-    begins = 0
-    for number, message in enumerate(messages):
-        name = f"messages[{number}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise ValueError(f"{name} must have a role of {', '.join(map(repr, ROLES))}, got {role!r}.")
-        if number == 0 and role == "system":
-            begins = 1
-            expected = role
-        else:
-            expected = ("user", "assistant")[(number - begins) % 2]
-        if role != expected:
-            raise ValueError(f"{name}.role must be {expected!r}, since users and assistants take turns, got {role!r}.")
-        _check_content(name, role, message.get("content"))
+def _order_marks(text: str) -> str:
+    """The text with its image mark first: the authors' code fills the first mark of a conversation with the image."""
+    marks = sorted(MARKS.findall(text), key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
+    ordered = iter(marks)
+    return MARKS.sub(lambda _: next(ordered), text)
 
 
-def _check_content(name: str, role: str, content: Any) -> None:
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise ValueError(f"{name}.content must be a string or a list of blocks, got {type(content).__name__}.")
-    allowed = ("text", "image", "image_url") if role == "user" else ("text",)
-    for number, block in enumerate(content):
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind not in allowed:
-            raise ValueError(
-                f"{name}.content[{number}] must have a type of {', '.join(map(repr, allowed))} in a message of "
-                f"the role {role!r}, got {kind!r}."
-            )
-        if kind == "text" and not isinstance(block.get("text"), str):
-            raise ValueError(f"{name}.content[{number}].text must be a string, got {block.get('text')!r}.")
-        if kind == "image_url" and not isinstance(_address(block), str):
-            raise ValueError(f"{name}.content[{number}].image_url must be an address, got {block.get('image_url')!r}.")
+def _join_questions(messages: list[dict[str, Any]]) -> str:
+    """What a conversation asks, of prepared messages."""
+    return "".join(message["content"][-1]["text"].strip() for message in messages if message["role"] == "user")
 
 
-def _address(block: dict[str, Any]) -> Any:
-    url = block.get("image_url")
-    return url.get("url") if isinstance(url, dict) else url
-
-
-def require_question(messages: list[dict[str, Any]]) -> None:
-    """
-    Check that a conversation that is to be answered ends with a question.
-
-    Raises:
-        ValueError: names its last message.
-    """
-    last = messages[-1]["role"]
-    if last != "user":
+def _default_image_tokens(image_processor: Any) -> int:
+    side = image_processor.size["height"]
+    if side != DEFAULT_SIDE:
         raise ValueError(
-            f"messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, got {last!r}."
+            f"`num_image_tokens` is missing, and tiles have {side} pixels a side. Pass the `num_image_tokens` of the "
+            "model's configuration."
         )
-
-
-def protect(text: str, tokenizer: Any) -> str:
-    """Break up what the tokenizer would read as a special token."""
-    tokens = tokenizer.added_tokens_decoder.values()
-    special = [t.content for t in tokens if len(t.content) > 1 and (t.special or re.fullmatch("<.*>", t.content))]
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-    text = text.replace(BREAK, "")
-    while pattern.search(text):
-        text = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
-    return text
+    return DEFAULT_IMAGE_TOKENS
 
 
 def tokenize_alone(questions: list[str], tokenizer: Any) -> list[list[int]]:
@@ -535,34 +512,28 @@ def _drop_tokens(row: "_Tokens", text: str, begin: int = 0) -> "_Tokens":
 
 
 def _checked_query_len(query_len: int) -> int:
-    if not is_perfect_square(query_len):
-        raise ValueError(f"query_len is {query_len}; allowed: a perfect square (1, 4, 9, 16, ...).")
+    is_number = isinstance(query_len, (int, np.integer)) and not isinstance(query_len, bool)
+    if not is_number or not is_perfect_square(query_len):
+        raise ValueError(f"query_len is {query_len!r}; allowed: a perfect square (1, 4, 9, 16, ...).")
     return query_len
 
 
 def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's `image_url` block as the ecosystem's `image` block."""
-    if block["type"] == "image":
-        return block
-    return {"type": "image", "url": _address(block)}
-
-
-def _flatten(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flatten(item)]
-    return [images]
+    """OpenAI's `image_url` block, and one of datasets with `bytes` and `path`, as the ecosystem's `image` block."""
+    if block["type"] == "image_url":
+        return {"type": "image", "url": address_of(block)}
+    return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block
 
 
 def _check_nesting(images: Any, texts: list[str]) -> None:
     """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
-    if not isinstance(images, (list, tuple)) or len(images) != len(texts):
+    parts = list(images) if is_group(images) else [images]
+    if not defer_images(images) or not any(part is None or is_group(part) for part in parts):
         return
-    if not all(isinstance(each, (list, tuple)) for each in images):
-        return
-    for number, (each, text) in enumerate(zip(images, texts, strict=True)):
-        marks, count = text.count(IMAGE_TOKEN), len(_flatten(each))
+    if len(parts) != len(texts):
+        raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
+    for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
+        marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
         if marks != count:
             raise ValueError(
                 f"Prompt {number} has {marks} {IMAGE_TOKEN} marks, but images[{number}] has {count} images."

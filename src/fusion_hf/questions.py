@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image, ImageFile
 
+from fusion_hf.chat_fusion import IMAGE_TOKEN, REPEATED
 from fusion_hf.errors import InputError
 from fusion_hf.image_limits_fusion import ImageError
 from fusion_hf.image_opening_fusion import load_image
@@ -40,18 +41,21 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A conversation that ends with a question; `picture` is a path, an http(s) address or an image."""
+    """A conversation that ends with a question; `picture` is a path, an http(s) address, bytes or an image."""
 
     id: str | int
     messages: Messages
-    picture: str | Image.Image | None
+    picture: str | bytes | Image.Image | None
 
     def with_picture(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The chat messages, the first question's content beginning with an image block, if one is given."""
+        """The chat messages; an image block, if one is given, is in the questions with a mark, or in the first one."""
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
         if block is not None:
-            first = next(message for message in messages if message["role"] == "user")
-            first["content"] = [block, {"type": "text", "text": first["content"]}]
+            questions = [message for message in messages if message["role"] == "user"]
+            marked = [message for message in questions if IMAGE_TOKEN in message["content"]]
+            for number, message in enumerate(marked or questions[:1]):
+                text = {"type": "text", "text": message["content"].replace(IMAGE_TOKEN, "")}
+                message["content"] = [{"type": "image", REPEATED: True} if number else block, text]
         return messages
 
 
@@ -102,9 +106,9 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
     messages = without_marks(turns)
     _check_order(messages)
     picture = pictures[0] if pictures else None
-    if picture is not None and not isinstance(picture, str):
+    if picture is not None and not isinstance(picture, (str, bytes)):
         kind = type(picture).__name__
-        raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address or a PIL image")
+        raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address, bytes or a PIL image")
     if picture == IN_MEMORY and images_in_memory:
         return Question(identity, messages, images_in_memory[0])
     return Question(identity, messages, picture)
@@ -138,7 +142,9 @@ def digest_entries(entries: list[Entry]) -> str:
 
 
 def _describe(value: Any) -> str:
-    """What is no JSON: a picture by its pixels or, if they are still to be read, by its file."""
+    """What is no JSON: a picture by its pixels or, if they are still to be read, by its file; bytes by a digest."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if not isinstance(value, Image.Image):
         return repr(value)
     if isinstance(value, ImageFile.ImageFile) and value.filename:
@@ -166,5 +172,5 @@ def _check_order(messages: Messages) -> None:
     if conversation != [*["user", "assistant"] * (len(conversation) // 2), "user"]:
         allowed = "user, or user, assistant, user, ...; a question is last"
         raise RecordProblem("wrong order", f"its roles are {shown_roles(roles)}; allowed: {allowed}")
-    if not messages[-1]["content"].strip():
+    if not messages[-1]["content"].replace(IMAGE_TOKEN, "").strip():
         raise RecordProblem("empty conversation", "the question is empty")

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .chat_fusion import BETWEEN_BLOCKS, CHAT_FORMATS, VISION_END, VISION_START, protect
 from .configuration_fusion import FusionConfig
-from .processing_fusion import CHAT_FORMATS, VISION_END, protect, tokenize_alone
+from .processing_fusion import tokenize_alone
 
 ABSENT = -1  # in place of the prompt end of a turn that a row does not have
 IGNORED = -100  # in labels
@@ -82,21 +83,42 @@ def complete_turns(
     """
     ends, question, question_mask = given
     if ends is not None:
-        ends = _checked_type(ends, input_ids)
-    if not bool((input_ids == config.latent_token_id).any()):
-        return PromptTurns(ends, question, question_mask)
+        ends = order_prompt_ends(ends, input_ids)
+    if question is not None:
+        _check_question(question, question_mask, input_ids, config)
     mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+    if mask is not None and (len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]):
+        raise ValueError(
+            f"`attention_mask` must cover `input_ids` of the shape {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
+        )
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-    if ends is None:
-        _require_format(config, "prompt_end_positions", "samplers")
-        ends = find_prompt_ends(input_ids, mask, config)
-        _require_headers(ends, input_ids, config)
-    elif ends.numel() > 0 and can_find_turns(config):
-        ends = _put_right(ends, find_prompt_ends(input_ids, mask, config), mask)
+    if bool((input_ids == config.latent_token_id).any()):
+        if ends is None:
+            _require_format(config, "prompt_end_positions", "samplers")
+            ends = find_prompt_ends(input_ids, mask, config)
+            _require_headers(ends, input_ids, config)
+        elif ends.numel() > 0 and can_find_turns(config):
+            ends = _put_right(ends, find_prompt_ends(input_ids, mask, config), mask)
     if question is None and pixel_values is not None and bool((input_ids == config.image_token_id).any()):
         _require_format(config, "instruct_input_ids", "question")
         question, question_mask = find_questions(input_ids, mask, config)
     return PromptTurns(ends, question, question_mask)
+
+
+def check_ids(input_ids: torch.Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: if given ids are not `(B, S)`.
+    """
+    if input_ids is None or (isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2):
+        return
+    got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+    raise ValueError(f"`input_ids` must be a tensor of the shape (B, S), got {got}.")
+
+
+def lacks_turns(pixel_values: torch.Tensor | None, given: PromptTurns) -> bool:
+    """Return whether a prompt's pass needs what the caller did not give, unless the prompt has no blocks."""
+    return given.prompt_end_positions is None or (given.instruct_input_ids is None and pixel_values is not None)
 
 
 def can_find_turns(config: FusionConfig) -> bool:
@@ -105,10 +127,11 @@ def can_find_turns(config: FusionConfig) -> bool:
 
 
 def _require_format(config: FusionConfig, argument: str, purpose: str) -> None:
-    if not can_find_turns(config):
+    known = can_find_turns(config) and (argument != "instruct_input_ids" or config.user_header_ids is not None)
+    if not known:
         raise ValueError(
-            f"`{argument}` is missing, and the model's configuration has no `assistant_header_ids` and "
-            f"`turn_end_token_id` to find it in `input_ids`. Pass `{argument}` as the processor returns it, or an "
+            f"`{argument}` is missing, and the model's configuration has no `assistant_header_ids`, `user_header_ids` "
+            f"and `turn_end_token_id` to find it in `input_ids`. Pass `{argument}` as the processor returns it, or an "
             f"empty `(B, 0)` tensor for no {purpose}."
         )
 
@@ -116,7 +139,9 @@ def _require_format(config: FusionConfig, argument: str, purpose: str) -> None:
 def _require_headers(ends: torch.Tensor, input_ids: torch.Tensor, config: FusionConfig) -> None:
     latent = input_ids == config.latent_token_id
     for row, (found, has_latents) in enumerate(zip(ends.tolist(), latent.any(1).tolist(), strict=True)):
-        if has_latents and found[0] == ABSENT:
+        # the last block of a truncated or unfinished conversation may have none
+        known = [end for end in found if end != ABSENT]
+        if has_latents and (not known or found[: len(known)] != known):
             raise ValueError(
                 f"Sample {row} has a latent block and no assistant header behind it, so `prompt_end_positions` cannot "
                 "be found. End the prompt as the chat template does with `add_generation_prompt=True`, allow longer "
@@ -125,22 +150,70 @@ def _require_headers(ends: torch.Tensor, input_ids: torch.Tensor, config: Fusion
             )
 
 
-def _checked_type(ends: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Prompt ends `(B, R)` in order, absent ones last."""
-    if isinstance(ends, torch.Tensor) and ends.ndim == 2 and ends.numel() == 0:
-        return ends  # an empty tensor is of no type in particular
-    if not isinstance(ends, torch.Tensor) or ends.is_floating_point() or ends.dtype == torch.bool:
-        kind = ends.dtype if isinstance(ends, torch.Tensor) else type(ends).__name__
-        raise ValueError(f"`prompt_end_positions` must be a tensor of integers, got {kind}.")
+def order_prompt_ends(ends: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Bring given `prompt_end_positions` into order.
+
+    Args:
+        ends (`(B, R)`): as the caller gave them, padded with -1 or 0 on any side.
+        input_ids (`(B, S)`): whose turns they are.
+
+    Returns:
+        `(B, R)`: integers on the device of `input_ids`; present ones in their order, then -1.
+
+    Raises:
+        ValueError: for another shape or type.
+    """
+    if not isinstance(ends, torch.Tensor):
+        raise ValueError(f"`prompt_end_positions` must be a tensor of integers, got {type(ends).__name__}.")
     if ends.ndim != 2 or len(ends) != len(input_ids):
         raise ValueError(
             f"`prompt_end_positions` must have the shape (B, R) with B = {len(input_ids)} samples, got "
             f"{tuple(ends.shape)}."
         )
+    if ends.numel() == 0:
+        return ends  # an empty tensor is of no type in particular
+    if ends.is_floating_point() or ends.is_complex() or ends.dtype == torch.bool:
+        raise ValueError(f"`prompt_end_positions` must be a tensor of integers, got {ends.dtype}.")
+    ends = ends.to(input_ids.device, torch.long)
     # nothing can end at position 0, which collators of other projects pad with
-    is_absent = ends <= 0
+    is_absent = (ends == ABSENT) | (ends == 0)
     order = is_absent.long().argsort(dim=1, stable=True)
     return ends.masked_fill(is_absent, ABSENT).gather(1, order)
+
+
+def _check_question(
+    question: torch.Tensor, mask: torch.Tensor | None, input_ids: torch.Tensor, config: FusionConfig
+) -> None:
+    """
+    Raises:
+        ValueError: if given questions `(B, T)` and their mask `(B, T)` are not what the vision tower can read.
+    """
+    given = {"instruct_input_ids": question} | ({} if mask is None else {"instruct_attention_mask": mask})
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+        if value.ndim != 2 or len(value) != len(input_ids):
+            raise ValueError(
+                f"`{name}` must have the shape (B, T) with B = {len(input_ids)} samples, got {tuple(value.shape)}."
+            )
+        if value.shape != question.shape:
+            raise ValueError(
+                f"`{name}` must have the shape of `instruct_input_ids`, {tuple(question.shape)}, got "
+                f"{tuple(value.shape)}."
+            )
+    if question.numel() == 0:
+        return
+    if question.is_floating_point() or question.is_complex() or question.dtype == torch.bool:
+        raise ValueError(f"`instruct_input_ids` must be a tensor of integers, got {question.dtype}.")
+    least, most = int(question.min()), int(question.max())
+    allowed = config.text_config.vocab_size - 1
+    if least < 0 or most > allowed:
+        wrong = least if least < 0 else most
+        raise ValueError(
+            f"`instruct_input_ids` must hold ids from 0 to {allowed}, and {config.instruct_pad_token_id} as padding, "
+            f"got {wrong}."
+        )
 
 
 def _put_right(ends: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -152,22 +225,37 @@ def _put_right(ends: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | Non
     """
     rows = [[end for end in row if end != ABSENT] for row in ends.tolist()]
     known = [[end for end in row if end != ABSENT] for row in found.tolist()]
+    length = found.new_zeros(len(rows)) if mask is None else mask.long().sum(1)
     padding = [0] * len(rows) if mask is None else mask.long().argmax(1).tolist()  # on the left
     moved = [_shift(given, exact) for given, exact in zip(rows, known, strict=True)]
-    is_batch = len({shift for shift in moved if shift is not None}) > 1
+    is_batch = _is_moved_batch(rows, moved, length.tolist())
     for row, (given, exact, shift) in enumerate(zip(rows, known, moved, strict=True)):
-        if shift == 0 or not given or not exact:
+        if shift == 0 or not exact:
             continue
         if shift is None or not (is_batch or shift == -padding[row]):
             raise ValueError(
-                f"Sample {row}: `prompt_end_positions` must be where its assistant headers end, {exact}, got {given}."
+                f"Sample {row}: `prompt_end_positions` must be where its assistant headers end, {exact}, got {given}. "
+                "An empty `(B, 0)` tensor asks for no samplers."
             )
         ends[row, : len(given)] = ends.new_tensor(exact[: len(given)])
     return ends
 
 
+def _is_moved_batch(rows: list[list[int]], moved: list[int | None], lengths: list[int]) -> bool:
+    """
+    Whether rows that were padded on the left lost that padding: prompts, which all ended at one position, before their
+    answers followed, or whole rows, which all ended there.
+    """
+    given = [(row[-1], shift, length) for row, shift, length in zip(rows, moved, lengths, strict=True) if row]
+    shifts = [shift for _, shift, _ in given if shift is not None]
+    if len(shifts) < len(given) or len(set(shifts)) < 2 or min(shifts) < 0:
+        return False
+    ends_together = len({end for end, _, _ in given}) == 1
+    return ends_together or len({shift + length for _, shift, length in given if shift is not None}) == 1
+
+
 def _shift(given: list[int], exact: list[int]) -> int | None:
-    """By how much all given positions are behind the exact ones; None if it is not the same for all."""
+    """By how much all given positions are behind the exact ones; None if they differ or none is given."""
     shifts = {end - known for end, known in zip(given, exact, strict=False)}
     return shifts.pop() if len(shifts) == 1 and len(given) <= len(exact) else None
 
@@ -186,15 +274,18 @@ def check_labelled_ends(
     Args:
         input_ids (`(B, S)`), labels (`(B, S)`): a position before the answer has the label -100, unless a trainer
             labels prompts as well.
-        ends (`(B, R)`): `prompt_end_positions`, which the ids do not confirm.
+        ends (`(B, R)`): `prompt_end_positions`; those of rows with assistant headers are compared with these.
 
     Raises:
         ValueError: if one is a labelled token whose prompt is not labelled.
     """
-    if can_find_turns(config) or not isinstance(ends, torch.Tensor) or ends.ndim != 2 or ends.numel() == 0:
+    if not isinstance(ends, torch.Tensor) or ends.ndim != 2 or ends.numel() == 0:
         return
+    known = find_prompt_ends(input_ids, None, config).tolist() if can_find_turns(config) else [[ABSENT]] * len(ends)
     is_text = (input_ids != config.image_token_id) & (input_ids != config.latent_token_id)
     for row, positions in enumerate(ends.tolist()):
+        if row < len(known) and set(known[row]) != {ABSENT}:
+            continue  # the ids confirm or correct them
         for turn, end in enumerate(positions):
             if not 0 < end < labels.shape[1] or labels[row, end] == IGNORED:
                 continue
@@ -211,10 +302,13 @@ def find_prompt_ends(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FusionConfig
 ) -> torch.Tensor:
     """
-    Find the last token of the assistant header behind each latent block.
+    Find the last token of the assistant header behind the blocks of each turn.
+
+    A turn begins with one block, of the image or of latent tokens, or with several next to each other. An image in a
+    later question takes the first block of the conversation, so that a latent block may be behind its prompt's end.
 
     Args:
-        input_ids (`(B, S)`): prompts with one latent block per turn.
+        input_ids (`(B, S)`): prompts.
         attention_mask (`(B, S)`, *optional*): what is padding is not looked at.
         config ([`FusionConfig`]): says how an assistant header is written in ids.
 
@@ -224,10 +318,12 @@ def find_prompt_ends(
     length = input_ids.shape[1]
     header = input_ids.new_tensor(config.assistant_header_ids)  # (h,)
     latent = input_ids == config.latent_token_id  # (B, S)
-    begins = latent.clone()
-    begins[:, 1:] &= ~latent[:, :-1]
-    block = begins.cumsum(1)  # (B, S): how many blocks have begun
-    most = int(block[:, -1].max())
+    is_block = latent | (input_ids == config.image_token_id)
+    begins = is_block.clone()
+    for distance in range(1, BETWEEN_BLOCKS + 2):
+        begins[:, distance:] &= ~is_block[:, :-distance]
+    turn = begins.cumsum(1)  # (B, S): how many turns have begun
+    most = int(turn[:, -1].max())
     found = torch.full((len(input_ids), most + 1), length, device=input_ids.device)  # (B, 1 + R)
     reach = len(header) - 1 + config.assistant_header_tail  # from a header's first token to its last
     if length > reach:
@@ -235,10 +331,18 @@ def find_prompt_ends(
         ends = torch.arange(reach, length, device=input_ids.device).expand(len(input_ids), -1)
         if attention_mask is not None:
             is_header = is_header & attention_mask[:, reach:].bool()
-        # the first header behind each block; what stands before all blocks goes to column 0
+        # the first header behind each turn's blocks; what stands before all of them goes to column 0
         ends = torch.where(is_header, ends, length)
-        found.scatter_reduce_(1, block[:, : length - reach], ends, "amin")
-    return torch.where(found < length, found, ABSENT)[:, 1:]
+        found.scatter_reduce_(1, turn[:, : length - reach], ends, "amin")
+    found = torch.where(found < length, found, ABSENT)
+    # an image that a text, but no header, parts from the first latent block belongs to that block's turn
+    has_latents = torch.zeros_like(found).scatter_reduce_(1, turn, latent.long(), "amax")  # (B, 1 + R)
+    is_alone = ((found == ABSENT) & (has_latents == 0))[:, 1:]
+    found = found[:, 1:].gather(1, is_alone.long().argsort(dim=1, stable=True))
+    # truncation may leave the end of a turn whose latent block was behind it
+    num_blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
+    found = found.masked_fill(torch.arange(found.shape[1], device=found.device) >= num_blocks[:, None], ABSENT)
+    return found[:, : int(num_blocks.max())]
 
 
 def find_questions(
@@ -249,32 +353,39 @@ def find_questions(
 
     Args:
         input_ids (`(B, S)`), attention_mask (`(B, S)`, *optional*): as the model takes them.
-        config ([`FusionConfig`]): says which id ends a turn. Where the ids of a question depend on the text before it,
-            the tokenizer in the folder that the model was loaded from is asked.
+        config ([`FusionConfig`]): says how a user's message begins and ends. Where the ids of a question depend on the
+            text before it, the tokenizer in the folder that the model was loaded from is asked.
 
     Returns:
         `instruct_input_ids` and `instruct_attention_mask`, `(B, T)`. A prompt without an image has no question.
 
     Raises:
-        ValueError: if the ids of the questions depend on the text before them and there is no tokenizer to ask.
+        ValueError: if a prompt is not written as the chat template does, or if the ids of its questions depend on the
+            text before them and there is no tokenizer to ask.
     """
     rows, pad = input_ids.tolist(), config.instruct_pad_token_id
     if attention_mask is not None:
         masks = attention_mask.tolist()
         rows = [[i for i, kept in zip(*row, strict=True) if kept] for row in zip(rows, masks, strict=True)]
-    questions = [_question(ids, config) or [pad] for ids in rows]
+    questions = [_question(row, ids, config) or [pad] for row, ids in enumerate(rows)]
     longest = max(map(len, questions))
     padded = input_ids.new_tensor([ids + [pad] * (longest - len(ids)) for ids in questions])  # (B, T)
     return padded, (padded != pad).long()
 
 
-def _question(ids: list[int], config: FusionConfig) -> list[int]:
+def _question(row: int, ids: list[int], config: FusionConfig) -> list[int]:
     """The questions of one prompt as ids of their own."""
     if config.image_token_id not in ids:
         return []
-    cuts = _cut(ids, config)
-    if len(cuts) == 1 and config.questions_are_cut:
-        return [*(config.question_prefix_ids or ()), *cuts[0]]
+    messages = _user_messages(ids, config)
+    if messages is None:
+        raise ValueError(
+            f"Sample {row} has an image and user messages that the chat template does not write, or that are cut off, "
+            "so `instruct_input_ids` cannot be found. Pass `instruct_input_ids` as the processor returns it, or an "
+            "empty `(B, 0)` tensor for no question."
+        )
+    if len(messages) == 1 and config.questions_are_cut:
+        return [*(config.question_prefix_ids or ()), *messages[0]]
     # the questions of several turns are tokenized as one text, so that ids at their borders may be others
     commit = getattr(config, "_commit_hash", None)  # only what comes from the Hub has one
     tokenizer = load_tokenizer(config._name_or_path, commit)
@@ -284,23 +395,49 @@ def _question(ids: list[int], config: FusionConfig) -> list[int]:
             "tokenizer to find it in `input_ids`: the ids of these questions depend on the text before them. Pass "
             "`instruct_input_ids` as the processor returns it, or an empty `(B, 0)` tensor for no question."
         )
-    texts = [tokenizer.decode(cut, clean_up_tokenization_spaces=False).strip() for cut in cuts]
-    return tokenize_alone([protect("".join(texts), tokenizer)], tokenizer)[0]
+    if any(number >= len(tokenizer) for message in messages for number in message):
+        raise ValueError(
+            f"`instruct_input_ids` is missing, and the tokenizer in {config._name_or_path!r} lacks a token of "
+            "`input_ids`. Pass `instruct_input_ids` as the processor returns it."
+        )
+    texts = [tokenizer.decode(message, clean_up_tokenization_spaces=False).strip() for message in messages]
+    # what looks like a special token and is none was broken up in the prompt
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    sanitize = not any(number in special for message in messages for number in message)
+    return tokenize_alone([protect("".join(texts), tokenizer, sanitize)], tokenizer)[0]
 
 
-def _cut(ids: list[int], config: FusionConfig) -> list[list[int]]:
-    """The ids between each latent block and its turn's end, without the separator that may begin them."""
-    separator, cuts = config.question_separator_ids or [], []
-    start = 0
-    while config.latent_token_id in ids[start:]:
-        start = ids.index(config.latent_token_id, start)
-        while start < len(ids) and ids[start] in (config.latent_token_id, config.vision_end_token_id):
-            start += 1
-        end = ids.index(config.turn_end_token_id, start) if config.turn_end_token_id in ids[start:] else len(ids)
-        if ids[start : start + len(separator)] == separator:
-            start += len(separator)
-        cuts.append(ids[start:end])
-    return cuts
+def _user_messages(ids: list[int], config: FusionConfig) -> list[list[int]] | None:
+    """The texts of a prompt's user messages, without blocks and separators; None if one is not the template's."""
+    header = config.user_header_ids or []
+    starts = [i + len(header) for i in range(len(ids) - len(header) + 1) if ids[i : i + len(header)] == header]
+    messages = []
+    for start in starts:
+        if config.turn_end_token_id not in ids[start:]:
+            return None
+        text = _without_blocks(ids[start : ids.index(config.turn_end_token_id, start)], config)
+        if text is None:
+            return None
+        messages.append(text)
+    return messages or None
+
+
+def _without_blocks(message: list[int], config: FusionConfig) -> list[int] | None:
+    """What follows the blocks at the beginning of a message; None if there is no block, or one further on."""
+    placeholders = {config.image_token_id, config.latent_token_id}
+    start = config.user_header_tail
+    while start < len(message) and message[start] in placeholders | {config.vision_start_token_id}:
+        is_framed = message[start] == config.vision_start_token_id
+        end = next((i for i in range(start + 1, len(message)) if message[i] not in placeholders), len(message))
+        if is_framed and message[end : end + 1] != [config.vision_end_token_id]:
+            return None
+        start = end + is_framed
+    if start == config.user_header_tail or placeholders & set(message[start:]):
+        return None
+    separator = config.question_separator_ids or []
+    return (
+        message[start + len(separator) :] if message[start : start + len(separator)] == separator else message[start:]
+    )
 
 
 @lru_cache(maxsize=LOADED_TOKENIZERS)
@@ -323,37 +460,37 @@ def describe_turns(processor: Any) -> dict[str, Any]:
 
     Returns:
         Values for the fields of [`FusionConfig`] by which the model finds turns and questions in ids.
-
-    Raises:
-        ValueError: if the tokenizer does not know the token that ends a turn of the chat format.
     """
     tokenizer, chat_format = processor.tokenizer, CHAT_FORMATS[processor.chat_format]
     vocabulary = tokenizer.get_vocab()
-    if chat_format.turn_end not in vocabulary:
-        raise ValueError(
-            f"The tokenizer has no token {chat_format.turn_end!r}, which ends a turn of the chat format "
-            f"{processor.chat_format!r}."
-        )
     end, vision_end = vocabulary[chat_format.turn_end], vocabulary[VISION_END]
 
     def behind_vision_end(text: str) -> list[int]:
         ids = tokenizer(f"{VISION_END}{text}{chat_format.turn_end}", add_special_tokens=False)["input_ids"]
         return ids[ids.index(vision_end) + 1 : ids.index(end)]
 
-    header = tokenizer(chat_format.assistant_header, add_special_tokens=False)["input_ids"]
-    named = len(header)
-    while (
-        not tokenizer.decode(header[named - 1 : named]).strip() and header[named - 1] not in tokenizer.all_special_ids
-    ):
-        named -= 1
+    header, header_tail = _describe_header(chat_format.assistant_header, tokenizer)
+    user_header, user_header_tail = _describe_header(chat_format.user_header, tokenizer, VISION_START)
     separator, prefix = behind_vision_end("\n"), tokenizer("")["input_ids"]
     texts = [protect(text, tokenizer) for text in SAMPLES]
     cuts = [[*prefix, *behind_vision_end(f"\n{text}")[len(separator) :]] for text in texts]
     return {
-        "assistant_header_ids": header[:named],
-        "assistant_header_tail": len(header) - named,
+        "assistant_header_ids": header,
+        "assistant_header_tail": header_tail,
+        "user_header_ids": user_header,
+        "user_header_tail": user_header_tail,
         "turn_end_token_id": end,
         "question_separator_ids": separator,
         "question_prefix_ids": prefix,
         "questions_are_cut": cuts == tokenize_alone(texts, tokenizer),
     }
+
+
+def _describe_header(header: str, tokenizer: Any, next_token: str = "") -> tuple[list[int], int]:
+    """The ids of a header without white space at its end, and how many tokens of white space it ends with."""
+    ids = tokenizer(header + next_token, add_special_tokens=False)["input_ids"]
+    ids = ids[:-1] if next_token else ids
+    named = len(ids)
+    while not tokenizer.decode(ids[named - 1 : named]).strip() and ids[named - 1] not in tokenizer.all_special_ids:
+        named -= 1
+    return ids[:named], len(ids) - named

@@ -2,18 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from tests.helpers.tiny import tiny_config, tiny_model
 from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenizer
 
-from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.conversion.folder import make_processor, write_files
 from fusion_hf.conversion.tokenizer import add_marks, load_tokenizer, vocabulary_size
 
 FORMATS = ("phi3", "llama3", "chatml")
 BACKBONES = {"phi3": "phi3", "llama3": "llama", "chatml": "qwen2"}
+MODELS = (*FORMATS, "nano")
 MAX_LENGTH = 1024
+IMAGE = Image.new("RGB", (40, 30), "red")
+# what a caller may lose, and the model finds in the ids
+TURNS = ("prompt_end_positions", "instruct_input_ids", "instruct_attention_mask")
 # in place of Qwen's: the same kind of byte-level BPE, with ChatML's tokens under their names
 CHATML_NAMES = {"<|start_header_id|>": "<|im_start|>", "<|eot_id|>": "<|im_end|>", "<|end_header_id|>": "<|unused_0|>"}
 
@@ -49,3 +55,30 @@ def load_chat_model(folder: Path) -> tuple[FusionForConditionalGeneration, Fusio
     """The model and the processor in a folder."""
     model = FusionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model, FusionProcessor.from_pretrained(folder)
+
+
+def make_chat_model(name: str, folder: Path) -> tuple[FusionForConditionalGeneration, FusionProcessor]:
+    """One of `MODELS`, in a folder of its own unless it is fusion-nano."""
+    return load_chat_model(Path(nano_path()) if name == "nano" else write_chat_model(folder / "model", name))
+
+
+def chat(*texts: str, image: Image.Image | None = IMAGE, system: str | None = None) -> list[dict[str, Any]]:
+    """Questions and answers in turn; the image is in the first question."""
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    for number, text in enumerate(texts):
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if number == 0 and image is not None:
+            content.insert(0, {"type": "image", "image": image})
+        messages.append({"role": "assistant" if number % 2 else "user", "content": content})
+    return messages
+
+
+def encode(processor: FusionProcessor, messages: Any, **options: Any) -> dict[str, Any]:
+    """What the processor gives for messages, or for a list of conversations."""
+    options = {"add_generation_prompt": True, "return_tensors": "pt"} | options
+    return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options))
+
+
+def bare(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs without what the model finds in the ids."""
+    return {name: value for name, value in inputs.items() if name not in TURNS}

@@ -222,6 +222,12 @@ def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
     return PNG_HEAD + b"".join(chunk(kind, content) for kind, content in chunks)
 
 
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to no data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")])
+
+
 def insert_chunks(content: bytes, chunks: list[tuple[bytes, bytes]]) -> bytes:
     """A PNG with further chunks behind its header."""
     first, *rest = png_chunks(content)

@@ -33,7 +33,7 @@ def replace_forward(model: FusionForConditionalGeneration, output: type[ModelOut
         log_probs = self.lm_head(hidden_states).log_softmax(-1)
         log_probs = log_probs.gather(2, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
         loss = -log_probs.sum() / (labels != -100).sum()
-        return output(**{"loss": loss, "log_probs": log_probs, "label_mask": labels != -100})
+        return output(loss=loss, log_probs=log_probs, label_mask=labels != -100)
 
     model.forward = types.MethodType(forward, model)
 

@@ -4,15 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
+from tests.helpers.chat_models import MODELS, TURNS, bare, chat, encode, make_chat_model
 
-from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
+from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.turns_fusion import SAMPLES, describe_turns, find_prompt_ends, find_questions
 
-MODELS = (*FORMATS, "nano")
-IMAGE = Image.new("RGB", (40, 30), "red")
-EXTRA = ("prompt_end_positions", "instruct_input_ids", "instruct_attention_mask")
 TEXTS = (
     *SAMPLES,
     "what color is the shape?",
@@ -27,29 +23,7 @@ TEXTS = (
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: Any
 ) -> tuple[FusionForConditionalGeneration, FusionProcessor]:
-    if request.param == "nano":
-        return load_chat_model(nano_path())  # type: ignore[arg-type]
-    return load_chat_model(write_chat_model(tmp_path_factory.mktemp(request.param) / "model", request.param))
-
-
-def chat(*texts: str, image: Image.Image | None = IMAGE) -> list[dict[str, Any]]:
-    """Questions and answers in turn; the image is in the first question."""
-    messages: list[dict[str, Any]] = []
-    for number, text in enumerate(texts):
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        if number == 0 and image is not None:
-            content.insert(0, {"type": "image", "image": image})
-        messages.append({"role": "assistant" if number % 2 else "user", "content": content})
-    return messages
-
-
-def encode(processor: FusionProcessor, messages: Any, **options: Any) -> dict[str, Any]:
-    options = {"add_generation_prompt": True, "return_tensors": "pt"} | options
-    return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options))
-
-
-def bare(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in EXTRA}
+    return make_chat_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_questions_and_ends_are_the_processors(pair) -> None:
@@ -183,7 +157,7 @@ def test_what_cannot_be_found_is_named(pair) -> None:
     model, processor = pair
     inputs = encode(processor, chat("what?"))
     old = FusionForConditionalGeneration(replace_config(model.config)).eval()
-    for name in EXTRA[:2]:
+    for name in TURNS[:2]:
         missing = {key: value for key, value in inputs.items() if key != name}
         with pytest.raises(ValueError, match=rf"`{name}` is missing.*\(B, 0\)"):
             old(**missing)

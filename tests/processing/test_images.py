@@ -2,9 +2,7 @@
 
 import base64
 import io
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +12,9 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from tests.helpers.hostile_images import png_claiming
 
-from fusion_hf import FusionImageProcessor, image_processing_fusion
+from fusion_hf import FusionImageProcessor, image_sources_fusion
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +96,15 @@ def test_extreme_sizes(processor: FusionImageProcessor, size: tuple[int, int]) -
     torch.testing.assert_close(result[0, :, 0], torch.ones(5, 32, 32))
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has next to no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def test_a_decompression_bomb_is_refused_before_decoding(processor: FusionImageProcessor, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
-    bomb.write_bytes(png_header(12_000, 12_000))
+    bomb.write_bytes(png_claiming(12_000, 12_000))
     with (
         pytest.warns(Image.DecompressionBombWarning),
         pytest.raises(ValueError, match=r"144000000 pixels; allowed: max"),
     ):
         pixels(processor, str(bomb))
-    bomb.write_bytes(png_header(50_000, 50_000))
+    bomb.write_bytes(png_claiming(50_000, 50_000))
     with pytest.raises(ValueError, match=r"cannot be opened.*exceeds limit"):
         pixels(processor, str(bomb))
 
@@ -126,7 +114,7 @@ def test_the_limit_is_a_setting(processor: FusionImageProcessor, photo: Image.Im
         pixels(processor, photo, max_image_pixels=1000)
 
 
-@pytest.mark.parametrize("content", [b"", b"just text", png_header(20, 20)[:60]], ids=["empty", "text", "truncated"])
+@pytest.mark.parametrize("content", [b"", b"just text", png_claiming(20, 20)[:60]], ids=["empty", "text", "truncated"])
 def test_files_that_are_no_pictures(processor: FusionImageProcessor, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.png"
     path.write_bytes(content)
@@ -197,7 +185,7 @@ def test_pictures_at_addresses(
         pixels(processor, f"{address}/none.png")
     with pytest.raises(ValueError, match=r"/text\.png' cannot be opened"):
         pixels(processor, f"{address}/text.png")
-    monkeypatch.setattr(image_processing_fusion, "MAX_DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(image_sources_fusion, "MAX_DOWNLOAD_BYTES", 1000)
     with pytest.raises(ValueError, match=r"/photo\.png' cannot be opened: it has more than the allowed 1000 bytes"):
         pixels(processor, f"{address}/photo.png")
 

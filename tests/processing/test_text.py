@@ -14,7 +14,7 @@ PICTURE = Image.new("RGB", (64, 64), "red")
 CALL = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 
 
-def user(text: str, image: Any = None) -> dict[str, Any]:
+def user(text: Any, image: Any = None) -> dict[str, Any]:
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if image is not None:
         content.insert(0, {"type": "image", "image": image})
@@ -122,11 +122,12 @@ def test_pictures_by_every_name(processor: FusionProcessor, tmp_path: Any) -> No
         torch.testing.assert_close(processor.apply_chat_template([message], **CALL)["pixel_values"], expected)
 
 
-def test_a_picture_in_a_later_message_is_read_first(processor: FusionProcessor) -> None:
+def test_an_image_in_a_later_message_has_the_first_block(processor: FusionProcessor) -> None:
+    """Its own message has two latent blocks, as the authors' code fills them; see `test_authors_sequence.py`."""
     late = [user("hello"), {"role": "assistant", "content": "b"}, user("what shape?", PICTURE)]
-    inputs = processor.apply_chat_template(late, **CALL)
-    early = [user("hello", PICTURE), {"role": "assistant", "content": "b"}, user("what shape?")]
-    torch.testing.assert_close(inputs["input_ids"], processor.apply_chat_template(early, **CALL)["input_ids"])
+    text = processor.apply_chat_template(late, query_len=1)
+    assert "<vision_start><image><vision_end>hello<|im_end|>" in text
+    assert "<vision_start><latent_image><vision_end>" * 2 + "\nwhat shape?" in text
 
 
 def test_messages_are_not_changed(processor: FusionProcessor) -> None:
@@ -202,6 +203,10 @@ def test_too_long_question(processor: FusionProcessor) -> None:
             r"messages\[1\].content\[0\].*'text'.*'assistant', got 'image'",
         ),
         ([], "list of messages"),
+        ({"role": "user", "content": "a"}, "list of messages, got {'role'"),
+        (None, "list of messages, got None"),
+        ([[user("a")], [user("a"), user("b")]], r"conversation\[1\].messages\[1\].role must be 'assistant'"),
+        ([[user("a")], [user([], PICTURE)]], r"conversation\[1\].messages\[0\].content\[1\].text must be a string"),
         (["hello"], r"messages\[0\]"),
         ([user("a"), user("b")], r"messages\[1\].role must be 'assistant'.*got 'user'"),
         ([{"role": "assistant", "content": "a"}, user("b")], r"messages\[0\].role must be 'user'.*got 'assistant'"),
@@ -213,7 +218,7 @@ def test_too_long_question(processor: FusionProcessor) -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\].image_url"),
     ],
 )
-def test_messages_that_cannot_be(processor: FusionProcessor, messages: list[Any], error: str) -> None:
+def test_messages_that_cannot_be(processor: FusionProcessor, messages: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         processor.apply_chat_template(messages, **CALL)
 
@@ -227,6 +232,8 @@ def test_messages_that_cannot_be(processor: FusionProcessor, messages: list[Any]
         ("<image><image> a", [PICTURE, PICTURE], "has 2 <image> marks; FUSION reads 1"),
         ("<latent_image><latent_image> a", None, "has 2 tokens, but query_len is 16"),
         ([3], None, "text holds a int"),
+        (3, None, "`text` must be a string or a list of one or more strings, got 3"),
+        ([], None, "`text` must be a string or a list of one or more strings"),
     ],
 )
 def test_counts_that_disagree(processor: FusionProcessor, text: Any, images: Any, error: str) -> None:
@@ -234,9 +241,9 @@ def test_counts_that_disagree(processor: FusionProcessor, text: Any, images: Any
         processor(text=text, images=images, query_len=16)
 
 
-@pytest.mark.parametrize("query_len", [0, 5, -4])
-def test_query_len_that_is_no_square(processor: FusionProcessor, query_len: int) -> None:
-    with pytest.raises(ValueError, match=rf"query_len is {query_len}; allowed: a perfect square"):
+@pytest.mark.parametrize("query_len", [0, 5, -4, "4", 4.0, True])
+def test_query_len_that_is_no_square(processor: FusionProcessor, query_len: Any) -> None:
+    with pytest.raises(ValueError, match=rf"query_len is {query_len!r}; allowed: a perfect square"):
         processor(text="a", query_len=query_len)
 
 

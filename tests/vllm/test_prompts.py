@@ -13,10 +13,10 @@ PROCESSOR = FusionProcessor.from_pretrained(nano_path())
 READER = PromptReader.of(CONFIG, PROCESSOR)
 
 
-def conversation(turns: int, has_picture: bool) -> list[dict]:
+def conversation(turns: int, has_picture: bool, place: int = 0) -> list[dict]:
     messages = [{"role": "system", "content": "one word"}]
     for turn in range(turns):
-        picture = Image.new("RGB", (8, 8)) if has_picture and turn == 0 else None
+        picture = Image.new("RGB", (8, 8)) if has_picture and turn == place else None
         messages += [
             question_message(f"question {turn}?", picture),
             {"role": "assistant", "content": f"answer {turn}"},
@@ -43,6 +43,22 @@ def test_the_turns_of_a_prompt_are_those_of_the_processor(turns, has_picture, qu
     np.testing.assert_array_equal(found.latent_positions, starts)
     np.testing.assert_array_equal(found.prompt_end_positions, inputs["prompt_end_positions"][0])
     RequestBudget.of(CONFIG, query_len).check(found)
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_an_image_in_a_later_turn(place):
+    """A latent block may be behind its turn's end."""
+    ids, ends = (
+        PROCESSOR.apply_chat_template(
+            conversation(3, True, place), add_generation_prompt=True, tokenize=True, return_dict=True
+        )[name][0]
+        for name in ("input_ids", "prompt_end_positions")
+    )
+    found = READER.read(ids)
+    starts = np.flatnonzero(np.array(ids) == CONFIG.latent_token_id).reshape(3, CONFIG.query_len)
+    np.testing.assert_array_equal(found.latent_positions, starts)
+    np.testing.assert_array_equal(found.prompt_end_positions, ends)
+    assert found.prompt_end_positions[0] < starts[0, 0]
 
 
 def test_every_beginning_of_a_prompt_is_refused_or_has_no_latents():

@@ -13,14 +13,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fusion_hf.chat_fusion import CHAT_FORMATS, VISION_MARKS
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.locations import Location
 from fusion_hf.conversion.reading import first_line, read_json
-from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, LATENT_TOKEN, VISION_END, VISION_START
 
 logger = logging.getLogger(__name__)
 
-MARKS = (VISION_START, VISION_END, IMAGE_TOKEN, LATENT_TOKEN)  # in the order of their ids
+MARKS = VISION_MARKS  # in the order of their ids
 NUM_PLACEHOLDERS = 2  # <image> and <latent_image> have an id but no row in the embedding
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 WHITE_SPACE = "\u2581"

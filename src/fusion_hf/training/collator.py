@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusion_hf.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
+from fusion_hf.compatibility_fusion import as_dicts
 from fusion_hf.image_processing_fusion import values_of_bytes
-from fusion_hf.processing_fusion import CHAT_FORMATS, IMAGE_TOKEN, FusionProcessor
+from fusion_hf.processing_fusion import FusionProcessor
 from fusion_hf.training.query_lens import BatchDraw
 
 IGNORE_INDEX = -100
 SMALL_BYTES = 2**18
 # stands where every record of a batch was skipped: this process must take part in the step as well
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
-AS_BYTES = {"do_rescale": False, "do_normalize": False}  # of the image processor
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 IMAGE_KEYS = ("image", "images")  # of a record
 IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "base64", "image_url")  # of a message
@@ -26,8 +27,8 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     Read the chat messages of a record.
 
     The image of `image`, of `images` (a list of one, as TRL has it) or of an image block becomes an image block of the
-    first user message. Image marks in texts and image blocks without an image are taken out: they only say that there
-    is an image.
+    user message that has an image mark in its text, or an image block; of the first one, if none has. As the authors'
+    code writes a block for each message with a mark, further ones get an image block that repeats the first.
 
     Args:
         record: `conversations` (`[{"from", "value"}]`) or `messages` (`[{"role", "content"}]`), and an image or none.
@@ -36,22 +37,27 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         The messages, without the record's other fields.
 
     Raises:
-        ValueError: for an unknown speaker, no user message, several images, or an image mark without an image.
+        ValueError: for several images, an image mark without an image, and what a message or a turn cannot be; names
+            the record, the message and the block.
     """
     name = f"Record {record.get('id')!r}"
     if record.get("messages") is not None:
-        messages = [dict(message) for message in record["messages"]]
+        given = as_dicts(record["messages"])
     elif record.get("conversations") is not None:
-        messages = [_read_turn(turn, name) for turn in record["conversations"]]
+        given = _read_turns(record["conversations"], name)
     else:
         raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
     images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
-    is_marked = False
+    is_marked, marked = False, []
+    messages = [dict(message) for message in given] if all(isinstance(each, dict) for each in given) else []
     for message in messages:
         message["content"], inside, has_mark = _split_content(message.get("content"), message.get("role"), name)
         images += inside
         is_marked |= has_mark
-    questions = [message for message in messages if message.get("role") == "user"]
+        if has_mark and message.get("role") == "user":
+            marked.append(message)
+    check_messages(given, f"{name}: ")
+    questions = [message for message in messages if message["role"] == "user"]
     if not questions:
         raise ValueError(f"{name} has no user message.")
     if len(images) > 1:
@@ -59,18 +65,27 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     if is_marked and not images:
         raise ValueError(f"{name} has an {IMAGE_TOKEN} mark, but no image.")
     if images:
-        content = questions[0]["content"]
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        questions[0]["content"] = [{"type": "image", "image": images[0]}, *blocks]
+        for number, message in enumerate(marked or questions[:1]):
+            content = message["content"]
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            image = {"type": "image", REPEATED: True} if number else {"type": "image", "image": images[0]}
+            message["content"] = [image, *blocks]
     return messages
 
 
-def _read_turn(turn: dict[str, Any], name: str) -> dict[str, Any]:
-    """A message of LLaVA's turn `{"from", "value"}`."""
-    if turn["from"] not in ROLE_OF_SPEAKER:
-        allowed = ", ".join(ROLE_OF_SPEAKER)
-        raise ValueError(f"{name} has a speaker {turn['from']!r}; allowed: {allowed}.")
-    return {"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]}
+def _read_turns(turns: Any, name: str) -> list[dict[str, Any]]:
+    """Messages of LLaVA's turns `{"from", "value"}`."""
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{name}: conversations must be a list of turns, got {turns!r}.")
+    for number, turn in enumerate(turns):
+        if turn.get("from") not in ROLE_OF_SPEAKER:
+            allowed = ", ".join(ROLE_OF_SPEAKER)
+            raise ValueError(
+                f"{name}: conversations[{number}] has a speaker {turn.get('from')!r}; allowed: {allowed}."
+            )
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"{name}: conversations[{number}].value must be a string, got {turn.get('value')!r}.")
+    return [{"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -81,10 +96,8 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
     """A message's content without images and marks, its images, and whether it says that there is one."""
     if isinstance(content, str):
         return content.replace(IMAGE_TOKEN, ""), [], IMAGE_TOKEN in content
-    if content is None:
-        return "", [], False
     if not isinstance(content, (list, tuple)):
-        return content, [], False  # the processor says what is wrong with it, and with odd blocks
+        return content, [], False  # `check_messages` says what is wrong with it, and with odd blocks
     blocks, images, has_mark = [], [], False
     for block in content:
         if not isinstance(block, dict):
@@ -92,7 +105,7 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
         elif block.get("type") in IMAGE_BLOCKS:
             if role != "user":
                 raise ValueError(f"{name} has an image in a message of the role {role!r}; allowed: user.")
-            images += [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
+            images += images_of_block(block)
             has_mark = True
         elif isinstance(block.get("text"), str):
             has_mark |= IMAGE_TOKEN in block["text"]
@@ -100,6 +113,13 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
         else:
             blocks.append(block)
     return blocks, images, has_mark
+
+
+def images_of_block(block: dict[str, Any]) -> list[Any]:
+    """The images of an image block; one in most cases, and none where the block only says that there is one."""
+    if block.get("bytes") is not None:  # as the library datasets has it, whose `path` only names the bytes
+        return [block["bytes"]]
+    return [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
 
 
 def _unwrap_url(image: Any) -> Any:
@@ -159,7 +179,9 @@ class FusionDataCollator:
         self.max_length = max_length if max_length is not None else processor.tokenizer.model_max_length
         self.draw = BatchDraw(self.query_lens, seed)
         self.compact = compact
-        self.image_settings = {} if max_image_pixels is None else {"max_image_pixels": max_image_pixels}
+        self.image_settings: dict[str, Any] = (
+            {} if max_image_pixels is None else {"max_image_pixels": max_image_pixels}
+        )
         chat_format = CHAT_FORMATS[processor.chat_format]
         header, end = re.escape(chat_format.assistant_header), re.escape(chat_format.turn_end)
         self.answer = re.compile(f"(?<={header})(?:.*?){end}", re.DOTALL)
@@ -174,7 +196,10 @@ class FusionDataCollator:
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
         query_len = self._query_len(records, conversations)
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
+        self._check_answers(conversations, texts)
         pictures = [picture for messages in conversations for picture in images_of(messages)]
+        # without rescaling, what a byte becomes depends on whether the image was given in bytes or in floats
+        is_compact = self.compact and self.processor.image_processor.do_rescale
         features = self.processor(
             text=texts,
             images=pictures or None,
@@ -185,7 +210,7 @@ class FusionDataCollator:
             max_length=self.max_length,
             return_offsets_mapping=True,
             **self.image_settings,
-            **(AS_BYTES if self.compact else {}),
+            **({"as_bytes": True} if is_compact else {}),
         )
         for name in ("input_ids", "attention_mask"):
             features[name] = np.array(features[name])
@@ -193,7 +218,7 @@ class FusionDataCollator:
         is_label = np.stack([self._in_answers(*row) for row in zip(offsets, texts, strict=True)])
         is_label &= features["attention_mask"].astype(bool) & bool(kept)
         features["labels"] = np.where(is_label, features["input_ids"], IGNORE_INDEX)
-        if self.compact and pictures:
+        if is_compact and pictures:
             features["pixel_bytes"] = features.pop("pixel_values")
             features["has_picture"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
@@ -227,6 +252,23 @@ class FusionDataCollator:
             raise ValueError(f"The records of a batch ask for query_len {sorted(given)}; allowed: one number.")
         return given.pop() if given else self.draw(conversations)
 
+    def _check_answers(self, conversations: list[list[dict[str, Any]]], texts: list[str]) -> None:
+        """
+        Check that a chat template of your own says where answers are.
+
+        Raises:
+            ValueError: if it does not write the chat format's headers and ends around them.
+        """
+        for messages, text in zip(conversations, texts, strict=True):
+            expected = sum(message["role"] == "assistant" for message in messages)
+            found = len(self.answer.findall(text))
+            if found != expected:
+                raise ValueError(
+                    f"The processor's chat template writes {found} of {expected} answers between the assistant header "
+                    f"and the turn's end of `chat_format` = {self.processor.chat_format!r}, so that the others would "
+                    "not be learned. Write them as that format does."
+                )
+
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
         expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.num_image_tokens)
@@ -239,7 +281,7 @@ class FusionDataCollator:
 def images_of(messages: list[dict[str, Any]]) -> list[Any]:
     """The images of messages, as `record_to_messages` gives them."""
     blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
-    return [block["image"] for block in blocks if block["type"] == "image"]
+    return [block["image"] for block in blocks if block["type"] == "image" and not block.get(REPEATED)]
 
 
 def labelled_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -55,7 +55,7 @@ def _digest(conversations: Sequence[Sequence[dict[str, Any]]]) -> str:
             content = message["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for block in blocks or ():
-                digest.update(_bytes_of(block["image"] if block.get("type") == "image" else block.get("text")))
+                digest.update(_bytes_of(block.get("image") if block.get("type") == "image" else block.get("text")))
                 digest.update(b"\0")
         digest.update(b"\1")
     return digest.hexdigest()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fusion_hf.chat_fusion import BETWEEN_BLOCKS
 from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
 
@@ -39,11 +40,11 @@ class PromptReader:
         return cls(config.image_token_id, config.latent_token_id, tuple(ids[:-1] or ids), len(ids))
 
     def read(self, ids: list[int]) -> Turns:
-        """The turns of a whole prompt: each latent block and the end of the assistant header that follows it.
+        """The turns of a whole prompt: its latent blocks and the ends of its assistant headers, in order.
 
         Raises:
-            ValueError: if the blocks differ in length, the image comes late, or a block has no header behind it: such
-                a prompt is cut, or was never one that FUSION was trained on.
+            ValueError: if the blocks differ in length, the image comes late, or a turn has no header behind its
+                blocks: such a prompt is cut, or was never one that FUSION was trained on.
         """
         array = np.asarray(ids)
         image = np.flatnonzero(array == self.image_token_id)
@@ -58,20 +59,25 @@ class PromptReader:
         lengths = sorted({len(block) for block in blocks})
         if len(lengths) > 1 or not is_perfect_square(lengths[0]):
             raise ValueError(f"Latent blocks have {lengths} tokens; allowed: one perfect square for all.")
-        return Turns(len(image), lengths[0], np.stack(blocks), self._ends(array, blocks))
+        ends = self._ends(array, np.concatenate([image, latent]))
+        if len(ends) != len(blocks):
+            raise ValueError(f"A prompt has {len(blocks)} latent blocks for {len(ends)} turns.")
+        return Turns(len(image), lengths[0], np.stack(blocks), ends)
 
-    def _ends(self, ids: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
-        """The end of the first header behind each block, (R)."""
+    def _ends(self, ids: np.ndarray, marks: np.ndarray) -> np.ndarray:
+        """The end of the first header behind the blocks of each turn, (R); `marks`: where image and latents are."""
         windows = np.lib.stride_tricks.sliding_window_view(ids, min(len(self.header), len(ids)))
         headers = np.flatnonzero((windows == np.array(self.header)).all(-1)) + self.header_length - 1
         headers = headers[headers < len(ids)]
-        limits = [*(block[0] for block in blocks[1:]), len(ids)]
+        turns = np.split(marks, np.flatnonzero(np.diff(marks) > BETWEEN_BLOCKS + 1) + 1)
+        limits = [*(turn[0] for turn in turns[1:]), len(ids)]
         ends = []
-        for number, (block, limit) in enumerate(zip(blocks, limits, strict=True)):
-            behind = headers[(headers > block[-1]) & (headers < limit)]
+        for number, (turn, limit) in enumerate(zip(turns, limits, strict=True)):
+            behind = headers[(headers > turn[-1]) & (headers < limit)]
             if len(behind) == 0:
                 raise ValueError(
-                    f"Latent block {number} has no assistant header behind it: the prompt is cut, or lacks its end."
+                    f"The blocks of turn {number} have no assistant header behind them: the prompt is cut, or lacks "
+                    "its end."
                 )
             ends.append(behind[0])
         return np.array(ends)

@@ -68,6 +68,7 @@ class FusionConfig(PreTrainedConfig):
             without the white space at its end. With `turn_end_token_id` the model finds turns and questions in ids by
             itself; None: callers must pass them.
         assistant_header_tail (`int`): number of tokens of white space that end the assistant's header.
+        user_header_ids (`list[int]`, *optional*), user_header_tail (`int`): the same of a user's message.
         turn_end_token_id (`int`, *optional*): ends a user's message.
         question_separator_ids (`list[int]`, *optional*): between the blocks of an image and its question.
         question_prefix_ids (`list[int]`, *optional*): what the tokenizer puts before a text of its own.
@@ -103,6 +104,8 @@ class FusionConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     assistant_header_ids: list[int] | None = None
     assistant_header_tail: int = 0
+    user_header_ids: list[int] | None = None
+    user_header_tail: int = 0
     turn_end_token_id: int | None = None
     question_separator_ids: list[int] | None = None
     question_prefix_ids: list[int] | None = None

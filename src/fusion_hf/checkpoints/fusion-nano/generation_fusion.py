@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import Cache, GenerationMixin, StaticCache
-from transformers.generation import LogitsProcessorList
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from .configuration_fusion import FusionConfig
 from .modeling_fusion_base import cache_keyword, either_cache, rename_cache
-from .modeling_fusion_decoder import check_continuation
-from .turns_fusion import can_find_turns, find_prompt_ends
+from .modeling_fusion_decoder import PromptMarks, check_continuation
+from .turns_fusion import PromptTurns, can_find_turns, complete_turns, find_prompt_ends
 
 # what describes the prompt's image and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = (
@@ -26,6 +26,14 @@ PROMPT_INPUTS = (
 
 
 PAGED = "paged"  # the cache of continuous batching
+# options of some release of transformers, and why they are refused
+REFUSED = {
+    "prefill_chunk_size": "FUSION's samplers need each prompt as a whole, with its image and turns, in one pass",
+    "assistant_early_exit": "FUSION's layers are not all of one kind, so that the first ones are no model",
+    "token_healing": "writing a prompt anew as text loses the places of the image and of latent tokens",
+    "use_mtp": "FUSION has no layers that predict several tokens",
+    "speculation_type": "an assistant that reads FUSION's embeddings does not know image and latent tokens",
+}
 
 
 def refuse(what: str) -> NoReturn:
@@ -58,7 +66,15 @@ class FusionGenerationMixin(GenerationMixin):
         self.init_continuous_batching()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as [`GenerationMixin.generate`] does; a cache may be given as `cache` or as `past_key_values`."""
+        """
+        Generate as [`GenerationMixin.generate`] does; a cache may be given as `cache` or as `past_key_values`.
+
+        Raises:
+            ValueError: for options that the samplers make impossible, and for inputs that
+                [`FusionForConditionalGeneration.forward`] refuses.
+        """
+        if kwargs.get("cache_implementation") == PAGED:  # transformers looks at some other arguments before that
+            self.init_continuous_batching()
         return super().generate(*args, **rename_cache(kwargs))
 
     def prepare_inputs_for_generation(
@@ -85,6 +101,10 @@ class FusionGenerationMixin(GenerationMixin):
         is_prompt = inputs_embeds is None and (
             next_sequence_length is None or next_sequence_length >= input_ids.shape[1]
         )
+        if is_prompt and input_ids.shape[1] > 1:
+            kwargs |= given_turns(self.config, input_ids, kwargs)
+        if inputs_embeds is not None and is_first_iteration:
+            require_plain(self.config, input_ids)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -121,8 +141,10 @@ class FusionGenerationMixin(GenerationMixin):
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.prefill_chunk_size is not None:
-            refuse(f"`prefill_chunk_size` must be None, got {generation_config.prefill_chunk_size}")
+        options = vars(generation_config)  # which options there are depends on the release
+        for name, reason in REFUSED.items():
+            if options.get(name) not in (None, False):
+                raise ValueError(f"`{name}` must be None, got {options[name]!r}: {reason}.")
         if generation_config.cache_implementation == PAGED:
             refuse(f"`cache_implementation` must not be {PAGED!r}")
         super()._validate_generation_mode(generation_mode, generation_config, *args, **kwargs)
@@ -133,13 +155,39 @@ class FusionGenerationMixin(GenerationMixin):
         if encoder_input_ids is not None and encoder_input_ids.ndim == 2:  # the prompt's ids, not its embeddings
             encoder_input_ids = in_vocabulary(encoder_input_ids, self.config)
         processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
-        return FusionLogitsProcessorList(processors, self.config)
+        # first, so that no processor counts on them, and last, since one may have raised them again
+        mask = PlaceholderLogitsProcessor(self.config)
+        return FusionLogitsProcessorList([mask, *processors, mask], self.config)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
             return WordLookup(generator, self.config)
         return generator
+
+
+def given_turns(config: FusionConfig, input_ids: torch.Tensor, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """
+    What a prompt's pass needs to know about the turns in `input_ids` `(B, S)`, with the attention mask `(B, S)`: the
+    model may get a mask of another kind, which does not say what is padding.
+    """
+    names = PromptTurns._fields
+    turns = PromptTurns(*(given.get(name) for name in names))
+    turns = complete_turns(config, input_ids, given.get("attention_mask"), given.get("pixel_values"), turns)
+    return {name: value for name, value in zip(names, turns, strict=True) if value is not None}
+
+
+def require_plain(config: FusionConfig, input_ids: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: if ids `(B, S)` that come with `inputs_embeds` have an image or latent tokens.
+    """
+    marks = PromptMarks.find(input_ids, config)
+    if bool((marks.image | marks.latent).any()):
+        raise ValueError(
+            "`inputs_embeds` must be None for prompts with image or latent tokens, which are found by their ids: pass "
+            "`input_ids` alone."
+        )
 
 
 def turns_behind_cache(
@@ -153,6 +201,7 @@ def turns_behind_cache(
     if ends is None and global_features is not None and can_find_turns(config):
         ends = find_prompt_ends(input_ids, given.get("attention_mask"), config)
     if ends is not None:
+        _check_border(config, input_ids[:, : -model_inputs["input_ids"].shape[1]], ends)
         ends = ends - (input_ids.shape[1] - model_inputs["input_ids"].shape[1])  # (B, R)
         is_behind = ends >= 0
         order = (~is_behind).long().argsort(dim=1, stable=True)  # those that remain come first
@@ -166,25 +215,54 @@ def turns_behind_cache(
     return {"global_features": global_features, "prompt_end_positions": ends}
 
 
+def _check_border(config: FusionConfig, cached_ids: torch.Tensor, ends: torch.Tensor) -> None:
+    """
+    Check that a cache holds the latent block of each turn whose end it holds, and no other.
+
+    Raises:
+        ValueError: if it does not. Where a later question has the image, a block is behind its turn's end.
+    """
+    latent = cached_ids == config.latent_token_id  # (B, S)
+    blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
+    turns = ((ends >= 0) & (ends < cached_ids.shape[1])).sum(1)
+    for row, (found, expected) in enumerate(zip(blocks.tolist(), turns.tolist(), strict=True)):
+        if found != expected:
+            raise ValueError(
+                f"Sample {row}: the cache holds {found} latent blocks and the ends of {expected} turns, so that it "
+                "cannot be continued. Process the whole conversation without it."
+            )
+
+
 def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
     """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
     return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
 
 
-class FusionLogitsProcessorList(LogitsProcessorList):
-    """Shows the processors ids that exist in the logits, and lets no placeholder be written."""
+class PlaceholderLogitsProcessor(LogitsProcessor):
+    """Lets no placeholder be written, where logits have a column for it."""
 
-    def __init__(self, processors: LogitsProcessorList, config: FusionConfig):
+    def __init__(self, config: FusionConfig):
+        self.placeholders = (config.image_token_id, config.latent_token_id)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # as in fusion-nano, or after `resize_token_embeddings`
+        known = [placeholder for placeholder in self.placeholders if placeholder < scores.shape[-1]]
+        if not known:
+            return scores
+        scores = scores.clone()
+        scores[:, known] = -torch.inf
+        return scores
+
+
+class FusionLogitsProcessorList(LogitsProcessorList):
+    """Shows the processors ids that exist in the logits."""
+
+    def __init__(self, processors: list[LogitsProcessor], config: FusionConfig):
         super().__init__(processors)
         self.config = config
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        scores = super().__call__(in_vocabulary(input_ids, self.config), scores, **kwargs)
-        for placeholder in (self.config.image_token_id, self.config.latent_token_id):
-            if placeholder < scores.shape[-1]:  # as in fusion-nano, or after `resize_token_embeddings`
-                scores = scores.clone()
-                scores[:, placeholder] = -torch.inf
-        return scores
+        return super().__call__(in_vocabulary(input_ids, self.config), scores, **kwargs)
 
 
 class WordLookup(CandidateGenerator):

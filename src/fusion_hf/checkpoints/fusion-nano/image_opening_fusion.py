@@ -44,6 +44,7 @@ BROKEN_IMAGE: tuple[type[Exception], ...] = (
 )
 SPEAKING = (EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+FLOAT_MODE = "F"
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
 BLOCK_PIXELS = 2**16  # that are converted at a time
 LONGEST_REASON = 200  # characters
@@ -146,8 +147,9 @@ def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_tr
     """
     Decode an image of PIL, turn it upright, and convert it to RGB.
 
-    Alpha is dropped, 16-bit gray is scaled to 8 bits, the first frame of an animation is taken. An RGB image that is
-    upright is returned itself. Otherwise the result is made in blocks: beside both images nothing is held.
+    Alpha is dropped, 16-bit gray and floats from 0 to 1 are scaled to 8 bits, the first frame of an animation is
+    taken. An RGB image that is upright is returned itself. Otherwise the result is made in blocks: beside both images
+    nothing is held.
 
     Args:
         image: decoded or not.
@@ -155,7 +157,7 @@ def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_tr
         exif_transpose: turn the image upright by its EXIF orientation. PIL itself turns TIFFs.
 
     Raises:
-        ImageError: if it is broken, or too expensive to decode.
+        ImageError: if it is broken, too expensive to decode, or of floats beyond 0 to 255.
     """
     width, height = image.size
     if width * height > max_pixels:
@@ -284,12 +286,15 @@ def _to_upright_rgb(image: Image.Image, turn: Turn | None) -> Image.Image:
         return image
     is_gray_16 = image.mode in GRAY_16_BIT_MODES
     is_scaled = image.mode != "I" or _largest(image) > LARGEST_UINT8  # an "I" may also hold bytes
+    is_share = holds_shares(image)
     upright = Image.new("RGB", image.size[::-1] if turn is not None and turn.swaps else image.size)
     for box in _boxes(image.size):
         block = image.crop(box)
         block.info = {}  # a transparent colour changes no pixel, but PIL fails to convert odd ones
         if is_gray_16:  # PIL would clip at 255, and the image be white
             block = _gray_block(block, is_scaled)
+        if is_share:
+            block = _share_block(block)
         if block.mode != "RGB":
             block = block.convert("RGB")
         upright.paste(
@@ -304,6 +309,31 @@ def _largest(image: Image.Image) -> int:
     _, largest = image.getextrema()
     assert isinstance(largest, int)
     return largest
+
+
+def holds_shares(image: Image.Image) -> bool:
+    """
+    Tell whether a decoded image holds shares of white, floats from 0 to 1.
+
+    Raises:
+        ImageError: if it holds floats that are neither shares nor from 0 to 255.
+    """
+    if image.mode != FLOAT_MODE:
+        return False
+    extremes = []
+    for box in _boxes(image.size):
+        block = np.asarray(image.crop(box))
+        extremes += [block.min(), block.max()]
+    lowest, highest = np.min(extremes), np.max(extremes)  # not a number, if one of them is none
+    if not (lowest >= 0 and highest <= LARGEST_UINT8):  # PIL would clip the values, or make any byte of no number
+        raise ImageError(f"its floats are from {lowest:g} to {highest:g}; allowed: 0 to 1, or 0 to {LARGEST_UINT8}")
+    return bool(highest <= 1)
+
+
+def _share_block(block: Image.Image) -> Image.Image:
+    """Bytes of floats from 0 to 1, rounded down as transformers does with arrays."""
+    scaled = (np.asarray(block).astype(np.float64) * LARGEST_UINT8).astype(np.float32)
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def _gray_block(block: Image.Image, is_scaled: bool) -> Image.Image:

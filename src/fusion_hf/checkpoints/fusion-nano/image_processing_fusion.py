@@ -1,27 +1,35 @@
 """Pictures to five tiles: four quarters of a 2 x 2 enlargement, then the overview (FUSION's `static_hd`)."""
 
-import base64
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
-from huggingface_hub import get_session
-from huggingface_hub.errors import HTTPError
+import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs
 
+from .compatibility_fusion import logger
 from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
 from .image_limits_fusion import ImageError
-from .image_opening_fusion import MAX_IMAGE_PIXELS, decode_image, identify_image, read_file
+from .image_opening_fusion import MAX_IMAGE_PIXELS, decode_image, holds_shares
+from .image_sources_fusion import IMAGE_DIMENSIONS, UnopenedImage, describe_source, flatten_images, open_source
 
 LARGEST_UINT8 = 255
-MAX_DOWNLOAD_BYTES = 2**28  # of a picture at an address: who serves it may never stop sending
+RGB_CHANNELS = 3
+CHANNELS = (RGB_CHANNELS, 4, 1)  # of an array, the likeliest number first where its shape allows two
+NUMBERS = "biuf"  # kinds of dtypes that hold pixels
+NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -29,10 +37,21 @@ class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
     exif_transpose (`bool`): turn the picture upright by its EXIF orientation. The authors' code does not: pass False
         for pixels equal to theirs on such photos.
     max_image_pixels (`int`): pictures with more pixels are refused before they are decoded.
+    as_bytes (`bool`, *optional*): return the pixels as bytes, whatever they were given as. Rescaling and normalization
+        are left to the caller.
     """
 
     exif_transpose: bool
     max_image_pixels: int
+    as_bytes: bool | None
+
+
+@dataclass(frozen=True)
+class RGBImage:
+    """An RGB image. `is_share`: its values were given as shares of white, floats from 0 to 1, and not as bytes."""
+
+    image: Image.Image
+    is_share: bool
 
 
 class FusionImageProcessor(PilBackend):
@@ -41,11 +60,16 @@ class FusionImageProcessor(PilBackend):
 
     The picture is resized with PIL's bicubic filter, aspect ratio ignored, to twice `size` and cut into four tiles in
     row-major order, and to `size` for the overview, which comes last. Then `/ 255`, minus `image_mean`, divided by
-    `image_std`; without both (`do_rescale=False, do_normalize=False`) pixels stay bytes. Alpha is dropped, 16-bit grey
-    is scaled to 8 bits, the first frame of an animation is taken.
+    `image_std`; without both (`do_rescale=False, do_normalize=False`) pixels stay as they were given. Alpha is
+    dropped, 16-bit grey is scaled to 8 bits, the first frame of an animation is taken.
+
+    Floats from 0 to 1 are shares of white. They are resized as bytes, as SigLIP's own processor resizes them, and
+    `do_rescale=False` keeps them shares, while bytes stay bytes. Images are opened, decoded and reduced to their tiles
+    one after another.
 
     Raises:
-        ValueError: for an image that cannot be read, has more than `max_image_pixels` pixels, or would decode slowly.
+        ValueError: for an image that cannot be read, has more than `max_image_pixels` pixels, or would decode slowly,
+            and for arguments that the tiles leave no room for.
     """
 
     valid_kwargs = FusionImageProcessorKwargs
@@ -61,60 +85,69 @@ class FusionImageProcessor(PilBackend):
     do_convert_rgb = True
     exif_transpose = True
     max_image_pixels = MAX_IMAGE_PIXELS
+    as_bytes = None
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths, URLs, base64 text and data URIs (or lists of them) without decoding; others pass through."""
+        """Open all that `open_source` takes (or lists of it) without decoding; images and arrays pass through."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return _open(os.fspath(image_url_or_urls))
-        return super().fetch_images(image_url_or_urls)
+        if isinstance(image_url_or_urls, UnopenedImage):  # it waits for its turn
+            return image_url_or_urls
+        return open_source(image_url_or_urls)
 
-    def process_image(
+    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
+        """One image, array or tensor as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
+        return self._to_rgb(image, **kwargs).image
+
+    def _to_rgb(
         self,
         image: Any,
         exif_transpose: bool = True,
         max_image_pixels: int = max_image_pixels,
-        input_data_format: Any = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_convert_rgb: bool | None = None,
         **kwargs: Any,
-    ) -> Image.Image:
-        """One picture (PIL, array or tensor) as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
+    ) -> RGBImage:
+        is_share = False
+        mode = image.mode if isinstance(image, Image.Image) else None
         if not isinstance(image, Image.Image):
-            array = _drop_alpha(np.asarray(image))
-            if array.size == 0:
-                raise ValueError(f"An image must have pixels, got an array of shape {array.shape}.")
-            if array.dtype == bool:
-                array = array.astype(np.uint8) * LARGEST_UINT8
-            # transformers takes floats without a fraction for bytes, and black and white for two shades of black
-            is_share = array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1
-            image = to_pil_image(array, do_rescale=is_share or None, input_data_format=input_data_format)
-        return decode_image(image, max_image_pixels, exif_transpose)
+            array = _as_array(image)
+            is_share = _holds_shares(array)
+            array = _channels_last(array, input_data_format)
+            mode = "RGB" if array.shape[-1] == RGB_CHANNELS else f"{array.shape[-1]} channels"
+            image = _to_image(array, is_share)
+        if do_convert_rgb is False and mode != "RGB":
+            raise ValueError(f"do_convert_rgb is False for an image of {mode}; allowed: True. The tower reads RGB.")
+        rgb = decode_image(image, max_image_pixels, exif_transpose)
+        return RGBImage(rgb, is_share or holds_shares(image))
 
-    def _preprocess(
-        self,
-        images: list[Image.Image],
-        size: SizeDict,
-        resample: PILImageResampling,
-        do_resize: bool,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
-        return_tensors: str | None,
-        **kwargs: Any,
+    def _preprocess_image_like_inputs(
+        self, images: Any, *args: Any, return_tensors: str | None = None, **kwargs: Any
     ) -> BatchFeature:
-        if not do_resize:
-            raise ValueError("do_resize is False; allowed: True. The tiles are cut from a resized picture.")
-        pixel_values = np.empty((len(images), NUM_TILES + 1, 3, size.height, size.width), dtype=np.uint8)
-        for image, tiles in zip(images, pixel_values, strict=True):
-            self.cut(image, size, resample, out=tiles)
-        if do_rescale or do_normalize:  # else bytes stay bytes, as in transformers
-            table = values_of_bytes(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-            pixel_values = _look_up(table, pixel_values)
+        """Open, decode and cut one image after another: decoded, all of a call would take gigabytes."""
+        _check_settings(**kwargs)
+        sources, size = flatten_images(images), kwargs["size"]
+        pixel_values = np.empty((len(sources), NUM_TILES + 1, 3, size.height, size.width), dtype=np.uint8)
+        are_shares = [
+            self._cut_source(source, tiles, **kwargs) for source, tiles in zip(sources, pixel_values, strict=True)
+        ]
+        tables = None if kwargs["as_bytes"] else _tables_of(are_shares, **kwargs)
+        if tables is not None:
+            pixel_values = _look_up(tables, pixel_values)
         # a whole array becomes a tensor as it is, a list of arrays would be copied
         data = {"pixel_values": list(pixel_values) if return_tensors is None else pixel_values}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _cut_source(
+        self, source: Any, out: np.ndarray, size: SizeDict, resample: PILImageResampling, **kwargs: Any
+    ) -> bool:
+        """Write the tiles of an image into `out`, and tell whether it was given in shares."""
+        try:
+            rgb = self._to_rgb(open_source(source), **kwargs)
+        except ImageError as error:
+            raise type(error)(error.reason, f"The image {describe_source(source)}") from error
+        self.cut(rgb.image, size, resample, out=out)
+        return rgb.is_share
 
     @staticmethod
     def cut(
@@ -140,8 +173,8 @@ def values_of_bytes(
     do_rescale: bool,
     rescale_factor: float,
     do_normalize: bool,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
 ) -> np.ndarray:
     """What each byte becomes in each channel, float32 `(3, 256)`: 256 values to compute, all pixels to look up."""
     table: np.ndarray = np.arange(LARGEST_UINT8 + 1, dtype=np.float64)[:, None].repeat(3, axis=1)
@@ -150,61 +183,141 @@ def values_of_bytes(
     return np.ascontiguousarray(table.T, dtype=np.float32)
 
 
-def _look_up(table: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """The values of `table` `(3, 256)` for bytes `(n, 5, 3, height, width)`."""
-    values = np.empty(tiles.shape, dtype=table.dtype)
-    for tile, target in zip(tiles.reshape(-1, *tiles.shape[2:]), values.reshape(-1, *tiles.shape[2:]), strict=True):
-        for channel in range(len(table)):
-            # plane by plane, so that NumPy's indices stay in the cache; "clip" only says that none is to be checked
-            np.take(table[channel], tile[channel], out=target[channel], mode="clip")
+def values_of_shares(
+    do_normalize: bool, image_mean: float | Sequence[float], image_std: float | Sequence[float]
+) -> np.ndarray:
+    """
+    What each byte of an image that was given in shares becomes without rescaling, float32 `(3, 256)`: the number that
+    SigLIP's own processor gives, to the bit, in its steps and their float32.
+    """
+    table = (np.arange(LARGEST_UINT8 + 1, dtype=np.float64) * (1 / LARGEST_UINT8)).astype(np.float32)
+    table = table[:, None].repeat(RGB_CHANNELS, axis=1)  # (256, 3)
+    if do_normalize:
+        mean, std = (np.array(values, dtype=np.float32) for values in (image_mean, image_std))
+        table = (table - mean) / std
+    return np.ascontiguousarray(table.T)
+
+
+def _tables_of(
+    are_shares: Sequence[bool],
+    do_rescale: bool | None,
+    rescale_factor: float,
+    do_normalize: bool | None,
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
+    **kwargs: Any,
+) -> list[np.ndarray] | None:
+    """What the bytes of each image become `(3, 256)`; None if all stay bytes, as in transformers."""
+    if not (do_rescale or do_normalize or any(are_shares)):
+        return None
+    settings = (bool(do_normalize), image_mean, image_std)
+    of_bytes = values_of_bytes(bool(do_rescale), rescale_factor, *settings)
+    of_shares = of_bytes if do_rescale else values_of_shares(*settings)
+    return [of_shares if is_share else of_bytes for is_share in are_shares]
+
+
+def _check_settings(
+    size: SizeDict,
+    do_resize: bool | None,
+    do_normalize: bool | None,
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
+    do_center_crop: bool | None,
+    do_pad: bool | None,
+    data_format: str | ChannelDimension | None,
+    input_data_format: str | ChannelDimension | None,
+    **kwargs: Any,
+) -> None:
+    """
+    Refuse what a call may ask of an image processor and the tiles leave no room for.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if not do_resize:
+        raise ValueError(f"do_resize is {do_resize}; allowed: True. The tiles are cut from a resized picture.")
+    if not size.height or not size.width:
+        raise ValueError(f"size is {dict(size)}; allowed: a height and a width.")
+    for name, value in (("do_center_crop", do_center_crop), ("do_pad", do_pad)):
+        if value:
+            raise ValueError(f"{name} is {value}; allowed: False. The tiles show the whole image and have one size.")
+    if data_format is not None and ChannelDimension(data_format) != ChannelDimension.FIRST:
+        raise ValueError(f"data_format is {data_format!r}; allowed: {ChannelDimension.FIRST.value!r}.")
+    if input_data_format is not None:
+        ChannelDimension(input_data_format)  # which names what is allowed
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if do_normalize and np.shape(values) not in ((), (RGB_CHANNELS,)):
+            raise ValueError(f"{name} is {values}; allowed: a number, or one for each of the {RGB_CHANNELS} channels.")
+    if do_normalize and np.min(image_std) <= 0:
+        raise ValueError(f"image_std is {image_std}; allowed: numbers above 0.")
+
+
+def _look_up(tables: Sequence[np.ndarray], tiles: np.ndarray) -> np.ndarray:
+    """The values of each image's table `(3, 256)` for bytes `(n, 5, 3, height, width)`."""
+    values = np.empty(tiles.shape, dtype=np.float32)
+    for table, images, targets in zip(tables, tiles, values, strict=True):
+        for tile, target in zip(images, targets, strict=True):
+            for channel in range(len(table)):
+                # by planes, so that NumPy's indices stay in the cache; "clip" only says that none is to be checked
+                np.take(table[channel], tile[channel], out=target[channel], mode="clip")
     return values
 
 
-def _open(source: str) -> Image.Image:
-    """An image from a path, an http(s) URL, base64 text or a data URI; not yet decoded."""
-    name = source if len(source) <= 100 else f"{source[:100]}..."
-    try:
-        return identify_image(_read(source))
-    except ImageError as error:
-        raise ValueError(f"The image {name!r} cannot be opened: {error.reason}.") from error
-    except (OSError, HTTPError) as error:
-        raise ValueError(f"The image {name!r} cannot be opened: {error}.") from error
-    except (ValueError, IndexError) as error:  # of base64, and of a data URI without a comma
-        raise ValueError(f"No image: {name!r} is neither a file, an http(s) URL, a data URI nor base64.") from error
+def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """An image's array of pixels, `(H, W)`, `(H, W, C)` or `(C, H, W)`, wherever it lies."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        is_unknown = image.dtype.is_floating_point and image.dtype not in NUMPY_FLOATS
+        image = (image.half() if is_unknown else image).numpy()  # which is exact for values from 0 to 255
+    array = np.asarray(image)
+    if array.ndim not in IMAGE_DIMENSIONS or array.size == 0:
+        raise ValueError(f"An image must have pixels in two or three dimensions, got an array of shape {array.shape}.")
+    if array.dtype.kind not in NUMBERS:
+        raise ValueError(f"An image is an array of {array.dtype}; allowed: bool, integers and floats.")
+    lowest, highest = array.min(), array.max()
+    if not (lowest >= 0 and highest <= LARGEST_UINT8):
+        raise ValueError(
+            f"An image is an array of {array.dtype} from {lowest} to {highest}; allowed: floats from 0 to 1, or whole "
+            f"numbers from 0 to {LARGEST_UINT8}."
+        )
+    return array
 
 
-def _read(source: str) -> bytes:
-    if source.startswith(("http://", "https://")):
-        return _download(source)
-    if not source.startswith("data:") and os.path.isfile(source):  # noqa: PTH113 (a Path raises on long base64)
-        return read_file(source)
-    content = source.split(",", 1)[1] if source.startswith("data:") else source
-    return base64.b64decode("".join(content.split()), validate=True)
+def _holds_shares(array: np.ndarray) -> bool:
+    """transformers takes floats without a fraction for bytes, and black and white for two shades of black."""
+    return array.dtype == bool or (array.dtype.kind == "f" and bool(array.max() <= 1))
 
 
-def _download(url: str) -> bytes:
-    """What is at an http(s) address, up to MAX_DOWNLOAD_BYTES."""
-    try:
-        is_address = url.isprintable() and urlsplit(url).port != 0
-    except ValueError:  # of its host or port
-        is_address = False
-    if not is_address:
-        raise OSError("this is no address")
-    content = bytearray()
-    with get_session().stream("GET", url, follow_redirects=True) as response:
-        response.raise_for_status()
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > MAX_DOWNLOAD_BYTES:
-                raise OSError(f"it has more than the allowed {MAX_DOWNLOAD_BYTES} bytes")
-    return bytes(content)
+def _channels_last(array: np.ndarray, input_data_format: str | ChannelDimension | None) -> np.ndarray:
+    """An image's array as `(H, W, C)`."""
+    if array.ndim == min(IMAGE_DIMENSIONS):
+        return array[..., None]
+    first, last = array.shape[0], array.shape[-1]
+    if input_data_format is not None:
+        is_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
+        channels = first if is_first else last
+    else:
+        channels = next((number for number in CHANNELS if number in (first, last)), last)
+        is_first = channels == first
+        if first in CHANNELS and last in CHANNELS:
+            logger.warning_once(
+                f"The channels of an image of shape {array.shape} may be its first or its last dimension. FUSION "
+                f"takes the {'first' if is_first else 'last'}. Say which it is with `input_data_format`."
+            )
+    if channels not in CHANNELS:
+        given = "" if input_data_format is None else f", input_data_format {input_data_format!r}"
+        raise ValueError(f"An image has the shape {array.shape}{given}; allowed: 1, 3 or 4 channels, first or last.")
+    return np.moveaxis(array, 0, -1) if is_first else array
 
 
-def _drop_alpha(array: np.ndarray) -> np.ndarray:
-    """Three of four channels, whether they come first or last."""
-    if array.ndim == 3 and array.shape[-1] == 4:
-        return array[..., :3]
-    return array[:3] if array.ndim == 3 and array.shape[0] == 4 else array
+def _to_image(array: np.ndarray, is_share: bool) -> Image.Image:
+    """The image of an array `(H, W, C)`, without its alpha."""
+    array = array[..., :RGB_CHANNELS] if array.shape[-1] > RGB_CHANNELS else array
+    if array.dtype == bool:
+        array = array.astype(np.float32)
+    elif is_share and array.dtype == np.float16:  # whose shares of bytes lie below them as often as above
+        array, is_share = np.rint(array.astype(np.float32) * LARGEST_UINT8).astype(np.uint8), False
+    return to_pil_image(array, do_rescale=is_share or None, input_data_format=ChannelDimension.LAST)
 
 
 FusionImageProcessor.register_for_auto_class()

@@ -18,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
+from .chat_fusion import BETWEEN_BLOCKS
 from .configuration_fusion import FusionConfig, is_perfect_square
 
 
@@ -250,7 +251,8 @@ def check_prompt(
             raise ValueError(f"Sample {row} has {len(image)} image tokens; {allowed}.")
         if image and latent and image[-1] > latent[0]:
             raise ValueError(f"Sample {row}: the image must come before the first latent block.")
-        _check_turns(row, _blocks(latent), ends, budget.query_len, last)
+        _check_blocks(row, _blocks(latent), budget.query_len, last)
+        _check_turns(row, image, latent, ends, budget.query_len, last)
 
 
 def check_reuse(
@@ -289,25 +291,38 @@ def check_continuation(config: FusionConfig, input_ids: torch.Tensor) -> None:
         )
 
 
-def _blocks(positions: list[int]) -> list[range]:
-    """Runs of consecutive positions."""
-    starts = [p for i, p in enumerate(positions) if i == 0 or positions[i - 1] != p - 1]
-    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or positions[i + 1] != p + 1]
+def _blocks(positions: list[int], gap: int = 0) -> list[range]:
+    """Runs of positions that are at most `gap` others apart."""
+    starts = [p for i, p in enumerate(positions) if i == 0 or p - positions[i - 1] > gap + 1]
+    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or positions[i + 1] - p > gap + 1]
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _check_turns(row: int, blocks: list[range], ends: list[int], query_len: int, last: int) -> None:
+def _check_blocks(row: int, blocks: list[range], query_len: int, last: int) -> None:
     for number, block in enumerate(blocks):
         if len(block) != query_len and not (len(block) < query_len and block[-1] == last):
             count = len(block)
             raise ValueError(f"Sample {row}: latent block {number} has {count} tokens, but query_len is {query_len}.")
-    if len(ends) > len(blocks):
-        raise ValueError(f"Sample {row} has {len(ends)} prompt_end_positions for {len(blocks)} latent blocks.")
-    for turn, end in enumerate(ends):
-        block = blocks[turn]
-        limit = blocks[turn + 1].start - 1 if turn + 1 < len(blocks) else last
-        if len(block) != query_len or not block[-1] < end <= limit:
+
+
+def _check_turns(row: int, image: list[int], latent: list[int], ends: list[int], query_len: int, last: int) -> None:
+    """Each turn's end must be behind its blocks and before those of the next turn."""
+    blocks = len(_blocks(latent))
+    if len(ends) > blocks:
+        raise ValueError(
+            f"Sample {row} has {len(ends)} prompt_end_positions for {blocks} latent blocks. If the sequence was cut, "
+            "allow more tokens (`max_length`)."
+        )
+    turns = _blocks(image + latent, BETWEEN_BLOCKS)
+    if image and len(turns) > 1 and turns[0][-1] == image[-1] and not any(end < turns[1].start for end in ends):
+        # an image that a text parts from the latent block of its turn; one with a turn's end behind it is in a turn
+        # without latent block, since a later question has the image, and the first block of the conversation is its
+        turns = [range(turns[0].start, turns[1].stop), *turns[2:]]
+    for number, end in enumerate(ends):
+        begin = turns[number][-1] + 1 if number < len(turns) else last + 1
+        limit = turns[number + 1].start - 1 if number + 1 < len(turns) else last
+        if not begin <= end <= limit:
             raise ValueError(
-                f"Sample {row}: prompt_end_positions[{turn}] is {end}; allowed: {block[-1] + 1} to {limit}, behind "
-                "its latent block and before the next one."
+                f"Sample {row}: prompt_end_positions[{number}] is {end}; allowed: {begin} to {limit}, behind its "
+                "turn's blocks and before those of the next one."
             )

@@ -118,10 +118,15 @@ def parse_turns(fields: dict[str, Any], image_key: str = IMAGE_KEY) -> tuple[lis
 
 def without_marks(turns: list[tuple[str, str]]) -> Messages:
     """
-    Turns as messages. A mark only says that there is a picture: where it stands, and how often, makes no difference
-    upstream either.
+    Turns as messages. Marks are left out in the first question, where an image stands anyway, and in answers. Where
+    later questions have some, all questions keep theirs, since upstream writes another sequence then.
     """
-    return [{"role": role, "content": text.replace(IMAGE_TOKEN, "")} for role, text in turns]
+    questions = [text for role, text in turns if role == "user"]
+    is_late = any(IMAGE_TOKEN in text for text in questions[1:])
+    return [
+        {"role": role, "content": text if is_late and role == "user" else text.replace(IMAGE_TOKEN, "")}
+        for role, text in turns
+    ]
 
 
 def parse_json_object(raw: Raw) -> dict[str, Any]:
