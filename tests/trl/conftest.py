@@ -182,7 +182,7 @@ class Prompt:
         """Log-probabilities of a completion's tokens, `(n,)`, with the turns and questions that the processor gave."""
         ids = torch.tensor([[*self.ids, *completion]])
         inputs = self.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = model(**inputs).logits[0, len(self.ids) - 1 : -1]  # (n, vocabulary)
+        logits = model(**inputs, logits_to_keep=len(completion) + 1).logits[0, :-1]  # (n, vocabulary)
         return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
@@ -207,10 +207,23 @@ def columns_of(prompt: Prompt, has_images: bool = True) -> dict[str, Any]:
     return columns | {"images": [prompt.picture] if prompt.picture else []} if has_images else columns
 
 
+def mapping_loss(model: FusionForConditionalGeneration, prompts: list[Prompt]) -> torch.Tensor:
+    """Of one batch of these prompts, weighted as in the loss of `FusionTrainer`."""
+    chats = [with_image(prompt.messages, prompt.picture) for prompt in prompts]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    batch = prompts[0].processor.apply_chat_template(chats, **options)
+    return model.config.mapping_loss_weight * model.model(**batch, output_mapping_loss=True).mapping_loss
+
+
+def prompt_of(ids: list[int], prompts: list[Prompt]) -> Prompt:
+    """The prompt that a row begins with."""
+    return next(prompt for prompt in prompts if ids[: len(prompt.ids)] == prompt.ids)
+
+
 def assert_own_log_probs(passed: Pass, model: FusionForConditionalGeneration, prompts: list[Prompt]) -> None:
     """Every row of a batch is what the model gives for the row alone."""
     for ids, log_probs in passed.rows():
-        prompt = next(prompt for prompt in prompts if ids[: len(prompt.ids)] == prompt.ids)
+        prompt = prompt_of(ids, prompts)
         with torch.no_grad():
             expected = prompt.log_probs(model, ids[len(prompt.ids) :])
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)

@@ -22,13 +22,13 @@ from tests.trl.conftest import (
     assert_same_gradients,
     columns_of,
     gradients_of,
+    mapping_loss,
     prompts_of,
     record_passes,
-    with_image,
 )
 from torch.nn.functional import logsigmoid
 
-from fusion_hf import FusionForConditionalGeneration, FusionModel
+from fusion_hf import FusionModel
 
 pytest.importorskip("trl", reason="TRL is installed in an environment of its own: make test-trl")
 
@@ -74,18 +74,6 @@ def completion_of(prompt: Prompt, text: str) -> list[int]:
     ids = prompt.conversation(text)["input_ids"][0].tolist()
     assert ids[: len(prompt.ids)] == prompt.ids
     return ids[len(prompt.ids) :]
-
-
-def mapping_loss(model: FusionForConditionalGeneration, prompts: list[Prompt], texts: list[str]) -> torch.Tensor:
-    """Of one batch with all rows, as `FusionTrainer` has it: weighted."""
-    conversations = [
-        with_image([*prompt.messages, answer(text)], prompt.picture)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    batch = prompts[0].processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return model.config.mapping_loss_weight * model.model(**batch, output_mapping_loss=True).mapping_loss
 
 
 @contextmanager
@@ -147,8 +135,7 @@ def test_dpo(subject: Subject, has_images: bool, tmp_path: Path):
         weight += BETA * torch.sigmoid(-margin).item() / len(prompts) * sum(map(len, both))
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
-    chosen, rejected = zip(*pairs(), strict=True)
-    (loss + weight * mapping_loss(model, prompts * 2, [*chosen, *rejected])).backward()
+    (loss + weight * mapping_loss(model, prompts * 2)).backward()
     assert_same_gradients(keep.gradients, gradients_of(model), ROUNDING)
     assert mapping_losses == [True]  # none for the reference
 
@@ -196,7 +183,7 @@ def test_kto(subject: Subject, has_images: bool, tmp_path: Path):
         weight += BETA * (value * (1 - value)).item() / len(prompts) * len(completion)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
-    (loss + weight * mapping_loss(model, prompts, texts)).backward()
+    (loss + weight * mapping_loss(model, prompts)).backward()
     assert_same_gradients(keep.gradients, gradients_of(model), ROUNDING)
     assert mapping_losses == [True]
 

@@ -11,11 +11,16 @@ from tests.trl.conftest import (
     CHATS,
     LORA,
     ONE_STEP,
+    KeepGradients,
     Pass,
     Prompt,
     Subject,
     assert_own_log_probs,
+    assert_same_gradients,
     columns_of,
+    gradients_of,
+    mapping_loss,
+    prompt_of,
     prompts_of,
     record_passes,
 )
@@ -30,6 +35,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 pytestmark = pytest.mark.trl
 
 GENERATIONS = 2
+ROUNDING = 5e-5  # relative; gradients of two answers to one prompt cancel
 # 4 prompts, 2 completions each, in 2 passes of 4 rows
 SAMPLING = {**ONE_STEP, "num_generations": GENERATIONS, "max_completion_length": 4, "steps_per_generation": 2}
 
@@ -96,7 +102,7 @@ def assert_sampled(passed: Pass, sampled: Sampled) -> None:
 
 @pytest.mark.parametrize("has_images", [True, False])
 def test_grpo_trains_the_policy_that_it_samples(subject: Subject, has_images: bool, tmp_path: Path):
-    model, processor = subject.load()
+    (model, processor), keep = subject.load(), KeepGradients()
     prompts = prompts_of(processor, has_images)
     trainer = GRPOTrainer(
         model=model,
@@ -104,6 +110,7 @@ def test_grpo_trains_the_policy_that_it_samples(subject: Subject, has_images: bo
         args=GRPOConfig(output_dir=tmp_path, gradient_accumulation_steps=2, **SAMPLING),
         train_dataset=rows_of(prompts, has_images),
         processing_class=processor,
+        callbacks=[keep],
     )
     sampled, passes = Sampled(model), record_passes(model)
     trainer.train()
@@ -114,6 +121,27 @@ def test_grpo_trains_the_policy_that_it_samples(subject: Subject, has_images: bo
     for passed in passes:
         assert_own_log_probs(passed, model, prompts)
         assert_sampled(passed, sampled)
+    policy_gradient(model, prompts, passes, sampled).backward()
+    assert_same_gradients(keep.gradients, gradients_of(model), ROUNDING)
+
+
+def policy_gradient(
+    model: FusionForConditionalGeneration, prompts: list[Prompt], passes: list[Pass], sampled: Sampled
+) -> torch.Tensor:
+    """The loss of GRPO in its first step: the mean over tokens of both passes, and the mapping loss of each pass."""
+    advantage = 0.5 / (torch.tensor([0.0, 1.0]).std().item() + 1e-4)  # of the rewards 0 and 1, one with each sign
+    rows = [ids for passed in passes for ids, _ in passed.rows()]
+    num_tokens = sum(len(log_probs) for passed in passes for _, log_probs in passed.rows())
+    loss = torch.zeros(())
+    for number, drawn in enumerate(sampled.rows):
+        ids = next(ids for ids in rows if drawn.ids[: len(ids)] == ids)
+        prompt = prompt_of(ids, prompts)
+        log_probs = prompt.log_probs(model, ids[len(prompt.ids) :])
+        loss = loss + (-advantage if number % GENERATIONS else advantage) * log_probs.sum() / num_tokens
+    for passed in passes:
+        weight = advantage * sum(len(log_probs) for _, log_probs in passed.rows()) / num_tokens
+        loss = loss + weight * mapping_loss(model, [prompt_of(ids, prompts) for ids, _ in passed.rows()])
+    return loss
 
 
 def test_grpo_iterates_beside_a_reference(subject: Subject, tmp_path: Path):
