@@ -22,7 +22,7 @@ from transformers import CompileConfig, PreTrainedModel
 from workload import ONE_QUESTION, Prompt, Request, Size, build_eager, make_prompt
 
 from fusion_hf import CompiledGenerator, FusionConfig, FusionForConditionalGeneration
-from fusion_hf.configuration_fusion import NUM_TILES
+from fusion_hf.model.configuration_fusion import NUM_TILES
 
 OURS, EAGER, REFERENCE = "ours", "eager", "reference"
 LLAVA, LLAVA_TILED, SMOLVLM = "llava_onevision", "llava_onevision_tiled", "smolvlm"

@@ -64,7 +64,7 @@ from tqdm import tqdm
 from workload import ONE_QUESTION, SIZES, Size, build_model, make_image_processor, make_photo
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import LatentUpdates
+from fusion_hf.model.modeling_fusion_decoder import LatentUpdates
 
 TOLERANCE = 1e-4  # relative, of float32 logits: all ways of computing FUSION are one function
 TOKENS_BETWEEN_BLOCKS = 30  # in the conversation that the samplers alone are timed on

@@ -18,7 +18,7 @@ from transformers import (
 from workload import ONE_QUESTION, Prompt, Request, make_text
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
-from fusion_hf.configuration_fusion import NUM_TILES, TILES_PER_SIDE
+from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
 SHUFFLES = (3, 2)  # sides of the blocks of patches that SmolVLM makes one token of, the first that divides the grid
 SEVERAL = 2  # pictures of a sample: more than one, and LLaVA-OneVision cuts none of them into tiles

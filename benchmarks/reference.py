@@ -21,8 +21,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, Sigli
 from workload import sharing_copy
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import FusionSampler, LatentUpdates
-from fusion_hf.modeling_fusion_vision import FusionVisionModelOutput
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler, LatentUpdates
+from fusion_hf.model.modeling_fusion_vision import FusionVisionModelOutput
 
 
 class ReferenceAttention(nn.Module):

@@ -52,7 +52,7 @@ from workload import SIZES, Size, build_config, make_photo, make_weights
 from fusion_hf import FusionConfig, batch_generate, nano_path
 from fusion_hf.conversion.folder import make_processor
 from fusion_hf.inference import Assistant
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.processing_fusion import FusionProcessor
 
 VLLM, TRANSFORMERS, BATCH = "vllm", "transformers", "batch"
 PATHS = (VLLM, TRANSFORMERS, BATCH)

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionImageProcessor
-from fusion_hf.configuration_fusion import NUM_TILES
+from fusion_hf.model.configuration_fusion import NUM_TILES
 from fusion_hf.training.collator import IGNORE_INDEX
 
 SEED = 0

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.inference import AUTO, Assistant
 from fusion_hf.journal import Journal, Result
-from fusion_hf.modeling_fusion_decoder import TokenBudget
-from fusion_hf.processing_fusion import IMAGE_TOKEN
-from fusion_hf.quantization_fusion import plain_tensors
+from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.processing_fusion import IMAGE_TOKEN
+from fusion_hf.model.quantization_fusion import plain_tensors
 from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
 from fusion_hf.training.data.records import RecordProblem
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import CompileConfig, StaticCache
 
-from fusion_hf.compatibility_fusion import CACHE_NAMES
-from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.generation_fusion import given_turns
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_base import cache_keyword
-from fusion_hf.modeling_fusion_decoder import TokenBudget, check_prompt
-from fusion_hf.turns_fusion import PromptTurns
+from fusion_hf.model.compatibility_fusion import CACHE_NAMES
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.generation_fusion import given_turns
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_base import cache_keyword
+from fusion_hf.model.modeling_fusion_decoder import TokenBudget, check_prompt
+from fusion_hf.model.turns_fusion import PromptTurns
 
 PROMPT_LENGTHS = (1024, 2048, 4096)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

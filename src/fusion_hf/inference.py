@@ -15,14 +15,14 @@ from transformers import BatchFeature, Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from fusion_hf.chat_fusion import REPEATED
-from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.folders import find_folder, nano_path
-from fusion_hf.image_sources_fusion import describe_source
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.chat_fusion import REPEATED
+from fusion_hf.model.configuration_fusion import FusionConfig, is_perfect_square
+from fusion_hf.model.image_sources_fusion import describe_source
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
+from fusion_hf.model.processing_fusion import FusionProcessor
 
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

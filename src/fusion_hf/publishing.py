@@ -21,7 +21,7 @@ from fusion_hf.errors import InputError
 from fusion_hf.folders import WEIGHTS_INDEX
 
 PACKAGE = Path(fusion_hf.__file__).parent
-CODE_PATTERN = "*_fusion*.py"  # the code that every model folder has
+CODE_FOLDER, CODE_PATTERN = PACKAGE / "model", "*_fusion*.py"  # the code that every model folder has
 CARD, WEIGHTS = "README.md", "model.safetensors"
 NEEDED = (
     "config.json",
@@ -75,7 +75,7 @@ def check_files(folder: Path) -> list[SentFile]:
         raise InputError(f"--model: {folder} is no folder; give a model folder.")
     paths = sorted(path for path in folder.iterdir() if path.name not in NOT_SENT)
     names = {path.name for path in paths}
-    code = {path.name: path for path in sorted(PACKAGE.glob(CODE_PATTERN))}
+    code = {path.name: path for path in sorted(CODE_FOLDER.glob(CODE_PATTERN))}
     for name in (*NEEDED, *code):
         if name not in names:
             advice = "write its model card" if name == CARD else "save or convert the model again"

@@ -33,10 +33,10 @@ def register() -> None:
     # transformers 5.17's top level hides it where torchvision is missing
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from fusion_hf.configuration_fusion import FusionConfig
-    from fusion_hf.image_processing_fusion import FusionImageProcessor
-    from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
-    from fusion_hf.processing_fusion import FusionProcessor
+    from fusion_hf.model.configuration_fusion import FusionConfig
+    from fusion_hf.model.image_processing_fusion import FusionImageProcessor
+    from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration, FusionModel
+    from fusion_hf.model.processing_fusion import FusionProcessor
 
     AutoConfig.register(FusionConfig.model_type, FusionConfig, exist_ok=True)
     AutoModel.register(FusionConfig, FusionModel, exist_ok=True)

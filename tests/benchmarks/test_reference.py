@@ -6,7 +6,7 @@ from measure import peak_allocated
 from reference import ReferenceSampler, ReferenceVisionModel, build_reference
 from workload import SIZES, build_eager, build_model, make_prompt
 
-from fusion_hf.modeling_fusion_decoder import LatentUpdates
+from fusion_hf.model.modeling_fusion_decoder import LatentUpdates
 
 CPU = torch.device("cpu")
 SIZE = SIZES["tiny"]

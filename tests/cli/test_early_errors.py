@@ -11,8 +11,8 @@ import pytest
 from tests.helpers.light_runs import light_environment, run_light
 
 from fusion_hf.conversion.inputs import DECODER_TYPES
-from fusion_hf.modeling_fusion_decoder import DECODER_LAYERS
-from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.model.modeling_fusion_decoder import DECODER_LAYERS
+from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.training import keys
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.data import records

@@ -26,12 +26,11 @@ from tests.helpers.checkpoints import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import fusion_hf
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.conversion.config import convert_config, named_tower
 from fusion_hf.conversion.convert import Options
 from fusion_hf.conversion.convert import convert as run_conversion
-from fusion_hf.publishing import CODE_PATTERN
+from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
 from fusion_hf.training.checkpointing import hide_peft_deprecation
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
@@ -130,7 +129,7 @@ def test_folder_is_complete_and_permissions_are_usual(tmp_path, convert):
         "generation_config.json",
         "model.safetensors",
         "preprocessor_config.json",
-        *(path.name for path in Path(fusion_hf.__file__).parent.glob(CODE_PATTERN)),
+        *(path.name for path in CODE_FOLDER.glob(CODE_PATTERN)),
     }
     (tmp_path / "plain").mkdir()
     assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode

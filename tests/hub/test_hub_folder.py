@@ -5,9 +5,8 @@ from pathlib import Path
 
 from tests.helpers.hub_folder import run
 
-import fusion_hf
 from fusion_hf import nano_path
-from fusion_hf.publishing import CODE_PATTERN
+from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
 
 AUTO_CLASSES = """
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
@@ -77,9 +76,9 @@ def test_folder_names_every_auto_class() -> None:
 
 
 def test_the_code_files_are_the_packages() -> None:
-    package, folder = Path(fusion_hf.__file__).parent, Path(nano_path())
-    names = sorted(path.name for path in package.glob(CODE_PATTERN))
+    folder = Path(nano_path())
+    names = sorted(path.name for path in CODE_FOLDER.glob(CODE_PATTERN))
     assert "modeling_fusion.py" in names
     assert names == sorted(path.name for path in folder.glob(CODE_PATTERN))
     for name in names:
-        assert (folder / name).read_bytes() == (package / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (CODE_FOLDER / name).read_bytes(), name

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import fusion_hf
-from fusion_hf import compatibility_fusion
-from fusion_hf.image_processing_fusion import FusionImageProcessor
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration, FusionModel
-from fusion_hf.modeling_fusion_vision import FusionVisionModel
-from fusion_hf.processing_fusion import FusionProcessor
-from fusion_hf.publishing import CODE_PATTERN
+from fusion_hf.model import compatibility_fusion
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration, FusionModel
+from fusion_hf.model.modeling_fusion_vision import FusionVisionModel
+from fusion_hf.model.processing_fusion import FusionProcessor
+from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
 
-HUB_FILES = sorted(Path(fusion_hf.__file__).parent.glob(CODE_PATTERN))
+HUB_FILES = sorted(CODE_FOLDER.glob(CODE_PATTERN))
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architecture.md"
 CLASSES = (FusionForConditionalGeneration, FusionModel, FusionVisionModel, FusionImageProcessor, FusionProcessor)
 ROW = re.compile(r"^\| `(transformers[\w.]*)` \| (.+?) \| (.+?) \|$", re.MULTILINE)

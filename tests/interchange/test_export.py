@@ -20,7 +20,7 @@ from fusion_hf.interchange import export
 from fusion_hf.interchange.export import max_pool, write_graphs
 from fusion_hf.interchange.folder import LANGUAGE, PICTURE, Settings
 from fusion_hf.interchange.runtime import CPU, NO_TURN, ExportedFusion
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.nano.pictures import draw_spec
 
 TOLERANCE = 1e-4  # of logits, absolute

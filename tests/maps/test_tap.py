@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.maps.tap import AttentionTap, TappedRows, lay_out, mean_rows, split_layers
-from fusion_hf.modeling_fusion_decoder import FusionSampler, LatentUpdates
-from fusion_hf.modeling_fusion_vision import adaptive_max_pool, pool_context
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler, LatentUpdates
+from fusion_hf.model.modeling_fusion_vision import adaptive_max_pool, pool_context
 
 GROUPS = 2
 NEW_TOKENS = 5

@@ -10,7 +10,7 @@ from fusion_hf import FusionImageProcessor
 from fusion_hf.inference import nano_path
 from fusion_hf.maps import Maps, View, Word
 from fusion_hf.maps.view import find_words
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.processing_fusion import FusionProcessor
 
 WIDE = (90, 40)  # width, height
 

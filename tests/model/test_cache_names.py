@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.compatibility_fusion import CACHE_NAMES
-from fusion_hf.modeling_fusion_base import CACHE_NAME
+from fusion_hf.model.compatibility_fusion import CACHE_NAMES
+from fusion_hf.model.modeling_fusion_base import CACHE_NAME
 
 # where transformers has the newer name
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

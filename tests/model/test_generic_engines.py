@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fusion_hf import FusionForConditionalGeneration, FusionModel
-from fusion_hf.modeling_fusion_base import cache_keyword
+from fusion_hf.model.modeling_fusion_base import cache_keyword
 
 ENGINES = ("vllm", "sglang", "tgi")  # as their transformers backends call their attention
 PAGED = ("paged|eager", "paged|sdpa", "paged|flash_attention_2")

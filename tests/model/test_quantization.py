@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fusion_hf import FusionForConditionalGeneration, nano_path
-from fusion_hf.quantization_fusion import NOT_QUANTIZED, name_extra, skip_by_default
+from fusion_hf.model.quantization_fusion import NOT_QUANTIZED, name_extra, skip_by_default
 
 # fails once for each library, as if none were installed, and prints the errors' last lines
 WITHOUT_LIBRARIES = """

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.helpers.chat_models import MODELS, chat, encode, make_chat_model
 from tests.helpers.question_texts import question_texts
 
-from fusion_hf.turns_fusion import find_prompt_ends, find_questions
+from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
 
 SAMPLE, ALL = 200, 1015
 UNLIMITED = 10**6

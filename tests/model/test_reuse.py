@@ -8,7 +8,7 @@ from tests.helpers.tiny import BACKBONES, QUERY_LEN, Sample, make_inputs, tiny_c
 from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion import LossCounts
+from fusion_hf.model.modeling_fusion import LossCounts
 
 SAMPLES = [Sample([5], seed=1), Sample([4, 7, 2], [3, 6], seed=2), Sample([6], image=False, seed=3)]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

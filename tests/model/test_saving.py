@@ -24,7 +24,7 @@ def test_save_load_save_is_byte_identical(backbone: str, tmp_path: Path) -> None
     assert {"config.json", "model.safetensors", "modeling_fusion.py"} <= first.keys()
     for name in first.keys() - {"config.json", "model.safetensors", "generation_config.json"}:
         code = first[name]
-        assert code == (Path(fusion_hf.__file__).parent / name).read_bytes()
+        assert code == (Path(fusion_hf.__file__).parent / "model" / name).read_bytes()
         needed = {f"{module}.py" for module in re.findall(r"^from \.(\w+) import", code.decode(), re.MULTILINE)}
         assert needed <= first.keys(), name
     inputs = make_inputs(model.config, [Sample([4], seed=1), Sample([3, 5], [2], seed=2)])

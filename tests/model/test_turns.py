@@ -7,7 +7,7 @@ import torch
 from tests.helpers.chat_models import MODELS, TURNS, bare, chat, encode, make_chat_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
-from fusion_hf.turns_fusion import SAMPLES, describe_turns, find_prompt_ends, find_questions
+from fusion_hf.model.turns_fusion import SAMPLES, describe_turns, find_prompt_ends, find_questions
 
 TEXTS = (
     *SAMPLES,

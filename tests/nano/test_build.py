@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import FusionSampler
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 from fusion_hf.nano.build import POSITION_STD, build_config, build_model
 from fusion_hf.nano.tokenizer import build_tokenizer
 

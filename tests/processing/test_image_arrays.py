@@ -12,8 +12,8 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from fusion_hf import FusionImageProcessor, FusionProcessor
-from fusion_hf.image_limits_fusion import ImageError
-from fusion_hf.image_opening_fusion import decode_image
+from fusion_hf.model.image_limits_fusion import ImageError
+from fusion_hf.model.image_opening_fusion import decode_image
 from fusion_hf.training.collator import FusionDataCollator
 
 SIDE = 32

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tests.helpers.hostile_images import ORIENTATION, PHOTOGRAPHS, encoded
 
-from fusion_hf.image_limits_fusion import DECODER_COSTS, MAX_DECODING_SECONDS, WEBP
+from fusion_hf.model.image_limits_fusion import DECODER_COSTS, MAX_DECODING_SECONDS, WEBP
 
 SIDE = 2000  # pixels
 SLACK = 2**22  # bytes: what the interpreter and the blocks take
@@ -18,7 +18,7 @@ SLACK = 2**22  # bytes: what the interpreter and the blocks take
 MEASURE = """
 import json, re, sys
 from pathlib import Path
-from fusion_hf.image_opening_fusion import open_image
+from fusion_hf.model.image_opening_fusion import open_image
 
 def memory(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -33,7 +33,8 @@ from tests.helpers.hostile_images import (
 from fusion_hf import FusionImageProcessor
 from fusion_hf.demo.session import open_upload
 from fusion_hf.errors import InputError
-from fusion_hf.image_limits_fusion import (
+from fusion_hf.inference import Assistant
+from fusion_hf.model.image_limits_fusion import (
     MAX_JPEG_SCANS,
     MIN_JPEG_SCANS,
     BoundedStream,
@@ -41,7 +42,7 @@ from fusion_hf.image_limits_fusion import (
     OversizedImage,
     max_jpeg_scans,
 )
-from fusion_hf.image_opening_fusion import (
+from fusion_hf.model.image_opening_fusion import (
     MAX_SIDE,
     decode_image,
     identify_image,
@@ -49,7 +50,6 @@ from fusion_hf.image_opening_fusion import (
     read_file,
     read_orientation,
 )
-from fusion_hf.inference import Assistant
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.images import decode_picture
 from fusion_hf.training.data.pictures import open_picture

@@ -25,12 +25,13 @@ from tests.helpers.chat_models import load_chat_model, write_chat_model
 from tests.helpers.hostile_images import encoded, png_claiming
 from transformers import pipeline
 
-from fusion_hf import FusionForConditionalGeneration, FusionProcessor, image_sources_fusion, nano_path
+from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.batching import batch_generate
 from fusion_hf.errors import InputError
-from fusion_hf.image_limits_fusion import ImageError, OversizedImage
-from fusion_hf.image_sources_fusion import MAX_DOWNLOAD_SECONDS
 from fusion_hf.inference import Assistant
+from fusion_hf.model import image_sources_fusion
+from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
+from fusion_hf.model.image_sources_fusion import MAX_DOWNLOAD_SECONDS
 from fusion_hf.training.collator import FusionDataCollator
 
 PHOTO = Image.fromarray(skimage.data.astronaut()[:300])

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from tests.helpers.hostile_images import png_claiming
 
-from fusion_hf import FusionImageProcessor, image_sources_fusion
+from fusion_hf import FusionImageProcessor
+from fusion_hf.model import image_sources_fusion
 
 
 @pytest.fixture(scope="module")

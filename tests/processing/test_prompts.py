@@ -12,9 +12,9 @@ from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
 from transformers import AutoProcessor, AutoTokenizer
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionImageProcessor, FusionProcessor, nano_path
-from fusion_hf.chat_fusion import BREAK
+from fusion_hf.model.chat_fusion import BREAK
+from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.turns_fusion import find_prompt_ends, find_questions
 
 IMAGE = Image.new("RGB", (40, 30), "red")
 CALL = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}

@@ -25,7 +25,7 @@ from tests.helpers.serving import (
     user,
 )
 
-from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
 MEGABYTE = 2**20
 BODY = 50 * MEGABYTE

@@ -18,8 +18,8 @@ from PIL import Image
 from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
 from tests.helpers.serving import PICTURE, POLL_SECONDS, STOP_SECONDS
 
-from fusion_hf.image_opening_fusion import FORMATS, ORIENTATION_TAG
-from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.model.image_opening_fusion import FORMATS, ORIENTATION_TAG
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.engine import to_pixel_values
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.image_workers import GRACE_SECONDS, MAX_WORKERS, ImageWorkers

@@ -12,7 +12,7 @@ from tests.transformers_suites.tiny import BEHIND_VOCAB, SMALL_IDS, FusionModelT
 from transformers.models.auto import modeling_auto
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionModel
-from fusion_hf.modeling_fusion_vision import FusionVisionLayer
+from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer
 from fusion_hf.training.checkpointing import enable_checkpointing
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from fusion_hf.errors import InputError, short_name
 from fusion_hf.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:
-    from fusion_hf.configuration_fusion import FusionConfig
+    from fusion_hf.model.configuration_fusion import FusionConfig
     from fusion_hf.training.planning import Memory, Plan
 
 GIB = 2**30
@@ -114,7 +114,7 @@ def load_config(file: Path) -> "FusionConfig":
     Raises:
         InputError: if its values are impossible.
     """
-    from fusion_hf.configuration_fusion import FusionConfig
+    from fusion_hf.model.configuration_fusion import FusionConfig
 
     try:
         return FusionConfig.from_pretrained(str(file))

@@ -6,7 +6,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.conversion import hub
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.checkpoint import check_index, read_headers
@@ -21,7 +20,8 @@ from fusion_hf.conversion.plan import HEAD, NUM_MARKS, Plan, RecipeReader, Sourc
 from fusion_hf.conversion.reading import find_weight_files, read_json
 from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer, vocabulary_size
 from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.outputs import new_folder
 
 FRESH = re.compile(r"^model\.vision_projector(?:_back)?\.|\.vision_sampler\.")

@@ -6,7 +6,7 @@ The figures are the rows of the table "Model Performance Comparison" in the READ
 
 from dataclasses import dataclass
 
-from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.model.configuration_fusion import FusionConfig
 
 PAPER = "https://arxiv.org/abs/2504.09925"
 REPOSITORY = "https://github.com/starriver030515/FUSION"

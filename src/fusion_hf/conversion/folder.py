@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.conversion.tokenizer import find_chat_format
-from fusion_hf.image_processing_fusion import FusionImageProcessor
-from fusion_hf.processing_fusion import FusionProcessor
-from fusion_hf.publishing import CODE_PATTERN, PACKAGE
-from fusion_hf.turns_fusion import describe_turns
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor
+from fusion_hf.model.processing_fusion import FusionProcessor
+from fusion_hf.model.turns_fusion import describe_turns
+from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
 
 MODEL_CLASS = "modeling_fusion.FusionForConditionalGeneration"
 AUTO_MAPS = {
@@ -117,6 +117,6 @@ def write_files(
         if (folder / name).exists():
             content = json.loads((folder / name).read_text(encoding="utf-8")) | {"auto_map": auto_map}
             (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in sorted(PACKAGE.glob(CODE_PATTERN)):
+    for file in sorted(CODE_FOLDER.glob(CODE_PATTERN)):
         shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(card, encoding="utf-8")

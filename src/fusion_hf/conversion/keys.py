@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.model.configuration_fusion import FusionConfig
 
 NEVER_RUN = "FUSION does not run it"
 RECOMPUTED = "computed anew"

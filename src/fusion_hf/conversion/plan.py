@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.keys import KeyMap, Row
 from fusion_hf.conversion.lora import LoraPair
 from fusion_hf.conversion.reading import first_line
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 NUM_MARKS = 2  # rows for <vision_start> and <vision_end>

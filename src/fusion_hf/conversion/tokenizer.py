@@ -13,10 +13,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusion_hf.chat_fusion import CHAT_FORMATS, VISION_MARKS
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.locations import Location
 from fusion_hf.conversion.reading import first_line, read_json
+from fusion_hf.model.chat_fusion import CHAT_FORMATS, VISION_MARKS
 
 logger = logging.getLogger(__name__)
 

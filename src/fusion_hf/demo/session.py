@@ -11,11 +11,11 @@ from PIL import Image
 
 from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
 from fusion_hf.errors import InputError, short_name
-from fusion_hf.image_limits_fusion import ImageError
-from fusion_hf.image_opening_fusion import open_image
 from fusion_hf.inference import Assistant, Conversation, SeenPicture
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
+from fusion_hf.model.image_limits_fusion import ImageError
+from fusion_hf.model.image_opening_fusion import open_image
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # of an upload: 150 megabytes while it is read

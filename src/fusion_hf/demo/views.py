@@ -9,9 +9,9 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from fusion_hf.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 from fusion_hf.demo.session import Session, Turn
 from fusion_hf.maps.drawing import COLORS, OPACITY
+from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
 TILE_SIDE = 192  # pixels that a tile has at least on the page
 SHOWN_SIDE = 400  # pixels that the longer side of an overlay has at least

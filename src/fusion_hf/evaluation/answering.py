@@ -13,7 +13,7 @@ from fusion_hf.endpoints import Unavailable
 from fusion_hf.evaluation.cache import Answer, AnswerCache, Entry
 from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
 from fusion_hf.evaluation.record import ModelRecord
-from fusion_hf.image_opening_fusion import BROKEN_IMAGE
+from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
 
 
 @dataclass(frozen=True)

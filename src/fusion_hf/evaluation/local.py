@@ -17,7 +17,7 @@ from fusion_hf.evaluation.questions import Continuation, Generation, Messages, P
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.facts import ModelFacts
 from fusion_hf.inference import AUTO, Assistant, SeenPicture, nano_path, with_stand_in
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 
 BATCH_SIZE = 1
 KEPT_PICTURES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from fusion_hf.errors import InputError
-from fusion_hf.image_opening_fusion import UPRIGHT, read_orientation
+from fusion_hf.model.image_opening_fusion import UPRIGHT, read_orientation
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 # lmms-eval puts its few-shot delimiter where a task names no end; an answer of two paragraphs must not be cut there

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from fusion_hf.configuration_fusion import NUM_TILES
 from fusion_hf.errors import InputError
 from fusion_hf.extras import require
 from fusion_hf.inference import Assistant
@@ -34,10 +33,11 @@ from fusion_hf.interchange.folder import (
     Settings,
     cache_names,
 )
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_base import CACHE_NAME, cache_keyword
-from fusion_hf.modeling_fusion_decoder import PromptMarks, TokenBudget
-from fusion_hf.modeling_fusion_vision import pool_context, reduce_grid
+from fusion_hf.model.configuration_fusion import NUM_TILES
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
+from fusion_hf.model.modeling_fusion_decoder import PromptMarks, TokenBudget
+from fusion_hf.model.modeling_fusion_vision import pool_context, reduce_grid
 from fusion_hf.outputs import new_folder
 
 # Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.

@@ -20,7 +20,7 @@ from fusion_hf.interchange.folder import (
     PRESENT,
     Settings,
 )
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.processing_fusion import FusionProcessor
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

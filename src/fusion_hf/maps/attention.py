@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fusion_hf.configuration_fusion import TILES_PER_SIDE
 from fusion_hf.errors import InputError
 from fusion_hf.inference import AUTO, Assistant, question_message
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
+from fusion_hf.model.configuration_fusion import TILES_PER_SIDE
 
 LAYER_GROUPS = 4
 MAX_NEW_TOKENS = 256

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import FusionSampler
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 
 EAGER = "eager"  # the one implementation that is no entry of transformers' table, and that returns its weights
 _TABLE = threading.RLock()  # the table is the process's: one thread reads at a time

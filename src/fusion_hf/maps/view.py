@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fusion_hf.configuration_fusion import FusionConfig
+from fusion_hf.model.configuration_fusion import FusionConfig
 
 
 class View(NamedTuple):

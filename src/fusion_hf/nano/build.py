@@ -8,13 +8,13 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers import initialization as init
 
-from fusion_hf.configuration_fusion import FusionConfig
-from fusion_hf.image_processing_fusion import FusionImageProcessor
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import FusionSampler
-from fusion_hf.modeling_fusion_vision import FusionVisionLayer, FusionVisionModel
-from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
-from fusion_hf.turns_fusion import describe_turns
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler
+from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer, FusionVisionModel
+from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
+from fusion_hf.model.turns_fusion import describe_turns
 
 TILE_SIDE = 48  # pixels of a tile; the four tiles show the picture at twice that
 EMBEDDING_STD = 0.3

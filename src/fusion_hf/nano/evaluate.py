@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.records import Record
-from fusion_hf.processing_fusion import FusionProcessor
 
 YES_NO = ("yes", "no")
 MAX_NEW_TOKENS = 6  # the longest answer is a word of one token and its end

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fusion_hf.errors import short_name
 from fusion_hf.facts import ModelFacts
 from fusion_hf.inference import Assistant
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.engine import Engine, Finished, Piece
 from fusion_hf.serving.errors import (
     CHAT,

@@ -55,7 +55,7 @@ def main(settings_json: str) -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]
     from PIL import Image
 
-    from fusion_hf.image_processing_fusion import FusionImageProcessor
+    from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
     Image.MAX_IMAGE_PIXELS = (
         settings.max_pixels
@@ -140,7 +140,7 @@ def vet(content: bytes, processor: Any, max_pixels: int) -> bytes:
     """
     from PIL import Image
 
-    from fusion_hf.image_opening_fusion import identify_image
+    from fusion_hf.model.image_opening_fusion import identify_image
     from fusion_hf.serving.images import decode_picture
 
     image = decode_picture(content, processor, max_pixels)

@@ -7,9 +7,9 @@ import re
 from PIL import Image
 
 from fusion_hf.errors import short_name
-from fusion_hf.image_limits_fusion import ImageError
-from fusion_hf.image_opening_fusion import open_image
-from fusion_hf.image_processing_fusion import FusionImageProcessor
+from fusion_hf.model.image_limits_fusion import ImageError
+from fusion_hf.model.image_opening_fusion import open_image
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.errors import BAD_REQUEST, TOO_LARGE, ApiError
 from fusion_hf.serving.limits import Limits
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from fusion_hf.configuration_fusion import is_perfect_square
+from fusion_hf.model.configuration_fusion import is_perfect_square
 from fusion_hf.serving.errors import BAD_REQUEST, NOT_FOUND, ApiError, wrong_value
 from fusion_hf.serving.fields import REQUEST, STREAM_OPTIONS
 from fusion_hf.serving.limits import Limits

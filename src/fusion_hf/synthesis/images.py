@@ -17,8 +17,8 @@ from PIL import Image, PngImagePlugin
 
 from fusion_hf.endpoints import IMAGES, Refused, endpoint_url
 from fusion_hf.errors import InputError
-from fusion_hf.image_limits_fusion import ImageError
-from fusion_hf.image_opening_fusion import open_image
+from fusion_hf.model.image_limits_fusion import ImageError
+from fusion_hf.model.image_opening_fusion import open_image
 from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.config import Images
 from fusion_hf.synthesis.documents import TASK, put_record, record_of

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.collator import record_to_messages
 from fusion_hf.training.distributed import sum_over_ranks
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusion_hf.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
-from fusion_hf.compatibility_fusion import as_dicts
-from fusion_hf.image_processing_fusion import values_of_bytes
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
+from fusion_hf.model.compatibility_fusion import as_dicts
+from fusion_hf.model.image_processing_fusion import values_of_bytes
+from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.query_lens import BatchDraw
 
 IGNORE_INDEX = -100

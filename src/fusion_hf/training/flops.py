@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fusion_hf.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
 
 

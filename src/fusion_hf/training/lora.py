@@ -18,8 +18,8 @@ from transformers import BitsAndBytesConfig
 
 from fusion_hf.errors import InputError, short_name
 from fusion_hf.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.quantization_fusion import NOT_QUANTIZED
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpointing import hide_peft_deprecation
 from fusion_hf.training.parts import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
 from fusion_hf.training.flops import Shape, StepFlops, step_flops
 from fusion_hf.training.keys import FULL, LANGUAGE_MODEL, OPTIMIZER_BYTES, PARTS, check_optimizer
 from fusion_hf.training.parts import count_by_part

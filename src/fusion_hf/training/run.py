@@ -15,8 +15,8 @@ from transformers import set_seed
 
 from fusion_hf.errors import InputError
 from fusion_hf.inference import find_folder
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.processing_fusion import FusionProcessor
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.cast import cast_weights
 from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_aside, supersede, writing

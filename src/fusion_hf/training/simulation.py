@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
-from fusion_hf.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.training.checkpointing import enable_checkpointing
 from fusion_hf.training.flops import Shape
 from fusion_hf.training.parts import freeze_except

@@ -17,9 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fusion_hf.configuration_fusion import FusionConfig
 from fusion_hf.errors import InputError
-from fusion_hf.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
 from fusion_hf.training.answers import exact_matches
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpoints import StopSignal, rotate, saving, seal, shield_data_worker, writing

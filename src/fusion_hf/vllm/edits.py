@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
-from fusion_hf.modeling_fusion_decoder import FusionSampler, LatentUpdates
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler, LatentUpdates
 from fusion_hf.vllm.prompts import PromptReader, Turns
 from fusion_hf.vllm.settings import REASON
 

@@ -23,9 +23,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.processor import cached_processor_from_config
 
-from fusion_hf.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
-from fusion_hf.modeling_fusion_decoder import FusionSampler
-from fusion_hf.modeling_fusion_vision import (
+from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from fusion_hf.model.modeling_fusion_decoder import FusionSampler
+from fusion_hf.model.modeling_fusion_vision import (
     FusionProjector,
     FusionVisionModel,
     encode_tiles,
@@ -33,7 +33,7 @@ from fusion_hf.modeling_fusion_vision import (
     reduce_grid,
     stitch_tiles,
 )
-from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.vllm.edits import find_prompts, make_edits
 from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
 from fusion_hf.vllm.prompts import PromptReader

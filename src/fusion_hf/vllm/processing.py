@@ -19,9 +19,9 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
-from fusion_hf.configuration_fusion import NUM_TILES, FusionConfig
-from fusion_hf.image_opening_fusion import identify_image
-from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.model.image_opening_fusion import identify_image
+from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 
 IMAGE = "image"
 DIGEST_BYTES = 16

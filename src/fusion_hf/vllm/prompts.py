@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusion_hf.chat_fusion import BETWEEN_BLOCKS
-from fusion_hf.configuration_fusion import FusionConfig, is_perfect_square
-from fusion_hf.processing_fusion import CHAT_FORMATS, FusionProcessor
+from fusion_hf.model.chat_fusion import BETWEEN_BLOCKS
+from fusion_hf.model.configuration_fusion import FusionConfig, is_perfect_square
+from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
 
 
 class Turns(NamedTuple):

@@ -10,7 +10,7 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.transformers_utils.processor import cached_processor_from_config
 from vllm.utils.async_utils import make_async
 
-from fusion_hf.processing_fusion import IMAGE_TOKEN
+from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.vllm.prompts import PromptReader, RequestBudget
 
 # what a request may say beside its messages, as `mm_processor_kwargs`
