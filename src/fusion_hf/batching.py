@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.journal import Journal, Result
 from fusion_hf.inference import AUTO, Assistant
-from fusion_hf.journal import Journal, Result
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.model.quantization_fusion import plain_tensors

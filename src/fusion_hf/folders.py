@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 
 NANO = "checkpoints/fusion-nano"
 MODEL_TYPE = "fusion"

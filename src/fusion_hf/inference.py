@@ -15,7 +15,7 @@ from transformers import BatchFeature, Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.folders import find_folder, nano_path
 from fusion_hf.model.chat_fusion import REPEATED
 from fusion_hf.model.configuration_fusion import FusionConfig, is_perfect_square

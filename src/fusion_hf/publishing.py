@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
 import fusion_hf
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.folders import WEIGHTS_INDEX
 
 PACKAGE = Path(fusion_hf.__file__).parent

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image, ImageFile
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.model.chat_fusion import IMAGE_TOKEN, REPEATED
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import load_image

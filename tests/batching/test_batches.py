@@ -15,7 +15,7 @@ from tests.helpers.training_runs import write_model
 from transformers import Phi3Config
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionProcessor, batch_generate
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant, Conversation
 
 COUNT = 30

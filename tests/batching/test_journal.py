@@ -10,9 +10,9 @@ import pytest
 from tests.helpers.questions import write_questions
 
 from fusion_hf import FusionForConditionalGeneration, batch_generate
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.journal import Journal
 from fusion_hf.inference import Assistant
-from fusion_hf.journal import Journal
 
 COUNT, BATCH_SIZE, NEW_TOKENS = 12, 3, 4
 SETTINGS: dict[str, Any] = {"batch_size": BATCH_SIZE, "max_new_tokens": NEW_TOKENS, "progress": False}

@@ -9,7 +9,7 @@ from maps import find, main, questions_about_shapes, shape_mask
 from maps_report import DOCUMENT, RESULTS, SOURCE, render
 from PIL import Image
 
-from fusion_hf.nano.pictures import PictureSpec, Shape
+from fusion_hf.drawing.pictures import PictureSpec, Shape
 
 SEVERAL = 200  # questions: their shares are within some percent of all questions'
 

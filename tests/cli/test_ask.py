@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.broken_images import BROKEN, ODD
 
-from fusion_hf.errors import short_name
+from fusion_hf.common.errors import short_name
 from fusion_hf.inference import Assistant, Conversation, choose_device, nano_path
 
 QUESTION = "what color is the shape?"

@@ -22,7 +22,7 @@ def test_answers_and_draws(run, picture, tmp_path: Path):
 
 
 def test_without_matplotlib(run_here, picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fusion_hf.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("fusion_hf.common.extras.find_spec", lambda name: None)
     result = run_here("maps", picture, QUESTION, "--output", tmp_path / "maps")
     assert result.returncode == 2
     assert "fusion_hf[maps]" in result.stderr and result.stderr.count("\n") == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tests.helpers.light_runs import light_environment
 
-from fusion_hf.errors import InputError, short_name
-from fusion_hf.outputs import atomic_file, check_output, check_space, new_folder
+from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.outputs import atomic_file, check_output, check_space, new_folder
 
 KIBIBYTE = 2**10
 SECONDS = 300
@@ -18,7 +18,7 @@ WRITE = """
 import sys
 from pathlib import Path
 from fusion_hf.cli.terminal import guarded
-from fusion_hf.outputs import new_folder
+from fusion_hf.common.outputs import new_folder
 
 def write():
     with new_folder(Path("new")) as folder:

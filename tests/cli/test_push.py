@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
 from fusion_hf import __version__, publishing
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.publishing import check_folder
 
 REPOSITORY = "somebody/fusion"

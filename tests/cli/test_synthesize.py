@@ -10,7 +10,7 @@ import pytest
 from datatrove.pipeline.base import PipelineStep
 from tests.helpers.light_runs import run_light
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config, Executor
 from fusion_hf.synthesis.estimate import make_estimate

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusion_hf.common.errors import InputError
 from fusion_hf.demo import session as session_module
 from fusion_hf.demo.examples import draw_examples
 from fusion_hf.demo.session import MAX_QUESTION, MAX_SHOWN_SIDE, Answerer, Session, open_upload
-from fusion_hf.errors import InputError
 from fusion_hf.inference import Assistant, Conversation
 
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")

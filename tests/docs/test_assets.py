@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_hf.nano.pictures import PictureSpec, Shape
+from fusion_hf.drawing.pictures import PictureSpec, Shape
 
 RED_CIRCLE = PictureSpec(
     "single", background=(244, 241, 236), shapes=(Shape("circle", "red", left=36, top=40, width=52, height=52),)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.cache import AnswerCache
 from fusion_hf.evaluation.local import LocalModel

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from tests.evaluation.rows import RED, ROWS, png, write_rows
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, JUDGE_VARIABLES, VARIANTS
 from fusion_hf.evaluation.data import check_data, fits, prepare_tasks
 from fusion_hf.evaluation.tasks.documents import PICTURE, local_pictures

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.evaluation.judge import Babbler, serving
 from tests.synthesis.server import TOKENS, Scripted, prompt_of, serve
 
-from fusion_hf.endpoints import CHAT, MODELS, Unavailable
-from fusion_hf.errors import InputError
+from fusion_hf.common.endpoints import CHAT, MODELS, Unavailable
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion_hf.cli import main
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
 from fusion_hf.evaluation.record import Metric, ModelRecord, RunRecord, TaskRecord
 from fusion_hf.evaluation.table import make_table, published_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image

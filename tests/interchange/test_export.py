@@ -11,17 +11,18 @@ from tests.helpers.tiny import QUERY_LEN, Sample, make_inputs, tiny_config, tiny
 from tests.parity.conftest import FIXTURES, Recording
 from torch import nn
 
-from fusion_hf import FusionForConditionalGeneration, extras
+from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.cli import main
+from fusion_hf.common import extras
+from fusion_hf.common.errors import InputError
 from fusion_hf.conversion.cli import main as convert
-from fusion_hf.errors import InputError
+from fusion_hf.drawing.pictures import draw_spec
 from fusion_hf.inference import Assistant, nano_path, question_message
 from fusion_hf.interchange import export
 from fusion_hf.interchange.export import max_pool, write_graphs
 from fusion_hf.interchange.folder import LANGUAGE, PICTURE, Settings
 from fusion_hf.interchange.runtime import CPU, NO_TURN, ExportedFusion
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
-from fusion_hf.nano.pictures import draw_spec
 
 TOLERANCE = 1e-4  # of logits, absolute
 STEPS = 4

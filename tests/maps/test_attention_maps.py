@@ -9,7 +9,7 @@ from PIL import Image
 
 import fusion_hf
 from fusion_hf import AttentionMaps, attention_maps
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant, Conversation, question_message
 from fusion_hf.maps.drawing import draw_overlay, save_overlays
 
@@ -115,7 +115,7 @@ def test_an_overlay_is_bright_where_the_map_is(result: AttentionMaps):
 
 def test_without_matplotlib_the_error_names_the_extra(result: AttentionMaps, monkeypatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("fusion_hf.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("fusion_hf.common.extras.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'fusion_hf\[maps\]'"):
         save_overlays(result, Image.new("RGB", (8, 8)), tmp_path)
     assert not any(tmp_path.iterdir())

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion_hf.nano import easy_vqa as easy_vqa_module
-from fusion_hf.nano.pictures import (
+from fusion_hf.drawing.pictures import (
     CANVAS_SIDE,
     CATEGORIES,
     COLORS,
@@ -28,7 +27,7 @@ from fusion_hf.nano.pictures import (
     direction,
     draw_spec,
 )
-from fusion_hf.nano.questions import (
+from fusion_hf.drawing.questions import (
     Question,
     casual,
     compatible,
@@ -37,6 +36,7 @@ from fusion_hf.nano.questions import (
     easy_vqa_caption,
     parse_easy_vqa,
 )
+from fusion_hf.nano import easy_vqa as easy_vqa_module
 from fusion_hf.nano.records import (
     STAGES,
     Mixture,

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf.drawing.pictures import CANVAS_SIDE, CATEGORIES, DIRECTIONS, WORDS, PictureSpec, Shape, draw_spec
 from fusion_hf.nano.build import build_config, build_model, build_processor
 from fusion_hf.nano.grounding import (
     MIDDLE,
@@ -19,7 +20,6 @@ from fusion_hf.nano.grounding import (
     patch_words,
     tile_words,
 )
-from fusion_hf.nano.pictures import CANVAS_SIDE, CATEGORIES, DIRECTIONS, WORDS, PictureSpec, Shape, draw_spec
 from fusion_hf.nano.records import Mixture, training_texts
 from fusion_hf.nano.tokenizer import build_tokenizer
 

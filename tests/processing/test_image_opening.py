@@ -31,8 +31,8 @@ from tests.helpers.hostile_images import (
 )
 
 from fusion_hf import FusionImageProcessor
+from fusion_hf.common.errors import InputError
 from fusion_hf.demo.session import open_upload
-from fusion_hf.errors import InputError
 from fusion_hf.inference import Assistant
 from fusion_hf.model.image_limits_fusion import (
     MAX_JPEG_SCANS,

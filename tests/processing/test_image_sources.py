@@ -27,7 +27,7 @@ from transformers import pipeline
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.batching import batch_generate
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant
 from fusion_hf.model import image_sources_fusion
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage

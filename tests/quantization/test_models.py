@@ -12,7 +12,7 @@ from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fusion_hf import FusionForConditionalGeneration, batch_generate, nano_path
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant, question_message
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.helpers.serving import PICTURE, PictureHost
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.serving import fetch
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.fetch import Host, HostPolicy, fetch_picture, is_allowed

@@ -30,9 +30,9 @@ from tests.helpers.serving import (
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf.drawing.pictures import PictureSpec, Shape
 from fusion_hf.inference import Assistant, nano_path, question_message
 from fusion_hf.model.processing_fusion import FusionProcessor
-from fusion_hf.nano.pictures import PictureSpec, Shape
 
 pytestmark = pytest.mark.slow
 

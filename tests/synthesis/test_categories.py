@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, load_categories, read_category
 from fusion_hf.synthesis.choices import Choice, parse_choice, split_options
 from fusion_hf.synthesis.record import Turn

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import load_config
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tests.synthesis.server import Scripted, serve
 
-from fusion_hf.endpoints import CHAT, Refused, Unavailable, check_key, endpoint_url
-from fusion_hf.errors import InputError
+from fusion_hf.common.endpoints import CHAT, Refused, Unavailable, check_key, endpoint_url
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.endpoints import Poster
 
 KEY = "sk-very-secret"

@@ -11,7 +11,7 @@ from datatrove.pipeline.inference.servers import VLLMServer, vllm_server
 from tests.synthesis.runs import all_bytes, check_complete
 from tests.synthesis.server import Scripted
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.config import Config
 from fusion_hf.synthesis.executors import make_executors
 from fusion_hf.synthesis.pipeline import make_stages, run

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, Check, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tests.synthesis.server import Scripted
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis import images
 from fusion_hf.synthesis.config import Images
 from fusion_hf.synthesis.documents import record_of, to_document

@@ -11,7 +11,7 @@ from tests.synthesis.runs import all_bytes, check_complete, rejected, written
 from tests.synthesis.server import Scripted, draw_number, prompt_of
 from transformers import AutoProcessor
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Conversation, nano_path
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.executors import TaskFailed

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis import readers
 from fusion_hf.synthesis.config import Pool
 from fusion_hf.synthesis.readers import read_captions

@@ -13,7 +13,7 @@ from tests.docs.markdown import ROOT
 from tests.synthesis.runs import check_complete, written
 from tests.synthesis.test_drawn import RECORDS, synthesize
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.card import SIDE, Sample, contact_page, write_card
 from fusion_hf.synthesis.config import Config, load_config
 from fusion_hf.synthesis.pipeline import begin, decisive

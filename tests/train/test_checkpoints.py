@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training import checkpoints
 from fusion_hf.training.checkpoints import (
     MANIFEST,

@@ -21,7 +21,7 @@ from tests.helpers.training_data import (
 )
 from torch.utils.data import DataLoader
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data import RecordDataset, SampleKey, load_records
 from fusion_hf.training.data import sources as sources_module
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.training_data import NUM_RECORDS, make_record, write_format, write_json, write_pictures
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data import index as index_module
 from fusion_hf.training.data import load_records
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from fusion_hf import FusionProcessor, nano_path
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training import FusionDataCollator, load_records
 from fusion_hf.training import run as training
 from fusion_hf.training.data.pictures import open_picture

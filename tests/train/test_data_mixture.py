@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tests.helpers.training_data import make_picture, write_json, write_tar
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data import load_records
 from fusion_hf.training.data.mixture import Strategy, read_entries
 

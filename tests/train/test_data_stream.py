@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.training_data import make_record, write_jsonl, write_pictures, write_tar
 from torch.utils.data import DataLoader
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data import StreamedRecords, load_records
 
 COUNT, BATCH = 23, 2

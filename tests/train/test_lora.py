@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.cli import main
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training import lora, recipe
 from fusion_hf.training.arguments import FusionTrainingArguments

@@ -15,7 +15,7 @@ from tests.helpers.tiny import tiny_config
 from fusion_hf import FusionConfig
 from fusion_hf.cli import main
 from fusion_hf.cli.plan import count_records
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.flops import Shape, step_flops
 from fusion_hf.training.parts import PARTS
 from fusion_hf.training.planning import (

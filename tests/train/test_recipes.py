@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.recipe import changed_keys, load_recipe, make_arguments, split_batch
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"

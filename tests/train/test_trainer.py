@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training import run as training
 from fusion_hf.training.parts import PARTS, part_of
 from fusion_hf.training.recipe import load_recipe, make_arguments

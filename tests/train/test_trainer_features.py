@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.data import default_data_collator
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
 from fusion_hf.training.checks import warn_of_half_weights
 

@@ -6,7 +6,7 @@ import sys
 from fusion_hf.cli import ask_file
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 
 def run(arguments: argparse.Namespace) -> int:

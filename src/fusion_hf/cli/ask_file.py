@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import FAILED
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -29,7 +29,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
-    from fusion_hf.journal import check_output
+    from fusion_hf.common.journal import check_output
     from fusion_hf.questions import read_entries
 
     read_entries(arguments.input)

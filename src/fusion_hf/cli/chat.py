@@ -6,7 +6,7 @@ import sys
 
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, one_line
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 EXIT, RESET = "/exit", "/reset"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED, one_line, printable
-from fusion_hf.extras import require
-from fusion_hf.outputs import check_place
+from fusion_hf.common.extras import require
+from fusion_hf.common.outputs import check_place
 
 if TYPE_CHECKING:
     from fusion_hf.training.data.check import EntryReport

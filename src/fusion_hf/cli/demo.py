@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from fusion_hf.cli.models import find_model
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860
 LARGEST_PORT = 65535

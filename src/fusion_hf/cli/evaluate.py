@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.cli.values import AUTO, device, dtype, positive
-from fusion_hf.endpoints import check_key
-from fusion_hf.errors import InputError
-from fusion_hf.outputs import check_place, write_atomically
+from fusion_hf.common.endpoints import check_key
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import check_place, write_atomically
 
 if TYPE_CHECKING:
     from fusion_hf.evaluation.record import RunRecord

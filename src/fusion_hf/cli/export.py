@@ -8,9 +8,9 @@ from pathlib import Path
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.cli.values import positive, square
-from fusion_hf.extras import require
+from fusion_hf.common.extras import require
+from fusion_hf.common.outputs import check_output
 from fusion_hf.interchange.folder import PACKAGES
-from fusion_hf.outputs import check_output
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
 from fusion_hf.cli.values import positive
-from fusion_hf.extras import require
-from fusion_hf.outputs import check_output, new_folder
+from fusion_hf.common.extras import require
+from fusion_hf.common.outputs import check_output, new_folder
 
 
 def add_parser(commands: argparse._SubParsersAction, shared: argparse.ArgumentParser) -> None:

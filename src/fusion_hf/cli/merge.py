@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.cli.values import DTYPES
-from fusion_hf.errors import InputError
-from fusion_hf.extras import require
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.extras import require
+from fusion_hf.common.outputs import check_output
 from fusion_hf.folders import base_of, find_folder
-from fusion_hf.outputs import check_output
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.values import positive
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.folders import nano_path
 from fusion_hf.serving.limits import Limits
 

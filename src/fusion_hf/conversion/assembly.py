@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from fusion_hf.common.outputs import new_folder
 from fusion_hf.conversion import hub
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.checkpoint import check_index, read_headers
@@ -22,7 +23,6 @@ from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer, vocabula
 from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.outputs import new_folder
 
 FRESH = re.compile(r"^model\.vision_projector(?:_back)?\.|\.vision_sampler\.")
 UPSTREAM_EMBEDDING = "model.embed_tokens.weight"

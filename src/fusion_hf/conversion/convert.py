@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from fusion_hf.common.outputs import new_folder
 from fusion_hf.conversion import hub, lora
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.checkpoint import StoredTensor, check_index, read_headers
@@ -29,7 +30,6 @@ from fusion_hf.conversion.reading import find_weight_files, read_json
 from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer
 from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
 from fusion_hf.model.configuration_fusion import FusionConfig
-from fusion_hf.outputs import new_folder
 
 UPSTREAM_TOWER = "model.vision_tower."
 STAGE = re.compile(r"Stage1(?:\.5)?", re.IGNORECASE)

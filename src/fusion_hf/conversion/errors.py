@@ -1,6 +1,6 @@
 """The one kind of error that conversion raises for what a user can mend."""
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 
 class ConversionError(InputError):

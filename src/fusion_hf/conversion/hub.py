@@ -14,10 +14,10 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from fusion_hf.common.errors import InputError
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.locations import Location, Wanted
 from fusion_hf.conversion.reading import first_line
-from fusion_hf.errors import InputError
 from fusion_hf.publishing import check_remote, check_repository, upload
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.common.errors import short_name
+from fusion_hf.common.outputs import check_output
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.locations import Location, Wanted, locate
 from fusion_hf.conversion.reading import find_weight_files, read_json
-from fusion_hf.errors import short_name
-from fusion_hf.outputs import check_output
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}

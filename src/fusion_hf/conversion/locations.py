@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fusion_hf.common.errors import short_name
 from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.errors import short_name
 from fusion_hf.folders import REPOSITORY
 
 Wanted = Literal["all", "headers", "configuration"]

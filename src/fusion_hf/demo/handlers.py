@@ -7,9 +7,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from fusion_hf.common.errors import InputError
 from fusion_hf.demo.session import Answerer, Session
 from fusion_hf.demo.views import answer_choices, chat_messages, draw_overlay, draw_tiles, times_table
-from fusion_hf.errors import InputError
 
 NO_PICTURE = "Show a picture first."
 Values = tuple[Any, ...]  # new values of components

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
-from fusion_hf.errors import InputError, short_name
 from fusion_hf.inference import Assistant, Conversation, SeenPicture
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words

@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from torch import distributed
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answering import Answerer, Failure, Model
 from fusion_hf.evaluation.cache import Answer, AnswerCache
 from fusion_hf.evaluation.local import BATCH_SIZE, LocalModel

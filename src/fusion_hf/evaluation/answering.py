@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
-from fusion_hf.endpoints import Unavailable
+from fusion_hf.common.endpoints import Unavailable
 from fusion_hf.evaluation.cache import Answer, AnswerCache, Entry
 from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
 from fusion_hf.evaluation.record import ModelRecord

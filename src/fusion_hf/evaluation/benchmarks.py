@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 AUTHORS, LMMS_EVAL = "authors", "lmms-eval"  # whose prompts
 # Kinds of columns; one that ends with OPTIONAL may be empty, and EITHER is between two that are both allowed.

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 Answer: TypeAlias = dict[str, Any]  # {"answer": text} or {"logprob": sum, "greedy": whether it is the likeliest}
 

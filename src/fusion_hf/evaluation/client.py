@@ -9,7 +9,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from fusion_hf.endpoints import (
+from fusion_hf.common.endpoints import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
     MAX_RESPONSE_BYTES,
@@ -24,7 +24,7 @@ from fusion_hf.endpoints import (
     pause,
     read_key,
 )
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 TRIES = 8  # over half a minute to a minute: as long as a server may take to start anew
 SECONDS = 600.0  # of one request: twice what a server of this package gives it

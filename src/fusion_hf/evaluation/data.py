@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import (
     AUTHORS,
     BENCHMARKS,

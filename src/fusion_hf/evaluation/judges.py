@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 from loguru import logger
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import API_TYPE, OPENAI, Judge
 
 URL = "OPENAI_API_URL"

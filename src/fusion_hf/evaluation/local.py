@@ -10,7 +10,7 @@ import torch
 from transformers import BatchFeature
 
 from fusion_hf.batching import count_tokens, longest_together, render
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.cache import Answer
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Prompt, Reader

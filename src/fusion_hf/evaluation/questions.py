@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.model.image_opening_fusion import UPRIGHT, read_orientation
 
 MAX_NEW_TOKENS = 1024  # where a task does not say

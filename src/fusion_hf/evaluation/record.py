@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.facts import ModelFacts
-from fusion_hf.outputs import write_atomically
 
 FORMAT = 2
 SCORED: Final = "scored"

@@ -15,7 +15,7 @@ import torch
 from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.answering import Answerer, Failure
 from fusion_hf.evaluation.cache import AnswerCache

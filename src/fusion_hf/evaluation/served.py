@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
-from fusion_hf.endpoints import CHAT, MODELS, Refused, Unavailable, data_uri
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.endpoints import CHAT, MODELS, Refused, Unavailable, data_uri
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.cache import Answer
 from fusion_hf.evaluation.client import Client

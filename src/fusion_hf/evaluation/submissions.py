@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.evaluation.benchmarks import Benchmark
-from fusion_hf.outputs import write_atomically
 
 Row = Mapping[str, Any]
 Write = Callable[[list[dict[str, Any]], Path], None]

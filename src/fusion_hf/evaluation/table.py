@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import AUTHORS, BENCHMARKS, Benchmark, find_benchmark
 from fusion_hf.evaluation.record import FAILED, ModelRecord, RunRecord, TaskRecord
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from fusion_hf.errors import InputError
-from fusion_hf.extras import require
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.extras import require
+from fusion_hf.common.outputs import new_folder
 from fusion_hf.inference import Assistant
 from fusion_hf.interchange.folder import (
     LANGUAGE,
@@ -38,7 +39,6 @@ from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.model.modeling_fusion_decoder import PromptMarks, TokenBudget
 from fusion_hf.model.modeling_fusion_vision import pool_context, reduce_grid
-from fusion_hf.outputs import new_folder
 
 # Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.
 CACHED, QUESTION, TURNS = 3, 3, 2

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 PICTURE, LANGUAGE, SETTINGS = "picture.onnx", "language.onnx", "export.json"
 PICTURE_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")

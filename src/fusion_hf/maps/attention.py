@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import AUTO, Assistant, question_message
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from fusion_hf.extras import require
+from fusion_hf.common.extras import require
 from fusion_hf.maps.attention import AttentionMaps
 from fusion_hf.maps.view import Maps, Word
 

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
+from fusion_hf.drawing.pictures import CANVAS_SIDE, COLORS, DIRECTIONS, SHAPES, WHITE, WORDS, PictureSpec, direction
 from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_vision import FusionProjector, FusionVisionModel
-from fusion_hf.nano.pictures import CANVAS_SIDE, COLORS, DIRECTIONS, SHAPES, WHITE, WORDS, PictureSpec, direction
 
 MIDDLE = "shape"  # the word of the patch in which the middle of a shape lies: so many shapes there are
 TILE_WORDS = (*COLORS, *SHAPES, *ascii_lowercase, MIDDLE)

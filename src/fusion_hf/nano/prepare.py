@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fusion_hf.nano.pictures import PictureSpec
+from fusion_hf.drawing.pictures import PictureSpec
 from fusion_hf.nano.records import Mixture, Record, Stage, evaluation_records, stage_records
 
 DATA = "data"

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from fusion_hf.drawing.pictures import WORDS
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.evaluate import accuracies, generate_answers
-from fusion_hf.nano.pictures import WORDS
 from fusion_hf.nano.records import Record, easy_vqa_pictures, test_records
 from fusion_hf.nano.start import BATCH_SIZE, FINISHED, START
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fusion_hf.nano.pictures import PictureSpec, Shape, Split, draw_spec
+from fusion_hf.drawing.pictures import PictureSpec, Shape, Split, draw_spec
 
 QUESTION = "what color is the smaller shape?"
 COUNTS: dict[Split, int] = {"train": 2000, "test": 200}

@@ -14,11 +14,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from fusion_hf.conversion.folder import make_generation_config
+from fusion_hf.drawing.pictures import PictureSpec
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.build import build_config, build_model, build_processor
 from fusion_hf.nano.grounding import PatchDataset, WordGrounding
-from fusion_hf.nano.pictures import PictureSpec
 from fusion_hf.nano.records import Mixture, drawn_pictures, training_texts
 from fusion_hf.nano.tokenizer import build_tokenizer
 

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fusion_hf.errors import short_name
+from fusion_hf.common.errors import short_name
 from fusion_hf.facts import ModelFacts
 from fusion_hf.inference import Assistant
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget

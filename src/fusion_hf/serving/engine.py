@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant, with_stand_in
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget

@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from fusion_hf.errors import short_name
+from fusion_hf.common.errors import short_name
 
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMEOUT, TOO_LARGE, UNSUPPORTED_TYPE = 400, 401, 404, 408, 413, 415
 TOO_MANY, INTERNAL, OVERLOADED = 429, 500, 503

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 import h11
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.serving.errors import BAD_REQUEST, ApiError
 from fusion_hf.serving.images import PARAM, too_large
 from fusion_hf.serving.limits import Limits

@@ -6,7 +6,7 @@ import re
 
 from PIL import Image
 
-from fusion_hf.errors import short_name
+from fusion_hf.common.errors import short_name
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import uvicorn
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.serving.app import Service, build_app
 from fusion_hf.serving.connections import BoundedProtocol
 from fusion_hf.serving.engine import Engine

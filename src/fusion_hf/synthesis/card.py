@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image, ImageDraw, ImageOps
 
-from fusion_hf.outputs import write_atomically
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.balance import LONGER
 from fusion_hf.synthesis.config import DRAWN_LICENSE
 from fusion_hf.synthesis.draw import BACKEND

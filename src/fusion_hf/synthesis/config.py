@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.settings import make_settings
 

@@ -8,7 +8,7 @@ from typing import Any
 from datatrove.data import Document, Media, MediaType
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.outputs import atomic_file
+from fusion_hf.common.outputs import atomic_file
 from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.record import SynthRecord
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from fusion_hf.endpoints import (
+from fusion_hf.common.endpoints import (
     FIRST_PAUSE,
     MAX_RESPONSE_BYTES,
     Again,

@@ -9,7 +9,7 @@ from typing import Any
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.config import Executor
 from fusion_hf.synthesis.settings import check_keys
 from fusion_hf.synthesis.stages import Folders, Stage

@@ -15,11 +15,11 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from PIL import Image, PngImagePlugin
 
-from fusion_hf.endpoints import IMAGES, Refused, endpoint_url
-from fusion_hf.errors import InputError
+from fusion_hf.common.endpoints import IMAGES, Refused, endpoint_url
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
-from fusion_hf.outputs import write_atomically
 from fusion_hf.synthesis.config import Images
 from fusion_hf.synthesis.documents import TASK, put_record, record_of
 from fusion_hf.synthesis.endpoints import Poster

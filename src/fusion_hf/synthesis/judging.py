@@ -8,7 +8,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.inference.types import InferenceError
 
-from fusion_hf.endpoints import data_uri
+from fusion_hf.common.endpoints import data_uri
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.config import ImageCheck as ImageCheckSettings

@@ -6,9 +6,9 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.endpoints import check_key
-from fusion_hf.errors import InputError, short_name
-from fusion_hf.outputs import write_atomically
+from fusion_hf.common.endpoints import check_key
+from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
 from fusion_hf.synthesis.describe import Describe, Writing

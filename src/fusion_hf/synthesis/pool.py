@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.outputs import atomic_file, write_atomically
+from fusion_hf.common.outputs import atomic_file, write_atomically
 from fusion_hf.synthesis.config import Pool
 from fusion_hf.synthesis.documents import document_line, plan_file, task_file, to_document
 from fusion_hf.synthesis.files import json_bytes

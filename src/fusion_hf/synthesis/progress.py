@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fusion_hf.outputs import write_atomically
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.record import SynthRecord
 

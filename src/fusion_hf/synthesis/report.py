@@ -9,7 +9,7 @@ import yaml
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.outputs import write_atomically
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.card import write_card
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config

@@ -17,8 +17,8 @@ from datatrove.pipeline.inference.types import InferenceError, InferenceResult, 
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from pydantic import BaseModel, ValidationError
 
-from fusion_hf.endpoints import CHAT, Refused, Unavailable, endpoint_url
-from fusion_hf.outputs import write_atomically
+from fusion_hf.common.endpoints import CHAT, Refused, Unavailable, endpoint_url
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.endpoints import Poster
 from fusion_hf.synthesis.progress import Progress

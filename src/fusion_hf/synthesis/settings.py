@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys with values"}

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.outputs import atomic_file, remove_draft, write_atomically
+from fusion_hf.common.outputs import atomic_file, remove_draft, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.documents import USAGE, record_of, task_file
 from fusion_hf.synthesis.files import json_bytes

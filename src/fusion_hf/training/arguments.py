@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.distributed import choose_cpu, spare_tf32
 from fusion_hf.training.keys import PARTS, VISION_TOWER, OwnArguments
 

@@ -22,8 +22,8 @@ from types import FrameType
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fusion_hf.errors import LONGEST_NAME, InputError
-from fusion_hf.outputs import WRITE_ERRORS, write_problem
+from fusion_hf.common.errors import LONGEST_NAME, InputError
+from fusion_hf.common.outputs import WRITE_ERRORS, write_problem
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.collator import FusionDataCollator
 from fusion_hf.training.data import StreamedRecords

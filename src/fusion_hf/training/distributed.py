@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_tf32_available
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 FULL_STATE_DICT = "FULL_STATE_DICT"
 DEEPSPEED_SHARED_MEMORY = "deepspeed_shm_comm"  # DeepSpeed's name of its operator

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import check_place
 from fusion_hf.folders import find_folder
-from fusion_hf.outputs import check_place
 from fusion_hf.training.data.mixture import read_entries
 
 FINISHED_FILE = "finished.json"  # in `output_dir`, when the model is there

@@ -17,7 +17,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED

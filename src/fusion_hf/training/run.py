@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference import find_folder
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor

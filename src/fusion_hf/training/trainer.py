@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
 from fusion_hf.training.answers import exact_matches

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fusion_hf.endpoints import data_uri
+from fusion_hf.common.endpoints import data_uri
 from fusion_hf.serving.app import (
     HEALTH,
     MODELS,

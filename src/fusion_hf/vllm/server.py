@@ -12,7 +12,7 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.serving.connections import BoundedProtocol
 from fusion_hf.serving.server import address_of, listen

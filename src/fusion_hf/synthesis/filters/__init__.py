@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.filters.base import Filter
 from fusion_hf.synthesis.filters.contrast import Contrast

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
-from fusion_hf.nano.pictures import COLORS, COUNT_GRID, MAX_COUNT, SHAPES, Shape, place_word
+from fusion_hf.drawing.pictures import COLORS, COUNT_GRID, MAX_COUNT, SHAPES, Shape, place_word
 from fusion_hf.synthesis.procedural.scenes import (
     CANVAS_SIDE,
     EVERYTHING,

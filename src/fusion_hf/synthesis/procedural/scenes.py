@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fusion_hf.nano.pictures import (
+from fusion_hf.drawing.pictures import (
     CANVAS_SIDE,
     COLORS,
     MAX_COUNT,
@@ -24,7 +24,7 @@ from fusion_hf.nano.pictures import (
     single_spec,
     spatial_spec,
 )
-from fusion_hf.nano.questions import RELATION_PHRASES, drawn_caption
+from fusion_hf.drawing.questions import RELATION_PHRASES, drawn_caption
 from fusion_hf.synthesis.filters.words import UNITS
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")

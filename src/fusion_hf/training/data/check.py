@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data.index import Index, open_index
 from fusion_hf.training.data.mixture import Entry
 from fusion_hf.training.data.pictures import open_picture, picture_path

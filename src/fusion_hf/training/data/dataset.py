@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
 from fusion_hf.training.data.index import Index, default_cache, open_index
 from fusion_hf.training.data.mixture import Entry, Rows, Strategy, read_entries

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.training.data.records import FILE_NAME, IMAGE_KEY
 from fusion_hf.training.data.shards import TarShard, find_shards
 from fusion_hf.training.data.sources import JsonArray, JsonLines, Source, Stream

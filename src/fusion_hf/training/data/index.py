@@ -17,7 +17,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data.records import RecordProblem, parse_record
 from fusion_hf.training.data.sources import Source
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import yaml
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.training.data.formats import Location, existing_folder, exists, locate
 
 SUFFIXES = (".yaml", ".yml")

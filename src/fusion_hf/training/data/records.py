@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fusion_hf.errors import short_name
+from fusion_hf.common.errors import short_name
 
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = tuple(ROLE_OF_SPEAKER.values())

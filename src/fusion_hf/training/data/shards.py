@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data.records import FileSpan, Raw, RecordProblem, parse_json_object
 from fusion_hf.training.data.sources import MAX_RECORD_BYTES, FileSource, Item
 

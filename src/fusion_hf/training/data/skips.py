@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data.records import RecordProblem
 
 OnBroken = Literal["error", "skip"]

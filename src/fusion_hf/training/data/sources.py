@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data.records import IMAGE_KEY, Raw, RecordProblem
 
 MAX_RECORD_BYTES = 2**26  # memory stays bounded in a file that has no line ends, or is no JSON

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 from fusion_hf.training.data.records import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
 from fusion_hf.training.data.sources import MAX_RECORD_BYTES, Item, Source, Stream, file_state
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from fusion_hf.nano.pictures import COLORS, SHAPES, PictureSpec, Shape, direction
+from fusion_hf.drawing.pictures import COLORS, SHAPES, PictureSpec, Shape, direction
 
 SHAPE_FORMS = ("what shape is in the image?", "what shape does the image contain?", "what shape is present?")
 SHAPE_OF_FORM = "what is the {color} shape?"

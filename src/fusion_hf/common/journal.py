@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from fusion_hf.errors import InputError
-from fusion_hf.outputs import check_new_file
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import check_new_file
 
 FORMAT = 1
 PARTIAL, LOCK, DRAFT = ".partial", ".lock", ".tmp"  # put behind the output's name

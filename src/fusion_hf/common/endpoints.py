@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 DEFAULT_PATH = "/v1"
 CHAT, IMAGES, MODELS = "chat/completions", "images/generations", "models"

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from fusion_hf.errors import InputError, short_name
+from fusion_hf.common.errors import InputError, short_name
 
 DRAFT = ".draft"  # behind the name of a file that is not whole yet
 IO_ERROR = "I/O error: "  # in front of the system's words, in errors of safetensors

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from fusion_hf.errors import InputError
+from fusion_hf.common.errors import InputError
 
 
 def require(packages: tuple[str, ...], what: str, extra: str) -> None:

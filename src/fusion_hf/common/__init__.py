@@ -1,0 +1,1 @@
+"""What every other folder may use: errors, whole files, results on disk, extras, servers' errors."""

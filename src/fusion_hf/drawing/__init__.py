@@ -1,0 +1,1 @@
+"""Drawn pictures, and questions about them that have exact answers."""
