@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from workload import SEED, TrainingSize, make_photo
 
 from fusion_hf import FusionConfig, FusionImageProcessor, FusionProcessor, nano_path
+from fusion_hf.data import load_records
 from fusion_hf.model.configuration_fusion import TILES_PER_SIDE
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.data import load_records
 from fusion_hf.training.sampler import Layout, StepSampler
 
 WORKERS = (1, 2)

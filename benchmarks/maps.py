@@ -21,10 +21,10 @@ from measure import add_machine_options, parse_on_machine, positive, surrounding
 from PIL import Image
 from tqdm import tqdm
 
+from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.drawing.questions import parse_easy_vqa
 from fusion_hf.inference import Assistant
 from fusion_hf.maps import AttentionMaps, attention_maps
-from fusion_hf.nano.easy_vqa import read_easy_vqa
 
 SEED = 11
 LEAST_DIFFERENCE = 40  # of a shape's pixels from the background, in one channel of 255: edges are blended

@@ -12,10 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 from PIL import Image, ImageFile
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.model.chat_fusion import IMAGE_TOKEN, REPEATED
-from fusion_hf.model.image_limits_fusion import ImageError
-from fusion_hf.model.image_opening_fusion import load_image
-from fusion_hf.training.data.records import (
+from fusion_hf.data.records import (
     Messages,
     Raw,
     RecordProblem,
@@ -25,6 +22,9 @@ from fusion_hf.training.data.records import (
     shown_roles,
     without_marks,
 )
+from fusion_hf.model.chat_fusion import IMAGE_TOKEN, REPEATED
+from fusion_hf.model.image_limits_fusion import ImageError
+from fusion_hf.model.image_opening_fusion import load_image
 
 QUESTION_KEYS = ("question", "messages", "conversations")
 IN_MEMORY = "<picture in memory>"  # stands for a PIL image while a record's shape is checked

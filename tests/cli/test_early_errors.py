@@ -11,11 +11,11 @@ import pytest
 from tests.helpers.light_runs import light_environment, run_light
 
 from fusion_hf.conversion.inputs import DECODER_TYPES
+from fusion_hf.data import records
 from fusion_hf.model.modeling_fusion_decoder import DECODER_LAYERS
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.training import keys
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.data import records
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs" / "assets" / "red_circle.png"

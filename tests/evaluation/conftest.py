@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
 from fusion_hf.inference import Assistant
-from fusion_hf.nano.easy_vqa import read_easy_vqa
 
 PICTURES = 12
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.cache import AnswerCache
 from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.questions import MAX_NEW_TOKENS, Continuation, Generation, Request
 from fusion_hf.inference import Assistant
-from fusion_hf.nano.easy_vqa import read_easy_vqa
 
 OPTIONS = ("red", "blue", "yes", "rectangle")
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.pictures import open_picture
+from fusion_hf.data.records import RecordProblem
 from fusion_hf.inference import Assistant
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.images import decode_picture
-from fusion_hf.training.data.pictures import open_picture
-from fusion_hf.training.data.records import RecordProblem
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusion_hf.data import easy_vqa as easy_vqa_module
 from fusion_hf.drawing.pictures import (
     CANVAS_SIDE,
     CATEGORIES,
@@ -36,7 +37,6 @@ from fusion_hf.drawing.questions import (
     easy_vqa_caption,
     parse_easy_vqa,
 )
-from fusion_hf.nano import easy_vqa as easy_vqa_module
 from fusion_hf.nano.records import (
     STAGES,
     Mixture,

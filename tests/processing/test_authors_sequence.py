@@ -13,12 +13,12 @@ from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
 from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf.data.records import parse_record
 from fusion_hf.inference import Assistant
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
 from fusion_hf.questions import Entry, parse_question
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.data.records import parse_record
 
 QUERY_LEN = 4
 PICTURE = Image.new("RGB", (40, 30), "teal")

@@ -32,6 +32,8 @@ from tests.helpers.hostile_images import (
 
 from fusion_hf import FusionImageProcessor
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.pictures import open_picture
+from fusion_hf.data.records import RecordProblem
 from fusion_hf.demo.session import open_upload
 from fusion_hf.inference import Assistant
 from fusion_hf.model.image_limits_fusion import (
@@ -52,8 +54,6 @@ from fusion_hf.model.image_opening_fusion import (
 )
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.images import decode_picture
-from fusion_hf.training.data.pictures import open_picture
-from fusion_hf.training.data.records import RecordProblem
 
 PHOTO = PHOTOGRAPHS[0]
 

@@ -12,13 +12,13 @@ from tests.synthesis.server import Scripted, draw_number, prompt_of
 from transformers import AutoProcessor
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data import load_records
 from fusion_hf.inference import Conversation, nano_path
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.executors import TaskFailed
 from fusion_hf.synthesis.pipeline import begin, run
 from fusion_hf.synthesis.report import finished_report
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.data import load_records
 
 FAULTS = ("429!", "500", "drop", "half", "invalid", "cut")
 

@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data import tables
 from fusion_hf.synthesis import readers
 from fusion_hf.synthesis.config import Pool
 from fusion_hf.synthesis.readers import read_captions
-from fusion_hf.training.data import tables
 
 CAPTIONS = ["A red ball.", "Ein großer Hund", "two cats « here »"]
 

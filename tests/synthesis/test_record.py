@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from fusion_hf.data.records import parse_record
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.synthesis.record import IMAGE_MARK, Origin, Rejection, SynthRecord, Turn
-from fusion_hf.training.data.records import parse_record
 
 FULL = SynthRecord(
     id="SynthColor-7",

@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 from fusion_hf import FusionProcessor, nano_path
 from fusion_hf.cli import main
 from fusion_hf.common.errors import InputError
+from fusion_hf.data import SampleKey, load_records
+from fusion_hf.data.records import RecordProblem
+from fusion_hf.data.skips import BrokenRecords
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.data import SampleKey, load_records
-from fusion_hf.training.data.records import RecordProblem
-from fusion_hf.training.data.skips import BrokenRecords
 
 BROKEN = 2  # the record that is
 

@@ -22,8 +22,8 @@ from tests.helpers.training_data import (
 from torch.utils.data import DataLoader
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data import RecordDataset, SampleKey, load_records
-from fusion_hf.training.data import sources as sources_module
+from fusion_hf.data import RecordDataset, SampleKey, load_records
+from fusion_hf.data import sources as sources_module
 
 
 def check_item(item: dict, number: int) -> None:

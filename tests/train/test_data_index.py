@@ -13,8 +13,8 @@ import pytest
 from tests.helpers.training_data import NUM_RECORDS, make_record, write_format, write_json, write_pictures
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data import index as index_module
-from fusion_hf.training.data import load_records
+from fusion_hf.data import index as index_module
+from fusion_hf.data import load_records
 
 RECORDS_TO_KILL, ROWS = 50_000, 1000
 SECONDS = 120  # a hung process fails its test
@@ -151,7 +151,7 @@ import json, re, sys
 from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
-from fusion_hf.training.data import load_records
+from fusion_hf.data import load_records
 
 def peak_resident():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -9,8 +9,8 @@ import yaml
 from tests.helpers.training_data import make_picture, write_json, write_tar
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data import load_records
-from fusion_hf.training.data.mixture import Strategy, read_entries
+from fusion_hf.data import load_records
+from fusion_hf.data.mixture import Strategy, read_entries
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 PUBLISHED = {

@@ -8,7 +8,7 @@ from tests.helpers.training_data import make_record, write_jsonl, write_pictures
 from torch.utils.data import DataLoader
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data import StreamedRecords, load_records
+from fusion_hf.data import StreamedRecords, load_records
 
 COUNT, BATCH = 23, 2
 

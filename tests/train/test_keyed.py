@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from fusion_hf.training.data import SampleKey, load_records
+from fusion_hf.data import SampleKey, load_records
 from fusion_hf.training.keyed import KeyedRecords, KeyedStream
 from fusion_hf.training.sampler import query_len_of_step
 

@@ -7,8 +7,8 @@ import pytest
 from tests.helpers.serving import data_uri, user
 
 from fusion_hf import batch_generate, nano_path
+from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.inference import Assistant
-from fusion_hf.nano.easy_vqa import read_easy_vqa
 
 pytestmark = pytest.mark.vllm
 NUM_QUESTIONS = 500

@@ -12,7 +12,7 @@ from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
 
 if TYPE_CHECKING:
-    from fusion_hf.training.data.check import EntryReport
+    from fusion_hf.data.check import EntryReport
 
 IMAGES = ("exist", "decode", "none")
 HEADER = ("file", "taken", "records", "size", "no image", "broken")
@@ -50,20 +50,20 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check; returns the exit status."""
     require(("datasets", "pyarrow"), "Training data", "train")
-    from fusion_hf.training.data.mixture import read_entries
+    from fusion_hf.data.mixture import read_entries
 
     entries = read_entries(arguments.source, arguments.data_root)
     if len(entries) == 1:
         entries[0].locate()  # what was named does not exist: no finding, but a wrong command line
-    from fusion_hf.training.data.index import default_cache
+    from fusion_hf.data.index import default_cache
 
     cache = default_cache() if arguments.data_cache is None else Path(arguments.data_cache).expanduser()
     check_place(cache, "--data-cache")
     import datasets
     from tqdm import tqdm
 
-    from fusion_hf.training.data.check import check_entry
-    from fusion_hf.training.data.dataset import MAX_IMAGE_PIXELS
+    from fusion_hf.data.check import check_entry
+    from fusion_hf.data.dataset import MAX_IMAGE_PIXELS
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

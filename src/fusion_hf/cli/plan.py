@@ -124,7 +124,7 @@ def load_config(file: Path) -> "FusionConfig":
 
 def count_records(data: str) -> int | None:
     """Records of a mixture by its files' names (`-558k` is 558,000); None if a name does not tell, or it is none."""
-    from fusion_hf.training.data.mixture import SUFFIXES, read_entries
+    from fusion_hf.data.mixture import SUFFIXES, read_entries
 
     if Path(data).suffix not in SUFFIXES:
         return None

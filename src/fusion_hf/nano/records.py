@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from fusion_hf.data.easy_vqa import EasyVqaPicture, read_easy_vqa
 from fusion_hf.drawing.pictures import CATEGORIES, Category, PictureSpec, Split, draw_spec
 from fusion_hf.drawing.questions import (
     Question,
@@ -18,7 +19,6 @@ from fusion_hf.drawing.questions import (
     easy_vqa_caption,
     parse_easy_vqa,
 )
-from fusion_hf.nano.easy_vqa import EasyVqaPicture, read_easy_vqa
 
 Stage = Literal["1", "1.5", "2"]
 STAGES: tuple[Stage, ...] = ("1", "1.5", "2")

@@ -143,7 +143,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 
 def _hub_rows(pool: Pool) -> Iterator[dict[str, Any]]:
-    from fusion_hf.training.data.tables import load_hub
+    from fusion_hf.data.tables import load_hub
 
     dataset = load_hub(pool.source, pool.split, streaming=True)
     if dataset.column_names is not None and pool.column not in dataset.column_names:

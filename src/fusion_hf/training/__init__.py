@@ -3,19 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusion_hf.data import load_records
     from fusion_hf.training.arguments import FusionTrainingArguments
     from fusion_hf.training.collator import FusionDataCollator
-    from fusion_hf.training.data import load_records
     from fusion_hf.training.trainer import FusionTrainer
 
 __all__ = ["FusionDataCollator", "FusionTrainer", "FusionTrainingArguments", "load_records"]
 
 # what needs torch or the extra `train`, and seconds to import
 _MODULES = {
-    "FusionDataCollator": "collator",
-    "FusionTrainer": "trainer",
-    "FusionTrainingArguments": "arguments",
-    "load_records": "data",
+    "FusionDataCollator": "fusion_hf.training.collator",
+    "FusionTrainer": "fusion_hf.training.trainer",
+    "FusionTrainingArguments": "fusion_hf.training.arguments",
+    "load_records": "fusion_hf.data",
 }
 
 
@@ -24,4 +24,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data import StreamedRecords
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.collator import FusionDataCollator
-from fusion_hf.training.data import StreamedRecords
 
 logger = logging.getLogger(__name__)
 

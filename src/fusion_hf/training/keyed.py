@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from fusion_hf.data import RecordDataset, SampleKey, StreamedRecords
 from fusion_hf.training.answers import text_of
 from fusion_hf.training.collator import images_of, record_to_messages
-from fusion_hf.training.data import RecordDataset, SampleKey, StreamedRecords
 from fusion_hf.training.sampler import Layout, query_len_of_step
 
 

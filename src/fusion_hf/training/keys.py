@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.records import ON_BROKEN, ON_TRUNCATED
 
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
-ON_BROKEN = ("error", "skip")
-ON_TRUNCATED = ("error", "load")
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
 GROUP_BY = ("modality_length", "none")

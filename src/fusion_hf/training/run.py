@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data import load_records
 from fusion_hf.inference import find_folder
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
@@ -21,7 +22,6 @@ from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.cast import cast_weights
 from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_aside, supersede, writing
 from fusion_hf.training.collator import FusionDataCollator
-from fusion_hf.training.data import load_records
 from fusion_hf.training.distributed import keep_names
 from fusion_hf.training.files import FINISHED_FILE
 from fusion_hf.training.parts import freeze_except

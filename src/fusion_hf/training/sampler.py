@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
-from fusion_hf.training.data import SampleKey
+from fusion_hf.data import SampleKey
 
 
 def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_batch: int | None = None) -> int:

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data import StreamedRecords
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
 from fusion_hf.training.answers import exact_matches
@@ -25,7 +26,6 @@ from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpoints import StopSignal, rotate, saving, seal, shield_data_worker, writing
 from fusion_hf.training.checks import check_parts, warn_of_half_weights
 from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
-from fusion_hf.training.data import StreamedRecords
 from fusion_hf.training.distributed import any_rank, enable_cpu_fsdp, plain_class, sum_over_ranks, whole_weights
 from fusion_hf.training.flops import Shape, training_flops
 from fusion_hf.training.keyed import KeyedIterable, KeyedStream, keyed

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.nano.easy_vqa import read_easy_vqa
+from fusion_hf.data.easy_vqa import read_easy_vqa
 
 TEMPLATE, FUNCTIONS, ROWS = "easy_vqa.yaml", "functions.py", "test.jsonl"
 

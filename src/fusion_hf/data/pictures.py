@@ -10,9 +10,9 @@ from typing import Literal
 from PIL import Image, ImageFile
 
 from fusion_hf.common.errors import short_name
+from fusion_hf.data.records import FileSpan, Picture, RecordProblem
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_opening_fusion import open_image
-from fusion_hf.training.data.records import FileSpan, Picture, RecordProblem
 
 OnTruncated = Literal["error", "load"]
 PIL_SETTINGS = threading.RLock()

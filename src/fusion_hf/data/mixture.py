@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.training.data.formats import Location, existing_folder, exists, locate
+from fusion_hf.data.formats import Location, existing_folder, exists, locate
 
 SUFFIXES = (".yaml", ".yml")
 KEYS = ("json_path", "sampling_strategy", "image_root")

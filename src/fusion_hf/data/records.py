@@ -14,6 +14,9 @@ IMAGE_KEY = "image"
 FILE_NAME = "file_name"  # the picture's column in the metadata of an image folder
 IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
 SHOWN_ROLES = 6  # of a conversation, in an error
+# what is done about broken records, and about pictures whose file ends too early
+ON_BROKEN = ("error", "skip")
+ON_TRUNCATED = ("error", "load")
 
 ProblemKind = Literal[
     "unreadable",  # no JSON, no UTF-8, no text

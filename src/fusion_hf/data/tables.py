@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data.records import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
-from fusion_hf.training.data.sources import MAX_RECORD_BYTES, Item, Source, Stream, file_state
+from fusion_hf.data.records import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
+from fusion_hf.data.sources import MAX_RECORD_BYTES, Item, Source, Stream, file_state
 
 COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
 TURNS = ("conversations", "messages")

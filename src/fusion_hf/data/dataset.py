@@ -12,14 +12,13 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.index import Index, default_cache, open_index
+from fusion_hf.data.mixture import Entry, Rows, Strategy, read_entries
+from fusion_hf.data.pictures import OnTruncated, open_picture
+from fusion_hf.data.records import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
+from fusion_hf.data.skips import BrokenRecords, OnBroken
+from fusion_hf.data.sources import Source, Stream
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
-from fusion_hf.training.data.index import Index, default_cache, open_index
-from fusion_hf.training.data.mixture import Entry, Rows, Strategy, read_entries
-from fusion_hf.training.data.pictures import OnTruncated, open_picture
-from fusion_hf.training.data.records import Raw, RecordProblem, SampleKey, parse_record
-from fusion_hf.training.data.skips import BrokenRecords, OnBroken
-from fusion_hf.training.data.sources import Source, Stream
-from fusion_hf.training.keys import ON_TRUNCATED
 
 
 def load_records(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.training.data.records import FILE_NAME, IMAGE_KEY
-from fusion_hf.training.data.shards import TarShard, find_shards
-from fusion_hf.training.data.sources import JsonArray, JsonLines, Source, Stream
+from fusion_hf.data.records import FILE_NAME, IMAGE_KEY
+from fusion_hf.data.shards import TarShard, find_shards
+from fusion_hf.data.sources import JsonArray, JsonLines, Source, Stream
 
 FILE_SOURCES: dict[str, type[JsonArray | JsonLines | TarShard]] = {
     ".json": JsonArray,
@@ -33,7 +33,7 @@ class Location:
     def sources(self, cache: Path) -> list[Source]:
         """What has random access; Parquet and CSV are written to `cache` for it."""
         if self.hub is not None:
-            from fusion_hf.training.data.tables import Table, load_hub  # which take a second to import
+            from fusion_hf.data.tables import Table, load_hub  # which take a second to import
 
             return [Table(load_hub(*self.hub), ":".join(self.hub), self.root)]
         return [self._source(file, cache / TABLES_FOLDER) for file in self.files]
@@ -41,7 +41,7 @@ class Location:
     def _source(self, file: Path, cache: Path) -> Source:
         if file.suffix in FILE_SOURCES:
             return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
-        from fusion_hf.training.data.tables import Table, load_csv, load_parquet
+        from fusion_hf.data.tables import Table, load_csv, load_parquet
 
         load = load_parquet if file.suffix == ".parquet" else load_csv
         return Table(load(file, cache), str(file), self.root, self.image_key)
@@ -49,7 +49,7 @@ class Location:
     def streams(self) -> list[Stream]:
         """What is read from beginning to end."""
         if self.hub is not None:
-            from fusion_hf.training.data.tables import HubRows, RowStream
+            from fusion_hf.data.tables import HubRows, RowStream
 
             return [RowStream(HubRows(*self.hub), ":".join(self.hub), self.root)]
         return [self._stream(file) for file in self.files]
@@ -57,7 +57,7 @@ class Location:
     def _stream(self, file: Path) -> Stream:
         if file.suffix in FILE_SOURCES:
             return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
-        from fusion_hf.training.data.tables import CsvRows, ParquetRows, RowStream
+        from fusion_hf.data.tables import CsvRows, ParquetRows, RowStream
 
         rows = ParquetRows(file) if file.suffix == ".parquet" else CsvRows(file)
         return RowStream(rows, str(file), self.root, self.image_key)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data.records import FileSpan, Raw, RecordProblem, parse_json_object
-from fusion_hf.training.data.sources import MAX_RECORD_BYTES, FileSource, Item
+from fusion_hf.data.records import FileSpan, Raw, RecordProblem, parse_json_object
+from fusion_hf.data.sources import MAX_RECORD_BYTES, FileSource, Item
 
 RECORD_SUFFIX = "json"
 PICTURE_SUFFIXES = frozenset(("bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"))

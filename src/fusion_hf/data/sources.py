@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data.records import IMAGE_KEY, Raw, RecordProblem
+from fusion_hf.data.records import IMAGE_KEY, Raw, RecordProblem
 
 MAX_RECORD_BYTES = 2**26  # memory stays bounded in a file that has no line ends, or is no JSON
 CHUNK_BYTES = 2**22

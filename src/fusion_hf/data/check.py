@@ -7,12 +7,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data.index import Index, open_index
-from fusion_hf.training.data.mixture import Entry
-from fusion_hf.training.data.pictures import open_picture, picture_path
-from fusion_hf.training.data.records import RecordProblem, parse_record
-from fusion_hf.training.data.skips import describe
-from fusion_hf.training.data.sources import Source
+from fusion_hf.data.index import Index, open_index
+from fusion_hf.data.mixture import Entry
+from fusion_hf.data.pictures import open_picture, picture_path
+from fusion_hf.data.records import RecordProblem, parse_record
+from fusion_hf.data.skips import describe
+from fusion_hf.data.sources import Source
 
 Images = Literal["exist", "decode", "none"]
 IMAGES = ("exist", "decode", "none")

@@ -11,10 +11,9 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data.records import RecordProblem
+from fusion_hf.data.records import ON_BROKEN, RecordProblem
 
 OnBroken = Literal["error", "skip"]
-ON_BROKEN = ("error", "skip")
 
 
 class BrokenRecords:

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.training.data.records import SampleKey
+from fusion_hf.data.records import SampleKey
 
 if TYPE_CHECKING:
-    from fusion_hf.training.data.dataset import RecordDataset, StreamedRecords, load_records
+    from fusion_hf.data.dataset import RecordDataset, StreamedRecords, load_records
 
 __all__ = ["RecordDataset", "SampleKey", "StreamedRecords", "load_records"]
 
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # what needs the extra `train`: the shapes of records do not
-    from fusion_hf.training.data import dataset
+    from fusion_hf.data import dataset
 
     return getattr(dataset, name)

@@ -18,8 +18,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.data.records import RecordProblem, parse_record
-from fusion_hf.training.data.sources import Source
+from fusion_hf.data.records import RecordProblem, parse_record
+from fusion_hf.data.sources import Source
 
 FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
 ROWS_PER_BATCH = 65_536
