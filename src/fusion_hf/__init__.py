@@ -7,7 +7,7 @@ until one is used: `import fusion_hf` costs little more than `import transformer
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.registration import register_lazily
+from fusion_hf.hub.registration import register_lazily
 
 if TYPE_CHECKING:
     from fusion_hf.batching import batch_generate

@@ -40,7 +40,7 @@ class ModelFacts:
         """Of a loaded model."""
         # those who read a record need no torch
         from fusion_hf.batching import digest_model
-        from fusion_hf.conversion.family import find_member
+        from fusion_hf.hub.family import find_member
 
         model = assistant.model
         member = find_member(model.config)

@@ -16,7 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.folders import find_folder, nano_path
+from fusion_hf.hub.folders import find_folder, nano_path
 from fusion_hf.model.chat_fusion import REPEATED
 from fusion_hf.model.configuration_fusion import FusionConfig, is_perfect_square
 from fusion_hf.model.image_sources_fusion import describe_source

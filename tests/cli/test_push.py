@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
-from fusion_hf import __version__, publishing
+from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
-from fusion_hf.publishing import check_folder
+from fusion_hf.hub import publishing
+from fusion_hf.hub.publishing import check_folder
 
 REPOSITORY = "somebody/fusion"
 ROOT = Path(__file__).parents[2]
@@ -279,7 +280,7 @@ def test_a_folder_that_does_not_answer_by_itself(
 
 def test_what_is_loaded_is_the_folders_own_code(nano: Path, tmp_path: Path):
     """The process that tries a folder cannot import this package, even where it is installed."""
-    script = (Path(publishing.__file__).parent / "stranger.py").read_text().split("if __name__")[0]
+    script = (Path(publishing.__file__).parent / "standalone_check.py").read_text().split("if __name__")[0]
     code = f"{script}\ntry:\n    import fusion_hf\nexcept ImportError:\n    print('gone')\n"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert result.stdout == "gone\n", result.stderr

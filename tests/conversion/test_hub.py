@@ -11,9 +11,9 @@ import pytest
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
-from fusion_hf import publishing
 from fusion_hf.conversion import hub as hub_module
 from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.hub import publishing
 
 ROOT = Path(__file__).parents[2]
 # Several commands in one process, since most of the time goes into importing torch.

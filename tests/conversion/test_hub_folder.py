@@ -16,8 +16,8 @@ from tests.helpers.tokenizers import write_phi3_tokenizer
 
 from fusion_hf import FusionConfig
 from fusion_hf.conversion.card import Provenance, write_card
-from fusion_hf.conversion.family import BENCHMARKS, DATASETS, MEMBERS, find_member
-from fusion_hf.publishing import check_folder
+from fusion_hf.hub.family import BENCHMARKS, DATASETS, MEMBERS, find_member
+from fusion_hf.hub.publishing import check_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 FAMILY_FILES = {"FUSION 3B": "fusion-3b", "FUSION-X 3B": "fusion-x-3b", "FUSION-L 3B": "fusion-l-3b"}

@@ -2,9 +2,9 @@
 
 import yaml
 
-from fusion_hf.conversion.family import MEMBERS
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
 from fusion_hf.evaluation.table import PUBLISHED_FILE, published_rows
+from fusion_hf.hub.family import MEMBERS
 
 TABLE = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
 

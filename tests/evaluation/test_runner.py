@@ -58,7 +58,7 @@ def test_a_table_stands_beside_the_record(batches):
 AS_FUSION_L = """
 import sys
 from fusion_hf.cli import main
-from fusion_hf.conversion import family
+from fusion_hf.hub import family
 family.find_member = lambda config: {member.name: member for member in family.MEMBERS}["FUSION-L 3B"]
 sys.exit(main(["evaluate", "--tasks", "easy_vqa", "--limit", "2", "--output", sys.argv[1]]))
 """

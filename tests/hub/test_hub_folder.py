@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.helpers.hub_folder import run
 
 from fusion_hf import nano_path
-from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
+from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
 
 AUTO_CLASSES = """
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
 from fusion_hf.model import compatibility_fusion
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration, FusionModel
 from fusion_hf.model.modeling_fusion_vision import FusionVisionModel
 from fusion_hf.model.processing_fusion import FusionProcessor
-from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
 
 HUB_FILES = sorted(CODE_FOLDER.glob(CODE_PATTERN))
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architecture.md"

@@ -9,7 +9,7 @@ from fusion_hf.cli.values import DTYPES
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
-from fusion_hf.folders import base_of, find_folder
+from fusion_hf.hub.folders import base_of, find_folder
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fusion_hf.folders import find_folder, nano_path
+from fusion_hf.hub.folders import find_folder, nano_path
 
 
 def find_model(arguments: argparse.Namespace) -> str:

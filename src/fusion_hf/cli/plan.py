@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.folders import MODEL_TYPE, read_config
+from fusion_hf.hub.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:
     from fusion_hf.model.configuration_fusion import FusionConfig

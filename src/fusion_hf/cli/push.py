@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check and publish; returns the exit status."""
-    from fusion_hf import publishing
+    from fusion_hf.hub import publishing
 
     if not arguments.debug:
         silence_hub()

@@ -8,7 +8,7 @@ from typing import Any
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.values import positive
 from fusion_hf.common.errors import InputError
-from fusion_hf.folders import nano_path
+from fusion_hf.hub.folders import nano_path
 from fusion_hf.serving.limits import Limits
 
 HOST, PORT, LAST_PORT = "127.0.0.1", 8000, 2**16 - 1

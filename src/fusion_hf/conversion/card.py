@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import ModelCardData
 
-from fusion_hf.conversion.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, Member, find_member
+from fusion_hf.hub.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, Member, find_member
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.configuration_fusion import FusionConfig
 

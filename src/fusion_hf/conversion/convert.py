@@ -13,7 +13,6 @@ from fusion_hf.conversion import hub, lora
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.checkpoint import StoredTensor, check_index, read_headers
 from fusion_hf.conversion.config import convert_config, named_tower, read_tower_config
-from fusion_hf.conversion.family import LAST_STAGE
 from fusion_hf.conversion.folder import make_generation_config, make_processor, set_dtype, write_files
 from fusion_hf.conversion.inputs import (
     ADAPTER_CONFIG,
@@ -29,6 +28,7 @@ from fusion_hf.conversion.plan import Plan, RecipeReader, Source, make_plan
 from fusion_hf.conversion.reading import find_weight_files, read_json
 from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer
 from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
+from fusion_hf.hub.family import LAST_STAGE
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 UPSTREAM_TOWER = "model.vision_tower."

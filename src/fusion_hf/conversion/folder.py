@@ -9,11 +9,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fusion_hf.conversion.tokenizer import find_chat_format
+from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.model.turns_fusion import describe_turns
-from fusion_hf.publishing import CODE_FOLDER, CODE_PATTERN
 
 MODEL_CLASS = "modeling_fusion.FusionForConditionalGeneration"
 AUTO_MAPS = {

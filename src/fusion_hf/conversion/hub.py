@@ -18,7 +18,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.locations import Location, Wanted
 from fusion_hf.conversion.reading import first_line
-from fusion_hf.publishing import check_remote, check_repository, upload
+from fusion_hf.hub.publishing import check_remote, check_repository, upload
 
 if TYPE_CHECKING:
     from fusion_hf.conversion.checkpoint import StoredTensor

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fusion_hf.common.errors import short_name
 from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.folders import REPOSITORY
+from fusion_hf.hub.folders import REPOSITORY
 
 Wanted = Literal["all", "headers", "configuration"]
 REVISION = re.compile(r"[0-9a-f]{40}")

@@ -12,7 +12,7 @@ import torch
 
 from fusion_hf.common.outputs import check_space
 from fusion_hf.conversion.inputs import MAX_SHARD_BYTES
-from fusion_hf.folders import WEIGHTS_INDEX
+from fusion_hf.hub.folders import WEIGHTS_INDEX
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -7,7 +7,7 @@ from typing import Any
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import check_place
 from fusion_hf.data.mixture import read_entries
-from fusion_hf.folders import find_folder
+from fusion_hf.hub.folders import find_folder
 
 FINISHED_FILE = "finished.json"  # in `output_dir`, when the model is there
 CHECKPOINT_CHOICES = ("auto", "none")

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from fusion_hf.hub.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments

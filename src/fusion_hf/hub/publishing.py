@@ -16,12 +16,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
-import fusion_hf
+from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
-from fusion_hf.folders import WEIGHTS_INDEX
+from fusion_hf.hub.folders import WEIGHTS_INDEX
 
-PACKAGE = Path(fusion_hf.__file__).parent
-CODE_FOLDER, CODE_PATTERN = PACKAGE / "model", "*_fusion*.py"  # the code that every model folder has
+CODE_FOLDER, CODE_PATTERN = Path(__file__).parents[1] / "model", "*_fusion*.py"  # the code that every model folder has
 CARD, WEIGHTS = "README.md", "model.safetensors"
 NEEDED = (
     "config.json",
@@ -40,7 +39,7 @@ CODE_BEGINNINGS = (b"\x80", b"PK\x03\x04")  # of pickles, and of the archives th
 CARD_FIELDS = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": None}
 CLASS = re.compile(r"(\w+)\.\w+")  # in an auto_map: a module of the folder, not of another repository
 TAG = re.compile(r"[A-Za-z0-9][\w.+-]*")
-DEFAULT_TAG = f"v{fusion_hf.__version__}"
+DEFAULT_TAG = f"v{__version__}"
 SECONDS = 10.0  # until the Hub answers the first request
 UPLOAD_ERRORS = (OSError, HTTPError, HFValidationError, ValueError, RuntimeError)
 
@@ -95,7 +94,7 @@ def _check_file(path: Path, code: dict[str, Path]) -> None:
         if path.name not in code:
             raise InputError(f"{path} is code that FUSION does not need: remove it.")
         if path.read_bytes() != code[path.name].read_bytes():
-            raise InputError(f"{path} differs from {path.name} of fusion_hf {fusion_hf.__version__}: save again.")
+            raise InputError(f"{path} differs from {path.name} of fusion_hf {__version__}: save again.")
         return
     if path.suffix not in (*TEXT, *PICTURES, TOKENIZER, SAFETENSORS) and path.name not in OTHER_NAMES:
         raise InputError(f"{path} is no file of a model folder (pickles can hold code): remove it.")
@@ -166,7 +165,7 @@ def check_alone(folder: Path) -> None:
     Raises:
         InputError: if it does not.
     """
-    script = (PACKAGE / "stranger.py").read_text(encoding="utf-8")
+    script = Path(__file__).with_name("standalone_check.py").read_text(encoding="utf-8")
     hidden = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
     with tempfile.TemporaryDirectory() as empty:
         result = subprocess.run(
