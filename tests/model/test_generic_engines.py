@@ -11,6 +11,7 @@ from tests.helpers.tiny import tiny_config
 from transformers import (
     AttentionInterface,
     AutoModelForImageTextToText,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     StaticCache,
