@@ -22,6 +22,7 @@ MAX_DOWNLOAD_BYTES = 2**28  # of an image at an address: who serves it may never
 MAX_DOWNLOAD_SECONDS = 30.0  # for an image at an address, redirects included
 IMAGE_DIMENSIONS = (2, 3)  # of the array of one image; with more it is a batch of images
 LIST_DTYPES = "OU"  # of arrays that hold paths or objects, not pixels
+SOURCE: Any = ("fusion_hf", "source")  # a key of PIL's `info`; what a file brings there has keys of text
 ADDRESSES = ("http://", "https://")
 DATASETS_KEYS = ("bytes", "path")  # of an image that the library datasets has not decoded
 LONGEST_NAME = 100  # characters
@@ -38,20 +39,6 @@ class Stream(Protocol):
     def seek(self, offset: int, /) -> int: ...
 
     def tell(self) -> int: ...
-
-
-class UnopenedImage(Image.Image):
-    """
-    An image that is opened when it is its turn. transformers passes nothing but images of PIL, arrays and tensors from
-    a processor to its image processor.
-
-    Args:
-        source: what `open_source` takes, or an image, array or tensor.
-    """
-
-    def __init__(self, source: Any):
-        super().__init__()
-        self.source = source
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -74,9 +61,26 @@ def is_group(images: Any) -> bool:
     return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
 
 
-def defer_images(images: Any) -> list[UnopenedImage]:
-    """The images of `flatten_images`, none of them opened; None stands for no image."""
-    return [UnopenedImage(image) for image in flatten_images(images) if image is not None]
+def defer_images(images: Any) -> list[Image.Image]:
+    """
+    The images of `flatten_images`, to be opened when it is their turn; None stands for no image.
+
+    transformers passes nothing but images of PIL, arrays and tensors from a processor to its image processor. So each
+    is an empty image of PIL that carries its source. A class of our own would not do: with `trust_remote_code`,
+    processor and image processor come from two copies of this file.
+    """
+    return [_defer(image) for image in flatten_images(images) if image is not None]
+
+
+def _defer(source: Any) -> Image.Image:
+    image = Image.Image()
+    image.info[SOURCE] = source
+    return image
+
+
+def is_deferred(image: Any) -> bool:
+    """Whether it comes from `defer_images`."""
+    return isinstance(image, Image.Image) and SOURCE in image.info
 
 
 def open_source(source: Any) -> Any:
@@ -90,8 +94,8 @@ def open_source(source: Any) -> Any:
     Raises:
         ValueError: names the source, and says why there is no image in it.
     """
-    if isinstance(source, UnopenedImage):
-        return open_source(source.source)
+    if is_deferred(source):
+        return open_source(source.info[SOURCE])
     if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         return source
     if isinstance(source, Mapping):
@@ -109,8 +113,8 @@ def open_source(source: Any) -> Any:
 
 def describe_source(source: Any) -> str:
     """Name a source in an error: its path or address where it has one, else its kind."""
-    if isinstance(source, UnopenedImage):
-        return describe_source(source.source)
+    if is_deferred(source):
+        return describe_source(source.info[SOURCE])
     if isinstance(source, Mapping):
         source = source.get("path") or source.get("bytes")
     if isinstance(source, (str, os.PathLike)):

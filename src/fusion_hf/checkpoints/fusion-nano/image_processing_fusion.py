@@ -23,7 +23,7 @@ from .compatibility_fusion import logger
 from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
 from .image_limits_fusion import ImageError
 from .image_opening_fusion import MAX_IMAGE_PIXELS, decode_image, holds_shares
-from .image_sources_fusion import IMAGE_DIMENSIONS, UnopenedImage, describe_source, flatten_images, open_source
+from .image_sources_fusion import IMAGE_DIMENSIONS, describe_source, flatten_images, is_deferred, open_source
 
 LARGEST_UINT8 = 255
 RGB_CHANNELS = 3
@@ -91,7 +91,7 @@ class FusionImageProcessor(PilBackend):
         """Open all that `open_source` takes (or lists of it) without decoding; images and arrays pass through."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, UnopenedImage):  # it waits for its turn
+        if is_deferred(image_url_or_urls):  # it waits for its turn
             return image_url_or_urls
         return open_source(image_url_or_urls)
 
