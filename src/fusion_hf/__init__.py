@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.hub.registration import register_lazily
 
 if TYPE_CHECKING:
-    from fusion_hf.batching import batch_generate
-    from fusion_hf.compilation import CompiledGenerator
-    from fusion_hf.inference import nano_path
+    from fusion_hf.hub.folders import nano_path
+    from fusion_hf.inference.batching import batch_generate
+    from fusion_hf.inference.compilation import CompiledGenerator
     from fusion_hf.maps import AttentionMaps, attention_maps
     from fusion_hf.model.configuration_fusion import FusionConfig
     from fusion_hf.model.image_processing_fusion import FusionImageProcessor
@@ -23,15 +23,15 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "AttentionMaps": "fusion_hf.maps",
-    "CompiledGenerator": "fusion_hf.compilation",
+    "CompiledGenerator": "fusion_hf.inference.compilation",
     "FusionConfig": "fusion_hf.model.configuration_fusion",
     "FusionForConditionalGeneration": "fusion_hf.model.modeling_fusion",
     "FusionImageProcessor": "fusion_hf.model.image_processing_fusion",
     "FusionModel": "fusion_hf.model.modeling_fusion",
     "FusionProcessor": "fusion_hf.model.processing_fusion",
     "attention_maps": "fusion_hf.maps",
-    "batch_generate": "fusion_hf.batching",
-    "nano_path": "fusion_hf.inference",
+    "batch_generate": "fusion_hf.inference.batching",
+    "nano_path": "fusion_hf.hub.folders",
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.questions import write_questions
 
-from fusion_hf.batching import batch_generate
+from fusion_hf.inference.batching import batch_generate
 
 COUNT = 9
 QUESTION = "what color is the shape?"

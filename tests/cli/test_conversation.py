@@ -11,7 +11,7 @@ from transformers import BatchFeature, DynamicCache, MistralConfig
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf import FusionImageProcessor
-from fusion_hf.inference import Assistant, Conversation, _Memory, question_message
+from fusion_hf.inference.chat_model import Assistant, Conversation, _Memory, question_message
 
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")
 TILES = 4

@@ -20,8 +20,8 @@ from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import ServedModel, open_unturned, picture_uri
-from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.inference import Assistant
+from fusion_hf.inference.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG
 from fusion_hf.serving.images import decode_data_uri, decode_picture
 from fusion_hf.serving.limits import Limits

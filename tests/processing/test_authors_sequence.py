@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.data.records import parse_record
 from fusion_hf.inference import Assistant
+from fusion_hf.inference.questions import Entry, parse_question
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
-from fusion_hf.questions import Entry, parse_question
 from fusion_hf.training import FusionDataCollator
 
 QUERY_LEN = 4

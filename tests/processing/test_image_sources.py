@@ -26,9 +26,9 @@ from tests.helpers.hostile_images import encoded, png_claiming
 from transformers import pipeline
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
-from fusion_hf.batching import batch_generate
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference import Assistant
+from fusion_hf.inference.batching import batch_generate
 from fusion_hf.model import image_sources_fusion
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_sources_fusion import MAX_DOWNLOAD_SECONDS

@@ -18,8 +18,8 @@ from tests.helpers.serving import (
     user,
 )
 
-from fusion_hf.facts import ModelFacts
 from fusion_hf.inference import Assistant, question_message
+from fusion_hf.inference.facts import ModelFacts
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 
 MORE = "what shape is in the image?"

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fusion_hf.cli.session import AnswerStreamer, load_assistant
-    from fusion_hf.inference import Conversation
+    from fusion_hf.inference.chat_model import Conversation
 
     assistant = load_assistant(arguments)
     settings = {

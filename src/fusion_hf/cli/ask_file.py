@@ -30,14 +30,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
     from fusion_hf.common.journal import check_output
-    from fusion_hf.questions import read_entries
+    from fusion_hf.inference.questions import read_entries
 
     read_entries(arguments.input)
     check_output(Path(arguments.output))
     arguments.model = find_model(arguments)
 
-    from fusion_hf.batching import BATCH_SIZE, batch_generate
     from fusion_hf.cli.session import silence_libraries
+    from fusion_hf.inference.batching import BATCH_SIZE, batch_generate
 
     if not arguments.debug:
         silence_libraries()

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.model = find_model(arguments)
 
     from fusion_hf.cli.session import AnswerStreamer, load_assistant
-    from fusion_hf.inference import Conversation
+    from fusion_hf.inference.chat_model import Conversation
 
     assistant = load_assistant(arguments)
     picture = assistant.open_picture(arguments.image)

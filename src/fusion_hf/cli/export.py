@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         silence_libraries()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
-    from fusion_hf.inference import Assistant
+    from fusion_hf.inference.chat_model import Assistant
     from fusion_hf.interchange.export import export_onnx
 
     assistant = Assistant.load(model, device="cpu", dtype="float32")

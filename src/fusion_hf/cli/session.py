@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from fusion_hf.cli.models import silence_hub
 from fusion_hf.cli.terminal import printable
-from fusion_hf.inference import Assistant
+from fusion_hf.inference.chat_model import Assistant
 
 
 def load_assistant(arguments: argparse.Namespace) -> Assistant:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
-from fusion_hf.inference import Assistant, Conversation, SeenPicture
+from fusion_hf.inference.chat_model import Assistant, Conversation, SeenPicture
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
 from fusion_hf.model.image_limits_fusion import ImageError

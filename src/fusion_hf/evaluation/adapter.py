@@ -18,7 +18,7 @@ from fusion_hf.evaluation.cache import Answer, AnswerCache
 from fusion_hf.evaluation.local import BATCH_SIZE, LocalModel
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
-from fusion_hf.inference import AUTO, choose_device
+from fusion_hf.inference.chat_model import AUTO, choose_device
 
 SHOWN_FAILURES = 3
 

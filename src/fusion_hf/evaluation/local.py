@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
-from fusion_hf.batching import count_tokens, longest_together, render
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.cache import Answer
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Prompt, Reader
 from fusion_hf.evaluation.record import ModelRecord
-from fusion_hf.facts import ModelFacts
-from fusion_hf.inference import AUTO, Assistant, SeenPicture, nano_path, with_stand_in
+from fusion_hf.hub.folders import nano_path
+from fusion_hf.inference.batching import count_tokens, longest_together, render
+from fusion_hf.inference.chat_model import AUTO, Assistant, SeenPicture, with_stand_in
+from fusion_hf.inference.facts import ModelFacts
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 
 BATCH_SIZE = 1

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.facts import ModelFacts
+from fusion_hf.inference.facts import ModelFacts
 
 FORMAT = 2
 SCORED: Final = "scored"

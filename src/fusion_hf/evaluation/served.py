@@ -21,7 +21,7 @@ from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.evaluation.table import published_rows
-from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
+from fusion_hf.inference.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT, read_orientation
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import new_folder
-from fusion_hf.inference import Assistant
+from fusion_hf.inference.chat_model import Assistant
 from fusion_hf.interchange.folder import (
     LANGUAGE,
     LANGUAGE_INPUTS,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference import AUTO, Assistant, question_message
+from fusion_hf.inference.chat_model import AUTO, Assistant, question_message
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
 from fusion_hf.model.configuration_fusion import TILES_PER_SIDE

@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference import Assistant, with_stand_in
+from fusion_hf.inference.chat_model import Assistant, with_stand_in
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion_hf.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
+from fusion_hf.inference.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
 from fusion_hf.serving.engine import Finished
 
 END = b"data: [DONE]\n\n"

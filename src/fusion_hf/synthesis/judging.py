@@ -91,7 +91,7 @@ class LookWithFusion(PipelineStep):
         self.settings, self.pictures, self.progress = settings, pictures, progress
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        from fusion_hf.inference import Assistant, Conversation
+        from fusion_hf.inference.chat_model import Assistant, Conversation
 
         name = None if self.settings.fusion == NANO else self.settings.fusion
         assistant = Assistant.load(name, self.settings.device, self.settings.dtype)

@@ -5,7 +5,7 @@ from pathlib import Path
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.hub.folders import base_of
-from fusion_hf.inference import DTYPES, Assistant
+from fusion_hf.inference.chat_model import DTYPES, Assistant
 from fusion_hf.training.cast import cast_weights
 from fusion_hf.training.lora import load_adapter
 

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import load_records
-from fusion_hf.inference import find_folder
+from fusion_hf.hub.folders import find_folder
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.arguments import FusionTrainingArguments

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusion_hf.inference import Assistant
+    from fusion_hf.inference.chat_model import Assistant
     from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 
 # fields of a model that a server lists; the last one is OpenAI's, of answers
@@ -39,8 +39,8 @@ class ModelFacts:
     def of(cls, assistant: "Assistant", budget: "TokenBudget") -> "ModelFacts":
         """Of a loaded model."""
         # those who read a record need no torch
-        from fusion_hf.batching import digest_model
         from fusion_hf.hub.family import find_member
+        from fusion_hf.inference.batching import digest_model
 
         model = assistant.model
         member = find_member(model.config)

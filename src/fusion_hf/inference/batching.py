@@ -17,11 +17,19 @@ from tqdm import tqdm
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.journal import Journal, Result
 from fusion_hf.data.records import RecordProblem
-from fusion_hf.inference import AUTO, Assistant
+from fusion_hf.inference.chat_model import AUTO, Assistant
+from fusion_hf.inference.questions import (
+    Entry,
+    Question,
+    Records,
+    digest_entries,
+    entry_id,
+    parse_question,
+    read_entries,
+)
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.model.quantization_fusion import plain_tensors
-from fusion_hf.questions import Entry, Question, Records, digest_entries, entry_id, parse_question, read_entries
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
