@@ -18,11 +18,11 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.conversion.cli import main as convert
 from fusion_hf.drawing.pictures import draw_spec
 from fusion_hf.inference import Assistant, nano_path, question_message
-from fusion_hf.interchange import export
-from fusion_hf.interchange.export import max_pool, write_graphs
-from fusion_hf.interchange.folder import LANGUAGE, PICTURE, Settings
-from fusion_hf.interchange.runtime import CPU, NO_TURN, ExportedFusion
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.onnx_export import export
+from fusion_hf.onnx_export.export import max_pool, write_graphs
+from fusion_hf.onnx_export.folder import LANGUAGE, PICTURE, Settings
+from fusion_hf.onnx_export.runtime import CPU, NO_TURN, ExportedFusion
 
 TOLERANCE = 1e-4  # of logits, absolute
 STEPS = 4

@@ -10,7 +10,7 @@ from fusion_hf.cli.terminal import wrote
 from fusion_hf.cli.values import positive, square
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
-from fusion_hf.interchange.folder import PACKAGES
+from fusion_hf.onnx_export.folder import PACKAGES
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         silence_libraries()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
     from fusion_hf.inference.chat_model import Assistant
-    from fusion_hf.interchange.export import export_onnx
+    from fusion_hf.onnx_export.export import export_onnx
 
     assistant = Assistant.load(model, device="cpu", dtype="float32")
     export_onnx(assistant, output, arguments.query_len, arguments.image_token_grid)

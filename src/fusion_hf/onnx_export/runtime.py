@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.interchange.folder import (
+from fusion_hf.model.processing_fusion import FusionProcessor
+from fusion_hf.onnx_export.folder import (
     LANGUAGE,
     LANGUAGE_INPUTS,
     LOGITS,
@@ -20,7 +21,6 @@ from fusion_hf.interchange.folder import (
     PRESENT,
     Settings,
 )
-from fusion_hf.model.processing_fusion import FusionProcessor
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -21,7 +21,12 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.inference.chat_model import Assistant
-from fusion_hf.interchange.folder import (
+from fusion_hf.model.configuration_fusion import NUM_TILES
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
+from fusion_hf.model.modeling_fusion_decoder import PromptMarks, TokenBudget
+from fusion_hf.model.modeling_fusion_vision import pool_context, reduce_grid
+from fusion_hf.onnx_export.folder import (
     LANGUAGE,
     LANGUAGE_INPUTS,
     LOGITS,
@@ -34,11 +39,6 @@ from fusion_hf.interchange.folder import (
     Settings,
     cache_names,
 )
-from fusion_hf.model.configuration_fusion import NUM_TILES
-from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
-from fusion_hf.model.modeling_fusion_decoder import PromptMarks, TokenBudget
-from fusion_hf.model.modeling_fusion_vision import pool_context, reduce_grid
 
 # Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.
 CACHED, QUESTION, TURNS = 3, 3, 2
