@@ -9,7 +9,7 @@ Tested command (a small language model; the defaults suit models with at least 2
 
 import sys
 
-from fusion_hf.conversion.build import main
+from fusion_hf.cli.build import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ Tested command (a checkpoint of FUSION's shape; published ones name their tower,
 
 import sys
 
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 
 if __name__ == "__main__":
     sys.exit(main())

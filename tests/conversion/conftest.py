@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.helpers.checkpoints import (
     write_json,
 )
 
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -316,7 +316,7 @@ def test_interruption_leaves_no_half_folder(tmp_path, stop):
     script = f"""
 import signal, time
 import fusion_hf.conversion.convert as convert
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(*args):
     (convert.Path({str(tmp_path)!r}) / "ready").touch()

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
-from fusion_hf.conversion.build import main
+from fusion_hf.cli.build import main
 
 ROOT = Path(__file__).parents[2]
 WIDTH, LAYERS = 32, 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.helpers.checkpoints import checkpoint_shapes, upstream_config, write_checkpoint, write_json
 
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14, "image_size": 384}
 GIANT = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40, "patch_size": 16, "image_size": 384}

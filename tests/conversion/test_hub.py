@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Several commands in one process, since most of the time goes into importing torch.
 DRIVER = """
 import contextlib, io, json, sys
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 results = []
 for arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()

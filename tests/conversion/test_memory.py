@@ -25,7 +25,7 @@ SIZES = {
 MEASURE = """
 import json, re, sys
 from pathlib import Path
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 
 def memory(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

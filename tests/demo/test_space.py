@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
-from fusion_hf.cli import MAX_NEW_TOKENS
+from fusion_hf.cli.model_options import MAX_NEW_TOKENS
 
 ALLOWED_COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")  # of the Hub
 LONGEST_DESCRIPTION = 60  # characters, of the Hub

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_hf.cli import make_parser
-from fusion_hf.conversion import build, cli
+from fusion_hf.cli import build, convert, make_parser
 
 SECONDS = 600
 MARKER = "# needs "  # a line that has it is parsed instead of run
@@ -55,7 +54,7 @@ def test_bash_line(bash_line: str, workspace: Path, root: Path):
 def parse(words: list[str]) -> None:
     """Let the command's own parser read its arguments."""
     parsers = {
-        ("fusion-hf", "convert"): cli.make_parser,
+        ("fusion-hf", "convert"): convert.make_parser,
         ("python", "conversion/build_from_backbones.py"): build.make_parser,
     }
     first = (words[0], words[1])

@@ -32,7 +32,7 @@ sys.meta_path.insert(0, Heavy())
 DRIVER = """
 import contextlib, io, json, sys
 from fusion_hf.cli import main
-from fusion_hf.conversion.build import main as build
+from fusion_hf.cli.build import main as build
 results = []
 for name, *arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()

@@ -13,9 +13,9 @@ from torch import nn
 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.cli import main
+from fusion_hf.cli.convert import main as convert
 from fusion_hf.common import extras
 from fusion_hf.common.errors import InputError
-from fusion_hf.conversion.cli import main as convert
 from fusion_hf.drawing.pictures import draw_spec
 from fusion_hf.inference import Assistant, nano_path, question_message
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.helpers.devices import DEVICES
 
 from fusion_hf import FusionForConditionalGeneration, FusionImageProcessor
-from fusion_hf.conversion.cli import main
+from fusion_hf.cli.convert import main
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 MODELS = ("fusion-l", "llama-siglip2", "phi3-siglip")

@@ -2,11 +2,59 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from fusion_hf.cli import ask_file
+from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
+from fusion_hf.cli.values import positive
 from fusion_hf.common.errors import InputError
+
+
+class InsteadOf(argparse.Action):
+    """An option whose value makes required arguments unnecessary."""
+
+    def __init__(self, *args: Any, others: Sequence[argparse.Action], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.others = others
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        for other in self.others:
+            other.required = False  # read after all arguments are; each command line has its own parser
+        setattr(namespace, self.dest, values)
+
+
+def add_parser(commands: Any) -> None:
+    """Tell the command line about `ask`."""
+    parser = commands.add_parser(
+        "ask",
+        parents=[model_options()],
+        help="answer a question about one or more pictures, or a file of questions",
+        description="Answer a question about one picture, or about several: one line for each, after its name. Or "
+        "answer a file of questions: a run that was killed goes on with the same command.",
+    )
+    images = parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file, or an http(s) address")
+    question = parser.add_argument("question", metavar="QUESTION", help="in quotation marks")
+    parser.add_argument(
+        "--input",
+        action=InsteadOf,
+        others=(images, question),
+        metavar="JSONL",
+        help='instead of both, a file with a record per line: {"question", "image" (optional), "id" (optional)}',
+    )
+    parser.add_argument("--output", metavar="JSONL", help='with --input: a new file for {"id", "answer" or "error"}')
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="with --input: questions answered together; default: 8"
+    )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="QUESTION",
+        help="another question about the same pictures, answered by itself in a line of its own; may be repeated",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

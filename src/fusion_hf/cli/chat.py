@@ -3,12 +3,30 @@
 import argparse
 import contextlib
 import sys
+from typing import Any
 
+from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, one_line
 from fusion_hf.common.errors import InputError
 
 EXIT, RESET = "/exit", "/reset"
+
+
+def add_parser(commands: Any) -> None:
+    """Tell the command line about `chat`."""
+    parser = commands.add_parser(
+        "chat",
+        parents=[model_options()],
+        help="talk about a picture",
+        description="Talk about a picture: a question per line. /reset begins anew, /exit leaves.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="later answers begin sooner: the picture stays as seen with the first question in mind",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,20 +1,129 @@
-"""`fusion-hf convert`: a checkpoint of the authors to a model folder. `conversion/cli.py` has its arguments."""
+"""`fusion-hf convert`, and what `build_from_backbones.py` shares with it. Imports nothing heavy before it must."""
 
 import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fusion_hf.cli.model_options import DEBUG
+from fusion_hf.cli.parser import Parser
+from fusion_hf.cli.terminal import guarded
+from fusion_hf.cli.values import positive
+from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion.inputs import DTYPES, NO_TOKENIZER, ConversionOptions, find_conversion_inputs
+
+DESCRIPTION = (
+    "Convert a checkpoint of the authors' FUSION code to a complete Hub folder. Everything is checked before anything "
+    "is written, and at most one shard is in memory."
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Tell the command line about `convert`."""
-    from fusion_hf.conversion import cli  # which takes its parser from this package
-
     parser = commands.add_parser(
-        "convert", help="turn a checkpoint of the authors into a model folder", description=cli.DESCRIPTION
+        "convert", help="turn a checkpoint of the authors into a model folder", description=DESCRIPTION
     )
-    cli.add_arguments(parser)
+    add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert; returns the exit status."""
-    from fusion_hf.conversion import cli
+    return print_result(arguments, convert)
 
-    return cli.run(arguments, cli.convert)
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every command of this kind has."""
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as most of them are stored")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result in one commit")
+    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    parser.add_argument(DEBUG, action="store_true", help="show where an error comes from")
+
+
+def run_command(parser: Parser, function: Callable[[argparse.Namespace], str], argv: Sequence[str] | None) -> int:
+    """Parse, run, print the resulting line; returns the exit status."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return guarded(lambda: print_result(parser.parse_args(given), function), DEBUG in given)
+    except SystemExit as stopped:  # argparse's way, after its own line
+        return int(stopped.code or 0)
+
+
+def print_result(arguments: argparse.Namespace, function: Callable[[argparse.Namespace], str]) -> int:
+    """Do what the arguments say, and print the resulting line."""
+    # our warnings alone: the Hub's client writes its own lines itself
+    notes = logging.StreamHandler(sys.stderr)
+    notes.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("fusion_hf")
+    logger.addHandler(notes)
+    try:
+        sys.stdout.write(function(arguments) + "\n")
+    finally:
+        logger.removeHandler(notes)
+    return 0
+
+
+def make_parser() -> Parser:
+    """The command line of `fusion-hf convert`."""
+    parser = Parser(prog="fusion-hf convert", description=DESCRIPTION)
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `convert`."""
+    where = "DIR_OR_REPO"
+    parser.add_argument("--checkpoint", required=True, metavar=where, help="the authors' checkpoint")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder (needed unless --dry-run)")
+    parser.add_argument(
+        "--vision-config",
+        metavar="FILE_DIR_OR_REPO",
+        help="the tower's sizes: a JSON file or a SigLIP folder; default: those of the tower that the checkpoint "
+        "names. A folder's weights are taken if the checkpoint has no tower",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar=f"{where}|{NO_TOKENIZER}",
+        help="default: the checkpoint's own (or its base's)",
+    )
+    parser.add_argument("--base", metavar=where, help="what a LoRA or adapter-only run was trained on")
+    parser.add_argument(
+        "--image-token-grid",
+        type=positive,
+        metavar="SIDE",
+        help="write a FUSION-L configuration: the same weights, with image features reduced to SIDE x SIDE "
+        "(published: 16)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check keys and shapes from the headers; write nothing")
+    add_shared_arguments(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_command(make_parser(), convert, argv)
+
+
+def convert(arguments: argparse.Namespace) -> str:
+    """Convert; returns a line that says what was done.
+
+    Raises:
+        InputError: for anything that does not fit; nothing is left behind then.
+    """
+    if arguments.output is None and not arguments.dry_run:
+        raise ConversionError("--output is needed unless --dry-run is given.")
+    options = ConversionOptions(
+        checkpoint=arguments.checkpoint,
+        output=arguments.output,
+        vision_config=arguments.vision_config,
+        tokenizer=arguments.tokenizer,
+        base=arguments.base,
+        dtype=arguments.dtype,
+        image_token_grid=arguments.image_token_grid,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+    )
+    inputs = find_conversion_inputs(options)
+    from fusion_hf.conversion.convert import convert
+
+    return convert(options, inputs)

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from typing import Any
 
+from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.common.errors import InputError
 
@@ -17,16 +18,11 @@ LARGEST_PORT = 65535
 UPLOADS = "GRADIO_TEMP_DIR"
 
 
-def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
-    """Tell the command line about `demo`.
-
-    Args:
-        commands: the subparsers of `fusion-hf`.
-        shared: arguments of all commands that answer.
-    """
+def add_parser(commands: Any) -> None:
+    """Tell the command line about `demo`."""
     parser = commands.add_parser(
         "demo",
-        parents=[shared],
+        parents=[model_options()],
         help="a page in the browser: pictures, answers, tiles, attention maps, times",
         description="Serve a page on which a picture is shown to the model and talked about. Whoever reaches the "
         "address may use it; the default is this computer alone.",

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
 from fusion_hf.cli.values import positive
@@ -11,11 +12,11 @@ from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder
 
 
-def add_parser(commands: argparse._SubParsersAction, shared: argparse.ArgumentParser) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Tell the command line about `maps`, which has the options of `ask` as well."""
     parser = commands.add_parser(
         "maps",
-        parents=[shared],
+        parents=[model_options()],
         help="draw what the model looked at for its answer",
         description="Answer a question about a picture, and draw the attention of the question's words, of the latent "
         "tokens and of the answer's words over it: a PNG for each.",

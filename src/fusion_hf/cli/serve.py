@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.values import positive
 from fusion_hf.common.errors import InputError
@@ -19,11 +20,11 @@ ENGINES = ("transformers", "vllm")
 PARALLEL = {"transformers": DEFAULTS.parallel, "vllm": 64}
 
 
-def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_parser(commands: Any) -> None:
     """Tell the command line about `serve`."""
     parser = commands.add_parser(
         "serve",
-        parents=[shared],
+        parents=[model_options(DEFAULTS.answer_tokens)],
         help="answer over HTTP, with OpenAI's protocol",
         description="Answer over HTTP with OpenAI's protocol: POST /v1/chat/completions, GET /v1/models, GET /health.",
     )

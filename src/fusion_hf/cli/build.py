@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusion_hf.cli.convert import add_shared_arguments, run_command
 from fusion_hf.cli.parser import Parser
-from fusion_hf.conversion.cli import add_shared_arguments, run_command
 from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.inputs import DECODER_TYPES, NO_TOKENIZER, BuildOptions, find_build_inputs
 from fusion_hf.conversion.reading import parse_query_lens
