@@ -141,7 +141,7 @@ def export_onnx(
     assistant: Assistant, output: Path, query_len: int | None = None, image_token_grid: int | None = None
 ) -> None:
     """
-    Write both graphs, in float32, with processor and settings, as `interchange.runtime` reads them.
+    Write both graphs, in float32, with processor and settings, as `onnx_export.runtime` reads them.
 
     Args:
         assistant: a model on the CPU, in float32.
