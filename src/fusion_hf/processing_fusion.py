@@ -299,10 +299,11 @@ class FusionProcessor(ProcessorMixin):
             "attention_mask": [row.mask for row in rows],
         }
         if self.returns_turns:
+            data |= self._questions(texts, questions)
             ends = _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1)
             # of whole numbers, even where there are no turns
             whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
-            data |= self._questions(texts, questions) | {"prompt_end_positions": whole}
+            data["prompt_end_positions"] = whole
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
