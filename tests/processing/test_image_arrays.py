@@ -256,6 +256,7 @@ def test_a_batch_of_arrays_goes_to_its_prompts(processor: FusionProcessor) -> No
         ([[PHOTO], [[]]], "Prompt 1 has 1 <image> marks, but images[1] has 0 images"),
         ([PHOTO, BATCH[:2]], "Prompt 1 has 1 <image> marks, but images[1] has 2 images"),
         ([[PHOTO, PHOTO]], "lists of images for 1 prompts, but there are 2 prompts"),
+        ([[PHOTO], [PHOTO], [PHOTO]], "found 2 <image> tokens and 3 images"),
         ([[PHOTO], [PHOTO], []], "lists of images for 3 prompts, but there are 2 prompts"),
         (BATCH, "found 2 <image> tokens and 3 images"),
         (PHOTO, "found 2 <image> tokens and 1 images"),

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -18,6 +17,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torch_tensor
 
 from .compatibility_fusion import logger
 from .configuration_fusion import NUM_TILES, TILES_PER_SIDE
@@ -29,7 +29,7 @@ LARGEST_UINT8 = 255
 RGB_CHANNELS = 3
 CHANNELS = (RGB_CHANNELS, 4, 1)  # of an array, the likeliest number first where its shape allows two
 NUMBERS = "biuf"  # kinds of dtypes that hold pixels
-NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
+NUMPY_FLOATS = ("torch.float16", "torch.float32", "torch.float64")
 
 
 class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -263,11 +263,11 @@ def _look_up(tables: Sequence[np.ndarray], tiles: np.ndarray) -> np.ndarray:
     return values
 
 
-def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
-    """An image's array of pixels, `(H, W)`, `(H, W, C)` or `(C, H, W)`, wherever it lies."""
-    if isinstance(image, torch.Tensor):
+def _as_array(image: Any) -> np.ndarray:
+    """The pixels of an image's array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)`, wherever it lies."""
+    if is_torch_tensor(image):
         image = image.detach().cpu()
-        is_unknown = image.dtype.is_floating_point and image.dtype not in NUMPY_FLOATS
+        is_unknown = image.dtype.is_floating_point and str(image.dtype) not in NUMPY_FLOATS
         image = (image.half() if is_unknown else image).numpy()  # which is exact for values from 0 to 255
     array = np.asarray(image)
     if array.ndim not in IMAGE_DIMENSIONS or array.size == 0:

@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError
 from PIL import Image
+from transformers.utils import is_torch_tensor
 
 from .image_limits_fusion import ImageError
 from .image_opening_fusion import MAX_FILE_BYTES, identify_image, read_file
@@ -56,9 +56,14 @@ def flatten_images(images: Any) -> list[Any]:
 
 def is_group(images: Any) -> bool:
     """Whether it stands for several images, or for none."""
-    if isinstance(images, (np.ndarray, torch.Tensor)):
-        return images.ndim > max(IMAGE_DIMENSIONS)
+    if is_array(images):
+        return bool(images.ndim > max(IMAGE_DIMENSIONS))
     return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
+
+
+def is_array(image: Any) -> bool:
+    """Whether it is an array or a tensor. Processes that decode images have no torch."""
+    return isinstance(image, np.ndarray) or is_torch_tensor(image)
 
 
 def defer_images(images: Any) -> list[Image.Image]:
@@ -96,7 +101,7 @@ def open_source(source: Any) -> Any:
     """
     if is_deferred(source):
         return open_source(source.info[SOURCE])
-    if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
+    if isinstance(source, Image.Image) or is_array(source):
         return source
     if isinstance(source, Mapping):
         source = _choose(source)

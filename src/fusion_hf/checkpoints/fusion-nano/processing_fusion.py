@@ -299,10 +299,11 @@ class FusionProcessor(ProcessorMixin):
             "attention_mask": [row.mask for row in rows],
         }
         if self.returns_turns:
+            data |= self._questions(texts, questions)
             ends = _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1)
             # of whole numbers, even where there are no turns
             whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
-            data |= self._questions(texts, questions) | {"prompt_end_positions": whole}
+            data["prompt_end_positions"] = whole
         if flat_images:
             data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
@@ -528,9 +529,12 @@ def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
 def _check_nesting(images: Any, texts: list[str]) -> None:
     """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
     parts = list(images) if is_group(images) else [images]
-    if not defer_images(images) or not any(part is None or is_group(part) for part in parts):
+    total = len(defer_images(images))
+    if not total or not any(part is None or is_group(part) for part in parts):
         return
     if len(parts) != len(texts):
+        if total != sum(text.count(IMAGE_TOKEN) for text in texts):
+            return  # which the caller says in transformers' words
         raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
     for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
         marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
