@@ -1,6 +1,10 @@
 """Folders of tiny random models with the real tokenizer of each chat format, placeholders behind the vocabulary."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,16 @@ CHATML_NAMES = {"<|start_header_id|>": "<|im_start|>", "<|eot_id|>": "<|im_end|>
 
 
 def write_chat_model(folder: Path, chat_format: str) -> Path:
-    """A folder as conversion writes it."""
-    source = folder.parent / f"{folder.name}-tokenizer"
+    """A folder as conversion writes it; a copy, since reading a real vocabulary takes seconds."""
+    return shutil.copytree(_built(chat_format), folder)
+
+
+@cache
+def _built(chat_format: str) -> Path:
+    """The same, once in a process."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    source, folder = root / "tokenizer", root / "model"
     if chat_format == "phi3":
         write_phi3_tokenizer(source)
     else:

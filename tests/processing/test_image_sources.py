@@ -287,6 +287,7 @@ def test_three_hundred_paths_open_one_file_at_a_time(tmp_path: Path) -> None:
 
 
 @needs_proc
+@pytest.mark.slow
 def test_images_are_decoded_one_after_another(tmp_path: Path) -> None:
     """Sixteen of nine megapixels would take 432 MB at once; one takes 27 MB."""
     file = tmp_path / "large.jpg"

@@ -94,7 +94,8 @@ def by_hand(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, tor
     collator = FusionDataCollator(FusionProcessor.from_pretrained(folder), [QUERY_LEN])
     batches = [collator(make_records()[begin : begin + 2]) for begin in (0, 2, 4)]
     for average in ("tokens", "micro_batches"):
-        model = FusionForConditionalGeneration.from_pretrained(folder).train()
+        # in evaluation, where logits do not bring the gradient of the mapping loss with them
+        model = FusionForConditionalGeneration.from_pretrained(folder).eval()
         sums = [sum_of_losses(model, batch) for batch in batches]
         mapping_of_batches = [model(**batch).mapping_loss for batch in batches]
         if average == "tokens":
