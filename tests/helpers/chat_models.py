@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from tests.helpers.tiny import tiny_config, tiny_model
@@ -20,6 +21,10 @@ from fusion_hf.conversion.tokenizer import add_marks, load_tokenizer, vocabulary
 FORMATS = ("phi3", "llama3", "chatml")
 BACKBONES = {"phi3": "phi3", "llama3": "llama", "chatml": "qwen2"}
 MODELS = (*FORMATS, "nano")
+# for fixtures: ChatML is fusion-nano's format as well, and the vocabulary of this stand-in is Llama 3's
+SLOW_CHATML = pytest.param("chatml", marks=pytest.mark.slow)
+FORMAT_PARAMETERS = tuple(SLOW_CHATML if name == "chatml" else name for name in FORMATS)
+MODEL_PARAMETERS = (*FORMAT_PARAMETERS, "nano")
 MAX_LENGTH = 1024
 IMAGE = Image.new("RGB", (40, 30), "red")
 # what a caller may lose, and the model finds in the ids

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.chat_models import MODELS, chat, encode, make_chat_model
+from tests.helpers.chat_models import MODEL_PARAMETERS, chat, encode, make_chat_model
 from tests.helpers.question_texts import question_texts
 
 from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
@@ -19,7 +19,7 @@ LOW_LINE = "\u2581"
 PLACES = ("alone", "answered", "system", "several", "later")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=MODEL_PARAMETERS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Any, Any]:
     model, processor = make_chat_model(request.param, tmp_path_factory.mktemp(request.param))
     processor.tokenizer.model_max_length = UNLIMITED

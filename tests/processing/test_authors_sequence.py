@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.helpers.authors_sequence import IMAGE, LATENT, LAYOUTS, Sequence, make_sequence
-from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
+from tests.helpers.chat_models import FORMAT_PARAMETERS, load_chat_model, write_chat_model
 from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
@@ -50,7 +50,7 @@ Turns = list[tuple[str, str]]
 Model = FusionForConditionalGeneration
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=FORMAT_PARAMETERS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Model, FusionProcessor]:
     return load_chat_model(write_chat_model(tmp_path_factory.mktemp(request.param) / "model", request.param))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
+from tests.helpers.chat_models import MODEL_PARAMETERS, load_chat_model, write_chat_model
 from transformers import AutoProcessor, AutoTokenizer
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionImageProcessor, FusionProcessor, nano_path
@@ -34,7 +34,7 @@ FOREIGN = """\
 Model = FusionForConditionalGeneration
 
 
-@pytest.fixture(scope="module", params=(*FORMATS, "nano"))
+@pytest.fixture(scope="module", params=MODEL_PARAMETERS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path:
     if request.param == "nano":
         return Path(nano_path())
