@@ -345,3 +345,45 @@ def test_a_tokenizer_that_does_not_know_the_format(processor: FusionProcessor, t
     with pytest.raises(ValueError, match="`chat_format` is missing, and the tokenizer knows the tokens of no format"):
         FusionProcessor.from_pretrained(tmp_path / "copy")
     assert FusionConfig.from_pretrained(tmp_path / "copy").num_image_tokens == 36
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"add_special_tokens": True}, {"add_special_tokens": False}, {"text_kwargs": {"add_special_tokens": False}}],
+    ids=str,
+)
+def test_the_first_token_stands_once(processor: FusionProcessor, settings: dict[str, Any]) -> None:
+    """The template writes it where the tokenizer adds it, and trainers tell the tokenizer not to."""
+    prefix = processor.tokenizer("")["input_ids"]
+    text = processor.apply_chat_template([user("what color is it?")], add_generation_prompt=True)
+    ids = processor(text=text, **settings)["input_ids"][0]
+    assert ids[: len(prefix)] == prefix
+    assert [number for number in ids if number in prefix] == prefix
+
+
+def test_texts_with_and_without_the_first_token(processor: FusionProcessor) -> None:
+    text = processor.apply_chat_template([user("what color is it?")], add_generation_prompt=True)
+    texts = [text, "plain"]
+    for settings in ({}, {"add_special_tokens": False}):
+        together = processor(text=texts, return_offsets_mapping=True, **settings)
+        for row, each in enumerate(texts):
+            alone = processor(text=each, return_offsets_mapping=True, **settings)
+            assert together["input_ids"][row] == alone["input_ids"][0]
+            assert together["offset_mapping"][row][1:] == alone["offset_mapping"][0][1:]
+
+
+@pytest.mark.parametrize("text", ["two and", "", "<b> x", "  two", "3"])
+def test_an_answer_alone_has_its_ids_in_the_conversation(processor: FusionProcessor, text: str) -> None:
+    """As TRL tokenizes completions."""
+    chat = [user("how many?"), answer(text)]
+    whole = processor.apply_chat_template(chat)
+    prompt = processor.apply_chat_template(chat[:1], add_generation_prompt=True)
+    parts = [prompt, whole.removeprefix(prompt)]
+    ids = [processor(text=part, add_special_tokens=False)["input_ids"][0] for part in parts]
+    assert ids[0] + ids[1] == processor(text=whole)["input_ids"][0]
+
+
+def test_questions_are_refused_where_turns_are_left_to_the_model(processor: FusionProcessor) -> None:
+    text = processor.apply_chat_template([user("what color is it?")], add_generation_prompt=True)
+    with pytest.raises(ValueError, match=r"`questions`.*without_turns"):
+        processor.without_turns()(text=text, questions="what?")

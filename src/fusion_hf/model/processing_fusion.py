@@ -188,7 +188,8 @@ class FusionProcessor(ProcessorMixin):
             self._check_headers(prepared, chat_template, template, kwargs)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
         processor_kwargs["query_len"] = length
-        processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
+        if self.returns_turns:
+            processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
         if image_token_grid is not None:
             processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
@@ -247,6 +248,10 @@ class FusionProcessor(ProcessorMixin):
             resized = copy.copy(self)
             resized.num_image_tokens = self.count_image_tokens(image_token_grid)
             return resized(images, text, query_len, questions=questions, **kwargs)
+        if questions is not None and not self.returns_turns:
+            raise ValueError(
+                "`questions` must be None for a processor `without_turns()`: the model finds them in ids."
+            )
         if text is None:
             return super().__call__(images=None if images is None else defer_images(images), **kwargs)
         if not isinstance(text, (str, list, tuple)) or text in ([], ()):
@@ -254,11 +259,15 @@ class FusionProcessor(ProcessorMixin):
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         given = [text] if isinstance(text, str) else text
         begins = [bool(self.begin) and isinstance(t, str) and t.startswith(self.begin) for t in given]
-        if all(begins):  # as the authors' tokenizer: the text without it, and the token put before the ids
-            kwargs["add_special_tokens"] = True
-            given = [t.removeprefix(self.begin) for t in given]
+        text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
+        if all(begins) or (any(begins) and text_kwargs.get("add_special_tokens", True)):
+            # as the authors' tokenizer: the text without its first token, which is put before the ids, once
+            kwargs = _without(kwargs, "add_special_tokens") | {"add_special_tokens": True}
+            given = [t.removeprefix(self.begin) if begin else t for t, begin in zip(given, begins, strict=True)]
+        else:
+            begins = [False] * len(given)
         texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
-        shifts = [len(self._prefix(t)) - all(begins) * len(self.begin) for t in given]
+        shifts = [len(self._prefix(t)) - begin * len(self.begin) for t, begin in zip(given, begins, strict=True)]
         if any(IMAGE_TOKEN in t and LATENT_TOKEN not in t for t in texts):
             warnings.warn(NO_LATENTS, stacklevel=2)
         _check_nesting(images, texts)
@@ -269,7 +278,6 @@ class FusionProcessor(ProcessorMixin):
                 f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images: "
                 f"found {marks} {IMAGE_TOKEN} tokens and {len(flat_images)} images."
             )
-        text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
         tensors = text_kwargs.get("return_tensors")
         kwargs = _without(kwargs, "return_tensors")
         if tensors is not None and "padding" not in text_kwargs | self.tokenizer.init_kwargs:

@@ -296,8 +296,8 @@ class FusionModel(FusionPreTrainedModel):
             mapping_loss_receiver ([`MappingLossReceiver`], *optional*): takes the mapping loss instead.
         """
         cache = either_cache(cache, past_key_values)
-        is_hidden = output_mapping_loss is None and self.training and torch.is_grad_enabled()
-        is_hidden &= self.config.mapping_loss_weight > 0
+        adds_gradient = output_mapping_loss is None and self.training and torch.is_grad_enabled()
+        adds_gradient &= self.config.mapping_loss_weight > 0
         check_engine(self.config, cache)
         check_ids(input_ids)
         # a later step of generation has one token, and no turn begins in it
@@ -329,7 +329,7 @@ class FusionModel(FusionPreTrainedModel):
                     instruct_attention_mask,
                     prompt_end_positions,
                     budget,
-                    bool(output_mapping_loss or is_hidden),
+                    bool(output_mapping_loss or adds_gradient),
                     loss_counts,
                     global_features,
                     **{name: kwargs[name] for name in RECORDED if name in kwargs},
@@ -362,11 +362,12 @@ class FusionModel(FusionPreTrainedModel):
             **kwargs,
         )
         hidden_states, mapping_loss = outputs.last_hidden_state, prompt.mapping_loss
-        if is_hidden and mapping_loss is not None:
+        if adds_gradient and mapping_loss is not None:
             if mapping_loss_receiver is not None:
                 mapping_loss_receiver.mapping_loss = mapping_loss
             else:
-                logger.warning_once(HIDDEN_MAPPING_LOSS)
+                if not torch.compiler.is_compiling():
+                    logger.warning_once(HIDDEN_MAPPING_LOSS)
                 weighted = self.config.mapping_loss_weight * mapping_loss
                 hidden_states = MappingLossGradient.apply(hidden_states, weighted)
             mapping_loss = None
