@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.gradients import gradients_of
 from tests.helpers.tiny import Sample, make_inputs, tiny_config, tiny_model
 from transformers.modeling_outputs import ModelOutput
 
@@ -36,10 +37,6 @@ def replace_forward(model: FusionForConditionalGeneration, output: type[ModelOut
         return output(loss=loss, log_probs=log_probs, label_mask=labels != -100)
 
     model.forward = types.MethodType(forward, model)
-
-
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from PIL import Image
+from tests.helpers.gradients import KeepGradients
 from tests.helpers.training_runs import write_model
 from torch.nn.functional import log_softmax
-from transformers import TrainerCallback
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
@@ -37,11 +37,6 @@ def make_records() -> list[dict]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-class KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
 class InOrder(FusionTrainer):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from tests.helpers.chat_models import MODEL_PARAMETERS, load_chat_model, write_chat_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tests.helpers.gradients import KeepGradients, assert_same_gradients, gradients_of
+from transformers import Trainer, TrainingArguments
 
 from fusion_hf import FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
@@ -61,15 +62,6 @@ class NotebookCollator:
 COLLATORS = (FusionDataCollator, NotebookCollator)
 
 
-class KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = gradients_of(model)
-
-
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
 @pytest.fixture(scope="module", params=MODEL_PARAMETERS)
 def folder(request, tmp_path_factory):
     if request.param == "nano":
@@ -102,10 +94,7 @@ def test_a_step_is_that_by_hand(folder, tmp_path, collator, batch_size) -> None:
     loss = torch.stack(losses).mean()
     loss.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    expected = gradients_of(model)
-    assert set(keep.gradients) == set(expected)
-    for name, gradient in expected.items():
-        assert (keep.gradients[name] - gradient).norm() <= 1e-5 * max(gradient.norm().item(), 1.0), name
+    assert_same_gradients(keep.gradients, gradients_of(model))
 
 
 @pytest.mark.parametrize("collator", COLLATORS)

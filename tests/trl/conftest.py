@@ -1,7 +1,7 @@
 """TRL's trainers on fusion-nano, whose placeholders are in the vocabulary, and on tiny models, whose are behind it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.helpers.chat_models import FORMATS, load_chat_model, write_chat_model
-from transformers import TrainerCallback
+from tests.helpers.gradients import KeepGradients
 
 import fusion_hf
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
@@ -39,7 +39,6 @@ ONE_STEP = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
-Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -81,27 +80,6 @@ def ask(question: str) -> dict[str, str]:
 
 def answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-@dataclass
-class KeepGradients(TrainerCallback):
-    """Keeps the gradients that the optimizer gets."""
-
-    gradients: Gradients = field(default_factory=dict)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = gradients_of(model)
-
-
-def gradients_of(model: torch.nn.Module) -> Gradients:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def assert_same_gradients(actual: Gradients, expected: Gradients, tolerance: float = 1e-5) -> None:
-    assert set(actual) == set(expected)
-    for name, gradient in expected.items():
-        difference = (actual[name] - gradient).norm()
-        assert difference <= tolerance * max(gradient.norm().item(), 1.0), name
 
 
 def step_of(trainer: Callable[..., Any], model: Any, arguments: Any, rows: list[dict[str, Any]], **kwargs: Any) -> Any:

@@ -9,19 +9,17 @@ from unittest import mock
 import datasets
 import pytest
 import torch
+from tests.helpers.gradients import KeepGradients, assert_same_gradients, gradients_of
 from tests.trl.conftest import (
     CHATS,
     LORA,
     ONE_STEP,
-    KeepGradients,
     Prompt,
     Subject,
     another_model,
     answer,
     assert_own_log_probs,
-    assert_same_gradients,
     columns_of,
-    gradients_of,
     mapping_loss,
     prompts_of,
     record_passes,

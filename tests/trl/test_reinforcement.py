@@ -7,18 +7,16 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tests.helpers.gradients import KeepGradients, assert_same_gradients, gradients_of
 from tests.trl.conftest import (
     CHATS,
     LORA,
     ONE_STEP,
-    KeepGradients,
     Pass,
     Prompt,
     Subject,
     assert_own_log_probs,
-    assert_same_gradients,
     columns_of,
-    gradients_of,
     mapping_loss,
     prompt_of,
     prompts_of,

@@ -6,18 +6,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from tests.helpers.gradients import assert_same_gradients, gradients_of
 from tests.helpers.hub_folder import run
-from tests.trl.conftest import (
-    CHATS,
-    ONE_STEP,
-    Subject,
-    answer,
-    ask,
-    assert_same_gradients,
-    gradients_of,
-    image,
-    step_of,
-)
+from tests.trl.conftest import CHATS, ONE_STEP, Subject, answer, ask, image, step_of
 
 from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
 
