@@ -16,7 +16,7 @@ from fusion_hf.evaluation.questions import Continuation, Generation, Messages, P
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.batching import count_tokens, longest_together, render
-from fusion_hf.inference.chat_model import AUTO, Assistant, SeenPicture, with_stand_in
+from fusion_hf.inference.chat_model import AUTO, Assistant, SeenPicture
 from fusion_hf.inference.facts import ModelFacts
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 
@@ -177,8 +177,9 @@ class LocalModel:
         has_pictures = batch[0].picture is not None
         try:
             inputs = self.assistant.processor.apply_chat_template(
-                [with_stand_in(messages) for messages in conversations],
+                conversations,
                 **self.budget._asdict(),
+                process_images=False,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
