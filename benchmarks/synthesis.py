@@ -17,10 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from filter_accuracy import measure
 from measure import BYTES_PER_KIB, paired_ratios, positive, read_result, summarize, surroundings, write_result
 from tqdm import tqdm
-
-from fusion_hf.synthesis.procedural.truth import measure
 
 PACKAGES = ("datatrove",)
 WORKERS = (1, 2)

@@ -6,8 +6,7 @@ import pytest
 import synthesis
 import synthesis_report
 from blocks import RESULTS, replace_block
-
-from fusion_hf.synthesis.procedural.truth import FILTERS as FILTER_NAMES
+from filter_accuracy import FILTERS as FILTER_NAMES
 
 FILTERS = json.loads((RESULTS / "synthesis_cpu.json").read_text())["filters"]["filters"]
 

@@ -387,3 +387,73 @@ def test_questions_are_refused_where_turns_are_left_to_the_model(processor: Fusi
     text = processor.apply_chat_template([user("what color is it?")], add_generation_prompt=True)
     with pytest.raises(ValueError, match=r"`questions`.*without_turns"):
         processor.without_turns()(text=text, questions="what?")
+
+
+# Prompts whose images the model gets in another way
+
+
+KEPT = [
+    [user("What is this?", IMAGE)],
+    [user("Here it is.", IMAGE), answer("A square."), user("And its colour?")],
+    [user("Hello."), answer("Hi."), user("What is this?", IMAGE)],
+    [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "data:x"}}, {"type": "text", "text": "?"}],
+        }
+    ],
+]
+
+
+def with_image(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with an image that can be opened in the place of each image block."""
+    blocks = {"image": {"type": "image", "image": IMAGE}, "image_url": {"type": "image", "image": IMAGE}}
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [blocks.get(block["type"], block) for block in message["content"]]}
+        for message in messages
+    ]
+
+
+@pytest.mark.parametrize("messages", KEPT)
+@pytest.mark.parametrize("budget", [{}, {"query_len": 4, "image_token_grid": 2}])
+def test_images_that_are_not_processed(
+    processor: FusionProcessor, messages: list[dict[str, Any]], budget: dict[str, int]
+) -> None:
+    """Prompts are those of prompts with images, and nothing is opened: there is no `data:x`."""
+    expected = processor.apply_chat_template(with_image(messages), **CALL, **budget)
+    found = processor.apply_chat_template(messages, **CALL, **budget, process_images=False)
+    assert found.keys() == expected.keys() - {"pixel_values"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    bare = [{"type": "image"}, {"type": "text", "text": "?"}]
+    assert "pixel_values" not in processor.apply_chat_template(
+        [{"role": "user", "content": bare}], **CALL, process_images=False
+    )
+
+
+def test_texts_whose_images_are_not_processed(processor: FusionProcessor) -> None:
+    texts = [processor.apply_chat_template(m, add_generation_prompt=True) for m in (KEPT[0], [user("Hi.")], KEPT[1])]
+    options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, "padding": True}
+    expected = processor(text=texts, images=[IMAGE, IMAGE], **options)
+    found = processor(text=texts, process_images=False, **options)
+    assert found == {name: value for name, value in expected.items() if name != "pixel_values"}
+    with pytest.raises(ValueError, match=r"`images`.*`process_images=False`"):
+        processor(text=texts, images=[IMAGE, IMAGE], process_images=False)
+    with pytest.raises(ValueError, match="2 <image> tokens and 0 images"):
+        processor(text=texts)
+
+
+def test_replaced_texts_have_their_offsets(processor: FusionProcessor) -> None:
+    text, count = processor.apply_chat_template(KEPT[0], add_generation_prompt=True), processor.num_image_tokens
+    (row,) = processor(text=text, images=IMAGE, return_text_replacement_offsets=True)["text_replacement_offsets"]
+    start, token = text.index("<image>"), len("<image>")
+    assert row == [
+        {
+            "type": "image",
+            "span": (start, start + token),
+            "new_span": (start, start + count * token),
+            "text": "<image>",
+            "replacement": "<image>" * count,
+        }
+    ]

@@ -16,7 +16,7 @@ from fusion_hf.evaluation.questions import Continuation, Generation, Messages, P
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.batching import count_tokens, longest_together, render
-from fusion_hf.inference.chat_model import ChatModel, with_stand_in
+from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.inference.model_info import ModelInfo
@@ -179,8 +179,9 @@ class LocalModel:
         has_pictures = batch[0].picture is not None
         try:
             inputs = self.chat_model.processor.apply_chat_template(
-                [with_stand_in(messages) for messages in conversations],
+                conversations,
                 **self.budget._asdict(),
+                process_images=False,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",

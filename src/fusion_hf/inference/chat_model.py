@@ -16,7 +16,6 @@ from fusion_hf.hub.folders import find_folder, nano_path
 from fusion_hf.inference.devices import AUTO, check_quantized_dtype, choose_device, choose_dtype
 from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.inference.loading import load_config, load_model
-from fusion_hf.model.chat_fusion import REPEATED
 from fusion_hf.model.configuration_fusion import is_perfect_square
 from fusion_hf.model.image_sources_fusion import describe_source
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
@@ -125,18 +124,20 @@ class ChatModel:
         query_len: int | None = None,
         image_features: ImageFeatures | None = None,
         image_token_grid: int | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> BatchFeature:
         """
         What `generate` takes for a conversation that ends with a question; arguments and errors as of `answer`.
+
+        `pixel_values` `(1, 5, 3, H, W)` are the tiles of the messages' image, where they were cut before.
         """
         length, grid = self.check_query_len(query_len), self.check_image_token_grid(image_token_grid)
-        if image_features is not None:
-            messages = with_stand_in(messages)
         try:
             inputs = self.processor.apply_chat_template(
                 messages,
                 query_len=length,
                 image_token_grid=grid,
+                process_images=image_features is None and pixel_values is None,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -147,6 +148,8 @@ class ChatModel:
         prompt = inputs["input_ids"].shape[1]
         if prompt >= self.max_length:
             raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
         inputs = inputs.to(self.model.device, self.model.dtype)
         inputs.update(query_len=length, image_token_grid=grid)
         if image_features is not None:
@@ -224,18 +227,3 @@ def question_message(question: str, image: Image.Image | None = None) -> dict[st
     """A user's chat message, with the image if it is the first of its conversation."""
     content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-
-
-def with_stand_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with an image of one pixel, for a template and a processor that want one: it costs no resizing."""
-    stand_in = {"type": "image", "image": Image.new("RGB", (1, 1))}
-    return [
-        {**message, "content": [stand_in if _is_image(block) else block for block in message["content"]]}
-        if isinstance(message["content"], list)
-        else message
-        for message in messages
-    ]
-
-
-def _is_image(block: dict[str, Any]) -> bool:
-    return block["type"] == "image" and not block.get(REPEATED)

@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference.chat_model import ChatModel, with_stand_in
+from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
@@ -207,15 +207,13 @@ class Engine:
     def _generate(self, job: _Job) -> Finished:
         request, chat_model = job.request, self.chat_model
         budget = self._budget(request)
-        messages, pixel_values = with_stand_in(request.messages), None
+        pixel_values = None
         if job.tiles is not None:
             pixel_values = to_pixel_values(job.tiles, chat_model.processor.image_processor)
         with self._turns:
             if job.is_over:  # a prompt takes long, and nobody waits for it
                 raise too_late()
-            inputs = chat_model.prepare(messages, budget.query_len, image_token_grid=budget.image_token_grid)
-            if pixel_values is not None:
-                inputs.update(pixel_values=pixel_values.to(chat_model.model.device, chat_model.model.dtype))
+            inputs = chat_model.prepare(request.messages, **budget._asdict(), pixel_values=pixel_values)
             prompt_tokens = inputs["input_ids"].shape[1]
             self._check_length(prompt_tokens)
             text = AnswerText(chat_model.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from PIL import Image
 from vllm.config import VllmConfig
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
@@ -10,7 +9,6 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.transformers_utils.processor import cached_processor_from_config
 from vllm.utils.async_utils import make_async
 
-from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.vllm.prompts import PromptReader, RequestBudget
 
 # what a request may say beside its messages, as `mm_processor_kwargs`
@@ -78,11 +76,8 @@ class FusionRenderer(HfRenderer):
         return {**prompt, **self._encode(prompt["prompt"], budget)}
 
     def _encode(self, text: str, budget: RequestBudget) -> dict[str, Any]:
-        # a picture of one pixel keeps the place of the real one, which vLLM processes, and caches, itself
-        pictures = [Image.new("RGB", (1, 1))] * text.count(IMAGE_TOKEN)
-        encoded = self._fusion_processor(
-            pictures or None, text, query_len=budget.query_len, image_token_grid=budget.image_token_grid
-        )
+        # vLLM processes, and caches, the image itself
+        encoded = self._fusion_processor(text=text, **budget._asdict(), process_images=False)
         question = encoded["instruct_input_ids"][0]
         return {"prompt_token_ids": encoded["input_ids"][0], ORIGIN: Origin(question, budget)}
 

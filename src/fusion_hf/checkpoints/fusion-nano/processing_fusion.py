@@ -147,6 +147,7 @@ class FusionProcessor(ProcessorMixin):
         chat_template: str | None = None,
         query_len: int | None = None,
         image_token_grid: int | None = None,
+        process_images: bool = True,
         **kwargs: Any,
     ) -> Any:
         """
@@ -155,8 +156,8 @@ class FusionProcessor(ProcessorMixin):
         A message's content is a string or a list of `{"type": "text", "text": ...}` and one
         `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
         where training puts it, see [`CHAT_FORMATS`]. What looks like a control token in a message stays text; with
-        `sanitize_control_tokens=True` so does every special token that a user added. `query_len` and
-        `image_token_grid` are those of the call.
+        `sanitize_control_tokens=True` so does every special token that a user added. `query_len`, `image_token_grid`
+        and `process_images` are those of the call; with `process_images=False`, an image block needs no image.
 
         Raises:
             ValueError: names the message and the block that FUSION cannot read, or says what the template lacks.
@@ -173,7 +174,7 @@ class FusionProcessor(ProcessorMixin):
         prepared = []
         for number, messages in enumerate(conversation if batched else [conversation]):
             where = f"conversation[{number}]." if batched else ""
-            prepared.append(self._prepare_messages(messages, sanitize, where))
+            prepared.append(self._prepare_messages(messages, sanitize, where, keep_images=process_images))
             if kwargs.get("add_generation_prompt"):
                 require_question(prepared[-1], where)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
@@ -188,6 +189,8 @@ class FusionProcessor(ProcessorMixin):
             self._check_headers(prepared, chat_template, template, kwargs)
         # a block of one latent token looks like a mark that stands for a block: say that it is none
         processor_kwargs["query_len"] = length
+        if not process_images:
+            processor_kwargs["process_images"] = False
         if self.returns_turns:
             processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
         if image_token_grid is not None:
@@ -226,6 +229,7 @@ class FusionProcessor(ProcessorMixin):
         query_len: int | None = None,
         image_token_grid: int | None = None,
         questions: str | list[str] | None = None,
+        process_images: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -235,7 +239,9 @@ class FusionProcessor(ProcessorMixin):
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
         swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
         default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
-        behind its image.
+        behind its image. `process_images=False` is for prompts whose images the model gets in another way, such as
+        `global_features` that were computed for an earlier question: `<image>` is written as for an image, but none is
+        taken, opened or resized, and there are no `pixel_values`.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
@@ -247,11 +253,13 @@ class FusionProcessor(ProcessorMixin):
             # a copy that other threads do not see: transformers asks `replace_image_token`, which knows no call's grid
             resized = copy.copy(self)
             resized.num_image_tokens = self.count_image_tokens(image_token_grid)
-            return resized(images, text, query_len, questions=questions, **kwargs)
+            return resized(images, text, query_len, questions=questions, process_images=process_images, **kwargs)
         if questions is not None and not self.returns_turns:
             raise ValueError(
                 "`questions` must be None for a processor `without_turns()`: the model finds them in ids."
             )
+        if images is not None and not process_images:
+            raise ValueError("`images` must be None with `process_images=False`, which is for images that you keep.")
         if text is None:
             return super().__call__(images=None if images is None else defer_images(images), **kwargs)
         if not isinstance(text, (str, list, tuple)) or text in ([], ()):
@@ -270,23 +278,18 @@ class FusionProcessor(ProcessorMixin):
         shifts = [len(self._prefix(t)) - begin * len(self.begin) for t, begin in zip(given, begins, strict=True)]
         if any(IMAGE_TOKEN in t and LATENT_TOKEN not in t for t in texts):
             warnings.warn(NO_LATENTS, stacklevel=2)
-        _check_nesting(images, texts)
         flat_images = defer_images(images)
-        marks = sum(t.count(IMAGE_TOKEN) for t in texts)
-        if marks != len(flat_images):  # in transformers' words, whose older versions do not count
-            raise ValueError(
-                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images: "
-                f"found {marks} {IMAGE_TOKEN} tokens and {len(flat_images)} images."
-            )
+        if process_images:
+            _check_images(images, texts)
         tensors = text_kwargs.get("return_tensors")
         kwargs = _without(kwargs, "return_tensors")
         if tensors is not None and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
             kwargs["padding"] = True
         kwargs["return_offsets_mapping"] = True
         kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "return_tensors": "np"}  # one array, not a list
-        features = super().__call__(images=flat_images or None, text=list(texts), **kwargs)
-
+        pixels = super().__call__(images=flat_images, **kwargs) if flat_images else {}
         expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
+        features = super().__call__(text=list(expanded), **kwargs)
         columns = (features[name] for name in ("input_ids", "attention_mask", "offset_mapping"))
         chat_format = CHAT_FORMATS[self.chat_format]
         rows = [
@@ -313,7 +316,7 @@ class FusionProcessor(ProcessorMixin):
             whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
             data["prompt_end_positions"] = whole
         if flat_images:
-            data["pixel_values"] = _one_per_sample(features["pixel_values"], [IMAGE_TOKEN in t for t in texts])
+            data["pixel_values"] = _one_per_sample(pixels["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
             if any(_order_marks(t) != t for t in given):
                 raise ValueError(
@@ -324,10 +327,8 @@ class FusionProcessor(ProcessorMixin):
             pairs = zip(rows, shifts, strict=True)
             data["offset_mapping"] = [_shifted(row.offsets, n) for row, n in pairs]
         if text_kwargs.get("return_text_replacement_offsets"):
-            data["text_replacement_offsets"] = [
-                [{**each, **{name: _shifted([each[name]], n)[0] for name in ("span", "new_span")}} for each in row]
-                for row, n in zip(features["text_replacement_offsets"], shifts, strict=True)
-            ]
+            count = self.num_image_tokens
+            data["text_replacement_offsets"] = [_replacement(*pair, count) for pair in zip(texts, shifts, strict=True)]
         if text_kwargs.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
@@ -354,11 +355,19 @@ class FusionProcessor(ProcessorMixin):
         tokens = [self.count_image_tokens(image_token_grid)] * count
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
+    def validate_inputs(self, images: Any = None, text: list[str] | None = None, **kwargs: Any) -> None:
+        """Check as transformers does, but for the number of images: `__call__` compares it with marks as they came."""
+        without_marks = None if text is None else [each.replace(IMAGE_TOKEN, "") for each in text]
+        super().validate_inputs(images=images, text=without_marks, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens
 
-    def _prepare_messages(self, messages: Any, sanitize: bool, where: str) -> list[dict[str, Any]]:
-        """Copies of the messages as lists of blocks: one protected text each, behind the image of its message."""
+    def _prepare_messages(self, messages: Any, sanitize: bool, where: str, keep_images: bool) -> list[dict[str, Any]]:
+        """
+        Copies of the messages as lists of blocks: one protected text each, behind the image of its message or, unless
+        images are kept, behind a block that only says where the image is.
+        """
         prepared, pictures = [], 0
         messages = as_dicts(messages)
         check_messages(messages, where)
@@ -367,6 +376,8 @@ class FusionProcessor(ProcessorMixin):
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             images = [_as_image_block(block) for block in blocks if block["type"] != "text"]
             pictures += sum(not image.get(REPEATED) for image in images)
+            if not keep_images:
+                images = [{"type": "image"} for _ in images]
             # joined before they are protected: two blocks could hold the halves of a mark
             text = "".join(block["text"] for block in blocks if block["type"] == "text")
             text = protect_all(text.strip() if images else text, self.tokenizer, sanitize)
@@ -534,15 +545,25 @@ def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block
 
 
-def _check_nesting(images: Any, texts: list[str]) -> None:
-    """Images in one list per prompt must be those of the prompt's marks: flattened, they could go to another one."""
+def _check_images(images: Any, texts: list[str]) -> None:
+    """
+    Check that prompts have as many image marks as there are images. Images in one list per prompt must be those of the
+    prompt's marks: flattened, they could go to another one.
+
+    Raises:
+        ValueError: names both numbers.
+    """
     parts = list(images) if is_group(images) else [images]
-    total = len(defer_images(images))
-    if not total or not any(part is None or is_group(part) for part in parts):
+    total, marks = len(defer_images(images)), sum(text.count(IMAGE_TOKEN) for text in texts)
+    is_nested = total > 0 and any(part is None or is_group(part) for part in parts)
+    if marks != total and not (is_nested and len(parts) == len(texts)):  # in transformers' words
+        raise ValueError(
+            f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images: "
+            f"found {marks} {IMAGE_TOKEN} tokens and {total} images."
+        )
+    if not is_nested:
         return
     if len(parts) != len(texts):
-        if total != sum(text.count(IMAGE_TOKEN) for text in texts):
-            return  # which the caller says in transformers' words
         raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
     for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
         marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
@@ -565,6 +586,15 @@ def _pad(rows: list[list[int]], value: int) -> list[list[int]]:
 def _shifted(offsets: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     """Character spans, in a text without the first `count` characters, or with as many more; padding has none."""
     return [(max(start - count, 0), max(end - count, 0)) if end > start else (0, 0) for start, end in offsets]
+
+
+def _replacement(text: str, shift: int, count: int) -> list[dict[str, Any]]:
+    """What transformers says of an image mark that became `count` tokens, with `shift` characters less before it."""
+    found, block = re.search(IMAGE_TOKEN, text), IMAGE_TOKEN * count
+    if found is None:
+        return []
+    spans = _shifted([found.span(), (found.start(), found.start() + len(block))], shift)
+    return [dict(zip(("span", "new_span"), spans, strict=True), type="image", text=IMAGE_TOKEN, replacement=block)]
 
 
 def _one_per_sample(pixel_values: np.ndarray, has_image: list[bool]) -> np.ndarray:

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from filter_faults import FAULTS, Case
+from filter_lookalikes import LOOKALIKES
+
 from fusion_hf.synthesis.category import Category, load_categories
 from fusion_hf.synthesis.filters import RULES, Filter, build_filters
 from fusion_hf.synthesis.filters.across import DuplicateQuestions
 from fusion_hf.synthesis.filters.text import TurnCount
 from fusion_hf.synthesis.procedural.draw import plan
-from fusion_hf.synthesis.procedural.faults import FAULTS, Case
-from fusion_hf.synthesis.procedural.lookalikes import LOOKALIKES
 from fusion_hf.synthesis.record import SynthRecord
 
 MOST_TRIES = 40  # records that are drawn until a change is possible

@@ -1,13 +1,13 @@
 """Filters against drawn records with known faults and without."""
 
 import pytest
+from filter_accuracy import ACROSS, FILTERS, broken, fault_kinds, measure
+from filter_faults import FAULTS
+from filter_lookalikes import LOOKALIKES
 
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.filters import build_filters
 from fusion_hf.synthesis.procedural.draw import plan
-from fusion_hf.synthesis.procedural.faults import FAULTS
-from fusion_hf.synthesis.procedural.lookalikes import LOOKALIKES
-from fusion_hf.synthesis.procedural.truth import ACROSS, FILTERS, broken, fault_kinds, measure
 
 RECORDS = 4  # of each kind and category
 SEED = 11

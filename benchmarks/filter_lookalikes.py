@@ -4,9 +4,7 @@ import random
 import re
 from dataclasses import replace
 
-from fusion_hf.synthesis.choices import Choice, parse_choice
-from fusion_hf.synthesis.filters.words import UNITS
-from fusion_hf.synthesis.procedural.faults import (
+from filter_faults import (
     COLOR,
     COUNT,
     HOW_MANY,
@@ -16,6 +14,9 @@ from fusion_hf.synthesis.procedural.faults import (
     asked_by_kind,
     with_turn,
 )
+
+from fusion_hf.synthesis.choices import Choice, parse_choice
+from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.procedural.questions import sentence_case
 from fusion_hf.synthesis.record import SynthRecord, Turn
 
