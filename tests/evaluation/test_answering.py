@@ -41,7 +41,7 @@ def test_batches_answer_as_one_by_one(chat_model, questions, one_by_one):
 def test_tiles_of_a_picture_are_encoded_once(chat_model, questions, monkeypatch):
     encoded = []
     encode_images = ChatModel.encode_images
-    monkeypatch.setattr(ChatModel, "see_all", lambda self, p: encoded.append(len(p)) or encode_images(self, p))
+    monkeypatch.setattr(ChatModel, "encode_images", lambda self, p: encoded.append(len(p)) or encode_images(self, p))
     Answerer(LocalModel(chat_model, batch_size=4)).answer(questions)
     with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
     assert sum(encoded) == len(with_picture)
