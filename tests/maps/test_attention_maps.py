@@ -138,7 +138,7 @@ def test_a_history_is_read_as_in_a_conversation(chat_model: ChatModel, monkeypat
 
     monkeypatch.setattr(ChatModel, "prepare", prepare)
     talk = Conversation(chat_model, chat_model.open_image(PICTURE), max_new_tokens=16)
-    talk.messages = [question_message("how many shapes are there?", talk.picture), HISTORY[1]]
+    talk.messages = [question_message("how many shapes are there?", talk.image), HISTORY[1]]
     answer = talk.ask(QUESTION)
     assert attention_maps(PICTURE, QUESTION, chat_model, [first, HISTORY[1]]).answer == answer
     assert len(read) == 2 and read[0]["input_ids"].equal(read[1]["input_ids"])
