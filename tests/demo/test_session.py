@@ -74,7 +74,7 @@ def test_a_length_of_the_caller_can_be_chosen(chat_model):
 
 def test_a_smaller_grid_reaches_the_conversation(chat_model, red_circle):
     session = Answerer(chat_model, 1, image_token_grid=3).look(red_circle)
-    assert session.conversation.image_token_grid == 3
+    assert session.conversation.budget.image_token_grid == 3
 
 
 @pytest.mark.parametrize(
