@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from fusion_hf.common.outputs import atomic_path, write_atomically
-from fusion_hf.inference.chat_model import DTYPES
+from fusion_hf.inference.devices import DTYPES
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
