@@ -105,7 +105,7 @@ def test_errors_name_key_and_value(broken_file, changes, message):
 
 def test_no_yaml(tmp_path: Path):
     (tmp_path / "Bad.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="Bad.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"Bad\.yaml is no YAML"):
         read_category(tmp_path / "Bad.yaml")
     with pytest.raises(InputError, match=r"no \.yaml file"):
         load_categories(tmp_path / "none")

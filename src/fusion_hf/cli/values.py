@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from fusion_hf.training.keys import is_square
+from fusion_hf.training.recipe_keys import is_square
 
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
