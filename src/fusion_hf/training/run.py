@@ -13,6 +13,7 @@ import yaml
 from transformers import set_seed
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data import load_records
 from fusion_hf.hub.folders import find_folder
 from fusion_hf.inference.loading import load_model
@@ -90,9 +91,7 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
                 "begin anew."
             )
     with writing(output, RECIPE_FILE):
-        draft = recipe.with_name(f"{recipe.name}.tmp")
-        draft.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        draft.replace(recipe)
+        write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).encode())
     given = arguments.resume_from_checkpoint
     if given not in (None, AUTO):
         supersede(output, _step_in(output, given))
@@ -205,6 +204,4 @@ def _finish(trainer: FusionTrainer, output: Path) -> None:
             return
         if not arguments.lora_rank:  # an adapter stays as exact as it was trained
             cast_weights(output, arguments.save_dtype)
-        draft = output / f"{FINISHED_FILE}.tmp"
-        draft.write_text(json.dumps({"steps": trainer.state.global_step}) + "\n", encoding="utf-8")
-        draft.replace(output / FINISHED_FILE)
+        write_atomically(output / FINISHED_FILE, f"{json.dumps({'steps': trainer.state.global_step})}\n".encode())
