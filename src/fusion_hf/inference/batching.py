@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel
@@ -34,7 +35,6 @@ from fusion_hf.model.quantization_fusion import plain_tensors
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
-ADDRESSES = ("http://", "https://")
 DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
 
 
@@ -222,7 +222,7 @@ class _Run:
         """
         if not isinstance(picture, str):
             return self.chat_model.open_image(picture)
-        if picture.startswith(ADDRESSES):
+        if is_address(picture):
             return self.chat_model.open_image(picture)
         path = self.root / picture
         if not path.is_file():
@@ -267,7 +267,7 @@ def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, 
     return {
         "records": len(entries),
         "records_sha256": digest_entries(entries),
-        "dtype": str(chat_model.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(chat_model.model.dtype),
         "max_new_tokens": max_new_tokens,
         **budget._asdict(),
         "model": digest_model(chat_model),

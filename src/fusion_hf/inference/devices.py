@@ -3,10 +3,11 @@
 import torch
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.values import DTYPE_NAMES, torch_dtype
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 AUTO = "auto"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: torch_dtype(name) for name in DTYPE_NAMES}
 
 
 def choose_device(name: str = AUTO) -> torch.device:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.common.values import dtype_name
+
 if TYPE_CHECKING:
     from fusion_hf.inference.chat_model import ChatModel
     from fusion_hf.model.modeling_fusion_decoder import TokenBudget
@@ -46,7 +48,7 @@ class ModelInfo:
         member = find_member(model.config)
         return cls(
             revision=digest_model(chat_model),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.dtype),
             device=str(model.device),
             **budget._asdict(),
             max_length=chat_model.max_length,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from fusion_hf.data.easy_vqa import EasyVqaImage, read_easy_vqa
+from fusion_hf.data.record_parsing import HUMAN, MODEL
 from fusion_hf.drawing.drawn_images import CATEGORIES, Category, DrawnImage, Split, draw_spec
 from fusion_hf.drawing.drawn_questions import (
     DrawnQuestion,
@@ -64,8 +65,8 @@ class NanoRecord:
         conversations = []
         for index, (question, answer) in enumerate(self.turns):
             mark = "<image>\n" if index == 0 else ""
-            conversations.append({"from": "human", "value": mark + question})
-            conversations.append({"from": "gpt", "value": answer})
+            conversations.append({"from": HUMAN, "value": mark + question})
+            conversations.append({"from": MODEL, "value": answer})
         return {"id": self.key, "image": self.open_image() if image is None else image, "conversations": conversations}
 
 
