@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.values import dtype_name, is_address
-from fusion_hf.data.records import RecordProblem
+from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
