@@ -34,7 +34,7 @@ HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, S
 
 def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
     """
-    A repository's folder in the cache, and whether its weights were left where they are; see `locations.locate`.
+    A repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
 
     Raises:
         ConversionError: if there is no such repository, or the Hub cannot be reached.

@@ -7,8 +7,9 @@ from typing import Any
 from fusion_hf.common.errors import short_name
 from fusion_hf.common.outputs import check_output
 from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.locations import Location, Wanted, locate
+from fusion_hf.conversion.locations import Location, Wanted, local_revision
 from fusion_hf.conversion.reading import find_weight_files, read_json
+from fusion_hf.hub.folders import REPOSITORY
 
 TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
 # as `DECODER_LAYERS` has them, which imports torch
@@ -120,6 +121,34 @@ def find_build_inputs(options: BuildOptions) -> BuildInputs:
     for location in (text, vision):
         check_weights(location)
     return BuildInputs(text, values, vision, find_tokenizer(options.tokenizer, text))
+
+
+def locate(source: str, flag: str, wanted: Wanted = "all") -> Location:
+    """A local path, or a repository that is downloaded into the cache.
+
+    Args:
+        source: what the user gave.
+        flag: the option that it was given with, for errors.
+        wanted: what to download of a repository. `"headers"` leaves safetensors where they are; `"configuration"`
+            fetches no weights at all.
+
+    Raises:
+        ConversionError: if it is neither, or the download fails.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            path = path.resolve()
+            return Location(path, path.name, local_revision(path))
+    except (OSError, ValueError):  # longer than a name can be, or with a null character
+        pass
+    if not REPOSITORY.fullmatch(source):
+        shown = short_name(repr(source))
+        raise ConversionError(f"{flag}: {shown} is neither an existing path nor the name of a Hub repository.")
+    from fusion_hf.conversion.hub import download  # its client takes longer to import than all of this
+
+    path, is_remote = download(source, flag, wanted)
+    return Location(path, source, local_revision(path), is_remote)
 
 
 def _check_result(options: ConversionOptions | BuildOptions) -> None:
