@@ -54,13 +54,13 @@ class Asking:
         self.start()
         assert self.end() == 0, self.errors
 
-    def journal(self) -> bytes:
+    def log(self) -> bytes:
         """Its whole lines."""
         content = self.partial.read_bytes() if self.partial.exists() else b""
         return content[: content.rfind(b"\n") + 1]
 
     def batches(self) -> int:
-        return max(self.journal().count(b"\n") - 1, 0)
+        return max(self.log().count(b"\n") - 1, 0)
 
 
 def check_answers(asking: Asking, undisturbed: Asking, count: int) -> None:
@@ -88,9 +88,9 @@ def test_killed(tmp_path: Path):
         asking.start()
         asking.wait_for(lambda batches=batches: asking.batches() >= batches)
         asking.kill()
-        assert asking.journal().startswith(kept)  # what was answered stays, byte for byte
+        assert asking.log().startswith(kept)  # what was answered stays, byte for byte
         assert not asking.output.exists()
-        kept = asking.journal()
+        kept = asking.log()
     asking.finish()
     check_answers(asking, undisturbed, COUNT // 4)
 
@@ -113,8 +113,8 @@ def test_killed_again_and_again(tmp_path: Path):
         asking.kill()
         kills.append(f"kill {number} after {asking.batches()} batches")
         assert not asking.output.exists(), kills
-        assert asking.journal().startswith(kept), kills  # what was answered stays, byte for byte
-        kept = asking.journal()
+        assert asking.log().startswith(kept), kills  # what was answered stays, byte for byte
+        kept = asking.log()
     assert len(set(kills)) == KILLS and asking.batches() >= KILLS // 2, kills
     asking.finish()
     check_answers(asking, undisturbed, COUNT)
@@ -135,7 +135,7 @@ def test_killed_while_the_output_is_made(tmp_path: Path):
         states.append((asking.output.exists(), asking.partial.exists()))
         if asking.partial.exists():
             asking.finish()
-        for path in asking.output.parent.glob("*.lock"):  # of a process that was killed after the journal's removal
+        for path in asking.output.parent.glob("*.lock"):  # of a process that was killed after the removal of the log
             path.unlink()
         check_answers(asking, undisturbed, 8)
         asking.output.unlink()

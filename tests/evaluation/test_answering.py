@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.questions import MAX_NEW_TOKENS, Continuation, Generation, Request
 from fusion_hf.inference import Assistant
 
+BEGUN = Path(__file__).parents[1] / "fixtures" / "begun"
 OPTIONS = ("red", "blue", "yes", "rectangle")
 
 
@@ -81,6 +83,46 @@ def test_half_a_line_is_dropped_and_asked_again(assistant, questions, one_by_one
     cache.close()
     assert answerer.asked == 1
     assert sorted(json.loads(line)["doc_id"] for line in path.open()) == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def former(assistant) -> LocalModel:
+    """With the identity that the model had when the files in `begun` were made."""
+    model = LocalModel(assistant)
+    model.reader = replace(model.reader, identity=(BEGUN / "identity.json").read_text().strip())
+    return model
+
+
+@pytest.fixture
+def former_requests(make_request) -> list[Request]:
+    first, second = read_easy_vqa("test")[:2]
+    texts = [text for text, _ in first.questions][:3]
+    return [
+        *(make_request(text, first.path, number=number) for number, text in enumerate(texts)),
+        make_request(texts[0], first.path, number=3, wanted=Continuation(" red")),
+        make_request(second.questions[0][0], second.path, number=9),
+    ]
+
+
+def test_answers_of_the_former_release_are_taken_up(former: LocalModel, former_requests, tmp_path: Path):
+    """`begun/answers.jsonl` was written by the code before `ResultLog`; a kill tore its last line."""
+    path = tmp_path / "00000.jsonl"
+    path.write_bytes(begun := (BEGUN / "answers.jsonl").read_bytes())
+    cache = AnswerCache(tmp_path)
+    answerer = Answerer(former, cache)
+    answers = answerer.answer(former_requests)
+    cache.close()
+    assert (answerer.asked, None in answers) == (1, False)
+    assert path.read_bytes().startswith(begun)
+    assert json.loads(path.read_bytes().splitlines()[-1]).keys() == {"key", "task", "doc_id", "answer"}
+
+
+def test_answers_are_logged_as_by_the_former_release(former: LocalModel, former_requests, tmp_path: Path):
+    cache = AnswerCache(tmp_path)
+    Answerer(former, cache).answer(former_requests[:3])
+    cache.close()
+    before = (BEGUN / "answers.jsonl").read_bytes().splitlines()[:3]
+    assert (tmp_path / "00000.jsonl").read_bytes().splitlines() == before
 
 
 def test_other_settings_are_other_questions(assistant, questions, tmp_path: Path):

@@ -199,8 +199,8 @@ def test_a_torchao_dict_is_taken_as_its_configuration():
     assert type(model.lm_head.weight) is torch.nn.Parameter
 
 
-def test_batches_with_a_journal_can_be_asked_of_it(quantized, processor, tmp_path):
-    """Their journal holds a digest of the weights."""
+def test_batches_with_an_output_can_be_asked_of_it(quantized, processor, tmp_path):
+    """Their log holds a digest of the weights."""
     records = [{"image": PICTURE, "question": QUESTION}] * 3
     assistant = Assistant(quantized.model, processor)
     results = batch_generate(records, assistant, tmp_path / "answers.jsonl", batch_size=2, max_new_tokens=4)

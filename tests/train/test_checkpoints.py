@@ -435,7 +435,7 @@ def read_with_signal(shielded: bool, report: Any) -> None:
                 if len(read) == 10:
                     in_child(lambda: os.killpg(0, signal.SIGTERM))
                 read.extend(batch.tolist())
-        # How the end of a worker shows depends on the moment: torch's own error, or a queue that breaks off in a batch.
+        # How a worker's end shows depends on the moment: torch's own error, or a queue that breaks off in a batch.
         except (RuntimeError, OSError, EOFError) as error:
             report.put(f"{type(error).__name__}: {error}")
         else:

@@ -29,7 +29,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
-    from fusion_hf.common.journal import check_output
+    from fusion_hf.inference.answer_file import check_output
     from fusion_hf.inference.questions import read_entries
 
     read_entries(arguments.input)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fusion_hf.common.endpoints import EndpointUnavailable
-from fusion_hf.evaluation.cache import Answer, AnswerCache, Entry
+from fusion_hf.evaluation.cache import Answer, AnswerCache, CachedAnswer
 from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
@@ -150,7 +150,7 @@ class Answerer:
             self._memory.update((prompt.key, answer) for prompt, answer in zip(batch, answers, strict=True))
             return
         pairs = zip(batch, answers, strict=True)
-        self.cache.put([Entry(p.key, answer, p.request.task, p.request.doc_id) for p, answer in pairs])
+        self.cache.put([CachedAnswer(p.key, answer, p.request.task, p.request.doc_id) for p, answer in pairs])
 
 
 def _number_sampled(requests: Sequence[Request]) -> list[Request]:

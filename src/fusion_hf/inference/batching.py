@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.common.journal import Journal, Result
 from fusion_hf.data.records import RecordProblem
+from fusion_hf.inference.answer_file import AnswerFile, Result
 from fusion_hf.inference.chat_model import AUTO, Assistant
 from fusion_hf.inference.questions import (
     Entry,
@@ -85,22 +85,22 @@ def batch_generate(
     if isinstance(model, Assistant) and (device, dtype) != (AUTO, AUTO):
         raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside an Assistant: {AUTO!r}.")
     entries, root = read_entries(records)
-    with nullcontext() if output is None else Journal(Path(output)) as journal:
+    with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
         assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
         budget = TokenBudget(assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid))
         results: dict[int, Result] = {}
-        if journal is not None:
-            journal.begin(_settings(entries, assistant, max_new_tokens, budget))
-            results = journal.results
+        if answer_file is not None:
+            answer_file.begin(_settings(entries, assistant, max_new_tokens, budget))
+            results = answer_file.results
         run = _Run(assistant, root, max_new_tokens, budget)
         with tqdm(total=len(entries), initial=len(results), unit="record", disable=None if progress else True) as bar:
             for answered in run.results(entries, set(results), batch_size):
-                if journal is not None:
-                    journal.append(answered)
+                if answer_file is not None:
+                    answer_file.append(answered)
                 results.update(answered)
                 bar.update(len(answered))
-        if journal is not None:
-            journal.finish()
+        if answer_file is not None:
+            answer_file.finish()
     return [results[index] for index in range(len(entries))]
 
 

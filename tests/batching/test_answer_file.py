@@ -11,9 +11,13 @@ from tests.helpers.questions import write_questions
 
 from fusion_hf import FusionForConditionalGeneration, batch_generate
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.journal import Journal
+from fusion_hf.common.result_log import ResultLog
 from fusion_hf.inference import Assistant
+from fusion_hf.inference.answer_file import AnswerFile
+from fusion_hf.inference.batching import digest_model
 
+BEGUN = Path(__file__).parents[1] / "fixtures" / "begun"
+FORMER_MODEL = b"fusion-nano@312d220e8a094794"  # its digest there
 COUNT, BATCH_SIZE, NEW_TOKENS = 12, 3, 4
 SETTINGS: dict[str, Any] = {"batch_size": BATCH_SIZE, "max_new_tokens": NEW_TOKENS, "progress": False}
 
@@ -79,6 +83,32 @@ def test_a_stopped_run_goes_on(nano: Assistant, questions: Path, output: Path, s
     assert [json.loads(line) for line in output.read_text().splitlines()] == results
     assert [result["id"] for result in results] == [f"record-{number}" for number in range(COUNT)]
     assert names(output) == {"answers.jsonl"}
+
+
+def test_a_run_of_the_former_release_goes_on(nano: Assistant, output: Path, tmp_path: Path, calls: list[int]):
+    """`begun/batch.partial` was written by the former code, which a kill ended after two of four batches."""
+    questions, _ = write_questions(tmp_path, 8)
+    begun = (BEGUN / "batch.partial").read_bytes().replace(FORMER_MODEL, digest_model(nano).encode())
+    partial(output).write_bytes(begun)
+    settings = {**SETTINGS, "batch_size": 2}
+    calls.append(-1)
+    with pytest.raises(Stopped):
+        batch_generate(questions, nano, output, **settings)
+    assert partial(output).read_bytes().startswith(begun)
+    calls.clear()
+    results = batch_generate(questions, nano, output, **settings)
+    assert calls == [2]
+    assert results == batch_generate(questions, nano, **settings)
+    assert names(output) == {"answers.jsonl"}
+
+
+def test_a_run_is_logged_as_by_the_former_release(nano: Assistant, output: Path, tmp_path: Path, calls: list[int]):
+    questions, _ = write_questions(tmp_path, 8)
+    calls.append(-2)
+    with pytest.raises(Stopped):
+        batch_generate(questions, nano, output, **{**SETTINGS, "batch_size": 2})
+    before = (BEGUN / "batch.partial").read_bytes()
+    assert partial(output).read_bytes().replace(digest_model(nano).encode(), FORMER_MODEL) == before
 
 
 def test_with_another_batch_size(nano: Assistant, questions: Path, output: Path, stopped: list[int]):
@@ -186,7 +216,7 @@ def test_an_unfinished_run_does_not_replace_another_output(nano, questions: Path
     assert (output.read_text(), stopped) == ("precious\n", [])
 
 
-def test_killed_before_the_journal_is_removed(
+def test_killed_before_the_log_is_removed(
     nano: Assistant, questions: Path, output: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     unlink = Path.unlink
@@ -220,7 +250,7 @@ def test_a_batch_is_on_the_disk_before_the_next(
 
 
 def test_two_processes_do_not_share_an_output(nano: Assistant, questions: Path, output: Path, calls: list[int]):
-    with Journal(output), pytest.raises(InputError, match="another process is working on"):
+    with AnswerFile(output), pytest.raises(InputError, match="another process is working on"):
         batch_generate(questions, nano, output, **SETTINGS)
     assert calls == []
     batch_generate(questions, nano, output, **SETTINGS)
@@ -251,17 +281,17 @@ def test_input_is_not_overwritten(nano: Assistant, questions: Path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
 def test_disk_is_full(nano: Assistant, questions: Path, output: Path, monkeypatch: pytest.MonkeyPatch):
-    written = Journal._write
+    written = ResultLog.append
 
     with monkeypatch.context() as patch, Path("/dev/full").open("wb") as full:
 
-        def write(self: Journal, entry: dict[str, Any]) -> None:
-            if len(self.results) > BATCH_SIZE and self.stream is not None:
-                self.stream.close()
-                self.stream = full
-            written(self, entry)
+        def write(self: ResultLog, entries: list[dict[str, Any]]) -> None:
+            if len(self.read()) > 1 and self._stream is not None:  # a header and a batch
+                self._stream.close()
+                self._stream = full
+            written(self, entries)
 
-        patch.setattr(Journal, "_write", write)
+        patch.setattr(ResultLog, "append", write)
         with pytest.raises(InputError, match=r"partial cannot be written \(No space left.*same command again"):
             batch_generate(questions, nano, output, **SETTINGS)
     results = batch_generate(questions, nano, output, **SETTINGS)
