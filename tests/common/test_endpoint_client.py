@@ -155,6 +155,25 @@ def test_a_request_that_fails_while_others_are_answered_is_rejected(ask: Ask):
     assert isinstance(error, RequestRejected) and str(error) == "HTTP 500 in 4 tries" and "choices" in answer
 
 
+@pytest.mark.parametrize(("since_begin", "kind"), [(True, RequestRejected), (False, EndpointUnavailable)])
+def test_an_answer_before_the_first_failure(ask: Ask, since_begin: bool, kind: type[Exception]):
+    """Others were answered while the request was on its way, and nobody afterwards."""
+    answered = threading.Event()
+
+    def fail(payload: dict[str, Any], repeat: int) -> str | None:
+        if payload.get("seed") != 13:
+            answered.set()
+            return None
+        answered.wait(5)
+        time.sleep(0.2)  # until the client has the other answer
+        return "500"
+
+    with serve(Scripted(writer, faults=fail)) as script:
+        client = make_client(alive_since_begin=since_begin)
+        error, answer = ask(client, chat(script), {**QUESTION, "seed": 13}, QUESTION)
+    assert isinstance(error, kind) and "choices" in answer
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [

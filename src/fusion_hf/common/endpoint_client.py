@@ -46,6 +46,28 @@ class _TimedOut(RetryableError):
 
 
 @dataclass
+class _Response:
+    """What an endpoint answers. Logged traces show variables, and an endpoint may repeat the key: not the body."""
+
+    most: int  # bytes
+    status: int = 0
+    retry_after: str | None = None
+    body: bytearray = field(default_factory=bytearray, repr=False)
+
+    def begin(self, head: httpx.Response) -> None:
+        self.status, self.retry_after = head.status_code, head.headers.get("Retry-After")
+
+    def collect(self, part: bytes) -> None:
+        """
+        Raises:
+            RequestRejected: for a body of more bytes.
+        """
+        self.body += part
+        if len(self.body) > self.most:
+            raise RequestRejected(f"the response has more than {self.most} bytes")
+
+
+@dataclass
 class EndpointClient:
     """
     Ask an endpoint of the OpenAI protocol. What it rejects is final; what may pass is sent again, with growing pauses.
@@ -59,6 +81,8 @@ class EndpointClient:
         max_bytes: a longer response is rejected, and the rest of it is not read.
         first_pause: seconds before the second try.
         retries_timeouts: whether a request that had no answer in time is sent again.
+        alive_since_begin: whether any answer since a request began shows that the endpoint is alive, so that this
+            request alone is rejected; else only one since its first failure does.
 
     Example:
 
@@ -72,6 +96,7 @@ class EndpointClient:
     max_bytes: int = MAX_RESPONSE_BYTES
     first_pause: float = FIRST_PAUSE
     retries_timeouts: bool = False
+    alive_since_begin: bool = False
     last_success: float = field(default=-1.0, init=False)  # of any request, on the monotonic clock
     _coroutines: httpx.AsyncClient | None = field(default=None, init=False, repr=False)
 
@@ -96,7 +121,7 @@ class EndpointClient:
 
         Raises:
             RequestRejected: if the endpoint will not have this request, or failed on it while it answered others.
-            EndpointUnavailable: if it answered nothing since the first failure, or no request can succeed.
+            EndpointUnavailable: if it answers nothing, or no request can succeed.
         """
         stop = threading.Event() if stop is None else stop
         attempts = _Attempts(self, url, self.tries if tries is None else tries)
@@ -139,39 +164,35 @@ class EndpointClient:
             raise InputError(f"The proxy that the environment names cannot be used: {error}.") from error
 
     def _send(self, url: str, payload: dict[str, Any] | None) -> dict[str, Any]:
-        end, body = time.monotonic() + self.timeout, bytearray()
+        end, response = time.monotonic() + self.timeout, _Response(self.max_bytes)
         try:
-            with self._threads.stream(**_request(url, payload)) as response:
-                for part in response.iter_bytes():
-                    self._collect(body, part)
+            with self._threads.stream(**_request(url, payload)) as head:
+                response.begin(head)
+                for part in head.iter_bytes():
+                    response.collect(part)
                     if time.monotonic() > end:
                         raise TimeoutError
         except _TRANSPORT_ERRORS as error:
             raise self._transport_failure(error) from error
-        return self._read(url, response, bytes(body))
+        return self._read(url, response)
 
     async def _send_async(self, url: str, payload: dict[str, Any]) -> dict[str, Any]:
         if self._coroutines is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
             self._coroutines = self._open(httpx.AsyncClient, limits)
-        connections, body = self._coroutines, bytearray()
+        connections, response = self._coroutines, _Response(self.max_bytes)
 
-        async def receive() -> httpx.Response:
-            async with connections.stream(**_request(url, payload)) as response:
-                async for part in response.aiter_bytes():
-                    self._collect(body, part)
-                return response
+        async def receive() -> None:
+            async with connections.stream(**_request(url, payload)) as head:
+                response.begin(head)
+                async for part in head.aiter_bytes():
+                    response.collect(part)
 
         try:
-            response = await asyncio.wait_for(receive(), self.timeout)
+            await asyncio.wait_for(receive(), self.timeout)
         except _TRANSPORT_ERRORS as error:
             raise self._transport_failure(error) from error
-        return self._read(url, response, bytes(body))
-
-    def _collect(self, body: bytearray, part: bytes) -> None:
-        body += part
-        if len(body) > self.max_bytes:
-            raise RequestRejected(f"the response has more than {self.max_bytes} bytes")
+        return self._read(url, response)
 
     def _transport_failure(self, error: Exception) -> RetryableError:
         is_late = isinstance(error, (TimeoutError, asyncio.TimeoutError, httpx.TimeoutException))
@@ -183,10 +204,10 @@ class EndpointClient:
         words = "" if is_ours else own_words(str(error).encode("utf-8", "replace"), self.key_variable)
         return RetryableError(f"connection failed ({kind}: {words})" if words else f"connection failed ({kind})")
 
-    def _read(self, url: str, response: httpx.Response, body: bytes) -> dict[str, Any]:
-        words = own_words(body, self.key_variable)
-        check_status(url, response.status_code, words, response.headers.get("Retry-After"))
-        answer = parse_object(body)
+    def _read(self, url: str, response: _Response) -> dict[str, Any]:
+        words = own_words(bytes(response.body), self.key_variable)
+        check_status(url, response.status, words, response.retry_after)
+        answer = parse_object(bytes(response.body))
         self.last_success = time.monotonic()
         return answer
 
@@ -215,7 +236,8 @@ class _Attempts:
         is_late = isinstance(error, _TimedOut)
         if self.failed == 0:
             # who is answered while this request has no answer shows that the endpoint is alive
-            self.first_failure = self.begun if is_late else time.monotonic()
+            from_begin = is_late or self.client.alive_since_begin
+            self.first_failure = self.begun if from_begin else time.monotonic()
         self.failed += 1
         self.reason = str(error)
         if self.failed == self.tries or (is_late and not self.client.retries_timeouts):

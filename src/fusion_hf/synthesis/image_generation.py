@@ -133,7 +133,12 @@ class EndpointMaker:
         self.settings = settings
         self.url = endpoint_url(settings.url, IMAGES)
         self.client = EndpointClient(
-            settings.key_variable, settings.timeout, settings.patience, MAX_RESPONSE_BYTES, retries_timeouts=True
+            settings.key_variable,
+            settings.timeout,
+            settings.patience,
+            MAX_RESPONSE_BYTES,
+            retries_timeouts=True,
+            alive_since_begin=True,
         )
 
     def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":

@@ -31,7 +31,9 @@ class _ChatServer(InferenceServer):
     def __init__(self, config: InferenceConfig, rank: int, endpoint: Endpoint):
         super().__init__(config, rank)
         self.url = endpoint.url
-        self.client = EndpointClient(endpoint.key_variable, endpoint.timeout, endpoint.patience, retries_timeouts=True)
+        self.client = EndpointClient(
+            endpoint.key_variable, endpoint.timeout, endpoint.patience, retries_timeouts=True, alive_since_begin=True
+        )
 
     async def _make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
         try:
