@@ -6,7 +6,7 @@ import pytest
 from tests.synthesis.runs import letter_shares
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.synthesis.category import FOLDER, Check, load_categories
+from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
 from fusion_hf.synthesis.filters.across import DuplicateQuestions
@@ -491,7 +491,7 @@ def test_verdicts(answer, score):
 
 
 def test_judges():
-    rubric = Check("$description | $conversation", 3)
+    rubric = ModelCheck("$description | $conversation", 3)
     subject = record(("What color is the hat?", "Red"), descriptions=("A hat for $5.",))
     assert fill_rubric(rubric, subject) == "A hat for $5. | Question: What color is the hat?\nAnswer: Red"
     assert verdict_problem(rubric, '{"score": 4, "reason": "good"}') is None
@@ -501,5 +501,5 @@ def test_judges():
 
 def test_a_judge_sees_which_picture_is_which():
     pair = record(("What differs?", "It"), descriptions=("A cat.", "A dog."))
-    prompt = fill_rubric(Check("$description$conversation", 3), pair)
+    prompt = fill_rubric(ModelCheck("$description$conversation", 3), pair)
     assert "The left picture: A cat.\nThe right picture: A dog." in prompt

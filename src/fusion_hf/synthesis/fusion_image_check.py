@@ -34,17 +34,18 @@ class FusionImageCheck(PipelineStep):
         self.settings, self.images, self.progress = settings, images, progress
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        from fusion_hf.inference.chat_model import Assistant, Conversation
+        from fusion_hf.inference.chat_model import ChatModel
+        from fusion_hf.inference.conversation import Conversation
 
         name = None if self.settings.fusion == NANO else self.settings.fusion
-        assistant = Assistant.load(name, self.settings.device, self.settings.dtype)
+        chat_model = ChatModel.load(name, self.settings.device, self.settings.dtype)
         for document in data:
             record = record_of(document)
             if record.rejection is None:
                 rubric = load_categories()[record.category].image_check
                 with self.track_time():
-                    image = assistant.open_picture(str(self.images / record.images[0]))
-                    conversation = Conversation(assistant, image, max_new_tokens=ANSWER_TOKENS)
+                    image = chat_model.open_image(str(self.images / record.images[0]))
+                    conversation = Conversation(chat_model, image, max_new_tokens=ANSWER_TOKENS)
                     reason = verdict_problem(rubric, conversation.ask(fill_rubric(rubric, record)))
                 record = record if reason is None else record.rejected(ImageJudgeRollout.step, reason)
                 put_record(document, record)

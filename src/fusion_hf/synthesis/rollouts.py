@@ -8,7 +8,7 @@ from datatrove.data import Document
 from datatrove.pipeline.inference.types import InferenceError
 
 from fusion_hf.common.endpoints import data_uri
-from fusion_hf.synthesis.category import Check, load_categories
+from fusion_hf.synthesis.category import ModelCheck, load_categories
 from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.documents import TASK, add_usage, put_record, record_of
 from fusion_hf.synthesis.progress import Progress
@@ -112,7 +112,7 @@ class JudgeRollout(RecordRollout):
             reason = f"refused: {error.error}"
         return record if reason is None else record.rejected(self.step, reason), usage
 
-    def rubric(self, record: SynthRecord) -> Check:
+    def rubric(self, record: SynthRecord) -> ModelCheck:
         """What is scored."""
         return load_categories()[record.category].judge
 
@@ -135,7 +135,7 @@ class ImageJudgeRollout(JudgeRollout):
         super().__init__(endpoint, progress)
         self.images = images
 
-    def rubric(self, record: SynthRecord) -> Check:
+    def rubric(self, record: SynthRecord) -> ModelCheck:
         return load_categories()[record.category].image_check
 
     def content(self, record: SynthRecord) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import re
 from string import Template
 from typing import NamedTuple
 
-from fusion_hf.synthesis.category import MOST_SCORE, Check
+from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck
 from fusion_hf.synthesis.record import SynthRecord
 
 _JSON = re.compile(r"\{.*\}", re.DOTALL)
@@ -56,13 +56,13 @@ def description_text(record: SynthRecord) -> str:
     return "\n".join(f"{name}: {text}" for name, text in zip(names, record.descriptions, strict=True))
 
 
-def fill_rubric(rubric: Check, record: SynthRecord) -> str:
+def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
     """The prompt of a rubric about a record."""
     texts = {"description": description_text(record), "conversation": conversation_text(record)}
     return Template(rubric.prompt).substitute(texts)
 
 
-def verdict_problem(rubric: Check, answer: str) -> str | None:
+def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:
     """Why an answer to a rubric rejects the record: its score is too low, or it has none; None if it does not."""
     verdict = parse_verdict(answer)
     if verdict is None:
