@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.synthesis.runs import letter_shares
 
-from fusion_hf.drawing.pictures import COLORS, MAX_COUNT
+from fusion_hf.drawing.drawn_images import COLORS, MAX_COUNT
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import build_filters, first_problem

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.data.records import HUMAN
+from fusion_hf.data.record_parsing import HUMAN
 from fusion_hf.synthesis.balance import LONGER
 from fusion_hf.synthesis.config import DRAWN_LICENSE
 from fusion_hf.synthesis.drawing_step import BACKEND

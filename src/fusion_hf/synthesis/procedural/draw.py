@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from fusion_hf.drawing.pictures import PictureSpec
+from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.procedural.pairs import draw_pair
 from fusion_hf.synthesis.procedural.scenes import WORDINGS
@@ -21,7 +21,7 @@ class PlannedRecord(NamedTuple):
     """A record, and how its images are drawn."""
 
     record: SynthRecord
-    specs: tuple[PictureSpec, ...]
+    specs: tuple[DrawnImage, ...]
 
 
 class Drawn(NamedTuple):
