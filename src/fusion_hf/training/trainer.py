@@ -22,17 +22,13 @@ from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data import StreamedRecords
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
-from fusion_hf.training.answers import exact_matches
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpoints import StopSignal, rotate, saving, seal, shield_data_worker, writing
-from fusion_hf.training.checks import check_parts, warn_of_half_weights
 from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
 from fusion_hf.training.distributed import any_rank, enable_cpu_fsdp, plain_class, sum_over_ranks, whole_weights
-from fusion_hf.training.flops import Shape, training_flops
-from fusion_hf.training.keyed import KeyedIterable, KeyedStream, keyed
-from fusion_hf.training.keys import MICRO_BATCH, MICRO_BATCHES
-from fusion_hf.training.meters import StepMeter, matrix_rate
-from fusion_hf.training.parts import (
+from fusion_hf.training.exact_match import exact_matches
+from fusion_hf.training.flops import BatchShape, training_flops
+from fusion_hf.training.parameter_groups import (
     LANGUAGE_MODEL,
     PROJECTORS,
     SAMPLERS,
@@ -40,7 +36,11 @@ from fusion_hf.training.parts import (
     count_by_part,
     parameter_groups,
 )
+from fusion_hf.training.query_len_records import QueryLenIterable, QueryLenStream, with_query_lens
+from fusion_hf.training.recipe_keys import MICRO_BATCH, MICRO_BATCHES
 from fusion_hf.training.sampler import Layout, StepSampler
+from fusion_hf.training.throughput import ThroughputMeter, matrix_rate
+from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +99,15 @@ class FusionTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=keyed(train_dataset),
+            train_dataset=with_query_lens(train_dataset),
             # an evaluation compares models, so it draws no number of latent tokens
-            eval_dataset=keyed(eval_dataset, self.fusion_config.query_len),
+            eval_dataset=with_query_lens(eval_dataset, self.fusion_config.query_len),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # transformers 5.17: the loss is scaled already
         self.stop = stop
         self.stopped = False
-        self.meter = StepMeter()
+        self.meter = ThroughputMeter()
         self.grad_norm: torch.Tensor | float | None = None
         self.step_loss = torch.zeros((), device=args.device)
         self.peak_flops = 0.0
@@ -158,7 +158,10 @@ class FusionTrainer(Trainer):
         if size != args.per_device_train_batch_size:
             logger.warning("auto_find_batch_size: %d records at a time, %d times a step", size, share // size)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = size, share // size
-        self.meter, self.step_loss = StepMeter(), torch.zeros_like(self.step_loss)  # of a step that was broken off
+        self.meter, self.step_loss = (
+            ThroughputMeter(),
+            torch.zeros_like(self.step_loss),
+        )  # of a step that was broken off
         return size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -219,10 +222,10 @@ class FusionTrainer(Trainer):
             return _shielded(super().get_train_dataloader())
         if not isinstance(records, StreamedRecords):
             layout = Layout(args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps)
-            iterable = KeyedIterable(records, layout, self.query_lens, self.seed, self.draws_per_micro_batch)
+            iterable = QueryLenIterable(records, layout, self.query_lens, self.seed, self.draws_per_micro_batch)
             loader = self._get_dataloader(iterable, "Training", layout.batch_size, is_training=True)
             return _shielded(loader)
-        stream = KeyedStream(
+        stream = QueryLenStream(
             records.split(
                 rank=args.process_index,
                 world_size=args.world_size,
@@ -246,12 +249,16 @@ class FusionTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As Trainer's, of named records of `eval_dataset` or of others."""
-        given = eval_dataset if isinstance(eval_dataset, str) else keyed(eval_dataset, self.fusion_config.query_len)
+        given = (
+            eval_dataset
+            if isinstance(eval_dataset, str)
+            else with_query_lens(eval_dataset, self.fusion_config.query_len)
+        )
         return _shielded(super().get_eval_dataloader(given))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As Trainer's, of records."""
-        return _shielded(super().get_test_dataloader(keyed(test_dataset, self.fusion_config.query_len)))
+        return _shielded(super().get_test_dataloader(with_query_lens(test_dataset, self.fusion_config.query_len)))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -315,7 +322,7 @@ class FusionTrainer(Trainer):
             pictures=(ids == self.fusion_config.image_token_id).any(1).sum(),
             flops=training_flops(
                 self.fusion_config,
-                Shape(
+                BatchShape(
                     batch=ids.shape[0],
                     sequence=ids.shape[1],
                     instruct_tokens=inputs["instruct_input_ids"].shape[1],
@@ -390,7 +397,7 @@ class FusionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.meter.steps:
             logs |= self.meter.report(self.peak_flops, self.args.device)
-            self.meter = StepMeter()
+            self.meter = ThroughputMeter()
         super().log(logs, start_time)
         if self.args.should_save:
             line = {"step": self.state.global_step, **logs}
