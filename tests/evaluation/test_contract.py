@@ -31,7 +31,7 @@ def parameters(function: object) -> set[str]:
 def test_the_adapter_overrides_what_there_is():
     from lmms_eval.api.model import lmms
 
-    from fusion_hf.evaluation.adapter import FusionChat
+    from fusion_hf.evaluation.lmms_adapter import FusionChat
 
     assert {name for name in vars(FusionChat) if not name.startswith("_") and hasattr(lmms, name)} == OVERRIDDEN
     assert lmms.__abstractmethods__ <= OVERRIDDEN
@@ -40,11 +40,11 @@ def test_the_adapter_overrides_what_there_is():
 def test_the_evaluator_asks_for_nothing_else():
     from lmms_eval import evaluator
 
-    from fusion_hf.evaluation.adapter import FusionChat
-    from fusion_hf.evaluation.answering import Answerer
+    from fusion_hf.evaluation.answering import RequestAnswerer
+    from fusion_hf.evaluation.lmms_adapter import FusionChat
 
     asked = set(re.findall(r"\blm\.(\w+)", inspect.getsource(evaluator.evaluate)))
-    adapter = FusionChat.around(Answerer(None, progress=False))
+    adapter = FusionChat.around(RequestAnswerer(None, progress=False))
     has = {*dir(FusionChat), *vars(adapter)}
     assert asked - SET_BY_EVALUATOR - GUARDED - has == set()
     assert SET_BY_EVALUATOR - {"accelerator"} <= set(vars(adapter))

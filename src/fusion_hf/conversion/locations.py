@@ -12,7 +12,7 @@ FINGERPRINT_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Location:
+class InputLocation:
     """A folder or file on disk.
 
     Attributes:
@@ -40,7 +40,7 @@ def local_revision(path: Path) -> str | None:
     return None
 
 
-def describe(location: Location) -> str:
+def describe(location: InputLocation) -> str:
     """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
     if location.revision is not None:
         return f"`{location.name}`, revision `{location.revision}`"

@@ -16,14 +16,14 @@ from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
-from fusion_hf.evaluation.answering import Answerer, Failure
-from fusion_hf.evaluation.cache import AnswerCache
-from fusion_hf.evaluation.data import PreparedTask, check_data, prepare_tasks
+from fusion_hf.evaluation.answer_cache import AnswerCache
+from fusion_hf.evaluation.answering import Failure, RequestAnswerer
+from fusion_hf.evaluation.benchmark_data import PreparedTask, check_data, prepare_tasks
 from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
+from fusion_hf.evaluation.lmms_adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.processes import Processes, alone
-from fusion_hf.evaluation.record import FAILED, SCORED, SUBMITTED, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.run_record import FAILED, SCORED, SUBMITTED, RunRecord, TaskRecord, read_metrics
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.evaluation.submissions import submission_file, write_submission
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What a run is asked for; see `fusion-hf evaluate --help`."""
 
     tasks: Sequence[str]
@@ -55,7 +55,7 @@ class Options:
     debug: bool = False
 
 
-def run(options: Options) -> RunRecord:
+def run(options: EvaluationOptions) -> RunRecord:
     """
     Answer the tasks one after the other, and score them or write the answers down; what failed is in the record.
 
@@ -65,7 +65,7 @@ def run(options: Options) -> RunRecord:
     processes = Processes.start()
     model = _open_model(options)
     cache = AnswerCache(options.output / ANSWERS, processes.rank)
-    answerer = Answerer(model, cache, progress=processes.rank == 0)
+    answerer = RequestAnswerer(model, cache, progress=processes.rank == 0)
     record = _begin_record(options, model, processes)
     try:
         for name in options.tasks:
@@ -76,14 +76,14 @@ def run(options: Options) -> RunRecord:
     return record
 
 
-def _open_model(options: Options) -> LocalModel | ServedModel:
+def _open_model(options: EvaluationOptions) -> LocalModel | ServedModel:
     if options.url is None:
         return LocalModel.load(options.model, own_device(options.device), options.dtype, batch_size=options.batch_size)
     parallel = PARALLEL if options.parallel is None else options.parallel
     return ServedModel.connect(options.url, options.model, options.api_key_env, parallel=parallel)
 
 
-def _begin_record(options: Options, model: LocalModel | ServedModel, processes: Processes) -> RunRecord:
+def _begin_record(options: EvaluationOptions, model: LocalModel | ServedModel, processes: Processes) -> RunRecord:
     return RunRecord(
         command=list(options.command),
         model=model.describe(),
@@ -106,7 +106,7 @@ def _silence() -> Iterator[None]:
 class _Evaluation:
     """One task. The first process prepares and scores, all answer: what one process scores, two score as well."""
 
-    def __init__(self, options: Options, processes: Processes, answerer: Answerer, name: str):
+    def __init__(self, options: EvaluationOptions, processes: Processes, answerer: RequestAnswerer, name: str):
         self.options = options
         self.processes = processes
         self.answerer = answerer
