@@ -21,7 +21,7 @@ from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.onnx_export import export
 from fusion_hf.onnx_export.export import max_pool, write_graphs
-from fusion_hf.onnx_export.exported_folder import LANGUAGE, IMAGE_GRAPH, ExportSettings
+from fusion_hf.onnx_export.exported_folder import IMAGE_GRAPH, LANGUAGE, ExportSettings
 from fusion_hf.onnx_export.runtime import CPU, NO_TURN, ExportedFusion
 
 TOLERANCE = 1e-4  # of logits, absolute
