@@ -12,15 +12,10 @@ MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 600
 # what is still open: shrinks to nothing
 SHARED_CLASS_NAMES: set[str] = {
     "Answerer",
-    "Conversation",
     "Entry",
     "FusionForConditionalGeneration",
-    "ImageCheck",
-    "Judge",
     "Location",
     "Member",
-    "Options",
-    "Origin",
     "Part",
     "Plan",
     "Prompt",
@@ -29,7 +24,6 @@ SHARED_CLASS_NAMES: set[str] = {
     "Shape",
     "Source",
     "Stream",
-    "TarShard",
     "Turn",
     "Turns",
     "Weights",

@@ -9,7 +9,7 @@ from tests.synthesis.test_pipeline import collate
 
 from fusion_hf.cli import main
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.report import finished_report
+from fusion_hf.synthesis.run_report import finished_report
 
 RECORDS = 72
 

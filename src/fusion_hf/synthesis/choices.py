@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from fusion_hf.synthesis.record import Turn
+from fusion_hf.synthesis.synth_record import RecordTurn
 
 LETTERS = "ABCDEFGH"
 _OPTION = re.compile(r"^\s*\(?([A-Ha-h])[.):]\s*(.*?)\s*$")
@@ -28,11 +28,11 @@ class Choice:
     def letter(self) -> str:
         return LETTERS[self.answer]
 
-    def turn(self) -> Turn:
+    def turn(self) -> RecordTurn:
         """As text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         answer = f"{self.letter}. {self.options[self.answer]}" if self.with_text else self.letter
-        return Turn("\n".join([self.stem, *lines]), answer + self.rest)
+        return RecordTurn("\n".join([self.stem, *lines]), answer + self.rest)
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:
@@ -48,7 +48,7 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
     return question, ()
 
 
-def parse_choice(turn: Turn) -> Choice | str:
+def parse_choice(turn: RecordTurn) -> Choice | str:
     """The choice of a turn, or in words why there is none."""
     stem, options = split_options(turn.question)
     if not options:

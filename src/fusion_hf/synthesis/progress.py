@@ -5,9 +5,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fusion_hf.common.outputs import write_atomically
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.common.outputs import json_bytes, write_atomically
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 SECONDS = 1.0  # between two writes of a task
 KEPT, REJECTED = "kept", "rejected"

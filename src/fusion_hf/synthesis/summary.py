@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_hf.synthesis.balance import Answers, count_answers, merge_answers
 from fusion_hf.synthesis.choices import Choice, parse_choice
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 SAMPLES = 4  # records of each category that are shown
 EXAMPLES = 3  # reasons of each filter that are shown

@@ -6,7 +6,7 @@ from string import Template
 from typing import NamedTuple
 
 from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 _JSON = re.compile(r"\{.*\}", re.DOTALL)
 _SCORE = re.compile(

@@ -79,7 +79,7 @@ _PHRASE_ENDS = frozenset(
 LONGEST_PHRASE = 5  # words
 
 
-class Number(NamedTuple):
+class NumberToken(NamedTuple):
     """A number at a place among tokens, and how many of them it takes."""
 
     value: float
@@ -132,16 +132,16 @@ def token_at(parts: Sequence[str], place: int) -> str:
     return parts[place] if 0 <= place < len(parts) else ""
 
 
-def number_at(parts: Sequence[str], place: int) -> Number | None:
+def number_at(parts: Sequence[str], place: int) -> NumberToken | None:
     """A number in digits or words that begins at this token; no ordinals, no times, no dates."""
     token, following = parts[place], token_at(parts, place + 1)
     if token[0].isdigit():
         plain = token.replace(",", "")
-        return Number(float(plain), 1) if re.fullmatch(r"\d+(\.\d+)?", plain, re.ASCII) else None
+        return NumberToken(float(plain), 1) if re.fullmatch(r"\d+(\.\d+)?", plain, re.ASCII) else None
     if token == "half" and following in ARTICLES and token_at(parts, place + 2) == DOZEN:
-        return Number(NUMBER_WORDS[DOZEN] / 2, 3)
+        return NumberToken(NUMBER_WORDS[DOZEN] / 2, 3)
     if token in ARTICLES and following in GROUPS:
-        return Number(GROUPS[following], 2)
+        return NumberToken(GROUPS[following], 2)
     if token not in NUMBER_WORDS:
         return None
     value, size = NUMBER_WORDS[token], 1
@@ -152,8 +152,8 @@ def number_at(parts: Sequence[str], place: int) -> Number | None:
             value, size = value + NUMBER_WORDS[unit], follow + 1 - place
     multiple = token_at(parts, place + size)
     if multiple in MULTIPLES:
-        return Number(value * MULTIPLES[multiple], size + 1)
-    return Number(value, size)
+        return NumberToken(value * MULTIPLES[multiple], size + 1)
+    return NumberToken(value, size)
 
 
 def color_of(token: str, plain: bool = False) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Drawn scenes: what is in a picture, in exact facts and in words."""
+"""Drawn scenes: what is in an image, in exact facts and in words."""
 
 import random
 from collections import Counter
@@ -77,7 +77,7 @@ def listing(parts: Sequence[str]) -> str:
 
 
 def place_of(shape: DrawnShape) -> str:
-    """In which ninth of the picture its middle lies."""
+    """In which ninth of the image its middle lies."""
     cells = (min(2, int(3 * middle / CANVAS_SIDE)) for middle in shape.center)
     column, row = cells
     return PLACES[ROWS[row], COLUMNS[column]]
@@ -86,7 +86,7 @@ def place_of(shape: DrawnShape) -> str:
 @dataclass(frozen=True)
 class Scene:
     """
-    A picture to draw, and what is true of it.
+    An image to draw, and what is true of it.
 
     Attributes:
         counted: the groups ("shapes", "circles", "red shapes") whose numbers are drawn first, all equally often from
@@ -120,7 +120,7 @@ class Scene:
         return Counter(place_of(shape) for shape in self.shapes)
 
     def facts(self) -> dict[str, Any]:
-        """Exact annotations in canvas pixels (twice the picture's), JSON values."""
+        """Exact annotations in canvas pixels (twice the image's), JSON values."""
         facts = asdict(self.spec)
         return facts | {"background": list(facts["background"]), "shapes": list(facts["shapes"]), "side": CANVAS_SIDE}
 
@@ -180,7 +180,7 @@ class Scene:
         return direction(*self.shapes) if self.spec.category == "spatial" else None
 
     def description(self) -> str:
-        """All that is in the picture, in sentences."""
+        """All that is in the image, in sentences."""
         closing, opening = divmod(self.wording, len(OPENINGS))
         total = len(self.shapes)
         sentences = []

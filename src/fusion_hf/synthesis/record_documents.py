@@ -8,23 +8,22 @@ from typing import Any
 from datatrove.data import Document, Media, MediaType
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.common.outputs import atomic_file
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.common.outputs import atomic_file, json_bytes
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 RECORD, POSITION, TASK, USAGE = "record", "position", "task", "usage"  # keys of a document's metadata
 SUFFIX = ".jsonl"
 
 
-def to_document(record: SynthRecord, position: int, task: int, pictures: Iterable[bytes] = ()) -> Document:
+def to_document(record: SynthRecord, position: int, task: int, images: Iterable[bytes] = ()) -> Document:
     """
     Args:
         position: of the record in its task; the order of its output.
-        pictures: PNG files that are in no folder.
+        images: PNG files that are in no folder.
     """
     media = [
         Media(id=name, type=MediaType.IMAGE, url="", media_bytes=content)
-        for name, content in zip(record.images, pictures, strict=False)
+        for name, content in zip(record.images, images, strict=False)
     ]
     metadata = {RECORD: record.to_dict(), POSITION: position, TASK: task, USAGE: {}}
     return Document(text=record.caption, id=record.id, media=media, metadata=metadata)
