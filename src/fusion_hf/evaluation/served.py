@@ -91,6 +91,8 @@ class ServedModel:
         cls, url: str, name: str | None = None, key_variable: str | None = None, **settings: Any
     ) -> "ServedModel":
         """
+        Find a model at a server.
+
         Args:
             url: the server's address; without a path it gets `/v1`.
             name: the model's there; None: the only one that the server has.
@@ -118,7 +120,7 @@ class ServedModel:
         return cls(client, base, chosen, entries[chosen], **settings)
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
+        """Describe the model for a run's record."""
         if self.info is None:
             revision = f"{self.name} at {self.url}"
             record = ModelRecord(self.name, revision, UNKNOWN, UNKNOWN, None, None, url=self.url)
@@ -133,7 +135,7 @@ class ServedModel:
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
         """
-        What became of prompts, one by one as the answers come.
+        Ask prompts, and give what became of them one by one as the answers come.
 
         Raises:
             EndpointUnavailable: if the server answers nobody; answers that came yet are given before.
@@ -292,8 +294,9 @@ def _render(messages: Messages) -> str:
 
 def open_unturned(source: str | Image.Image) -> Image.Image:
     """
-    An image in RGB as it lies in its file: whether to turn it upright is for the server's processor to say. How it is
-    to be turned, and which file it is, stand in its `info`.
+    Open an image in RGB as it lies in its file: whether to turn it upright is for the server's processor to say.
+
+    How it is to be turned, and which file it is, stand in its `info`.
 
     Raises:
         InputError: if it cannot be read or is too large.
@@ -317,7 +320,7 @@ def open_unturned(source: str | Image.Image) -> Image.Image:
 
 
 def image_uri(image: Image.Image) -> str:
-    """The file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
+    """Write the file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
     if FILE in image.info:
         name, kind = image.info[FILE]
         content = Path(name).read_bytes()

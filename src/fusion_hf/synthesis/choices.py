@@ -29,14 +29,14 @@ class Choice:
         return LETTERS[self.answer]
 
     def turn(self) -> RecordTurn:
-        """As text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
+        """Write as text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         answer = f"{self.letter}. {self.options[self.answer]}" if self.with_text else self.letter
         return RecordTurn("\n".join([self.stem, *lines]), answer + self.rest)
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:
-    """The stem and the options of a question; no options if there are not two or more lines A, B, ... at its end."""
+    """Split a question into stem and options; there are none without two or more lines A, B, ... at its end."""
     lines = question.rstrip().split("\n")
     options: list[str] = []
     while lines and (match := _OPTION.match(lines[-1])):
@@ -49,7 +49,7 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
 
 
 def parse_choice(turn: RecordTurn) -> Choice | str:
-    """The choice of a turn, or in words why there is none."""
+    """Parse the choice of a turn; a text says why there is none."""
     stem, options = split_options(turn.question)
     if not options:
         return "the question has no options A, B, ... one a line"
@@ -73,7 +73,7 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
 
 
 def plain(text: str) -> str:
-    """Lower case, without punctuation and repeated spaces."""
+    """Write in lower case, without punctuation and repeated spaces."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 

@@ -93,7 +93,7 @@ def _sheet(samples: list[Sample]) -> bytes:
 
 
 def contact_page(samples: list[Sample]) -> str:
-    """Each sample's image beside its turns; texts of models and strangers are escaped, and the page runs nothing."""
+    """Write each sample's image beside its turns; texts of others are escaped, and the page runs nothing."""
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Contact sheet</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',

@@ -36,7 +36,7 @@ class Estimate:
     missing: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Write the estimate for a terminal."""
         mix = ", ".join(f"{name} {number:,}" for name, number in self.records.items())
         lines = [f"records: {sum(self.records.values()):,} ({mix})"]
         lines.append(
@@ -52,7 +52,7 @@ class Estimate:
 
 
 def make_estimate(config: SynthesisConfig) -> Estimate:
-    """Of the whole run, from its beginning."""
+    """Estimate the whole run, from its beginning."""
     records = split_records(config.records, config.shares)
     if config.backend == "procedural":
         return Estimate(records, 0, 0, 0, 0, 0.0, None, ())
@@ -71,7 +71,7 @@ def make_estimate(config: SynthesisConfig) -> Estimate:
 
 
 def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """How many of `total` each share gets: rounded down, and one more where that has cut off most."""
+    """Divide `total` by shares: rounded down, and one more where that has cut off most."""
     counts = {name: floor(total * share) for name, share in shares.items()}
     most_cut = sorted(shares, key=lambda name: counts[name] - total * shares[name])
     for name in most_cut[: total - sum(counts.values())]:

@@ -53,7 +53,7 @@ def make_executors(
     settings: ExecutorSettings, stages: list[Stage], folders: RunFolders, quiet: bool = True
 ) -> list[PipelineExecutor]:
     """
-    One executor for each stage, in their order. Those of Slurm depend on each other.
+    Make one executor for each stage, in their order. Those of Slurm depend on each other.
 
     Raises:
         InputError: for an option that the executor does not have, or a stage that there is not.

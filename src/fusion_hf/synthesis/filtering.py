@@ -19,7 +19,7 @@ from fusion_hf.synthesis.synth_record import SynthRecord
 
 @cache
 def filters_of(category: str) -> list[Filter]:
-    """The filters of a category, in the order in which they look."""
+    """Build the filters of a category, in the order in which they look."""
     return build_filters(load_categories()[category])
 
 

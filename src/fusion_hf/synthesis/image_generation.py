@@ -46,7 +46,7 @@ class ImageRequest:
     seed: int
 
     def texts(self, settings: ImageSettings) -> dict[str, str]:
-        """What the PNG says about itself; a file that says otherwise is another image."""
+        """Write what the PNG says about itself; a file that says otherwise is another image."""
         size = f"{settings.width}x{settings.height}, {settings.steps} steps, guidance {settings.guidance:g}"
         extra = "".join(f", {name}={value!r}" for name, value in sorted(settings.arguments.items()))
         return {MODEL: settings.model, PROMPT: self.prompt, SEED: str(self.seed), SETTINGS: size + extra}
@@ -60,7 +60,7 @@ class ImageGenerator(Protocol):
 
 def file_names(record: SynthRecord) -> tuple[str, ...]:
     """
-    Names of a record's images, relative to the folder of images.
+    Name the files of a record's images, relative to the folder of images.
 
     Raises:
         ValueError: if its id cannot be a part of a file's name.
@@ -110,7 +110,7 @@ class DiffusersGenerator:
         self.pipeline, self.settings, self.torch = pipeline, settings, torch
 
     def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
-        """The images of a batch; a seed is that of one image, not of the batch."""
+        """Generate the images of a batch; a seed is that of one image, not of the batch."""
         generators = [self.torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         made = self.pipeline(
             prompt=[request.prompt for request in requests],
@@ -142,7 +142,7 @@ class EndpointGenerator:
         )
 
     def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
-        """One request for each, all at a time."""
+        """Send one request for each, all at a time."""
         return asyncio.run(self._generate(requests))
 
     async def _generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":

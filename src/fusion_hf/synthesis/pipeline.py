@@ -49,11 +49,16 @@ def run(config: SynthesisConfig, quiet: bool = True) -> bool:
         quiet: keep datatrove's logs off the terminal.
 
     Returns:
-        whether the run is finished.
+        Whether the run is finished.
 
     Raises:
         InputError: if the folder was begun with other settings, or captions or an API key are missing.
         TaskFailed: if a task failed; what it has done is kept.
+
+    Example:
+
+        config = load_config(Path("configs/synthesis/mix.yaml"), ["backend=procedural", "records=24"])
+        run(config)  # writes config.output / "data"
     """
     viewer = None if config.image_check is None else config.image_check.endpoint
     for asked in (config.writer, config.images, config.judge, viewer):
@@ -96,7 +101,7 @@ def begin(config: SynthesisConfig) -> None:
 
 
 def decisive(config: SynthesisConfig) -> dict[str, Any]:
-    """What decides about the bytes of the result, as JSON values."""
+    """List what decides about the bytes of the result, as JSON values."""
     values = asdict(config)
     for name in ("writer", "judge"):
         values[name] = _without(values[name], FREE_ENDPOINT + FREE_PRICES)
@@ -120,7 +125,7 @@ def _without(values: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str,
 
 
 def make_stages(config: SynthesisConfig) -> list[Stage]:
-    """All stages of a run, in their order."""
+    """Make all stages of a run, in their order."""
     return _StageBuilder(config).all()
 
 

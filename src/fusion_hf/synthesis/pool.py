@@ -25,7 +25,7 @@ ID_DIGITS = 16
 
 def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
     """
-    Names without end: after any number of them, each has its share of it to within one.
+    Give names without end: after any number of them, each has its share of it to within one.
 
     Args:
         shares: by name; their sum is 1.
@@ -40,14 +40,14 @@ def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
 
 
 def new_record(caption: str, category: str, seed: int, number: int) -> SynthRecord:
-    """The record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
+    """Make the record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
     digest = hashlib.sha256(f"{seed}/{number}/{category}/{caption}".encode("utf-8", "backslashreplace")).hexdigest()
     identity = f"{category.lower()}-{digest[:ID_DIGITS]}"
     return SynthRecord(identity, category, caption, random.Random(digest).randrange(MAX_SEED))
 
 
 def task_size(records: int, tasks: int, task: int) -> int:
-    """Records of a task: as many as of the others, or one more."""
+    """Count the records of a task: as many as of the others, or one more."""
     return records // tasks + (task < records % tasks)
 
 

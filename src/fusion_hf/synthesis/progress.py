@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[tuple[str, str], int]:
 
 
 def read_progress(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
-    """Stage -> (category, kept or rejected) -> records so far, of all tasks, in the order in which stages began."""
+    """Add up stage -> (category, kept or rejected) -> records so far, in the order in which stages began."""
     if not folder.is_dir():
         return {}
     stages = [path for path in folder.iterdir() if path.is_dir()]

@@ -25,7 +25,7 @@ class Caption(NamedTuple):
 
 def read_captions(pool: CaptionPool) -> Generator[Caption, None, None]:
     """
-    All captions in the order of their files, in constant memory; what is no caption is reported in its place.
+    Read all captions in the order of their files, in constant memory; what is no caption is reported in its place.
 
     Raises:
         InputError: if the pool is missing or cannot be read.
@@ -118,7 +118,7 @@ def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Caption]:
 
 
 def clean_caption(value: Any) -> Caption:
-    """A text on one line without control characters, or why there is none."""
+    """Make a text on one line without control characters, or say why there is none."""
     if not isinstance(value, str):
         return Caption("", f"the caption is {type(value).__name__}, no text")
     if len(value) > MAX_CAPTION:

@@ -17,6 +17,8 @@ SUFFIX = ".jsonl"
 
 def to_document(record: SynthRecord, position: int, task: int, images: Iterable[bytes] = ()) -> Document:
     """
+    Put a record into a document of datatrove.
+
     Args:
         position: of the record in its task; the order of its output.
         images: PNG files that are in no folder.
@@ -30,7 +32,7 @@ def to_document(record: SynthRecord, position: int, task: int, images: Iterable[
 
 
 def record_of(document: Document) -> SynthRecord:
-    """The record that a document carries."""
+    """Take the record that a document carries."""
     return SynthRecord.from_dict(document.metadata[RECORD])
 
 
@@ -45,7 +47,7 @@ def add_usage(document: Document, step: str, usage: dict[str, int]) -> None:
 
 
 def task_file(folder: Path, task: int) -> Path:
-    """What a task writes as a whole."""
+    """Name the file that a task writes as a whole."""
     return folder / f"{task:05d}{SUFFIX}"
 
 
@@ -92,12 +94,12 @@ class ReadStage(PipelineStep):
 
 
 def plan_file(work: Path) -> Path:
-    """Where the number of records of each task stands."""
+    """Name the file with the number of records of each task."""
     return work / "plan.json"
 
 
 def document_line(document: Document) -> bytes:
-    """A document without its media, as a line of JSON."""
+    """Write a document without its media as a line of JSON."""
     return json_bytes({"text": document.text, "id": document.id, "metadata": document.metadata})
 
 

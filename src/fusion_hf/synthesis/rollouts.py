@@ -44,7 +44,7 @@ class RecordRollout:
         return usage
 
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
-        """The record after the request, and the requests and tokens of it."""
+        """Ask about a record; returns it after the request, and the requests and tokens of that."""
         raise NotImplementedError
 
 
@@ -63,11 +63,11 @@ class WriterRollout(RecordRollout):
         return replace(self.take(record, made.answer), origins={**record.origins, self.step: origin}), made.usage
 
     def request(self, record: SynthRecord) -> tuple[str, Any]:
-        """The prompt, and the pydantic model of its answer."""
+        """Make the prompt, and the pydantic model of its answer."""
         raise NotImplementedError
 
     def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
-        """The record with what was answered."""
+        """Put what was answered into the record."""
         raise NotImplementedError
 
 
@@ -113,11 +113,11 @@ class JudgeRollout(RecordRollout):
         return record if reason is None else record.rejected(self.step, reason), usage
 
     def rubric(self, record: SynthRecord) -> ModelCheck:
-        """What is scored."""
+        """Find what is scored."""
         return load_categories()[record.category].judge
 
     def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
-        """Of the message."""
+        """Make the content of the message."""
         return fill_rubric(self.rubric(record), record)
 
 

@@ -50,7 +50,7 @@ def idle_steps(config: SynthesisConfig) -> set[str]:
 
 def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[StepYield]:
     """
-    Step by step, in the order in which they look; steps that rejected nothing are among them.
+    Count what each step kept, in the order in which they look; steps that rejected nothing are among them.
 
     Args:
         rules: names of the category's filters in their order.
@@ -67,7 +67,7 @@ def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()
 
 
 def read_summary(work: Path) -> Summary:
-    """Of all tasks that are done."""
+    """Add up the summaries of all tasks that are done."""
     total = Summary()
     for path in sorted((work / SUMMARIES).glob("*.json")):
         total.merge(Summary.from_dict(json.loads(path.read_bytes())))
@@ -75,7 +75,7 @@ def read_summary(work: Path) -> Summary:
 
 
 def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
-    """Counts, yields, prompts and models of a run as JSON values. The same run gives the same ones: no times."""
+    """Report counts, yields, prompts and models as JSON values. The same run gives the same ones: no times."""
     known, idle = load_categories(), idle_steps(config)
     categories = {}
     for name, counts in sorted(summary.categories.items()):
@@ -105,7 +105,7 @@ def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
 
 
 def write_mixtures(data: Path) -> list[Path]:
-    """A mixture for each training stage that has shards, as recipes name it in `data`."""
+    """Write a mixture for each training stage that has shards, as recipes name it in `data`."""
     paths = []
     for stage in sorted({category.stage for category in load_categories().values()}):
         if any((data / stage_folder(stage)).glob("*")):
@@ -144,7 +144,7 @@ class MakeReport(PipelineStep):
 
 
 def table(report: dict[str, Any]) -> str:
-    """Records by category, and what each step kept, for a terminal."""
+    """Write records by category, and what each step kept, for a terminal."""
     lines = [f"{'category':<20}{'begun':>9}{'written':>9}  rejected by"]
     for name, counts in report["categories"].items():
         steps = [f"{step['step']} {step['rejected']:,}" for step in counts["yields"] if step["rejected"]]
@@ -154,6 +154,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 def finished_report(data: Path) -> dict[str, Any] | None:
-    """What `MakeReport` wrote; None if the run is not that far."""
+    """Read what `MakeReport` wrote; None if the run is not that far."""
     path = data / REPORT
     return json.loads(path.read_bytes()) if path.exists() else None

@@ -87,7 +87,7 @@ SHARDS: dict[str, type[TarShard | ParquetShard]] = {"tar": TarShard, "parquet": 
 
 
 def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The records of a shard with the bytes of their PNG, in their order."""
+    """Read the records of a shard with the bytes of their PNG, in their order."""
     if path.suffix == ".tar":
         with tarfile.open(path, "r:") as tar:
             record: dict[str, Any] = {}

@@ -39,17 +39,17 @@ class StructuredAnswer:
 
 
 def hash_prompt(prompt: str) -> str:
-    """SHA-256 in hexadecimal digits."""
+    """Hash a prompt: SHA-256 in hexadecimal digits."""
     return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def usage_of(result: InferenceResult) -> dict[str, int]:
-    """One request and its tokens."""
+    """Count one request and its tokens."""
     return {"requests": 1, **{name: result.usage.get(name, 0) for name in TOKENS}}
 
 
 def make_payload(endpoint: EndpointSettings, prompt: str | list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """A chat request; `prompt` is a text, or the blocks of a message."""
+    """Write a chat request; `prompt` is a text, or the blocks of a message."""
     return {
         "messages": [{"role": "user", "content": prompt}],
         "temperature": endpoint.temperature,

@@ -62,13 +62,15 @@ class SynthRecord:
     rejection: Rejection | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, from which `from_dict` makes an equal record."""
+        """Write JSON values, from which `from_dict` makes an equal record."""
         values = asdict(self)
         return values | {name: list(values[name]) for name in ("descriptions", "images", "turns")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SynthRecord":
         """
+        Read what `to_dict` gave.
+
         Raises:
             ValueError: for a field that is unknown or missing, or has another type.
         """
@@ -98,12 +100,12 @@ class SynthRecord:
             raise ValueError(f"a record has another shape ({error}).") from error
 
     def rejected(self, step: str, reason: str) -> "SynthRecord":
-        """This record, taken out by a step."""
+        """Take this record out by a step."""
         return replace(self, rejection=Rejection(step, reason))
 
     def training_record(self) -> dict[str, Any]:
         """
-        `{"id", "image", "conversations"}`, the format of the training data, which holds one image.
+        Write `{"id", "image", "conversations"}`, the format of the training data, which holds one image.
 
         Raises:
             ValueError: if the record was rejected, has no turn, or has not exactly one image: those of a pair are

@@ -19,12 +19,12 @@ REJECTED, SUMMARIES = "rejected", "summaries"
 
 
 def stage_folder(stage: str) -> str:
-    """The folder of a training stage's shards, beside its mixture."""
+    """Name the folder of a training stage's shards, beside its mixture."""
     return f"stage{stage}"
 
 
 def shard_name(task: int, kind: str) -> str:
-    """Of a task's shard in each stage."""
+    """Name a task's shard in each stage."""
     return f"{task:05d}.{kind}"
 
 

@@ -27,7 +27,7 @@ __all__ = ["RULES", "Filter", "build_filter", "build_filters", "first_problem"]
 
 def build_filters(category: Category) -> list[Filter]:
     """
-    The filters of a category's rules, which need one record only and no model.
+    Build the filters of a category's rules, which need one record only and no model.
 
     Raises:
         InputError: for an unknown rule or setting.
@@ -42,7 +42,7 @@ def build_filters(category: Category) -> list[Filter]:
 
 def build_filter(name: str, settings: Mapping[str, Any], where: str) -> Filter:
     """
-    One rule with its settings; `where` they stand begins an error.
+    Build one rule with its settings; `where` they stand begins an error.
 
     Raises:
         InputError: for an unknown setting, or a value that is not allowed.
@@ -58,7 +58,7 @@ def build_filter(name: str, settings: Mapping[str, Any], where: str) -> Filter:
 
 
 def first_problem(record: SynthRecord, filters: list[Filter]) -> SynthRecord:
-    """The record, rejected by the first filter that has a reason; a record that was rejected before stays so."""
+    """Reject the record by the first filter that has a reason; a record that was rejected before stays so."""
     if record.rejection is not None:
         return record
     for rule in filters:

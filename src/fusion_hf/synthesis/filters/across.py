@@ -11,7 +11,7 @@ KEY_BYTES = 8  # of a hash that stands for a text: two of a billion texts agree 
 
 
 def text_key(*texts: str) -> bytes:
-    """A hash of a few bytes."""
+    """Hash texts to a few bytes."""
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
@@ -28,7 +28,7 @@ class DuplicateQuestionsFilter:
         self.asked: set[bytes] = set()
 
     def check(self, record: SynthRecord) -> str | None:
-        """A kept record counts from now on; a rejected one does not."""
+        """Give the reason to reject the record, or None. A kept record counts from now on."""
         scene = plain("\n".join(record.descriptions) or record.caption)
         pairs = [text_key(scene, question_key(turn)) for turn in record.turns]
         for index, pair in enumerate(pairs):

@@ -12,7 +12,7 @@ class Filter(Protocol):
     name: ClassVar[str]
 
     def check(self, record: SynthRecord) -> str | None:
-        """The reason to reject the record, or None to keep it."""
+        """Give the reason to reject the record, or None to keep it."""
 
 
 class PlainTurn(NamedTuple):
@@ -23,7 +23,7 @@ class PlainTurn(NamedTuple):
 
 
 def plain_turn(turn: RecordTurn) -> PlainTurn:
-    """For a question that is no multiple choice, the turn as it is."""
+    """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
     choice = parse_choice(turn)
     if isinstance(choice, Choice):
         return PlainTurn(choice.stem, choice.options[choice.answer] + choice.rest)
@@ -31,5 +31,5 @@ def plain_turn(turn: RecordTurn) -> PlainTurn:
 
 
 def where(index: int) -> str:
-    """A turn's name in a reason."""
+    """Name a turn in a reason."""
     return f"turn {index + 1}"

@@ -46,7 +46,7 @@ class MinHash:
     seed: int = 1
 
     def config(self) -> MinhashConfig:
-        """For datatrove."""
+        """Write the settings as datatrove takes them."""
         # datatrove 0.10.1's other hash, xxhash, fails with xxhash 4, which takes bytes only
         return MinhashConfig(
             self.n_grams, self.buckets, self.hashes, self.seed, hash_config=HashConfig(hash_fc="sha1")
@@ -69,7 +69,7 @@ class NearDuplicatesFilter:
         self.seen: dict[bytes, str] = {}
 
     def check(self, record: SynthRecord) -> str | None:
-        """A kept record counts from now on; a rejected one does not."""
+        """Give the reason to reject the record, or None. A kept record counts from now on."""
         keys = self._keys(record.caption)
         found = next((self.seen[key] for key in keys if key in self.seen), None)
         if found is not None:

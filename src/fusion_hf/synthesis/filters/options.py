@@ -76,7 +76,7 @@ def _meaning(option: str) -> str:
 
 def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[SynthRecord]:
     """
-    The records with the options of their choices in another order, so that all letters are right equally often.
+    Put the options of all choices in another order, so that all letters are right equally often.
 
     Of k questions with k options each letter is right once, in an order drawn by the seed; the counts of two letters
     never differ by more than one among questions of one number of options. Wrong options are shuffled. Records without

@@ -138,7 +138,7 @@ class RepeatedQuestionsFilter:
 
 
 def question_key(turn: RecordTurn) -> str:
-    """Equal for questions that differ in case, punctuation, articles or the order of their options only."""
+    """Make a key of a question without its case, punctuation, articles and the order of its options."""
     stem, options = split_options(turn.question)
     return "|".join([_without_articles(stem), *sorted(_without_articles(option) for option in options)])
 

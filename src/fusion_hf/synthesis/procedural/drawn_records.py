@@ -33,17 +33,22 @@ class DrawnRecord(NamedTuple):
 
 def draw(category: str, seed: int, index: int) -> DrawnRecord:
     """
-    The `index`-th record of a category, always the same for a seed.
+    Draw the `index`-th record of a category, always the same for a seed.
 
     Raises:
         ValueError: for an unknown category.
+
+    Example:
+
+        record, images = draw("SynthCount", seed=0, index=3)
+        images[0].save(f"{record.id}.png")
     """
     planned = plan(category, seed, index)
     return DrawnRecord(planned.record, tuple(spec.render() for spec in planned.specs))
 
 
 def plan(category: str, seed: int, index: int) -> PlannedRecord:
-    """As `draw`, with nothing drawn yet."""
+    """Plan a record as `draw` does, with nothing drawn yet."""
     categories = load_categories()
     if category not in categories:
         raise ValueError(f"category is {category!r}; allowed: {', '.join(categories)}")

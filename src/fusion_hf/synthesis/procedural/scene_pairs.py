@@ -53,7 +53,7 @@ class ScenePair:
 
 
 def draw_pair(rng: random.Random) -> ScenePair:
-    """A scene, and the same with one change."""
+    """Draw a scene, and the same with one change."""
     change = rng.choice(CHANGES)
     if change is change_count:
         scene = _countable(rng)

@@ -42,7 +42,7 @@ class SceneQuestion:
 
 
 def compatible(first: SceneQuestion, second: SceneQuestion) -> bool:
-    """Neither asks for what the other one asks for or gives away."""
+    """Check that neither asks for what the other one asks for or gives away."""
     return first.asks != second.asks and first.asks not in second.tells and second.asks not in first.tells
 
 
@@ -50,7 +50,7 @@ def choose(
     candidates: Sequence[SceneQuestion], count: int, rng: random.Random, preferred: Sequence[SceneQuestion] = ()
 ) -> list[SceneQuestion]:
     """
-    Up to `count` of them in random order, none of which gives away another one's answer.
+    Choose up to `count` of them in random order, none of which gives away another one's answer.
 
     Args:
         preferred: questions that are taken before the candidates. Their answers are spread evenly, which would end if
@@ -70,7 +70,7 @@ def sentence_case(text: str) -> str:
 
 
 def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Colours of shapes that are named by kind or by place, and of what is written."""
+    """Ask for colours of shapes that are named by kind or by place, and of what is written."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place = f"color/{number}", place_of(shape)
@@ -85,7 +85,7 @@ def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def text_colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """The colour of what is written."""
+    """Ask for the colour of what is written."""
     if scene.spec.word is None:
         return []
     color = scene.spec.word.color
@@ -99,7 +99,7 @@ def _color(text: str, color: str, sentence: str, asks: str, tells: set[str]) -> 
 
 
 def kinds(scene: Scene) -> list[SceneQuestion]:
-    """Kinds of shapes that are named by colour or by place."""
+    """Ask for kinds of shapes that are named by colour or by place."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place = f"kind/{number}", place_of(shape)
@@ -116,7 +116,7 @@ def kinds(scene: Scene) -> list[SceneQuestion]:
 
 
 def places(scene: Scene) -> list[SceneQuestion]:
-    """Places of shapes whose name and place are their own."""
+    """Ask for places of shapes whose name and place are their own."""
     return [
         SceneQuestion(
             f"Where in the picture is the {shape.name}?",
@@ -132,7 +132,7 @@ def places(scene: Scene) -> list[SceneQuestion]:
 
 
 def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
+    """Ask for numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
     found = []
     for group in scene.counted:
         members = scene.members(group)
@@ -147,7 +147,7 @@ def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def relations(scene: Scene) -> list[SceneQuestion]:
-    """Where each of two shapes is from the other one, and which one is there."""
+    """Ask where each of two shapes is from the other one, and which one is there."""
     relation = scene.relation()
     if relation is None:
         return []
@@ -169,7 +169,7 @@ def relations(scene: Scene) -> list[SceneQuestion]:
 
 
 def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """What is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
+    """Ask what is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
     word = scene.spec.word
     if word is None:
         return []
@@ -203,7 +203,7 @@ def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
     """
-    Whether a shape is there: one that is, or one that has its kind or its colour from one that is.
+    Ask whether a shape is there: one that is, or one that has its kind or its colour from one that is.
 
     Both answers are as likely, and what the question gives away does not depend on the answer: else one of the two
     would be chosen more often.
@@ -223,7 +223,7 @@ def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """Wrong answers of the right one's kind; those that are somewhere in the image come first."""
+    """Choose wrong answers of the right one's kind; those that are somewhere in the image come first."""
     values = [value for value in VALUES[asked.about] if value.lower() not in asked.short.lower()]
     in_image = {*scene.colors, *scene.kinds, *scene.places}
     near = [value for value in values if value in in_image]
@@ -234,7 +234,7 @@ def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Rand
 
 
 def everything(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Questions of all kinds but for numbers, which `choose` takes as `preferred`."""
+    """Ask questions of all kinds but for numbers, which `choose` takes as `preferred`."""
     lists: Iterable[list[SceneQuestion]] = (
         colors(scene, rng), kinds(scene), places(scene), relations(scene), texts(scene, rng), presences(scene, rng),
     )  # fmt: skip

@@ -65,7 +65,7 @@ ARRANGEMENT_FORMS = ("How is the picture arranged?", "Explain where everything i
 
 
 def any_scene(rng: random.Random) -> Scene:
-    """Shapes to be counted, a pair, or a sign."""
+    """Draw shapes to be counted, a pair, or a sign."""
     maker: Callable[[random.Random], Scene] = rng.choice((counted_scene, pair_scene, sign_scene))
     return maker(rng)
 
@@ -102,7 +102,7 @@ FOCUS: dict[str, Callable[[Scene, random.Random], list[SceneQuestion]]] = {
 
 
 def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[RecordTurn, ...]:
-    """Turns about one image, as many as the category allows and the scene has questions for."""
+    """Write turns about one image, as many as the category allows and the scene has questions for."""
     if category.name == "SynthScene":
         return (_overview(scene, rng),)
     if category.name == "SynthReasoning":
@@ -172,7 +172,7 @@ def _there_are(count: int, noun: str, where: str = "") -> str:
 
 
 def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) -> tuple[RecordTurn, ...]:
-    """Turns about two images side by side."""
+    """Write turns about two images side by side."""
     difference = _difference(pair)
     if category.name == "SynthContrastLong":
         left, right = (_lower(replace(scene, wording=0).description()) for scene in (pair.first, pair.second))
