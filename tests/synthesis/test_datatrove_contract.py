@@ -1,5 +1,6 @@
 """What the data engine takes from the inside of datatrove: each name that it overrides or reads is still there."""
 
+import asyncio
 import inspect
 from configparser import ConfigParser
 from pathlib import Path
@@ -81,7 +82,10 @@ def test_what_is_read_of_a_runner_and_its_checkpoints_is_there(tmp_path: Path):
 
 
 def test_what_is_read_of_a_server_is_there(tmp_path: Path):
-    server = make_step(tmp_path)._init_server(0)
+    async def make() -> InferenceServer:  # datatrove makes it in a loop
+        return make_step(tmp_path)._init_server(0)
+
+    server = asyncio.run(make())
     assert isinstance(server, request_step._RunningServer)
     assert server.url == "http://localhost:1" and server.client.tries == 8
     assert callable(InferenceServer.get_base_url)
