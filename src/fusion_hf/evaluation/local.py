@@ -18,7 +18,7 @@ from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.batching import count_tokens, longest_together, render
 from fusion_hf.inference.chat_model import AUTO, Assistant, SeenPicture
 from fusion_hf.inference.facts import ModelFacts
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
 
 BATCH_SIZE = 1
 KEPT_PICTURES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each

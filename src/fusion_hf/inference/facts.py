@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_hf.inference.chat_model import Assistant
-    from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+    from fusion_hf.model.configuration_fusion import TokenBudget
 
 # fields of a model that a server lists; the last one is OpenAI's, of answers
 FACTS, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"
