@@ -44,7 +44,7 @@ from workload import (
     make_words,
 )
 
-from fusion_hf.inference import Assistant, Conversation, question_message
+from fusion_hf.inference import ChatModel, Conversation, question_message
 from fusion_hf.nano.records import Mixture, Record, drawn_pictures, question_records
 
 SEED = 1
@@ -129,18 +129,18 @@ def make_conversations(count: int) -> list[Record]:
     return generator.sample(records, count)
 
 
-def answers_of(assistant: Assistant, record: Record, mode: str) -> list[str]:
+def answers_of(chat_model: ChatModel, record: Record, mode: str) -> list[str]:
     """To the questions of a conversation, each answer being part of what the next one is asked after."""
     picture, questions = record.open_image(), [question for question, _ in record.turns]
     if mode == "by itself":
-        return [assistant.answer([question_message(text, picture)], LONGEST_ANSWER) for text in questions]
-    conversation = Conversation(assistant, picture, LONGEST_ANSWER, fast=mode == "fast")
+        return [chat_model.answer([question_message(text, picture)], LONGEST_ANSWER) for text in questions]
+    conversation = Conversation(chat_model, picture, LONGEST_ANSWER, fast=mode == "fast")
     return [conversation.ask(text) for text in questions]
 
 
 def measure_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
     """Exact answers by mode and turn, and how many later answers only one of the two modes has right."""
-    assistant = Assistant.load(device=arguments.device, dtype=arguments.dtype)
+    chat_model = ChatModel.load(device=arguments.device, dtype=arguments.dtype)
     asked: Counter[str] = Counter()
     right: dict[str, Counter[str]] = {mode: Counter() for mode in MODES}
     only: Counter[str] = Counter()
@@ -148,7 +148,7 @@ def measure_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
         hits = {
             mode: [
                 answer == expected
-                for answer, (_, expected) in zip(answers_of(assistant, record, mode), record.turns, strict=True)
+                for answer, (_, expected) in zip(answers_of(chat_model, record, mode), record.turns, strict=True)
             ]
             for mode in MODES
         }

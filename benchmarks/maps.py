@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.drawing.questions import parse_easy_vqa
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.maps import AttentionMaps, attention_maps
 
 SEED = 11
@@ -91,14 +91,14 @@ def summarize_found(found: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def measure(assistant: Assistant, asked: Sequence[Asked]) -> dict[str, Any]:
+def measure(chat_model: ChatModel, asked: Sequence[Asked]) -> dict[str, Any]:
     """Counts over all questions, by kind of map and layers."""
-    masks = {one.path: shape_mask(assistant.open_picture(str(one.path))) for one in asked}
+    masks = {one.path: shape_mask(chat_model.open_image(str(one.path))) for one in asked}
     found: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
     right = 0
     for index, one in enumerate(tqdm(asked, desc="maps", unit="question")):
         other = next(path for path in (asked[index - step].path for step in range(1, len(asked))) if path != one.path)
-        result = attention_maps(str(one.path), one.question, assistant)
+        result = attention_maps(str(one.path), one.question, chat_model)
         right += result.answer == one.answer
         for kind, layers, overlay in overlays(result):
             found[kind][layers].append(find(overlay, masks[one.path], masks[other]))
@@ -125,12 +125,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse_on_machine(make_parser(), arguments)
     asked = questions_about_shapes()
     chosen = random.Random(SEED).sample(asked, min(options.questions, len(asked)))
-    assistant = Assistant.load(device=options.device, dtype=options.dtype)
+    chat_model = ChatModel.load(device=options.device, dtype=options.dtype)
     names = ("questions", "dtype", "device", "threads")
     result = {
         "settings": {name: getattr(options, name) for name in names},
         **surroundings(options.device),
-        **measure(assistant, chosen),
+        **measure(chat_model, chosen),
     }
     write_result(result, options.output)
     print(json.dumps(result, indent=1))

@@ -21,13 +21,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 
+from fusion_hf.inference.devices import DTYPES
+
 MATRIX_PRODUCTS = 4  # in one measurement of the machine's rate
 READ_COLUMNS = 1024  # of the matrix that is read
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
 BYTES_PER_KIB = 1024
 PACKAGES = ("transformers", "numpy", "pillow")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Spread = dict[str, float]
 

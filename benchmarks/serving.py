@@ -51,7 +51,7 @@ from workload import SIZES, Size, build_config, make_photo, make_weights
 
 from fusion_hf import FusionConfig, batch_generate, nano_path
 from fusion_hf.conversion.folder import make_processor
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.model.processing_fusion import FusionProcessor
 
 VLLM, TRANSFORMERS, BATCH = "vllm", "transformers", "batch"
@@ -214,11 +214,11 @@ def ask_all(client: openai.OpenAI, clients: int, questions: Sequence[Question]) 
         return Measurement(len(questions), time.perf_counter() - start, first_token)
 
 
-def answer_batches(assistant: Assistant, clients: int, questions: Sequence[Question]) -> Measurement:
+def answer_batches(chat_model: ChatModel, clients: int, questions: Sequence[Question]) -> Measurement:
     """All questions, `clients` of them in a batch."""
     records = [question.record for question in questions]
     start = time.perf_counter()
-    results = batch_generate(records, assistant, batch_size=clients, max_new_tokens=NEW_TOKENS, progress=False)
+    results = batch_generate(records, chat_model, batch_size=clients, max_new_tokens=NEW_TOKENS, progress=False)
     seconds = time.perf_counter() - start
     if failed := [result for result in results if "answer" not in result]:
         raise RuntimeError(f"a batch failed: {failed[0]}")
@@ -233,8 +233,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, li
         ways: dict[str, Any] = {}
         for path in options.paths:
             if path == BATCH:
-                assistant = Assistant.load(str(folder), options.device, options.dtype)
-                ways[path] = partial(answer_batches, assistant)
+                chat_model = ChatModel.load(str(folder), options.device, options.dtype)
+                ways[path] = partial(answer_batches, chat_model)
             else:
                 ways[path] = partial(ask_all, stack.enter_context(running_server(path, folder, options)))
         for way in ways.values():

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from workload import SIZES, Size, build_model, make_image_processor, make_photo, make_prompt
 
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 from fusion_hf.model.modeling_fusion_decoder import EmbeddedPrompt
@@ -171,11 +171,11 @@ def choose_records(easy_vqa: int, drawn: int) -> list[Record]:
 
 def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
     """Exact answers of fusion-nano, by category, for every setting."""
-    assistant = Assistant.load(device=options.device, dtype=options.dtype)
-    config, records = assistant.model.config, choose_records(options.questions, options.drawn)
+    chat_model = ChatModel.load(device=options.device, dtype=options.dtype)
+    config, records = chat_model.model.config, choose_records(options.questions, options.drawn)
     asked, rows = Counter(record.category for record in records), []
     for budget in budgets_of(config.num_patches_per_side, options.query_lens).values():
-        answers = generate_answers(assistant.model, assistant.processor, records, **budget._asdict())
+        answers = generate_answers(chat_model.model, chat_model.processor, records, **budget._asdict())
         right = Counter(r.category for r, answer in zip(records, answers, strict=True) if answer == r.turns[0][1])
         rows.append({**describe(budget), "right": {category: right[category] for category in sorted(asked)}})
     names = ("questions", "drawn", "dtype", "device", "threads")

@@ -12,7 +12,7 @@ from tests.helpers.questions import write_questions
 from fusion_hf import FusionForConditionalGeneration, batch_generate
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.result_log import ResultLog
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.inference.answer_file import AnswerFile
 from fusion_hf.inference.batching import digest_model
 
@@ -27,8 +27,8 @@ class Stopped(Exception):
 
 
 @pytest.fixture(scope="module")
-def nano() -> Assistant:
-    return Assistant.load(dtype="float32")
+def nano() -> ChatModel:
+    return ChatModel.load(dtype="float32")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def stopped(nano: Assistant, questions: Path, output: Path, calls: list[int]) -> list[int]:
+def stopped(nano: ChatModel, questions: Path, output: Path, calls: list[int]) -> list[int]:
     """A run that was stopped after two of its four batches."""
     calls.append(-2)
     with pytest.raises(Stopped):
@@ -76,7 +76,7 @@ def names(output: Path) -> set[str]:
     return {path.name for path in output.parent.iterdir() if path.name.startswith("answers")}
 
 
-def test_a_stopped_run_goes_on(nano: Assistant, questions: Path, output: Path, stopped: list[int]):
+def test_a_stopped_run_goes_on(nano: ChatModel, questions: Path, output: Path, stopped: list[int]):
     results = batch_generate(questions, nano, output, **SETTINGS)
     assert stopped == [BATCH_SIZE] * 2
     assert results == batch_generate(questions, nano, **SETTINGS)
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on(nano: Assistant, questions: Path, output: Path, s
     assert names(output) == {"answers.jsonl"}
 
 
-def test_a_run_of_the_former_release_goes_on(nano: Assistant, output: Path, tmp_path: Path, calls: list[int]):
+def test_a_run_of_the_former_release_goes_on(nano: ChatModel, output: Path, tmp_path: Path, calls: list[int]):
     """`begun/batch.partial` was written by the former code, which a kill ended after two of four batches."""
     questions, _ = write_questions(tmp_path, 8)
     begun = (BEGUN / "batch.partial").read_bytes().replace(FORMER_MODEL, digest_model(nano).encode())
@@ -102,7 +102,7 @@ def test_a_run_of_the_former_release_goes_on(nano: Assistant, output: Path, tmp_
     assert names(output) == {"answers.jsonl"}
 
 
-def test_a_run_is_logged_as_by_the_former_release(nano: Assistant, output: Path, tmp_path: Path, calls: list[int]):
+def test_a_run_is_logged_as_by_the_former_release(nano: ChatModel, output: Path, tmp_path: Path, calls: list[int]):
     questions, _ = write_questions(tmp_path, 8)
     calls.append(-2)
     with pytest.raises(Stopped):
@@ -111,14 +111,14 @@ def test_a_run_is_logged_as_by_the_former_release(nano: Assistant, output: Path,
     assert partial(output).read_bytes().replace(digest_model(nano).encode(), FORMER_MODEL) == before
 
 
-def test_with_another_batch_size(nano: Assistant, questions: Path, output: Path, stopped: list[int]):
+def test_with_another_batch_size(nano: ChatModel, questions: Path, output: Path, stopped: list[int]):
     results = batch_generate(questions, nano, output, **SETTINGS | {"batch_size": 4})
     assert sum(stopped) == COUNT - 2 * BATCH_SIZE
     assert results == batch_generate(questions, nano, **SETTINGS)
 
 
 @pytest.mark.parametrize("left", [0, 1, 20, -1])
-def test_a_torn_last_line(nano: Assistant, questions: Path, output: Path, stopped: list[int], left: int):
+def test_a_torn_last_line(nano: ChatModel, questions: Path, output: Path, stopped: list[int], left: int):
     """Only `left` bytes of the second batch's line are there: it is made again, and again the run is stopped."""
     lines = partial(output).read_bytes().splitlines(keepends=True)
     partial(output).write_bytes(b"".join(lines[:-1]) + lines[-1][:left])
@@ -134,7 +134,7 @@ def test_a_torn_last_line(nano: Assistant, questions: Path, output: Path, stoppe
 
 
 @pytest.mark.parametrize("left", [0, 10])
-def test_a_torn_first_line(nano: Assistant, questions: Path, output: Path, stopped: list[int], left: int):
+def test_a_torn_first_line(nano: ChatModel, questions: Path, output: Path, stopped: list[int], left: int):
     partial(output).write_bytes(partial(output).read_bytes()[:left])
     assert batch_generate(questions, nano, output, **SETTINGS) == batch_generate(questions, nano, **SETTINGS)
     assert stopped[:4] == [BATCH_SIZE] * 4
@@ -144,7 +144,7 @@ def test_a_torn_first_line(nano: Assistant, questions: Path, output: Path, stopp
     ("number", "line"),
     [(1, b"{}\n"), (1, b"[]\n"), (2, b"{\n"), (2, b'{"results": [[99, {}]]}\n'), (3, b'{"results": [["0", {}]]}\n')],
 )
-def test_damage_elsewhere_is_named(nano: Assistant, questions: Path, output: Path, stopped, number: int, line: bytes):
+def test_damage_elsewhere_is_named(nano: ChatModel, questions: Path, output: Path, stopped, number: int, line: bytes):
     lines = partial(output).read_bytes().splitlines(keepends=True)
     partial(output).write_bytes(b"".join([*lines[: number - 1], line, *lines[number:]]))
     with pytest.raises(InputError, match=f"partial is damaged in line {number}; remove it"):
@@ -176,7 +176,7 @@ def reorder_records(questions: Path) -> None:
     ],
 )
 def test_another_run_is_refused(
-    nano: Assistant,
+    nano: ChatModel,
     questions: Path,
     output: Path,
     stopped: list[int],
@@ -193,8 +193,8 @@ def test_another_run_is_refused(
     assert partial(output).read_bytes() == before
 
 
-def test_another_model_is_refused(nano: Assistant, questions: Path, output: Path, stopped: list[int]):
-    trained = Assistant.load(dtype="float32")
+def test_another_model_is_refused(nano: ChatModel, questions: Path, output: Path, stopped: list[int]):
+    trained = ChatModel.load(dtype="float32")
     trained.model.model.language_model.norm.weight.data += 1
     with pytest.raises(InputError, match="model is fusion-nano@"):
         batch_generate(questions, trained, output, **SETTINGS)
@@ -202,7 +202,7 @@ def test_another_model_is_refused(nano: Assistant, questions: Path, output: Path
         batch_generate(questions, None, output, dtype="bfloat16", **SETTINGS)
 
 
-def test_a_finished_output_is_kept(nano: Assistant, questions: Path, output: Path, calls: list[int]):
+def test_a_finished_output_is_kept(nano: ChatModel, questions: Path, output: Path, calls: list[int]):
     output.write_text("precious\n")
     with pytest.raises(InputError, match=r"answers.jsonl, which exists already"):
         batch_generate(questions, nano, output, **SETTINGS)
@@ -217,7 +217,7 @@ def test_an_unfinished_run_does_not_replace_another_output(nano, questions: Path
 
 
 def test_killed_before_the_log_is_removed(
-    nano: Assistant, questions: Path, output: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    nano: ChatModel, questions: Path, output: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     unlink = Path.unlink
 
@@ -236,7 +236,7 @@ def test_killed_before_the_log_is_removed(
 
 
 def test_a_batch_is_on_the_disk_before_the_next(
-    nano: Assistant, questions: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    nano: ChatModel, questions: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ):
     events: list[str] = []
     generate, fsync, replace = FusionForConditionalGeneration.generate, os.fsync, Path.replace
@@ -249,7 +249,7 @@ def test_a_batch_is_on_the_disk_before_the_next(
     assert events == ["sync"] * 2 + ["generate", "sync"] * 4 + ["sync", "replace", "sync"]
 
 
-def test_two_processes_do_not_share_an_output(nano: Assistant, questions: Path, output: Path, calls: list[int]):
+def test_two_processes_do_not_share_an_output(nano: ChatModel, questions: Path, output: Path, calls: list[int]):
     with AnswerFile(output), pytest.raises(InputError, match="another process is working on"):
         batch_generate(questions, nano, output, **SETTINGS)
     assert calls == []
@@ -264,7 +264,7 @@ def test_impossible_outputs(questions: Path, tmp_path: Path, name: str, part: st
         batch_generate(questions, "no/such/model", tmp_path / name)  # before a model is loaded
 
 
-def test_missing_and_empty_inputs(nano: Assistant, tmp_path: Path):
+def test_missing_and_empty_inputs(nano: ChatModel, tmp_path: Path):
     with pytest.raises(InputError, match=r"nowhere.jsonl cannot be read"):
         batch_generate(tmp_path / "nowhere.jsonl", nano)
     (tmp_path / "empty.jsonl").write_text("\n \n")
@@ -272,7 +272,7 @@ def test_missing_and_empty_inputs(nano: Assistant, tmp_path: Path):
         batch_generate(tmp_path / "empty.jsonl", nano)
 
 
-def test_input_is_not_overwritten(nano: Assistant, questions: Path):
+def test_input_is_not_overwritten(nano: ChatModel, questions: Path):
     before = questions.read_bytes()
     with pytest.raises(InputError, match="exists already"):
         batch_generate(questions, nano, questions)
@@ -280,7 +280,7 @@ def test_input_is_not_overwritten(nano: Assistant, questions: Path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
-def test_disk_is_full(nano: Assistant, questions: Path, output: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_is_full(nano: ChatModel, questions: Path, output: Path, monkeypatch: pytest.MonkeyPatch):
     written = ResultLog.append
 
     with monkeypatch.context() as patch, Path("/dev/full").open("wb") as full:
@@ -298,7 +298,7 @@ def test_disk_is_full(nano: Assistant, questions: Path, output: Path, monkeypatc
     assert results == batch_generate(questions, nano, **SETTINGS)
 
 
-def test_ids_of_any_characters(nano: Assistant, output: Path):
+def test_ids_of_any_characters(nano: ChatModel, output: Path):
     records = [{"id": "\ud83d", "question": "what?"}, {"id": "Füße \u2028", "question": "what?"}]
     results = batch_generate(records, nano, output, **SETTINGS)
     assert [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]] == results

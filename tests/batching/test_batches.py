@@ -16,35 +16,35 @@ from transformers import Phi3Config
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionProcessor, batch_generate
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference import Assistant, Conversation
+from fusion_hf.inference import ChatModel, Conversation
 
 COUNT = 30
 NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def nano() -> Assistant:
-    return Assistant.load(dtype="float32")
+def nano() -> ChatModel:
+    return ChatModel.load(dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def talkative(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     """Random weights: its answers never end, and depend on every token before."""
     torch.manual_seed(0)
-    assistant = Assistant.load(str(write_model(tmp_path_factory.mktemp("model"))), dtype="float32")
-    return enlarged(assistant)
+    chat_model = ChatModel.load(str(write_model(tmp_path_factory.mktemp("model"))), dtype="float32")
+    return enlarged(chat_model)
 
 
-def enlarged(assistant: Assistant) -> Assistant:
+def enlarged(chat_model: ChatModel) -> ChatModel:
     with torch.no_grad():
-        for parameter in assistant.model.parameters():
+        for parameter in chat_model.model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6)
-    return assistant
+    return chat_model
 
 
 @pytest.fixture(scope="module")
-def long_rope(talkative: Assistant) -> Assistant:
+def long_rope(talkative: ChatModel) -> ChatModel:
     """Phi-3, whose positions change once a sequence has over 150 tokens."""
     config = FusionConfig.from_dict(talkative.model.config.to_dict())
     text = config.text_config
@@ -70,33 +70,33 @@ def long_rope(talkative: Assistant) -> Assistant:
     )
     torch.manual_seed(1)
     model = FusionForConditionalGeneration(config).eval()
-    return enlarged(Assistant(model, talkative.processor))
+    return enlarged(ChatModel(model, talkative.processor))
 
 
-def one_by_one(assistant: Assistant, folder: Path, records: list[dict], **settings: Any) -> list[dict]:
+def one_by_one(chat_model: ChatModel, folder: Path, records: list[dict], **settings: Any) -> list[dict]:
     results = []
     for index, record in enumerate(records):
         messages = record.get("messages") or [{"role": "user", "content": record["question"]}]
         messages = [dict(message) for message in messages]
         if "image" in record:
-            block = {"type": "image", "image": assistant.open_picture(str(folder / record["image"]))}
+            block = {"type": "image", "image": chat_model.open_image(str(folder / record["image"]))}
             messages[0]["content"] = [block, {"type": "text", "text": messages[0]["content"]}]
-        results.append({"id": record.get("id", index), "answer": assistant.answer(messages, **settings)})
+        results.append({"id": record.get("id", index), "answer": chat_model.answer(messages, **settings)})
     return results
 
 
 @pytest.mark.parametrize("name", ["nano", "talkative", "long_rope"])
 @pytest.mark.parametrize("budget", [{}, {"query_len": 4}, {"image_token_grid": 3}], ids=str)
 def test_equals_one_by_one(request: pytest.FixtureRequest, name: str, budget: dict[str, int], tmp_path: Path):
-    assistant = request.getfixturevalue(name)
+    chat_model = request.getfixturevalue(name)
     path, records = write_questions(tmp_path, COUNT)
     settings = {"max_new_tokens": NEW_TOKENS, **budget}
-    expected = one_by_one(assistant, tmp_path, records, **settings)
+    expected = one_by_one(chat_model, tmp_path, records, **settings)
     assert len({result["answer"] for result in expected}) > 5
-    assert batch_generate(path, assistant, batch_size=7, progress=False, **settings) == expected
+    assert batch_generate(path, chat_model, batch_size=7, progress=False, **settings) == expected
 
 
-def test_answers_that_reach_the_maximum(talkative: Assistant, tmp_path: Path):
+def test_answers_that_reach_the_maximum(talkative: ChatModel, tmp_path: Path):
     """One of them ends where the model does; the others do not end there with it."""
     path, records = write_questions(tmp_path, 6)
     records[3]["question"] = "why? " * 198
@@ -108,7 +108,7 @@ def test_answers_that_reach_the_maximum(talkative: Assistant, tmp_path: Path):
 
 
 @pytest.fixture
-def batches(nano: Assistant, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def batches(nano: ChatModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """Rows and columns of the prompts that nano is given, in order."""
     shapes: list[tuple[int, int]] = []
     generate = FusionForConditionalGeneration.generate
@@ -121,7 +121,7 @@ def batches(nano: Assistant, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[t
     yield shapes
 
 
-def test_batches_are_of_similar_lengths_and_the_longest_comes_first(nano: Assistant, batches: list, tmp_path: Path):
+def test_batches_are_of_similar_lengths_and_the_longest_comes_first(nano: ChatModel, batches: list, tmp_path: Path):
     path, _ = write_questions(tmp_path, COUNT)
     batch_generate(path, nano, batch_size=8, max_new_tokens=2, progress=False)
     rows, columns = zip(*batches, strict=True)
@@ -133,7 +133,7 @@ def test_batches_are_of_similar_lengths_and_the_longest_comes_first(nano: Assist
     assert sum(r * c for r, c in zip(rows, columns, strict=True)) < 1.15 * tokens
 
 
-def test_too_large_batches_are_halved(nano: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_large_batches_are_halved(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, _ = write_questions(tmp_path, COUNT)
     expected = batch_generate(path, nano, batch_size=1, max_new_tokens=4, progress=False)
     generate, rows = FusionForConditionalGeneration.generate, []
@@ -150,7 +150,7 @@ def test_too_large_batches_are_halved(nano: Assistant, tmp_path: Path, monkeypat
     assert max(rows[3:]) == 2  # what was too large once is not tried again
 
 
-def test_one_prompt_that_is_too_large(nano: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_prompt_that_is_too_large(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, _ = write_questions(tmp_path, 3)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -161,7 +161,7 @@ def test_one_prompt_that_is_too_large(nano: Assistant, tmp_path: Path, monkeypat
     assert all("out of memory" in result["error"] for result in results)
 
 
-def test_broken_records_are_reported_in_their_places(nano: Assistant, tmp_path: Path):
+def test_broken_records_are_reported_in_their_places(nano: ChatModel, tmp_path: Path):
     path, records = write_questions(tmp_path, 6)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
@@ -214,7 +214,7 @@ def test_broken_records_are_reported_in_their_places(nano: Assistant, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_images_from_strangers(nano: Assistant, tmp_path: Path):
+def test_images_from_strangers(nano: ChatModel, tmp_path: Path):
     """A broken one is its record's error, as a file and in memory, and all other records are answered."""
     files = {f"{number}.png": content for number, content in enumerate(BROKEN.values())} | ODD
     for name, content in files.items():
@@ -235,7 +235,7 @@ def test_images_from_strangers(nano: Assistant, tmp_path: Path):
     assert ["answer" in result for result in results] == [name in ODD for name, _ in images]
 
 
-def test_records_in_memory(nano: Assistant, tmp_path: Path):
+def test_records_in_memory(nano: ChatModel, tmp_path: Path):
     """Pictures of PIL, where a record may have one; a broken one is an error of its own."""
     write_questions(tmp_path, 1)
     picture, question = Image.open(tmp_path / "0.png"), "what color is the shape?"
@@ -252,7 +252,7 @@ def test_records_in_memory(nano: Assistant, tmp_path: Path):
     ]
     output = tmp_path / "answers.jsonl"
     results = batch_generate(records, nano, output, max_new_tokens=8, progress=False)
-    expected = Conversation(nano, nano.open_picture(picture), 8).ask(question)
+    expected = Conversation(nano, nano.open_image(picture), 8).ask(question)
     assert [result.get("answer") for result in results[:4]] == [expected] * 3 + [None]
     assert "cannot be decoded" in results[3]["error"]
     assert "it is str" in results[5]["error"]
@@ -260,11 +260,11 @@ def test_records_in_memory(nano: Assistant, tmp_path: Path):
     assert batch_generate([], nano) == []
 
 
-def test_pictures_are_opened_when_their_batch_is_up(nano: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pictures_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, _ = write_questions(tmp_path, COUNT)
     events: list[str] = []
-    open_picture, generate = Assistant.open_picture, FusionForConditionalGeneration.generate
-    monkeypatch.setattr(Assistant, "open_picture", lambda *a: events.append("open") or open_picture(*a))
+    open_image, generate = ChatModel.open_image, FusionForConditionalGeneration.generate
+    monkeypatch.setattr(ChatModel, "open_image", lambda *a: events.append("open") or open_image(*a))
     monkeypatch.setattr(
         FusionForConditionalGeneration, "generate", lambda *a, **k: events.append("generate") or generate(*a, **k)
     )
@@ -284,17 +284,17 @@ def test_pictures_are_opened_when_their_batch_is_up(nano: Assistant, tmp_path: P
         ({"device": "cpu"}, "device is 'cpu'"),
     ],
 )
-def test_wrong_arguments(nano: Assistant, settings: dict[str, Any], part: str):
+def test_wrong_arguments(nano: ChatModel, settings: dict[str, Any], part: str):
     with pytest.raises(InputError, match=part):
         batch_generate([{"question": "what?"}], nano, **settings)
 
 
-def test_processor_does_not_change(nano: Assistant, tmp_path: Path):
+def test_processor_does_not_change(nano: ChatModel, tmp_path: Path):
     """Rows are padded on the left even by a tokenizer that pads on the right."""
     path, records = write_questions(tmp_path, 8)
     processor = FusionProcessor.from_pretrained(nano.processor.tokenizer.name_or_path)
     processor.tokenizer.padding_side = "right"
-    other = Assistant(nano.model, processor)
+    other = ChatModel(nano.model, processor)
     expected = one_by_one(nano, tmp_path, records, max_new_tokens=8)
     assert batch_generate(path, other, max_new_tokens=8, progress=False) == expected
     assert processor.tokenizer.padding_side == "right"

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.broken_images import BROKEN, ODD
 
 from fusion_hf.common.errors import short_name
-from fusion_hf.inference import Assistant, Conversation, choose_device, nano_path
+from fusion_hf.inference import ChatModel, Conversation, choose_device, nano_path
 
 QUESTION = "what color is the shape?"
 # wall seconds from a cold start on two quiet cores; shared machines of continuous integration get more
@@ -20,8 +20,8 @@ ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
-def assistant(nano: Path) -> Assistant:
-    return Assistant.load()
+def chat_model(nano: Path) -> ChatModel:
+    return ChatModel.load()
 
 
 def test_answers_within_seconds(run, picture):
@@ -67,17 +67,17 @@ def test_images_from_strangers(run, picture, tmp_path):
     assert result.returncode == 2
 
 
-def test_prints_what_the_library_answers(run, assistant, picture):
+def test_prints_what_the_library_answers(run, chat_model, picture):
     question = "how many shapes are there?"
-    expected = Conversation(assistant, assistant.open_picture(picture), 5, query_len=4).ask(question)
+    expected = Conversation(chat_model, chat_model.open_image(picture), 5, query_len=4).ask(question)
     result = run("ask", picture, question, "--query-len", 4, "--max-new-tokens", 5, "--dtype", "float32")
     assert (result.returncode, result.stdout, result.stderr) == (0, expected + "\n", "")
 
 
-def test_prints_what_the_library_answers_with_fewer_image_tokens(run, assistant, picture):
+def test_prints_what_the_library_answers_with_fewer_image_tokens(run, chat_model, picture):
     questions = ["how many shapes are there?", QUESTION]
-    image = assistant.open_picture(picture)
-    expected = list(assistant.answer_each(image, questions, 5, query_len=4, image_token_grid=2))
+    image = chat_model.open_image(picture)
+    expected = list(chat_model.answer_each(image, questions, 5, query_len=4, image_token_grid=2))
     options = ("--query-len", 4, "--image-token-grid", 2, "--max-new-tokens", 5, "--dtype", "float32")
     result = run("ask", picture, questions[0], "--also", questions[1], *options)
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(expected) + "\n", "")
@@ -85,10 +85,10 @@ def test_prints_what_the_library_answers_with_fewer_image_tokens(run, assistant,
     assert (talked.returncode, talked.stdout, talked.stderr) == (0, expected[0] + "\n", "")
 
 
-def test_max_new_tokens_limits_the_answer(assistant, picture):
+def test_max_new_tokens_limits_the_answer(chat_model, picture):
     messages = [{"role": "user", "content": QUESTION}]
-    answer = assistant.answer(messages, max_new_tokens=1)
-    assert len(assistant.processor.tokenizer.tokenize(answer)) <= 1
+    answer = chat_model.answer(messages, max_new_tokens=1)
+    assert len(chat_model.processor.tokenizer.tokenize(answer)) <= 1
 
 
 def test_code_of_a_model_folder_is_not_run(run, picture, nano, tmp_path):

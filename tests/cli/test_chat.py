@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 
 from fusion_hf.cli.session import AnswerStreamer
-from fusion_hf.inference import Assistant, Conversation
+from fusion_hf.inference import ChatModel, Conversation
 
 QUESTIONS = ("what color is the shape?", "what shape is it?")
 SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def assistant(nano: Path) -> Assistant:
-    return Assistant.load()
+def chat_model(nano: Path) -> ChatModel:
+    return ChatModel.load()
 
 
 @pytest.fixture(scope="module")
-def answers(assistant: Assistant, picture: str) -> list[str]:
+def answers(chat_model: ChatModel, picture: str) -> list[str]:
     """To both questions in one conversation."""
-    conversation = Conversation(assistant, assistant.open_picture(picture), max_new_tokens=16)
+    conversation = Conversation(chat_model, chat_model.open_image(picture), max_new_tokens=16)
     return [conversation.ask(question) for question in QUESTIONS]
 
 
@@ -46,16 +46,16 @@ def test_commands_and_errors_do_not_end_it(run, picture, answers):
     assert result.returncode == 0
 
 
-def test_history_is_kept_and_forgotten(assistant, picture, monkeypatch):
+def test_history_is_kept_and_forgotten(chat_model, picture, monkeypatch):
     seen = []
 
     def answer(self, messages, max_new_tokens, query_len, streamer, *_):
         seen.append([(message["role"], message["content"]) for message in messages])
         return f"answer {len(seen)}"
 
-    monkeypatch.setattr(Assistant, "answer", answer)
-    image = assistant.open_picture(picture)
-    conversation = Conversation(assistant, image, 16)
+    monkeypatch.setattr(ChatModel, "answer", answer)
+    image = chat_model.open_image(picture)
+    conversation = Conversation(chat_model, image, 16)
     for question in QUESTIONS:
         conversation.ask(question)
     conversation.reset()
@@ -70,8 +70,8 @@ def test_history_is_kept_and_forgotten(assistant, picture, monkeypatch):
     assert seen[2] == [first(QUESTIONS[1])]
 
 
-def test_answers_are_streamed_without_control_characters(assistant, capsys):
-    tokenizer = assistant.processor.tokenizer
+def test_answers_are_streamed_without_control_characters(chat_model, capsys):
+    tokenizer = chat_model.processor.tokenizer
     streamer = AnswerStreamer(tokenizer)
     for _ in range(2):  # one streamer serves a whole conversation
         streamer.put(tokenizer("prompt", return_tensors="pt").input_ids)

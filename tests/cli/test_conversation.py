@@ -11,7 +11,8 @@ from transformers import BatchFeature, DynamicCache, MistralConfig
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf import FusionImageProcessor
-from fusion_hf.inference.chat_model import Assistant, Conversation, _Memory, question_message
+from fusion_hf.inference.chat_model import ChatModel, question_message
+from fusion_hf.inference.conversation import Conversation, _Memory
 
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")
 TILES = 4
@@ -20,23 +21,23 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
-def assistant(nano: Path) -> Assistant:
-    return Assistant.load(device="cpu", dtype="float32")
+def chat_model(nano: Path) -> ChatModel:
+    return ChatModel.load(device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def image(assistant: Assistant, picture: str) -> Image.Image:
-    return assistant.open_picture(picture)
+def image(chat_model: ChatModel, picture: str) -> Image.Image:
+    return chat_model.open_image(picture)
 
 
 class Watch:
     """What the model is given: tiles per call of the tower, tokens per pass, and the logits of the last of them."""
 
-    def __init__(self, assistant: Assistant):
+    def __init__(self, chat_model: ChatModel):
         self.tiles: list[int] = []
         self.tokens: list[int] = []
         self.logits: list[torch.Tensor] = []
-        model = assistant.model
+        model = chat_model.model
         self.handles = [
             model.model.vision_tower.register_forward_pre_hook(lambda _, args: self.tiles.append(len(args[0]))),
             model.model.language_model.layers[0].register_forward_pre_hook(
@@ -51,8 +52,8 @@ class Watch:
 
 
 @pytest.fixture
-def watch(assistant: Assistant) -> Iterator[Watch]:
-    watch = Watch(assistant)
+def watch(chat_model: ChatModel) -> Iterator[Watch]:
+    watch = Watch(chat_model)
     yield watch
     for handle in watch.handles:
         handle.remove()
@@ -61,24 +62,24 @@ def watch(assistant: Assistant) -> Iterator[Watch]:
 def whole_prompt(conversation: Conversation, messages: list[dict[str, Any]]) -> BatchFeature:
     """Messages as one prompt, whose overview is guided by the first question alone."""
     grid = conversation.image_token_grid
-    inputs = conversation.assistant.prepare(messages, image_token_grid=grid)
-    first = conversation.assistant.prepare(messages[:1], image_token_grid=grid)
+    inputs = conversation.chat_model.prepare(messages, image_token_grid=grid)
+    first = conversation.chat_model.prepare(messages[:1], image_token_grid=grid)
     return BatchFeature(
         {**inputs, **{name: first[name] for name in ("instruct_input_ids", "instruct_attention_mask")}}
     )
 
 
-def test_questions_asked_by_themselves_share_the_tiles(assistant: Assistant, image: Image.Image, watch: Watch):
-    together = list(assistant.answer_each(image, QUESTIONS, MOST))
+def test_questions_asked_by_themselves_share_the_tiles(chat_model: ChatModel, image: Image.Image, watch: Watch):
+    together = list(chat_model.answer_each(image, QUESTIONS, MOST))
     assert watch.tiles == [TILES, 1, 1, 1]
     watch.clear()
-    assert together == [assistant.answer([question_message(question, image)], MOST) for question in QUESTIONS]
+    assert together == [chat_model.answer([question_message(question, image)], MOST) for question in QUESTIONS]
     assert watch.tiles == [1, TILES] * len(QUESTIONS)
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_picture_is_resized_once(
-    assistant: Assistant, image: Image.Image, fast: bool, monkeypatch: pytest.MonkeyPatch
+    chat_model: ChatModel, image: Image.Image, fast: bool, monkeypatch: pytest.MonkeyPatch
 ):
     sizes: list[tuple[int, int]] = []
     cut = FusionImageProcessor.cut
@@ -88,38 +89,38 @@ def test_a_picture_is_resized_once(
         return cut(image, *args, **kwargs)
 
     monkeypatch.setattr(FusionImageProcessor, "cut", staticmethod(counted))
-    conversation = Conversation(assistant, image, MOST, fast=fast)
+    conversation = Conversation(chat_model, image, MOST, fast=fast)
     for question in QUESTIONS:
         conversation.ask(question)
     assert sizes.count(image.size) == 1
     sizes.clear()
-    list(assistant.answer_each(image, QUESTIONS, MOST))
+    list(chat_model.answer_each(image, QUESTIONS, MOST))
     assert sizes.count(image.size) == 1
 
 
-def test_a_picture_that_was_seen_before(assistant: Assistant, image: Image.Image, watch: Watch):
+def test_a_picture_that_was_seen_before(chat_model: ChatModel, image: Image.Image, watch: Watch):
     """Its tiles are not encoded again, in either of two conversations."""
-    (seen,) = assistant.see_tiles(assistant.cut([image]))
+    (seen,) = chat_model.encode_tiles(chat_model.preprocess([image]))
     assert watch.tiles == [TILES]
-    expected = assistant.see(image)
+    expected = chat_model.encode_image(image)
     assert torch.equal(seen.overview, expected.overview)
     assert torch.equal(seen.global_features, expected.global_features)
     watch.clear()
-    answers = [Conversation(assistant, image, MOST, seen=seen).ask(question) for question in QUESTIONS[:2]]
+    answers = [Conversation(chat_model, image, MOST, image_features=seen).ask(question) for question in QUESTIONS[:2]]
     assert watch.tiles == [1, 1]
-    assert answers == [Conversation(assistant, image, MOST).ask(question) for question in QUESTIONS[:2]]
+    assert answers == [Conversation(chat_model, image, MOST).ask(question) for question in QUESTIONS[:2]]
 
 
 @pytest.mark.parametrize("budget", [{}, {"query_len": 4}, {"image_token_grid": 3}], ids=str)
 def test_a_conversation_is_encoded_with_all_its_questions(
-    assistant: Assistant, image: Image.Image, watch: Watch, budget: dict[str, int]
+    chat_model: ChatModel, image: Image.Image, watch: Watch, budget: dict[str, int]
 ):
-    conversation = Conversation(assistant, image, MOST, **budget)
+    conversation = Conversation(chat_model, image, MOST, **budget)
     for question in QUESTIONS:
         answer = conversation.ask(question)
         logits = watch.logits[0]
         watch.clear()
-        assert answer == assistant.answer(conversation.messages[:-1], MOST, **budget)
+        assert answer == chat_model.answer(conversation.messages[:-1], MOST, **budget)
         assert torch.equal(watch.logits[0], logits)
         watch.clear()
     conversation.ask(QUESTIONS[0])
@@ -131,9 +132,9 @@ def test_a_conversation_is_encoded_with_all_its_questions(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("grid", [None, 3])
-def test_fast_mode_continues_what_it_holds(assistant: Assistant, image: Image.Image, watch: Watch, grid: int | None):
+def test_fast_mode_continues_what_it_holds(chat_model: ChatModel, image: Image.Image, watch: Watch, grid: int | None):
     """Cache and logits are those of one pass over the conversation, whose overview the first question guides."""
-    conversation = Conversation(assistant, image, MOST, fast=True, image_token_grid=grid)
+    conversation = Conversation(chat_model, image, MOST, fast=True, image_token_grid=grid)
     for turn, question in enumerate(QUESTIONS):
         watch.clear()
         conversation.ask(question)
@@ -143,21 +144,21 @@ def test_fast_mode_continues_what_it_holds(assistant: Assistant, image: Image.Im
         read = conversation._memory
         assert read is not None
         assert turn == 0 or watch.tokens[0] < len(QUESTIONS[0].split()) + 40 < prompt["input_ids"].shape[1]
-        torch.testing.assert_close(assistant.model(**prompt).logits[:, -1], given, **CLOSE)
+        torch.testing.assert_close(chat_model.model(**prompt).logits[:, -1], given, **CLOSE)
 
         followed = [*conversation.messages, question_message("and?")]
         ids = whole_prompt(conversation, followed)["input_ids"][0]
         assert torch.equal(ids[: len(read.ids)], read.ids)  # the template goes on where the model stopped
-        whole = assistant.model(**whole_prompt(conversation, followed), use_cache=True).past_key_values
+        whole = chat_model.model(**whole_prompt(conversation, followed), use_cache=True).past_key_values
         for ours, theirs in zip(read.cache.layers, whole.layers, strict=True):
             torch.testing.assert_close(ours.keys, theirs.keys[:, :, : len(read.ids)], **CLOSE)
             torch.testing.assert_close(ours.values, theirs.values[:, :, : len(read.ids)], **CLOSE)
 
 
-def test_fast_and_faithful_begin_alike_and_differ_later(assistant: Assistant, image: Image.Image, watch: Watch):
+def test_fast_and_faithful_begin_alike_and_differ_later(chat_model: ChatModel, image: Image.Image, watch: Watch):
     logits = []
     for fast in (False, True):
-        conversation = Conversation(assistant, image, MOST, fast=fast)
+        conversation = Conversation(chat_model, image, MOST, fast=fast)
         turns = []
         for question in QUESTIONS[:2]:
             watch.clear()
@@ -184,20 +185,22 @@ def change_question(messages: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(("change", "is_kept"), [(change_answer, True), (cut_answer, True), (change_question, False)])
 @torch.inference_mode()
 def test_a_cache_that_holds_other_tokens_is_cut_or_made_anew(
-    assistant: Assistant, image: Image.Image, watch: Watch, change: Callable, is_kept: bool
+    chat_model: ChatModel, image: Image.Image, watch: Watch, change: Callable, is_kept: bool
 ):
     """As after an answer whose text is tokenised in another way than the model wrote it."""
-    conversation = Conversation(assistant, image, MOST, fast=True)
+    conversation = Conversation(chat_model, image, MOST, fast=True)
     conversation.ask(QUESTIONS[0])
     guide = conversation.messages[:1]
     change(conversation.messages)
     watch.clear()
     conversation.ask(QUESTIONS[1])
     given, tokens = watch.logits[0], watch.tokens[0]
-    prompt = assistant.prepare(conversation.messages[:-1])
-    prompt.update({name: assistant.prepare(guide)[name] for name in ("instruct_input_ids", "instruct_attention_mask")})
+    prompt = chat_model.prepare(conversation.messages[:-1])
+    prompt.update(
+        {name: chat_model.prepare(guide)[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
+    )
     assert (tokens < prompt["input_ids"].shape[1]) == is_kept
-    torch.testing.assert_close(assistant.model(**prompt).logits[:, -1], given, **CLOSE)
+    torch.testing.assert_close(chat_model.model(**prompt).logits[:, -1], given, **CLOSE)
 
 
 def test_a_sliding_cache_is_not_cut():
@@ -226,10 +229,10 @@ class Interrupt(BaseStreamer):
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_an_interrupted_answer_leaves_nothing(assistant: Assistant, image: Image.Image, watch: Watch, at: int):
+def test_an_interrupted_answer_leaves_nothing(chat_model: ChatModel, image: Image.Image, watch: Watch, at: int):
     results = []
     for is_interrupted in (False, True):
-        conversation = Conversation(assistant, image, MOST, fast=True)
+        conversation = Conversation(chat_model, image, MOST, fast=True)
         for question in QUESTIONS[:at]:
             conversation.ask(question)
         if is_interrupted:
@@ -245,20 +248,20 @@ def test_an_interrupted_answer_leaves_nothing(assistant: Assistant, image: Image
         torch.testing.assert_close(others, logits, **CLOSE)
 
 
-def test_reset_begins_anew_in_fast_mode(assistant: Assistant, image: Image.Image, watch: Watch):
-    conversation = Conversation(assistant, image, MOST, fast=True)
+def test_reset_begins_anew_in_fast_mode(chat_model: ChatModel, image: Image.Image, watch: Watch):
+    conversation = Conversation(chat_model, image, MOST, fast=True)
     conversation.ask(QUESTIONS[0])
     conversation.reset()
     watch.clear()
     conversation.ask(QUESTIONS[1])
     logits = watch.logits[0]
     watch.clear()
-    Conversation(assistant, image, MOST, fast=True).ask(QUESTIONS[1])
+    Conversation(chat_model, image, MOST, fast=True).ask(QUESTIONS[1])
     assert torch.equal(watch.logits[0], logits)
 
 
-def test_ask_answers_several_questions_in_a_line_each(run, assistant, image, picture):
-    expected = list(assistant.answer_each(image, QUESTIONS, MOST))
+def test_ask_answers_several_questions_in_a_line_each(run, chat_model, image, picture):
+    expected = list(chat_model.answer_each(image, QUESTIONS, MOST))
     more = [part for question in QUESTIONS[1:] for part in ("--also", question)]
     result = run("ask", picture, QUESTIONS[0], *more, "--max-new-tokens", MOST)
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(expected) + "\n", "")
@@ -274,8 +277,8 @@ def test_a_further_question_may_not_be_empty(run_here, picture):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_chat_in_fast_mode(run, assistant, image, picture):
-    conversation = Conversation(assistant, image, MOST, fast=True)
+def test_chat_in_fast_mode(run, chat_model, image, picture):
+    conversation = Conversation(chat_model, image, MOST, fast=True)
     expected = [conversation.ask(question) for question in QUESTIONS]
     result = run("chat", picture, "--fast", "--max-new-tokens", MOST, stdin="\n".join(QUESTIONS))
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(expected) + "\n", "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 QUESTION = "what color is the shape?"
 BOMB_SIDE = 20_000  # pixels; a gigabyte when decoded
@@ -189,7 +189,7 @@ def test_what_nobody_foresaw_ends_in_one_line_as_well(run_here, picture, monkeyp
     def fail(*_: object) -> None:
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(Assistant, "answer", fail)
+    monkeypatch.setattr(ChatModel, "answer", fail)
     check_one_line(run_here("ask", picture, QUESTION), "RuntimeError: out of luck", "--debug", status=1)
 
 

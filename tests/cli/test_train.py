@@ -15,7 +15,7 @@ import pytest
         (
             "model: m\ndata: d\nlerning_rate: 1",
             [],
-            "'lerning_rate' is no key of a recipe; did you mean 'learning_rate'?",
+            "recipe.yaml has the key 'lerning_rate'; did you mean 'learning_rate'?",
         ),
         ("model: m\ndata: d\noutput_dir: out", ["seed=many"], "seed is 'many'; allowed: a whole number."),
         ("model: m\ndata: d", [], "gives no output_dir"),

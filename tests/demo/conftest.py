@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fusion_hf.demo.session import Answerer, Session
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 ROOT = Path(__file__).parents[2]
 MOST = 16
@@ -27,13 +27,13 @@ def red_circle(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def assistant() -> Assistant:
-    return Assistant.load(device="cpu", dtype="float32")
+def chat_model() -> ChatModel:
+    return ChatModel.load(device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def answerer(assistant: Assistant) -> Answerer:
-    return Answerer(assistant, MOST)
+def answerer(chat_model: ChatModel) -> Answerer:
+    return Answerer(chat_model, MOST)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.demo import session as session_module
 from fusion_hf.demo.examples import draw_examples
 from fusion_hf.demo.session import MAX_QUESTION, MAX_SHOWN_SIDE, Answerer, Session, open_upload
-from fusion_hf.inference import Assistant, Conversation
+from fusion_hf.inference import ChatModel, Conversation
 
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")
 LONG_ANSWER = 200
@@ -24,8 +24,8 @@ def ask(answerer: Answerer, session: Session, question: str, query_len: int | No
     return answer
 
 
-def test_answers_are_those_of_a_conversation(answerer, session, assistant, red_circle):
-    conversation = Conversation(assistant, assistant.open_picture(str(red_circle)), answerer.max_new_tokens)
+def test_answers_are_those_of_a_conversation(answerer, session, chat_model, red_circle):
+    conversation = Conversation(chat_model, chat_model.open_image(str(red_circle)), answerer.max_new_tokens)
     for question in QUESTIONS:
         assert ask(answerer, session, question) == conversation.ask(question)
     assert [turn.question for turn in session.turns] == list(QUESTIONS)
@@ -39,41 +39,41 @@ def test_the_answer_grows(answerer, session):
 
 
 @pytest.fixture
-def endless(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+def endless(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model goes on with words where it would end."""
-    specials = assistant.processor.tokenizer.all_special_ids
-    monkeypatch.setattr(assistant.model.generation_config, "suppress_tokens", specials)
+    specials = chat_model.processor.tokenizer.all_special_ids
+    monkeypatch.setattr(chat_model.model.generation_config, "suppress_tokens", specials)
 
 
-def test_an_answer_ends_at_the_maximum(endless, assistant, red_circle):
-    answerer = Answerer(assistant, LONG_ANSWER)
+def test_an_answer_ends_at_the_maximum(endless, chat_model, red_circle):
+    answerer = Answerer(chat_model, LONG_ANSWER)
     session = answerer.look(red_circle)
     ask(answerer, session, QUESTIONS[0])
     assert session.turns[0].times.tokens == LONG_ANSWER
 
 
-def test_each_question_has_its_query_len(answerer, session, assistant, monkeypatch):
+def test_each_question_has_its_query_len(answerer, session, chat_model, monkeypatch):
     lengths = []
-    prepare = Assistant.prepare
+    prepare = ChatModel.prepare
     monkeypatch.setattr(
-        Assistant,
+        ChatModel,
         "prepare",
         lambda self, messages, length, *rest: lengths.append(length) or prepare(self, messages, length, *rest),
     )
     for length in answerer.query_lens:
         ask(answerer, session, QUESTIONS[0], length)
-    assert lengths == answerer.query_lens == assistant.model.config.query_lens
+    assert lengths == answerer.query_lens == chat_model.model.config.query_lens
     with pytest.raises(InputError, match="query_len is 9; allowed: 4, 16"):
         ask(answerer, session, QUESTIONS[0], 9)
 
 
-def test_a_length_of_the_caller_can_be_chosen(assistant):
-    answerer = Answerer(assistant, 1, query_len=9)
+def test_a_length_of_the_caller_can_be_chosen(chat_model):
+    answerer = Answerer(chat_model, 1, query_len=9)
     assert (answerer.query_len, answerer.query_lens) == (9, [4, 9, 16])
 
 
-def test_a_smaller_grid_reaches_the_conversation(assistant, red_circle):
-    session = Answerer(assistant, 1, image_token_grid=3).look(red_circle)
+def test_a_smaller_grid_reaches_the_conversation(chat_model, red_circle):
+    session = Answerer(chat_model, 1, image_token_grid=3).look(red_circle)
     assert session.conversation.image_token_grid == 3
 
 
@@ -95,11 +95,11 @@ def test_a_conversation_longer_than_the_model_reads(answerer, session):
     assert ask(answerer, session, QUESTIONS[1]) == "circle"
 
 
-def test_closing_stops_the_model_and_leaves_the_session(endless, assistant, red_circle):
-    answerer = Answerer(assistant, LONG_ANSWER)
+def test_closing_stops_the_model_and_leaves_the_session(endless, chat_model, red_circle):
+    answerer = Answerer(chat_model, LONG_ANSWER)
     session = answerer.look(red_circle)
     tokens = []
-    handle = assistant.model.lm_head.register_forward_hook(lambda *_: tokens.append(1))
+    handle = chat_model.model.lm_head.register_forward_hook(lambda *_: tokens.append(1))
     answers = answerer.ask(session, QUESTIONS[0], answerer.query_len)
     next(answers)
     answers.close()
@@ -114,16 +114,16 @@ def test_reset(answerer, session):
     assert session.turns == [] and session.conversation.messages == []
 
 
-def test_sessions_do_not_mix_and_calls_do_not_overlap(answerer, assistant, tmp_path):
+def test_sessions_do_not_mix_and_calls_do_not_overlap(answerer, chat_model, tmp_path):
     examples = draw_examples()
     paths = [tmp_path / f"{index}.png" for index in range(len(examples))]
     for path, example in zip(paths, examples, strict=True):
         example.picture.save(path)
     running, together = [], []
-    forward = assistant.model.register_forward_pre_hook(
+    forward = chat_model.model.register_forward_pre_hook(
         lambda *_: running.append(threading.get_ident()) or together.append(len(running))
     )
-    after = assistant.model.register_forward_hook(lambda *_: running.pop() and None)
+    after = chat_model.model.register_forward_hook(lambda *_: running.pop() and None)
     sessions = [answerer.look(path) for path in paths]
     answers: dict[int, str] = {}
 
@@ -149,8 +149,8 @@ def test_times_are_of_this_picture_and_answer(answerer, session):
     assert times.tokens_per_second == pytest.approx(1 / times.decoding)
 
 
-def test_tiles_are_those_that_the_model_reads(session, assistant, red_circle):
-    (pixels,) = assistant.cut([assistant.open_picture(str(red_circle))])
+def test_tiles_are_those_that_the_model_reads(session, chat_model, red_circle):
+    (pixels,) = chat_model.preprocess([chat_model.open_image(str(red_circle))])
     read = ((pixels.numpy() * 0.5 + 0.5) * 255).round().astype(np.uint8)
     assert np.array_equal(session.tiles, read.transpose(0, 2, 3, 1))
 
@@ -165,9 +165,9 @@ class TestUploads:
     """Pictures that are refused, in a line that does not name the server's folders."""
 
     @staticmethod
-    def refused(assistant: Assistant, path: Path) -> str:
+    def refused(chat_model: ChatModel, path: Path) -> str:
         with pytest.raises(InputError) as info:
-            open_upload(assistant, path)
+            open_upload(chat_model, path)
         assert str(path.parent) not in str(info.value)
         assert path.name in str(info.value)
         return str(info.value)
@@ -175,29 +175,29 @@ class TestUploads:
     @pytest.mark.parametrize(
         "content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
     )
-    def test_no_picture(self, assistant, tmp_path, content):
+    def test_no_picture(self, chat_model, tmp_path, content):
         path = tmp_path / "picture.png"
         path.write_bytes(content)
-        assert "it is none of BMP, GIF" in self.refused(assistant, path)
+        assert "it is none of BMP, GIF" in self.refused(chat_model, path)
 
-    def test_truncated(self, assistant, tmp_path, red_circle):
+    def test_truncated(self, chat_model, tmp_path, red_circle):
         path = tmp_path / "truncated.png"
         path.write_bytes(red_circle.read_bytes()[:200])
-        assert "cannot be decoded" in self.refused(assistant, path)
+        assert "cannot be decoded" in self.refused(chat_model, path)
 
-    def test_too_many_pixels(self, assistant, tmp_path, red_circle, monkeypatch):
+    def test_too_many_pixels(self, chat_model, tmp_path, red_circle, monkeypatch):
         monkeypatch.setattr(session_module, "MAX_PIXELS", 64 * 64 - 1)
         path = tmp_path / "large.png"
         path.write_bytes(red_circle.read_bytes())
-        assert "64 x 64 = 4096 pixels; allowed: max_image_pixels = 4095" in self.refused(assistant, path)
+        assert "64 x 64 = 4096 pixels; allowed: max_image_pixels = 4095" in self.refused(chat_model, path)
 
-    def test_bomb(self, assistant, tmp_path):
+    def test_bomb(self, chat_model, tmp_path):
         path = tmp_path / "bomb.png"
         Image.new("1", (20_000, 20_000)).save(path)
-        assert "decompression bomb" in self.refused(assistant, path)
+        assert "decompression bomb" in self.refused(chat_model, path)
 
-    def test_too_many_bytes(self, assistant, tmp_path, red_circle, monkeypatch):
+    def test_too_many_bytes(self, chat_model, tmp_path, red_circle, monkeypatch):
         monkeypatch.setattr(session_module, "MAX_UPLOAD_BYTES", 700)
         path = tmp_path / "many.png"
         path.write_bytes(red_circle.read_bytes())
-        assert f"has {path.stat().st_size} bytes; allowed: 700" in self.refused(assistant, path)
+        assert f"has {path.stat().st_size} bytes; allowed: 700" in self.refused(chat_model, path)

@@ -19,22 +19,22 @@ PATIENCE = 5  # seconds
 
 
 @pytest.fixture
-def slow(assistant, monkeypatch) -> Iterator[list[int]]:
+def slow(chat_model, monkeypatch) -> Iterator[list[int]]:
     """Makes the model slow and its answers endless; counts its tokens."""
-    specials = assistant.processor.tokenizer.all_special_ids
-    monkeypatch.setattr(assistant.model.generation_config, "suppress_tokens", specials)
+    specials = chat_model.processor.tokenizer.all_special_ids
+    monkeypatch.setattr(chat_model.model.generation_config, "suppress_tokens", specials)
     tokens: list[int] = []
-    handle = assistant.model.lm_head.register_forward_hook(lambda *_: tokens.append(1) or time.sleep(PAUSE))
+    handle = chat_model.model.lm_head.register_forward_hook(lambda *_: tokens.append(1) or time.sleep(PAUSE))
     yield tokens
     handle.remove()
 
 
 @pytest.fixture
-def address(assistant, free_port: int, tmp_path, monkeypatch) -> Iterator[str]:
+def address(chat_model, free_port: int, tmp_path, monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     from fusion_hf.demo.page import build_page, launch_settings
 
-    page = build_page(Answerer(assistant, LONGEST))
+    page = build_page(Answerer(chat_model, LONGEST))
     _, address, _ = page.launch(server_port=free_port, quiet=True, prevent_thread_lock=True, **launch_settings())
     yield address
     page.close(verbose=False)
@@ -50,7 +50,7 @@ def wait_until_it_stands_still(tokens: list[int]) -> None:
     pytest.fail(f"the model goes on: {len(tokens)} tokens")
 
 
-def test_the_stop_button(browser, address, slow, red_circle, monkeypatch, assistant):
+def test_the_stop_button(browser, address, slow, red_circle, monkeypatch, chat_model):
     from tests.demo.browsing import Visitor
 
     visitor = Visitor(browser.new_page(), address)
@@ -63,7 +63,7 @@ def test_the_stop_button(browser, address, slow, red_circle, monkeypatch, assist
     assert len(slow) < LONGEST
     visitor.page.locator("#chat .bot.message").wait_for(state="detached")
     assert visitor.answers() == []
-    monkeypatch.setattr(assistant.model.generation_config, "suppress_tokens", None)
+    monkeypatch.setattr(chat_model.model.generation_config, "suppress_tokens", None)
     assert visitor.ask(QUESTION) == "red"
     visitor.page.close()
 

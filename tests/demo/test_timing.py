@@ -7,15 +7,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fusion_hf.demo.timing import AnswerStream, AnswerTimes, StoppedError
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 TEXT = "a red circle left of a blue triangle."
 PAUSE = 0.02  # seconds
 
 
 @pytest.fixture
-def tokenizer(assistant: Assistant) -> PreTrainedTokenizerBase:
-    return assistant.processor.tokenizer
+def tokenizer(chat_model: ChatModel) -> PreTrainedTokenizerBase:
+    return chat_model.processor.tokenizer
 
 
 def test_text_comes_in_pieces(tokenizer):

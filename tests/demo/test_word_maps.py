@@ -8,10 +8,10 @@ from fusion_hf.maps import attention_maps
 QUESTIONS = ("what color is the shape?", "what shape is in the image?")
 
 
-def test_the_first_answer_has_the_map_that_the_package_gives(answerer, session, assistant, red_circle):
+def test_the_first_answer_has_the_map_that_the_package_gives(answerer, session, chat_model, red_circle):
     list(answerer.ask(session, QUESTIONS[0], 4))
     expected = attention_maps(
-        str(red_circle), QUESTIONS[0], assistant, max_new_tokens=answerer.max_new_tokens, query_len=4, layer_groups=1
+        str(red_circle), QUESTIONS[0], chat_model, max_new_tokens=answerer.max_new_tokens, query_len=4, layer_groups=1
     ).answer_tokens
     (word,) = session.turns[0].words
     assert word == expected.words[0] and word.text == "red"
@@ -42,9 +42,9 @@ def test_maps_are_read_once_and_forgotten_with_their_answers(answerer, session, 
 
 
 def test_an_answer_without_words_has_no_maps(answerer, session, monkeypatch):
-    specials = answerer.assistant.processor.tokenizer.all_special_ids
-    vocabulary = range(answerer.assistant.model.config.text_config.vocab_size)
+    specials = answerer.chat_model.processor.tokenizer.all_special_ids
+    vocabulary = range(answerer.chat_model.model.config.text_config.vocab_size)
     words = [token for token in vocabulary if token not in specials]
-    monkeypatch.setattr(answerer.assistant.model.generation_config, "suppress_tokens", words)
+    monkeypatch.setattr(answerer.chat_model.model.generation_config, "suppress_tokens", words)
     *_, answer = answerer.ask(session, QUESTIONS[0], answerer.query_len)
     assert answer == "" and session.turns[0].words == ()

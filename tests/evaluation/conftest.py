@@ -9,14 +9,14 @@ from PIL import Image
 
 from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 PICTURES = 12
 
 
 @pytest.fixture(scope="session")
-def assistant() -> Assistant:
-    return Assistant.load()
+def chat_model() -> ChatModel:
+    return ChatModel.load()
 
 
 def conversation(question: str, *pictures: Path) -> Messages:

@@ -16,35 +16,35 @@ from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.cache import AnswerCache
 from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.questions import MAX_NEW_TOKENS, Continuation, Generation, Request
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 BEGUN = Path(__file__).parents[1] / "fixtures" / "begun"
 OPTIONS = ("red", "blue", "yes", "rectangle")
 
 
 @pytest.fixture(scope="module")
-def one_by_one(assistant: Assistant, questions: list[Request]) -> list[Any]:
-    return Answerer(LocalModel(assistant, batch_size=1)).answer(questions)
+def one_by_one(chat_model: ChatModel, questions: list[Request]) -> list[Any]:
+    return Answerer(LocalModel(chat_model, batch_size=1)).answer(questions)
 
 
-def test_one_by_one_is_what_the_assistant_answers(assistant, questions, one_by_one):
+def test_one_by_one_is_what_the_assistant_answers(chat_model, questions, one_by_one):
     for request, answer in list(zip(questions, one_by_one, strict=True))[:8]:
         messages = request.read()
         for block in messages[0]["content"]:
             if block["type"] == "image":
                 block["image"] = block.pop("url")
-        assert assistant.answer(messages, max_new_tokens=6) == answer["answer"]
+        assert chat_model.answer(messages, max_new_tokens=6) == answer["answer"]
 
 
-def test_batches_answer_as_one_by_one(assistant, questions, one_by_one):
-    assert Answerer(LocalModel(assistant, batch_size=16)).answer(questions) == one_by_one
+def test_batches_answer_as_one_by_one(chat_model, questions, one_by_one):
+    assert Answerer(LocalModel(chat_model, batch_size=16)).answer(questions) == one_by_one
 
 
-def test_tiles_of_a_picture_are_encoded_once(assistant, questions, monkeypatch):
+def test_tiles_of_a_picture_are_encoded_once(chat_model, questions, monkeypatch):
     encoded = []
-    see_all = Assistant.see_all
-    monkeypatch.setattr(Assistant, "see_all", lambda self, p: encoded.append(len(p)) or see_all(self, p))
-    Answerer(LocalModel(assistant, batch_size=4)).answer(questions)
+    encode_images = ChatModel.encode_images
+    monkeypatch.setattr(ChatModel, "encode_images", lambda self, p: encoded.append(len(p)) or encode_images(self, p))
+    Answerer(LocalModel(chat_model, batch_size=4)).answer(questions)
     with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
     assert sum(encoded) == len(with_picture)
 
@@ -53,32 +53,32 @@ def _shows(request: Request) -> bool:
     return request.read()[0]["content"][0]["type"] == "image"
 
 
-def test_equal_requests_are_asked_once(assistant, questions):
-    answerer = Answerer(LocalModel(assistant, batch_size=4))
+def test_equal_requests_are_asked_once(chat_model, questions):
+    answerer = Answerer(LocalModel(chat_model, batch_size=4))
     answers = answerer.answer([*questions[:3], *questions[:3]])
     assert (answers[:3], answerer.asked) == (answers[3:], 3)
 
 
-def test_what_was_answered_is_not_asked_again(assistant, questions, one_by_one, tmp_path: Path):
+def test_what_was_answered_is_not_asked_again(chat_model, questions, one_by_one, tmp_path: Path):
     first = AnswerCache(tmp_path)
-    Answerer(LocalModel(assistant), first).answer(questions[:5])
+    Answerer(LocalModel(chat_model), first).answer(questions[:5])
     first.close()
     second = AnswerCache(tmp_path, rank=1)
-    answerer = Answerer(LocalModel(assistant, batch_size=16), second)
+    answerer = Answerer(LocalModel(chat_model, batch_size=16), second)
     assert answerer.answer(questions) == one_by_one
     second.close()
     keys = [line["key"] for path in tmp_path.glob("*.jsonl") for line in map(json.loads, path.open())]
     assert len(keys) == len(set(keys)) == answerer.asked + 5
 
 
-def test_half_a_line_is_dropped_and_asked_again(assistant, questions, one_by_one, tmp_path: Path):
+def test_half_a_line_is_dropped_and_asked_again(chat_model, questions, one_by_one, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(LocalModel(assistant), cache).answer(questions[:5])
+    Answerer(LocalModel(chat_model), cache).answer(questions[:5])
     cache.close()
     path = tmp_path / "00000.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     cache = AnswerCache(tmp_path)
-    answerer = Answerer(LocalModel(assistant), cache)
+    answerer = Answerer(LocalModel(chat_model), cache)
     assert answerer.answer(questions[:5]) == one_by_one[:5]
     cache.close()
     assert answerer.asked == 1
@@ -86,9 +86,9 @@ def test_half_a_line_is_dropped_and_asked_again(assistant, questions, one_by_one
 
 
 @pytest.fixture
-def former(assistant) -> LocalModel:
+def former(chat_model) -> LocalModel:
     """With the identity that the model had when the files in `begun` were made."""
-    model = LocalModel(assistant)
+    model = LocalModel(chat_model)
     model.reader = replace(model.reader, identity=(BEGUN / "identity.json").read_text().strip())
     return model
 
@@ -125,10 +125,10 @@ def test_answers_are_logged_as_by_the_former_release(former: LocalModel, former_
     assert (tmp_path / "00000.jsonl").read_bytes().splitlines() == before
 
 
-def test_other_settings_are_other_questions(assistant, questions, tmp_path: Path):
+def test_other_settings_are_other_questions(chat_model, questions, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(LocalModel(assistant), cache).answer(questions[:2])
-    other = Answerer(LocalModel(assistant, query_len=4), cache)
+    Answerer(LocalModel(chat_model), cache).answer(questions[:2])
+    other = Answerer(LocalModel(chat_model, query_len=4), cache)
     other.answer(questions[:2])
     assert other.asked == 2
 
@@ -147,17 +147,17 @@ def test_a_damaged_file_is_named(tmp_path: Path):
 
 
 def test_failures_are_named_and_keep_no_answer_from_the_others(
-    assistant, questions, one_by_one, make_request, tmp_path: Path
+    chat_model, questions, one_by_one, make_request, tmp_path: Path
 ):
     first, second = (picture.path for picture in read_easy_vqa("test")[:2])
     broken = tmp_path / "broken.png"
     broken.write_bytes(first.read_bytes()[:60])
     failing = [
         make_request("which?", first, second, number=101),
-        make_request("why? " * assistant.max_length, first, number=102),
+        make_request("why? " * chat_model.max_length, first, number=102),
         make_request("what?", broken, number=103),
     ]
-    answerer = Answerer(LocalModel(assistant, batch_size=16))
+    answerer = Answerer(LocalModel(chat_model, batch_size=16))
     assert answerer.answer([*failing, *questions[:4]]) == [None, None, None, *one_by_one[:4]]
     reasons = {failure.doc_id: failure.reason for failure in answerer.failures}
     assert "SeveralPictures: The request shows 2 pictures" in reasons[101]
@@ -165,18 +165,18 @@ def test_failures_are_named_and_keep_no_answer_from_the_others(
     assert set(reasons) == {101, 102, 103}
 
 
-def test_options_are_scored(assistant, make_request: Callable[..., Request]):
+def test_options_are_scored(chat_model, make_request: Callable[..., Request]):
     """Against probabilities of one forward pass per option, without batches, padding or shared tiles."""
     picture = read_easy_vqa("test")[0].path
     requests = [
         make_request("what color is the shape?", picture, number=number, wanted=Continuation(f" {option}"))
         for number, option in enumerate(OPTIONS)
     ]
-    answers = Answerer(LocalModel(assistant, batch_size=3)).answer(requests)
+    answers = Answerer(LocalModel(chat_model, batch_size=3)).answer(requests)
     question = [{"role": "user", "content": [{"type": "image", "path": str(picture)}, *_text()]}]
-    likeliest = assistant.answer(question, max_new_tokens=6)
+    likeliest = chat_model.answer(question, max_new_tokens=6)
     for option, answer in zip(OPTIONS, answers, strict=True):
-        assert answer["logprob"] == pytest.approx(_logprob(assistant, question, option), abs=1e-3)
+        assert answer["logprob"] == pytest.approx(_logprob(chat_model, question, option), abs=1e-3)
         assert answer["greedy"] == (option == likeliest)
     assert sum(math.exp(answer["logprob"]) for answer in answers) <= 1
 
@@ -186,13 +186,13 @@ def _text() -> list[dict[str, str]]:
 
 
 @torch.no_grad()
-def _logprob(assistant: Assistant, question: list[dict[str, Any]], option: str) -> float:
-    inputs = assistant.prepare(question)
+def _logprob(chat_model: ChatModel, question: list[dict[str, Any]], option: str) -> float:
+    inputs = chat_model.prepare(question)
     begin = inputs["input_ids"].shape[1]
-    ids = assistant.processor.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = chat_model.processor.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = assistant.model(**inputs).logits[0, begin - 1 : -1]
+    logits = chat_model.model(**inputs).logits[0, begin - 1 : -1]
     return logits.log_softmax(-1).gather(1, ids[0, :, None]).sum().item()
 
 
@@ -206,8 +206,8 @@ def test_settings_of_a_task():
         Generation.of({"beams": 2})
 
 
-def test_sampled_answers_are_those_of_their_question(assistant, make_request):
+def test_sampled_answers_are_those_of_their_question(chat_model, make_request):
     request = make_request("what?", wanted=Generation(max_new_tokens=6, temperature=5.0))
-    answers = Answerer(LocalModel(assistant, batch_size=4)).answer([request] * 4)
+    answers = Answerer(LocalModel(chat_model, batch_size=4)).answer([request] * 4)
     assert len({answer["answer"] for answer in answers}) > 1
-    assert Answerer(LocalModel(assistant, batch_size=1)).answer([request] * 4) == answers
+    assert Answerer(LocalModel(chat_model, batch_size=1)).answer([request] * 4) == answers

@@ -20,16 +20,16 @@ from fusion_hf.evaluation.answering import Answerer
 from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import ServedModel, open_unturned, picture_uri
-from fusion_hf.inference import Assistant
-from fusion_hf.inference.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
+from fusion_hf.inference import ChatModel
+from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG
 from fusion_hf.serving.images import decode_data_uri, decode_picture
 from fusion_hf.serving.limits import Limits
 
 NAME = "a-model"
 KEY, VARIABLE = "sk-very-secret", "TEST_EVALUATION_KEY"
-FACTS_OF_NAME = ModelFacts("a-model@1", "bfloat16", "cuda:0", 36, 27, 4096, "FUSION 3B")
-ENTRY = {"id": NAME, MAX_LENGTH: 4096, FACTS: FACTS_OF_NAME.write()}
+INFO_OF_NAME = ModelInfo("a-model@1", "bfloat16", "cuda:0", 36, 27, 4096, "FUSION 3B")
+ENTRY = {"id": NAME, MAX_LENGTH: 4096, INFO: INFO_OF_NAME.write()}
 DEAD = "http://127.0.0.1:9/v1"  # a port of this machine that nobody listens at
 RIGHT_TURN = 6  # of EXIF: the camera was held upright
 BROWN = (150, 90, 30)
@@ -56,10 +56,10 @@ def ask(text: str, number: int = 0, wanted: Any = None, role: str = "user") -> R
     return Request("a_task", number, lambda: messages, Generation(6) if wanted is None else wanted)
 
 
-def decode(uri: str, assistant: Assistant) -> Image.Image:
+def decode(uri: str, chat_model: ChatModel) -> Image.Image:
     """The image as the server reads it."""
     limits = Limits()
-    return decode_picture(decode_data_uri(uri, limits), assistant.processor.image_processor, limits.image_pixels)
+    return decode_picture(decode_data_uri(uri, limits), chat_model.processor.image_processor, limits.image_pixels)
 
 
 def texts(answers: list[Any]) -> list[str | None]:
@@ -108,14 +108,14 @@ FILES = {
 @pytest.mark.parametrize("as_file", [True, False])
 @pytest.mark.parametrize("name", FILES)
 def test_a_server_sees_the_same_pixels(
-    assistant: Assistant, tmp_path: Path, monkeypatch, name: str, as_file: bool, exif_transpose: bool
+    chat_model: ChatModel, tmp_path: Path, monkeypatch, name: str, as_file: bool, exif_transpose: bool
 ):
     picture, settings = FILES[name]
     path = save(picture, tmp_path / name, **settings)
-    monkeypatch.setattr(assistant.processor.image_processor, "exif_transpose", exif_transpose)
-    here = assistant.open_picture(str(path) if as_file else Image.open(path))
+    monkeypatch.setattr(chat_model.processor.image_processor, "exif_transpose", exif_transpose)
+    here = chat_model.open_image(str(path) if as_file else Image.open(path))
     uri = picture_uri(open_unturned(str(path) if as_file else Image.open(path)))
-    there = decode(uri, assistant)
+    there = decode(uri, chat_model)
     assert here.tobytes() == there.tobytes() and here.size == there.size
 
 
@@ -126,11 +126,11 @@ def test_a_file_is_sent_as_it_is(tmp_path: Path):
     assert decode_data_uri(uri, Limits()) == path.read_bytes()
 
 
-def test_a_picture_that_was_changed_since_it_was_opened(assistant: Assistant, tmp_path: Path):
+def test_a_picture_that_was_changed_since_it_was_opened(chat_model: ChatModel, tmp_path: Path):
     with Image.open(save(noise("RGB"), tmp_path / "a.png")) as picture:
         picture.putpixel((0, 0), BROWN)
         uri = picture_uri(open_unturned(picture))
-    assert decode(uri, assistant).getpixel((0, 0)) == BROWN
+    assert decode(uri, chat_model).getpixel((0, 0)) == BROWN
 
 
 def test_a_turned_picture_is_another_question(script: Scripted):
@@ -345,16 +345,16 @@ def test_the_only_model_is_asked(script: Scripted):
     assert (record.device, record.query_len, record.image_token_grid) == ("cuda:0", 36, 27)
     assert record.published == "FUSION 3B"
     assert connect(script, query_len=4).describe().query_len == 4
-    script.models = [{**ENTRY, FACTS: {**FACTS_OF_NAME.write(), "published": "FUSION 99B"}}]
+    script.models = [{**ENTRY, INFO: {**INFO_OF_NAME.write(), "published": "FUSION 99B"}}]
     assert connect(script).describe().published is None
 
 
 @pytest.mark.parametrize(
     "facts",
-    [None, 1, {}, {**FACTS_OF_NAME.write(), "query_len": "36"}, {**FACTS_OF_NAME.write(), "published": 3}],
+    [None, 1, {}, {**INFO_OF_NAME.write(), "query_len": "36"}, {**INFO_OF_NAME.write(), "published": 3}],
 )
 def test_a_server_that_says_nothing_of_its_model(facts: Any):
-    with serve(Scripted(echo, models=[{"id": NAME, FACTS: facts}])) as script:
+    with serve(Scripted(echo, models=[{"id": NAME, INFO: facts}])) as script:
         record = connect(script).describe()
     assert (record.revision, record.dtype, record.device) == (f"{NAME} at {script.url}", "unknown", "unknown")
     assert (record.query_len, record.image_token_grid, record.published) == (None, None, None)
@@ -366,8 +366,8 @@ def key_of(script: Scripted, **settings: Any) -> str:
 
 def test_answers_are_those_of_a_model_wherever_it_is():
     """A server that says what it has may move; another model under its name is another one."""
-    other = {**ENTRY, FACTS: {**FACTS_OF_NAME.write(), "revision": "a-model@2"}}
-    moved = {**ENTRY, FACTS: {**FACTS_OF_NAME.write(), "device": "cpu", "more": 1}}
+    other = {**ENTRY, INFO: {**INFO_OF_NAME.write(), "revision": "a-model@2"}}
+    moved = {**ENTRY, INFO: {**INFO_OF_NAME.write(), "device": "cpu", "more": 1}}
     silent = {"id": NAME}
     keys = []
     for entry in (ENTRY, moved, other, silent, silent):

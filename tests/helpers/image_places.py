@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.pictures import open_picture
 from fusion_hf.data.records import RecordProblem
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
@@ -64,18 +64,18 @@ def of_reader(path: Path, max_pixels: int) -> Outcome:
         return Outcome(words=str(error))
 
 
-def of_ask(path: Path, assistant: Assistant) -> Outcome:
+def of_ask(path: Path, chat_model: ChatModel) -> Outcome:
     """What `fusion-hf ask` opens."""
     try:
-        return _seen(assistant.open_picture(str(path)))
+        return _seen(chat_model.open_image(str(path)))
     except InputError as error:
         return Outcome(words=str(error))
 
 
-def of_server(content: bytes, assistant: Assistant, max_pixels: int) -> Outcome:
+def of_server(content: bytes, chat_model: ChatModel, max_pixels: int) -> Outcome:
     """What `fusion-hf serve` makes of a client's bytes."""
     try:
-        return _seen(decode_picture(content, assistant.processor.image_processor, max_pixels))
+        return _seen(decode_picture(content, chat_model.processor.image_processor, max_pixels))
     except ApiError as error:
         return Outcome(words=str(error))
 

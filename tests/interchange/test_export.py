@@ -17,7 +17,7 @@ from fusion_hf.cli.convert import main as convert
 from fusion_hf.common import extras
 from fusion_hf.common.errors import InputError
 from fusion_hf.drawing.pictures import draw_spec
-from fusion_hf.inference import Assistant, nano_path, question_message
+from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.onnx_export import export
 from fusion_hf.onnx_export.export import max_pool, write_graphs
@@ -124,9 +124,9 @@ LONG_ROPE = {
 )
 def test_longest_sequence(backbone: str, text: dict, limit: int):
     """Of long RoPE, beside the model's own."""
-    processor = Assistant.load(device="cpu").processor
+    processor = ChatModel.load(device="cpu").processor
     assert processor.tokenizer.model_max_length > 512
-    assert export.max_length(Assistant(tiny_model(tiny_config(backbone, text)), processor)) == limit
+    assert export.max_length(ChatModel(tiny_model(tiny_config(backbone, text)), processor)) == limit
 
 
 @pytest.mark.slow
@@ -176,13 +176,13 @@ def test_the_command_and_its_answers(tmp_path: Path):
     folder, budget = tmp_path / "exported", {"query_len": 4, "image_token_grid": 4}
     options = ["--query-len", "4", "--image-token-grid", "4"]
     assert main(["export", "--model", nano_path(), "--output", str(folder), *options]) == 0
-    exported, assistant = ExportedFusion.load(folder), Assistant.load(device="cpu")
+    exported, chat_model = ExportedFusion.load(folder), ChatModel.load(device="cpu")
     answers = []
     for kind, question in QUESTIONS.items():
         for index in range(3):
             messages = [question_message(question, draw_spec(kind, "test", index).render())]
             for _ in range(2):
-                answers.append(assistant.answer(messages, 8, **budget))
+                answers.append(chat_model.answer(messages, 8, **budget))
                 assert exported.answer(messages, 8) == answers[-1]
                 turn = {"role": "assistant", "content": [{"type": "text", "text": answers[-1]}]}
                 messages += [turn, question_message("what shape is in the image?")]

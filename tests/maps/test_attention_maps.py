@@ -10,7 +10,7 @@ from PIL import Image
 import fusion_hf
 from fusion_hf import AttentionMaps, attention_maps
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference import Assistant, Conversation, question_message
+from fusion_hf.inference import ChatModel, Conversation, question_message
 from fusion_hf.maps.drawing import draw_overlay, save_overlays
 
 PICTURE = "docs/assets/red_circle.png"
@@ -19,29 +19,29 @@ HISTORY = [{"role": "user", "content": "how many shapes are there?"}, {"role": "
 
 
 @pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    return Assistant.load(device="cpu", dtype="float32")
+def chat_model() -> ChatModel:
+    return ChatModel.load(device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def result(assistant: Assistant) -> AttentionMaps:
-    return attention_maps(PICTURE, QUESTION, assistant)
+def result(chat_model: ChatModel) -> AttentionMaps:
+    return attention_maps(PICTURE, QUESTION, chat_model)
 
 
 @pytest.mark.parametrize("question", [QUESTION, "is there a blue shape?", "how many shapes are there?"])
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_answers_are_the_same(question: str, name: str):
-    assistant = Assistant.load(device="cpu", dtype="float32")
-    assistant.model.set_attn_implementation(name)
-    inputs = assistant.prepare([question_message(question, assistant.open_picture(PICTURE))])
-    ids = assistant.generate(inputs, 16).sequences[0, inputs["input_ids"].shape[1] :]
-    result = attention_maps(PICTURE, question, assistant, max_new_tokens=16)
+    chat_model = ChatModel.load(device="cpu", dtype="float32")
+    chat_model.model.set_attn_implementation(name)
+    inputs = chat_model.prepare([question_message(question, chat_model.open_image(PICTURE))])
+    ids = chat_model.generate(inputs, 16).sequences[0, inputs["input_ids"].shape[1] :]
+    result = attention_maps(PICTURE, question, chat_model, max_new_tokens=16)
     assert result.answer_ids == tuple(ids.tolist())
-    assert result.answer == assistant.answer([question_message(question, assistant.open_picture(PICTURE))], 16)
+    assert result.answer == chat_model.answer([question_message(question, chat_model.open_image(PICTURE))], 16)
 
 
-def test_arrays(assistant: Assistant, result: AttentionMaps):
-    config = assistant.model.config
+def test_arrays(chat_model: ChatModel, result: AttentionMaps):
+    config = chat_model.model.config
     patches = config.num_patches_per_side
     assert [word.text for word in result.question.words] == QUESTION.split()
     assert [word.text for word in result.answer_tokens.words] == [result.answer] == ["red"]
@@ -59,9 +59,9 @@ def test_arrays(assistant: Assistant, result: AttentionMaps):
         assert 0 < maps.values.sum((2, 3)).max() <= 1
 
 
-def test_turns_and_budgets(assistant: Assistant):
+def test_turns_and_budgets(chat_model: ChatModel):
     result = attention_maps(
-        PICTURE, QUESTION, assistant, HISTORY, query_len=4, image_token_grid=3, layer_groups=2, max_new_tokens=1
+        PICTURE, QUESTION, chat_model, HISTORY, query_len=4, image_token_grid=3, layer_groups=2, max_new_tokens=1
     )
     assert result.latents.values.shape == (2, 2, 4, 4)
     assert [word.text for word in result.latents.words] == ["turn 1", "turn 2"]
@@ -78,13 +78,13 @@ def test_turns_and_budgets(assistant: Assistant):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"query_len": 3}, "query_len is 3"),
         ({"image_token_grid": 7}, "image_token_grid is 7"),
-        ({"dtype": "float32"}, "beside an Assistant"),
+        ({"dtype": "float32"}, "beside a ChatModel"),
         ({"image": "nowhere.png"}, "nowhere.png"),
     ],
 )
-def test_wrong_arguments(assistant: Assistant, arguments: dict, message: str):
+def test_wrong_arguments(chat_model: ChatModel, arguments: dict, message: str):
     with pytest.raises(InputError, match=message):
-        attention_maps(**{"image": PICTURE, "question": QUESTION, "model": assistant, **arguments})
+        attention_maps(**{"image": PICTURE, "question": QUESTION, "model": chat_model, **arguments})
 
 
 def test_overlays(result: AttentionMaps, tmp_path: Path):
@@ -127,18 +127,18 @@ def test_it_is_a_public_name():
 
 
 @pytest.mark.parametrize("first", [HISTORY[0], question_message("how many shapes are there?")])
-def test_a_history_is_read_as_in_a_conversation(assistant: Assistant, monkeypatch: pytest.MonkeyPatch, first: dict):
+def test_a_history_is_read_as_in_a_conversation(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch, first: dict):
     read = []
 
-    original = Assistant.prepare
+    original = ChatModel.prepare
 
     def prepare(*args, **kwargs):
         read.append(original(*args, **kwargs))
         return read[-1]
 
-    monkeypatch.setattr(Assistant, "prepare", prepare)
-    talk = Conversation(assistant, assistant.open_picture(PICTURE), max_new_tokens=16)
-    talk.messages = [question_message("how many shapes are there?", talk.picture), HISTORY[1]]
+    monkeypatch.setattr(ChatModel, "prepare", prepare)
+    talk = Conversation(chat_model, chat_model.open_image(PICTURE), max_new_tokens=16)
+    talk.messages = [question_message("how many shapes are there?", talk.image), HISTORY[1]]
     answer = talk.ask(QUESTION)
-    assert attention_maps(PICTURE, QUESTION, assistant, [first, HISTORY[1]]).answer == answer
+    assert attention_maps(PICTURE, QUESTION, chat_model, [first, HISTORY[1]]).answer == answer
     assert len(read) == 2 and read[0]["input_ids"].equal(read[1]["input_ids"])

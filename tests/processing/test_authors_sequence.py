@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.data.records import parse_record
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.inference.questions import Entry, parse_question
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
@@ -175,7 +175,7 @@ def test_the_processor(pair: tuple[Model, FusionProcessor], add_header: bool) ->
 
 def test_questions_of_a_file_and_a_server(pair: tuple[Model, FusionProcessor]) -> None:
     model, processor = pair
-    assistant = Assistant(model, processor)
+    chat_model = ChatModel(model, processor)
     for turns in conversations(most_marks=2):
         turns = turns[:-1]
         record = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
@@ -183,8 +183,8 @@ def test_questions_of_a_file_and_a_server(pair: tuple[Model, FusionProcessor]) -
             continue  # such files are asked nothing
         question = parse_question(Entry(record | ({"image": "a.png"} if has_mark(turns) else {}), None), 0)
         messages = question.with_picture({"type": "image", "image": PICTURE} if has_mark(turns) else None)
-        seen = assistant.see(PICTURE) if has_mark(turns) else None
-        inputs = assistant.prepare(messages, QUERY_LEN, seen)
+        seen = chat_model.encode_image(PICTURE) if has_mark(turns) else None
+        inputs = chat_model.prepare(messages, QUERY_LEN, seen)
         check(inputs, 0, expected_of(pair, turns, add_header=True), processor, has_mark(turns))
 
 

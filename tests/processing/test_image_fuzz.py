@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.hostile_images import costly_files, mutated_files, structured_files
 from tests.helpers.image_places import Outcome, of_ask, of_opened, of_opener, of_processor, of_reader, of_server
 
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 MAX_PIXELS = 2**21
 MOST_SECONDS = 2.0  # of a processor, for one file at one place
@@ -21,18 +21,18 @@ STATUS = Path("/proc/self/status")
 
 
 @pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    assistant = Assistant.load()
-    assistant.processor.image_processor.max_image_pixels = MAX_PIXELS
-    return assistant
+def chat_model() -> ChatModel:
+    chat_model = ChatModel.load()
+    chat_model.processor.image_processor.max_image_pixels = MAX_PIXELS
+    return chat_model
 
 
 class Fuzzer:
     """Opens files at all places and counts what becomes of them."""
 
-    def __init__(self, folder: Path, assistant: Assistant):
+    def __init__(self, folder: Path, chat_model: ChatModel):
         self.path = folder / "image.bin"
-        self.assistant = assistant
+        self.chat_model = chat_model
         self.counts: Counter[str] = Counter()
         self.slowest = 0.0
         self.largest = 0
@@ -59,7 +59,7 @@ class Fuzzer:
         self._measure(content, begin, before)
         outcomes = [of_processor(self.path, MAX_PIXELS), of_reader(self.path, MAX_PIXELS)]
         if everywhere:
-            outcomes += [of_ask(self.path, self.assistant), of_server(content, self.assistant, MAX_PIXELS)]
+            outcomes += [of_ask(self.path, self.chat_model), of_server(content, self.chat_model, MAX_PIXELS)]
         for outcome in outcomes:
             assert outcome.pixels == first.pixels, self._kept(content)
             assert first.words in outcome.words, self._kept(content)
@@ -98,8 +98,8 @@ def _status(field: str) -> int:
 
 
 @pytest.fixture
-def fuzzer(tmp_path: Path, assistant: Assistant) -> Fuzzer:
-    return Fuzzer(tmp_path, assistant)
+def fuzzer(tmp_path: Path, chat_model: ChatModel) -> Fuzzer:
+    return Fuzzer(tmp_path, chat_model)
 
 
 def check(fuzzer: Fuzzer, count: int) -> None:

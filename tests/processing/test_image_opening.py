@@ -35,7 +35,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.data.pictures import open_picture
 from fusion_hf.data.records import RecordProblem
 from fusion_hf.demo.session import open_upload
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import (
     MAX_JPEG_SCANS,
     MIN_JPEG_SCANS,
@@ -192,33 +192,33 @@ def test_a_text_chunk_called_transparency(name: str):
 
 
 @pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    return Assistant.load()
+def chat_model() -> ChatModel:
+    return ChatModel.load()
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BROKEN)
-def test_every_place_gives_the_same_words(name: str, assistant: Assistant, tmp_path: Path):
+def test_every_place_gives_the_same_words(name: str, chat_model: ChatModel, tmp_path: Path):
     content, path = BROKEN[name], tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(ImageError) as caught:
         open_image(content)
     reason = caught.value.reason
     assert str(caught.value) == f"The image cannot be used: {reason}."
-    processor, pixels = assistant.processor.image_processor, assistant.processor.image_processor.max_image_pixels
+    processor, pixels = chat_model.processor.image_processor, chat_model.processor.image_processor.max_image_pixels
     places: dict[type[Exception], list[Callable[[], object]]] = {
         ValueError: [
             lambda: processor(str(path)),
             lambda: processor(base64.b64encode(content).decode()),
             lambda: processor("data:image/png;base64," + base64.b64encode(content).decode()),
-            lambda: assistant.processor.apply_chat_template(asking(str(path)), tokenize=True, return_dict=True),
+            lambda: chat_model.processor.apply_chat_template(asking(str(path)), tokenize=True, return_dict=True),
         ],
-        InputError: [lambda: assistant.open_picture(str(path)), lambda: open_upload(assistant, path)],
+        InputError: [lambda: chat_model.open_image(str(path)), lambda: open_upload(chat_model, path)],
         RecordProblem: [
             lambda: open_picture(path.name, tmp_path, pixels),
             lambda: open_picture(content, tmp_path, pixels),
         ],
-        ApiError: [lambda: decode_picture(content, assistant.processor.image_processor, pixels)],
+        ApiError: [lambda: decode_picture(content, chat_model.processor.image_processor, pixels)],
     }
     for kind, openings in places.items():
         for opening in openings:

@@ -27,7 +27,7 @@ from transformers import pipeline
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.inference.batching import batch_generate
 from fusion_hf.model import image_sources_fusion
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
@@ -149,10 +149,10 @@ def test_every_place_reads_every_source(
         collator = FusionDataCollator(processor, compact=compact)
         batch = collator.unpack(collator(records))
         assert torch.equal(batch["pixel_values"], expected.expand(3, -1, -1, -1, -1))
-    assistant = Assistant(model, processor)
-    assert assistant.open_picture(give()).tobytes() == PHOTO.tobytes()
-    answer = assistant.answer(chat({"type": "image", "image": PHOTO}), max_new_tokens=4)
-    assert assistant.answer(chat({"type": "image", "image": give()}), max_new_tokens=4) == answer
+    chat_model = ChatModel(model, processor)
+    assert chat_model.open_image(give()).tobytes() == PHOTO.tobytes()
+    answer = chat_model.answer(chat({"type": "image", "image": PHOTO}), max_new_tokens=4)
+    assert chat_model.answer(chat({"type": "image", "image": give()}), max_new_tokens=4) == answer
     ask = pipeline("image-text-to-text", model=model, processor=processor)
     settings = {"max_new_tokens": 4, "return_full_text": False}
     answers = [
@@ -208,7 +208,7 @@ def test_sources_without_an_image(name: str) -> None:
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(InputError, match="Give another picture"):
-        Assistant(None, processor).open_picture(source)  # type: ignore[arg-type]
+        ChatModel(None, processor).open_image(source)  # type: ignore[arg-type]
 
 
 def test_limits_hold_for_bytes() -> None:
@@ -383,7 +383,7 @@ PLACES_OF_ADDRESSES: dict[str, Callable[[FusionProcessor, str], Any]] = {
         [{"messages": [{"role": "user", "content": QUESTION}, ANSWER], "image": url}]
     ),
     "datasets": lambda processor, url: processor.image_processor({"bytes": None, "path": url}),
-    "assistant": lambda processor, url: Assistant(None, processor).open_picture(url),  # type: ignore[arg-type]
+    "assistant": lambda processor, url: ChatModel(None, processor).open_image(url),  # type: ignore[arg-type]
 }
 
 

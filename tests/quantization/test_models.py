@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fusion_hf import FusionForConditionalGeneration, batch_generate, nano_path
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference import Assistant, question_message
+from fusion_hf.inference import ChatModel, question_message
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
 
@@ -138,9 +138,9 @@ def test_the_language_models_linear_layers_are_quantized_and_the_rest_is_as_it_w
 def test_quantization_changes_the_weights_and_not_the_answer(quantized, plain, processor):
     inputs = prompt(processor, quantized.dtype)
     assert not torch.equal(logits_of(quantized.model, inputs), logits_of(plain[quantized.dtype], inputs))
-    assistant = Assistant(quantized.model, processor)
-    message = question_message(QUESTION, assistant.open_picture(PICTURE))
-    assert assistant.answer([message], LONGEST_ANSWER) == ANSWER
+    chat_model = ChatModel(quantized.model, processor)
+    message = question_message(QUESTION, chat_model.open_image(PICTURE))
+    assert chat_model.answer([message], LONGEST_ANSWER) == ANSWER
 
 
 def test_asking_for_the_state_dict_changes_nothing(quantized, processor):
@@ -202,8 +202,8 @@ def test_a_torchao_dict_is_taken_as_its_configuration():
 def test_batches_with_an_output_can_be_asked_of_it(quantized, processor, tmp_path):
     """Their log holds a digest of the weights."""
     records = [{"image": PICTURE, "question": QUESTION}] * 3
-    assistant = Assistant(quantized.model, processor)
-    results = batch_generate(records, assistant, tmp_path / "answers.jsonl", batch_size=2, max_new_tokens=4)
+    chat_model = ChatModel(quantized.model, processor)
+    results = batch_generate(records, chat_model, tmp_path / "answers.jsonl", batch_size=2, max_new_tokens=4)
     assert [result["answer"] for result in results] == [ANSWER] * 3
 
 
@@ -212,9 +212,9 @@ def test_an_assistant_takes_a_quantized_folder_in_its_own_type_alone(quantized, 
     processor.save_pretrained(tmp_path)
     name, other = (str(dtype).removeprefix("torch.") for dtype in sorted(DTYPES, key=lambda d: d != quantized.dtype))
     for dtype in ("auto", name):
-        assistant = Assistant.load(str(tmp_path), device="cpu", dtype=dtype)
-        assert assistant.model.dtype == quantized.dtype
-        message = question_message(QUESTION, assistant.open_picture(PICTURE))
-        assert assistant.answer([message], LONGEST_ANSWER) == ANSWER
+        chat_model = ChatModel.load(str(tmp_path), device="cpu", dtype=dtype)
+        assert chat_model.model.dtype == quantized.dtype
+        message = question_message(QUESTION, chat_model.open_image(PICTURE))
+        assert chat_model.answer([message], LONGEST_ANSWER) == ANSWER
     with pytest.raises(InputError, match=f"^dtype is '{other}'; allowed for this quantized model: auto, {name}"):
-        Assistant.load(str(tmp_path), device="cpu", dtype=other)
+        ChatModel.load(str(tmp_path), device="cpu", dtype=other)

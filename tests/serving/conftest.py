@@ -9,12 +9,12 @@ import openai
 import pytest
 from tests.helpers.serving import PictureHost, Server, run_server
 
-from fusion_hf.inference import Assistant, nano_path
+from fusion_hf.inference import ChatModel, nano_path
 
 
 @pytest.fixture(scope="session")
-def assistant() -> Assistant:
-    return Assistant.load(device="cpu")
+def chat_model() -> ChatModel:
+    return ChatModel.load(device="cpu")
 
 
 @pytest.fixture(scope="session")

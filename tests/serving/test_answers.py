@@ -18,8 +18,8 @@ from tests.helpers.serving import (
     user,
 )
 
-from fusion_hf.inference import Assistant, question_message
-from fusion_hf.inference.facts import ModelFacts
+from fusion_hf.inference import ChatModel, question_message
+from fusion_hf.inference.model_info import ModelInfo
 from fusion_hf.model.configuration_fusion import TokenBudget
 
 MORE = "what shape is in the image?"
@@ -28,25 +28,25 @@ MAX_TOKENS = 12
 DRAWN = {"temperature": 2.0, "max_tokens": 40}
 
 
-def own_answer(assistant: Assistant, *turns: str, **settings: int) -> str:
+def own_answer(chat_model: ChatModel, *turns: str, **settings: int) -> str:
     """The package's answer to a question about the red circle after questions and answers."""
     question, *rest = turns
-    messages = [question_message(question, assistant.open_picture(str(PICTURE)))]
+    messages = [question_message(question, chat_model.open_image(str(PICTURE)))]
     for index, text in enumerate(rest):
         messages.append({"role": "user" if index % 2 else "assistant", "content": text})
-    return assistant.answer(messages, MAX_TOKENS, **settings)
+    return chat_model.answer(messages, MAX_TOKENS, **settings)
 
 
 @pytest.mark.parametrize("query_len", [None, 1, 4, 64])
-def test_equals_own_answer(client: openai.OpenAI, assistant: Assistant, query_len: int | None):
+def test_equals_own_answer(client: openai.OpenAI, chat_model: ChatModel, query_len: int | None):
     extra = {} if query_len is None else {"query_len": query_len}
     reply = ask(client, user(QUESTION, red_circle()), max_tokens=MAX_TOKENS, extra_body=extra)
-    assert reply.choices[0].message.content == own_answer(assistant, QUESTION, **extra)
+    assert reply.choices[0].message.content == own_answer(chat_model, QUESTION, **extra)
     assert reply.choices[0].finish_reason == "stop"
     assert (reply.object, reply.model, reply.choices[0].message.role) == ("chat.completion", MODEL, "assistant")
 
 
-def test_query_len_counts(client: openai.OpenAI, assistant: Assistant):
+def test_query_len_counts(client: openai.OpenAI, chat_model: ChatModel):
     tokens = [
         ask(client, user(QUESTION, red_circle()), extra_body={"query_len": length}).usage.prompt_tokens
         for length in (1, 4, 16)
@@ -59,9 +59,9 @@ def test_query_len_counts(client: openai.OpenAI, assistant: Assistant):
     assert grids[1] - grids[0] == 36 - 4
 
 
-def test_usage(client: openai.OpenAI, assistant: Assistant):
-    inputs = assistant.prepare([question_message(QUESTION, assistant.open_picture(str(PICTURE)))])
-    output = assistant.generate(inputs, MAX_TOKENS)
+def test_usage(client: openai.OpenAI, chat_model: ChatModel):
+    inputs = chat_model.prepare([question_message(QUESTION, chat_model.open_image(str(PICTURE)))])
+    output = chat_model.generate(inputs, MAX_TOKENS)
     usage = ask(client, user(QUESTION, red_circle()), max_tokens=MAX_TOKENS).usage
     prompt = inputs["input_ids"].shape[1]
     assert usage.prompt_tokens == prompt
@@ -69,31 +69,31 @@ def test_usage(client: openai.OpenAI, assistant: Assistant):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_several_turns(client: openai.OpenAI, assistant: Assistant):
+def test_several_turns(client: openai.OpenAI, chat_model: ChatModel):
     first = ask(client, user(QUESTION, red_circle()))
     answer = first.choices[0].message
     # as its users do: the client's own object goes back
     second = ask(client, user(QUESTION, red_circle()), answer, user(MORE), max_tokens=MAX_TOKENS)
-    assert second.choices[0].message.content == own_answer(assistant, QUESTION, answer.content, MORE)
+    assert second.choices[0].message.content == own_answer(chat_model, QUESTION, answer.content, MORE)
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 5e-324, 1e-3])
-def test_temperatures_near_zero(client: openai.OpenAI, assistant: Assistant, temperature: float):
+def test_temperatures_near_zero(client: openai.OpenAI, chat_model: ChatModel, temperature: float):
     reply = ask(client, user(QUESTION, red_circle()), temperature=temperature, top_p=1e-300, max_tokens=MAX_TOKENS)
-    assert reply.choices[0].message.content == own_answer(assistant, QUESTION)
+    assert reply.choices[0].message.content == own_answer(chat_model, QUESTION)
 
 
-def test_text_only(client: openai.OpenAI, assistant: Assistant):
+def test_text_only(client: openai.OpenAI, chat_model: ChatModel):
     messages = [SYSTEM, {"role": "user", "content": "what color is the sky?"}]
     reply = ask(client, *messages, max_tokens=MAX_TOKENS)
-    assert reply.choices[0].message.content == assistant.answer(messages, MAX_TOKENS)
+    assert reply.choices[0].message.content == chat_model.answer(messages, MAX_TOKENS)
     developer = ask(client, {**SYSTEM, "role": "developer"}, messages[1], max_tokens=MAX_TOKENS)
     assert developer.usage.prompt_tokens == reply.usage.prompt_tokens
 
 
-def test_picture_at_an_address(client: openai.OpenAI, assistant: Assistant, pictures: PictureHost):
-    expected = own_answer(assistant, QUESTION)
+def test_picture_at_an_address(client: openai.OpenAI, chat_model: ChatModel, pictures: PictureHost):
+    expected = own_answer(chat_model, QUESTION)
     for path in ("/red.png?size=1", "/redirect//red.png", f"/redirect/{pictures.url}/red.png"):
         reply = ask(client, user(QUESTION, pictures.url + path), max_tokens=MAX_TOKENS)
         assert reply.choices[0].message.content == expected
@@ -166,16 +166,16 @@ def test_stop_strings(talkative: openai.OpenAI, as_list: bool):
     assert reply.usage.completion_tokens < whole.usage.completion_tokens
 
 
-def test_models(client: openai.OpenAI, assistant: Assistant):
+def test_models(client: openai.OpenAI, chat_model: ChatModel):
     assert [model.id for model in client.models.list()] == [MODEL]
     model = client.models.retrieve(MODEL)
     assert model.id == MODEL
-    assert model.model_extra["max_model_len"] == assistant.max_length
-    budget = TokenBudget(assistant.processor.query_len, assistant.model.config.grid_side())
-    facts = ModelFacts.of(assistant, budget)
-    assert ModelFacts.read(model.model_extra["fusion"]) == facts
+    assert model.model_extra["max_model_len"] == chat_model.max_length
+    budget = TokenBudget(chat_model.processor.query_len, chat_model.model.config.grid_side())
+    info = ModelInfo.of(chat_model, budget)
+    assert ModelInfo.read(model.model_extra["fusion"]) == info
     reply = ask(client, user(QUESTION), max_tokens=1)
-    assert reply.system_fingerprint == model.model_extra["system_fingerprint"] == facts.fingerprint
+    assert reply.system_fingerprint == model.model_extra["system_fingerprint"] == info.fingerprint
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
 

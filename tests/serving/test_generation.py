@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.serving.engine import Turns
 from fusion_hf.serving.generation import AnswerText, Draw
 from fusion_hf.serving.requests import Sampling
@@ -18,10 +18,10 @@ TEXT = " A rotten 苹果, naïve 🙂\n\n  and more.  \n"
 class Pieces:
     """An answer of given ids, as it would be made."""
 
-    def __init__(self, assistant: Assistant, ids: list[int], stops: tuple[str, ...] = ()):
+    def __init__(self, chat_model: ChatModel, ids: list[int], stops: tuple[str, ...] = ()):
         self.pieces: list[str] = []
         self.used = 0
-        text = AnswerText(assistant.processor.tokenizer, stops, self.pieces.append)
+        text = AnswerText(chat_model.processor.tokenizer, stops, self.pieces.append)
         text.put(torch.tensor([[1, 2, 3]]))
         for number in ids:
             text.put(torch.tensor([number]))
@@ -33,33 +33,33 @@ class Pieces:
 
 
 @pytest.fixture(scope="module")
-def ids(assistant: Assistant) -> list[int]:
-    return assistant.processor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+def ids(chat_model: ChatModel) -> list[int]:
+    return chat_model.processor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
 
 
-def test_pieces_are_the_answer(assistant: Assistant, ids: list[int]):
+def test_pieces_are_the_answer(chat_model: ChatModel, ids: list[int]):
     for end in range(len(ids) + 1):  # also within a character
-        whole = assistant.processor.decode(ids[:end], skip_special_tokens=True).strip()
-        answer = Pieces(assistant, ids[:end])
+        whole = chat_model.processor.decode(ids[:end], skip_special_tokens=True).strip()
+        answer = Pieces(chat_model, ids[:end])
         assert answer.text == whole
     assert all(answer.pieces) and len(answer.pieces) > 10
     assert "\ufffd" not in answer.text
 
 
 @pytest.mark.parametrize("stop", ["n", "rotten", "ten 苹", "🙂", "\n\n", "more.", ".  ", " and", "果, naïve 🙂\n\n "])
-def test_stops(assistant: Assistant, ids: list[int], stop: str):
-    answer = Pieces(assistant, ids, ("never", stop, "nevermore"))
+def test_stops(chat_model: ChatModel, ids: list[int], stop: str):
+    answer = Pieces(chat_model, ids, ("never", stop, "nevermore"))
     assert answer.text == TEXT[: TEXT.index(stop)].strip()
     assert answer.used < len(ids) or TEXT.endswith(stop)
 
 
-def test_stops_that_do_not_come(assistant: Assistant, ids: list[int]):
-    whole = Pieces(assistant, ids).text
-    assert Pieces(assistant, ids, ("never", "rotten tomato", "more. \n\n", "aa")).text == whole
+def test_stops_that_do_not_come(chat_model: ChatModel, ids: list[int]):
+    whole = Pieces(chat_model, ids).text
+    assert Pieces(chat_model, ids, ("never", "rotten tomato", "more. \n\n", "aa")).text == whole
 
 
-def test_the_first_stop_counts(assistant: Assistant, ids: list[int]):
-    assert Pieces(assistant, ids, ("naïve", "rotten")).text == "A"
+def test_the_first_stop_counts(chat_model: ChatModel, ids: list[int]):
+    assert Pieces(chat_model, ids, ("naïve", "rotten")).text == "A"
 
 
 def test_draws_follow_the_distribution():

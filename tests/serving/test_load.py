@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.drawing.pictures import PictureSpec, Shape
-from fusion_hf.inference import Assistant, nano_path, question_message
+from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.processing_fusion import FusionProcessor
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def cases(assistant: Assistant) -> list[Case]:
+def cases(chat_model: ChatModel) -> list[Case]:
     """Pictures that differ, questions and numbers of latent tokens."""
     made = []
     for color in ("red", "blue", "green", "yellow"):
@@ -69,7 +69,7 @@ def cases(assistant: Assistant) -> list[Case]:
         picture.save(content, "PNG", compress_level=0)
         for question in QUESTIONS:
             for query_len in (4, 16):
-                own = assistant.answer([question_message(question, Image.open(content))], 8, query_len)
+                own = chat_model.answer([question_message(question, Image.open(content))], 8, query_len)
                 made.append(Case(data_uri(content.getvalue()), question, query_len, own))
     return made
 
@@ -182,10 +182,10 @@ class FirstToken(BaseStreamer):
         """Nothing is left to do."""
 
 
-def seconds_without_server(assistant: Assistant) -> float:
+def seconds_without_server(chat_model: ChatModel) -> float:
     first = FirstToken()
     begin = time.perf_counter()
-    assistant.answer([question_message(QUESTION, assistant.open_picture(str(PICTURE)))], 4, streamer=first)
+    chat_model.answer([question_message(QUESTION, chat_model.open_image(str(PICTURE)))], 4, streamer=first)
     return first.times[1] - begin
 
 
@@ -200,14 +200,14 @@ def seconds_over_http(client: openai.OpenAI) -> float:
 
 
 def test_time_to_first_token(middle_model: Path):
-    assistant = Assistant.load(str(middle_model), device="cpu")
+    chat_model = ChatModel.load(str(middle_model), device="cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with run_server("--model", middle_model, OMP_NUM_THREADS="1") as server:
             client = server.client()
-            seconds_without_server(assistant), seconds_over_http(client)  # both warm
-            pairs = [(seconds_without_server(assistant), seconds_over_http(client)) for _ in range(PAIRS)]
+            seconds_without_server(chat_model), seconds_over_http(client)  # both warm
+            pairs = [(seconds_without_server(chat_model), seconds_over_http(client)) for _ in range(PAIRS)]
     finally:
         torch.set_num_threads(threads)
     ratios = [ours / own for own, ours in pairs]

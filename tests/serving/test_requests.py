@@ -8,7 +8,7 @@ import pytest
 from tests.docs.markdown import ROOT
 from tests.helpers.serving import MODEL, QUESTION, user
 
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 from fusion_hf.serving import fields
 from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.limits import Limits
@@ -127,17 +127,17 @@ ANSWERED = ["users", "systems", "assistants", "an assistant that says nothing"]
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_joined_messages_are_a_prompt_of_the_model(assistant: Assistant, name: str):
+def test_joined_messages_are_a_prompt_of_the_model(chat_model: ChatModel, name: str):
     """Each question has its latent block and each block its answer's header: the model answers."""
     messages, expected = JOINED[name]
     written = [{"role": role, "content": text} for role, text, _ in expected]
-    assert assistant.answer(parse_messages(messages).messages, 4) == assistant.answer(written, 4)
+    assert chat_model.answer(parse_messages(messages).messages, 4) == chat_model.answer(written, 4)
 
 
 LENGTH = 4  # of the longest order that is tried
 
 
-def test_every_order_is_answered_or_refused_by_index(assistant: Assistant):
+def test_every_order_is_answered_or_refused_by_index(chat_model: ChatModel):
     answers: dict[tuple[str, ...], str] = {}
     orders = [order for length in range(1, LENGTH + 1) for order in itertools.product(ROLES, repeat=length)]
     for order in orders:
@@ -149,7 +149,7 @@ def test_every_order_is_answered_or_refused_by_index(assistant: Assistant):
             continue
         roles = tuple(message["role"] for message in chat.messages)
         if roles not in answers:  # the model refuses a prompt with a question that no answer follows
-            answers[roles] = assistant.answer(chat.messages, 1)
+            answers[roles] = chat_model.answer(chat.messages, 1)
     turns = ("user", "assistant", "user")
     assert answers.keys() == {("user",), turns, ("system", "user"), ("system", *turns)}
 

@@ -74,22 +74,28 @@ def test_styles_follow_their_shares():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": 1}, "Mine.yaml: a key of the file is 'colour'; allowed: describe_prompt"),
-        ({"share": None}, "has no key share"),
+        ({"colour": 1}, "Mine.yaml has the key 'colour'; .*Allowed: stage, .*describe_prompt"),
+        ({"share": None}, "Mine.yaml has no share"),
         ({"share": 2}, "share is 2; allowed: a number above 0"),
-        ({"stage": 1}, "stage is 1; allowed: '1', '1.5'"),
+        ({"stage": 1}, "Mine.yaml: stage is 1; allowed: '1', '1.5'"),
         ({"pictures": 3}, "pictures is 3; allowed: 1, 2"),
         ({"pictures": True}, "pictures is True"),
         ({"schema": "Poem"}, "schema is 'Poem'; allowed: 'Conversation'"),
-        ({"turns": [3, 2]}, "turns is 2; allowed: a whole number from 3"),
+        ({"turns": [3, 2]}, "turns is \\[3, 2\\]; allowed: a list of the least and the most"),
         ({"turns": 3}, "turns is 3; allowed: a list"),
         ({"styles": []}, "styles is \\[\\]"),
-        ({"styles": [{"text": "x", "weight": 1}]}, "a key of a style is 'weight'; allowed: share, text"),
-        ({"rules": {"length": 5}}, "rules.length is 5; allowed: a mapping"),
-        ({"judge": {"prompt": "x", "least_score": 4}}, "judge.prompt's placeholders is \\[\\]"),
-        ({"describe_prompt": "Say $caption of $name."}, "allowed: \\$caption"),
-        ({"describe_prompt": "Say $caption for $5."}, "placeholders"),
-        ({"pictures": 2}, "qa_prompt's placeholders is .*allowed: \\$first, \\$second, \\$style"),
+        ({"styles": [{"text": "x", "weight": 1}]}, "styles\\[0\\] has the key 'weight'; .*Allowed: text, share"),
+        ({"rules": {"length": 5}}, "rules.length is 5; allowed: keys with values"),
+        (
+            {"judge": {"prompt": "x", "least_score": 4}},
+            "judge.prompt is 'x'; allowed: the placeholders \\$conversation, \\$description; it has none",
+        ),
+        (
+            {"describe_prompt": "Say $caption of $name."},
+            "describe_prompt is .*allowed: the placeholders \\$caption; it has \\$caption, \\$name",
+        ),
+        ({"describe_prompt": "Say $caption for $5."}, "allowed: the placeholders \\$caption; it has \\$"),
+        ({"pictures": 2}, "qa_prompt has the placeholders .*allowed: \\$first, \\$second, \\$style"),
     ],
 )
 def test_errors_name_key_and_value(broken_file, changes, message):
@@ -99,7 +105,7 @@ def test_errors_name_key_and_value(broken_file, changes, message):
 
 def test_no_yaml(tmp_path: Path):
     (tmp_path / "Bad.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="cannot be read as YAML"):
+    with pytest.raises(InputError, match=r"Bad\.yaml is no YAML"):
         read_category(tmp_path / "Bad.yaml")
     with pytest.raises(InputError, match=r"no \.yaml file"):
         load_categories(tmp_path / "none")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.synthesis.category import FOLDER, Check, load_categories
+from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
 from fusion_hf.synthesis.filters.across import DuplicateQuestions
@@ -497,7 +497,7 @@ def test_judges():
         asked.append((prompt, picture))
         return next(answers)
 
-    rubric = Check("$description | $conversation", 3)
+    rubric = ModelCheck("$description | $conversation", 3)
     judge = Judge(ask, rubric)
     subject = record(("What color is the hat?", "Red"), descriptions=("A hat for $5.",), images=("a/1.png",))
     assert judge.check(subject) is None
@@ -511,6 +511,6 @@ def test_judges():
 
 def test_a_judge_sees_which_picture_is_which():
     prompts = []
-    judge = Judge(lambda prompt, picture: prompts.append(prompt) or "5", Check("$description$conversation", 3))
+    judge = Judge(lambda prompt, picture: prompts.append(prompt) or "5", ModelCheck("$description$conversation", 3))
     assert judge.check(record(("What differs?", "It"), descriptions=("A cat.", "A dog."))) is None
     assert "The left picture: A cat.\nThe right picture: A dog." in prompts[0]

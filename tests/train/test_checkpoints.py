@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import DRAFT
 from fusion_hf.training import checkpoints
 from fusion_hf.training.checkpoints import (
     MANIFEST,
@@ -107,7 +108,7 @@ def test_sealed_is_complete(tmp_path: Path):
 
 def test_sealed_again_after_a_kill_between(tmp_path: Path):
     folder = write(tmp_path / "checkpoint-5", complete=False)
-    (folder / f"{MANIFEST}.tmp").write_text("{")
+    (folder / f"{MANIFEST}{DRAFT}").write_text("{")
     seal(folder)
     assert is_complete(folder)
 

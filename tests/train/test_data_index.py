@@ -50,7 +50,7 @@ def test_an_index_is_made_once(tmp_path: Path):
     for _ in range(2):
         assert len(load_records(file, cache=cache)) == NUM_RECORDS
     assert indexes(cache) == [made] and made.stat().st_mtime_ns == before
-    assert not list(cache.glob("*.tmp"))
+    assert not list(cache.glob("*.draft"))
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
@@ -128,17 +128,17 @@ def test_a_killed_process_leaves_no_half_index(tmp_path: Path, monkeypatch: pyte
     file, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     write_many(file, RECORDS_TO_KILL)
     process = start(file, cache)
-    while not any(rest.stat().st_size > 0 for rest in cache.glob("*.tmp")):
+    while not any(rest.stat().st_size > 0 for rest in cache.glob("*.draft")):
         assert process.is_alive()
         time.sleep(0.001)
     process.kill()
     process.join()
-    assert list(cache.glob("*.tmp")) and not indexes(cache)
+    assert list(cache.glob("*.draft")) and not indexes(cache)
     two = [start(file, cache), start(file, cache)]  # one makes it, the other waits
     for other in two:
         other.join(SECONDS)
         assert other.exitcode == 0
-    assert len(indexes(cache)) == 1 and not list(cache.glob("*.tmp"))
+    assert len(indexes(cache)) == 1 and not list(cache.glob("*.draft"))
     records = load_records(file, cache=cache)
     assert len(records) == RECORDS_TO_KILL
     for number in (0, ROWS - 1, ROWS, RECORDS_TO_KILL - 1):

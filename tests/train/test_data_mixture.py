@@ -94,7 +94,7 @@ def test_random_records_are_different_ones_and_seeded(tmp_path: Path):
 
 
 def test_random_numbers_take_four_bytes_each():
-    rows = Strategy.parse("random:50%", "here").rows(1_000_001, (0, 0), "here")
+    rows = Strategy.from_yaml("random:50%").rows(1_000_001, (0, 0), "here")
     assert isinstance(rows, np.ndarray) and rows.dtype == np.uint32
     assert len(rows) == 500_001 and np.all(np.diff(rows.astype(np.int64)) > 0)
 
@@ -168,13 +168,13 @@ def test_more_records_than_there_are(tmp_path: Path):
         ("- a.json", "must hold `datasets"),
         ("datasets: []", "must hold `datasets"),
         ("datasets: [{json_path: a.json}]\nmore: 1", "and nothing else"),
-        ("datasets: [{sampling_strategy: all}]", "entry 1: it has no json_path"),
-        ("datasets: [{json_path: 5}]", "entry 1: it has no json_path"),
+        ("datasets: [{sampling_strategy: all}]", "entry 1 has no json_path"),
+        ("datasets: [{json_path: 5}]", "entry 1: json_path is 5; allowed: text"),
         (
             "datasets: [{json_path: a.json, sampling_stategy: all}]",
-            "unknown key 'sampling_stategy'; allowed: json_path",
+            "entry 1 has the key 'sampling_stategy'; .*Allowed: json_path",
         ),
-        ("datasets: [{json_path: a.json, image_root: 5}]", "image_root is 5; allowed: a path"),
+        ("datasets: [{json_path: a.json, image_root: 5}]", "image_root is 5; allowed: text"),
         ("datasets: [{json_path: none.json}]", "entry 1: .*does not exist"),
         ("datasets: [", "is no YAML"),
         ("!!python/object/apply:os.getcwd []", "is no YAML"),
@@ -188,5 +188,5 @@ def test_no_mixture(tmp_path: Path, content: str, message: str):
 
 
 def test_a_missing_mixture(tmp_path: Path):
-    with pytest.raises(InputError, match=r"none.yaml cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"none.yaml cannot be read: No such file"):
         load_records(tmp_path / "none.yaml")

@@ -104,7 +104,7 @@ def test_data_is_relative_to_the_recipe_and_an_override_to_the_working_directory
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rte=1", "'learning_rte' is no key of a recipe; did you mean 'learning_rate'?"),
+        ("learning_rte=1", "The command line has the key 'learning_rte'; did you mean 'learning_rate'?"),
         ("learning_rate=fast", "learning_rate is 'fast'; allowed: a number."),
         ("max_steps=1.5", "max_steps is 1.5; allowed: a whole number."),
         ("bf16=maybe", "bf16 is 'maybe'; allowed: true or false."),

@@ -8,7 +8,7 @@ from tests.helpers.serving import data_uri, user
 
 from fusion_hf import batch_generate, nano_path
 from fusion_hf.data.easy_vqa import read_easy_vqa
-from fusion_hf.inference import Assistant
+from fusion_hf.inference import ChatModel
 
 pytestmark = pytest.mark.vllm
 NUM_QUESTIONS = 500
@@ -34,8 +34,8 @@ def asked() -> list[Asked]:
 
 def by_transformers(asked: list[Asked], dtype: str = "float32", **options: Any) -> list[str]:
     records = [{"question": row.question, "image": str(row.picture)} for row in asked]
-    assistant = Assistant.load(device="cpu", dtype=dtype)
-    results = batch_generate(records, assistant, max_new_tokens=MAX_NEW_TOKENS, progress=False, **options)
+    chat_model = ChatModel.load(device="cpu", dtype=dtype)
+    results = batch_generate(records, chat_model, max_new_tokens=MAX_NEW_TOKENS, progress=False, **options)
     return [result["answer"] for result in results]
 
 

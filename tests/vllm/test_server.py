@@ -28,7 +28,7 @@ from tests.helpers.serving import (
 from tests.helpers.vllm_models import CASES, Case, Reference, picture, png_bytes, write_random_model
 
 from fusion_hf import FusionConfig, nano_path
-from fusion_hf.inference import Assistant, question_message
+from fusion_hf.inference import ChatModel, question_message
 from fusion_hf.serving.fields import REQUEST
 
 pytestmark = pytest.mark.vllm
@@ -104,16 +104,16 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def test_answers_are_those_of_the_transformers_model(client):
-    assistant = Assistant.load(device="cpu")
+    chat_model = ChatModel.load(device="cpu")
     conversation = [user(QUESTION, red_circle()), {"role": "assistant", "content": "red"}, user("what shape is it?")]
     for query_len in (4, 16):
         reply = ask(client, conversation[0], extra_body={"query_len": query_len})
-        expected = assistant.answer([question_message(QUESTION, Image.open(PICTURE))], MAX_NEW_TOKENS, query_len)
+        expected = chat_model.answer([question_message(QUESTION, Image.open(PICTURE))], MAX_NEW_TOKENS, query_len)
         assert reply.choices[0].message.content == expected
     whole = ask(client, *conversation).choices[0].message.content
     assert whole == stream_text(ask(client, *conversation, stream=True))
     sky = "what color is the sky?"
-    expected = assistant.answer([question_message(sky, None)], MAX_NEW_TOKENS)
+    expected = chat_model.answer([question_message(sky, None)], MAX_NEW_TOKENS)
     assert ask(client, user(sky)).choices[0].message.content == expected
 
 

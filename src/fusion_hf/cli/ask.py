@@ -71,30 +71,30 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from fusion_hf.cli.session import AnswerStreamer, load_assistant
-    from fusion_hf.inference.chat_model import Conversation
+    from fusion_hf.cli.session import AnswerStreamer, load_chat_model
+    from fusion_hf.inference.conversation import Conversation
 
-    assistant = load_assistant(arguments)
+    chat_model = load_chat_model(arguments)
     settings = {
         "max_new_tokens": arguments.max_new_tokens,
         "query_len": arguments.query_len,
         "image_token_grid": arguments.image_token_grid,
     }
     if len(arguments.images) == len(questions) == 1:
-        conversation = Conversation(assistant, assistant.open_picture(arguments.images[0]), **settings)
-        conversation.ask(arguments.question, AnswerStreamer(assistant.processor.tokenizer))
+        conversation = Conversation(chat_model, chat_model.open_image(arguments.images[0]), **settings)
+        conversation.ask(arguments.question, AnswerStreamer(chat_model.processor.tokenizer))
         return 0
 
     status = 0
     for image in tqdm(arguments.images, desc="ask", unit="picture", disable=None):  # no bar where there is no terminal
         try:
-            picture = assistant.open_picture(image)
+            picture = chat_model.open_image(image)
         except InputError as error:
             tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
             status = USER_ERROR
             continue
         name = f"{image}: " if len(arguments.images) > 1 else ""
-        for answer in assistant.answer_each(picture, questions, **settings):
+        for answer in chat_model.answer_each(picture, questions, **settings):
             line = " ".join(printable(f"{name}{answer}").split("\n"))
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()

@@ -36,14 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_picture_exists(arguments.image)
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.session import AnswerStreamer, load_assistant
-    from fusion_hf.inference.chat_model import Conversation
+    from fusion_hf.cli.session import AnswerStreamer, load_chat_model
+    from fusion_hf.inference.conversation import Conversation
 
-    assistant = load_assistant(arguments)
-    picture = assistant.open_picture(arguments.image)
+    chat_model = load_chat_model(arguments)
+    picture = chat_model.open_image(arguments.image)
     settings = (arguments.max_new_tokens, arguments.query_len, arguments.fast, arguments.image_token_grid)
-    conversation = Conversation(assistant, picture, *settings)
-    streamer = AnswerStreamer(assistant.processor.tokenizer)
+    conversation = Conversation(chat_model, picture, *settings)
+    streamer = AnswerStreamer(chat_model.processor.tokenizer)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # Windows has none

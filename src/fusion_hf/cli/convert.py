@@ -10,8 +10,9 @@ from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.parser import Parser
 from fusion_hf.cli.terminal import guarded
 from fusion_hf.cli.values import positive
+from fusion_hf.common.values import DTYPE_NAMES
 from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.inputs import DTYPES, NO_TOKENIZER, ConversionOptions, find_conversion_inputs
+from fusion_hf.conversion.inputs import NO_TOKENIZER, ConversionOptions, find_conversion_inputs
 
 DESCRIPTION = (
     "Convert a checkpoint of the authors' FUSION code to a complete Hub folder. Everything is checked before anything "
@@ -34,7 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every command of this kind has."""
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as most of them are stored")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_NAMES, help="type of the weights; default: as most of them are stored"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result in one commit")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
     parser.add_argument(DEBUG, action="store_true", help="show where an error comes from")

@@ -48,12 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]' ({error})."
             ) from error
-        from fusion_hf.cli.session import load_assistant
+        from fusion_hf.cli.session import load_chat_model
         from fusion_hf.demo.session import Answerer
 
-        assistant = load_assistant(arguments)
+        chat_model = load_chat_model(arguments)
         settings = (arguments.max_new_tokens, arguments.query_len, arguments.image_token_grid)
-        page = build_page(Answerer(assistant, *settings))
+        page = build_page(Answerer(chat_model, *settings))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _, address, _ = page.launch(

@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         silence_libraries()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
-    from fusion_hf.inference.chat_model import Assistant
+    from fusion_hf.inference.chat_model import ChatModel
     from fusion_hf.onnx_export.export import export_onnx
 
-    assistant = Assistant.load(model, device="cpu", dtype="float32")
-    export_onnx(assistant, output, arguments.query_len, arguments.image_token_grid)
+    chat_model = ChatModel.load(model, device="cpu", dtype="float32")
+    export_onnx(chat_model, output, arguments.query_len, arguments.image_token_grid)
     sys.stdout.write(f"{wrote(output)}\n")
     return 0

@@ -44,16 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output)
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.session import load_assistant
+    from fusion_hf.cli.session import load_chat_model
     from fusion_hf.maps import attention_maps
     from fusion_hf.maps.drawing import save_overlays
 
-    assistant = load_assistant(arguments)
-    picture = assistant.open_picture(arguments.image)
+    chat_model = load_chat_model(arguments)
+    picture = chat_model.open_image(arguments.image)
     result = attention_maps(
         picture,
         arguments.question,
-        assistant,
+        chat_model,
         max_new_tokens=arguments.max_new_tokens,
         query_len=arguments.query_len,
         image_token_grid=arguments.image_token_grid,

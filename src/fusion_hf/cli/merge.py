@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from fusion_hf.cli.terminal import wrote
-from fusion_hf.cli.values import DTYPES
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
+from fusion_hf.common.values import DTYPE_NAMES
 from fusion_hf.hub.folders import base_of, find_folder
 
 
@@ -24,8 +24,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--base", metavar="DIR_OR_REPO", help="default: the model that the adapter names")
     parser.add_argument(
         "--dtype",
-        default=DTYPES[0],
-        help=f"of the written weights: {', '.join(DTYPES)}; default: %(default)s",
+        default=DTYPE_NAMES[0],
+        help=f"of the written weights: {', '.join(DTYPE_NAMES)}; default: %(default)s",
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     adapter, output = Path(arguments.adapter), Path(arguments.output)
     if not adapter.is_dir():
         raise InputError(f"{adapter} is no folder; give the output_dir of a LoRA run.")
-    if arguments.dtype not in DTYPES:
-        raise InputError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPES)}.")
+    if arguments.dtype not in DTYPE_NAMES:
+        raise InputError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPE_NAMES)}.")
     base = base_of(adapter, arguments.base)
     require(("peft",), "Merging", "train")
     check_output(output)

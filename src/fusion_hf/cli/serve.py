@@ -101,19 +101,19 @@ def run(arguments: argparse.Namespace) -> int:
         from fusion_hf.serving.server import listen, serve
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
-    from fusion_hf.cli.session import load_assistant
+    from fusion_hf.cli.session import load_chat_model
 
     hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     listener = listen(arguments.host, arguments.port)  # a taken port is told before the model is loaded
-    assistant = load_assistant(arguments)
+    chat_model = load_chat_model(arguments)
     service = Service(
-        assistant,
+        chat_model,
         name,
         _limits(arguments),
         hosts,
         api_key,
-        assistant.check_query_len(arguments.query_len),
-        assistant.check_image_token_grid(arguments.image_token_grid),
+        chat_model.check_query_len(arguments.query_len),
+        chat_model.check_image_token_grid(arguments.image_token_grid),
     )
     serve(service, listener)
     return 0

@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from fusion_hf.cli.models import silence_hub
 from fusion_hf.cli.terminal import printable
-from fusion_hf.inference.chat_model import Assistant
+from fusion_hf.inference.chat_model import ChatModel
 
 
-def load_assistant(arguments: argparse.Namespace) -> Assistant:
+def load_chat_model(arguments: argparse.Namespace) -> ChatModel:
     """The model that the arguments name, on the device that they name."""
     if not arguments.debug:
         silence_libraries()
-    return Assistant.load(arguments.model, arguments.device, arguments.dtype)
+    return ChatModel.load(arguments.model, arguments.device, arguments.dtype)
 
 
 def silence_libraries() -> None:

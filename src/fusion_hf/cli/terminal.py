@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.values import is_address
 
 FAILED, USER_ERROR, INTERRUPTED, STOPPED = 1, 2, 130, 143  # exit statuses; the last one after SIGTERM
 ADVICE = 200  # characters at the end of an error that is cut: they say what to do
 MEGABYTE = 10**6
 STREAMS = (0, 1, 2)  # input, output, errors
-ADDRESSES = ("http://", "https://")
 
 
 def guarded(command: Callable[[], int], debug: bool) -> int:
@@ -158,7 +158,7 @@ def check_picture_exists(source: str) -> None:
     Raises:
         InputError: if `source` is neither an address nor a file.
     """
-    if source.startswith(ADDRESSES):
+    if is_address(source):
         return
     try:
         path = Path(source)

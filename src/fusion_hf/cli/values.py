@@ -3,10 +3,9 @@
 import argparse
 import re
 
-from fusion_hf.training.keys import is_square
+from fusion_hf.common.values import DTYPE_NAMES, is_square
 
 AUTO = "auto"
-DTYPES = ("float32", "bfloat16", "float16")
 DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)
 
 
@@ -50,6 +49,6 @@ def dtype(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: for anything else.
     """
-    if text not in (AUTO, *DTYPES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {', '.join((AUTO, *DTYPES))}")
+    if text not in (AUTO, *DTYPE_NAMES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {', '.join((AUTO, *DTYPE_NAMES))}")
     return text

@@ -132,30 +132,36 @@ def check_new_file(path: Path, flag: str) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """
-    A file that gets its name when all of it is on the disk, and is removed if that fails. What a killed process has
-    left is overwritten: a name belongs to one task.
+    Name a file to write in place of `path`, for libraries that write by themselves. It takes the name `path` when all
+    of it is on the disk, and is removed if that fails. What a killed process has left is overwritten: a name belongs
+    to one task.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + DRAFT)
     try:
-        with draft.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield draft
+        sync(draft)
         draft.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         with suppress(FileNotFoundError):
             draft.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a power cut."""
-    if os.name == "nt":  # Windows opens no folders
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file in place of `path`; see `atomic_path`."""
+    with atomic_path(path) as draft, draft.open("wb") as stream:
+        yield stream
+
+
+def sync(path: Path) -> None:
+    """Let a file, or the names in a folder, survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.outputs import sync_folder
+from fusion_hf.common.outputs import sync
 
 
 class ResultLog:
@@ -70,7 +70,7 @@ class ResultLog:
         self._stream.truncate(size)
         self._stream.seek(size)
         if not size:
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
         """

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
+from fusion_hf.common.values import torch_dtype
 from fusion_hf.conversion import hub
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.checkpoint import check_index, read_headers
@@ -20,7 +21,7 @@ from fusion_hf.conversion.locations import Location, describe
 from fusion_hf.conversion.plan import HEAD, NUM_MARKS, Plan, RecipeReader, Source, make_plan
 from fusion_hf.conversion.reading import find_weight_files, read_json
 from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer, vocabulary_size
-from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
+from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 
@@ -58,8 +59,8 @@ def build(options: Options, inputs: BuildInputs | None = None) -> str:
         add_marks(tokenizer, text_config.vocab_size)
         text_config.pad_token_id = tokenizer.pad_token_id
     plan = make_plan(config, [_read(vision, TOWER_TABLE), text_source], {}, vision.name, fresh=FRESH)
-    dtype = plan.main_dtype if options.dtype is None else DTYPES[options.dtype]
-    if dtype not in DTYPE_NAMES:
+    dtype = plan.main_dtype if options.dtype is None else torch_dtype(options.dtype)
+    if dtype not in DTYPE_CODES:
         dtype = torch.float32
     set_dtype(config, dtype)
 
@@ -72,7 +73,7 @@ def build(options: Options, inputs: BuildInputs | None = None) -> str:
         num_parameters = sum(weight.numel() for weight in weights.values())
         provenance = _provenance(options, text, vision, dtype, num_parameters, tokenizer is not None)
         write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
-    done = f"Wrote {options.output}: an untrained FUSION of {num_parameters:,} parameters in {DTYPE_NAMES[dtype]}."
+    done = f"Wrote {options.output}: an untrained FUSION of {num_parameters:,} parameters in {DTYPE_CODES[dtype]}."
     if options.push_to_hub is not None:
         url = hub.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
         done += f" Pushed: {url}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import ModelCardData
 
+from fusion_hf.common.values import dtype_name
 from fusion_hf.hub.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, Member, find_member
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.configuration_fusion import FusionConfig
@@ -160,7 +161,7 @@ def _introduction(config: FusionConfig, provenance: Provenance, member: Member |
     parts = f"a {config.text_config.model_type} language model and a SigLIP tower of {vision.num_hidden_layers} layers"
     return (
         f"{name} ([paper]({PAPER}), [authors' code]({REPOSITORY})) for transformers: {parts}, "
-        f"{provenance.num_parameters:,} parameters in {_name(provenance.dtype)}. {made}\n\n"
+        f"{provenance.num_parameters:,} parameters in {dtype_name(provenance.dtype)}. {made}\n\n"
         "The question guides the vision tower, and latent tokens look at the picture again between the layers of the "
         "language model, under the question that they belong to."
     )
@@ -226,7 +227,3 @@ def _conversion(provenance: Provenance) -> str:
     lines = [f"- {role}: {source}" for role, source in provenance.sources]
     lines += [f"- {note}" for note in provenance.notes]
     return "\n".join(["Made with the package `fusion_hf` from:", "", *lines])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
+from fusion_hf.common.values import dtype_name, torch_dtype
 from fusion_hf.conversion import hub, lora
 from fusion_hf.conversion.card import Provenance, write_card
 from fusion_hf.conversion.checkpoint import StoredTensor, check_index, read_headers
@@ -27,7 +28,7 @@ from fusion_hf.conversion.locations import Location, describe
 from fusion_hf.conversion.plan import Plan, RecipeReader, Source, make_plan
 from fusion_hf.conversion.reading import find_weight_files, read_json
 from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer
-from fusion_hf.conversion.writer import DTYPE_NAMES, DTYPES, write_weights
+from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
 from fusion_hf.hub.family import LAST_STAGE
 from fusion_hf.model.configuration_fusion import FusionConfig
 
@@ -60,7 +61,7 @@ class Conversion:
         """One line about what fits."""
         return (
             f"{len(self.plan.recipes)} tensors, {self.plan.num_parameters:,} parameters in "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.plan.num_dropped} dropped, none unknown or missing"
+            f"{dtype_name(self.dtype)}, {self.plan.num_dropped} dropped, none unknown or missing"
         )
 
 
@@ -103,8 +104,8 @@ def prepare(options: Options, inputs: ConversionInputs) -> Conversion:
     if tokenizer is not None:
         add_marks(tokenizer, config.text_config.vocab_size)
         config.text_config.pad_token_id = tokenizer.pad_token_id
-    dtype = plan.main_dtype if options.dtype is None else DTYPES[options.dtype]
-    if dtype not in DTYPE_NAMES:
+    dtype = plan.main_dtype if options.dtype is None else torch_dtype(options.dtype)
+    if dtype not in DTYPE_CODES:
         dtype = torch.float32
     set_dtype(config, dtype)
     return Conversion(config, plan, dtype, tokenizer, weights.locations)

@@ -10,19 +10,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fusion_hf.conversion.tokenizer import find_chat_format
 from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
-from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.configuration_fusion import AUTO_MAP, FusionConfig
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.model.turns_fusion import describe_turns
 
-MODEL_CLASS = "modeling_fusion.FusionForConditionalGeneration"
 AUTO_MAPS = {
-    "config.json": {
-        "AutoConfig": "configuration_fusion.FusionConfig",
-        "AutoModel": "modeling_fusion.FusionModel",
-        "AutoModelForImageTextToText": MODEL_CLASS,
-        "AutoModelForMultimodalLM": MODEL_CLASS,
-    },
+    "config.json": AUTO_MAP,
     "preprocessor_config.json": {"AutoImageProcessor": "image_processing_fusion.FusionImageProcessor"},
     "processor_config.json": {
         "AutoImageProcessor": "image_processing_fusion.FusionImageProcessor",

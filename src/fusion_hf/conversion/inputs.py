@@ -10,7 +10,6 @@ from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.locations import Location, Wanted, locate
 from fusion_hf.conversion.reading import find_weight_files, read_json
 
-DTYPES = ("float32", "bfloat16", "float16")
 TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
 # as `DECODER_LAYERS` has them, which imports torch
 DECODER_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
@@ -29,7 +28,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What the command line of `convert` says; see its help. `dtype` is one of `DTYPES`."""
+    """What the command line of `convert` says; see its help. `dtype` is one of `DTYPE_NAMES`."""
 
     checkpoint: str
     output: Path | None
@@ -46,7 +45,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the command line of `build_from_backbones.py` says; see its help. `dtype` is one of `DTYPES`."""
+    """What the command line of `build_from_backbones.py` says; see its help. `dtype` is one of `DTYPE_NAMES`."""
 
     text: str
     vision: str

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from fusion_hf.common.outputs import check_space
+from fusion_hf.conversion.checkpoint import SAFETENSORS_DTYPES
 from fusion_hf.conversion.inputs import MAX_SHARD_BYTES
 from fusion_hf.hub.folders import WEIGHTS_INDEX
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# of those that are written
+DTYPE_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items() if dtype != torch.float64}
 HEADER_ALIGNMENT = 8  # bytes
 LENGTH_BYTES = 8  # of the header's length, little-endian
 
@@ -78,7 +79,7 @@ def _write_shard(
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + sizes[name]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     with path.open("wb") as file:

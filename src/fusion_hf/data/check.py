@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.index import Index, open_index
-from fusion_hf.data.mixture import Entry
+from fusion_hf.data.mixture import MixtureEntry
 from fusion_hf.data.pictures import open_picture, picture_path
 from fusion_hf.data.records import RecordProblem, parse_record
 from fusion_hf.data.skips import describe
@@ -69,7 +69,7 @@ class EntryReport:
 
 
 def check_entry(
-    entry: Entry, cache: Path, max_image_pixels: int, images: Images = "exist", progress: bool = True
+    entry: MixtureEntry, cache: Path, max_image_pixels: int, images: Images = "exist", progress: bool = True
 ) -> EntryReport:
     """
     Look at every record of an entry, taken or not, and at its picture: whether it is there, or can be decoded.

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.index import Index, default_cache, open_index
-from fusion_hf.data.mixture import Entry, Rows, Strategy, read_entries
+from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
 from fusion_hf.data.pictures import OnTruncated, open_picture
 from fusion_hf.data.records import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
 from fusion_hf.data.skips import BrokenRecords, OnBroken
@@ -107,7 +107,7 @@ class Part:
     rows: Rows
 
 
-def read_parts(entries: Iterable[Entry], cache: Path, seed: int) -> list[Part]:
+def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[Part]:
     """
     What the entries of a mixture take from their files, in their order; broken records are still among it.
 
@@ -207,7 +207,7 @@ class StreamedRecords(IterableDataset):
 
     def __init__(
         self,
-        entries: Iterable[Entry],
+        entries: Iterable[MixtureEntry],
         reader: RecordReader,
         *,
         rank: int = 0,
@@ -266,7 +266,7 @@ class StreamedRecords(IterableDataset):
             epoch += 1
 
 
-def _streams(entry: Entry) -> list[tuple[Stream, int | None]]:
+def _streams(entry: MixtureEntry) -> list[tuple[Stream, int | None]]:
     """What can be streamed: of files whose number of records is not known, all or the first ones."""
     streams = entry.locate().streams()
     strategy: Strategy = entry.strategy

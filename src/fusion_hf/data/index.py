@@ -7,7 +7,6 @@ none. Who comes second waits for the first.
 """
 
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import atomic_file
 from fusion_hf.data.records import RecordProblem, parse_record
 from fusion_hf.data.sources import Source
 
 FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
 ROWS_PER_BATCH = 65_536
 SUFFIX = ".arrow"
-TOKEN_BYTES = 4  # of a name that no other process uses
 
 
 class Index:
@@ -97,8 +96,6 @@ def open_index(source: Source, cache: Path) -> Index:
         with FileLock(file.with_suffix(".lock")):
             if (index := _existing(file)) is not None:  # another process wrote it while this one waited
                 return index
-            for rest in cache.glob(f"{file.stem}.*.tmp"):  # of a process that was killed: it no longer has the lock
-                rest.unlink()
             _write(source, file)
     except OSError as error:
         raise InputError(f"data_cache: {cache} cannot be written ({error}); name a folder that can.") from error
@@ -113,22 +110,15 @@ def _existing(file: Path) -> Index | None:
 
 
 def _write(source: Source, file: Path) -> None:
-    temporary = file.with_suffix(f".{secrets.token_hex(TOKEN_BYTES)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            batches = _batches(source)
-            first = next(batches, None)
-            if first is None:
-                raise InputError(f"data: {source.name} has no records; give a file that has.")
-            with pa.ipc.new_file(stream, first.schema) as writer:
-                writer.write_batch(first)
-                for batch in batches:
-                    writer.write_batch(batch)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(file) as stream:
+        batches = _batches(source)
+        first = next(batches, None)
+        if first is None:
+            raise InputError(f"data: {source.name} has no records; give a file that has.")
+        with pa.ipc.new_file(stream, first.schema) as writer:
+            writer.write_batch(first)
+            for batch in batches:
+                writer.write_batch(batch)
 
 
 def _schema(source: Source) -> pa.Schema:

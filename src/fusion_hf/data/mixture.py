@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import yaml
 
-from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import make_dataclass, read_yaml
 from fusion_hf.data.formats import Location, existing_folder, exists, locate
 
 SUFFIXES = (".yaml", ".yml")
-KEYS = ("json_path", "sampling_strategy", "image_root")
+MAX_MIXTURE_BYTES = 2**24
 ALLOWED = "all, first:N, end:N, random:N with a whole number N from 1 or a share up to 100%"
 STRATEGY = re.compile(r"(?P<kind>first|end|random):(?P<amount>\d{1,12}|\d{1,3}(\.\d{1,6})?%)", re.ASCII)
 
@@ -30,10 +30,12 @@ class Strategy:
     amount: int | Fraction | None = None
 
     @classmethod
-    def parse(cls, text: Any, where: str) -> "Strategy":
+    def from_yaml(cls, text: Any) -> "Strategy":
         """
+        Make one of its text.
+
         Raises:
-            InputError: for what is no strategy; `where` it stands begins the message.
+            ValueError: with what is allowed.
         """
         if text == "all":
             return cls()
@@ -43,7 +45,7 @@ class Strategy:
             amount = Fraction(written[:-1]) / 100 if written.endswith("%") else int(written)
             if amount > 0 and not (isinstance(amount, Fraction) and amount > 1):
                 return cls(text, match["kind"], amount)
-        raise InputError(f"{where}: sampling_strategy {short_name(repr(text))}; allowed: {ALLOWED}.")
+        raise ValueError(ALLOWED)
 
     def count(self, total: int, where: str) -> int:
         """
@@ -71,7 +73,16 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Entry:
+class WrittenEntry:
+    """The keys of an entry in a mixture file."""
+
+    json_path: str
+    sampling_strategy: Strategy = Strategy()
+    image_root: str | None = None
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
     """One file, folder or Hub data set of a mixture. `where` it stands is for errors."""
 
     path: str
@@ -91,7 +102,7 @@ class Entry:
             raise InputError(f"{self.where}: {error}") from error
 
 
-def read_entries(source: str | Path, root: str | Path | None = None, key: str = "data") -> list[Entry]:
+def read_entries(source: str | Path, root: str | Path | None = None, key: str = "data") -> list[MixtureEntry]:
     """
     Args:
         source: a mixture file (.yaml), or what can stand in one.
@@ -104,36 +115,21 @@ def read_entries(source: str | Path, root: str | Path | None = None, key: str = 
     path = Path(source).expanduser()
     data_root = None if root is None else existing_folder(Path(root).expanduser())
     if path.suffix in SUFFIXES:
-        content = _read_yaml(path, key)
+        content = read_yaml(path, f"{key}:", MAX_MIXTURE_BYTES)
         return _mixture(content, path, data_root if data_root is not None else path.parent.resolve(), key)
     if exists(path):
-        return [Entry(str(path.absolute()), data_root if data_root is not None else path.parent, where=key)]
-    return [Entry(str(source), data_root if data_root is not None else Path(), where=key)]
+        return [MixtureEntry(str(path.absolute()), data_root if data_root is not None else path.parent, where=key)]
+    return [MixtureEntry(str(source), data_root if data_root is not None else Path(), where=key)]
 
 
-def _read_yaml(path: Path, key: str) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{key}: {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{key}: {path} is no YAML ({error}).") from error
-
-
-def _mixture(content: Any, path: Path, root: Path, key: str) -> list[Entry]:
+def _mixture(content: Any, path: Path, root: Path, key: str) -> list[MixtureEntry]:
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"datasets"}:
         raise InputError(f"{key}: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
-    return [_entry(fields, root, f"{path}, entry {number}") for number, fields in enumerate(entries, start=1)]
+    return [_entry(values, root, f"{path}, entry {number}") for number, values in enumerate(entries, start=1)]
 
 
-def _entry(fields: Any, root: Path, where: str) -> Entry:
-    if not isinstance(fields, dict) or not isinstance(fields.get("json_path"), str):
-        raise InputError(f"{where}: it has no json_path; allowed keys: {', '.join(KEYS)}.")
-    if unknown := [key for key in fields if key not in KEYS]:
-        raise InputError(f"{where}: unknown key {short_name(repr(unknown[0]))}; allowed: {', '.join(KEYS)}.")
-    image_root = fields.get("image_root")
-    if image_root is not None and not isinstance(image_root, str):
-        raise InputError(f"{where}: image_root is {short_name(repr(image_root))}; allowed: a path.")
-    strategy = Strategy.parse(fields.get("sampling_strategy", "all"), where)
-    return Entry(fields["json_path"], root, None if image_root is None else root / image_root, strategy, where)
+def _entry(values: Any, root: Path, where: str) -> MixtureEntry:
+    written = make_dataclass(WrittenEntry, values, where)
+    image_root = None if written.image_root is None else root / written.image_root
+    return MixtureEntry(written.json_path, root, image_root, written.sampling_strategy, where)

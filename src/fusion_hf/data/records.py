@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fusion_hf.common.errors import short_name
 
-ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
+HUMAN, MODEL = "human", "gpt"  # speakers of LLaVA's conversations
+ROLE_OF_SPEAKER = {HUMAN: "user", MODEL: "assistant", "system": "system"}
 ROLES = tuple(ROLE_OF_SPEAKER.values())
 IMAGE_KEY = "image"
 FILE_NAME = "file_name"  # the picture's column in the metadata of an image folder

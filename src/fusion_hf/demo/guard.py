@@ -4,9 +4,10 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fusion_hf.common.values import is_address
+
 MAX_JSON_BYTES = 2**20
 FORM = b"multipart/form-data"  # what a browser sends a file in
-ADDRESSES = ("http://", "https://")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -83,7 +84,7 @@ def _names_address(body: bytes) -> bool:
         value = values.pop()
         if isinstance(value, dict):
             path = value.get("path")
-            if isinstance(path, str) and path.lower().startswith(ADDRESSES):
+            if isinstance(path, str) and is_address(path):
                 return True
             values.extend(value.values())
         elif isinstance(value, list):

@@ -11,7 +11,9 @@ from PIL import Image
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
-from fusion_hf.inference.chat_model import Assistant, Conversation, SeenPicture
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.conversation import Conversation
+from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
 from fusion_hf.model.image_limits_fusion import ImageError
@@ -42,7 +44,7 @@ class Session:
 
     picture: Image.Image
     tiles: np.ndarray
-    seen: SeenPicture
+    seen: ImageFeatures
     conversation: Conversation
     times: PictureTimes
     turns: list[Turn] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Answerer:
 
     Args:
         assistant: who answers.
-        max_new_tokens, query_len, image_token_grid: see `Assistant.answer`; a question can have another `query_len`.
+        max_new_tokens, query_len, image_token_grid: see `ChatModel.answer`; a question can have another `query_len`.
 
     Raises:
         InputError: if `query_len` or `image_token_grid` is impossible.
@@ -68,16 +70,16 @@ class Answerer:
 
     def __init__(
         self,
-        assistant: Assistant,
+        chat_model: ChatModel,
         max_new_tokens: int,
         query_len: int | None = None,
         image_token_grid: int | None = None,
     ):
-        self.assistant = assistant
+        self.chat_model = chat_model
         self.max_new_tokens = max_new_tokens
-        self.query_len = assistant.check_query_len(query_len)
-        self.image_token_grid = assistant.check_image_token_grid(image_token_grid)
-        self.query_lens = sorted({*assistant.model.config.query_lens, self.query_len})
+        self.query_len = chat_model.check_query_len(query_len)
+        self.image_token_grid = chat_model.check_image_token_grid(image_token_grid)
+        self.query_lens = sorted({*chat_model.model.config.query_lens, self.query_len})
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     def run(self, work: Callable[..., Result], *arguments: object) -> Result:
@@ -90,20 +92,20 @@ class Answerer:
         Raises:
             InputError: if it cannot be read or is too large.
         """
-        return self.run(self._look, open_upload(self.assistant, path))
+        return self.run(self._look, open_upload(self.chat_model, path))
 
     def _look(self, picture: Image.Image) -> Session:
         begin = now()
-        pixel_values = self.assistant.cut([picture])
+        pixel_values = self.chat_model.preprocess([picture])
         cut = now()
-        (seen,) = self.assistant.see_tiles(pixel_values)
+        (seen,) = self.chat_model.encode_tiles(pixel_values)
         times = PictureTimes(cut - begin, now() - cut)
-        processor = self.assistant.processor.image_processor
+        processor = self.chat_model.processor.image_processor
         tiles = processor([picture], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         picture.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
         settings = (self.max_new_tokens, self.query_len)
         conversation = Conversation(
-            self.assistant, picture, *settings, image_token_grid=self.image_token_grid, seen=seen
+            self.chat_model, picture, *settings, image_token_grid=self.image_token_grid, image_features=seen
         )
         return Session(picture, tiles.transpose(0, 2, 3, 1), seen, conversation, times)
 
@@ -123,7 +125,7 @@ class Answerer:
         yield from self._stream(session, question)
 
     def _stream(self, session: Session, question: str) -> Iterator[str]:
-        stream = AnswerStream(self.assistant.processor.tokenizer)
+        stream = AnswerStream(self.chat_model.processor.tokenizer)
         future = self._worker.submit(session.conversation.ask, question, stream)
         future.add_done_callback(stream.close)
         try:
@@ -136,7 +138,7 @@ class Answerer:
             stream.stop()  # which does nothing to an answer that is complete
             if not future.cancel():
                 wait([future])  # the next question must not meet this one
-        words = find_words(self.assistant.processor.tokenizer, stream.ids)
+        words = find_words(self.chat_model.processor.tokenizer, stream.ids)
         session.turns.append(Turn(question, answer, words, session.conversation.query_len, stream.times()))
         yield answer
 
@@ -150,23 +152,23 @@ class Answerer:
         return session.maps[turn].on_picture(session.turns[turn].words[word], session.picture.size).mean(0)
 
     def _read_attention(self, session: Session, turn: int) -> Maps:
-        assistant, config = self.assistant, self.assistant.model.config
+        chat_model, config = self.chat_model, self.chat_model.model.config
         messages = session.conversation.messages[: MESSAGES_PER_TURN * turn + 1]
         settings = (session.turns[turn].query_len, session.seen, self.image_token_grid)
-        inputs = assistant.prepare(messages, *settings)
-        with AttentionTap(assistant.model, inputs["input_ids"], layer_groups=1) as tap:
-            assistant.generate(inputs, self.max_new_tokens)
+        inputs = chat_model.prepare(messages, *settings)
+        with AttentionTap(chat_model.model, inputs["input_ids"], layer_groups=1) as tap:
+            chat_model.generate(inputs, self.max_new_tokens)
         view = View.of(config, 1, session.picture.size)
         return Maps(tap.rows().answer.float().numpy(), tap.language_groups, session.turns[turn].words, view)
 
 
-def open_upload(assistant: Assistant, path: Path) -> Image.Image:
+def open_upload(chat_model: ChatModel, path: Path) -> Image.Image:
     """The picture in an uploaded file, as upright RGB.
 
     Raises:
         InputError: if it cannot be read or is too large.
     """
-    processor, name = assistant.processor.image_processor, short_name(path.name)
+    processor, name = chat_model.processor.image_processor, short_name(path.name)
     try:
         limit = min(MAX_PIXELS, processor.max_image_pixels)
         return open_image(path, limit, MAX_UPLOAD_BYTES, exif_transpose=processor.exif_transpose)

@@ -18,7 +18,7 @@ from fusion_hf.evaluation.cache import Answer, AnswerCache
 from fusion_hf.evaluation.local import BATCH_SIZE, LocalModel
 from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
-from fusion_hf.inference.chat_model import AUTO, choose_device
+from fusion_hf.inference.devices import AUTO, choose_device
 
 SHOWN_FAILURES = 3
 
@@ -40,9 +40,9 @@ class FusionChat(lmms):
     Args:
         pretrained: a model folder or a repository of the Hub; None: the bundled fusion-nano. With `url`, the model's
             name there; None: the only one.
-        device, dtype: see `Assistant.load`. Give `device` once: here, or to lmms-eval.
+        device, dtype: see `ChatModel.load`. Give `device` once: here, or to lmms-eval.
         batch_size: prompts answered together.
-        query_len, image_token_grid: see `Assistant.answer`.
+        query_len, image_token_grid: see `ChatModel.answer`.
         answers: a folder where answers are kept; a run that was killed goes on with them.
         url, api_key_env, parallel: of a server that is asked instead of a model in this process; see
             `ServedModel.connect`. `device` and `dtype` are the server's then, and `batch_size` has no meaning.

@@ -16,8 +16,10 @@ from fusion_hf.evaluation.questions import Continuation, Generation, Messages, P
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.batching import count_tokens, longest_together, render
-from fusion_hf.inference.chat_model import AUTO, Assistant, SeenPicture
-from fusion_hf.inference.facts import ModelFacts
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.devices import AUTO
+from fusion_hf.inference.image_features import ImageFeatures
+from fusion_hf.inference.model_info import ModelInfo
 from fusion_hf.model.configuration_fusion import TokenBudget
 
 BATCH_SIZE = 1
@@ -32,7 +34,7 @@ class LocalModel:
     Args:
         assistant: the model.
         batch_size: prompts answered together; the answers do not depend on it.
-        query_len, image_token_grid: see `Assistant.answer`.
+        query_len, image_token_grid: see `ChatModel.answer`.
         name: for the record; None: fusion-nano.
     """
 
@@ -40,7 +42,7 @@ class LocalModel:
 
     def __init__(
         self,
-        assistant: Assistant,
+        chat_model: ChatModel,
         batch_size: int = BATCH_SIZE,
         query_len: int | None = None,
         image_token_grid: int | None = None,
@@ -48,35 +50,35 @@ class LocalModel:
     ):
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; allowed: a whole number from 1.")
-        self.assistant = assistant
+        self.chat_model = chat_model
         self.batch_size = batch_size
         self.name = Path(nano_path()).name if name is None else name
-        self.device = assistant.model.device
+        self.device = chat_model.model.device
         self.budget = TokenBudget(
-            assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid)
+            chat_model.check_query_len(query_len), chat_model.check_image_token_grid(image_token_grid)
         )
-        self.facts = ModelFacts.of(assistant, self.budget)
+        self.info = ModelInfo.of(chat_model, self.budget)
         self.reader = Reader(
             self._identity(),
-            assistant.open_picture,
-            lambda messages: render(assistant, messages, self.budget),
-            lambda text: count_tokens(assistant, text, self.budget),
+            chat_model.open_image,
+            lambda messages: render(chat_model, messages, self.budget),
+            lambda text: count_tokens(chat_model, text, self.budget),
         )
-        self._seen: OrderedDict[str, SeenPicture] = OrderedDict()
+        self._seen: OrderedDict[str, ImageFeatures] = OrderedDict()
 
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
         """
-        The model called `name`; see `Assistant.load`, and `settings` above.
+        The model called `name`; see `ChatModel.load`, and `settings` above.
 
         Raises:
             InputError: if it cannot be loaded.
         """
-        return cls(Assistant.load(name, device, dtype), name=name, **settings)
+        return cls(ChatModel.load(name, device, dtype), name=name, **settings)
 
     def describe(self) -> ModelRecord:
         """For a run's record."""
-        return ModelRecord.of(self.name, self.facts)
+        return ModelRecord.of(self.name, self.info)
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
         """What became of prompts, batch by batch."""
@@ -84,8 +86,8 @@ class LocalModel:
             yield from self._run(batch)
 
     def _identity(self) -> str:
-        image_processor = self.assistant.processor.image_processor.to_dict()
-        parts = [self.facts.revision, str(self.assistant.model.dtype), self.budget, image_processor]
+        image_processor = self.chat_model.processor.image_processor.to_dict()
+        parts = [self.info.revision, str(self.chat_model.model.dtype), self.budget, image_processor]
         return json.dumps(parts, sort_keys=True, default=str)
 
     def _plan(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
@@ -101,10 +103,10 @@ class LocalModel:
 
     def _is_alone(self, prompt: Prompt) -> bool:
         if isinstance(prompt.wanted, Generation):
-            longest = longest_together(self.assistant, prompt.wanted.max_new_tokens)
+            longest = longest_together(self.chat_model, prompt.wanted.max_new_tokens)
             return prompt.wanted.sampled or prompt.length > longest
-        continuation = len(self.assistant.processor.tokenizer(prompt.wanted.text)["input_ids"])
-        return prompt.length > longest_together(self.assistant, continuation)
+        continuation = len(self.chat_model.processor.tokenizer(prompt.wanted.text)["input_ids"])
+        return prompt.length > longest_together(self.chat_model, continuation)
 
     def _run(self, batch: list[Prompt]) -> Iterator[Outcome]:
         """Answer a batch, in halves if it needs too much memory."""
@@ -135,12 +137,12 @@ class LocalModel:
         return self._score(batch)
 
     def _generate(self, batch: list[Prompt], wanted: Generation) -> list[str]:
-        model, processor = self.assistant.model, self.assistant.processor
+        model, processor = self.chat_model.model, self.chat_model.processor
         inputs = self._inputs(batch, [prompt.messages for prompt in batch], add_generation_prompt=True)
         begin = inputs["input_ids"].shape[1]
-        room = self.assistant.max_length - begin
+        room = self.chat_model.max_length - begin
         if room < 1:
-            raise InputError(f"The prompt has {begin} tokens; allowed: fewer than {self.assistant.max_length}.")
+            raise InputError(f"The prompt has {begin} tokens; allowed: fewer than {self.chat_model.max_length}.")
         if wanted.sampled:  # by the question, so that a run can be repeated and resumed
             torch.manual_seed(int(batch[0].key[:8], 16))
         output = model.generate(**inputs, max_new_tokens=min(wanted.max_new_tokens, room), **wanted.keywords())
@@ -158,11 +160,11 @@ class LocalModel:
             conversations.append([*prompt.messages, {"role": "assistant", "content": text}])
         inputs = self._inputs(batch, conversations, continue_final_message=True)
         ids = inputs["input_ids"]  # (B, S), padded on the left
-        if ids.shape[1] > self.assistant.max_length:
-            raise InputError(f"The prompt has {ids.shape[1]} tokens; allowed: {self.assistant.max_length}.")
+        if ids.shape[1] > self.chat_model.max_length:
+            raise InputError(f"The prompt has {ids.shape[1]} tokens; allowed: {self.chat_model.max_length}.")
         begins = inputs["prompt_end_positions"].amax(1)  # (B), of the token that the continuation follows
         kept = ids.shape[1] - int(begins.min())
-        logits = self.assistant.model(**inputs, logits_to_keep=kept).logits.float()  # (B, kept, V)
+        logits = self.chat_model.model(**inputs, logits_to_keep=kept).logits.float()  # (B, kept, V)
         answers: list[Answer] = []
         for row, row_ids, begin in zip(logits, ids, begins.tolist(), strict=True):
             count = len(row_ids) - 1 - begin
@@ -173,10 +175,10 @@ class LocalModel:
 
     def _inputs(self, batch: list[Prompt], conversations: list[Messages], **template: Any) -> BatchFeature:
         """What the model takes for conversations that all have a picture, or all none."""
-        model = self.assistant.model
+        model = self.chat_model.model
         has_pictures = batch[0].picture is not None
         try:
-            inputs = self.assistant.processor.apply_chat_template(
+            inputs = self.chat_model.processor.apply_chat_template(
                 conversations,
                 **self.budget._asdict(),
                 process_images=False,
@@ -197,11 +199,13 @@ class LocalModel:
             )
         return inputs
 
-    def _see(self, batch: list[Prompt]) -> list[SeenPicture]:
+    def _see(self, batch: list[Prompt]) -> list[ImageFeatures]:
         """What the batch's pictures share with other questions; tiles that are not known are encoded together."""
         pictures = {prompt.picture_hash: prompt.picture for prompt in batch}
         new = {digest: picture for digest, picture in pictures.items() if digest not in self._seen}
-        encoded = self.assistant.see_all([picture for picture in new.values() if picture is not None]) if new else []
+        encoded = (
+            self.chat_model.encode_images([picture for picture in new.values() if picture is not None]) if new else []
+        )
         for digest, seen in zip(new, encoded, strict=True):
             assert digest is not None
             self._seen[digest] = seen

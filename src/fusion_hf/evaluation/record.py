@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.inference.facts import ModelFacts
+from fusion_hf.inference.model_info import ModelInfo
 
 FORMAT = 2
 SCORED: Final = "scored"
@@ -71,16 +71,16 @@ class ModelRecord:
     url: str | None = None
 
     @classmethod
-    def of(cls, name: str, facts: ModelFacts, url: str | None = None) -> "ModelRecord":
+    def of(cls, name: str, info: ModelInfo, url: str | None = None) -> "ModelRecord":
         """Of a model that is known."""
         return cls(
             name=name,
-            revision=facts.revision,
-            dtype=facts.dtype,
-            device=facts.device,
-            query_len=facts.query_len,
-            image_token_grid=facts.image_token_grid,
-            published=facts.published,
+            revision=info.revision,
+            dtype=info.dtype,
+            device=info.device,
+            query_len=info.query_len,
+            image_token_grid=info.image_token_grid,
+            published=info.published,
             url=url,
         )
 

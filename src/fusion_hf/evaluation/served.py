@@ -21,7 +21,7 @@ from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.evaluation.table import published_rows
-from fusion_hf.inference.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
+from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT, read_orientation
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
@@ -44,7 +44,7 @@ class ServedModel:
         name: the model's there.
         entry: what the server's list of models says of it.
         parallel: requests in flight.
-        query_len, image_token_grid: see `Assistant.answer`; None: the server's.
+        query_len, image_token_grid: see `ChatModel.answer`; None: the server's.
     """
 
     device = torch.device("cpu")
@@ -65,7 +65,7 @@ class ServedModel:
         self.window = max(WINDOW, WINDOW_PER_REQUEST * parallel)
         given = {"query_len": query_len, "image_token_grid": image_token_grid}
         self.budget = {field: value for field, value in given.items() if value is not None}
-        self.facts = ModelFacts.read(entry.get(FACTS))
+        self.info = ModelInfo.read(entry.get(INFO))
         most = entry.get(MAX_LENGTH)
         self.max_length = most if isinstance(most, int) else None
         self.fingerprint = entry.get(FINGERPRINT)  # None: the server does not say what its answers are of
@@ -104,10 +104,10 @@ class ServedModel:
     def describe(self) -> ModelRecord:
         """For a run's record."""
         url = self.client.base
-        if self.facts is None:
+        if self.info is None:
             record = ModelRecord(self.name, f"{self.name} at {url}", UNKNOWN, UNKNOWN, None, None, url=url)
         else:
-            record = ModelRecord.of(self.name, self.facts, url)
+            record = ModelRecord.of(self.name, self.info, url)
         return replace(
             record,
             query_len=self.budget.get("query_len", record.query_len),
@@ -228,7 +228,7 @@ class ServedModel:
 
     def _identity(self) -> str:
         """What is known of the model; where that is nothing, its address stands for it."""
-        known: dict[str, Any] = {"url": self.client.base} if self.facts is None else self.facts.write()
+        known: dict[str, Any] = {"url": self.client.base} if self.info is None else self.info.write()
         known.pop("device", None)
         return json.dumps(["served", self.name, known, self.budget], sort_keys=True)
 

@@ -4,14 +4,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from fusion_hf.common.outputs import write_atomically
+from fusion_hf.common.outputs import atomic_file
 from fusion_hf.evaluation.benchmarks import Benchmark
 
 Row = Mapping[str, Any]
-Write = Callable[[list[dict[str, Any]], Path], None]
-DRAFT = ".tmp"  # put behind the file's name
+Write = Callable[[list[dict[str, Any]], BinaryIO], None]
 OPTIONS = "ABCD"
 NO_OPTION = (None, "nan")  # how the data of MMBench write it
 
@@ -39,11 +38,11 @@ class FileFormat:
     write: Write
 
 
-def _write_json(rows: list[dict[str, Any]], path: Path) -> None:
-    write_atomically(path, json.dumps(rows).encode())
+def _write_json(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
+    stream.write(json.dumps(rows).encode())
 
 
-def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
+def _write_table(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
     """A workbook of one sheet; its first row has the columns' names. Where there is no option, the cell is empty."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -60,7 +59,7 @@ def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
                 continue
             cell = sheet.cell(number, place, ILLEGAL_CHARACTERS_RE.sub("", value))
             cell.data_type = "s"  # a text that begins with "=" is no formula
-    book.save(path)
+    book.save(stream)
 
 
 _MMBENCH = FileFormat(
@@ -111,11 +110,6 @@ def write_submission(benchmark: Benchmark, rows: Sequence[Row], n_total: int, fo
     if not content or len(content) != n_total:
         raise SubmissionIncomplete(f"{len(content)} answers to {n_total} questions; no submission is written.")
     path = submission_file(benchmark, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}{DRAFT}")
-    try:
-        form.write(content, draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_file(path) as stream:
+        form.write(content, stream)
     return path

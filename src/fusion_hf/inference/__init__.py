@@ -5,28 +5,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_hf.hub.folders import nano_path
-    from fusion_hf.inference.chat_model import (
-        Assistant,
-        Conversation,
-        SeenPicture,
-        choose_device,
-        choose_dtype,
-        question_message,
-    )
+    from fusion_hf.inference.chat_model import Assistant, ChatModel, question_message
+    from fusion_hf.inference.conversation import Conversation
+    from fusion_hf.inference.devices import choose_device, choose_dtype
+    from fusion_hf.inference.image_features import ImageFeatures
 
 __all__ = [
     "Assistant",
+    "ChatModel",
     "Conversation",
-    "SeenPicture",
+    "ImageFeatures",
     "choose_device",
     "choose_dtype",
     "nano_path",
     "question_message",
 ]
 
+_MODULES = {
+    "Assistant": "fusion_hf.inference.chat_model",
+    "ChatModel": "fusion_hf.inference.chat_model",
+    "Conversation": "fusion_hf.inference.conversation",
+    "ImageFeatures": "fusion_hf.inference.image_features",
+    "choose_device": "fusion_hf.inference.devices",
+    "choose_dtype": "fusion_hf.inference.devices",
+    "nano_path": "fusion_hf.hub.folders",
+    "question_message": "fusion_hf.inference.chat_model",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # which takes torch, and seconds to import: other modules of the folder need neither
-    return getattr(import_module("fusion_hf.inference.chat_model"), name)
+    # most of them take torch, and seconds to import: other modules of the folder need neither
+    return getattr(import_module(_MODULES[name]), name)

@@ -15,9 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.values import dtype_name, is_address
 from fusion_hf.data.records import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
-from fusion_hf.inference.chat_model import AUTO, Assistant
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.questions import (
     Entry,
     Question,
@@ -33,7 +35,6 @@ from fusion_hf.model.quantization_fusion import plain_tensors
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
-ADDRESSES = ("http://", "https://")
 DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
 
 
@@ -48,7 +49,7 @@ class _Prompt:
 
 def batch_generate(
     records: Records,
-    model: str | Assistant | None = None,
+    model: str | ChatModel | None = None,
     output: str | os.PathLike[str] | None = None,
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -67,13 +68,13 @@ def batch_generate(
         records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
             path, an http(s) address, bytes of a file or a PIL image) and `id` (default: the index). Or a JSONL file of
             them, to whose folder paths are relative.
-        model: an [`Assistant`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+        model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
         output: a JSONL file for the results. A run that was killed goes on when it is called again with the same
             arguments (`batch_size` and `device` may differ).
         batch_size: prompts that are answered together. One that might, with its answer, outgrow the model's maximum
             or Phi-3's short RoPE is answered alone: only so is its answer that of one by one.
-        max_new_tokens, query_len, image_token_grid: see [`Assistant.answer`].
-        device, dtype: see [`Assistant.load`]; not with an [`Assistant`].
+        max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
+        device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
         progress: whether to show a bar, if there is a terminal.
 
     Raises:
@@ -82,17 +83,19 @@ def batch_generate(
     for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if number < 1:
             raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
-    if isinstance(model, Assistant) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside an Assistant: {AUTO!r}.")
+    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
+        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
     entries, root = read_entries(records)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
-        assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
-        budget = TokenBudget(assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid))
+        chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
+        budget = TokenBudget(
+            chat_model.check_query_len(query_len), chat_model.check_image_token_grid(image_token_grid)
+        )
         results: dict[int, Result] = {}
         if answer_file is not None:
-            answer_file.begin(_settings(entries, assistant, max_new_tokens, budget))
+            answer_file.begin(_settings(entries, chat_model, max_new_tokens, budget))
             results = answer_file.results
-        run = _Run(assistant, root, max_new_tokens, budget)
+        run = _Run(chat_model, root, max_new_tokens, budget)
         with tqdm(total=len(entries), initial=len(results), unit="record", disable=None if progress else True) as bar:
             for answered in run.results(entries, set(results), batch_size):
                 if answer_file is not None:
@@ -107,8 +110,8 @@ def batch_generate(
 class _Run:
     """What the batches of a run have in common."""
 
-    def __init__(self, assistant: Assistant, root: Path, max_new_tokens: int, budget: TokenBudget):
-        self.assistant = assistant
+    def __init__(self, chat_model: ChatModel, root: Path, max_new_tokens: int, budget: TokenBudget):
+        self.chat_model = chat_model
         self.root = root
         self.max_new_tokens = max_new_tokens
         self.budget = budget
@@ -157,11 +160,11 @@ class _Run:
     def _length(self, question: Question) -> int:
         """At least the number of the prompt's tokens."""
         messages = question.with_picture(None if question.picture is None else {"type": "image"})
-        return count_tokens(self.assistant, render(self.assistant, messages, self.budget), self.budget)
+        return count_tokens(self.chat_model, render(self.chat_model, messages, self.budget), self.budget)
 
     def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
         """Batches of similar length, the longest first."""
-        most = longest_together(self.assistant, self.max_new_tokens)
+        most = longest_together(self.chat_model, self.max_new_tokens)
         ordered = sorted(prompts, key=lambda prompt: (-prompt.length, prompt.index))
         yield from ([prompt] for prompt in ordered if prompt.length > most)
         together = [prompt for prompt in ordered if prompt.length <= most]
@@ -186,7 +189,7 @@ class _Run:
             }
         for prompt, messages in whole:
             try:
-                answer = self.assistant.answer(messages, self.max_new_tokens, **self.budget._asdict())
+                answer = self.chat_model.answer(messages, self.max_new_tokens, **self.budget._asdict())
                 results[prompt.index] = _answered(prompt, answer)
             except InputError as error:  # more tokens than the model reads
                 results[prompt.index] = _error(prompt.question.id, str(error))
@@ -195,7 +198,7 @@ class _Run:
     @torch.inference_mode()
     def _generate(self, conversations: list[list[dict[str, Any]]]) -> list[str]:
         """Their answers, none of which reaches the model's maximum before `max_new_tokens`."""
-        model, processor = self.assistant.model, self.assistant.processor
+        model, processor = self.chat_model.model, self.chat_model.processor
         inputs = processor.apply_chat_template(
             conversations,
             **self.budget._asdict(),
@@ -218,33 +221,33 @@ class _Run:
             InputError, ValueError or OSError: if it cannot be opened.
         """
         if not isinstance(picture, str):
-            return self.assistant.open_picture(picture)
-        if picture.startswith(ADDRESSES):
-            return self.assistant.open_picture(picture)
+            return self.chat_model.open_image(picture)
+        if is_address(picture):
+            return self.chat_model.open_image(picture)
         path = self.root / picture
         if not path.is_file():
             raise InputError(f"{short_name(picture)!r} is no file; allowed: a picture file, or an http(s) address.")
-        return self.assistant.open_picture(str(path))
+        return self.chat_model.open_image(str(path))
 
 
-def render(assistant: Assistant, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
+def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
     """The prompt of a conversation that ends with a question, as text with one mark for the picture."""
-    return assistant.processor.apply_chat_template(
+    return chat_model.processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
     )
 
 
-def count_tokens(assistant: Assistant, text: str, budget: TokenBudget) -> int:
+def count_tokens(chat_model: ChatModel, text: str, budget: TokenBudget) -> int:
     """At least the number of tokens of what `render` gave."""
     prefix = 1  # some tokenizers' first token
     image_tokens = text.count(IMAGE_TOKEN) * budget.num_image_tokens
-    return prefix + len(assistant.processor.tokenizer(text)["input_ids"]) + image_tokens
+    return prefix + len(chat_model.processor.tokenizer(text)["input_ids"]) + image_tokens
 
 
-def longest_together(assistant: Assistant, max_new_tokens: int) -> int:
+def longest_together(chat_model: ChatModel, max_new_tokens: int) -> int:
     """Tokens of the longest prompt whose answer does not depend on whether it is answered alone or in a batch."""
-    limit = assistant.max_length
-    text_config = assistant.model.config.text_config
+    limit = chat_model.max_length
+    text_config = chat_model.model.config.text_config
     if text_config.rope_parameters.get("rope_type") == "longrope":
         # one row beyond this changes the positions of all rows in its batch
         limit = min(limit, text_config.original_max_position_embeddings)
@@ -259,25 +262,25 @@ def _error(identity: str | int, message: str) -> Result:
     return {"id": identity, "error": " ".join(message.split())}
 
 
-def _settings(entries: list[Entry], assistant: Assistant, max_new_tokens: int, budget: TokenBudget) -> dict[str, Any]:
+def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, budget: TokenBudget) -> dict[str, Any]:
     """What the answers depend on."""
     return {
         "records": len(entries),
         "records_sha256": digest_entries(entries),
-        "dtype": str(assistant.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(chat_model.model.dtype),
         "max_new_tokens": max_new_tokens,
         **budget._asdict(),
-        "model": digest_model(assistant),
+        "model": digest_model(chat_model),
     }
 
 
-def digest_model(assistant: Assistant) -> str:
+def digest_model(chat_model: ChatModel) -> str:
     """The name of the model's folder, and what changes with its configuration, its template or a training."""
-    config = assistant.model.config.to_dict()
+    config = chat_model.model.config.to_dict()
     name = config.pop("_name_or_path", "")
     config.pop("transformers_version", None)
-    digest = hashlib.sha256(json.dumps([config, assistant.processor.chat_template], default=str).encode())
-    for key, tensor in assistant.model.state_dict().items():
+    digest = hashlib.sha256(json.dumps([config, chat_model.processor.chat_template], default=str).encode())
+    for key, tensor in chat_model.model.state_dict().items():
         for stored in plain_tensors(tensor):
             values = stored.flatten()[:DIGEST_VALUES].double().cpu()
             digest.update(f"{key} {tuple(stored.shape)}".encode() + values.numpy().tobytes())

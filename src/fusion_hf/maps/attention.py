@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference.chat_model import AUTO, Assistant, question_message
+from fusion_hf.inference.chat_model import ChatModel, question_message
+from fusion_hf.inference.devices import AUTO
 from fusion_hf.maps.tap import AttentionTap
 from fusion_hf.maps.view import Maps, View, Word, find_words
 from fusion_hf.model.configuration_fusion import TILES_PER_SIDE
@@ -47,7 +48,7 @@ class AttentionMaps:
 def attention_maps(
     image: str | Image.Image,
     question: str,
-    model: str | Assistant | None = None,
+    model: str | ChatModel | None = None,
     history: Sequence[dict[str, Any]] = (),
     max_new_tokens: int = MAX_NEW_TOKENS,
     query_len: int | None = None,
@@ -64,11 +65,11 @@ def attention_maps(
     Args:
         image: a file, an http(s) address or a PIL image.
         question: the last question.
-        model: an [`Assistant`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+        model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
         history: chat messages before the question, text only; the first user's gets the picture.
-        max_new_tokens, query_len, image_token_grid: see [`Assistant.answer`].
+        max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
         layer_groups: neighbouring layers are averaged in at most so many groups.
-        device, dtype: see [`Assistant.load`]; not with an [`Assistant`].
+        device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
 
     Raises:
         InputError: for wrong arguments, or a picture or model that cannot be read.
@@ -78,23 +79,23 @@ def attention_maps(
             raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
     if not question.strip():
         raise InputError("The question is empty; ask something.")
-    if isinstance(model, Assistant) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside an Assistant: {AUTO!r}.")
-    assistant = model if isinstance(model, Assistant) else Assistant.load(model, device, dtype)
-    picture = assistant.open_picture(image)
+    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
+        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
+    chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
+    picture = chat_model.open_image(image)
     messages = _show([*history, question_message(question)], picture)
-    inputs = assistant.prepare(messages, query_len, image_token_grid=image_token_grid)
-    tap = AttentionTap(assistant.model, inputs["input_ids"], layer_groups)
+    inputs = chat_model.prepare(messages, query_len, image_token_grid=image_token_grid)
+    tap = AttentionTap(chat_model.model, inputs["input_ids"], layer_groups)
     with tap:
-        output = assistant.generate(inputs, max_new_tokens)
+        output = chat_model.generate(inputs, max_new_tokens)
     rows = tap.rows()
-    config, tokenizer = assistant.model.config, assistant.processor.tokenizer
+    config, tokenizer = chat_model.model.config, chat_model.processor.tokenizer
     overview, tiles = (View.of(config, count, picture.size) for count in (1, TILES_PER_SIDE))
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     asked = inputs["instruct_input_ids"][0].tolist()
     turns = tuple(Word(f"turn {turn + 1}", turn, turn + 1) for turn in range(rows.latents.shape[1]))
     return AttentionMaps(
-        answer=assistant.read(inputs, output),
+        answer=chat_model.decode(inputs, output),
         answer_ids=tuple(ids),
         question=Maps(_array(rows.question), tap.tower_groups, find_words(tokenizer, asked), overview),
         latents=Maps(_array(rows.latents), tap.sampler_layers, turns, tiles),

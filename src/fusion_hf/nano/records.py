@@ -9,6 +9,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from fusion_hf.data.easy_vqa import EasyVqaPicture, read_easy_vqa
+from fusion_hf.data.records import HUMAN, MODEL
 from fusion_hf.drawing.pictures import CATEGORIES, Category, PictureSpec, Split, draw_spec
 from fusion_hf.drawing.questions import (
     Question,
@@ -64,8 +65,8 @@ class Record:
         conversations = []
         for index, (question, answer) in enumerate(self.turns):
             mark = "<image>\n" if index == 0 else ""
-            conversations.append({"from": "human", "value": mark + question})
-            conversations.append({"from": "gpt", "value": answer})
+            conversations.append({"from": HUMAN, "value": mark + question})
+            conversations.append({"from": MODEL, "value": answer})
         return {"id": self.key, "image": self.open_image() if image is None else image, "conversations": conversations}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fusion_hf.data.records import HUMAN, MODEL
 from fusion_hf.drawing.pictures import PictureSpec, Shape, Split, draw_spec
 
 QUESTION = "what color is the smaller shape?"
@@ -43,7 +44,7 @@ def write_split(folder: Path, split: Split, count: int) -> Path:
                 continue
             name = f"{split}/{len(records)}.png"
             spec.render().save(folder / name)
-            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": shape.color}]
+            turns = [{"from": HUMAN, "value": f"<image>\n{QUESTION}"}, {"from": MODEL, "value": shape.color}]
             records.append({"id": name, "image": name, "conversations": turns})
             bar.update()
     random.Random(split).shuffle(records)

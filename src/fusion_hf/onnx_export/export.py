@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import new_folder
-from fusion_hf.inference.chat_model import Assistant
+from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.model.configuration_fusion import NUM_TILES, TokenBudget
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
@@ -138,7 +138,7 @@ def check_packages() -> None:
 
 
 def export_onnx(
-    assistant: Assistant, output: Path, query_len: int | None = None, image_token_grid: int | None = None
+    chat_model: ChatModel, output: Path, query_len: int | None = None, image_token_grid: int | None = None
 ) -> None:
     """
     Write both graphs, in float32, with processor and settings, as `onnx_export.runtime` reads them.
@@ -153,32 +153,32 @@ def export_onnx(
             `onnx`.
     """
     check_packages()
-    model = assistant.model
+    model = chat_model.model
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise InputError(f"The model is {model.dtype} on {model.device}; allowed: torch.float32 on cpu.")
-    budget = TokenBudget(assistant.check_query_len(query_len), assistant.check_image_token_grid(image_token_grid))
+    budget = TokenBudget(chat_model.check_query_len(query_len), chat_model.check_image_token_grid(image_token_grid))
     generation = model.generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     settings = Settings(
         query_len=budget.query_len,
         image_token_grid=budget.image_token_grid,
-        max_length=max_length(assistant),
+        max_length=max_length(chat_model),
         eos_token_ids=ends,
         suppressed_ids=generation.suppress_tokens or [],
     )
     with new_folder(output) as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice on itself
         write_graphs(model, budget, folder)
-        assistant.processor.save_pretrained(folder)
+        chat_model.processor.save_pretrained(folder)
         settings.write(folder)
 
 
-def max_length(assistant: Assistant) -> int:
+def max_length(chat_model: ChatModel) -> int:
     """Of prompt and answer. Long RoPE changes all keys at its limit, and a graph cannot make its cache anew."""
-    text = assistant.model.config.text_config
+    text = chat_model.model.config.text_config
     if text.rope_parameters.get("rope_type") == LONG_ROPE:
-        return min(assistant.max_length, text.original_max_position_embeddings)
-    return assistant.max_length
+        return min(chat_model.max_length, text.original_max_position_embeddings)
+    return chat_model.max_length
 
 
 def write_graphs(model: FusionForConditionalGeneration, budget: TokenBudget, folder: Path) -> None:

@@ -22,8 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fusion_hf.common.errors import short_name
-from fusion_hf.inference.chat_model import Assistant
-from fusion_hf.inference.facts import ModelFacts
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.model_info import ModelInfo
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.serving.engine import Engine, Finished, Piece
 from fusion_hf.serving.errors import (
@@ -59,7 +59,7 @@ SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-
 class Service:
     """What is served: a model under a name, to whom (no key: to everybody), and within which limits."""
 
-    assistant: Assistant
+    chat_model: ChatModel
     name: str
     limits: Limits
     hosts: HostPolicy
@@ -71,10 +71,10 @@ class Service:
 def build_app(service: Service) -> Starlette:
     """The application; it answers in the event loop that runs it, by the engine in its state."""
     budget = TokenBudget(service.query_len, service.image_token_grid)
-    engine = Engine(service.assistant, service.limits, budget)
-    facts = ModelFacts.of(service.assistant, budget)
-    chat = ChatEndpoint(service, engine, facts.fingerprint)
-    model = model_object(service.name, int(time.time()), facts)
+    engine = Engine(service.chat_model, service.limits, budget)
+    info = ModelInfo.of(service.chat_model, budget)
+    chat = ChatEndpoint(service, engine, info.fingerprint)
+    model = model_object(service.name, int(time.time()), info)
 
     async def health(request: Request) -> JSONResponse:
         waiting = chat.places.taken - engine.running

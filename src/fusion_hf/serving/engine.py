@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference.chat_model import Assistant
+from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
@@ -106,13 +106,13 @@ class Engine:
     not bear several threads, and each answer is that of a request alone.
     """
 
-    def __init__(self, assistant: Assistant, limits: Limits, budget: TokenBudget):
-        self.assistant = assistant
+    def __init__(self, chat_model: ChatModel, limits: Limits, budget: TokenBudget):
+        self.chat_model = chat_model
         self.budget = budget  # of requests that say nothing about it
         self.limits = limits
-        self.max_prompt_tokens = min(limits.prompt_tokens, assistant.max_length - 1)
-        self.longest_token = max(map(len, assistant.processor.tokenizer.get_vocab()))  # characters
-        self._images = ImageWorkers(assistant.processor.image_processor, limits)
+        self.max_prompt_tokens = min(limits.prompt_tokens, chat_model.max_length - 1)
+        self.longest_token = max(map(len, chat_model.processor.tokenizer.get_vocab()))  # characters
+        self._images = ImageWorkers(chat_model.processor.image_processor, limits)
         self._is_ending = False
         self._turns = Turns()
         self._slots = asyncio.Semaphore(limits.parallel)
@@ -205,18 +205,18 @@ class Engine:
             job.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
 
     def _generate(self, job: _Job) -> Finished:
-        request, assistant = job.request, self.assistant
+        request, chat_model = job.request, self.chat_model
         budget = self._budget(request)
         pixel_values = None
         if job.tiles is not None:
-            pixel_values = to_pixel_values(job.tiles, assistant.processor.image_processor)
+            pixel_values = to_pixel_values(job.tiles, chat_model.processor.image_processor)
         with self._turns:
             if job.is_over:  # a prompt takes long, and nobody waits for it
                 raise too_late()
-            inputs = assistant.prepare(request.messages, **budget._asdict(), pixel_values=pixel_values)
+            inputs = chat_model.prepare(request.messages, **budget._asdict(), pixel_values=pixel_values)
             prompt_tokens = inputs["input_ids"].shape[1]
             self._check_length(prompt_tokens)
-            text = AnswerText(assistant.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))
+            text = AnswerText(chat_model.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))
 
             def is_over() -> bool:
                 if job.is_over or text.is_stopped:
@@ -225,7 +225,7 @@ class Engine:
                 return job.is_over
 
             draw = [Draw(request.sampling)] if request.sampling.temperature > 0 else []
-            output = assistant.generate(
+            output = chat_model.generate(
                 inputs,
                 request.max_tokens,
                 text,
@@ -237,13 +237,13 @@ class Engine:
         return Finished("stop" if is_whole else "length", prompt_tokens, len(written))
 
     def _end_ids(self) -> list[int]:
-        ends = self.assistant.model.generation_config.eos_token_id
+        ends = self.chat_model.model.generation_config.eos_token_id
         return ends if isinstance(ends, list) else [ends]
 
     def _budget(self, request: ChatRequest) -> TokenBudget:
         query_len = self.budget.query_len if request.query_len is None else request.query_len
         grid = self.budget.image_token_grid if request.image_token_grid is None else request.image_token_grid
-        return TokenBudget(self.assistant.check_query_len(query_len), self.assistant.check_image_token_grid(grid))
+        return TokenBudget(self.chat_model.check_query_len(query_len), self.chat_model.check_image_token_grid(grid))
 
     def _check_length_roughly(self, messages: list[dict[str, Any]], budget: TokenBudget) -> None:
         """Refuse at once what would take long to tokenise only to be refused.

@@ -6,22 +6,22 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion_hf.inference.facts import FACTS, FINGERPRINT, MAX_LENGTH, ModelFacts
+from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.serving.engine import Finished
 
 END = b"data: [DONE]\n\n"
 
 
-def model_object(name: str, created: int, facts: ModelFacts) -> dict[str, Any]:
+def model_object(name: str, created: int, info: ModelInfo) -> dict[str, Any]:
     """A model in a list; beside OpenAI's fields its greatest length, called as vLLM does, and what else is known."""
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "fusion_hf",
-        MAX_LENGTH: facts.max_length,
-        FINGERPRINT: facts.fingerprint,
-        FACTS: facts.write(),
+        MAX_LENGTH: info.max_length,
+        FINGERPRINT: info.fingerprint,
+        INFO: info.write(),
     }
 
 

@@ -32,7 +32,7 @@ class ChatRequest:
     picture: its data URI or address, or its bytes.
     max_tokens: of the answer.
     stop: the answer ends before the first of them.
-    query_len, image_token_grid: see `Assistant.answer`.
+    query_len, image_token_grid: see `ChatModel.answer`.
     """
 
     messages: list[dict[str, Any]]

@@ -11,10 +11,11 @@ import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 from fusion_hf.common.outputs import write_atomically
+from fusion_hf.data.records import HUMAN
 from fusion_hf.synthesis.balance import LONGER
 from fusion_hf.synthesis.config import DRAWN_LICENSE
 from fusion_hf.synthesis.draw import BACKEND
-from fusion_hf.synthesis.record import HUMAN, IMAGE_MARK
+from fusion_hf.synthesis.record import IMAGE_MARK
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
 

@@ -2,45 +2,115 @@
 
 import hashlib
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import make_dataclass, read_yaml_keys
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 FOLDER = Path(__file__).parent / "categories"
-STAGES = ("1", "1.5")  # of training: alignment, instruction
-PICTURES = (1, 2)
 DESCRIBE_NAMES = frozenset({"caption"})
 CHECK_NAMES = frozenset({"description", "conversation"})
 MOST_SCORE = 5  # of a judge
 QA_NAMES = {1: frozenset({"description", "style"}), 2: frozenset({"first", "second", "style"})}  # by pictures
 
 
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a text that is not blank")
+    return value.strip()
+
+
+def _share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError("a number above 0 and up to 1")
+    return value
+
+
+Text: TypeAlias = Annotated[str, _text]
+Share: TypeAlias = Annotated[float, _share]
+
+
+def _prompt(names: frozenset[str]) -> Callable[[str], str]:
+    """A check of a text that must have exactly these placeholders."""
+
+    def check(value: str) -> str:
+        text = _text(value)
+        found = _placeholders(text)
+        if found != names:
+            raise ValueError(f"the placeholders {_written(names)}; it has {_written(found) or 'none'}")
+        return text
+
+    return check
+
+
+def _placeholders(text: str) -> set[str]:
+    matches = Template.pattern.finditer(text)
+    return {match["named"] or match["braced"] or match[0] for match in matches if not match["escaped"]}
+
+
+def _written(names: Iterable[str]) -> str:
+    return ", ".join(f"${name}" for name in sorted(names))
+
+
+def _schema(value: str) -> str:
+    from fusion_hf.synthesis.schemas import SCHEMAS  # pydantic is of an extra
+
+    if value not in SCHEMAS:
+        raise ValueError(", ".join(map(repr, SCHEMAS)))
+    return value
+
+
+def _score(value: int) -> int:
+    if not 1 <= value <= MOST_SCORE:
+        raise ValueError(f"a whole number from 1 to {MOST_SCORE}")
+    return value
+
+
+def _at_least_one(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not value:
+        raise ValueError("a list of mappings with text and share")
+    return value
+
+
 @dataclass(frozen=True)
 class Style:
     """One way of asking, and the share of records that get it."""
 
-    text: str
-    share: float
+    text: Text
+    share: Share
 
 
 @dataclass(frozen=True)
-class Turns:
-    """Least and most turns of a record."""
+class TurnRange:
+    """Least and most turns of a record; written as a list of both."""
 
     least: int
     most: int
 
+    @classmethod
+    def from_yaml(cls, value: Any) -> "TurnRange":
+        """
+        Make one of a list.
+
+        Raises:
+            ValueError: with what is allowed.
+        """
+        is_pair = isinstance(value, list) and [type(each) for each in value] == [int, int]
+        if not is_pair or not 1 <= value[0] <= value[1]:
+            raise ValueError("a list of the least and the most turns, whole numbers from 1")
+        return cls(*value)
+
 
 @dataclass(frozen=True)
-class Check:
+class ModelCheck:
     """
     What a model is asked about a finished record.
 
@@ -49,8 +119,8 @@ class Check:
         least_score: of 1 to 5; a record with a lower one is rejected.
     """
 
-    prompt: str
-    least_score: int
+    prompt: Annotated[str, _prompt(CHECK_NAMES)]
+    least_score: Annotated[int, _score]
 
 
 @dataclass(frozen=True)
@@ -72,17 +142,21 @@ class Category:
     """
 
     name: str
-    stage: str
-    pictures: int
-    share: float
-    schema: str
-    turns: Turns
-    describe_prompt: str
-    qa_prompt: str
-    styles: tuple[Style, ...]
-    rules: Mapping[str, Mapping[str, Any]]
-    judge: Check
-    image_check: Check
+    stage: Literal["1", "1.5"]
+    pictures: Literal[1, 2]
+    share: Share
+    schema: Annotated[str, _schema]
+    turns: TurnRange
+    describe_prompt: Annotated[str, _prompt(DESCRIBE_NAMES)]
+    qa_prompt: Text
+    styles: Annotated[tuple[Style, ...], _at_least_one]
+    rules: dict[str, dict[str, Any]]  # `build_filters` checks them
+    judge: ModelCheck
+    image_check: ModelCheck
+
+    def __post_init__(self) -> None:
+        if (found := _placeholders(self.qa_prompt)) != (names := QA_NAMES[self.pictures]):
+            raise ValueError(f"qa_prompt has the placeholders {_written(found)}; allowed: {_written(names)}.")
 
     def describe(self, caption: str) -> str:
         """The prompt that asks for a description."""
@@ -144,117 +218,5 @@ def read_category(path: Path) -> Category:
     Raises:
         InputError: naming the key, its value and what is allowed.
     """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ImportError("the data engine needs pyyaml: pip install fusion_hf[synth]") from error
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML ({error}).") from error
-    return _Reader(path).category(values)
-
-
-class _Reader:
-    """Turns the values of one file into a category; errors begin with the file's name."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def error(self, key: str, value: Any, allowed: str) -> InputError:
-        return InputError(f"{self.path.name}: {key} is {short_name(repr(value))}; allowed: {allowed}.")
-
-    def category(self, values: Any) -> Category:
-        names = {entry.name for entry in fields(Category)} - {"name"}
-        self.keys("the file", values, names)
-        pictures = self.among("pictures", values["pictures"], PICTURES)
-        prompts = {
-            "describe_prompt": self.prompt("describe_prompt", values["describe_prompt"], DESCRIBE_NAMES),
-            "qa_prompt": self.prompt("qa_prompt", values["qa_prompt"], QA_NAMES[pictures]),
-        }
-        return Category(
-            name=self.path.stem,
-            stage=self.among("stage", values["stage"], STAGES),
-            pictures=pictures,
-            share=self.share("share", values["share"]),
-            schema=self.schema(values["schema"]),
-            turns=self.turns(values["turns"]),
-            styles=self.styles(values["styles"]),
-            rules=self.rules(values["rules"]),
-            judge=self.check("judge", values["judge"]),
-            image_check=self.check("image_check", values["image_check"]),
-            **prompts,
-        )
-
-    def keys(self, key: str, value: Any, names: set[str]) -> None:
-        """A mapping with exactly these keys."""
-        if not isinstance(value, dict):
-            raise self.error(key, value, "a mapping")
-        for name in value:
-            if name not in names:
-                raise self.error(f"a key of {key}", name, ", ".join(sorted(names)))
-        for name in sorted(names - value.keys()):
-            raise InputError(f"{self.path.name}: {key} has no key {name}; it needs one.")
-
-    def among(self, key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-        if type(value) is not type(allowed[0]) or value not in allowed:
-            raise self.error(key, value, ", ".join(map(repr, allowed)))
-        return value
-
-    def text(self, key: str, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(key, value, "a text")
-        return value.strip()
-
-    def prompt(self, key: str, value: Any, names: frozenset[str]) -> str:
-        """A text with exactly these placeholders."""
-        text = self.text(key, value)
-        matches = list(Template.pattern.finditer(text))
-        found = {match["named"] or match["braced"] or match[0] for match in matches if not match["escaped"]}
-        if found != names:
-            raise self.error(f"{key}'s placeholders", sorted(found), ", ".join(f"${name}" for name in sorted(names)))
-        return text
-
-    def share(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise self.error(key, value, "a number above 0 and up to 1")
-        return float(value)
-
-    def count(self, key: str, value: Any, least: int = 1, most: int | None = None) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
-            raise self.error(key, value, f"a whole number from {least}" + (f" to {most}" if most else ""))
-        return value
-
-    def schema(self, value: Any) -> str:
-        from fusion_hf.synthesis.schemas import SCHEMAS
-
-        return self.among("schema", value, tuple(SCHEMAS))
-
-    def turns(self, value: Any) -> Turns:
-        if not isinstance(value, list) or len(value) != len(fields(Turns)):
-            raise self.error("turns", value, "a list of the least and the most turns")
-        least = self.count("turns", value[0])
-        return Turns(least, self.count("turns", value[1], least))
-
-    def styles(self, value: Any) -> tuple[Style, ...]:
-        if not isinstance(value, list) or not value:
-            raise self.error("styles", value, "a list of mappings with text and share")
-        found = []
-        for item in value:
-            self.keys("a style", item, {"text", "share"})
-            found.append(Style(self.text("text of a style", item["text"]), self.share("share", item["share"])))
-        return tuple(found)
-
-    def rules(self, value: Any) -> dict[str, dict[str, Any]]:
-        """Names and settings are checked by `synthesis.filters.build_filters`."""
-        if not isinstance(value, dict):
-            raise self.error("rules", value, "a mapping of filters to their settings")
-        for name, settings in value.items():
-            if not isinstance(settings, dict):
-                raise self.error(f"rules.{name}", settings, "a mapping of settings, {} for none")
-        return value
-
-    def check(self, key: str, value: Any) -> Check:
-        self.keys(key, value, {"prompt", "least_score"})
-        prompt = self.prompt(f"{key}.prompt", value["prompt"], CHECK_NAMES)
-        return Check(prompt, self.count(f"{key}.least_score", value["least_score"], 1, MOST_SCORE))
+    values = read_yaml_keys(path, "The category")
+    return make_dataclass(Category, values, path.name, name=path.stem)

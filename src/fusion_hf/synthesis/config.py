@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-
 from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.yaml_config import PositiveFloat, PositiveInt, make_dataclass, parse_override, read_yaml_keys
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.settings import make_settings
 
-MAX_CONFIG_BYTES = 2**20
 SCHEMES = ("http", "https")
 MOST_RECORDS = 10**9
 DRAWN_LICENSE = "apache-2.0"  # this project's
@@ -64,11 +61,11 @@ class Endpoint:
     key_variable: str | None = None
     structured: Literal["json_schema", "json_object", "prompt"] = "json_schema"
     temperature: float = 0.7
-    max_tokens: int = 1024
-    concurrency: int = 64
-    tries: int = 3
-    patience: int = 8
-    timeout: float = 300.0
+    max_tokens: PositiveInt = 1024
+    concurrency: PositiveInt = 64
+    tries: PositiveInt = 3
+    patience: PositiveInt = 8
+    timeout: PositiveFloat = 300.0
     arguments: dict[str, Any] = field(default_factory=dict)
     server_arguments: dict[str, Any] = field(default_factory=dict)
     price_per_million_input: float | None = None
@@ -80,7 +77,6 @@ class Endpoint:
             raise ValueError(f"url is {self.url!r} for server {self.server!r}; allowed: a url for `endpoint` alone.")
         if self.url is not None:
             _check_url(self.url)
-        _check_positive(self, "max_tokens", "concurrency", "tries", "patience", "timeout")
 
 
 @dataclass(frozen=True)
@@ -101,17 +97,17 @@ class Images:
     model: str
     url: str | None = None
     key_variable: str | None = None
-    width: int = 1024
-    height: int = 1024
-    steps: int = 28
+    width: PositiveInt = 1024
+    height: PositiveInt = 1024
+    steps: PositiveInt = 28
     guidance: float = 3.5
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
-    patience: int = 8
-    timeout: float = 300.0
+    patience: PositiveInt = 8
+    timeout: PositiveFloat = 300.0
     price_per_picture: float | None = None
     seconds_per_picture: float | None = None
 
@@ -120,7 +116,6 @@ class Images:
             raise ValueError(f"url is {self.url!r} for kind {self.kind!r}; allowed: a url for `openai` alone.")
         if self.url is not None:
             _check_url(self.url)
-        _check_positive(self, "width", "height", "steps", "batch_size", "patience", "timeout")
 
 
 @dataclass(frozen=True)
@@ -150,13 +145,12 @@ class Executor:
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
-    tasks: int = 1
+    tasks: PositiveInt = 1
     workers: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tasks")
         if self.workers < 1 and self.workers != -1:
             raise ValueError(f"workers is {self.workers}; allowed: 1 or more, or -1 for all tasks at a time.")
         if self.kind == "local" and (self.options or self.stages):
@@ -182,7 +176,7 @@ class Config:
     """
 
     output: Path
-    records: int
+    records: PositiveInt
     categories: dict[str, float] | None = None
     backend: Literal["models", "procedural"] = "models"
     seed: int = 0
@@ -193,11 +187,10 @@ class Config:
     image_check: ImageCheck | None = None
     executor: Executor = field(default_factory=Executor)
     format: Literal["tar", "parquet"] = "tar"
-    chunk: int = 500
+    chunk: PositiveInt = 500
     license: str | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, "records", "chunk")
         if self.records > MOST_RECORDS:
             raise ValueError(f"records is {self.records}; allowed: up to {MOST_RECORDS}.")
         if self.license is not None and not LICENSE.fullmatch(self.license):
@@ -235,31 +228,10 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         InputError: for a file that is no config, an unknown key or a wrong value.
     """
-    values = _read(path)
+    values = read_yaml_keys(path, "The config")
     for text in overrides:
-        name, separator, written = text.partition("=")
-        if not separator:
-            raise InputError(f"{text!r} is no override; allowed: key=value, such as executor.tasks=8.")
-        try:
-            value = yaml.safe_load(written)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise InputError(f"{short_name(name)} is {short_name(repr(written))}, which is no YAML value.") from error
-        _override(values, name, value)
-    return make_settings(Config, values, path.name)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; a config is a short YAML file.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"The config {path} is no YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"The config {path} holds a {type(values).__name__}; allowed: keys with values.")
-    return values
+        _override(values, *parse_override(text, "executor.tasks=8"))
+    return make_dataclass(Config, values, path.name)
 
 
 def _override(values: dict[str, Any], name: str, value: Any) -> None:
@@ -278,10 +250,3 @@ def _check_url(url: str) -> None:
         raise ValueError(f"url is {short_name(repr(url))}; allowed: http:// or https:// with a host.")
     if parts.username or parts.password or parts.query:
         raise ValueError("url holds a name, password or query; a key belongs into the variable of key_variable.")
-
-
-def _check_positive(settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value <= 0:
-            raise ValueError(f"{name} is {value}; allowed: more than 0.")

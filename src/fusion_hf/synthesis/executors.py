@@ -10,8 +10,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.executor.base import PipelineExecutor
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import check_keys
 from fusion_hf.synthesis.config import Executor
-from fusion_hf.synthesis.settings import check_keys
 from fusion_hf.synthesis.stages import Folders, Stage
 
 JOB = "synth-{}"

@@ -89,7 +89,7 @@ class DiffusersMaker:
             from diffusers import DiffusionPipeline
         except ImportError as error:
             raise InputError(f"Pictures by diffusers need the extra `synth` ({error}): {INSTALL}") from error
-        from fusion_hf.inference.chat_model import choose_device, choose_dtype
+        from fusion_hf.inference.devices import choose_device, choose_dtype
 
         device = choose_device(settings.device)
         if device.type == "cuda" and device.index is None:

@@ -91,13 +91,14 @@ class LookWithFusion(PipelineStep):
         self.settings, self.pictures, self.progress = settings, pictures, progress
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        from fusion_hf.inference.chat_model import Assistant, Conversation
+        from fusion_hf.inference.chat_model import ChatModel
+        from fusion_hf.inference.conversation import Conversation
 
         name = None if self.settings.fusion == NANO else self.settings.fusion
-        assistant = Assistant.load(name, self.settings.device, self.settings.dtype)
+        chat_model = ChatModel.load(name, self.settings.device, self.settings.dtype)
 
         def ask(prompt: str, picture: Path | None) -> str:
-            conversation = Conversation(assistant, assistant.open_picture(str(picture)), max_new_tokens=ANSWER_TOKENS)
+            conversation = Conversation(chat_model, chat_model.open_image(str(picture)), max_new_tokens=ANSWER_TOKENS)
             return conversation.ask(prompt)
 
         for document in data:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fusion_hf.common.errors import short_name
+from fusion_hf.data.records import HUMAN, MODEL
 
 IMAGE_MARK = "<image>"  # the processor's IMAGE_TOKEN, whose import takes seconds
-HUMAN, MODEL = "human", "gpt"  # the speakers of the training record format
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from fusion_hf.inference.chat_model import DTYPES
+from fusion_hf.common.outputs import atomic_path, write_atomically
+from fusion_hf.inference.devices import DTYPES
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
@@ -22,9 +23,8 @@ def cast_weights(folder: Path, dtype: str) -> None:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
             tensors = {name: _cast(opened.get_tensor(name), DTYPES[dtype]) for name in opened.keys()}  # noqa: SIM118
-        draft = file.with_name(f"{file.name}.tmp")
-        save_file(tensors, draft, metadata)
-        draft.replace(file)
+        with atomic_path(file) as draft:
+            save_file(tensors, draft, metadata)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
@@ -42,6 +42,5 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _write(path: Path, content: dict) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(content, indent=2, sort_keys=path.name == SAFE_WEIGHTS_INDEX_NAME) + "\n")
-    draft.replace(path)
+    text = json.dumps(content, indent=2, sort_keys=path.name == SAFE_WEIGHTS_INDEX_NAME)
+    write_atomically(path, f"{text}\n".encode())

@@ -23,7 +23,7 @@ from types import FrameType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusion_hf.common.errors import LONGEST_NAME, InputError
-from fusion_hf.common.outputs import WRITE_ERRORS, write_problem
+from fusion_hf.common.outputs import WRITE_ERRORS, remove_draft, sync, write_atomically, write_problem
 
 logger = logging.getLogger(__name__)
 
@@ -44,36 +44,25 @@ def seal(folder: Path) -> None:
 
     All is on the disk before the manifest is there, also when the machine loses power.
     """
-    manifest, draft = folder / MANIFEST, folder / f"{MANIFEST}.tmp"
+    manifest = folder / MANIFEST
+    remove_draft(manifest)
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path not in (manifest, draft)):
-        _sync(path)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest):
+        sync(path)
         files[path.relative_to(folder).as_posix()] = path.stat().st_size
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-        _sync(inner)
-    _sync(folder)
-    draft.write_text(json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(draft)
-    draft.replace(manifest)
-    _sync(folder)
-    _sync(folder.parent)
+        sync(inner)
+    sync(folder)
+    content = json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1)
+    write_atomically(manifest, f"{content}\n".encode())
+    sync(folder.parent)
 
 
 def unseal(folder: Path) -> None:
     """Declare a checkpoint incomplete, before anything in it changes."""
     if (folder / MANIFEST).exists():
         (folder / MANIFEST).unlink(missing_ok=True)  # another process may have been faster
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(folder)
 
 
 def problem(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusion_hf.data.records import ROLE_OF_SPEAKER
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
 from fusion_hf.model.compatibility_fusion import as_dicts
 from fusion_hf.model.image_processing_fusion import values_of_bytes
@@ -17,7 +18,6 @@ IGNORE_INDEX = -100
 SMALL_BYTES = 2**18
 # stands where every record of a batch was skipped: this process must take part in the step as well
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
-ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 IMAGE_KEYS = ("image", "images")  # of a record
 IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "base64", "image_url")  # of a message
 

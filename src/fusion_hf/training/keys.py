@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache
 from importlib.util import find_spec
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.values import DTYPE_NAMES, is_square
 from fusion_hf.data.records import ON_BROKEN, ON_TRUNCATED
 
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
@@ -25,7 +25,6 @@ PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
 GROUP_BY = ("modality_length", "none")
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
 FULL = 4  # bytes of a float32
 # bytes per trained weight that an optimizer keeps
 OPTIMIZER_BYTES = {
@@ -103,7 +102,7 @@ class OwnArguments:
         _allow("on_truncated", self.on_truncated, ON_TRUNCATED)
         _allow("query_len_draw", self.query_len_draw, QUERY_LEN_DRAWS)
         _allow("loss_average", self.loss_average, LOSS_AVERAGES)
-        _allow("save_dtype", self.save_dtype, SAVE_DTYPES)
+        _allow("save_dtype", self.save_dtype, DTYPE_NAMES)
         for part in PARTS if self.train is None else self.train:
             _allow("train", part, PARTS)
         if self.train == []:
@@ -120,11 +119,6 @@ class OwnArguments:
             raise InputError(f"max_image_pixels is {self.max_image_pixels}; allowed: 1 or more.")
         if self.load_in_4bit and not self.lora_rank:
             raise InputError("load_in_4bit is true, but lora_rank is 0; 4-bit weights do not train: set lora_rank.")
-
-
-def is_square(number: int) -> bool:
-    """Whether a number is a perfect square, 1 or more; as the configuration has it, which imports transformers."""
-    return number > 0 and isqrt(number) ** 2 == number
 
 
 def _allow(name: str, value: str, allowed: tuple[str, ...]) -> None:

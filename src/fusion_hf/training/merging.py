@@ -5,7 +5,8 @@ from pathlib import Path
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.hub.folders import base_of
-from fusion_hf.inference.chat_model import DTYPES, Assistant
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.devices import DTYPES
 from fusion_hf.training.cast import cast_weights
 from fusion_hf.training.lora import load_adapter
 
@@ -27,7 +28,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
     named = base_of(adapter, base)
     with new_folder(output) as folder:
-        start = Assistant.load(named, device="cpu", dtype="float32")
+        start = ChatModel.load(named, device="cpu", dtype="float32")
         merged = load_adapter(start.model, adapter).merge_and_unload(safe_merge=True)
         merged.save_pretrained(folder)
         start.processor.save_pretrained(folder)

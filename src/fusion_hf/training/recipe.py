@@ -1,14 +1,12 @@
 """A recipe: one YAML file that is a whole training run, and what the command line changes in it."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
 from fusion_hf.training.keys import OwnArguments, all_keys, own_keys
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ DECISIVE = (
     *("data_seed", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "load_in_4bit"),
     *("on_truncated", "max_image_pixels", "query_len_draw", "loss_average"),
 )
-MAX_RECIPE_BYTES = 2**20
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -40,21 +37,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         InputError: for a file that is no recipe, an unknown key (names the nearest known one), or a wrong value.
     """
     path = Path(path)
-    values = _read(path)
-    for key in values:
-        check_key(key)
+    values = read_yaml_keys(path, "The recipe")
+    check_keys(values, all_keys(), f"The recipe {path}")
     for key in PATHS:
         if isinstance(values.get(key), str):
             values[key] = _relative_to(path.parent, values[key])
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise InputError(f"{text!r} is no override; allowed: key=value, such as learning_rate=1e-5.")
-        check_key(key)
-        try:
-            values[key] = yaml.safe_load(value) if value else None
-        except (yaml.YAMLError, RecursionError) as error:
-            raise InputError(f"{key} is {short_name(repr(value))}, which is no YAML value.") from error
+    overridden = dict(parse_override(text, "learning_rate=1e-5") for text in overrides)
+    check_keys(overridden, all_keys(), "The command line")
+    values |= overridden
     values = {key: convert(key, value) for key, value in values.items()}
     for key in REQUIRED:
         if values.get(key) is None:
@@ -63,35 +53,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     return values
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise InputError(f"{path} has more than {MAX_RECIPE_BYTES} bytes; a recipe is a short YAML file.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"The recipe {path} is no YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"The recipe {path} holds a {type(values).__name__}; allowed: keys with values.")
-    return values
-
-
 def _relative_to(folder: Path, name: str) -> str:
     """Where a path of the recipe leads; a Hub id, which is no path there, stays as it is."""
     is_path = name.startswith(".") or (folder / name).exists()
     return str(folder / name) if is_path and not Path(name).is_absolute() else name
-
-
-def check_key(key: str) -> None:
-    """
-    Raises:
-        InputError: if no recipe has such a key; names the nearest one that it has.
-    """
-    if key in all_keys():
-        return
-    nearest = difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.0)[0]
-    raise InputError(f"{short_name(repr(key))} is no key of a recipe; did you mean {nearest!r}?")
 
 
 def convert(key: str, value: Any) -> Any:
@@ -102,28 +67,13 @@ def convert(key: str, value: Any) -> Any:
         InputError: if it cannot be one; names the key, the value and the type.
     """
     known = all_keys()[key]
-    kinds = known.kinds
-    if value is None:
-        if known.takes_none:
-            return None
-        raise InputError(f"{key} has no value; allowed: {_names(kinds)}.")
+    if value is None and known.takes_none:
+        return None
     if value is False and key.endswith("_strategy"):
         return "no"  # as which YAML reads it
-    if isinstance(value, bool):
-        if bool in kinds or not {int, float} & kinds:
-            return value
-    elif isinstance(value, int) and float in kinds and int not in kinds:
-        return float(value)
-    elif isinstance(value, str) and float in kinds and str not in kinds:
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif (isinstance(value, str) and str in kinds) or (kinds & {int, float, list, dict} and type(value) in kinds):
-        return value
-    elif isinstance(value, str | int | float) and list in kinds and str not in kinds:
-        return [value]
-    raise InputError(f"{key} is {value!r}; allowed: {_names(kinds)}.")
+    if isinstance(value, bool) and not {int, float} & known.kinds and known.kinds != {list}:
+        return value  # where a text is allowed, transformers says whether a truth value is
+    return convert_value(known.kinds, value, key)
 
 
 def default_of(key: str) -> Any:
@@ -141,11 +91,6 @@ def changed_keys(began: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     """
     pairs = {key: (began.get(key, default_of(key)), values.get(key, default_of(key))) for key in DECISIVE}
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
-
-
-def _names(kinds: Iterable[type]) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
-    return " or ".join(sorted(names.get(kind, kind.__name__) for kind in kinds))
 
 
 def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from transformers import set_seed
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data import load_records
 from fusion_hf.hub.folders import find_folder
-from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.inference.loading import load_model
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.cast import cast_weights
@@ -91,9 +91,7 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
                 "begin anew."
             )
     with writing(output, RECIPE_FILE):
-        draft = recipe.with_name(f"{recipe.name}.tmp")
-        draft.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        draft.replace(recipe)
+        write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).encode())
     given = arguments.resume_from_checkpoint
     if given not in (None, AUTO):
         supersede(output, _step_in(output, given))
@@ -132,19 +130,12 @@ def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, tor
         InputError: if there is no complete FUSION.
     """
     folder = find_folder(str(arguments.model))
-    settings: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {}
     if arguments.load_in_4bit:
         from fusion_hf.training.lora import quantization_config
 
-        settings["quantization_config"] = quantization_config(arguments)
-    try:
-        processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
-        model, info = FusionForConditionalGeneration.from_pretrained(folder, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again.")
+        options["quantization_config"] = quantization_config(arguments)
+    model, processor = load_model(folder, torch.float32, **options)
     keep_names(model)
     if arguments.lora_rank:
         from fusion_hf.training.lora import add_lora
@@ -213,6 +204,4 @@ def _finish(trainer: FusionTrainer, output: Path) -> None:
             return
         if not arguments.lora_rank:  # an adapter stays as exact as it was trained
             cast_weights(output, arguments.save_dtype)
-        draft = output / f"{FINISHED_FILE}.tmp"
-        draft.write_text(json.dumps({"steps": trainer.state.global_step}) + "\n", encoding="utf-8")
-        draft.replace(output / FINISHED_FILE)
+        write_atomically(output / FINISHED_FILE, f"{json.dumps({'steps': trainer.state.global_step})}\n".encode())

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data import StreamedRecords
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
@@ -534,9 +535,7 @@ def _forget_after(log: Path, step: int) -> None:
             continue
         if isinstance(entry, dict) and entry.get("step", 0) <= step:
             kept.append(line)
-    draft = log.with_name(f"{log.name}.tmp")
-    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    draft.replace(log)
+    write_atomically(log, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _shielded(loader: DataLoader) -> DataLoader:

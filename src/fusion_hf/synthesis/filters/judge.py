@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import ClassVar, NamedTuple, TypeAlias
 
-from fusion_hf.synthesis.category import MOST_SCORE, Check
+from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck
 from fusion_hf.synthesis.record import SynthRecord
 
 Ask: TypeAlias = Callable[[str, Path | None], str]  # prompt and picture to answer
@@ -70,7 +70,7 @@ class Judge:
 
     name: ClassVar[str] = "judge"
 
-    def __init__(self, ask: Ask, rubric: Check):
+    def __init__(self, ask: Ask, rubric: ModelCheck):
         self.ask, self.rubric = ask, rubric
 
     def check(self, record: SynthRecord) -> str | None:
@@ -102,7 +102,7 @@ class ImageCheck(Judge):
 
     name: ClassVar[str] = "image_check"
 
-    def __init__(self, ask: Ask, rubric: Check, folder: Path):
+    def __init__(self, ask: Ask, rubric: ModelCheck, folder: Path):
         super().__init__(ask, rubric)
         self.folder = folder
 

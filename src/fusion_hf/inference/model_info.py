@@ -3,17 +3,19 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.common.values import dtype_name
+
 if TYPE_CHECKING:
-    from fusion_hf.inference.chat_model import Assistant
+    from fusion_hf.inference.chat_model import ChatModel
     from fusion_hf.model.configuration_fusion import TokenBudget
 
 # fields of a model that a server lists; the last one is OpenAI's, of answers
-FACTS, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"
+INFO, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"
 NUMBERS = ("query_len", "image_token_grid", "max_length")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """
     revision: changes with the model's configuration, template and weights.
     dtype, device: of its weights.
@@ -36,25 +38,25 @@ class ModelFacts:
         return f"{self.revision} {self.dtype} {self.query_len} {self.image_token_grid}"
 
     @classmethod
-    def of(cls, assistant: "Assistant", budget: "TokenBudget") -> "ModelFacts":
+    def of(cls, chat_model: "ChatModel", budget: "TokenBudget") -> "ModelInfo":
         """Of a loaded model."""
         # those who read a record need no torch
         from fusion_hf.hub.family import find_member
         from fusion_hf.inference.batching import digest_model
 
-        model = assistant.model
+        model = chat_model.model
         member = find_member(model.config)
         return cls(
-            revision=digest_model(assistant),
-            dtype=str(model.dtype).removeprefix("torch."),
+            revision=digest_model(chat_model),
+            dtype=dtype_name(model.dtype),
             device=str(model.device),
             **budget._asdict(),
-            max_length=assistant.max_length,
+            max_length=chat_model.max_length,
             published=None if member is None else member.name,
         )
 
     @classmethod
-    def read(cls, content: Any) -> "ModelFacts | None":
+    def read(cls, content: Any) -> "ModelInfo | None":
         """What `write` gave; None for anything else."""
         names = cls.__dataclass_fields__
         if not isinstance(content, dict) or not names.keys() <= content.keys():

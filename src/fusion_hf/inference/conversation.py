@@ -1,0 +1,115 @@
+"""Several questions about one image, with what was said before."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, Cache, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from fusion_hf.inference.chat_model import ChatModel, question_message
+from fusion_hf.inference.image_features import ImageFeatures
+from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
+
+
+class Conversation:
+    """
+    Questions and answers about one image, whose tiles are encoded once.
+
+    The questions guide the vision tower together, as in training, so the image's overview and the whole conversation
+    are encoded again for each question. In fast mode they are not: the overview stays as the first question guided it,
+    and only what was said since the last answer is processed.
+
+    Args:
+        assistant: who answers.
+        image: what the questions are about.
+        max_new_tokens, query_len, image_token_grid: see `ChatModel.answer`.
+        fast: keep the language model's cache from question to question.
+        image_features: what `ChatModel.encode_image` made of the image; None: it is made with the first question.
+
+    Raises:
+        InputError: if `query_len` or `image_token_grid` is impossible.
+    """
+
+    def __init__(
+        self,
+        chat_model: ChatModel,
+        image: Image.Image,
+        max_new_tokens: int,
+        query_len: int | None = None,
+        fast: bool = False,
+        image_token_grid: int | None = None,
+        image_features: ImageFeatures | None = None,
+    ):
+        self.chat_model = chat_model
+        self.image = image
+        self.max_new_tokens = max_new_tokens
+        self.query_len = chat_model.check_query_len(query_len)
+        self.image_token_grid = chat_model.check_image_token_grid(image_token_grid)
+        self.fast = fast
+        self.messages: list[dict[str, Any]] = []
+        self._image_features = image_features
+        self._guide: dict[str, torch.Tensor] = {}  # fast mode: the question that guides the overview
+        self._memory: _Memory | None = None
+
+    def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
+        """The answer; both become part of the conversation, but not if there is an error.
+
+        Raises:
+            InputError: see `ChatModel.answer`.
+        """
+        messages = [*self.messages, question_message(question, None if self.messages else self.image)]
+        if self._image_features is None:
+            self._image_features = self.chat_model.encode_image(self.image)
+        if self.fast:
+            answer = self._answer_fast(messages, self._image_features, streamer)
+        else:
+            settings = (self.max_new_tokens, self.query_len, streamer, self._image_features, self.image_token_grid)
+            answer = self.chat_model.answer(messages, *settings)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return answer
+
+    @torch.inference_mode()
+    def _answer_fast(
+        self, messages: list[dict[str, Any]], image_features: ImageFeatures, streamer: BaseStreamer | None
+    ) -> str:
+        inputs = self.chat_model.prepare(messages, self.query_len, image_features, self.image_token_grid)
+        if not self.messages:
+            self._guide = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
+        inputs.update(self._guide)
+        # while an answer is made its cache grows, so an interrupted answer leaves none
+        memory, self._memory = self._memory, None
+        cache = memory.cache_before(inputs) if memory is not None else None
+        if cache is None:
+            cache = DynamicCache(config=self.chat_model.model.config.text_config)
+        output = self.chat_model.generate(inputs, self.max_new_tokens, streamer, **cache_keyword(cache))
+        cache = getattr(output, CACHE_NAME)  # another one than was given where long RoPE began
+        self._memory = _Memory(output.sequences[0, : cache.get_seq_length()], cache)
+        return self.chat_model.decode(inputs, output)
+
+    def reset(self) -> None:
+        """Forget all questions and answers."""
+        self.messages, self._memory = [], None
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The cache of a conversation so far, and the ids `(S)` whose keys and values it holds."""
+
+    ids: torch.Tensor
+    cache: Cache
+
+    def cache_before(self, inputs: BatchFeature) -> Cache | None:
+        """The cache as far as the prompt begins with the same ids; None if it does not reach the last answer."""
+        ids = inputs["input_ids"][0]
+        length = min(len(ids), len(self.ids))
+        differences = (ids[:length] != self.ids[:length]).nonzero()
+        common = int(differences[0]) if len(differences) else length
+        if common <= int(inputs["prompt_end_positions"][0, -2]):
+            return None
+        if common < len(self.ids):  # an answer's text may be tokenised in another way than the model wrote it
+            if any(self.cache.is_sliding):  # which have dropped what would come back
+                return None
+            self.cache.crop(common - len(self.ids))
+        return self.cache

@@ -1,0 +1,43 @@
+"""Devices and number types by the names that users give them."""
+
+import torch
+
+from fusion_hf.common.errors import InputError
+from fusion_hf.common.values import DTYPE_NAMES, torch_dtype
+from fusion_hf.model.configuration_fusion import FusionConfig
+
+AUTO = "auto"
+DTYPES = {name: torch_dtype(name) for name in DTYPE_NAMES}
+
+
+def choose_device(name: str = AUTO) -> torch.device:
+    """The device called `name`; for `"auto"` a GPU of Nvidia's or AMD's, else Apple's, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == AUTO:
+        return torch.device(next(kind for kind, there in available.items() if there))
+    allowed = ", ".join([AUTO, *(kind for kind, there in available.items() if there)])
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}; allowed here: {allowed}.") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not available.get(device.type, False) or (device.index or 0) >= count:
+        raise InputError(f"device is {name!r}; allowed here: {allowed}.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type called `name`; `"auto"` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == AUTO:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}; allowed: {', '.join([AUTO, *DTYPES])}.")
+    return DTYPES[name]
+
+
+def check_quantized_dtype(config: FusionConfig, name: str) -> torch.dtype:
+    """The type of a quantized model: loaded in another one, only a part of it would be cast."""
+    if name != AUTO and DTYPES[name] != config.dtype:
+        saved = next(known for known, dtype in DTYPES.items() if dtype == config.dtype)
+        raise InputError(f"dtype is {name!r}; allowed for this quantized model: {AUTO}, {saved}.")
+    return config.dtype
