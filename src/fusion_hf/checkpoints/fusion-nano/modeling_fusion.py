@@ -182,14 +182,14 @@ class FusionModel(FusionPreTrainedModel):
             guided=guided,
         )
 
-    def compute_mapping_loss(self, picture: EncodedImage, counts: LossCounts | None = None) -> torch.Tensor:
+    def compute_mapping_loss(self, image: EncodedImage, counts: LossCounts | None = None) -> torch.Tensor:
         """Mean cosine distances of question and features, and of patch embeddings and mapped-back image tokens."""
-        mask = picture.instruct_mask
-        distance = 1 - nn.functional.cosine_similarity(picture.instruct_embeds, picture.instruct_features, dim=-1)
+        mask = image.instruct_mask
+        distance = 1 - nn.functional.cosine_similarity(image.instruct_embeds, image.instruct_features, dim=-1)
         num_tokens = mask.sum() if counts is None else counts.instruct_tokens
         text_loss = torch.where(mask, distance, 0).sum() / num_tokens.clamp(min=1)
-        mapped_back = self.vision_projector_back(picture.image_features)
-        distance = 1 - nn.functional.cosine_similarity(picture.patch_embeddings, mapped_back, dim=-1)  # (B, N)
+        mapped_back = self.vision_projector_back(image.image_features)
+        distance = 1 - nn.functional.cosine_similarity(image.patch_embeddings, mapped_back, dim=-1)  # (B, N)
         vision_loss = distance.mean() if counts is None else distance.mean(1).sum() / counts.pictures
         return text_loss + vision_loss
 
@@ -233,9 +233,8 @@ class FusionModel(FusionPreTrainedModel):
         ends = None if prompt_end_positions is None or prompt_end_positions.numel() == 0 else prompt_end_positions
         if pixel_values is None and ends is None:
             return EmbeddedPrompt(inputs_embeds)
-        continues = pixel_values is None and global_features is not None
-        image_features = image_outputs = mapping_loss = None
-        if global_features is not None and continues:
+        outputs: dict[str, Any] = {}
+        if pixel_values is None and global_features is not None:
             context = global_features.to(inputs_embeds)
         elif pixel_values is None and not output_mapping_loss:
             context = self.encode_blank_image(inputs_embeds)
@@ -246,23 +245,17 @@ class FusionModel(FusionPreTrainedModel):
                 pixel_values, instruct_input_ids, instruct_attention_mask, global_features, **kwargs
             )
             context, side = image.global_features, self.config.num_patches_per_side
-            image_features = reduce_grid(image.image_features, side, budget.image_token_grid)
-            image_outputs = image.guided.of_image(image_features)
+            outputs["image_features"] = reduce_grid(image.image_features, side, budget.image_token_grid)
+            outputs["image_outputs"] = image.guided.of_image(outputs["image_features"])
             if output_mapping_loss:
-                mapping_loss = self.compute_mapping_loss(image, loss_counts)
+                outputs["mapping_loss"] = self.compute_mapping_loss(image, loss_counts)
         latents, windows = pool_context(context, budget.query_len, self.config.window_size)
-        if not continues:  # a sample without image tokens starts from zero latents
+        if pixel_values is not None or global_features is None:
+            # a sample without image tokens starts from zero latents; one in a cache has an image
             latents = torch.where(placeholders.image.any(1)[:, None, None], latents, 0)
-        updates = None
-        if ends is not None:
-            updates = placeholders.latent_updates(windows, ends, budget.query_len)
-        return EmbeddedPrompt(
-            inputs_embeds=placeholders.fill(inputs_embeds, image_features, latents),
-            latent_updates=updates,
-            image_features=image_features,
-            mapping_loss=mapping_loss,
-            image_outputs=image_outputs,
-        )
+        updates = None if ends is None else placeholders.latent_updates(windows, ends, budget.query_len)
+        inputs_embeds = placeholders.fill(inputs_embeds, outputs.get("image_features"), latents)
+        return EmbeddedPrompt(inputs_embeds, updates, **outputs)
 
     def _trust(
         self,
