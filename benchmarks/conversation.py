@@ -45,7 +45,7 @@ from workload import (
 )
 
 from fusion_hf.inference import ChatModel, Conversation, question_message
-from fusion_hf.nano.records import Mixture, Record, drawn_pictures, question_records
+from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, drawn_pictures, question_records
 
 SEED = 1
 LONGEST_ANSWER = 6  # tokens
@@ -120,16 +120,16 @@ def measure_times(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"prompt_tokens": tokens, "ratios": times.ratios(), "repeats": times.measured}
 
 
-def make_conversations(count: int) -> list[Record]:
+def make_conversations(count: int) -> list[NanoRecord]:
     """Conversations of two and three turns about drawn pictures that training and validation do not use."""
     # of each category as many as are needed: most have several questions
-    pictures = drawn_pictures("test", Mixture(count, count, count, count), seed="conversation")
+    pictures = drawn_pictures("test", DrawnMixture(count, count, count, count), seed="conversation")
     generator = random.Random(SEED)
     records = [record for record in question_records(pictures, generator) if len(record.turns) > 1]
     return generator.sample(records, count)
 
 
-def answers_of(chat_model: ChatModel, record: Record, mode: str) -> list[str]:
+def answers_of(chat_model: ChatModel, record: NanoRecord, mode: str) -> list[str]:
     """To the questions of a conversation, each answer being part of what the next one is asked after."""
     picture, questions = record.open_image(), [question for question, _ in record.turns]
     if mode == "by itself":

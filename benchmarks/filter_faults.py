@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from fusion_hf.drawing.pictures import COLORS, SHAPES
+from fusion_hf.drawing.drawn_images import COLORS, SHAPES
 from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice
 from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.record import SynthRecord, Turn

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusion_hf.data.easy_vqa import read_easy_vqa
-from fusion_hf.drawing.questions import parse_easy_vqa
+from fusion_hf.drawing.drawn_questions import parse_easy_vqa
 from fusion_hf.inference import ChatModel
 from fusion_hf.maps import AttentionMaps, attention_maps
 

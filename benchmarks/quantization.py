@@ -38,7 +38,7 @@ from workload import SIZES, Size, build_model, make_image_processor, make_photo,
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.nano.evaluate import generate_answers
-from fusion_hf.nano.records import test_records
+from fusion_hf.nano.training_records import test_records
 
 SEED = 0
 PARTS = ("times", "accuracy")

@@ -14,9 +14,9 @@ from reference import build_reference
 from workload import TrainingSize, build_eager, make_batch, make_shallow, make_weights, sharing_copy
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.training.checkpointing import enable_checkpointing
 from fusion_hf.training.collator import labelled_positions
-from fusion_hf.training.flops import Shape, training_flops
+from fusion_hf.training.flops import BatchShape, training_flops
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 TOLERANCE = 1e-4  # relative, of loss and gradient in float32: all variants are one function
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
@@ -153,7 +153,7 @@ class StepBenchmark:
         """FLOPs of a step's matrix products, without those that checkpointing repeats."""
         batch, sequence = self.tokens
         instruct_tokens = self.batches[name]["instruct_input_ids"].shape[1]
-        shape = Shape(batch, sequence, instruct_tokens, self.size.turns, self.size.query_len)
+        shape = BatchShape(batch, sequence, instruct_tokens, self.size.turns, self.size.query_len)
         flops = training_flops(self.config, shape)
         text = self.config.text_config
         spared = 0 if "reference" in name else batch * sequence - self.num_logits

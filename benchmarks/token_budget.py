@@ -43,7 +43,7 @@ from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 from fusion_hf.model.modeling_fusion_decoder import EmbeddedPrompt
 from fusion_hf.nano.evaluate import generate_answers
-from fusion_hf.nano.records import Record, test_records
+from fusion_hf.nano.training_records import NanoRecord, test_records
 
 SEED = 3
 QUERY_LENS = (4, 16, 36, 64, 144)
@@ -161,7 +161,7 @@ def measure_times(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def choose_records(easy_vqa: int, drawn: int) -> list[Record]:
+def choose_records(easy_vqa: int, drawn: int) -> list[NanoRecord]:
     """Test questions: some of easy-vqa's, and one about each of `drawn` pictures of every other category."""
     records = test_records(SEED, drawn)
     easy = [record for record in records if record.category == "easy-vqa"]

@@ -9,7 +9,7 @@ from maps import find, main, questions_about_shapes, shape_mask
 from maps_report import DOCUMENT, RESULTS, SOURCE, render
 from PIL import Image
 
-from fusion_hf.drawing.pictures import PictureSpec, Shape
+from fusion_hf.drawing.drawn_images import DrawnImage, DrawnShape
 
 SEVERAL = 200  # questions: their shares are within some percent of all questions'
 
@@ -21,8 +21,8 @@ def committed() -> dict:
 
 @pytest.mark.parametrize("color", ["yellow", "gray", "black"])
 def test_the_mask_is_the_shape(color: str):
-    shape = Shape("rectangle", color, left=20, top=40, width=40, height=24)
-    mask = shape_mask(PictureSpec("single", background=(255, 255, 230), shapes=(shape,)).render())
+    shape = DrawnShape("rectangle", color, left=20, top=40, width=40, height=24)
+    mask = shape_mask(DrawnImage("single", background=(255, 255, 230), shapes=(shape,)).render())
     rows, columns = np.nonzero(mask)
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == pytest.approx((10, 29, 20, 31), abs=1)
     assert mask.mean() == pytest.approx(20 * 12 / 64**2, rel=0.2)

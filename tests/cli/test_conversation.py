@@ -61,7 +61,7 @@ def watch(chat_model: ChatModel) -> Iterator[Watch]:
 
 def whole_prompt(conversation: Conversation, messages: list[dict[str, Any]]) -> BatchFeature:
     """Messages as one prompt, whose overview is guided by the first question alone."""
-    grid = conversation.image_token_grid
+    grid = conversation.budget.image_token_grid
     inputs = conversation.chat_model.prepare(messages, image_token_grid=grid)
     first = conversation.chat_model.prepare(messages[:1], image_token_grid=grid)
     return BatchFeature(

@@ -11,10 +11,10 @@ import pytest
 from tests.helpers.light_runs import light_environment, run_light
 
 from fusion_hf.conversion.inputs import DECODER_TYPES
-from fusion_hf.data import records
+from fusion_hf.data import record_parsing
 from fusion_hf.model.modeling_fusion_decoder import DECODER_LAYERS
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
-from fusion_hf.training import keys
+from fusion_hf.training import recipe_keys
 from fusion_hf.training.arguments import FusionTrainingArguments
 
 ROOT = Path(__file__).parents[2]
@@ -193,19 +193,19 @@ def test_help_is_fast(folder: Path, command: str):
 def test_keys_are_those_of_the_class():
     """They are read from the source of transformers; the class itself, which takes seconds to import, has the same."""
 
-    def shown(known: dict[str, keys.Key]) -> dict[str, tuple[list[str], bool]]:
+    def shown(known: dict[str, recipe_keys.KeyTypes]) -> dict[str, tuple[list[str], bool]]:
         return {name: (sorted(kind.__name__ for kind in key.kinds), key.takes_none) for name, key in known.items()}
 
-    assert shown(dict(keys.all_keys())) == shown(keys.keys_of(FusionTrainingArguments))
+    assert shown(dict(recipe_keys.all_keys())) == shown(recipe_keys.keys_of(FusionTrainingArguments))
 
 
 def test_keys_of_a_version_that_has_them_elsewhere(monkeypatch: pytest.MonkeyPatch):
-    expected = keys.transformers_keys().keys()
-    monkeypatch.setattr(keys, "SOURCE", "moved.py")
-    assert keys.transformers_keys().keys() == expected
+    expected = recipe_keys.transformers_keys().keys()
+    monkeypatch.setattr(recipe_keys, "SOURCE", "moved.py")
+    assert recipe_keys.transformers_keys().keys() == expected
 
 
 def test_names_that_are_written_twice_are_the_same():
     """Where the first would need torch."""
     assert tuple(sorted(DECODER_LAYERS)) == DECODER_TYPES
-    assert records.IMAGE_TOKEN == IMAGE_TOKEN
+    assert record_parsing.IMAGE_TOKEN == IMAGE_TOKEN

@@ -31,7 +31,7 @@ from fusion_hf.conversion.config import convert_config, named_tower
 from fusion_hf.conversion.convert import Options
 from fusion_hf.conversion.convert import convert as run_conversion
 from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
-from fusion_hf.training.checkpointing import hide_peft_deprecation
+from fusion_hf.training.gradient_checkpointing import hide_peft_deprecation
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 RANK, ALPHA = 4, 6

@@ -77,7 +77,7 @@ def test_upload_ask_and_look(visit, red_circle, answerer, session):
     assert visitor.words() == ["circle"]
     overlay = visitor.look_at("circle")
     for question in ("what color is the shape?", "what shape is in the image?"):
-        list(answerer.ask(session, question, answerer.query_len))
+        list(answerer.ask(session, question, answerer.budget.query_len))
     from fusion_hf.demo.views import draw_overlay
 
     expected = draw_overlay(session.picture, answerer.word_map(session, 1, 0))

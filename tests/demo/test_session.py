@@ -20,7 +20,7 @@ LONG_ANSWER = 200
 
 def ask(answerer: Answerer, session: Session, question: str, query_len: int | None = None) -> str:
     """The last of what is shown."""
-    *_, answer = answerer.ask(session, question, answerer.query_len if query_len is None else query_len)
+    *_, answer = answerer.ask(session, question, answerer.budget.query_len if query_len is None else query_len)
     return answer
 
 
@@ -33,7 +33,7 @@ def test_answers_are_those_of_a_conversation(answerer, session, chat_model, red_
 
 
 def test_the_answer_grows(answerer, session):
-    shown = list(answerer.ask(session, QUESTIONS[0], answerer.query_len))
+    shown = list(answerer.ask(session, QUESTIONS[0], answerer.budget.query_len))
     assert shown[-1] == session.turns[-1].answer
     assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
 
@@ -69,12 +69,12 @@ def test_each_question_has_its_query_len(answerer, session, chat_model, monkeypa
 
 def test_a_length_of_the_caller_can_be_chosen(chat_model):
     answerer = Answerer(chat_model, 1, query_len=9)
-    assert (answerer.query_len, answerer.query_lens) == (9, [4, 9, 16])
+    assert (answerer.budget.query_len, answerer.query_lens) == (9, [4, 9, 16])
 
 
 def test_a_smaller_grid_reaches_the_conversation(chat_model, red_circle):
     session = Answerer(chat_model, 1, image_token_grid=3).look(red_circle)
-    assert session.conversation.image_token_grid == 3
+    assert session.conversation.budget.image_token_grid == 3
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_closing_stops_the_model_and_leaves_the_session(endless, chat_model, red
     session = answerer.look(red_circle)
     tokens = []
     handle = chat_model.model.lm_head.register_forward_hook(lambda *_: tokens.append(1))
-    answers = answerer.ask(session, QUESTIONS[0], answerer.query_len)
+    answers = answerer.ask(session, QUESTIONS[0], answerer.budget.query_len)
     next(answers)
     answers.close()
     handle.remove()

@@ -21,10 +21,10 @@ def test_the_first_answer_has_the_map_that_the_package_gives(answerer, session, 
 
 
 def test_later_questions_do_not_change_a_map(answerer: Answerer, session, red_circle):
-    list(answerer.ask(session, QUESTIONS[0], answerer.query_len))
+    list(answerer.ask(session, QUESTIONS[0], answerer.budget.query_len))
     before = answerer.word_map(session, 0, 0)
     session.maps.clear()
-    list(answerer.ask(session, QUESTIONS[1], answerer.query_len))
+    list(answerer.ask(session, QUESTIONS[1], answerer.budget.query_len))
     assert np.array_equal(answerer.word_map(session, 0, 0), before)
     assert not np.allclose(answerer.word_map(session, 1, 0), before)
 
@@ -34,7 +34,7 @@ def test_maps_are_read_once_and_forgotten_with_their_answers(answerer, session, 
     read = Answerer._read_attention
     monkeypatch.setattr(Answerer, "_read_attention", lambda *arguments: reads.append(1) or read(*arguments))
     for _ in range(2):
-        list(answerer.ask(session, QUESTIONS[0], answerer.query_len))
+        list(answerer.ask(session, QUESTIONS[0], answerer.budget.query_len))
         for _ in range(2):
             answerer.word_map(session, 0, 0)
         session.reset()
@@ -46,5 +46,5 @@ def test_an_answer_without_words_has_no_maps(answerer, session, monkeypatch):
     vocabulary = range(answerer.chat_model.model.config.text_config.vocab_size)
     words = [token for token in vocabulary if token not in specials]
     monkeypatch.setattr(answerer.chat_model.model.generation_config, "suppress_tokens", words)
-    *_, answer = answerer.ask(session, QUESTIONS[0], answerer.query_len)
+    *_, answer = answerer.ask(session, QUESTIONS[0], answerer.budget.query_len)
     assert answer == "" and session.turns[0].words == ()

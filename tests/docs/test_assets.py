@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_hf.drawing.pictures import PictureSpec, Shape
+from fusion_hf.drawing.drawn_images import DrawnImage, DrawnShape
 
-RED_CIRCLE = PictureSpec(
-    "single", background=(244, 241, 236), shapes=(Shape("circle", "red", left=36, top=40, width=52, height=52),)
+RED_CIRCLE = DrawnImage(
+    "single", background=(244, 241, 236), shapes=(DrawnShape("circle", "red", left=36, top=40, width=52, height=52),)
 )
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from fusion_hf import CompiledGenerator, FusionConfig, FusionForConditionalGeneration
 from fusion_hf.inference import nano_path
 from fusion_hf.nano.evaluate import generate_answers
-from fusion_hf.nano.records import test_records as held_out_records
+from fusion_hf.nano.training_records import test_records as held_out_records
 
 pytestmark = pytest.mark.gpu
 

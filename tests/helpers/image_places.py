@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.pictures import open_picture
-from fusion_hf.data.records import RecordProblem
+from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image

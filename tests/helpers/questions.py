@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from fusion_hf.drawing.pictures import CATEGORIES, draw_spec
+from fusion_hf.drawing.drawn_images import CATEGORIES, draw_spec
 
 QUESTIONS = (
     "what color is the shape?",

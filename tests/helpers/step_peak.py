@@ -12,8 +12,8 @@ from tests.helpers.tiny import Sample, make_inputs
 from transformers import CONFIG_MAPPING, SiglipVisionConfig
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
-from fusion_hf.training.checkpointing import enable_checkpointing
-from fusion_hf.training.parts import PARTS, freeze_except
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
+from fusion_hf.training.parameter_groups import PARTS, freeze_except
 
 QUESTION, ANSWER = 12, 20  # tokens
 STEPS = 2  # the optimizer has its moments from the first one on

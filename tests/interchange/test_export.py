@@ -16,7 +16,7 @@ from fusion_hf.cli import main
 from fusion_hf.cli.convert import main as convert
 from fusion_hf.common import extras
 from fusion_hf.common.errors import InputError
-from fusion_hf.drawing.pictures import draw_spec
+from fusion_hf.drawing.drawn_images import draw_spec
 from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.onnx_export import export

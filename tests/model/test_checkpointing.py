@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.helpers.tiny import Sample, make_inputs, tiny_config, tiny_model
 
-from fusion_hf.training.checkpointing import enable_checkpointing
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 TOWER = "vision_tower"
 FROZEN = {

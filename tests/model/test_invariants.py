@@ -7,7 +7,7 @@ import torch
 from tests.helpers.tiny import BACKBONES, Sample, make_inputs, tiny_config, tiny_model
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.training.checkpointing import enable_checkpointing
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 SAMPLES = [
     Sample([5], seed=1),

@@ -6,7 +6,7 @@ import torch
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 from fusion_hf.nano.build import POSITION_STD, build_config, build_model
-from fusion_hf.nano.tokenizer import build_tokenizer
+from fusion_hf.nano.word_tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")

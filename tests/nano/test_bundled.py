@@ -9,8 +9,8 @@ import torch
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.inference import nano_path
 from fusion_hf.nano.evaluate import accuracies, generate_answers
-from fusion_hf.nano.records import evaluation_records
 from fusion_hf.nano.report import DRAWN, FIGURES, Figures, card_text, measure
+from fusion_hf.nano.training_records import evaluation_records
 
 FOLDER = Path(nano_path())
 FIRST_QUESTIONS = 40  # of each category

@@ -10,26 +10,26 @@ import pytest
 from PIL import Image
 
 from fusion_hf.data import easy_vqa as easy_vqa_module
-from fusion_hf.drawing.pictures import (
+from fusion_hf.drawing.drawn_images import (
     CANVAS_SIDE,
     CATEGORIES,
     COLORS,
     COUNT_MARGIN,
     DIRECTIONS,
+    IMAGE_SIDE,
     MAX_COUNT,
-    PICTURE_SIDE,
     SHAPES,
     SPATIAL_GAP,
     SPATIAL_SLOPE,
     SPLITS,
     WORDS,
-    PictureSpec,
-    Shape,
+    DrawnImage,
+    DrawnShape,
     direction,
     draw_spec,
 )
-from fusion_hf.drawing.questions import (
-    Question,
+from fusion_hf.drawing.drawn_questions import (
+    DrawnQuestion,
     casual,
     compatible,
     drawn_caption,
@@ -37,10 +37,10 @@ from fusion_hf.drawing.questions import (
     easy_vqa_caption,
     parse_easy_vqa,
 )
-from fusion_hf.nano.records import (
+from fusion_hf.nano.training_records import (
     STAGES,
-    Mixture,
-    Record,
+    DrawnMixture,
+    NanoRecord,
     drawn_pictures,
     easy_vqa_pictures,
     evaluation_records,
@@ -48,15 +48,15 @@ from fusion_hf.nano.records import (
     stage_records,
     training_texts,
 )
-from fusion_hf.nano.records import test_records as final_records
-from fusion_hf.nano.tokenizer import MAX_VOCABULARY, SPECIAL_TOKENS, build_tokenizer
+from fusion_hf.nano.training_records import test_records as final_records
+from fusion_hf.nano.word_tokenizer import MAX_VOCABULARY, SPECIAL_TOKENS, build_tokenizer
 
-SMALL = Mixture(single=60, count=60, spatial=60, text=200)
+SMALL = DrawnMixture(single=60, count=60, spatial=60, text=200)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(training_texts(mixture=Mixture(single=300, count=300, spatial=300, text=900)))
+    return build_tokenizer(training_texts(mixture=DrawnMixture(single=300, count=300, spatial=300, text=900)))
 
 
 def specs(category, amount=200, split="train"):
@@ -83,7 +83,7 @@ def test_a_seed_names_one_picture(category):
 def test_pictures_are_rgb_with_a_light_background(category):
     for spec in specs(category, 20):
         image = spec.render()
-        assert (image.mode, image.size) == ("RGB", (PICTURE_SIDE, PICTURE_SIDE))
+        assert (image.mode, image.size) == ("RGB", (IMAGE_SIDE, IMAGE_SIDE))
         pixels = np.asarray(image).reshape(-1, 3)
         assert (pixels == spec.background).all(axis=1).mean() > 1 / 3
         assert not (pixels == spec.background).all()
@@ -168,10 +168,10 @@ def test_the_answer_of_a_spatial_picture_is_unambiguous():
 
 
 def test_direction_without_a_clear_margin_is_none():
-    shape = Shape("circle", "red", 40, 40, 20, 20)
-    assert direction(shape, Shape("triangle", "blue", 70, 70, 20, 20)) is None
-    assert direction(shape, Shape("triangle", "blue", 62, 40, 20, 20)) is None
-    assert direction(shape, Shape("triangle", "blue", 70, 40, 20, 20)) == "left"
+    shape = DrawnShape("circle", "red", 40, 40, 20, 20)
+    assert direction(shape, DrawnShape("triangle", "blue", 70, 70, 20, 20)) is None
+    assert direction(shape, DrawnShape("triangle", "blue", 62, 40, 20, 20)) is None
+    assert direction(shape, DrawnShape("triangle", "blue", 70, 40, 20, 20)) == "left"
 
 
 def test_words_are_whole_and_of_the_vocabulary():
@@ -267,10 +267,10 @@ def test_caption_from_easy_vqa_questions():
 
 
 def test_questions_that_give_each_other_away_are_not_compatible():
-    named_color = Question("what is the blue shape?", "circle", "shape", frozenset({"color"}))
-    asked_color = Question("what color is the shape?", "blue", "color")
-    asked_shape = Question("what shape is present?", "circle", "shape")
-    red, blue = (Question(f"is there a {c} shape?", "no", "color", candidate=c) for c in ("red", "blue"))
+    named_color = DrawnQuestion("what is the blue shape?", "circle", "shape", frozenset({"color"}))
+    asked_color = DrawnQuestion("what color is the shape?", "blue", "color")
+    asked_shape = DrawnQuestion("what shape is present?", "circle", "shape")
+    red, blue = (DrawnQuestion(f"is there a {c} shape?", "no", "color", candidate=c) for c in ("red", "blue"))
     assert not compatible(named_color, asked_color) and not compatible(asked_color, named_color)
     assert not compatible(named_color, red) and not compatible(asked_color, red) and not compatible(red, red)
     assert compatible(asked_color, asked_shape) and compatible(red, asked_shape) and compatible(red, blue)
@@ -370,9 +370,11 @@ def test_final_records_are_single_questions_of_every_category():
 
 
 def test_llava_shape():
-    record = Record(draw_spec("text", "train", 0), (("what word is written?", "cat"), ("Q", "A")), "text", "text/0")
+    record = NanoRecord(
+        draw_spec("text", "train", 0), (("what word is written?", "cat"), ("Q", "A")), "text", "text/0"
+    )
     llava = record.to_llava()
-    assert llava["image"].size == (PICTURE_SIDE, PICTURE_SIDE)
+    assert llava["image"].size == (IMAGE_SIDE, IMAGE_SIDE)
     assert llava["conversations"] == [
         {"from": "human", "value": "<image>\nwhat word is written?"},
         {"from": "gpt", "value": "cat"},
@@ -385,7 +387,7 @@ def test_pictures_open_from_files_and_specs():
     for record in evaluation_records("validation", drawn=1)[-4:]:
         image = record.open_image()
         assert isinstance(image, Image.Image) and image.mode == "RGB" and image.size == (64, 64)
-        assert isinstance(record.image, PictureSpec) == (record.category != "easy-vqa")
+        assert isinstance(record.image, DrawnImage) == (record.category != "easy-vqa")
 
 
 def test_missing_data_set_names_the_extra(monkeypatch):

@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
-from fusion_hf.drawing.pictures import CANVAS_SIDE, CATEGORIES, DIRECTIONS, WORDS, PictureSpec, Shape, draw_spec
+from fusion_hf.drawing.drawn_images import (
+    CANVAS_SIDE,
+    CATEGORIES,
+    DIRECTIONS,
+    WORDS,
+    DrawnImage,
+    DrawnShape,
+    draw_spec,
+)
 from fusion_hf.nano.build import build_config, build_model, build_processor
 from fusion_hf.nano.grounding import (
     MIDDLE,
@@ -20,15 +28,15 @@ from fusion_hf.nano.grounding import (
     patch_words,
     tile_words,
 )
-from fusion_hf.nano.records import Mixture, training_texts
-from fusion_hf.nano.tokenizer import build_tokenizer
+from fusion_hf.nano.training_records import DrawnMixture, training_texts
+from fusion_hf.nano.word_tokenizer import build_tokenizer
 
 SIDE = 6
 
 
 @pytest.fixture(scope="module")
 def processor() -> FusionProcessor:
-    tokenizer = build_tokenizer(training_texts(mixture=Mixture(single=300, count=300, spatial=300, text=900)))
+    tokenizer = build_tokenizer(training_texts(mixture=DrawnMixture(single=300, count=300, spatial=300, text=900)))
     return build_processor(tokenizer, build_config(tokenizer))
 
 
@@ -52,8 +60,8 @@ def test_parts_are_where_the_picture_is_not_background(category: str) -> None:
 
 
 def test_two_shapes_are_told_by_colour_kind_middle_and_relation() -> None:
-    left, right = Shape("circle", "red", 5, 50, 24, 24), Shape("rectangle", "blue", 90, 50, 30, 30)
-    labels = patch_words(PictureSpec("spatial", (250, 250, 250), (left, right)), SIDE)
+    left, right = DrawnShape("circle", "red", 5, 50, 24, 24), DrawnShape("rectangle", "blue", 90, 50, 30, 30)
+    labels = patch_words(DrawnImage("spatial", (250, 250, 250), (left, right)), SIDE)
     assert words_at(labels, 2, 0) == {"red", "circle", "left", MIDDLE}
     assert words_at(labels, 3, 4) == {"blue", "rectangle", "right"} | {MIDDLE}
     assert words_at(labels, 0, 2) == set()
@@ -82,8 +90,8 @@ def test_letters_stand_in_reading_order_and_the_word_on_all_of_them() -> None:
 
 
 def test_tiles_are_ordered_as_the_image_processor_orders_them(processor: FusionProcessor) -> None:
-    upper_right = Shape("circle", "red", CANVAS_SIDE / 2 + 10, 10, 40, 40)
-    item = PatchDataset([PictureSpec("single", (250, 250, 250), (upper_right,))], processor.image_processor, SIDE)[0]
+    upper_right = DrawnShape("circle", "red", CANVAS_SIDE / 2 + 10, 10, 40, 40)
+    item = PatchDataset([DrawnImage("single", (250, 250, 250), (upper_right,))], processor.image_processor, SIDE)[0]
     red = item["labels"][..., PATCH_WORDS.index("red")]
     assert red.any(-1).tolist() == [False, True, False, False, True]
     green = item["pixel_values"][:, 1].unfold(2, 8, 8).unfold(1, 8, 8)  # (5, row, column, 8, 8)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
-from fusion_hf.nano import records as nano_records
+from fusion_hf.nano import training_records as nano_records
 from fusion_hf.nano.evaluate import accuracies
-from fusion_hf.nano.records import Record
 from fusion_hf.nano.report import STAGES, most_frequent_answers, shuffled
+from fusion_hf.nano.training_records import NanoRecord
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes" / "fusion-nano"
 
@@ -52,7 +52,8 @@ def test_the_steps_of_make_nano(tmp_path: Path) -> None:
 
 def test_accuracies() -> None:
     records = [
-        Record(Path("a"), ((question, answer),), "easy-vqa", "a") for question, answer in [("a", "yes"), ("b", "red")]
+        NanoRecord(Path("a"), ((question, answer),), "easy-vqa", "a")
+        for question, answer in [("a", "yes"), ("b", "red")]
     ]
     assert accuracies(records, ["yes", "blue"]) == {
         "easy-vqa": 0.5,

@@ -4,7 +4,7 @@ import pytest
 
 from fusion_hf import FusionProcessor
 from fusion_hf.nano.build import build_config, build_processor
-from fusion_hf.nano.tokenizer import build_tokenizer
+from fusion_hf.nano.word_tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="session")

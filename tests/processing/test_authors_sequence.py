@@ -13,7 +13,7 @@ from tests.helpers.chat_models import FORMAT_PARAMETERS, load_chat_model, write_
 from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
-from fusion_hf.data.records import parse_record
+from fusion_hf.data.record_parsing import parse_record
 from fusion_hf.inference import ChatModel
 from fusion_hf.inference.questions import Entry, parse_question
 from fusion_hf.model.modeling_fusion_base import cache_keyword

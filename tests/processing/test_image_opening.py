@@ -32,8 +32,8 @@ from tests.helpers.hostile_images import (
 
 from fusion_hf import FusionImageProcessor
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.pictures import open_picture
-from fusion_hf.data.records import RecordProblem
+from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.demo.session import open_upload
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import (

@@ -30,7 +30,7 @@ from tests.helpers.serving import (
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
-from fusion_hf.drawing.pictures import PictureSpec, Shape
+from fusion_hf.drawing.drawn_images import DrawnImage, DrawnShape
 from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.processing_fusion import FusionProcessor
 
@@ -63,8 +63,8 @@ def cases(chat_model: ChatModel) -> list[Case]:
     """Pictures that differ, questions and numbers of latent tokens."""
     made = []
     for color in ("red", "blue", "green", "yellow"):
-        shape = Shape("circle", color, left=36, top=40, width=52, height=52)
-        picture = PictureSpec("single", background=(244, 241, 236), shapes=(shape,)).render().resize((SIDE, SIDE))
+        shape = DrawnShape("circle", color, left=36, top=40, width=52, height=52)
+        picture = DrawnImage("single", background=(244, 241, 236), shapes=(shape,)).render().resize((SIDE, SIDE))
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=0)
         for question in QUESTIONS:

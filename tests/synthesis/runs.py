@@ -1,9 +1,13 @@
 """What a run left, as tests compare it."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice
+from fusion_hf.synthesis.record import SynthRecord
 from fusion_hf.synthesis.shards import read_records
 
 
@@ -28,3 +32,17 @@ def check_complete(data: Path, count: int) -> None:
     ids = [record["id"] for record in [*written(data), *rejected(data)]]
     assert len(ids) == count and len(set(ids)) == count
     assert not list(data.rglob("*.draft*"))
+
+
+def letter_shares(records: Iterable[SynthRecord]) -> dict[int, dict[str, float]]:
+    """By number of options, the share of questions in which each letter is right."""
+    counts: dict[int, Counter[str]] = {}
+    for record in records:
+        for turn in record.turns:
+            choice = parse_choice(turn)
+            if isinstance(choice, Choice):
+                counts.setdefault(len(choice.options), Counter())[choice.letter] += 1
+    return {
+        size: {letter: counted[letter] / counted.total() for letter in LETTERS[:size]}
+        for size, counted in sorted(counts.items())
+    }

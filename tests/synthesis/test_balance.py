@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from fusion_hf.drawing.pictures import MAX_COUNT
+from fusion_hf.drawing.drawn_images import MAX_COUNT
 from fusion_hf.synthesis.balance import MOST_ANSWERS, MOST_FORMS, OTHER, answer_value, count_answers, question_form
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice

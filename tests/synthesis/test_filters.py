@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
+from tests.synthesis.runs import letter_shares
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
 from fusion_hf.synthesis.filters.across import DuplicateQuestions
-from fusion_hf.synthesis.filters.judge import ImageCheck, Judge, parse_verdict
-from fusion_hf.synthesis.filters.options import balance_options, letter_shares
+from fusion_hf.synthesis.filters.options import balance_options
 from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.verdicts import fill_rubric, parse_verdict, verdict_problem
 
 SCENE = (
     "Three red apples and a green pear lie on a white plate. Two dogs, one brown and one black, sit left of the dark "
@@ -490,27 +491,15 @@ def test_verdicts(answer, score):
 
 
 def test_judges():
-    asked = []
-    answers = iter(['{"score": 4, "reason": "good"}', '{"score": 2, "reason": "wrong hat"}', "Hm."])
-
-    def ask(prompt: str, picture: Path | None) -> str:
-        asked.append((prompt, picture))
-        return next(answers)
-
     rubric = ModelCheck("$description | $conversation", 3)
-    judge = Judge(ask, rubric)
-    subject = record(("What color is the hat?", "Red"), descriptions=("A hat for $5.",), images=("a/1.png",))
-    assert judge.check(subject) is None
-    assert asked == [("A hat for $5. | Question: What color is the hat?\nAnswer: Red", None)]
-    seeing = ImageCheck(ask, rubric, Path("pictures"))
-    assert seeing.check(subject) == "score 2; allowed: 3 or more (wrong hat)"
-    assert asked[1][1] == Path("pictures/a/1.png")
-    assert seeing.check(subject) == "the answer has no score: 'Hm.'"
-    assert "0 pictures" in seeing.check(record(("What?", "It")))
+    subject = record(("What color is the hat?", "Red"), descriptions=("A hat for $5.",))
+    assert fill_rubric(rubric, subject) == "A hat for $5. | Question: What color is the hat?\nAnswer: Red"
+    assert verdict_problem(rubric, '{"score": 4, "reason": "good"}') is None
+    assert verdict_problem(rubric, '{"score": 2, "reason": "wrong hat"}') == "score 2; allowed: 3 or more (wrong hat)"
+    assert verdict_problem(rubric, "Hm.") == "the answer has no score: 'Hm.'"
 
 
 def test_a_judge_sees_which_picture_is_which():
-    prompts = []
-    judge = Judge(lambda prompt, picture: prompts.append(prompt) or "5", ModelCheck("$description$conversation", 3))
-    assert judge.check(record(("What differs?", "It"), descriptions=("A cat.", "A dog."))) is None
-    assert "The left picture: A cat.\nThe right picture: A dog." in prompts[0]
+    pair = record(("What differs?", "It"), descriptions=("A cat.", "A dog."))
+    prompt = fill_rubric(ModelCheck("$description$conversation", 3), pair)
+    assert "The left picture: A cat.\nThe right picture: A dog." in prompt

@@ -6,12 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tests.synthesis.runs import letter_shares
 
-from fusion_hf.drawing.pictures import COLORS, MAX_COUNT
+from fusion_hf.drawing.drawn_images import COLORS, MAX_COUNT
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import build_filters, first_problem
-from fusion_hf.synthesis.filters.options import balance_options, letter_shares
+from fusion_hf.synthesis.filters.options import balance_options
 from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.procedural import draw
 from fusion_hf.synthesis.procedural.draw import plan
@@ -42,7 +43,7 @@ def test_same_seed_same_record(name: str):
     first, again, other = draw(name, 3, 5), draw(name, 3, 5), draw(name, 4, 5)
     assert first.record == again.record
     assert first.record.id != other.record.id
-    for picture, same in zip(first.pictures, again.pictures, strict=True):
+    for picture, same in zip(first.images, again.images, strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(same))
     distinct = {(record.descriptions, record.turns) for record in records(name)}
     assert len(distinct) > DRAWN / 2
@@ -52,7 +53,7 @@ def test_same_seed_same_record(name: str):
 def test_pictures_show_the_facts(name: str):
     for index in range(10):
         drawn = draw(name, 0, index)
-        for picture, facts in zip(drawn.pictures, drawn.record.facts["pictures"], strict=True):
+        for picture, facts in zip(drawn.images, drawn.record.facts["pictures"], strict=True):
             pixels = np.asarray(picture).reshape(-1, 3)
             shown = {color for color, rgb in COLORS.items() if (pixels == rgb).all(axis=1).sum() >= LEAST_PIXELS}
             known = {shape["color"] for shape in facts["shapes"]}

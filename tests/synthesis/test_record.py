@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fusion_hf.data.records import parse_record
+from fusion_hf.data.record_parsing import parse_record
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.synthesis.record import IMAGE_MARK, Origin, Rejection, SynthRecord, Turn
 

@@ -13,7 +13,7 @@ from tests.helpers.training_runs import write_model
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
 from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, labelled_positions
-from fusion_hf.training.keyed import keyed
+from fusion_hf.training.query_len_records import with_query_lens
 
 WORDS = "what color is the shape of circles red two <|im_end|> <latent_image> assistant".split()
 
@@ -152,7 +152,7 @@ def test_what_would_be_left_out_is_refused(processor, case):
 
 
 def test_records_with_images_in_any_layout_are_grouped_together():
-    lengths = keyed([*LAYOUTS.values(), {"messages": asking("what color ?")}]).lengths
+    lengths = with_query_lens([*LAYOUTS.values(), {"messages": asking("what color ?")}]).lengths
     assert lengths.tolist() == [4] * len(LAYOUTS) + [-4]
 
 

@@ -15,6 +15,9 @@ from tests.helpers.training_data import NUM_RECORDS, make_record, write_format, 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import index as index_module
 from fusion_hf.data import load_records
+from fusion_hf.data.sources import JsonArray, JsonLines
+from fusion_hf.data.tables import Table
+from fusion_hf.data.tar_shards import TarRecords
 
 RECORDS_TO_KILL, ROWS = 50_000, 1000
 SECONDS = 120  # a hung process fails its test
@@ -188,3 +191,9 @@ def test_five_million_records_in_bounded_memory(tmp_path: Path):
             assert answer == record["conversations"][1]["value"]
             assert -length == sum(len(turn["value"].split()) for turn in record["conversations"])
         assert found["peak"] < MAX_BYTES, f"attempt {attempt}: {found['indexed']:,} indexed, {found['peak']:,} peak"
+
+
+def test_names_of_indexes_stay():
+    """An index that an earlier version made is found under the same name."""
+    kinds = {source.kind for source in (JsonLines, JsonArray, Table, TarRecords)}
+    assert kinds == {"JsonLines", "JsonArray", "Table", "TarShard"}

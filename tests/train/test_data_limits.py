@@ -11,8 +11,8 @@ from PIL import Image, ImageFile
 
 from fusion_hf import FusionProcessor, nano_path
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.pictures import open_picture
-from fusion_hf.data.records import RecordProblem
+from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.training import FusionDataCollator, load_records
 from fusion_hf.training import run as training
 from fusion_hf.training.recipe import load_recipe

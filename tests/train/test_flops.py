@@ -8,9 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_hf import FusionConfig
-from fusion_hf.training.checkpointing import enable_checkpointing
-from fusion_hf.training.flops import Shape, forward_flops, step_flops, training_flops
-from fusion_hf.training.parts import PARTS, freeze_except
+from fusion_hf.training.flops import BatchShape, forward_flops, step_flops, training_flops
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
+from fusion_hf.training.parameter_groups import PARTS, freeze_except
 
 SAMPLES = [Sample([5, 3], [4, 6], seed=1), Sample([9], [2], seed=2), Sample([4], [3], seed=3)]
 # rounding of tiny products; a part that is missed or counted twice is several times as much
@@ -19,7 +19,7 @@ FORWARD_TOLERANCE, BACKWARD_TOLERANCE = 1e-9, 0.005
 
 def run(
     config: FusionConfig, trained: Collection[str] = PARTS, backward: bool = False, checkpointing: bool = False
-) -> tuple[int, Shape]:
+) -> tuple[int, BatchShape]:
     """PyTorch's count of one batch, and the batch's shape."""
     model = tiny_model(config).train()
     freeze_except(model, tuple(trained))
@@ -27,7 +27,9 @@ def run(
         enable_checkpointing(model)
     inputs = make_inputs(config, SAMPLES)
     batch, sequence = inputs["input_ids"].shape
-    shape = Shape(batch, sequence, inputs["instruct_input_ids"].shape[1], inputs["prompt_end_positions"].shape[1], 4)
+    shape = BatchShape(
+        batch, sequence, inputs["instruct_input_ids"].shape[1], inputs["prompt_end_positions"].shape[1], 4
+    )
     labels = inputs["input_ids"].where(inputs["input_ids"] < config.text_config.vocab_size, -100)
     # the count knows no fused attention on the CPU: in single products it counts
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -80,7 +82,7 @@ def test_checkpointing_is_counted_apart(trained):
 
 
 def test_parts_add_up():
-    flops = step_flops(tiny_config(), Shape(2, 64, 8, 1, 4))
+    flops = step_flops(tiny_config(), BatchShape(2, 64, 8, 1, 4))
     assert sum(flops.by_part.values()) == flops.forward
     assert all(flops.by_part[part] > 0 for part in PARTS)
 
@@ -88,14 +90,14 @@ def test_parts_add_up():
 def test_fusion_3b_per_sample_is_near_the_rule_of_thumb():
     """6 FLOPs for each parameter and token that it sees, here by hand for the language model alone."""
     config = FusionConfig.from_pretrained("configs/models/fusion-3b.json")
-    shape = Shape(1, 2048, 64, 2, 36)
+    shape = BatchShape(1, 2048, 64, 2, 36)
     parameters = 32 * (4 * 3072**2 + 3 * 3072 * 8192) + 3072 * 32013
     attention = 32 * 4 * 2048**2 * 3072
     assert step_flops(config, shape).by_part["language_model"] == 2 * 2048 * parameters + attention
 
 
 def test_adapters_send_gradients_through_the_language_model():
-    config, shape = tiny_config(), Shape(1, 40, 4, 1, 4)
+    config, shape = tiny_config(), BatchShape(1, 40, 4, 1, 4)
     frozen = step_flops(config, shape, ())
     adapted = step_flops(config, shape, (), lora=True)
     assert frozen.training == frozen.forward
@@ -104,4 +106,4 @@ def test_adapters_send_gradients_through_the_language_model():
 
 
 def test_text_only_batch_has_no_sampler_products():
-    assert step_flops(tiny_config(), Shape(1, 40, 0, 0, 4)).by_part["samplers"] == 0
+    assert step_flops(tiny_config(), BatchShape(1, 40, 0, 0, 4)).by_part["samplers"] == 0

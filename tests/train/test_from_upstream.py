@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.cli.convert import main as convert
 from fusion_hf.training import run as training
-from fusion_hf.training.parts import PARTS, part_of
+from fusion_hf.training.parameter_groups import PARTS, part_of
 from fusion_hf.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -18,10 +18,10 @@ from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.cli import main
 from fusion_hf.common.errors import InputError
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
-from fusion_hf.training import lora, recipe
+from fusion_hf.training import adapters, recipe
+from fusion_hf.training.adapters import add_lora, find_targets, load_adapter, quantization_config
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.lora import add_lora, find_targets, load_adapter, quantization_config
-from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
 from fusion_hf.training.run import load_start, make_trainer
 
 KEYS = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 6, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -50,7 +50,7 @@ def adapter(trained: Run, tmp_path: Path) -> Path:
     """The trained adapter, to be spoilt."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for name in (lora.ADAPTER_CONFIG, lora.ADAPTER_WEIGHTS):
+    for name in (adapters.ADAPTER_CONFIG, adapters.ADAPTER_WEIGHTS):
         shutil.copy(trained.output / name, folder)
     return folder
 
@@ -161,11 +161,11 @@ def test_adapter_gives_the_trained_models_logits(model_folder: Path, data: Path,
 
 def test_files_of_a_finished_run(trained: Run, model_folder: Path) -> None:
     names = {path.name for path in trained.output.iterdir()}
-    assert {lora.ADAPTER_CONFIG, lora.ADAPTER_WEIGHTS, "processor_config.json", "finished.json"} <= names
+    assert {adapters.ADAPTER_CONFIG, adapters.ADAPTER_WEIGHTS, "processor_config.json", "finished.json"} <= names
     assert "model.safetensors" not in names
-    config = json.loads((trained.output / lora.ADAPTER_CONFIG).read_text())
+    config = json.loads((trained.output / adapters.ADAPTER_CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(model_folder)
-    with safe_open(trained.output / lora.ADAPTER_WEIGHTS, framework="pt") as file:
+    with safe_open(trained.output / adapters.ADAPTER_WEIGHTS, framework="pt") as file:
         assert {part_of(name) for name in file.keys()} == {PROJECTORS, SAMPLERS, LANGUAGE_MODEL}  # noqa: SIM118
 
 
@@ -178,13 +178,13 @@ def test_resumed_run_equals_the_whole_one(
     exact = run.exact_log()
     if not more:
         assert exact == trained.exact_log()
-    weights = (run.output / lora.ADAPTER_WEIGHTS).read_bytes()
-    for name in ("finished.json", lora.ADAPTER_WEIGHTS):
+    weights = (run.output / adapters.ADAPTER_WEIGHTS).read_bytes()
+    for name in ("finished.json", adapters.ADAPTER_WEIGHTS):
         (run.output / name).unlink()
     shutil.rmtree(run.output / "checkpoint-6")
     run.finish()
     assert run.exact_log() == exact
-    assert (run.output / lora.ADAPTER_WEIGHTS).read_bytes() == weights
+    assert (run.output / adapters.ADAPTER_WEIGHTS).read_bytes() == weights
 
 
 def test_resume_is_strict(trained: Run, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_resume_is_strict(trained: Run, tmp_path: Path) -> None:
     shutil.rmtree(run.output / "checkpoint-6")
     text = trained.recipe.read_text().replace(str(trained.output), str(run.output))
     run.recipe.write_text(text)
-    weights = run.output / "checkpoint-3" / lora.ADAPTER_WEIGHTS
+    weights = run.output / "checkpoint-3" / adapters.ADAPTER_WEIGHTS
     renamed = {name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(weights).items()}
     save_file(renamed, weights, {"format": "pt"})  # same names' lengths: the checkpoint's sizes agree
     started = run.start()
@@ -270,7 +270,7 @@ def test_ask_names_merge(trained: Run, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def spoil_weights(folder: Path, key: str, change: str) -> None:
-    path = folder / lora.ADAPTER_WEIGHTS
+    path = folder / adapters.ADAPTER_WEIGHTS
     weights = load_file(path)
     tensor = weights.pop(key)
     if change == "renamed":
@@ -317,7 +317,7 @@ def test_wrong_keys_are_errors(model_folder: Path, adapter: Path, key: str, chan
 def test_strange_configurations_are_errors(
     model_folder: Path, adapter: Path, changes: dict[str, Any], error: str
 ) -> None:
-    path = adapter / lora.ADAPTER_CONFIG
+    path = adapter / adapters.ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError) as caught:
         load_adapter(load_base(model_folder), adapter)
@@ -326,14 +326,14 @@ def test_strange_configurations_are_errors(
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 64])
 def test_weights_that_are_no_safetensors(model_folder: Path, adapter: Path, content: bytes) -> None:
-    (adapter / lora.ADAPTER_WEIGHTS).write_bytes(content)
+    (adapter / adapters.ADAPTER_WEIGHTS).write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
         load_adapter(load_base(model_folder), adapter)
 
 
 def test_pickled_weights_are_not_looked_at(model_folder: Path, adapter: Path) -> None:
-    weights = load_file(adapter / lora.ADAPTER_WEIGHTS)
-    (adapter / lora.ADAPTER_WEIGHTS).unlink()
+    weights = load_file(adapter / adapters.ADAPTER_WEIGHTS)
+    (adapter / adapters.ADAPTER_WEIGHTS).unlink()
     torch.save(weights, adapter / "adapter_model.bin")
     with pytest.raises(InputError, match="safetensors only"):
         load_adapter(load_base(model_folder), adapter)
@@ -349,6 +349,6 @@ def test_quantized_are_the_layers_that_get_adapters(model_folder: Path) -> None:
 
 
 def test_missing_bitsandbytes_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"fusion_hf\[quant\]"):
         quantization_config(make_arguments(tmp_path, load_in_4bit=True))

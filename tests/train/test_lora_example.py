@@ -28,7 +28,7 @@ def test_records_of_the_task(tmp_path: Path) -> None:
 
 
 def test_smaller_is_clearly_smaller() -> None:
-    from fusion_hf.drawing.pictures import draw_spec
+    from fusion_hf.drawing.drawn_images import draw_spec
 
     specs = [draw_spec("spatial", "test", index) for index in range(50)]
     clear = [spec for spec in specs if smaller(spec) is not None]

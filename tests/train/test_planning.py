@@ -16,8 +16,8 @@ from fusion_hf import FusionConfig
 from fusion_hf.cli import main
 from fusion_hf.cli.plan import count_records
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.flops import Shape, step_flops
-from fusion_hf.training.parts import PARTS
+from fusion_hf.training.flops import BatchShape, step_flops
+from fusion_hf.training.parameter_groups import PARTS
 from fusion_hf.training.planning import (
     DDP,
     FSDP2,
@@ -28,10 +28,10 @@ from fusion_hf.training.planning import (
     ZERO3,
     Machine,
     Planner,
-    Weights,
+    WeightCounts,
     count_states,
 )
-from fusion_hf.training.simulation import KEPT, REDUCED, Setting, simulate
+from fusion_hf.training.simulation import KEPT, REDUCED, StepSetting, simulate
 
 TOLERANCE = 0.10  # buffers inside kernels are not modelled; the aim is 0.15
 MODELS = Path("configs/models")
@@ -64,7 +64,7 @@ def modelled(case: Case) -> int:
     config = case.config()
     inputs = case.inputs(config)
     batch, sequence = inputs["input_ids"].shape
-    shape = Shape(batch, sequence, inputs["instruct_input_ids"].shape[1], case.turns, case.query_len)
+    shape = BatchShape(batch, sequence, inputs["instruct_input_ids"].shape[1], case.turns, case.query_len)
     recipe = {
         "bf16": case.bf16,
         "gradient_checkpointing": case.checkpointing,
@@ -89,7 +89,7 @@ def test_memory_of_a_step(name):
 
 # ---- states, by hand ----
 
-WEIGHTS_3B = Weights(
+WEIGHTS_3B = WeightCounts(
     by_part={"vision_tower": 400, "projectors": 25, "samplers": 850, "language_model": 3725},
     trained={"vision_tower": 400, "projectors": 25, "samplers": 850, "language_model": 3725},
     quantized=0,
@@ -151,27 +151,27 @@ def test_fusion_3b_under_zero2_on_32_gpus():
 # ---- activations ----
 
 
-def peak(shape: Shape, **changes) -> int:
+def peak(shape: BatchShape, **changes) -> int:
     config = tiny_config(changes.pop("backbone", "llama"))
-    plain = Setting(PARTS, torch.float32, None, checkpointing=False, gradients=KEPT)
+    plain = StepSetting(PARTS, torch.float32, None, checkpointing=False, gradients=KEPT)
     return simulate(config, shape, replace(plain, **changes)).total
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
-    one, two, four = (peak(Shape(batch, 64, 8, 2, 4)) for batch in (1, 2, 4))
+    one, two, four = (peak(BatchShape(batch, 64, 8, 2, 4)) for batch in (1, 2, 4))
     assert one < two < four
-    assert peak(Shape(4, 64, 8, 2, 4), checkpointing=True) < 0.8 * four
+    assert peak(BatchShape(4, 64, 8, 2, 4), checkpointing=True) < 0.8 * four
 
 
 @pytest.mark.slow
 def test_reduced_gradients_are_gone():
-    shape = Shape(1, 64, 8, 2, 4)
+    shape = BatchShape(1, 64, 8, 2, 4)
     assert peak(shape, gradients=REDUCED, checkpointing=True) < peak(shape, checkpointing=True)
 
 
 @pytest.mark.slow
 def test_adapters_need_less_than_the_weights_they_adapt():
-    shape = Shape(2, 64, 8, 2, 4)
+    shape = BatchShape(2, 64, 8, 2, 4)
     frozen = tuple(part for part in PARTS if part != "language_model")
     adapted = peak(shape, trained=frozen, lora_rank=2, checkpointing=True)
     assert adapted < peak(shape, checkpointing=True)
@@ -184,6 +184,17 @@ def test_adapters_alone_are_trained_in_the_language_model():
     assert weights.trained["language_model"] == 4 * (attention + 3 * 2 * (32 + 48))
     assert weights.trained["vision_tower"] == weights.trained["samplers"] == 0
     assert weights.quantized == 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+
+
+def test_weights_of_changed_runs_are_counted_anew():
+    """Whatever of a run changes, its weights are not those of another run with the same rank."""
+    planner = Planner(tiny_config(), {"lora_rank": 2, "train": ["projectors", "language_model"]})
+    changes = [{}, {"trained": ("samplers",)}, {"lora_targets": ("q_proj",)}, {"quantized": True}]
+    for change in changes:
+        run = replace(planner.run, **change)
+        alone = Planner(tiny_config(), {"lora_rank": 2, "train": ["projectors", "language_model"]})
+        assert planner.weights(run) == alone.weights(run), change
+    assert len({str(planner.weights(replace(planner.run, **change))) for change in changes}) == len(changes)
 
 
 def test_parts_trained_beside_adapters_are_kept_twice():
@@ -244,7 +255,7 @@ def test_command_that_fits(recipe, capsys):
 def test_numbers_as_json(recipe, capsys):
     assert main(["plan", str(recipe), "--gpus", "2", "--tokens-per-record", "50", "--records", "81", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    flops = step_flops(tiny_config(), Shape(1, 50, 128, 1, 2), PARTS)
+    flops = step_flops(tiny_config(), BatchShape(1, 50, 128, 1, 2), PARTS)
     assert plan["work"] == {
         "records": 81,
         "steps": 42,  # 21 in each epoch, the last one not full

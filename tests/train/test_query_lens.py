@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
-from fusion_hf.training.keyed import KeyedIterable
+from fusion_hf.training.query_len_records import QueryLenIterable
 from fusion_hf.training.query_lens import BatchDraw
 from fusion_hf.training.sampler import Layout, StepSampler, query_len_of_step
 
@@ -110,7 +110,7 @@ class SizedRecords(Records):
 def test_an_iterable_has_the_number_of_its_step(workers):
     records = [{"id": number} for number in range(40)]
     layout = Layout(2, accumulation=3)
-    iterable = KeyedIterable(Records(records), layout, QUERY_LENS, seed=3)
+    iterable = QueryLenIterable(Records(records), layout, QUERY_LENS, seed=3)
     loader = iter(DataLoader(iterable, batch_size=2, num_workers=workers, collate_fn=list))
     batches = [next(loader) for _ in range(30)]  # beyond the end of the records, which have no length
     for number, batch in enumerate(batches):
@@ -120,7 +120,7 @@ def test_an_iterable_has_the_number_of_its_step(workers):
 
 def test_a_sized_iterable_ends_and_its_epochs_count_on():
     records = SizedRecords([{"id": number} for number in range(10)])
-    iterable = KeyedIterable(records, Layout(2, accumulation=2), QUERY_LENS, seed=3)
+    iterable = QueryLenIterable(records, Layout(2, accumulation=2), QUERY_LENS, seed=3)
     for epoch in (0, 1):
         iterable.set_epoch(epoch)
         found = [record["query_len"] for record in iterable]
@@ -129,7 +129,7 @@ def test_a_sized_iterable_ends_and_its_epochs_count_on():
 
 
 def test_an_iterable_without_records_ends():
-    assert list(KeyedIterable(Records([]), Layout(2), QUERY_LENS, seed=0)) == []
+    assert list(QueryLenIterable(Records([]), Layout(2), QUERY_LENS, seed=0)) == []
 
 
 # ---- the trainer ----

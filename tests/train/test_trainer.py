@@ -11,7 +11,7 @@ import torch
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.common.errors import InputError
 from fusion_hf.training import run as training
-from fusion_hf.training.parts import PARTS, part_of
+from fusion_hf.training.parameter_groups import PARTS, part_of
 from fusion_hf.training.recipe import load_recipe, make_arguments
 
 

@@ -15,7 +15,7 @@ from transformers.data import default_data_collator
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.common.errors import InputError
 from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
-from fusion_hf.training.checks import warn_of_half_weights
+from fusion_hf.training.trainer_checks import warn_of_half_weights
 
 WORDS = "red blue two one no yes circle square".split()
 SETTINGS = {

@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionModel
 from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer
-from fusion_hf.training.checkpointing import enable_checkpointing
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """A picture's tiles are encoded once for all questions about it, and answers stay those of the transformers model."""
 
 import pytest
-import torch
 from tests.helpers.vllm_models import CASES, Case, Reference, answer_of, write_random_model
 
 pytestmark = pytest.mark.vllm
@@ -71,25 +70,3 @@ def test_memory_is_measured_with_as_many_pictures_as_a_step_may_have(engine, enc
     encoded.clear()
     executor.driver_worker.worker.model_runner.profile_run()
     assert encoded == [PARALLEL]
-
-
-def test_the_oldest_pictures_are_forgotten():
-    from fusion_hf.vllm.windows import WindowCache
-
-    made: list[int] = []
-
-    def encode(indices: list[int]) -> list[torch.Tensor]:
-        made.extend(indices)
-        return [torch.full((2, 3), float(index)) for index in indices]
-
-    cache = WindowCache(limit=2 * 24)
-    cache.collect(["a", "b", "a"], encode)
-    assert made == [2, 1]
-    cache.collect(["a"], encode)
-    cache.collect(["c"], encode)  # in place of b, though a came before it
-    assert cache.num_bytes == 48
-    made.clear()
-    (windows,) = cache.collect(["a"], encode)
-    assert made == [] and windows.eq(2).all()
-    assert [len(rows) for rows in cache.collect(["x", "y", "z"], encode)] == [2, 2, 2]  # more than it keeps
-    assert cache.num_bytes == 48

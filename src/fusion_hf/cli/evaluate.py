@@ -201,6 +201,7 @@ def _require_lmms_eval(debug: bool) -> None:
     if not debug:
         silence_libraries()
     try:
+        import httpx  # noqa: F401
         import lmms_eval.evaluator  # noqa: F401
         from loguru import logger
     except ImportError as error:

@@ -14,7 +14,7 @@ from fusion_hf.hub.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:
     from fusion_hf.model.configuration_fusion import FusionConfig
-    from fusion_hf.training.planning import Memory, Plan
+    from fusion_hf.training.planning import GpuMemory, TrainingPlan
 
 GIB = 2**30
 SHARDINGS = ("auto", "none", "ddp", "zero2", "zero3", "fsdp2")
@@ -61,8 +61,8 @@ def _amount(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; returns the exit status."""
-    from fusion_hf.training.keys import check_optimizer
     from fusion_hf.training.recipe import load_recipe, split_batch
+    from fusion_hf.training.recipe_keys import check_optimizer
 
     values = load_recipe(arguments.recipe, arguments.overrides)
     file = find_config(values, Path(arguments.recipe), arguments.config)
@@ -137,7 +137,7 @@ def count_records(data: str) -> int | None:
     return total
 
 
-def as_json(plan: "Plan", tflops: float | None) -> dict[str, Any]:
+def as_json(plan: "TrainingPlan", tflops: float | None) -> dict[str, Any]:
     """All numbers of a plan."""
     return {
         **asdict(plan),
@@ -146,13 +146,13 @@ def as_json(plan: "Plan", tflops: float | None) -> dict[str, Any]:
     }
 
 
-def _seconds(plan: "Plan", tflops: float | None) -> float | None:
+def _seconds(plan: "TrainingPlan", tflops: float | None) -> float | None:
     if plan.work is None or tflops is None:
         return None
     return plan.work.model_flops / (plan.machine.gpus * tflops * TFLOP)
 
 
-def table(plan: "Plan", tflops: float | None) -> str:
+def table(plan: "TrainingPlan", tflops: float | None) -> str:
     """A plan for people."""
     lines = [f"{'weights':24}{'all':>12}{'trained':>12}"]
     for part, count in plan.weights.by_part.items():
@@ -163,7 +163,7 @@ def table(plan: "Plan", tflops: float | None) -> str:
     return "\n".join(lines)
 
 
-def _memory_lines(plan: "Plan", memory: "Memory") -> list[str]:
+def _memory_lines(plan: "TrainingPlan", memory: "GpuMemory") -> list[str]:
     gpus = f"{plan.machine.gpus} GPU{'s' if plan.machine.gpus > 1 else ''}"
     rows = {
         "parameters": memory.parameters,
@@ -181,7 +181,7 @@ def _memory_lines(plan: "Plan", memory: "Memory") -> list[str]:
     ]
 
 
-def _work_lines(plan: "Plan", tflops: float | None) -> list[str]:
+def _work_lines(plan: "TrainingPlan", tflops: float | None) -> list[str]:
     flops = plan.record_flops
     record = f"a record of {plan.record_tokens} tokens: {flops.training / TFLOP:.1f} TFLOPs forward and backward"
     lines = [f"{record}, {flops.recomputed / TFLOP:.1f} more with checkpointing"]
@@ -202,7 +202,7 @@ def _work_lines(plan: "Plan", tflops: float | None) -> list[str]:
     return lines
 
 
-def _verdict(plan: "Plan") -> str:
+def _verdict(plan: "TrainingPlan") -> str:
     if plan.fits:
         return f"It fits. Largest batch per GPU and pass that fits: {plan.largest_batch}."
     if plan.largest_batch is not None:

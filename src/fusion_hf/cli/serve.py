@@ -112,8 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         _limits(arguments),
         hosts,
         api_key,
-        chat_model.check_query_len(arguments.query_len),
-        chat_model.check_image_token_grid(arguments.image_token_grid),
+        chat_model.token_budget(arguments.query_len, arguments.image_token_grid),
     )
     serve(service, listener)
     return 0

@@ -19,16 +19,21 @@ TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 TO_STOP = frozenset({401, 402, 403, 404})  # what no other request would fare better with
 
 
-class Refused(Exception):
+class RequestRejected(Exception):
     """The endpoint will not answer this request; others may fare better."""
 
 
-class Unavailable(Exception):
+class EndpointUnavailable(Exception):
     """The endpoint answers nobody: the run has to be given again."""
 
 
-class Again(Exception):
-    """A failure that may pass; `seconds`: how long the endpoint asks to wait."""
+class RetryableError(Exception):
+    """
+    A failure that may pass.
+
+    Attributes:
+        seconds: how long the endpoint asks to wait.
+    """
 
     def __init__(self, reason: str, seconds: float | None = None):
         super().__init__(reason)
@@ -42,15 +47,26 @@ def read_key(variable: str) -> str:
 
 def check_key(variable: str | None, named_by: str = "key_variable") -> None:
     """
+    Look for the API key before a run begins.
+
+    Args:
+        variable: the environment variable that holds it; None: there is none.
+        named_by: the setting that names the variable, for the error.
+
     Raises:
-        InputError: if the environment has no such variable.
+        InputError: if the environment has no such variable, or its value cannot stand in a header.
     """
-    if variable is not None and not read_key(variable):
+    if variable is None:
+        return
+    key = read_key(variable)
+    if not key:
         raise InputError(f"The environment has no {variable}, which {named_by} names; set it to the API key.")
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"{named_by} is {variable}, which holds no key; allowed: printable ASCII characters.")
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A picture's file, of a kind such as `image/png`, as the protocol takes it."""
+    """Write an image file, of a kind such as `image/png`, as the protocol takes it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -60,12 +76,10 @@ def endpoint_url(base: str, call: str) -> str:
     return f"{base if urlsplit(base).path else base + DEFAULT_PATH}/{call}"
 
 
-def pause(attempt: int, asked: float | None, first: float = FIRST_PAUSE) -> float:
-    """Seconds to wait before the next try, after as many as `attempt`; `asked`: for how long the endpoint asks."""
-    if asked is not None:
-        return min(asked, LONGEST_PAUSE)
+def pause(failures: int, first: float = FIRST_PAUSE) -> float:
+    """Draw the seconds to wait after more than `failures` failures, doubled from one to the next."""
     # apart from each other, or all who failed together come back together
-    return min(first * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+    return min(first * 2**failures, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
 
 def seconds_asked(retry_after: str | None) -> float | None:
@@ -80,28 +94,28 @@ def check_status(url: str, status: int, words: str, retry_after: str | None) -> 
             an endpoint may repeat the key.
 
     Raises:
-        Again, Refused, Unavailable: for every status but 200.
+        RetryableError, RequestRejected, EndpointUnavailable: for every status but 200.
     """
     if status in TO_RETRY:
-        raise Again(f"HTTP {status}", seconds_asked(retry_after))
+        raise RetryableError(f"HTTP {status}", seconds_asked(retry_after))
     if status in TO_STOP:
-        raise Unavailable(f"{url} answers HTTP {status} {HTTPStatus(status).phrase}: {words}")
+        raise EndpointUnavailable(f"{url} answers HTTP {status} {HTTPStatus(status).phrase}: {words}")
     if status != HTTPStatus.OK:
-        raise Refused(f"HTTP {status}: {words}")
+        raise RequestRejected(f"HTTP {status}: {words}")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object that a response is.
 
     Raises:
-        Again: if it is none.
+        RetryableError: if it is none.
     """
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Again("the response is no JSON") from error
+        raise RetryableError("the response is no JSON") from error
     if not isinstance(answer, dict):
-        raise Again("the response is no JSON object")
+        raise RetryableError("the response is no JSON object")
     return answer
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.data.records import SampleKey
+from fusion_hf.data.record_parsing import SampleKey
 
 if TYPE_CHECKING:
     from fusion_hf.data.dataset import RecordDataset, StreamedRecords, load_records

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.image_files import open_picture, picture_path
 from fusion_hf.data.index import Index, open_index
 from fusion_hf.data.mixture import MixtureEntry
-from fusion_hf.data.pictures import open_picture, picture_path
-from fusion_hf.data.records import RecordProblem, parse_record
+from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.skips import describe
-from fusion_hf.data.sources import Source
+from fusion_hf.data.sources import RecordSource
 
 Images = Literal["exist", "decode", "none"]
 IMAGES = ("exist", "decode", "none")
@@ -96,14 +96,14 @@ def check_entry(
     return report
 
 
-def _structure(source: Source, index: Index) -> Problems:
+def _structure(source: RecordSource, index: Index) -> Problems:
     problems = Problems()
     for number in index.broken().tolist() if index.num_broken else ():
         problems.add(source.name, number, index.problem(number))
     return problems
 
 
-def _pictures(source: Source, total: int, images: Images, max_image_pixels: int, progress: bool) -> Problems:
+def _pictures(source: RecordSource, total: int, images: Images, max_image_pixels: int, progress: bool) -> Problems:
     problems = Problems()
     items = tqdm(
         source.scan(),

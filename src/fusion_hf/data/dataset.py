@@ -12,12 +12,12 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.image_files import OnTruncated, open_picture
 from fusion_hf.data.index import Index, default_cache, open_index
 from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
-from fusion_hf.data.pictures import OnTruncated, open_picture
-from fusion_hf.data.records import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
+from fusion_hf.data.record_parsing import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
 from fusion_hf.data.skips import BrokenRecords, OnBroken
-from fusion_hf.data.sources import Source, Stream
+from fusion_hf.data.sources import RecordSource, RecordStream
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
 
 
@@ -77,7 +77,7 @@ class RecordReader:
         self.exif_transpose = exif_transpose
         self.on_truncated = on_truncated
 
-    def __call__(self, stream: Stream, index: int, raw: Raw) -> dict[str, Any]:
+    def __call__(self, stream: RecordStream, index: int, raw: Raw) -> dict[str, Any]:
         """
         `{"id", "image", "messages"}`, or `{"id", "skipped"}` (the reason) for a broken record under `skip`.
 
@@ -99,15 +99,15 @@ class RecordReader:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """Records of one source: a range of them, or sorted numbers."""
 
-    source: Source
+    source: RecordSource
     index: Index
     rows: Rows
 
 
-def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[Part]:
+def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[MixturePart]:
     """
     What the entries of a mixture take from their files, in their order; broken records are still among it.
 
@@ -123,7 +123,7 @@ def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[
         for source, index, end in zip(sources, indexes, ends.tolist(), strict=True):
             inside = _inside(rows, end - len(index), end)
             if len(inside):
-                parts.append(Part(source, index, inside))
+                parts.append(MixturePart(source, index, inside))
     return parts
 
 
@@ -144,14 +144,14 @@ class RecordDataset(Dataset):
     set. Those with a broken picture are found when they are read.
     """
 
-    def __init__(self, parts: list[Part], reader: RecordReader):
+    def __init__(self, parts: list[MixturePart], reader: RecordReader):
         self.reader = reader
         self.parts = [self._without_broken(part) for part in parts]
         self.ends = np.cumsum([len(part.rows) for part in self.parts])
         if len(self) == 0:
             raise InputError("data: no record is left; all are broken.")
 
-    def _without_broken(self, part: Part) -> Part:
+    def _without_broken(self, part: MixturePart) -> MixturePart:
         if part.index.num_broken == 0:
             return part
         broken = part.index.broken()
@@ -162,7 +162,7 @@ class RecordDataset(Dataset):
         kept = np.isin(rows, broken, invert=True)
         found = rows[~kept].tolist() if self.reader.broken.on_broken == "skip" else rows[~kept][:1].tolist()
         self.reader.broken.handle((part.source.name, index, part.index.problem(index)) for index in found)
-        return Part(part.source, part.index, rows[kept]) if found else part
+        return MixturePart(part.source, part.index, rows[kept]) if found else part
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -217,7 +217,7 @@ class StreamedRecords(IterableDataset):
         start: int = 0,
     ):
         self.reader = reader
-        self.streams: list[tuple[Stream, int | None]] = []  # and how many of its records
+        self.streams: list[tuple[RecordStream, int | None]] = []  # and how many of its records
         for entry in entries:
             self.streams += _streams(entry)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
@@ -252,7 +252,7 @@ class StreamedRecords(IterableDataset):
             if rank == self.rank and batch >= self.start and (batch - self.start) % workers == worker:
                 yield self.reader(stream, index, raw)
 
-    def _endless(self) -> Iterator[tuple[Stream, int, Raw]]:
+    def _endless(self) -> Iterator[tuple[RecordStream, int, Raw]]:
         epoch = 0
         while self.epochs is None or epoch < self.epochs:
             empty = True
@@ -266,7 +266,7 @@ class StreamedRecords(IterableDataset):
             epoch += 1
 
 
-def _streams(entry: MixtureEntry) -> list[tuple[Stream, int | None]]:
+def _streams(entry: MixtureEntry) -> list[tuple[RecordStream, int | None]]:
     """What can be streamed: of files whose number of records is not known, all or the first ones."""
     streams = entry.locate().streams()
     strategy: Strategy = entry.strategy

@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class EasyVqaPicture:
+class EasyVqaImage:
     """One picture with its questions: `questions` are (question, answer) pairs, verbatim and in the file's order."""
 
     image_id: int
@@ -16,7 +16,7 @@ class EasyVqaPicture:
     questions: tuple[tuple[str, str], ...]
 
 
-def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaPicture]:
+def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
     """All pictures of one part of the data set, ordered by id.
 
     Raises:
@@ -37,7 +37,7 @@ def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaPicture]:
         if image_id not in questions:
             raise ValueError(f"easy-vqa {part}: question {text!r} is about picture {image_id}, which does not exist")
         questions[image_id].append((text, answer))
-    return [EasyVqaPicture(i, Path(paths[i]), tuple(pairs)) for i, pairs in questions.items()]
+    return [EasyVqaImage(i, Path(paths[i]), tuple(pairs)) for i, pairs in questions.items()]
 
 
 def _import_package() -> ModuleType:

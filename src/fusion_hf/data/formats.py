@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.data.records import FILE_NAME, IMAGE_KEY
-from fusion_hf.data.shards import TarShard, find_shards
-from fusion_hf.data.sources import JsonArray, JsonLines, Source, Stream
+from fusion_hf.data.record_parsing import FILE_NAME, IMAGE_KEY
+from fusion_hf.data.sources import JsonArray, JsonLines, RecordSource, RecordStream
+from fusion_hf.data.tar_shards import TarRecords, find_shards
 
-FILE_SOURCES: dict[str, type[JsonArray | JsonLines | TarShard]] = {
+FILE_SOURCES: dict[str, type[JsonArray | JsonLines | TarRecords]] = {
     ".json": JsonArray,
     ".jsonl": JsonLines,
-    ".tar": TarShard,
+    ".tar": TarRecords,
 }
 SUFFIXES = (*FILE_SOURCES, ".parquet", ".csv")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -22,7 +22,7 @@ TABLES_FOLDER = "tables"  # in the cache: Parquet and CSV files as Arrow
 
 
 @dataclass(frozen=True)
-class Location:
+class DataLocation:
     """Existing files of one kind, or a data set of the Hub; what their pictures are under and in which field."""
 
     files: tuple[Path, ...]
@@ -30,7 +30,7 @@ class Location:
     image_key: str = IMAGE_KEY
     hub: tuple[str, str] | None = None  # repository and split
 
-    def sources(self, cache: Path) -> list[Source]:
+    def sources(self, cache: Path) -> list[RecordSource]:
         """What has random access; Parquet and CSV are written to `cache` for it."""
         if self.hub is not None:
             from fusion_hf.data.tables import Table, load_hub  # which take a second to import
@@ -38,7 +38,7 @@ class Location:
             return [Table(load_hub(*self.hub), ":".join(self.hub), self.root)]
         return [self._source(file, cache / TABLES_FOLDER) for file in self.files]
 
-    def _source(self, file: Path, cache: Path) -> Source:
+    def _source(self, file: Path, cache: Path) -> RecordSource:
         if file.suffix in FILE_SOURCES:
             return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
         from fusion_hf.data.tables import Table, load_csv, load_parquet
@@ -46,7 +46,7 @@ class Location:
         load = load_parquet if file.suffix == ".parquet" else load_csv
         return Table(load(file, cache), str(file), self.root, self.image_key)
 
-    def streams(self) -> list[Stream]:
+    def streams(self) -> list[RecordStream]:
         """What is read from beginning to end."""
         if self.hub is not None:
             from fusion_hf.data.tables import HubRows, RowStream
@@ -54,7 +54,7 @@ class Location:
             return [RowStream(HubRows(*self.hub), ":".join(self.hub), self.root)]
         return [self._stream(file) for file in self.files]
 
-    def _stream(self, file: Path) -> Stream:
+    def _stream(self, file: Path) -> RecordStream:
         if file.suffix in FILE_SOURCES:
             return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
         from fusion_hf.data.tables import CsvRows, ParquetRows, RowStream
@@ -71,7 +71,7 @@ def exists(path: Path) -> bool:
         return False
 
 
-def locate(name: str, folder: Path, image_root: Path | None = None) -> Location:
+def locate(name: str, folder: Path, image_root: Path | None = None) -> DataLocation:
     """
     Args:
         name: a path, relative to `folder`; or `OWNER/NAME` or `OWNER/NAME:SPLIT` of the Hub.
@@ -85,18 +85,18 @@ def locate(name: str, folder: Path, image_root: Path | None = None) -> Location:
     if not exists(path):
         hub = HUB_ID.fullmatch(name)
         if hub is not None and Path(name).suffix not in SUFFIXES:
-            return Location((), root, hub=(hub["repository"], hub["split"] or DEFAULT_SPLIT))
+            return DataLocation((), root, hub=(hub["repository"], hub["split"] or DEFAULT_SPLIT))
         shown = short_name(str(path))
         raise InputError(f"{shown} does not exist; allowed: a file, a folder or OWNER/NAME of the Hub.")
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise InputError(f"{path} has the suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
-        return Location((path,), root)
+        return DataLocation((path,), root)
     for metadata in METADATA:
         if (path / metadata).is_file():
-            return Location((path / metadata,), root if image_root is not None else path.resolve(), FILE_NAME)
+            return DataLocation((path / metadata,), root if image_root is not None else path.resolve(), FILE_NAME)
     if files := find_shards(path) or sorted(path.glob("*.parquet")):
-        return Location(tuple(files), root)
+        return DataLocation(tuple(files), root)
     raise InputError(f"{path} has none of {', '.join(METADATA)}, *.tar, *.parquet; name a file in it.")
 
 

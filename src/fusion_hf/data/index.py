@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import atomic_file
-from fusion_hf.data.records import RecordProblem, parse_record
-from fusion_hf.data.sources import Source
+from fusion_hf.data.record_parsing import RecordProblem, parse_record
+from fusion_hf.data.sources import RecordSource
 
 FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
 ROWS_PER_BATCH = 65_536
@@ -81,7 +81,7 @@ def default_cache() -> Path:
     return Path(folder).expanduser() / "fusion_hf" / "data"
 
 
-def open_index(source: Source, cache: Path) -> Index:
+def open_index(source: RecordSource, cache: Path) -> Index:
     """
     The index of a source: what lies in `cache`, else a new one.
 
@@ -109,7 +109,7 @@ def _existing(file: Path) -> Index | None:
         return None
 
 
-def _write(source: Source, file: Path) -> None:
+def _write(source: RecordSource, file: Path) -> None:
     with atomic_file(file) as stream:
         batches = _batches(source)
         first = next(batches, None)
@@ -121,13 +121,13 @@ def _write(source: Source, file: Path) -> None:
                 writer.write_batch(batch)
 
 
-def _schema(source: Source) -> pa.Schema:
+def _schema(source: RecordSource) -> pa.Schema:
     places = [(f"place_{name}", pa.int64()) for name in source.place_names]
     problems = [(name, pa.string()) for name in ("problem", "detail", "id")]
     return pa.schema([*places, ("length", pa.int32()), *problems])
 
 
-def _batches(source: Source) -> Iterator[pa.RecordBatch]:
+def _batches(source: RecordSource) -> Iterator[pa.RecordBatch]:
     schema = _schema(source)
     rows: list[tuple[Any, ...]] = []
     progress = tqdm(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.records import ON_BROKEN, RecordProblem
+from fusion_hf.data.record_parsing import ON_BROKEN, RecordProblem
 
 OnBroken = Literal["error", "skip"]
 

@@ -6,17 +6,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.records import IMAGE_KEY, Raw, RecordProblem
+from fusion_hf.data.record_parsing import IMAGE_KEY, Raw, RecordProblem
 
 MAX_RECORD_BYTES = 2**26  # memory stays bounded in a file that has no line ends, or is no JSON
 CHUNK_BYTES = 2**22
 WHITE_SPACE = " \t\r\n"
 
 
-class Item(NamedTuple):
+class SourceItem(NamedTuple):
     """A record as it is stored, numbers to find it again by, and how much of the source has been read with it."""
 
     raw: Raw
@@ -24,7 +24,7 @@ class Item(NamedTuple):
     done: int
 
 
-class Stream(ABC):
+class RecordStream(ABC):
     """
     Records in their order.
 
@@ -39,20 +39,22 @@ class Stream(ABC):
     image_key: str
 
     @abstractmethod
-    def scan(self) -> Iterator[Item]:
+    def scan(self) -> Iterator[SourceItem]:
         """All records, in memory that does not grow with them."""
 
 
-class Source(Stream):
+class RecordSource(RecordStream):
     """
     Records that are found again.
 
     Attributes:
+        kind: in names of indexes on disk, so it stays as it is.
         place_names: of the numbers by which `read` finds a record.
         total, unit: how much there is to read, for a progress bar.
         size: bytes.
     """
 
+    kind: ClassVar[str]
     place_names: tuple[str, ...]
     total: int
     unit: str
@@ -68,7 +70,7 @@ class Source(Stream):
 
     def fingerprint(self, version: int) -> str:
         """Names an index of the present records."""
-        parts = (str(version), type(self).__name__, self.image_key, self.state())
+        parts = (str(version), self.kind, self.image_key, self.state())
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -84,7 +86,7 @@ def file_state(path: Path) -> str:
     return f"{path}\n{status.st_size}\n{status.st_mtime_ns}"
 
 
-class FileSource(Source):
+class FileSource(RecordSource):
     """A file in which a record is a span of bytes: nothing is copied into the cache but where it begins and ends."""
 
     place_names: tuple[str, ...] = ("offset", "size")
@@ -120,7 +122,9 @@ class FileSource(Source):
 class JsonLines(FileSource):
     """A record per line; empty lines are none."""
 
-    def scan(self) -> Iterator[Item]:
+    kind: ClassVar[str] = "JsonLines"
+
+    def scan(self) -> Iterator[SourceItem]:
         offset = 0
         with self.path.open("rb") as stream:
             while line := stream.readline(MAX_RECORD_BYTES + 1):
@@ -131,7 +135,7 @@ class JsonLines(FileSource):
                 if offset == 0 and line.startswith(codecs.BOM_UTF8):
                     line, offset = line[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
                 if line.strip():
-                    yield Item(line, (offset, len(line)), end)
+                    yield SourceItem(line, (offset, len(line)), end)
                 offset = end
 
 
@@ -143,7 +147,9 @@ class JsonArray(FileSource):
     2.2 s (of 9 s that their index takes), but does not tell where a record begins: all would have to be copied.
     """
 
-    def scan(self) -> Iterator[Item]:
+    kind: ClassVar[str] = "JsonArray"
+
+    def scan(self) -> Iterator[SourceItem]:
         with self.path.open("rb") as stream:
             window = _Window(stream, self.name)
             window.skip_white_space()
@@ -157,7 +163,7 @@ class JsonArray(FileSource):
                 value, offset, size = window.value()
                 is_record = isinstance(value, dict)
                 problem = RecordProblem("shape", f"it is {type(value).__name__}; allowed: a JSON object")
-                yield Item(value if is_record else problem, (offset, size), offset + size)
+                yield SourceItem(value if is_record else problem, (offset, size), offset + size)
                 window.skip_white_space()
                 if window.character() == ",":
                     window.move(1)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pyarrow as pa
@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.records import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
-from fusion_hf.data.sources import MAX_RECORD_BYTES, Item, Source, Stream, file_state
+from fusion_hf.data.record_parsing import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
+from fusion_hf.data.sources import MAX_RECORD_BYTES, RecordSource, RecordStream, SourceItem, file_state
 
 COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
 TURNS = ("conversations", "messages")
@@ -24,7 +24,7 @@ HUB_SECONDS = 10.0  # until the Hub answers
 ROWS = 64  # read at once: they may hold pictures
 
 
-class Table(Source):
+class Table(RecordSource):
     """
     Rows of a data set whose pictures, if it has any, stay encoded.
 
@@ -33,6 +33,7 @@ class Table(Source):
             is short.
     """
 
+    kind: ClassVar[str] = "Table"
     place_names = ()
     unit = "record"
 
@@ -46,7 +47,7 @@ class Table(Source):
     def state(self) -> str:
         return "\n".join([self.name, *map(file_state, self.files)])
 
-    def scan(self) -> Iterator[Item]:
+    def scan(self) -> Iterator[SourceItem]:
         rows = (row for table in self.dataset.iter(batch_size=ROWS) for row in table.to_pylist())
         return _items(rows)
 
@@ -54,13 +55,13 @@ class Table(Source):
         return _row(self.dataset[index].to_pylist()[0])
 
 
-class RowStream(Stream):
+class RowStream(RecordStream):
     """Rows of a Parquet or CSV file or of a data set of the Hub, from beginning to end and without a copy."""
 
     def __init__(self, rows: "ParquetRows | CsvRows | HubRows", name: str, root: Path, image_key: str = IMAGE_KEY):
         self.rows, self.name, self.root, self.image_key = rows, name, root, image_key
 
-    def scan(self) -> Iterator[Item]:
+    def scan(self) -> Iterator[SourceItem]:
         return _items(self.rows)
 
 
@@ -114,9 +115,9 @@ class HubRows:
         return iter(dataset)
 
 
-def _items(rows: Iterable[dict[str, Any]]) -> Iterator[Item]:
+def _items(rows: Iterable[dict[str, Any]]) -> Iterator[SourceItem]:
     for number, row in enumerate(rows):
-        yield Item(_row(row), (), number + 1)
+        yield SourceItem(_row(row), (), number + 1)
 
 
 def _row(row: dict[str, Any]) -> Raw:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from fusion_hf.drawing.pictures import Category, draw_spec
+from fusion_hf.drawing.drawn_images import Category, draw_spec
 
 
 class Example(NamedTuple):

@@ -99,7 +99,9 @@ def _lay_out(answerer: Answerer) -> Parts:
                 elem_id="picture",
                 elem_classes="picture",
             )
-            query_len = gr.Radio(answerer.query_lens, value=answerer.query_len, label="query_len", elem_id="query-len")
+            query_len = gr.Radio(
+                answerer.query_lens, value=answerer.budget.query_len, label="query_len", elem_id="query-len"
+            )
             examples = [list(example) for example in draw_examples()]
             gr.Examples(examples, [picture, question], cache_examples=False)
         with gr.Column(scale=3):

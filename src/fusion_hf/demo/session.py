@@ -77,9 +77,8 @@ class Answerer:
     ):
         self.chat_model = chat_model
         self.max_new_tokens = max_new_tokens
-        self.query_len = chat_model.check_query_len(query_len)
-        self.image_token_grid = chat_model.check_image_token_grid(image_token_grid)
-        self.query_lens = sorted({*chat_model.model.config.query_lens, self.query_len})
+        self.budget = chat_model.token_budget(query_len, image_token_grid)
+        self.query_lens = sorted({*chat_model.model.config.query_lens, self.budget.query_len})
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     def run(self, work: Callable[..., Result], *arguments: object) -> Result:
@@ -103,10 +102,8 @@ class Answerer:
         processor = self.chat_model.processor.image_processor
         tiles = processor([picture], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         picture.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
-        settings = (self.max_new_tokens, self.query_len)
-        conversation = Conversation(
-            self.chat_model, picture, *settings, image_token_grid=self.image_token_grid, image_features=seen
-        )
+        settings = {**self.budget._asdict(), "image_features": seen}
+        conversation = Conversation(self.chat_model, picture, self.max_new_tokens, **settings)
         return Session(picture, tiles.transpose(0, 2, 3, 1), seen, conversation, times)
 
     def ask(self, session: Session, question: str, query_len: int) -> Iterator[str]:
@@ -121,7 +118,7 @@ class Answerer:
         question = check_question(question)
         if query_len not in self.query_lens:
             raise InputError(f"query_len is {query_len}; allowed: {', '.join(map(str, self.query_lens))}.")
-        session.conversation.query_len = query_len
+        session.conversation.budget = self.budget._replace(query_len=query_len)
         yield from self._stream(session, question)
 
     def _stream(self, session: Session, question: str) -> Iterator[str]:
@@ -139,7 +136,7 @@ class Answerer:
             if not future.cancel():
                 wait([future])  # the next question must not meet this one
         words = find_words(self.chat_model.processor.tokenizer, stream.ids)
-        session.turns.append(Turn(question, answer, words, session.conversation.query_len, stream.times()))
+        session.turns.append(Turn(question, answer, words, session.conversation.budget.query_len, stream.times()))
         yield answer
 
     def word_map(self, session: Session, turn: int, word: int) -> np.ndarray:
@@ -154,8 +151,8 @@ class Answerer:
     def _read_attention(self, session: Session, turn: int) -> Maps:
         chat_model, config = self.chat_model, self.chat_model.model.config
         messages = session.conversation.messages[: MESSAGES_PER_TURN * turn + 1]
-        settings = (session.turns[turn].query_len, session.seen, self.image_token_grid)
-        inputs = chat_model.prepare(messages, *settings)
+        budget = self.budget._replace(query_len=session.turns[turn].query_len)
+        inputs = chat_model.prepare(messages, image_features=session.seen, **budget._asdict())
         with AttentionTap(chat_model.model, inputs["input_ids"], layer_groups=1) as tap:
             chat_model.generate(inputs, self.max_new_tokens)
         view = View.of(config, 1, session.picture.size)

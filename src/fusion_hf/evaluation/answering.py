@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
-from fusion_hf.common.endpoints import Unavailable
+from fusion_hf.common.endpoints import EndpointUnavailable
 from fusion_hf.evaluation.cache import Answer, AnswerCache, CachedAnswer
 from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
 from fusion_hf.evaluation.record import ModelRecord
@@ -61,7 +61,7 @@ class Model(Protocol):
         What became of prompts, part by part, in any order.
 
         Raises:
-            Unavailable: if nothing further will be answered.
+            EndpointUnavailable: if nothing further will be answered.
         """
         ...
 
@@ -124,7 +124,7 @@ class Answerer:
                     failed.update({prompt.key: outcome.reason for prompt in outcome.prompts})
                 else:
                     self._keep(outcome.prompts, outcome.answers)
-        except Unavailable as error:  # one failure says it; thousands that were not asked would hide it
+        except EndpointUnavailable as error:  # one failure says it; thousands that were not asked would hide it
             self._is_over = True
             first = next(key for key, prompt in new.items() if key not in failed and self._known(prompt) is None)
             failed[first] = f"{error}; no further question was asked"

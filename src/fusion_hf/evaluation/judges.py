@@ -1,26 +1,26 @@
 """Judges that do not answer: lmms-eval scores what they should have judged as wrong, and says so in its log alone."""
 
-import json
 import logging
 import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from types import TracebackType
 from typing import Any
-from urllib.request import Request, urlopen
 
 from loguru import logger
 
+from fusion_hf.common.endpoint_client import EndpointClient
+from fusion_hf.common.endpoints import CHAT, EndpointUnavailable, RequestRejected
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import API_TYPE, OPENAI, Judge
 
 URL = "OPENAI_API_URL"
 PUBLIC_URL = "https://api.openai.com/v1"
-COMPLETIONS = "/chat/completions"
-PROBE_SECONDS = 60
+COMPLETIONS = f"/{CHAT}"
+KEY_VARIABLE = "OPENAI_API_KEY"
+PROBE_SECONDS = 60.0
 # what tasks say below the level of errors before they count a question as wrong, or guess
 GIVEN_UP = re.compile(
     r"API failed to answer|failed to get a score|when extracting response|Error in llava_aggregation"
@@ -47,12 +47,10 @@ def check_judge(judge: Judge) -> None:
 
 
 def _ask_for_a_word(model: str, url: str) -> None:
-    content = json.dumps({"model": model, "messages": [{"role": "user", "content": "Answer with the word yes."}]})
-    headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}", "Content-Type": "application/json"}
+    question = {"model": model, "messages": [{"role": "user", "content": "Answer with the word yes."}]}
     try:
-        with urlopen(Request(url, content.encode(), headers), timeout=PROBE_SECONDS) as response:
-            json.load(response)["choices"][0]["message"]["content"]
-    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        EndpointClient(KEY_VARIABLE, PROBE_SECONDS, tries=1).ask(url, question)["choices"][0]["message"]["content"]
+    except (RequestRejected, EndpointUnavailable, LookupError, TypeError) as error:
         raise JudgeFailed(f"The judge {model} at {url} does not answer: {error}") from error
 
 

@@ -1,7 +1,6 @@
 """A model in this process: answers in batches, tiles of repeated pictures encoded once."""
 
 import json
-from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.batching import count_tokens, longest_together, render
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
-from fusion_hf.inference.image_features import ImageFeatures
+from fusion_hf.inference.halving import run_halving
+from fusion_hf.inference.image_features import ImageFeatureCache, ImageFeatures
 from fusion_hf.inference.model_info import ModelInfo
-from fusion_hf.model.configuration_fusion import TokenBudget
 
 BATCH_SIZE = 1
-KEPT_PICTURES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
+KEPT_IMAGES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
 WINDOW = 64  # requests whose pictures are open at a time; at most as many pictures as are kept
 
 
@@ -54,9 +53,7 @@ class LocalModel:
         self.batch_size = batch_size
         self.name = Path(nano_path()).name if name is None else name
         self.device = chat_model.model.device
-        self.budget = TokenBudget(
-            chat_model.check_query_len(query_len), chat_model.check_image_token_grid(image_token_grid)
-        )
+        self.budget = chat_model.token_budget(query_len, image_token_grid)
         self.info = ModelInfo.of(chat_model, self.budget)
         self.reader = Reader(
             self._identity(),
@@ -64,7 +61,7 @@ class LocalModel:
             lambda messages: render(chat_model, messages, self.budget),
             lambda text: count_tokens(chat_model, text, self.budget),
         )
-        self._seen: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._features: ImageFeatureCache[ImageFeatures] = ImageFeatureCache(KEPT_IMAGES)
 
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
@@ -82,8 +79,7 @@ class LocalModel:
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
         """What became of prompts, batch by batch."""
-        for batch in self._plan(prompts):
-            yield from self._run(batch)
+        return run_halving(self._plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
 
     def _identity(self) -> str:
         image_processor = self.chat_model.processor.image_processor.to_dict()
@@ -108,27 +104,12 @@ class LocalModel:
         continuation = len(self.chat_model.processor.tokenizer(prompt.wanted.text)["input_ids"])
         return prompt.length > longest_together(self.chat_model, continuation)
 
-    def _run(self, batch: list[Prompt]) -> Iterator[Outcome]:
-        """Answer a batch, in halves if it needs too much memory."""
-        pending = deque([batch])
-        while pending:
-            part = pending.popleft()
-            try:
-                answers = self._answer_batch(part)
-            except torch.OutOfMemoryError as error:
-                message = f"it needs too much memory: {error}"
-            except InputError as error:  # of one prompt: longer ones are never in a batch
-                yield Outcome(part, None, str(error))
-                continue
-            else:
-                yield Outcome(part, answers)
-                continue
-            torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
-            if len(part) == 1:
-                yield Outcome(part, None, message)
-            else:
-                half = len(part) // 2
-                pending.extendleft([part[half:], part[:half]])
+    def _run(self, batch: list[Prompt]) -> Outcome:
+        """Answer a batch."""
+        try:
+            return Outcome(batch, self._answer_batch(batch))
+        except InputError as error:  # of one prompt: longer ones are never in a batch
+            return Outcome(batch, None, str(error))
 
     @torch.inference_mode()
     def _answer_batch(self, batch: list[Prompt]) -> list[Answer]:
@@ -175,45 +156,18 @@ class LocalModel:
 
     def _inputs(self, batch: list[Prompt], conversations: list[Messages], **template: Any) -> BatchFeature:
         """What the model takes for conversations that all have a picture, or all none."""
-        model = self.chat_model.model
         has_pictures = batch[0].picture is not None
-        try:
-            inputs = self.chat_model.processor.apply_chat_template(
-                conversations,
-                **self.budget._asdict(),
-                process_images=False,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding_side": "left"},
-                **template,
-            ).to(model.device, model.dtype)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        inputs.update(self.budget._asdict())
+        inputs = self.chat_model.prepare_batch(conversations, self.budget, process_images=False, **template)
         if has_pictures:
-            seen = self._see(batch)
+            features = self._features.collect(
+                [prompt.picture_hash for prompt in batch], lambda rows: self._encode([batch[row] for row in rows])
+            )
             inputs.update(
-                pixel_values=torch.cat([picture.overview for picture in seen]),
-                global_features=torch.cat([picture.global_features for picture in seen]),
+                pixel_values=torch.cat([each.overview for each in features]),
+                global_features=torch.cat([each.global_features for each in features]),
             )
         return inputs
 
-    def _see(self, batch: list[Prompt]) -> list[ImageFeatures]:
-        """What the batch's pictures share with other questions; tiles that are not known are encoded together."""
-        pictures = {prompt.picture_hash: prompt.picture for prompt in batch}
-        new = {digest: picture for digest, picture in pictures.items() if digest not in self._seen}
-        encoded = (
-            self.chat_model.encode_images([picture for picture in new.values() if picture is not None]) if new else []
-        )
-        for digest, seen in zip(new, encoded, strict=True):
-            assert digest is not None
-            self._seen[digest] = seen
-        result = []
-        for prompt in batch:
-            assert prompt.picture_hash is not None
-            self._seen.move_to_end(prompt.picture_hash)
-            result.append(self._seen[prompt.picture_hash])
-        while len(self._seen) > KEPT_PICTURES:
-            self._seen.popitem(last=False)
-        return result
+    def _encode(self, prompts: list[Prompt]) -> list[ImageFeatures]:
+        """Features of the prompts' images, whose tiles are encoded together."""
+        return self.chat_model.encode_images([prompt.picture for prompt in prompts if prompt.picture is not None])

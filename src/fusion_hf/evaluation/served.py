@@ -8,16 +8,25 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
-from fusion_hf.common.endpoints import CHAT, MODELS, Refused, Unavailable, data_uri
+from fusion_hf.common.endpoint_client import EndpointClient
+from fusion_hf.common.endpoints import (
+    CHAT,
+    MODELS,
+    EndpointUnavailable,
+    RequestRejected,
+    check_key,
+    data_uri,
+    endpoint_url,
+)
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.cache import Answer
-from fusion_hf.evaluation.client import Client
 from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
 from fusion_hf.evaluation.record import ModelRecord
 from fusion_hf.evaluation.table import published_rows
@@ -26,7 +35,10 @@ from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT,
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
 PARALLEL = 4  # as many as `fusion-hf serve` answers at the same time
+TRIES = 8  # over half a minute to a minute: as long as a server may take to start anew
+SECONDS = 600.0  # of one request: twice what a server of this package gives it
 CONNECT_TRIES = 3
+KEY_OPTION = "--api-key-env"
 WINDOW, WINDOW_PER_REQUEST = 64, 4  # a window's end waits for its slowest answer: many requests want a larger one
 UNKNOWN = "unknown"
 MAX_STOPS = 4  # of the protocol
@@ -41,6 +53,7 @@ class ServedModel:
 
     Args:
         client: asks its server.
+        url: the server's address, from `check_url`.
         name: the model's there.
         entry: what the server's list of models says of it.
         parallel: requests in flight.
@@ -52,7 +65,8 @@ class ServedModel:
 
     def __init__(
         self,
-        client: Client,
+        client: EndpointClient,
+        url: str,
         name: str,
         entry: dict[str, Any],
         parallel: int = PARALLEL,
@@ -60,6 +74,7 @@ class ServedModel:
         image_token_grid: int | None = None,
     ):
         self.client = client
+        self.url = url
         self.name = name
         self.parallel = parallel
         self.window = max(WINDOW, WINDOW_PER_REQUEST * parallel)
@@ -83,31 +98,32 @@ class ServedModel:
             settings: see above.
 
         Raises:
-            InputError: if nobody answers there in the OpenAI protocol, or there is no such model.
+            InputError: if nobody answers there in the OpenAI protocol, there is no such model, or no key.
         """
-        client = Client(url, key_variable)
+        check_key(key_variable, KEY_OPTION)
+        base, client = check_url(url), EndpointClient(key_variable, SECONDS, TRIES)
         try:
-            models = client.ask(MODELS, tries=CONNECT_TRIES).get("data")
-        except (Refused, Unavailable) as error:
-            raise InputError(f"--url {client.base} cannot be asked: {error}") from error
+            models = client.ask(endpoint_url(base, MODELS), tries=CONNECT_TRIES).get("data")
+        except (RequestRejected, EndpointUnavailable) as error:
+            raise InputError(f"--url {base} cannot be asked: {error}") from error
         if not isinstance(models, list) or not all(
             isinstance(model, dict) and isinstance(model.get("id"), str) for model in models
         ):
-            raise InputError(f"--url {client.base} lists no models; allowed: a server of the OpenAI protocol.")
+            raise InputError(f"--url {base} lists no models; allowed: a server of the OpenAI protocol.")
         entries = {model["id"]: model for model in models}
         chosen = next(iter(entries)) if name is None and len(entries) == 1 else name
         if chosen is None or chosen not in entries:
             given = "is missing" if name is None else f"is {name!r}"
-            raise InputError(f"--model {given}; allowed at {client.base}: {', '.join(map(repr, entries)) or 'none'}.")
-        return cls(client, chosen, entries[chosen], **settings)
+            raise InputError(f"--model {given}; allowed at {base}: {', '.join(map(repr, entries)) or 'none'}.")
+        return cls(client, base, chosen, entries[chosen], **settings)
 
     def describe(self) -> ModelRecord:
         """For a run's record."""
-        url = self.client.base
         if self.info is None:
-            record = ModelRecord(self.name, f"{self.name} at {url}", UNKNOWN, UNKNOWN, None, None, url=url)
+            revision = f"{self.name} at {self.url}"
+            record = ModelRecord(self.name, revision, UNKNOWN, UNKNOWN, None, None, url=self.url)
         else:
-            record = ModelRecord.of(self.name, self.info, url)
+            record = ModelRecord.of(self.name, self.info, self.url)
         return replace(
             record,
             query_len=self.budget.get("query_len", record.query_len),
@@ -120,17 +136,17 @@ class ServedModel:
         What became of prompts, one by one as the answers come.
 
         Raises:
-            Unavailable: if the server answers nobody; answers that came yet are given before.
+            EndpointUnavailable: if the server answers nobody; answers that came yet are given before.
         """
         stop = threading.Event()
-        unavailable: Unavailable | None = None
+        unavailable: EndpointUnavailable | None = None
         with ThreadPoolExecutor(self.parallel, thread_name_prefix="ask") as threads:
             futures = {threads.submit(self._ask, prompt, stop): prompt for prompt in prompts}
             try:
                 for future in as_completed(futures):
                     try:
                         outcome = self._outcome(futures[future], future)
-                    except Unavailable as error:
+                    except EndpointUnavailable as error:
                         unavailable = error if unavailable is None else unavailable
                         stop.set()
                     else:
@@ -145,25 +161,25 @@ class ServedModel:
         """None for a prompt that was not asked any more.
 
         Raises:
-            Unavailable: see `answer`.
+            EndpointUnavailable: see `answer`.
         """
         try:
             answer = future.result()
-        except (Refused, InputError, OSError) as error:  # the latter of a picture's file
+        except (RequestRejected, InputError, OSError) as error:  # the latter of a picture's file
             return Outcome([prompt], None, str(error))
         return None if answer is None else Outcome([prompt], [answer])
 
     def _ask(self, prompt: Prompt, stop: threading.Event) -> Answer | None:
         """
         Raises:
-            InputError, Refused, Unavailable: if there is no answer.
+            InputError, RequestRejected, EndpointUnavailable: if there is no answer.
         """
         if stop.is_set():
             return None
         if not isinstance(prompt.wanted, Generation):
             raise InputError("The task scores options by log-likelihood; a server is asked for answers alone.")
         payload = self._payload(prompt, prompt.wanted)
-        reply = self.client.ask(CHAT, payload, stop)
+        reply = self.client.ask(endpoint_url(self.url, CHAT), payload, stop)
         self._check_model(reply.get(FINGERPRINT))
         content = self._read(reply, prompt.wanted)
         return {"answer": prompt.wanted.cut(content)}
@@ -192,26 +208,26 @@ class ServedModel:
     def _check_model(self, fingerprint: Any) -> None:
         """
         Raises:
-            Unavailable: if the server has another model by now, or another dtype or token budget.
+            EndpointUnavailable: if the server has another model by now, or another dtype or token budget.
         """
         if self.fingerprint is not None and fingerprint != self.fingerprint:
             change = f"from {self.fingerprint!r} to {fingerprint!r}"
-            raise Unavailable(f"{self.client.base} has changed its model {change} since the run began")
+            raise EndpointUnavailable(f"{self.url} has changed its model {change} since the run began")
 
     def _read(self, reply: dict[str, Any], wanted: Generation) -> str:
         """The text of an answer.
 
         Raises:
-            Refused: if there is none, or the server has ended it where this package would not.
+            RequestRejected: if there is none, or the server has ended it where this package would not.
         """
         try:
             choice = reply["choices"][0]
             content, reason, usage = choice["message"]["content"], choice.get("finish_reason"), reply.get("usage")
         except (LookupError, TypeError, AttributeError) as error:
             found = ", ".join(reply) or "nothing"
-            raise Refused(f"the reply has no choices[0].message.content, only {found}") from error
+            raise RequestRejected(f"the reply has no choices[0].message.content, only {found}") from error
         if not isinstance(content, str):
-            raise Refused(f"the reply has no content (finish_reason is {reason!r})")
+            raise RequestRejected(f"the reply has no content (finish_reason is {reason!r})")
         if reason == "length" and isinstance(usage, dict):
             self._check_length(usage.get("prompt_tokens"), usage.get("completion_tokens"), wanted.max_new_tokens)
         return content
@@ -219,18 +235,41 @@ class ServedModel:
     def _check_length(self, read: Any, written: Any, most: int) -> None:
         """
         Raises:
-            Refused: if an answer has ended before its most tokens, and the model's maximum is not why.
+            RequestRejected: if an answer has ended before its most tokens, and the model's maximum is not why.
         """
         if not isinstance(read, int) or not isinstance(written, int) or written >= most:
             return
         if self.max_length is None or read + written < self.max_length:
-            raise Refused(f"the server has ended the answer after {written} of {most} tokens, as --max-seconds does")
+            raise RequestRejected(
+                f"the server has ended the answer after {written} of {most} tokens, as --max-seconds does"
+            )
 
     def _identity(self) -> str:
         """What is known of the model; where that is nothing, its address stands for it."""
-        known: dict[str, Any] = {"url": self.client.base} if self.info is None else self.info.write()
+        known: dict[str, Any] = {"url": self.url} if self.info is None else self.info.write()
         known.pop("device", None)
         return json.dumps(["served", self.name, known, self.budget], sort_keys=True)
+
+
+def check_url(url: str) -> str:
+    """
+    Check a server's address and take the slash at its end away.
+
+    Raises:
+        InputError: if it is none, or has in it what a record must not show.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of its host or port
+        raise InputError("--url is no address; allowed: http://HOST:PORT/v1, or https.") from None
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise InputError(
+            "--url has more than scheme, host, port and path; a record would show it. Give a key by --api-key-env."
+        )
+    if not is_address or not url.isprintable() or " " in url:
+        raise InputError(f"--url is {url!r}; allowed: http://HOST:PORT/v1, or https.")
+    return url.rstrip("/")
 
 
 def _protocol_message(message: dict[str, Any], uri: str | None) -> dict[str, Any]:

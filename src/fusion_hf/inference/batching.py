@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.values import dtype_name, is_address
-from fusion_hf.data.records import RecordProblem
+from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
+from fusion_hf.inference.halving import run_halving
 from fusion_hf.inference.questions import (
     Entry,
     Question,
@@ -88,9 +88,7 @@ def batch_generate(
     entries, root = read_entries(records)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
         chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
-        budget = TokenBudget(
-            chat_model.check_query_len(query_len), chat_model.check_image_token_grid(image_token_grid)
-        )
+        budget = chat_model.token_budget(query_len, image_token_grid)
         results: dict[int, Result] = {}
         if answer_file is not None:
             answer_file.begin(_settings(entries, chat_model, max_new_tokens, budget))
@@ -125,23 +123,7 @@ class _Run:
         batches = (
             [prompt for prompt in batch if prompt.index not in done] for batch in self._plan(prompts, batch_size)
         )
-        pending, largest = deque(batch for batch in batches if batch), batch_size
-        while pending:
-            batch = pending.popleft()
-            if len(batch) > largest:
-                pending.extendleft([batch[largest:], batch[:largest]])
-                continue
-            try:
-                yield self._answer(batch)
-                continue
-            except torch.OutOfMemoryError as error:
-                message = str(error)
-            torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
-            if len(batch) > 1:
-                largest = len(batch) // 2
-                pending.appendleft(batch)
-            else:
-                yield {batch[0].index: _error(batch[0].question.id, f"it needs too much memory: {message}")}
+        yield from run_halving(filter(None, batches), self._answer, _too_large)
 
     def _prompts(self, entries: list[Entry]) -> tuple[list[_Prompt], dict[int, Result]]:
         """What can be asked, and errors, by index, instead of what cannot."""
@@ -199,19 +181,8 @@ class _Run:
     def _generate(self, conversations: list[list[dict[str, Any]]]) -> list[str]:
         """Their answers, none of which reaches the model's maximum before `max_new_tokens`."""
         model, processor = self.chat_model.model, self.chat_model.processor
-        inputs = processor.apply_chat_template(
-            conversations,
-            **self.budget._asdict(),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            # an answer goes on where its row ends, whatever the tokenizer's own side
-            processor_kwargs={"padding_side": "left"},
-        ).to(model.device, model.dtype)
-        output = model.generate(
-            **inputs, **self.budget._asdict(), max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
-        )
+        inputs = self.chat_model.prepare_batch(conversations, self.budget, add_generation_prompt=True)
+        output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
@@ -260,6 +231,11 @@ def _answered(prompt: _Prompt, answer: str) -> Result:
 
 def _error(identity: str | int, message: str) -> Result:
     return {"id": identity, "error": " ".join(message.split())}
+
+
+def _too_large(batch: list[_Prompt], message: str) -> dict[int, Result]:
+    """What becomes of a prompt that exceeds the memory of a GPU by itself."""
+    return {prompt.index: _error(prompt.question.id, message) for prompt in batch}
 
 
 def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, budget: TokenBudget) -> dict[str, Any]:

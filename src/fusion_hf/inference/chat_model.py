@@ -16,7 +16,7 @@ from fusion_hf.hub.folders import find_folder, nano_path
 from fusion_hf.inference.devices import AUTO, check_quantized_dtype, choose_device, choose_dtype
 from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.inference.loading import load_config, load_model
-from fusion_hf.model.configuration_fusion import is_perfect_square
+from fusion_hf.model.configuration_fusion import TokenBudget, is_perfect_square
 from fusion_hf.model.image_sources_fusion import describe_source
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
@@ -73,26 +73,27 @@ class ChatModel:
             name = short_name(source) if isinstance(source, str) else f"The image {describe_source(source)}"
             raise InputError(f"{name}: {error} {advice}") from error
 
-    def check_query_len(self, query_len: int | None = None) -> int:
-        """`query_len`, or the model's own.
+    def token_budget(self, query_len: int | None = None, image_token_grid: int | None = None) -> TokenBudget:
+        """
+        Complete and check how many tokens show an image.
+
+        Args:
+            query_len: Latent tokens per question; None: the model's.
+            image_token_grid: Side of the grid of image tokens; None: the model's.
+
+        Returns:
+            Both numbers.
 
         Raises:
-            InputError: if it is no perfect square, or more than the model reads.
+            InputError: If `query_len` is no perfect square or more than the model reads, or `image_token_grid` is no
+                whole number from 1 to the tower's patches per side.
         """
         length = self.processor.query_len if query_len is None else query_len
         if not is_perfect_square(length) or length >= self.max_length:
             allowed = f"a perfect square (1, 4, 9, 16, ...) below the model's maximum of {self.max_length} tokens"
             raise InputError(f"query_len is {length}; allowed: {allowed}.")
-        return length
-
-    def check_image_token_grid(self, image_token_grid: int | None = None) -> int:
-        """`image_token_grid`, or the model's own.
-
-        Raises:
-            InputError: if it is no whole number from 1 to the tower's patches per side.
-        """
         try:
-            return self.model.config.grid_side(image_token_grid)
+            return TokenBudget(length, self.model.config.grid_side(image_token_grid))
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -118,6 +119,45 @@ class ChatModel:
             ImageFeatures(overviews[i : i + 1].clone(), features[i : i + 1].clone()) for i in range(len(overviews))
         ]
 
+    def prepare_batch(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        budget: TokenBudget,
+        process_images: bool = True,
+        **template: Any,
+    ) -> BatchFeature:
+        """
+        Turn conversations into the inputs of the model, padded on the left: an answer goes on where its row ends.
+
+        Args:
+            conversations: Chat messages.
+            budget: Tokens per image.
+            process_images: Whether the inputs get the images' pixels; False: you add `pixel_values`.
+            template: Further arguments of `apply_chat_template`.
+
+        Returns:
+            Inputs on the model's device.
+
+        Raises:
+            InputError: For messages that the model cannot read.
+        """
+        try:
+            inputs = self.processor.apply_chat_template(
+                conversations,
+                **budget._asdict(),
+                process_images=process_images,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding_side": "left"},
+                **template,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        inputs.update(budget._asdict())
+        return inputs
+
     def prepare(
         self,
         messages: list[dict[str, Any]],
@@ -127,31 +167,26 @@ class ChatModel:
         pixel_values: torch.Tensor | None = None,
     ) -> BatchFeature:
         """
-        What `generate` takes for a conversation that ends with a question; arguments and errors as of `answer`.
+        Turn a conversation that ends with a question into what `generate` takes.
 
-        `pixel_values` `(1, 5, 3, H, W)` are the tiles of the messages' image, where they were cut before.
+        Args:
+            messages, query_len, image_features, image_token_grid: As of `answer`.
+            pixel_values: The tiles `(1, 5, 3, H, W)` of the messages' image, where they were cut before.
+
+        Returns:
+            Inputs of the model for one prompt.
+
+        Raises:
+            InputError: See `answer`.
         """
-        length, grid = self.check_query_len(query_len), self.check_image_token_grid(image_token_grid)
-        try:
-            inputs = self.processor.apply_chat_template(
-                messages,
-                query_len=length,
-                image_token_grid=grid,
-                process_images=image_features is None and pixel_values is None,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=True,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        budget = self.token_budget(query_len, image_token_grid)
+        process_images = image_features is None and pixel_values is None
+        inputs = self.prepare_batch([messages], budget, process_images, add_generation_prompt=True)
         prompt = inputs["input_ids"].shape[1]
         if prompt >= self.max_length:
             raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
         if pixel_values is not None:
-            inputs["pixel_values"] = pixel_values
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        inputs.update(query_len=length, image_token_grid=grid)
+            inputs["pixel_values"] = pixel_values.to(self.model.device, self.model.dtype)
         if image_features is not None:
             inputs.update(pixel_values=image_features.overview, global_features=image_features.global_features)
         return inputs

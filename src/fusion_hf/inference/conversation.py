@@ -45,8 +45,7 @@ class Conversation:
         self.chat_model = chat_model
         self.image = image
         self.max_new_tokens = max_new_tokens
-        self.query_len = chat_model.check_query_len(query_len)
-        self.image_token_grid = chat_model.check_image_token_grid(image_token_grid)
+        self.budget = chat_model.token_budget(query_len, image_token_grid)
         self.fast = fast
         self.messages: list[dict[str, Any]] = []
         self._image_features = image_features
@@ -65,8 +64,8 @@ class Conversation:
         if self.fast:
             answer = self._answer_fast(messages, self._image_features, streamer)
         else:
-            settings = (self.max_new_tokens, self.query_len, streamer, self._image_features, self.image_token_grid)
-            answer = self.chat_model.answer(messages, *settings)
+            settings = {"streamer": streamer, "image_features": self._image_features, **self.budget._asdict()}
+            answer = self.chat_model.answer(messages, self.max_new_tokens, **settings)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
@@ -74,7 +73,7 @@ class Conversation:
     def _answer_fast(
         self, messages: list[dict[str, Any]], image_features: ImageFeatures, streamer: BaseStreamer | None
     ) -> str:
-        inputs = self.chat_model.prepare(messages, self.query_len, image_features, self.image_token_grid)
+        inputs = self.chat_model.prepare(messages, image_features=image_features, **self.budget._asdict())
         if not self.messages:
             self._guide = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
         inputs.update(self._guide)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 from PIL import Image, ImageFile
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.records import (
+from fusion_hf.data.record_parsing import (
     Messages,
     Raw,
     RecordProblem,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
-from fusion_hf.nano.records import Record
+from fusion_hf.nano.training_records import NanoRecord
 
 YES_NO = ("yes", "no")
 MAX_NEW_TOKENS = 6  # the longest answer is a word of one token and its end
@@ -20,7 +20,7 @@ MAX_NEW_TOKENS = 6  # the longest answer is a word of one token and its end
 def generate_answers(
     model: FusionForConditionalGeneration,
     processor: FusionProcessor,
-    records: Sequence[Record],
+    records: Sequence[NanoRecord],
     images: Sequence[Image.Image] | None = None,
     query_len: int | None = None,
     batch_size: int = 64,
@@ -58,7 +58,7 @@ def generate_answers(
     return answers
 
 
-def accuracies(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+def accuracies(records: Sequence[NanoRecord], answers: Sequence[str]) -> dict[str, float]:
     """Share of exact matches per category, and for easy-vqa also of yes/no and of other questions."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
-from fusion_hf.drawing.pictures import CANVAS_SIDE, COLORS, DIRECTIONS, SHAPES, WHITE, WORDS, PictureSpec, direction
+from fusion_hf.drawing.drawn_images import CANVAS_SIDE, COLORS, DIRECTIONS, SHAPES, WHITE, WORDS, DrawnImage, direction
 from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
@@ -35,7 +35,7 @@ FIRST_BIAS = -4.0  # most words are not there
 _INDEX = {word: index for index, word in enumerate(PATCH_WORDS)}
 
 
-def patch_words(spec: PictureSpec, side: int) -> np.ndarray:
+def patch_words(spec: DrawnImage, side: int) -> np.ndarray:
     """The words that tell what each patch of a drawn picture shows: zeros and ones `(side, side, PATCH_WORDS)`.
 
     These are colour, kind or letter, the written word as a whole, and of two shapes, where each is from the other.
@@ -51,14 +51,14 @@ def patch_words(spec: PictureSpec, side: int) -> np.ndarray:
     return labels
 
 
-def _overview_words(spec: PictureSpec, part: int) -> list[str]:
+def _overview_words(spec: DrawnImage, part: int) -> list[str]:
     if spec.word is not None:
         return [spec.word.text]
     relation = direction(spec.shapes[part], spec.shapes[1 - part]) if spec.category == "spatial" else None
     return [relation] if relation is not None else []
 
 
-def tile_words(spec: PictureSpec, side: int) -> np.ndarray:
+def tile_words(spec: DrawnImage, side: int) -> np.ndarray:
     """`patch_words` of the four tiles and the overview, in the image processor's order `(5, side * side, words)`."""
     fine = patch_words(spec, TILES_PER_SIDE * side).reshape(TILES_PER_SIDE, side, TILES_PER_SIDE, side, -1)
     tiles = fine.transpose(0, 2, 1, 3, 4).reshape(NUM_TILES, side * side, -1)
@@ -68,7 +68,7 @@ def tile_words(spec: PictureSpec, side: int) -> np.ndarray:
 class PatchDataset(Dataset):
     """Drawn pictures and the words of their patches; `side` is a tile's side in patches."""
 
-    def __init__(self, specs: Sequence[PictureSpec], image_processor: FusionImageProcessor, side: int):
+    def __init__(self, specs: Sequence[DrawnImage], image_processor: FusionImageProcessor, side: int):
         self.specs, self.image_processor, self.side = specs, image_processor, side
 
     def __len__(self) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fusion_hf.drawing.pictures import PictureSpec
-from fusion_hf.nano.records import Mixture, Record, Stage, evaluation_records, stage_records
+from fusion_hf.drawing.drawn_images import DrawnImage
+from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, Stage, evaluation_records, stage_records
 
 DATA = "data"
 VALIDATION_SAMPLE = 300  # questions of each category, asked after each stage
@@ -27,17 +27,17 @@ class StageData:
 
     name: str
     stage: Stage
-    mixture: Mixture
+    mixture: DrawnMixture
 
 
 STAGE_DATA = (
-    StageData("stage1", "1", Mixture(single=3000, count=5000, spatial=8000, text=6000)),
-    StageData("stage1.5", "1.5", Mixture(single=2000, count=8000, spatial=8000, text=4000)),
-    StageData("stage2", "2", Mixture(single=1000, count=18000, spatial=7000, text=6000, easy_vqa=0.7)),
+    StageData("stage1", "1", DrawnMixture(single=3000, count=5000, spatial=8000, text=6000)),
+    StageData("stage1.5", "1.5", DrawnMixture(single=2000, count=8000, spatial=8000, text=4000)),
+    StageData("stage2", "2", DrawnMixture(single=1000, count=18000, spatial=7000, text=6000, easy_vqa=0.7)),
 )
 
 
-def scaled(mixture: Mixture, share: float) -> Mixture:
+def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
     """A share of each kind of picture, for a trial."""
     return replace(
         mixture,
@@ -49,7 +49,7 @@ def scaled(mixture: Mixture, share: float) -> Mixture:
     )
 
 
-def validation_sample(seed: int) -> list[Record]:
+def validation_sample(seed: int) -> list[NanoRecord]:
     """VALIDATION_SAMPLE questions of each category, the same ones every time."""
     records = evaluation_records("validation", seed, drawn=VALIDATION_SAMPLE)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
@@ -57,9 +57,9 @@ def validation_sample(seed: int) -> list[Record]:
     return random.Random(0).sample(easy_vqa, VALIDATION_SAMPLE) + drawn
 
 
-def write_records(folder: Path, name: str, records: Sequence[Record]) -> Path:
+def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Path:
     """`folder/name.json` and, under `folder/name`, each record's picture, once."""
-    files: dict[Path | PictureSpec, str] = {}
+    files: dict[Path | DrawnImage, str] = {}
     for record in records:
         files.setdefault(record.image, f"{name}/{len(files)}.png")
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def write_records(folder: Path, name: str, records: Sequence[Record]) -> Path:
     return path
 
 
-def _draw(job: tuple[Record, Path]) -> None:
+def _draw(job: tuple[NanoRecord, Path]) -> None:
     record, file = job
     record.open_image().save(file)
 

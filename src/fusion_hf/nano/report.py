@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from fusion_hf.drawing.pictures import WORDS
+from fusion_hf.drawing.drawn_images import WORDS
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.evaluate import accuracies, generate_answers
-from fusion_hf.nano.records import Record, easy_vqa_pictures, test_records
 from fusion_hf.nano.start import BATCH_SIZE, FINISHED, START
+from fusion_hf.nano.training_records import NanoRecord, easy_vqa_pictures, test_records
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def measure(
     )
 
 
-def shuffled(records: Sequence[Record]) -> list[Record]:
+def shuffled(records: Sequence[NanoRecord]) -> list[NanoRecord]:
     """For each record one about another picture, drawn at random."""
     rng = random.Random(SHUFFLE_SEED)
     others = []
@@ -76,7 +76,7 @@ def shuffled(records: Sequence[Record]) -> list[Record]:
     return others
 
 
-def most_frequent_answers(records: Sequence[Record]) -> list[str]:
+def most_frequent_answers(records: Sequence[NanoRecord]) -> list[str]:
     """What one can answer without looking: the training split's most frequent answer to each question."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for split in ("train", "validation"):

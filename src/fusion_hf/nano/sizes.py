@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fusion_hf.data.records import HUMAN, MODEL
-from fusion_hf.drawing.pictures import PictureSpec, Shape, Split, draw_spec
+from fusion_hf.data.record_parsing import HUMAN, MODEL
+from fusion_hf.drawing.drawn_images import DrawnImage, DrawnShape, Split, draw_spec
 
 QUESTION = "what color is the smaller shape?"
 COUNTS: dict[Split, int] = {"train": 2000, "test": 200}
@@ -20,12 +20,12 @@ CLEARLY = 1.5  # times the smaller one's area, the other's at least
 AREA_OF_BOX = {"rectangle": 1.0, "circle": 0.785, "triangle": 0.5}  # how much of its box a shape fills
 
 
-def area(shape: Shape) -> float:
+def area(shape: DrawnShape) -> float:
     """In canvas pixels."""
     return AREA_OF_BOX[shape.kind] * shape.width * shape.height
 
 
-def smaller(spec: PictureSpec) -> Shape | None:
+def smaller(spec: DrawnImage) -> DrawnShape | None:
     """The smaller one of two shapes; None if that is not clear."""
     small, large = sorted(spec.shapes, key=area)
     return small if area(large) >= CLEARLY * area(small) else None

@@ -14,18 +14,18 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from fusion_hf.conversion.folder import make_generation_config
-from fusion_hf.drawing.pictures import PictureSpec
+from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.build import build_config, build_model, build_processor
 from fusion_hf.nano.grounding import PatchDataset, WordGrounding
-from fusion_hf.nano.records import Mixture, drawn_pictures, training_texts
-from fusion_hf.nano.tokenizer import build_tokenizer
+from fusion_hf.nano.training_records import DrawnMixture, drawn_pictures, training_texts
+from fusion_hf.nano.word_tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 START, FINISHED = "start", "finished.json"
-MIXTURE = Mixture(single=8000, count=8000, spatial=12000, text=20000)
+MIXTURE = DrawnMixture(single=8000, count=8000, spatial=12000, text=20000)
 STEPS = 2500
 BATCH_SIZE = 16
 LEARNING_RATE = 2.5e-3
@@ -39,7 +39,7 @@ def train_grounding(
     """Teach tower and projector the words of patches; the model is changed in place."""
     specs = [picture.image for picture in drawn_pictures("train", MIXTURE, f"grounding/{seed}")]
     dataset = PatchDataset(
-        [spec for spec in specs if isinstance(spec, PictureSpec)],
+        [spec for spec in specs if isinstance(spec, DrawnImage)],
         processor.image_processor,
         model.config.num_patches_per_side,
     )

@@ -156,12 +156,11 @@ def export_onnx(
     model = chat_model.model
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise InputError(f"The model is {model.dtype} on {model.device}; allowed: torch.float32 on cpu.")
-    budget = TokenBudget(chat_model.check_query_len(query_len), chat_model.check_image_token_grid(image_token_grid))
+    budget = chat_model.token_budget(query_len, image_token_grid)
     generation = model.generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     settings = Settings(
-        query_len=budget.query_len,
-        image_token_grid=budget.image_token_grid,
+        **budget._asdict(),
         max_length=max_length(chat_model),
         eos_token_ids=ends,
         suppressed_ids=generation.suppress_tokens or [],

@@ -64,15 +64,13 @@ class Service:
     limits: Limits
     hosts: HostPolicy
     api_key: str | None
-    query_len: int  # of requests that say nothing about it
-    image_token_grid: int
+    budget: TokenBudget  # of requests that say nothing about it
 
 
 def build_app(service: Service) -> Starlette:
     """The application; it answers in the event loop that runs it, by the engine in its state."""
-    budget = TokenBudget(service.query_len, service.image_token_grid)
-    engine = Engine(service.chat_model, service.limits, budget)
-    info = ModelInfo.of(service.chat_model, budget)
+    engine = Engine(service.chat_model, service.limits, service.budget)
+    info = ModelInfo.of(service.chat_model, service.budget)
     chat = ChatEndpoint(service, engine, info.fingerprint)
     model = model_object(service.name, int(time.time()), info)
 

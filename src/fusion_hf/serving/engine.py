@@ -241,9 +241,9 @@ class Engine:
         return ends if isinstance(ends, list) else [ends]
 
     def _budget(self, request: ChatRequest) -> TokenBudget:
-        query_len = self.budget.query_len if request.query_len is None else request.query_len
-        grid = self.budget.image_token_grid if request.image_token_grid is None else request.image_token_grid
-        return TokenBudget(self.chat_model.check_query_len(query_len), self.chat_model.check_image_token_grid(grid))
+        given = {"query_len": request.query_len, "image_token_grid": request.image_token_grid}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return self.chat_model.token_budget(**self.budget._asdict() | chosen)
 
     def _check_length_roughly(self, messages: list[dict[str, Any]], budget: TokenBudget) -> None:
         """Refuse at once what would take long to tokenise only to be refused.

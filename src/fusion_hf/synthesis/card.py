@@ -11,10 +11,11 @@ import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.data.records import HUMAN
+from fusion_hf.data.record_parsing import HUMAN
 from fusion_hf.synthesis.balance import LONGER
 from fusion_hf.synthesis.config import DRAWN_LICENSE
-from fusion_hf.synthesis.draw import BACKEND
+from fusion_hf.synthesis.drawing_step import BACKEND
+from fusion_hf.synthesis.image_files import encode_png
 from fusion_hf.synthesis.record import IMAGE_MARK
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
@@ -88,13 +89,7 @@ def _sheet(samples: list[Sample]) -> bytes:
         draw.text((GAP, top), row[0].category, fill=BLACK)
         for column, sample in enumerate(row):
             sheet.paste(sample.picture, (GAP + column * (SIDE + GAP), top + LABEL))
-    return _png(sheet)
-
-
-def _png(picture: Image.Image) -> bytes:
-    stream = BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
+    return encode_png(sheet)
 
 
 def contact_page(samples: list[Sample]) -> str:
@@ -106,7 +101,7 @@ def contact_page(samples: list[Sample]) -> str:
     ]
     for sample in samples:
         name = html.escape(sample.record["id"])
-        source = f"data:image/png;base64,{b64encode(_png(sample.picture)).decode()}"
+        source = f"data:image/png;base64,{b64encode(encode_png(sample.picture)).decode()}"
         parts.append(f"<h2>{html.escape(sample.category)}: {name}</h2>")
         parts.append(f'<section><img src="{source}" alt="{name}"><dl>')
         for turn in sample.record["conversations"]:

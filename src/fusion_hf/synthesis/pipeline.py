@@ -11,22 +11,27 @@ from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
-from fusion_hf.synthesis.describe import Describe, Writing
 from fusion_hf.synthesis.documents import ReadStage, SaveStage, plan_file
-from fusion_hf.synthesis.draw import DrawRecords
+from fusion_hf.synthesis.drawing_step import DrawRecords
 from fusion_hf.synthesis.executors import make_executors
 from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import BalanceOptions, FilterRecords
-from fusion_hf.synthesis.images import MakeImage
-from fusion_hf.synthesis.judging import AskJudge, AskViewer, LookWithFusion
+from fusion_hf.synthesis.fusion_image_check import FusionImageCheck
+from fusion_hf.synthesis.image_generation import MakeImage
 from fusion_hf.synthesis.pool import STAGE as POOL
 from fusion_hf.synthesis.pool import PlanRecords
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.readers import check_pool
 from fusion_hf.synthesis.report import MakeReport
-from fusion_hf.synthesis.requests import Requests
+from fusion_hf.synthesis.request_step import RequestStep
+from fusion_hf.synthesis.rollouts import (
+    DescribeRollout,
+    ImageJudgeRollout,
+    JudgeRollout,
+    RecordRollout,
+    WriteTurnsRollout,
+)
 from fusion_hf.synthesis.stages import Folders, Stage
-from fusion_hf.synthesis.write_qa import WriteQA
 from fusion_hf.synthesis.write_records import WriteRecords
 
 SETTINGS, MODELS = "settings.json", "models"
@@ -141,14 +146,14 @@ class _Stages:
         assert config.pool is not None and config.writer is not None and config.images is not None, "checked by Config"
         plan = PlanRecords(config.pool, self.folders.work, config.shares, config.records, tasks, config.seed)
         self.made.append(Stage(POOL, [plan], 1))
-        describe = Describe(config.writer, self._progress("describe", resumes=True))
+        describe = DescribeRollout(config.writer, self._progress("describe", resumes=True))
         self._add("describe", [self._read(), self._ask("describe", describe)])
-        write = WriteQA(config.writer, self._progress("write_qa", resumes=True))
+        write = WriteTurnsRollout(config.writer, self._progress("write_qa", resumes=True))
         self._add("write_qa", [self._read(), self._ask("write_qa", write)])
         # before any picture is made: they are what costs most
         steps = [self._read(), FilterRecords(self._progress("filter"))]
         if config.judge is not None:
-            judge = AskJudge(config.judge, self._progress("judge", resumes=True))
+            judge = JudgeRollout(config.judge, self._progress("judge", resumes=True))
             self._add("judge", [*steps, self._ask("judge", judge)])
             steps = [self._read()]
         make = MakeImage(config.images, self.folders.pictures, self._progress("images"))
@@ -162,8 +167,8 @@ class _Stages:
             return [self._read()]
         if check.endpoint is None:
             progress = self._progress("look")
-            return [self._read(), LookWithFusion(check, self.folders.pictures, progress)]
-        viewer = AskViewer(check.endpoint, self._progress("look", resumes=True), self.folders.pictures)
+            return [self._read(), FusionImageCheck(check, self.folders.pictures, progress)]
+        viewer = ImageJudgeRollout(check.endpoint, self._progress("look", resumes=True), self.folders.pictures)
         self._add("look", [self._read(), self._ask("look", viewer)])
         return [self._read()]
 
@@ -176,9 +181,9 @@ class _Stages:
     def _read(self) -> ReadStage:
         return ReadStage(self.folders.stage(self.made[-1].name))
 
-    def _ask(self, name: str, rollout: Writing | AskJudge) -> Requests:
+    def _ask(self, name: str, rollout: RecordRollout) -> RequestStep:
         folder, checkpoints = self.folders.stage(name), self.folders.work / "checkpoints" / name
-        return Requests(name, rollout, rollout.endpoint, folder, checkpoints, self.config.chunk, rollout.progress)
+        return RequestStep(name, rollout, rollout.endpoint, folder, checkpoints, self.config.chunk, rollout.progress)
 
     def _write(self) -> list[PipelineStep]:
         write = WriteRecords(self.folders.data, self.folders.work, self.folders.pictures, self.config.format)

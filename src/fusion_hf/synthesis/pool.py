@@ -17,7 +17,7 @@ from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filters.minhash import NearDuplicates
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record import SynthRecord
-from fusion_hf.synthesis.requests import MAX_SEED
+from fusion_hf.synthesis.structured_answers import MAX_SEED
 
 STAGE = "pool"
 UNUSABLE = "unusable.jsonl"  # captions that are none

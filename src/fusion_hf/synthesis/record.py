@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fusion_hf.common.errors import short_name
-from fusion_hf.data.records import HUMAN, MODEL
+from fusion_hf.data.record_parsing import HUMAN, MODEL
 
 IMAGE_MARK = "<image>"  # the processor's IMAGE_TOKEN, whose import takes seconds
 

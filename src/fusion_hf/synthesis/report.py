@@ -13,7 +13,7 @@ from fusion_hf.common.outputs import write_atomically
 from fusion_hf.synthesis.card import write_card
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.config import Config
-from fusion_hf.synthesis.draw import BACKEND
+from fusion_hf.synthesis.drawing_step import BACKEND
 from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import filters_of
 from fusion_hf.synthesis.summary import CategorySummary, Summary

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.training.distributed import choose_cpu, spare_tf32
-from fusion_hf.training.keys import PARTS, VISION_TOWER, OwnArguments
+from fusion_hf.training.recipe_keys import PARTS, VISION_TOWER, OwnArguments
 
 # transformers' arguments that FusionTrainer does not ask: the allowed value, and what there is instead
 UNHEARD = {

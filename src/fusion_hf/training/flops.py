@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
-from fusion_hf.training.parts import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """One micro-batch as the model sees it, padding included.
 
     Args:
@@ -64,17 +64,21 @@ class StepFlops:
             self.recomputed += product.flops
 
 
-def forward_flops(config: FusionConfig, shape: Shape) -> int:
+def forward_flops(config: FusionConfig, shape: BatchShape) -> int:
     """FLOPs of the forward pass with labels of one micro-batch."""
     return step_flops(config, shape, ()).forward
 
 
-def training_flops(config: FusionConfig, shape: Shape, trained: Collection[str] = PARTS, lora: bool = False) -> int:
+def training_flops(
+    config: FusionConfig, shape: BatchShape, trained: Collection[str] = PARTS, lora: bool = False
+) -> int:
     """FLOPs of forward and backward pass of one micro-batch, without recomputation; see [`step_flops`]."""
     return step_flops(config, shape, trained, lora).training
 
 
-def step_flops(config: FusionConfig, shape: Shape, trained: Collection[str] = PARTS, lora: bool = False) -> StepFlops:
+def step_flops(
+    config: FusionConfig, shape: BatchShape, trained: Collection[str] = PARTS, lora: bool = False
+) -> StepFlops:
     """
     FLOPs of one micro-batch.
 
@@ -91,7 +95,7 @@ def step_flops(config: FusionConfig, shape: Shape, trained: Collection[str] = PA
 class _Counter:
     """Follows the forward pass; `*_gradient` say whether a tensor of it requires a gradient."""
 
-    def __init__(self, config: FusionConfig, shape: Shape, trained: frozenset[str], lora: bool):
+    def __init__(self, config: FusionConfig, shape: BatchShape, trained: frozenset[str], lora: bool):
         self.config, self.shape, self.trained, self.lora = config, shape, trained, lora
         self.patches = config.num_patches_per_side**2
         self.total = StepFlops()

@@ -7,8 +7,8 @@ from fusion_hf.common.outputs import new_folder
 from fusion_hf.hub.folders import base_of
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import DTYPES
-from fusion_hf.training.cast import cast_weights
-from fusion_hf.training.lora import load_adapter
+from fusion_hf.training.adapters import load_adapter
+from fusion_hf.training.cast_dtype import cast_weights
 
 
 def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
-from fusion_hf.training.flops import Shape, StepFlops, step_flops
-from fusion_hf.training.keys import FULL, LANGUAGE_MODEL, OPTIMIZER_BYTES, PARTS, check_optimizer
-from fusion_hf.training.parts import count_by_part
+from fusion_hf.training.flops import BatchShape, StepFlops, step_flops
+from fusion_hf.training.parameter_groups import count_by_part
 from fusion_hf.training.recipe import split_batch
+from fusion_hf.training.recipe_keys import FULL, LANGUAGE_MODEL, OPTIMIZER_BYTES, PARTS, check_optimizer
 from fusion_hf.training.simulation import (
     ACCUMULATED,
     KEPT,
     REDUCED,
-    Peak,
-    Setting,
+    StepPeak,
+    StepSetting,
     fake_model,
     quantized_layers,
     simulate,
@@ -67,7 +67,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightCounts:
     """Numbers of weights, adapters among them.
 
     Args:
@@ -94,7 +94,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Memory:
+class GpuMemory:
     """Bytes that one GPU holds at the moment it holds most.
 
     Args:
@@ -118,7 +118,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class States:
+class StateBytes:
     """Bytes per GPU of everything but activations; `step` comes on top while the optimizer steps."""
 
     parameters: int
@@ -134,7 +134,7 @@ class States:
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """What a recipe says that matters here."""
 
     trained: tuple[str, ...]
@@ -151,7 +151,7 @@ class Run:
     max_steps: int
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], config: FusionConfig) -> "Run":
+    def of(cls, values: Mapping[str, Any], config: FusionConfig) -> "PlannedRun":
         """
         Raises:
             InputError: for an optimizer whose memory is not known.
@@ -188,7 +188,7 @@ class Work:
 
 
 @dataclass
-class Plan:
+class TrainingPlan:
     """The answer to a recipe.
 
     Args:
@@ -199,8 +199,8 @@ class Plan:
     """
 
     machine: Machine
-    weights: Weights
-    memory: Memory
+    weights: WeightCounts
+    memory: GpuMemory
     fits: bool
     largest_batch: int | None
     record_tokens: int
@@ -214,24 +214,25 @@ class Planner:
 
     def __init__(self, config: FusionConfig, values: Mapping[str, Any]):
         self.config, self.values = config, dict(values)
-        self.run = Run.of(values, config)
-        self._weights: dict[int, Weights] = {}
-        self._peaks: dict[tuple[Setting, Shape], Peak] = {}
+        self.run = PlannedRun.of(values, config)
+        self._weights: dict[StepSetting, WeightCounts] = {}
+        self._peaks: dict[tuple[StepSetting, BatchShape], StepPeak] = {}
 
     # ---- memory ----
 
-    def weights(self, run: Run | None = None) -> Weights:
+    def weights(self, run: PlannedRun | None = None) -> WeightCounts:
         """The model's weights under the recipe."""
         run = self.run if run is None else run
-        if run.lora_rank not in self._weights:
-            self._weights[run.lora_rank] = count_weights(self.config, self.setting(run, DDP, KEPT))
-        return self._weights[run.lora_rank]
+        setting = self.setting(run, DDP, KEPT)
+        if setting not in self._weights:
+            self._weights[setting] = count_weights(self.config, setting)
+        return self._weights[setting]
 
-    def setting(self, run: Run, sharding: str, gradients: str) -> Setting:
+    def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
         """How the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
         casts = sharding in (NONE, DDP)
         full = casts or run.half is None
-        return Setting(
+        return StepSetting(
             trained=run.trained,
             weights=torch.float32 if full or run.half is None else run.half,
             autocast=run.half if casts else None,
@@ -249,15 +250,15 @@ class Planner:
         gpus: int,
         batch: int,
         accumulation: int,
-        run: Run | None = None,
-        shape: Shape | None = None,
-    ) -> Memory:
+        run: PlannedRun | None = None,
+        shape: BatchShape | None = None,
+    ) -> GpuMemory:
         """What one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
         run = self.run if run is None else run
         sharded = sharding not in (NONE, DDP)
         gradients = REDUCED if sharded else KEPT if accumulation == 1 else ACCUMULATED
         if shape is None:
-            shape = Shape(batch, run.max_length, INSTRUCT_TOKENS, TURNS, max(run.query_lens))
+            shape = BatchShape(batch, run.max_length, INSTRUCT_TOKENS, TURNS, max(run.query_lens))
         setting = self.setting(run, sharding, gradients)
         peak = self._peaks.get((setting, shape))
         if peak is None:
@@ -270,7 +271,7 @@ class Planner:
             return _memory(sharding, batch, accumulation, parts, held, peak.activations + waiting, peak.phase)
         return _memory(sharding, batch, accumulation, parts, states.gradients, states.step, OPTIMIZER_STEP)
 
-    def states(self, sharding: str, gpus: int, run: Run | None = None) -> States:
+    def states(self, sharding: str, gpus: int, run: PlannedRun | None = None) -> StateBytes:
         """What lasts through a step, without a simulation."""
         run = self.run if run is None else run
         bucket = self.config.text_config.hidden_size**2  # transformers' `auto`
@@ -281,7 +282,7 @@ class Planner:
         vision = self.config.vision_config
         return FULL * (NUM_TILES + 1) * vision.num_channels * vision.image_size**2
 
-    def choose(self, machine: Machine, batch: int, accumulation: int) -> Memory:
+    def choose(self, machine: Machine, batch: int, accumulation: int) -> GpuMemory:
         """Under the machine's sharding; `AUTO`: the first that fits, else the one that needs least."""
         gpus = machine.gpus
         if machine.sharding != AUTO:
@@ -301,7 +302,7 @@ class Planner:
 
     # ---- the whole plan ----
 
-    def plan(self, machine: Machine, records: int | None = None, record_tokens: int | None = None) -> Plan:
+    def plan(self, machine: Machine, records: int | None = None, record_tokens: int | None = None) -> TrainingPlan:
         """
         The plan for a machine.
 
@@ -317,9 +318,9 @@ class Planner:
         latents = round(sum(self.run.query_lens) / len(self.run.query_lens))
         if record_tokens is None:
             record_tokens = min(self.run.max_length, self.config.num_image_tokens + latents + TEXT_TOKENS)
-        shape = Shape(1, record_tokens, AVERAGE_INSTRUCT_TOKENS, 1, latents)
+        shape = BatchShape(1, record_tokens, AVERAGE_INSTRUCT_TOKENS, 1, latents)
         flops = step_flops(self.config, shape, self.run.trained, lora=self.run.lora_rank > 0)
-        return Plan(
+        return TrainingPlan(
             machine=replace(machine, sharding=memory.sharding),
             weights=self.weights(),
             memory=memory,
@@ -352,12 +353,12 @@ class Planner:
         hardware = flops.training + (flops.recomputed if self.run.checkpointing else 0)
         return Work(records, steps, seen * tokens, seen * flops.training, seen * hardware)
 
-    def what_helps(self, machine: Machine, memory: Memory) -> dict[str, int]:
+    def what_helps(self, machine: Machine, memory: GpuMemory) -> dict[str, int]:
         """Bytes that a GPU would need after each of a few changes, made one at a time."""
         run, share = self.run, memory.batch * memory.accumulation
         changes = {}
 
-        def tried(name: str, changed: Run, sharding: str = memory.sharding, batch: int = memory.batch) -> None:
+        def tried(name: str, changed: PlannedRun, sharding: str = memory.sharding, batch: int = memory.batch) -> None:
             changes[name] = self.memory(sharding, machine.gpus, batch, share // batch, changed).total
 
         if not run.checkpointing:
@@ -382,12 +383,14 @@ def _memory(
     gradients: int,
     activations: int,
     moment: str,
-) -> Memory:
+) -> GpuMemory:
     parameters, optimizer, communication = parts
-    return Memory(sharding, batch, accumulation, parameters, gradients, optimizer, communication, activations, moment)
+    return GpuMemory(
+        sharding, batch, accumulation, parameters, gradients, optimizer, communication, activations, moment
+    )
 
 
-def count_weights(config: FusionConfig, setting: Setting) -> Weights:
+def count_weights(config: FusionConfig, setting: StepSetting) -> WeightCounts:
     """The model's weights, from the meta device."""
     with fake_model(config, setting) as model:
         layers = [
@@ -397,7 +400,7 @@ def count_weights(config: FusionConfig, setting: Setting) -> Weights:
         ]
         quantized = [layer.weight.numel() for layer in quantized_layers(model)] if setting.quantized else []
         by_part, trained = count_by_part(model), count_by_part(model, trained_only=True)
-    return Weights(
+    return WeightCounts(
         by_part=by_part,
         trained=trained,
         quantized=sum(quantized),
@@ -408,7 +411,9 @@ def count_weights(config: FusionConfig, setting: Setting) -> Weights:
     )
 
 
-def count_states(weights: Weights, sharding: str, gpus: int, half: bool, optimizer: str, bucket: int) -> States:
+def count_states(
+    weights: WeightCounts, sharding: str, gpus: int, half: bool, optimizer: str, bucket: int
+) -> StateBytes:
     """
     Bytes per GPU that last through a step.
 
@@ -430,10 +435,10 @@ def count_states(weights: Weights, sharding: str, gpus: int, half: bool, optimiz
     dequantized = weights.largest_quantized * computed
     if sharding in (NONE, DDP):
         buckets = trained * FULL if sharding == DDP and gpus > 1 else 0
-        return States(plain * FULL + four_bit, trained * FULL, moments, buckets + dequantized, copies)
+        return StateBytes(plain * FULL + four_bit, trained * FULL, moments, buckets + dequantized, copies)
     if sharding == FSDP2:
         gathered = computed * (weights.outside + FSDP_LAYERS * weights.largest_layer)
-        return States(
+        return StateBytes(
             _share(plain * FULL, gpus) + four_bit,
             _share(trained * FULL, gpus),
             _share(moments, gpus),
@@ -442,7 +447,7 @@ def count_states(weights: Weights, sharding: str, gpus: int, half: bool, optimiz
         )
     masters = trained * FULL
     gathered = 0 if sharding == ZERO2 else min(weights.total, LIVE_WEIGHTS) * computed
-    return States(
+    return StateBytes(
         (plain * computed if sharding == ZERO2 else _share(plain * computed, gpus)) + four_bit,
         _share(trained * computed, gpus),
         _share(masters + moments, gpus),

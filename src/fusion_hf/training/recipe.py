@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
-from fusion_hf.training.keys import OwnArguments, all_keys, own_keys
+from fusion_hf.training.recipe_keys import OwnArguments, all_keys, own_keys
 
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
@@ -133,7 +133,7 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
 def make_arguments(values: Mapping[str, Any], world_size: int) -> "FusionTrainingArguments":
     """The arguments of a run of `world_size` processes."""
     from fusion_hf.training.arguments import FusionTrainingArguments
-    from fusion_hf.training.checkpointing import RENAMED_KEYS
+    from fusion_hf.training.gradient_checkpointing import RENAMED_KEYS
 
     batch, passes = split_batch(values, world_size)
     settings = {**values, "per_device_train_batch_size": batch, "gradient_accumulation_steps": passes}

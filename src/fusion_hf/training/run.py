@@ -19,13 +19,13 @@ from fusion_hf.hub.folders import find_folder
 from fusion_hf.inference.loading import load_model
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.cast import cast_weights
+from fusion_hf.training.cast_dtype import cast_weights
 from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_aside, supersede, writing
 from fusion_hf.training.collator import FusionDataCollator
 from fusion_hf.training.distributed import keep_names
-from fusion_hf.training.files import FINISHED_FILE
-from fusion_hf.training.parts import freeze_except
+from fusion_hf.training.parameter_groups import freeze_except
 from fusion_hf.training.recipe import changed_keys, make_arguments
+from fusion_hf.training.recipe_files import FINISHED_FILE
 from fusion_hf.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def run(values: Mapping[str, Any]) -> bool:
         trainer = make_trainer(model, processor, arguments, stop)
         last = None if arguments.resume_from_checkpoint == NONE else _checkpoint(arguments)
         if last is not None and arguments.lora_rank:
-            from fusion_hf.training.lora import check_adapter
+            from fusion_hf.training.adapters import check_adapter
 
             check_adapter(model, last)  # type: ignore[arg-type]
         trainer.train(resume_from_checkpoint=last)
@@ -132,13 +132,13 @@ def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, tor
     folder = find_folder(str(arguments.model))
     options: dict[str, Any] = {}
     if arguments.load_in_4bit:
-        from fusion_hf.training.lora import quantization_config
+        from fusion_hf.training.adapters import quantization_config
 
         options["quantization_config"] = quantization_config(arguments)
     model, processor = load_model(folder, torch.float32, **options)
     keep_names(model)
     if arguments.lora_rank:
-        from fusion_hf.training.lora import add_lora
+        from fusion_hf.training.adapters import add_lora
 
         return processor, add_lora(model, arguments)
     freeze_except(model, arguments.train)

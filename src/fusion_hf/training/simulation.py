@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig, TokenBudget
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.training.checkpointing import enable_checkpointing
-from fusion_hf.training.flops import Shape
-from fusion_hf.training.parts import freeze_except
+from fusion_hf.training.flops import BatchShape
+from fusion_hf.training.gradient_checkpointing import enable_checkpointing
+from fusion_hf.training.parameter_groups import freeze_except
 
 FORWARD, BACKWARD = "forward", "backward"
 # what happens with a gradient as soon as it is there
@@ -30,7 +30,7 @@ KEPT, ACCUMULATED, REDUCED = "kept", "added to the last micro-batch's", "sent to
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepSetting:
     """What the memory of a step depends on beside its shape.
 
     Args:
@@ -55,7 +55,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Peak:
+class StepPeak:
     """The moment at which a step holds most, in bytes; weights and optimizer state come on top.
 
     Args:
@@ -79,7 +79,7 @@ class _Storages(TorchDispatchMode):
         self.live = 0
         self.gradients = 0
         self.phase = FORWARD
-        self.peak = Peak()
+        self.peak = StepPeak()
         self._known: dict[int, weakref.ref] = {}
         for tensor in (*model.parameters(), *model.buffers()):  # seen through views, but there before
             storage = tensor.untyped_storage()
@@ -106,11 +106,11 @@ class _Storages(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, forget)
         self.live += size
         if self.live > self.peak.total:
-            self.peak = Peak(self.live - self.gradients, self.gradients, self.phase)
+            self.peak = StepPeak(self.live - self.gradients, self.gradients, self.phase)
 
 
 @contextmanager
-def fake_model(config: FusionConfig, setting: Setting) -> Iterator[FusionForConditionalGeneration]:
+def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionForConditionalGeneration]:
     """A model without contents; inside the context, tensors that are made have none either."""
     config = copy.deepcopy(config)
     rope = config.text_config.rope_parameters
@@ -129,11 +129,11 @@ def fake_model(config: FusionConfig, setting: Setting) -> Iterator[FusionForCond
         yield model.to_empty(device="cpu")
 
 
-def add_adapters(model: FusionForConditionalGeneration, setting: Setting) -> None:
+def add_adapters(model: FusionForConditionalGeneration, setting: StepSetting) -> None:
     """Freeze the language model and add LoRA to its linear layers, all or those whose names end in a target."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from fusion_hf.training.lora import find_targets
+    from fusion_hf.training.adapters import find_targets
 
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     targets = find_targets(model, setting.lora_targets)
@@ -156,7 +156,7 @@ def quantized_layers(model: FusionForConditionalGeneration) -> list[nn.Linear]:
     ]
 
 
-def make_batch(config: FusionConfig, shape: Shape) -> dict[str, Any]:
+def make_batch(config: FusionConfig, shape: BatchShape) -> dict[str, Any]:
     """Inputs of the model of a batch, without contents where a fake mode is active. Single samples have no padding."""
     size, channels = config.vision_config.image_size, config.vision_config.num_channels
     ids = torch.zeros(shape.batch, shape.sequence, dtype=torch.long)
@@ -170,7 +170,7 @@ def make_batch(config: FusionConfig, shape: Shape) -> dict[str, Any]:
     }
 
 
-def simulate(config: FusionConfig, shape: Shape, setting: Setting) -> Peak:
+def simulate(config: FusionConfig, shape: BatchShape, setting: StepSetting) -> StepPeak:
     """What one micro-batch holds at its peak, from its inputs to its gradients.
 
     Takes seconds, whatever the model's size. The optimizer's step is not part of it.
@@ -201,7 +201,7 @@ def _on_gradient(parameter: nn.Parameter, gradients: str, storages: _Storages) -
 
 
 def _loss(
-    model: FusionForConditionalGeneration, batch: dict[str, Any], shape: Shape, setting: Setting
+    model: FusionForConditionalGeneration, batch: dict[str, Any], shape: BatchShape, setting: StepSetting
 ) -> torch.Tensor:
     """As the model's forward with labels computes it `()`, without the checks, which need the ids' values."""
     cast = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)

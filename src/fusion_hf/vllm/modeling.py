@@ -23,6 +23,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.processor import cached_processor_from_config
 
+from fusion_hf.inference.image_features import ImageFeatureCache
 from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 from fusion_hf.model.modeling_fusion_vision import (
@@ -37,7 +38,6 @@ from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.vllm.edits import find_prompts, make_edits
 from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
 from fusion_hf.vllm.prompts import PromptReader
-from fusion_hf.vllm.windows import WindowCache
 
 # of pictures for further questions about them: in 16 bits with 36 latent tokens, 67 pictures for FUSION 3B, 50 for 8B
 REMEMBERED_BYTES = 2**27
@@ -98,7 +98,8 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
                 hf_config=config.text_config,
                 architectures=[_backbone(config.text_config)],
             )
-        self.windows = WindowCache(REMEMBERED_BYTES)
+        # windows (q * w * w, D): vLLM's own cache is of images with their questions, and has nothing for the next one
+        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(REMEMBERED_BYTES, _num_bytes)
         # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
         self.contexts: list[torch.Tensor] = []
         self.grey: torch.Tensor | None = None
@@ -216,6 +217,10 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         logits = nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
         logits[:, self.suppressed] = -torch.inf
         return logits
+
+
+def _num_bytes(windows: torch.Tensor) -> int:
+    return windows.nbytes
 
 
 def _backbone(text_config: PreTrainedConfig) -> str:

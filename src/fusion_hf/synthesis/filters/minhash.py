@@ -1,21 +1,14 @@
 """Captions that are nearly alike, by datatrove's MinHash; needs the extra `synth`."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 from fusion_hf.synthesis.choices import plain
 from fusion_hf.synthesis.filters.across import text_key
 from fusion_hf.synthesis.record import SynthRecord
 
 try:
-    from datatrove.pipeline.dedup.minhash import (
-        MinhashConfig,
-        MinhashDedupBuckets,
-        MinhashDedupCluster,
-        MinhashDedupFilter,
-        MinhashDedupSignature,
-    )
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.utils.hashing import HashConfig
     from datatrove.utils.word_tokenizers import WordTokenizer
 except ModuleNotFoundError as error:
@@ -60,28 +53,19 @@ class MinHash:
         )
 
 
-class Stages(NamedTuple):
-    """datatrove's four steps; each is a pipeline of its own, in this order, with so many tasks."""
-
-    signature: Any  # behind a reader; as many tasks as there are
-    buckets: Any  # `MinHash.buckets` tasks, or a multiple
-    cluster: Any  # one task
-    keep: Any  # behind the same reader with as many tasks as the first
-
-
 class NearDuplicates:
     """
     Rejects a record whose caption is nearly one that came before, by datatrove's MinHash.
 
-    In memory: for each caption `buckets` hashes and its id, so it is for one task and up to some million captions;
-    `minhash_stages` is the same for many tasks.
+    In memory: for each caption `buckets` hashes and its id, so it is for one task and up to some million captions.
     """
 
     name: ClassVar[str] = "near_duplicates"
 
     def __init__(self, settings: MinHash | None = None):
         self.settings = settings if settings is not None else MinHash()
-        self.signer = _signer(self.settings, Path())
+        # its folder is written by pipelines alone
+        self.signer = MinhashDedupSignature(".", self.settings.config(), language=_Words())
         self.seen: dict[bytes, str] = {}
 
     def check(self, record: SynthRecord) -> str | None:
@@ -99,24 +83,3 @@ class NearDuplicates:
             return [text_key("short", plain(caption))]
         signature = self.signer.get_signature(shingles)
         return [text_key(str(number), *map(str, hashes)) for number, hashes in enumerate(signature)]
-
-
-def minhash_stages(folder: Path, settings: MinHash | None = None) -> Stages:
-    """
-    The same over all tasks of a run, on disk, for documents whose text is the caption.
-
-    Args:
-        folder: for what the stages hand on.
-    """
-    settings = settings if settings is not None else MinHash()
-    signer = _signer(settings, folder / "signatures")
-    config = settings.config()
-    buckets = MinhashDedupBuckets(
-        str(folder / "signatures"), str(folder / "pairs"), config=config, only_dedup_in_index=False
-    )
-    cluster = MinhashDedupCluster(str(folder / "pairs"), str(folder / "removed"), config=config)
-    return Stages(signer, buckets, cluster, MinhashDedupFilter(str(folder / "removed")))
-
-
-def _signer(settings: MinHash, folder: Path) -> MinhashDedupSignature:
-    return MinhashDedupSignature(str(folder), settings.config(), language=_Words())

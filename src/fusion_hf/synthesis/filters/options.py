@@ -2,12 +2,11 @@
 
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice, plain
+from fusion_hf.synthesis.choices import parse_choice, plain
 from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.words import content
 from fusion_hf.synthesis.record import SynthRecord, Turn
@@ -106,17 +105,3 @@ def _balanced(turn: Turn, places: dict[int, list[int]], rng: random.Random) -> T
     rng.shuffle(wrong)
     options = (*wrong[:place], choice.options[choice.answer], *wrong[place:])
     return replace(choice, options=options, answer=place).turn()
-
-
-def letter_shares(records: Iterable[SynthRecord]) -> dict[int, dict[str, float]]:
-    """By number of options, the share of questions in which each letter is right."""
-    counts: dict[int, Counter[str]] = {}
-    for record in records:
-        for turn in record.turns:
-            choice = parse_choice(turn)
-            if isinstance(choice, Choice):
-                counts.setdefault(len(choice.options), Counter())[choice.letter] += 1
-    return {
-        size: {letter: counted[letter] / counted.total() for letter in LETTERS[:size]}
-        for size, counted in sorted(counts.items())
-    }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from fusion_hf.drawing.pictures import PictureSpec
+from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.procedural.pairs import draw_pair
 from fusion_hf.synthesis.procedural.scenes import WORDINGS
@@ -17,18 +17,18 @@ MODEL = "procedural"  # stands in the origins for the name of a model
 MOST_TRIES = 100  # of drawing a scene that has enough questions
 
 
-class Plan(NamedTuple):
-    """A record, and how its pictures are drawn."""
+class PlannedRecord(NamedTuple):
+    """A record, and how its images are drawn."""
 
     record: SynthRecord
-    specs: tuple[PictureSpec, ...]
+    specs: tuple[DrawnImage, ...]
 
 
 class Drawn(NamedTuple):
-    """A record, and its pictures; file names are given by whoever stores them."""
+    """A record, and its images; file names are given by whoever stores them."""
 
     record: SynthRecord
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
 
 
 def draw(category: str, seed: int, index: int) -> Drawn:
@@ -42,7 +42,7 @@ def draw(category: str, seed: int, index: int) -> Drawn:
     return Drawn(planned.record, tuple(spec.render() for spec in planned.specs))
 
 
-def plan(category: str, seed: int, index: int) -> Plan:
+def plan(category: str, seed: int, index: int) -> PlannedRecord:
     """As `draw`, with nothing drawn yet."""
     categories = load_categories()
     if category not in categories:
@@ -73,4 +73,4 @@ def plan(category: str, seed: int, index: int) -> Plan:
         facts={"pictures": [scene.facts() for scene in scenes]},
         origins=dict.fromkeys(("describe", "images", "write_qa"), origin),
     )
-    return Plan(record, tuple(scene.spec for scene in scenes))
+    return PlannedRecord(record, tuple(scene.spec for scene in scenes))

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
-from fusion_hf.drawing.pictures import COLORS, COUNT_GRID, MAX_COUNT, SHAPES, Shape, place_word
+from fusion_hf.drawing.drawn_images import COLORS, COUNT_GRID, MAX_COUNT, SHAPES, DrawnShape, place_word
 from fusion_hf.synthesis.procedural.scenes import (
     CANVAS_SIDE,
     EVERYTHING,
@@ -75,7 +75,7 @@ def _countable(rng: random.Random) -> Scene:
     return replace(scene, spec=replace(scene.spec, shapes=scene.shapes[:total]))
 
 
-def _with_shape(scene: Scene, index: int, shape: Shape) -> Scene:
+def _with_shape(scene: Scene, index: int, shape: DrawnShape) -> Scene:
     shapes = (*scene.shapes[:index], shape, *scene.shapes[index + 1 :])
     return Scene(replace(scene.spec, shapes=shapes))
 
@@ -140,8 +140,8 @@ def change_text(scene: Scene, rng: random.Random) -> ScenePair:
 CHANGES = (change_color, change_kind, change_place, change_count, change_text)
 
 
-def _in_free_cell(scene: Scene, shape: Shape, rng: random.Random) -> Shape:
-    def cell_of(other: Shape) -> tuple[int, int]:
+def _in_free_cell(scene: Scene, shape: DrawnShape, rng: random.Random) -> DrawnShape:
+    def cell_of(other: DrawnShape) -> tuple[int, int]:
         column, row = (int(middle / CELL) for middle in other.center)
         return column, row
 

@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fusion_hf.drawing.pictures import COLORS, DIRECTIONS, MAX_COUNT, SHAPES, WORD_COLORS, WORDS
-from fusion_hf.drawing.questions import COLOR_FORMS, COUNT_FORMS, RELATION_FORM, RELATION_PHRASES, WORD_FORMS
+from fusion_hf.drawing.drawn_images import COLORS, DIRECTIONS, MAX_COUNT, SHAPES, WORD_COLORS, WORDS
+from fusion_hf.drawing.drawn_questions import COLOR_FORMS, COUNT_FORMS, RELATION_FORM, RELATION_PHRASES, WORD_FORMS
 from fusion_hf.synthesis.procedural.scenes import EVERYTHING, LARGEST_NUMBER, PLACES, Scene, place_of, plural, spoken
 
 TRUE_SHARE = 1 / 2  # of questions of yes or no have the answer yes

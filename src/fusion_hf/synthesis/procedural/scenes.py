@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fusion_hf.drawing.pictures import (
+from fusion_hf.drawing.drawn_images import (
     CANVAS_SIDE,
     COLORS,
     MAX_COUNT,
@@ -15,16 +15,16 @@ from fusion_hf.drawing.pictures import (
     TRIANGLE_ASPECT,
     WORD_COLORS,
     WORDS,
-    PictureSpec,
-    Shape,
-    Word,
+    DrawnImage,
+    DrawnShape,
+    DrawnWord,
     count_spec,
     direction,
     place_word,
     single_spec,
     spatial_spec,
 )
-from fusion_hf.drawing.questions import RELATION_PHRASES, drawn_caption
+from fusion_hf.drawing.drawn_questions import RELATION_PHRASES, drawn_caption
 from fusion_hf.synthesis.filters.words import UNITS
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
@@ -76,7 +76,7 @@ def listing(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def place_of(shape: Shape) -> str:
+def place_of(shape: DrawnShape) -> str:
     """In which ninth of the picture its middle lies."""
     cells = (min(2, int(3 * middle / CANVAS_SIDE)) for middle in shape.center)
     column, row = cells
@@ -94,12 +94,12 @@ class Scene:
         wording: selects the opening and the closing of the description.
     """
 
-    spec: PictureSpec
+    spec: DrawnImage
     counted: tuple[str, ...] = ()
     wording: int = 0
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[DrawnShape, ...]:
         return self.spec.shapes
 
     @cached_property
@@ -201,7 +201,7 @@ class Scene:
 
 
 def draw_until(
-    rng: random.Random, maker: Callable[[random.Random], PictureSpec], wanted: Callable[[Scene], bool]
+    rng: random.Random, maker: Callable[[random.Random], DrawnImage], wanted: Callable[[Scene], bool]
 ) -> Scene:
     """The first scene of a kind with a property.
 
@@ -223,7 +223,7 @@ def written_text(rng: random.Random) -> str:
 def text_scene(rng: random.Random) -> Scene:
     """A word or a number, alone."""
     word = place_word(written_text(rng), rng.choice(WORD_COLORS), rng)
-    return Scene(PictureSpec("text", single_spec(rng).background, word=word))
+    return Scene(DrawnImage("text", single_spec(rng).background, word=word))
 
 
 def sign_scene(rng: random.Random) -> Scene:
@@ -237,12 +237,12 @@ def sign_scene(rng: random.Random) -> Scene:
         size = rng.randint(*SIGN_SIZES)
         room = CANVAS_SIDE // count - size
         left, top = index * CANVAS_SIDE // count + rng.randint(0, room), top + rng.randint(0, BAND - size)
-        shapes.append(Shape(kind, color, left, top, size, size))
+        shapes.append(DrawnShape(kind, color, left, top, size, size))
     word = sign_text(written_text(rng), rng.choice(WORD_COLORS), rng, text_below)
-    return Scene(PictureSpec("text", single_spec(rng).background, tuple(shapes), word))
+    return Scene(DrawnImage("text", single_spec(rng).background, tuple(shapes), word))
 
 
-def sign_text(text: str, color: str, rng: random.Random, below: bool) -> Word:
+def sign_text(text: str, color: str, rng: random.Random, below: bool) -> DrawnWord:
     """The text of a sign, in the half of the image that its shapes leave free."""
     top, bottom = (BAND, CANVAS_SIDE) if below else (0, BAND)
     return place_word(text, color, rng, SIGN_WORD, top, bottom)
@@ -302,7 +302,7 @@ def recast(scene: Scene, kinds: Iterable[str], colors: Iterable[str], rng: rando
     return replace(scene, spec=replace(scene.spec, shapes=shapes))
 
 
-def reshaped(shape: Shape, kind: str, rng: random.Random) -> Shape:
+def reshaped(shape: DrawnShape, kind: str, rng: random.Random) -> DrawnShape:
     """A shape of another kind around the same middle and inside the same box: a circle is no ellipse."""
     if kind == shape.kind:
         return shape
@@ -312,7 +312,7 @@ def reshaped(shape: Shape, kind: str, rng: random.Random) -> Shape:
         width, height = (rng.uniform(LEAST_SIDE * length, length) for length in (shape.width, shape.height))
     column, row = shape.center
     left, top = round(column - width / 2), round(row - height / 2)
-    return Shape(kind, shape.color, left, top, width, height)
+    return DrawnShape(kind, shape.color, left, top, width, height)
 
 
 def reasoning_scene(rng: random.Random) -> Scene:

@@ -21,8 +21,8 @@ from fusion_hf.hub.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.checkpointing import hide_peft_deprecation
-from fusion_hf.training.parts import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
+from fusion_hf.training.gradient_checkpointing import hide_peft_deprecation
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
 
 HEAD = "lm_head"
 MODULES_OF_PART = {

@@ -6,27 +6,26 @@ import binascii
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from fusion_hf.common.endpoints import IMAGES, Refused, endpoint_url
+from fusion_hf.common.endpoint_client import EndpointClient
+from fusion_hf.common.endpoints import IMAGES, RequestRejected, endpoint_url
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
 from fusion_hf.synthesis.config import Images
 from fusion_hf.synthesis.documents import TASK, put_record, record_of
-from fusion_hf.synthesis.endpoints import Poster
-from fusion_hf.synthesis.pictures import compose_pair
+from fusion_hf.synthesis.image_files import compose_pair, encode_png, read_texts
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record import Origin, SynthRecord
-from fusion_hf.synthesis.requests import hash_prompt
+from fusion_hf.synthesis.structured_answers import hash_prompt
 
 STEP = "make_image"
 RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -132,8 +131,15 @@ class EndpointMaker:
     def __init__(self, settings: Images):
         assert settings.url is not None, "checked by Images"
         self.settings = settings
-        url = endpoint_url(settings.url, IMAGES)
-        self.poster = Poster(url, settings.key_variable, settings.timeout, settings.patience, MAX_RESPONSE_BYTES)
+        self.url = endpoint_url(settings.url, IMAGES)
+        self.client = EndpointClient(
+            settings.key_variable,
+            settings.timeout,
+            settings.patience,
+            MAX_RESPONSE_BYTES,
+            retries_timeouts=True,
+            alive_since_begin=True,
+        )
 
     def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
         """One request for each, all at a time."""
@@ -143,7 +149,7 @@ class EndpointMaker:
         try:
             return list(await asyncio.gather(*map(self._one, orders)))
         finally:
-            await self.poster.close()
+            await self.client.close()
 
     async def _one(self, order: Order) -> "Image.Image | str":
         payload = {
@@ -156,8 +162,9 @@ class EndpointMaker:
             **self.settings.arguments,
         }
         try:
-            answer = await self.poster.post({name: value for name, value in payload.items() if value is not None})
-        except Refused as error:
+            given = {name: value for name, value in payload.items() if value is not None}
+            answer = await self.client.ask_async(self.url, given)
+        except RequestRejected as error:
             return f"refused: {error}"
         try:
             return _decode(base64.b64decode(answer["data"][0]["b64_json"], validate=True))
@@ -268,21 +275,3 @@ def _checked(made: "Image.Image | str") -> "Image.Image | str":
     if all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
         return "the picture has one colour alone"
     return made
-
-
-def encode_png(picture: Image.Image, texts: dict[str, str]) -> bytes:
-    """A PNG with texts about itself."""
-    info = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        info.add_itxt(name, text)
-    stream = BytesIO()
-    picture.save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
-
-
-def read_texts(path: Path) -> dict[str, str] | None:
-    """The texts in a PNG; None if there is no such file."""
-    if not path.exists():
-        return None
-    with Image.open(path, formats=("PNG",)) as picture:
-        return {name: str(text) for name, text in picture.info.items()}

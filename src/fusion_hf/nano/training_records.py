@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from fusion_hf.data.easy_vqa import EasyVqaPicture, read_easy_vqa
-from fusion_hf.data.records import HUMAN, MODEL
-from fusion_hf.drawing.pictures import CATEGORIES, Category, PictureSpec, Split, draw_spec
-from fusion_hf.drawing.questions import (
-    Question,
+from fusion_hf.data.easy_vqa import EasyVqaImage, read_easy_vqa
+from fusion_hf.data.record_parsing import HUMAN, MODEL
+from fusion_hf.drawing.drawn_images import CATEGORIES, Category, DrawnImage, Split, draw_spec
+from fusion_hf.drawing.drawn_questions import (
+    DrawnQuestion,
     casual,
     compatible,
     drawn_caption,
@@ -34,28 +34,28 @@ CAPTION_PROMPTS = ("describe the picture.", "describe the image.", "what is in t
 
 
 @dataclass(frozen=True)
-class Picture:
+class DescribedImage:
     """A picture and what can be said about it. `key` identifies it across splits."""
 
-    image: Path | PictureSpec
+    image: Path | DrawnImage
     category: str
     key: str
-    questions: tuple[Question, ...]
+    questions: tuple[DrawnQuestion, ...]
     caption: str | None
 
 
 @dataclass(frozen=True)
-class Record:
+class NanoRecord:
     """One conversation about one picture; `turns` are (question, answer) pairs."""
 
-    image: Path | PictureSpec
+    image: Path | DrawnImage
     turns: tuple[tuple[str, str], ...]
     category: str
     key: str
 
     def open_image(self) -> Image.Image:
         """The picture as RGB, 64 x 64."""
-        if isinstance(self.image, PictureSpec):
+        if isinstance(self.image, DrawnImage):
             return self.image.render()
         with Image.open(self.image) as image:
             return image.convert("RGB")
@@ -71,7 +71,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class DrawnMixture:
     """How many drawn pictures of each category a stage uses, and which share of easy-vqa's pictures."""
 
     single: int = 6000
@@ -82,8 +82,11 @@ class Mixture:
 
 
 def stage_records(
-    stage: Stage, split: Literal["train", "validation"] = "train", seed: int | str = 0, mixture: Mixture | None = None
-) -> list[Record]:
+    stage: Stage,
+    split: Literal["train", "validation"] = "train",
+    seed: int | str = 0,
+    mixture: DrawnMixture | None = None,
+) -> list[NanoRecord]:
     """The shuffled records of a training stage.
 
     Stage 1: one caption per picture. Stage 1.5: one caption and one conversation per picture. Stage 2: conversations
@@ -94,12 +97,12 @@ def stage_records(
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, allowed are {', '.join(STAGES)}")
-    mixture = mixture or Mixture()
+    mixture = mixture or DrawnMixture()
     rng = random.Random(f"records/{stage}/{split}/{seed}")
     real = easy_vqa_pictures(split)
     pictures = rng.sample(real, round(mixture.easy_vqa * len(real)))
     pictures += drawn_pictures(split, mixture, seed=f"stage {stage}/{seed}")
-    records: list[Record] = []
+    records: list[NanoRecord] = []
     if stage != "2":
         records += caption_records(pictures, rng)
     if stage != "1":
@@ -109,18 +112,18 @@ def stage_records(
     return records
 
 
-def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[Record]:
+def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[NanoRecord]:
     """Single questions for choosing settings: all of easy-vqa's split, and `drawn` pictures of each other category."""
     return _single_questions(easy_vqa_pictures(split) + _drawn_for_evaluation(split, seed, drawn))
 
 
-def test_records(seed: int = 0, drawn: int = 1000) -> list[Record]:
+def test_records(seed: int = 0, drawn: int = 1000) -> list[NanoRecord]:
     """Single questions for the final figures only: easy-vqa's test questions, and `drawn` pictures per category."""
     easy_vqa = [_easy_vqa_picture(picture, "test") for picture in read_easy_vqa("test")]
     return _single_questions(easy_vqa + _drawn_for_evaluation("test", seed, drawn))
 
 
-def easy_vqa_pictures(split: Literal["train", "validation"]) -> list[Picture]:
+def easy_vqa_pictures(split: Literal["train", "validation"]) -> list[DescribedImage]:
     """easy-vqa's training pictures, split by picture (VALIDATION_SHARE of them are for validation).
 
     Raises:
@@ -135,7 +138,7 @@ def easy_vqa_pictures(split: Literal["train", "validation"]) -> list[Picture]:
     return [_easy_vqa_picture(picture, "train") for picture in pictures if (picture.image_id in held_out) == wanted]
 
 
-def drawn_pictures(split: Split, mixture: Mixture, seed: int | str) -> list[Picture]:
+def drawn_pictures(split: Split, mixture: DrawnMixture, seed: int | str) -> list[DescribedImage]:
     """The drawn pictures of a split; other seeds give other pictures."""
     amounts: dict[Category, int] = {
         "single": mixture.single,
@@ -148,28 +151,28 @@ def drawn_pictures(split: Split, mixture: Mixture, seed: int | str) -> list[Pict
     ]
 
 
-def caption_records(pictures: Iterable[Picture], rng: random.Random) -> list[Record]:
+def caption_records(pictures: Iterable[DescribedImage], rng: random.Random) -> list[NanoRecord]:
     """One caption per picture; pictures whose content is not known (a few of easy-vqa) are left out."""
     return [
-        Record(picture.image, ((rng.choice(CAPTION_PROMPTS), picture.caption),), picture.category, picture.key)
+        NanoRecord(picture.image, ((rng.choice(CAPTION_PROMPTS), picture.caption),), picture.category, picture.key)
         for picture in pictures
         if picture.caption is not None
     ]
 
 
 def question_records(
-    pictures: Iterable[Picture], rng: random.Random, conversations_per_picture: int | None = None
-) -> list[Record]:
+    pictures: Iterable[DescribedImage], rng: random.Random, conversations_per_picture: int | None = None
+) -> list[NanoRecord]:
     """Conversations about each picture: all of its questions, or the first few conversations only."""
     records = []
     for picture in pictures:
         for turns in group_turns(picture.questions, rng)[:conversations_per_picture]:
             texts = tuple((casual(question.text, rng, CASUAL_SHARE), question.answer) for question in turns)
-            records.append(Record(picture.image, texts, picture.category, picture.key))
+            records.append(NanoRecord(picture.image, texts, picture.category, picture.key))
     return records
 
 
-def group_turns(questions: Sequence[Question], rng: random.Random) -> list[list[Question]]:
+def group_turns(questions: Sequence[DrawnQuestion], rng: random.Random) -> list[list[DrawnQuestion]]:
     """Shuffles questions and groups them into conversations in which no question gives away another's answer."""
     waiting = rng.sample(questions, len(questions))
     conversations = []
@@ -184,28 +187,28 @@ def group_turns(questions: Sequence[Question], rng: random.Random) -> list[list[
     return conversations
 
 
-def training_texts(seed: int = 0, mixture: Mixture | None = None) -> list[str]:
+def training_texts(seed: int = 0, mixture: DrawnMixture | None = None) -> list[str]:
     """Every question, answer and caption of the three stages' training records, for building the tokenizer."""
     records = [record for stage in STAGES for record in stage_records(stage, "train", seed, mixture)]
     return [text for record in records for turn in record.turns for text in turn]
 
 
-def _drawn_picture(category: Category, split: Split, index: int, seed: int | str) -> Picture:
+def _drawn_picture(category: Category, split: Split, index: int, seed: int | str) -> DescribedImage:
     spec = draw_spec(category, split, index, seed)
     key = f"{category}/{split}/{seed}/{index}"
     questions = drawn_questions(spec, random.Random(f"questions/{key}"))
-    return Picture(spec, category, key, questions, drawn_caption(spec))
+    return DescribedImage(spec, category, key, questions, drawn_caption(spec))
 
 
-def _easy_vqa_picture(picture: EasyVqaPicture, part: Literal["train", "test"]) -> Picture:
+def _easy_vqa_picture(picture: EasyVqaImage, part: Literal["train", "test"]) -> DescribedImage:
     questions = tuple(parse_easy_vqa(text, answer) for text, answer in picture.questions)
     key = f"easy-vqa/{part}/{picture.image_id}"
-    return Picture(picture.path, "easy-vqa", key, questions, easy_vqa_caption(questions))
+    return DescribedImage(picture.path, "easy-vqa", key, questions, easy_vqa_caption(questions))
 
 
-def _drawn_for_evaluation(split: Split, seed: int, amount: int) -> list[Picture]:
+def _drawn_for_evaluation(split: Split, seed: int, amount: int) -> list[DescribedImage]:
     """Pictures of the categories that easy-vqa does not have, each with one question of its own category."""
-    mixture = Mixture(single=0, count=amount, spatial=amount, text=amount)
+    mixture = DrawnMixture(single=0, count=amount, spatial=amount, text=amount)
     rng = random.Random(f"evaluation/{split}/{seed}")
     chosen = []
     for picture in drawn_pictures(split, mixture, seed=f"evaluation/{seed}"):
@@ -214,9 +217,9 @@ def _drawn_for_evaluation(split: Split, seed: int, amount: int) -> list[Picture]
     return chosen
 
 
-def _single_questions(pictures: Iterable[Picture]) -> list[Record]:
+def _single_questions(pictures: Iterable[DescribedImage]) -> list[NanoRecord]:
     return [
-        Record(picture.image, ((question.text, question.answer),), picture.category, picture.key)
+        NanoRecord(picture.image, ((question.text, question.answer),), picture.category, picture.key)
         for picture in pictures
         for question in picture.questions
     ]

@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image, ImageFile
 
 from fusion_hf.common.errors import short_name
-from fusion_hf.data.records import FileSpan, Picture, RecordProblem
+from fusion_hf.data.record_parsing import FileSpan, ImageReference, RecordProblem
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_opening_fusion import open_image
 
@@ -20,7 +20,7 @@ MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read bef
 
 
 def open_picture(
-    picture: Picture,
+    picture: ImageReference,
     root: Path,
     max_pixels: int,
     exif_transpose: bool = True,

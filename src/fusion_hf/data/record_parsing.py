@@ -42,7 +42,7 @@ class FileSpan(NamedTuple):
     size: int
 
 
-Picture: TypeAlias = str | bytes | FileSpan  # a path, an encoded picture, or where one lies
+ImageReference: TypeAlias = str | bytes | FileSpan  # a path, an encoded picture, or where one lies
 Messages: TypeAlias = list[dict[str, str]]
 
 
@@ -67,7 +67,7 @@ Raw: TypeAlias = bytes | dict[str, Any] | RecordProblem  # JSON text, its object
 
 
 @dataclass(frozen=True)
-class Record:
+class ParsedRecord:
     """
     A conversation that begins with a question (after an optional system message), alternates and ends with an answer.
 
@@ -77,12 +77,12 @@ class Record:
     """
 
     id: str
-    image: Picture | None
+    image: ImageReference | None
     messages: Messages
     length: int
 
 
-def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> Record:
+def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> ParsedRecord:
     """
     Args:
         raw: JSON text, or its object.
@@ -104,10 +104,16 @@ def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> Record:
         raise
     messages = without_marks(turns)
     words = max(sum(len(text.split()) for _, text in turns), 1)
-    return Record(identity, images[0], messages, words) if images else Record(identity, None, messages, -words)
+    return (
+        ParsedRecord(identity, images[0], messages, words)
+        if images
+        else ParsedRecord(identity, None, messages, -words)
+    )
 
 
-def parse_turns(fields: dict[str, Any], image_key: str = IMAGE_KEY) -> tuple[list[tuple[str, str]], list[Picture]]:
+def parse_turns(
+    fields: dict[str, Any], image_key: str = IMAGE_KEY
+) -> tuple[list[tuple[str, str]], list[ImageReference]]:
     """
     Roles and texts as they were written, and all pictures; neither order nor number is checked.
 
@@ -152,7 +158,7 @@ def parse_json_object(raw: Raw) -> dict[str, Any]:
     return raw
 
 
-def _top_level_images(fields: dict[str, Any], image_key: str) -> list[Picture]:
+def _top_level_images(fields: dict[str, Any], image_key: str) -> list[ImageReference]:
     """Pictures of `image` (one, or a list) and `images` (a list)."""
     images = []
     for key in (image_key, "images"):
@@ -161,7 +167,7 @@ def _top_level_images(fields: dict[str, Any], image_key: str) -> list[Picture]:
     return images
 
 
-def _picture(value: Any, key: str) -> Picture:
+def _picture(value: Any, key: str) -> ImageReference:
     """A path, or what `datasets.Image(decode=False)` gives: `{"bytes", "path"}`."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -181,7 +187,7 @@ def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
         yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), "value")
 
 
-def _chat_turns(messages: Any, images: list[Picture]) -> Iterator[tuple[str, str]]:
+def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[str, str]]:
     """Roles and texts; pictures inside of the first question go to `images`."""
     questions = 0
     for message in _list_of_objects(messages, "messages"):
@@ -243,7 +249,7 @@ def shown_roles(roles: list[str]) -> str:
     return ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
 
 
-def check_images(turns: list[tuple[str, str]], images: list[Picture]) -> None:
+def check_images(turns: list[tuple[str, str]], images: list[ImageReference]) -> None:
     """
     Raises:
         RecordProblem: if there are several pictures, or a mark without one.

@@ -18,7 +18,7 @@ from typing import Any
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.values import DTYPE_NAMES, is_square
-from fusion_hf.data.records import ON_BROKEN, ON_TRUNCATED
+from fusion_hf.data.record_parsing import ON_BROKEN, ON_TRUNCATED
 
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
@@ -127,26 +127,26 @@ def _allow(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Key:
+class KeyTypes:
     """What a key may hold: one of some plain types, or nothing. `kinds` of None are left out."""
 
     kinds: frozenset[type]
     takes_none: bool
 
 
-def own_keys() -> dict[str, Key]:
+def own_keys() -> dict[str, KeyTypes]:
     """Ours, by name."""
     hints = typing.get_type_hints(OwnArguments)
     return {own.name: _key_of(hints[own.name], own.default is None) for own in fields(OwnArguments)}
 
 
 @cache
-def all_keys() -> Mapping[str, Key]:
+def all_keys() -> Mapping[str, KeyTypes]:
     """All keys that a recipe can have, by name."""
     return {**transformers_keys(), **own_keys()}
 
 
-def transformers_keys() -> dict[str, Key]:
+def transformers_keys() -> dict[str, KeyTypes]:
     """Those of transformers' `TrainingArguments`, by name."""
     folders = (spec.submodule_search_locations if (spec := find_spec("transformers")) is not None else None) or ()
     for folder in folders:
@@ -160,13 +160,13 @@ def transformers_keys() -> dict[str, Key]:
     return keys_of(TrainingArguments)
 
 
-def keys_of(arguments: Any) -> dict[str, Key]:
+def keys_of(arguments: Any) -> dict[str, KeyTypes]:
     """Those of a class of arguments, by name."""
     hints = typing.get_type_hints(arguments)
     return {each.name: _key_of(hints[each.name], each.default is None) for each in fields(arguments) if each.init}
 
 
-def _declared(node: ast.ClassDef) -> Iterator[tuple[str, Key]]:
+def _declared(node: ast.ClassDef) -> Iterator[tuple[str, KeyTypes]]:
     """Names and types of a dataclass's fields, from its source."""
     for line in node.body:
         if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
@@ -181,7 +181,7 @@ def _declared(node: ast.ClassDef) -> Iterator[tuple[str, Key]]:
         if str in kinds:  # the other name is an enumeration's, whose values are texts
             kinds &= {*BUILT_IN.values(), type(None)}
         is_none = isinstance(default, ast.Constant) and default.value is None
-        yield line.target.id, Key(kinds - {type(None)}, type(None) in kinds or is_none)
+        yield line.target.id, KeyTypes(kinds - {type(None)}, type(None) in kinds or is_none)
 
 
 def _written_kinds(hint: ast.expr) -> Iterator[type]:
@@ -205,9 +205,9 @@ def _written_kinds(hint: ast.expr) -> Iterator[type]:
         yield str
 
 
-def _key_of(hint: Any, default_is_none: bool) -> Key:
+def _key_of(hint: Any, default_is_none: bool) -> KeyTypes:
     kinds = frozenset(_kinds(hint))
-    return Key(kinds - {type(None)}, type(None) in kinds or default_is_none)
+    return KeyTypes(kinds - {type(None)}, type(None) in kinds or default_is_none)
 
 
 def _kinds(hint: Any) -> Iterable[type]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fusion_hf.training.keys import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
+from fusion_hf.training.recipe_keys import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
 
 # Wrappers (PEFT, DDP, compilation) put names in front. A sampler lies inside a layer of the language model, whose
 # part is whatever is left.

@@ -10,11 +10,11 @@ from PIL import Image
 from tests.synthesis.server import Scripted
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.synthesis import images
+from fusion_hf.synthesis import image_generation
 from fusion_hf.synthesis.config import Images
 from fusion_hf.synthesis.documents import record_of, to_document
-from fusion_hf.synthesis.images import DiffusersMaker, EndpointMaker, MakeImage, Order, file_names
-from fusion_hf.synthesis.pictures import compose_pair
+from fusion_hf.synthesis.image_files import compose_pair
+from fusion_hf.synthesis.image_generation import DiffusersMaker, EndpointMaker, MakeImage, Order, file_names
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record import SynthRecord
 
@@ -70,7 +70,7 @@ def test_what_is_there_is_not_made_again(settings: Images, tmp_path: Path, monke
         False,
         *[True] * 3,
     ]
-    monkeypatch.setattr(images, "make_maker", lambda *given: pytest.fail("a model was loaded for nothing"))
+    monkeypatch.setattr(image_generation, "make_maker", lambda *given: pytest.fail("a model was loaded for nothing"))
     run_step(settings, tmp_path, records)
 
 
@@ -100,10 +100,10 @@ class Answering(EndpointMaker):
     answer: Any
 
     async def _make(self, orders: Any) -> Any:
-        async def post(payload: Any) -> Any:
+        async def ask(url: str, payload: Any) -> Any:
             return self.answer
 
-        self.poster.post = post  # type: ignore[method-assign]
+        self.client.ask_async = ask  # type: ignore[method-assign]
         return await super()._make(orders)
 
 
@@ -128,7 +128,7 @@ def test_what_is_no_picture_is_rejected(answer: Any, reason: str, tmp_path: Path
     settings = Images("openai", "painter", "http://localhost:1", width=9, height=9)
     maker = Answering(settings)
     maker.answer = answer
-    monkeypatch.setattr(images, "make_maker", lambda *given: maker)
+    monkeypatch.setattr(image_generation, "make_maker", lambda *given: maker)
     (record,) = run_step(settings, tmp_path, make_records(1))
     assert record.rejection.step == "make_image" and reason in record.rejection.reason
     assert run_step(settings, tmp_path, make_records(1)) == [record]

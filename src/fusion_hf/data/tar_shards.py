@@ -4,18 +4,18 @@ import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.records import FileSpan, Raw, RecordProblem, parse_json_object
-from fusion_hf.data.sources import MAX_RECORD_BYTES, FileSource, Item
+from fusion_hf.data.record_parsing import FileSpan, Raw, RecordProblem, parse_json_object
+from fusion_hf.data.sources import MAX_RECORD_BYTES, FileSource, SourceItem
 
 RECORD_SUFFIX = "json"
 PICTURE_SUFFIXES = frozenset(("bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"))
 NO_PLACE = (0, 0, 0, 0)
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file in a tar. `name` is its path up to the first dot of its last part, which is the record's."""
 
     name: str
@@ -24,16 +24,17 @@ class Member(NamedTuple):
     size: int
 
 
-class TarShard(FileSource):
+class TarRecords(FileSource):
     """
     An uncompressed tar. Its pictures are read where they lie: nothing is unpacked or copied.
 
     The picture of a record is the one beside it; a path in the record itself is not followed.
     """
 
+    kind: ClassVar[str] = "TarShard"
     place_names = ("offset", "size", "image_offset", "image_size")
 
-    def scan(self) -> Iterator[Item]:
+    def scan(self) -> Iterator[SourceItem]:
         with self.path.open("rb") as stream:
             for name, group in groupby(self._members(), key=lambda member: member.name):
                 members = list(group)
@@ -43,11 +44,11 @@ class TarShard(FileSource):
                     continue
                 done = members[-1].offset + members[-1].size
                 if (problem := _count_problem(name, records, pictures)) is not None:
-                    yield Item(problem, NO_PLACE, done)
+                    yield SourceItem(problem, NO_PLACE, done)
                     continue
                 image = (pictures[0].offset, pictures[0].size) if pictures else (0, 0)
                 place = (records[0].offset, records[0].size, *image)
-                yield Item(self._record(stream, place), place, done)
+                yield SourceItem(self._record(stream, place), place, done)
 
     def read(self, index: int, place: tuple[int, ...]) -> Raw:
         return self._with_picture(super().read(index, place), place)
@@ -72,7 +73,7 @@ class TarShard(FileSource):
             return RecordProblem("missing image", "the tar has no picture beside it", identity)
         return fields
 
-    def _members(self) -> Iterator[Member]:
+    def _members(self) -> Iterator[TarMember]:
         """
         Raises:
             InputError: for what is no tar, or not a whole one.
@@ -84,7 +85,7 @@ class TarShard(FileSource):
                     if info.isreg() and not info.issparse():
                         folder, slash, base = info.name.rpartition("/")
                         stem, _, suffix = base.partition(".")
-                        yield Member(f"{folder}{slash}{stem}", suffix.lower(), info.offset_data, info.size)
+                        yield TarMember(f"{folder}{slash}{stem}", suffix.lower(), info.offset_data, info.size)
                 end = tar.offset
         except (tarfile.TarError, ValueError, OverflowError) as error:
             raise InputError(f"data: {self.name} is no whole, uncompressed tar ({error}).") from error
@@ -95,7 +96,7 @@ class TarShard(FileSource):
             raise InputError(f"data: {self.name} is no whole, uncompressed tar: it has no end at byte {end}.")
 
 
-def _count_problem(name: str, records: list[Member], pictures: list[Member]) -> RecordProblem | None:
+def _count_problem(name: str, records: list[TarMember], pictures: list[TarMember]) -> RecordProblem | None:
     identity = name.encode("utf-8", "replace").decode()
     if len(records) != 1:
         return RecordProblem("shape", f"{identity!r} has {len(records)} .json members; allowed: one", identity)

@@ -13,7 +13,7 @@ RATE_ROUNDS = 5
 
 
 @dataclass
-class StepMeter:
+class ThroughputMeter:
     """Sums over the steps since the last log, of this process; `report` adds up all processes'.
 
     Losses and counts stay on their device until then: reading one would wait for the device.

@@ -1,17 +1,16 @@
 """The procedural backend as a step: records that the project draws itself, without any model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from PIL import Image
 
 from fusion_hf.synthesis.documents import to_document
-from fusion_hf.synthesis.images import MODEL, SEED, encode_png
-from fusion_hf.synthesis.pictures import compose_pair
+from fusion_hf.synthesis.image_files import compose_pair, encode_png
+from fusion_hf.synthesis.image_generation import MODEL, SEED
 from fusion_hf.synthesis.pool import spread_categories, task_size
 
 BACKEND = "procedural"
@@ -19,7 +18,7 @@ BACKEND = "procedural"
 
 class DrawRecords(PipelineStep):
     """
-    Draws the records of a task, each with its picture in the document.
+    Draws the records of a task, each with its image in the document.
 
     Args:
         records: of all tasks.
@@ -42,11 +41,7 @@ class DrawRecords(PipelineStep):
         for position, category in enumerate(categories):
             with self.track_time():
                 drawn = draw(category, self.seed, first + position)
-                picture = encode_png(as_one(drawn.pictures), {MODEL: BACKEND, SEED: str(self.seed)})
+                image = drawn.images[0] if len(drawn.images) == 1 else compose_pair(*drawn.images)
+                content = encode_png(image, {MODEL: BACKEND, SEED: str(self.seed)})
             record = replace(drawn.record, images=(f"{drawn.record.id}.png",))
-            yield to_document(record, position, rank, [picture])
-
-
-def as_one(pictures: Sequence[Image.Image]) -> Image.Image:
-    """A picture, or a pair of them side by side."""
-    return pictures[0] if len(pictures) == 1 else compose_pair(*pictures)
+            yield to_document(record, position, rank, [content])

@@ -9,12 +9,12 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.data import RecordDataset, SampleKey, StreamedRecords
-from fusion_hf.training.answers import text_of
 from fusion_hf.training.collator import images_of, record_to_messages
+from fusion_hf.training.exact_match import text_of
 from fusion_hf.training.sampler import Layout, query_len_of_step
 
 
-class KeyedRecords(Dataset):
+class QueryLenRecords(Dataset):
     """
     A sequence of records as a data set that takes `StepSampler`'s keys.
 
@@ -39,7 +39,7 @@ class KeyedRecords(Dataset):
         return np.array([_words(record) for record in self.records], dtype=np.int32)
 
 
-class KeyedStream(IterableDataset):
+class QueryLenStream(IterableDataset):
     """
     A stream's records with the number of latent tokens of their step.
 
@@ -69,7 +69,7 @@ class KeyedStream(IterableDataset):
             yield {**record, "query_len": query_len_of_step(step, self.query_lens, self.seed, micro_batch)}
 
 
-class KeyedIterable(IterableDataset):
+class QueryLenIterable(IterableDataset):
     """
     Records of any iterable data set with the number of latent tokens of their step, for one process.
 
@@ -129,7 +129,7 @@ class HasEpochs(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
 
-class FixedIterable(IterableDataset):
+class FixedQueryLenIterable(IterableDataset):
     """Records of any iterable data set, all with the same number of latent tokens."""
 
     def __init__(self, records: Any, query_len: int):
@@ -151,7 +151,7 @@ def _with_batches(records: Iterable[dict[str, Any]], batch_size: int) -> Iterato
         yield worker + position // batch_size * workers, record
 
 
-def keyed(records: Any, query_len: int | None = None) -> Any:
+def with_query_lens(records: Any, query_len: int | None = None) -> Any:
     """
     Prepare records for the trainer: a data set that takes `StepSampler`'s keys, or an iterable one.
 
@@ -162,12 +162,12 @@ def keyed(records: Any, query_len: int | None = None) -> Any:
     if records is None:
         return None
     if isinstance(records, dict):
-        return {name: keyed(named, query_len) for name, named in records.items()}
+        return {name: with_query_lens(named, query_len) for name, named in records.items()}
     if isinstance(records, IterableDataset):
-        return records if query_len is None else FixedIterable(records, query_len)
+        return records if query_len is None else FixedQueryLenIterable(records, query_len)
     if isinstance(records, RecordDataset) and query_len is None:
         return records
-    return KeyedRecords(records, query_len)
+    return QueryLenRecords(records, query_len)
 
 
 def _words(record: dict[str, Any]) -> int:

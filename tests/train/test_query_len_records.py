@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from fusion_hf.data import SampleKey, load_records
-from fusion_hf.training.keyed import KeyedRecords, KeyedStream
+from fusion_hf.training.query_len_records import QueryLenRecords, QueryLenStream
 from fusion_hf.training.sampler import query_len_of_step
 
 QUERY_LENS = [4, 16, 36]
@@ -27,7 +27,7 @@ def file(tmp_path):
 
 def take(file, rank: int, workers: int, start: int, batches: int) -> list[list[tuple[str, int]]]:
     stream = load_records(file, streaming=True).split(rank=rank, world_size=WORLD, batch_size=BATCH, start=start)
-    keyed = KeyedStream(stream, ACCUMULATION, QUERY_LENS, seed=5)
+    keyed = QueryLenStream(stream, ACCUMULATION, QUERY_LENS, seed=5)
     loader = iter(DataLoader(keyed, batch_size=BATCH, num_workers=workers, collate_fn=list))
     return [[(record["id"], record["query_len"]) for record in next(loader)] for _ in range(batches)]
 
@@ -50,7 +50,7 @@ def test_a_stream_that_begins_later_goes_on_as_if_it_had_not_stopped(file, worke
 
 def test_plain_records_take_keys_and_have_lengths():
     turns = [{"from": "human", "value": "one two"}, {"from": "gpt", "value": "three"}]
-    records = KeyedRecords([{"image": "a.png", "conversations": turns}, {"conversations": turns}], query_len=9)
+    records = QueryLenRecords([{"image": "a.png", "conversations": turns}, {"conversations": turns}], query_len=9)
     assert records[SampleKey(1, 4)] == {"conversations": turns, "query_len": 4}
     assert records[0]["query_len"] == 9
     np.testing.assert_array_equal(records.lengths, [3, -3])

@@ -8,8 +8,8 @@ import pytest
 from datatrove.pipeline.inference.types import InferenceError, InferenceResult
 
 from fusion_hf.synthesis.config import Endpoint
-from fusion_hf.synthesis.requests import Structured, ask_structured
 from fusion_hf.synthesis.schemas import SceneDescription
+from fusion_hf.synthesis.structured_answers import Structured, ask_structured
 
 GOOD = json.dumps({"description": "A red ball."})
 

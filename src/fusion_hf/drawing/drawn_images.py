@@ -14,8 +14,8 @@ from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-PICTURE_SIDE = 64  # pixels, as in easy-vqa
-CANVAS_SIDE = 2 * PICTURE_SIDE  # all coordinates below are canvas pixels
+IMAGE_SIDE = 64  # pixels, as in easy-vqa
+CANVAS_SIDE = 2 * IMAGE_SIDE  # all coordinates below are canvas pixels
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = {
@@ -65,7 +65,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Shape:
+class DrawnShape:
     """One coloured shape; the box is in canvas pixels."""
 
     kind: str
@@ -85,7 +85,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Word:
+class DrawnWord:
     """One written word; `left`, `top` is the ink's corner and `size` the font size, in canvas pixels."""
 
     text: str
@@ -96,7 +96,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Part:
+class DrawnElement:
     """A shape or a letter of a picture: its colour, its kind or letter, and where it is: white in `mask`."""
 
     color: str
@@ -105,30 +105,30 @@ class Part:
 
 
 @dataclass(frozen=True)
-class PictureSpec:
+class DrawnImage:
     """All that is needed to draw a picture and to know the answers about it."""
 
     category: Category
     background: tuple[int, int, int]
-    shapes: tuple[Shape, ...] = ()
-    word: Word | None = None
+    shapes: tuple[DrawnShape, ...] = ()
+    word: DrawnWord | None = None
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[DrawnElement]:
         """The shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE."""
         return [_shape_part(shape) for shape in self.shapes] + _letter_parts(self.word)
 
     def render(self) -> Image.Image:
-        """Draws the picture: RGB, PICTURE_SIDE x PICTURE_SIDE."""
+        """Draw the image: RGB, IMAGE_SIDE x IMAGE_SIDE."""
         canvas = Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), self.background)
         draw = ImageDraw.Draw(canvas)
         for shape in self.shapes:
             _draw_shape(draw, shape, COLORS[shape.color])
         if self.word is not None:
             _draw_word(draw, self.word)
-        return canvas.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BILINEAR)
+        return canvas.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BILINEAR)
 
 
-def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0) -> PictureSpec:
+def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0) -> DrawnImage:
     """The `index`-th picture of a category and split.
 
     Splits are disjoint because the split's name is part of the random generator's seed.
@@ -143,7 +143,7 @@ def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0)
     return _SPEC_MAKERS[category](random.Random(f"{category}/{split}/{seed}/{index}"))
 
 
-def direction(seen: Shape, reference: Shape) -> str | None:
+def direction(seen: DrawnShape, reference: DrawnShape) -> str | None:
     """Where `seen` is from `reference`, one of `DIRECTIONS`; None if no axis has a clear margin."""
     dx, dy = (a - b for a, b in zip(seen.center, reference.center, strict=True))
     horizontal_gap = abs(dx) - (seen.width + reference.width) / 2
@@ -155,15 +155,15 @@ def direction(seen: Shape, reference: Shape) -> str | None:
     return None
 
 
-def single_spec(rng: random.Random) -> PictureSpec:
+def single_spec(rng: random.Random) -> DrawnImage:
     """A look-alike of an easy-vqa picture."""
     kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     width, height = _random_size(rng, kind, SINGLE_SIZE_RANGE)
     left, top = rng.uniform(0, CANVAS_SIDE - width), rng.uniform(0, CANVAS_SIDE - height)
-    return PictureSpec("single", _random_background(rng), (_whole_shape(kind, color, left, top, width, height),))
+    return DrawnImage("single", _random_background(rng), (_whole_shape(kind, color, left, top, width, height),))
 
 
-def count_spec(rng: random.Random) -> PictureSpec:
+def count_spec(rng: random.Random) -> DrawnImage:
     """One to MAX_COUNT shapes that do not touch each other."""
     count = rng.randint(1, MAX_COUNT)
     kinds = SHAPES if rng.random() >= SAME_KIND_SHARE else (rng.choice(SHAPES),)
@@ -177,10 +177,10 @@ def count_spec(rng: random.Random) -> PictureSpec:
         left = column * cell_side + rng.uniform(COUNT_MARGIN, cell_side - width - COUNT_MARGIN)
         top = row * cell_side + rng.uniform(COUNT_MARGIN, cell_side - height - COUNT_MARGIN)
         shapes.append(_whole_shape(kind, rng.choice(colors), left, top, width, height))
-    return PictureSpec("count", _random_background(rng), tuple(shapes))
+    return DrawnImage("count", _random_background(rng), tuple(shapes))
 
 
-def spatial_spec(rng: random.Random) -> PictureSpec:
+def spatial_spec(rng: random.Random) -> DrawnImage:
     """Two shapes of different kinds and colours, clearly apart along one axis."""
     kinds, colors = rng.sample(SHAPES, 2), rng.sample(tuple(COLORS), 2)
     sizes = [_random_size(rng, kind, SPATIAL_SIZE_RANGE) for kind in kinds]
@@ -199,26 +199,28 @@ def spatial_spec(rng: random.Random) -> PictureSpec:
         _whole_shape(kinds[i], colors[i], starts[0][i], starts[1][i], sizes[i][0], sizes[i][1]) for i in range(2)
     ]
     rng.shuffle(shapes)
-    return PictureSpec("spatial", _random_background(rng), tuple(shapes))
+    return DrawnImage("spatial", _random_background(rng), tuple(shapes))
 
 
-def text_spec(rng: random.Random) -> PictureSpec:
+def text_spec(rng: random.Random) -> DrawnImage:
     """One word of WORDS, wholly inside the picture."""
     word = place_word(rng.choice(WORDS), rng.choice(WORD_COLORS), rng)
-    return PictureSpec("text", _random_background(rng), word=word)
+    return DrawnImage("text", _random_background(rng), word=word)
 
 
 def place_word(
     text: str, color: str, rng: random.Random, largest: int = WORD_SIZE, top: int = 0, bottom: int = CANVAS_SIDE
-) -> Word:
+) -> DrawnWord:
     """The text somewhere between two heights, at the largest font size up to `largest` at which it fits the width."""
     size = _word_size(text, largest)
     _, _, width, height = _ink_box(text, size)
     left = WORD_MARGIN + rng.randint(0, CANVAS_SIDE - 2 * WORD_MARGIN - width)
-    return Word(text, color, size, left, top + WORD_MARGIN + rng.randint(0, bottom - top - 2 * WORD_MARGIN - height))
+    return DrawnWord(
+        text, color, size, left, top + WORD_MARGIN + rng.randint(0, bottom - top - 2 * WORD_MARGIN - height)
+    )
 
 
-_SPEC_MAKERS: dict[Category, Callable[[random.Random], PictureSpec]] = {
+_SPEC_MAKERS: dict[Category, Callable[[random.Random], DrawnImage]] = {
     "single": single_spec,
     "count": count_spec,
     "spatial": spatial_spec,
@@ -248,12 +250,12 @@ def _random_starts(rng: random.Random, offset: float, first: float, second: floa
     return start, start + shift
 
 
-def _whole_shape(kind: str, color: str, left: float, top: float, width: float, height: float) -> Shape:
+def _whole_shape(kind: str, color: str, left: float, top: float, width: float, height: float) -> DrawnShape:
     """A shape whose corner lies on whole canvas pixels, as in easy-vqa."""
-    return Shape(kind, color, round(left), round(top), width, height)
+    return DrawnShape(kind, color, round(left), round(top), width, height)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, color: Ink) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: Ink) -> None:
     left, top, right, bottom = shape.left, shape.top, shape.left + shape.width, shape.top + shape.height
     if shape.kind == "circle":
         draw.ellipse((left, top, right, bottom), fill=color)
@@ -263,18 +265,18 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, color: Ink) -> None:
         draw.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=color)
 
 
-def _draw_word(draw: ImageDraw.ImageDraw, word: Word) -> None:
+def _draw_word(draw: ImageDraw.ImageDraw, word: DrawnWord) -> None:
     ink_left, ink_top, _, _ = _ink_box(word.text, word.size)
     draw.text((word.left - ink_left, word.top - ink_top), word.text, COLORS[word.color], font=_font(word.size))
 
 
-def _shape_part(shape: Shape) -> Part:
+def _shape_part(shape: DrawnShape) -> DrawnElement:
     mask = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
     _draw_shape(ImageDraw.Draw(mask), shape, WHITE)
-    return Part(shape.color, shape.kind, mask)
+    return DrawnElement(shape.color, shape.kind, mask)
 
 
-def _letter_parts(word: Word | None) -> list[Part]:
+def _letter_parts(word: DrawnWord | None) -> list[DrawnElement]:
     if word is None:
         return []
     parts, font = [], _font(word.size)
@@ -283,7 +285,7 @@ def _letter_parts(word: Word | None) -> list[Part]:
         mask = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
         corner = word.left - ink_left + font.getlength(word.text[:index]), word.top - ink_top
         ImageDraw.Draw(mask).text(corner, letter, WHITE, font=font)
-        parts.append(Part(word.color, letter, mask))
+        parts.append(DrawnElement(word.color, letter, mask))
     return parts
 
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from fusion_hf.drawing.pictures import COLORS, SHAPES, PictureSpec, Shape, direction
+from fusion_hf.drawing.drawn_images import COLORS, SHAPES, DrawnImage, DrawnShape, direction
 
 SHAPE_FORMS = ("what shape is in the image?", "what shape does the image contain?", "what shape is present?")
 SHAPE_OF_FORM = "what is the {color} shape?"
@@ -44,7 +44,7 @@ _NEGATION = re.compile(r"\b(not|no)\b")
 
 
 @dataclass(frozen=True)
-class Question:
+class DrawnQuestion:
     """A question with its answer, the attribute that it asks, and those that it gives away.
 
     `candidate` is the value that a yes/no question proposes ("is there a red shape?"), else None.
@@ -57,7 +57,7 @@ class Question:
     candidate: str | None = None
 
 
-def compatible(first: Question, second: Question) -> bool:
+def compatible(first: DrawnQuestion, second: DrawnQuestion) -> bool:
     """True if neither question gives away what the other one asks.
 
     Two questions about one attribute are compatible only as yes/no questions that propose different values: with the
@@ -70,7 +70,7 @@ def compatible(first: Question, second: Question) -> bool:
     return None not in (first.candidate, second.candidate) and first.candidate != second.candidate
 
 
-def parse_easy_vqa(text: str, answer: str) -> Question:
+def parse_easy_vqa(text: str, answer: str) -> DrawnQuestion:
     """Finds out what a question of easy-vqa asks and gives away.
 
     Raises:
@@ -78,17 +78,17 @@ def parse_easy_vqa(text: str, answer: str) -> Question:
     """
     values = _VALUE.findall(text)
     if answer in YES_NO and len(values) == 1:
-        return Question(text, answer, _ATTRIBUTES[values[0]], candidate=values[0])
+        return DrawnQuestion(text, answer, _ATTRIBUTES[values[0]], candidate=values[0])
     if answer in _ATTRIBUTES:
-        return Question(text, answer, _ATTRIBUTES[answer], frozenset(_ATTRIBUTES[value] for value in values))
+        return DrawnQuestion(text, answer, _ATTRIBUTES[answer], frozenset(_ATTRIBUTES[value] for value in values))
     raise ValueError(f"easy-vqa question {text!r} with the answer {answer!r} has no known form")
 
 
-def drawn_questions(spec: PictureSpec, rng: random.Random) -> tuple[Question, ...]:
+def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion, ...]:
     """Questions about a drawn picture."""
     if spec.word is not None:
-        word = Question(rng.choice(WORD_FORMS), spec.word.text, "word")
-        color = Question(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color")
+        word = DrawnQuestion(rng.choice(WORD_FORMS), spec.word.text, "word")
+        color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color")
         return (word, color) if rng.random() < WORD_COLOR_SHARE else (word,)
     if spec.category == "count":
         return _count_questions(spec.shapes, rng)
@@ -97,7 +97,7 @@ def drawn_questions(spec: PictureSpec, rng: random.Random) -> tuple[Question, ..
     return _single_questions(spec.shapes[0], rng)
 
 
-def drawn_caption(spec: PictureSpec) -> str:
+def drawn_caption(spec: DrawnImage) -> str:
     """What a drawn picture shows, in one sentence."""
     if spec.word is not None:
         return f'the {spec.word.color} word "{spec.word.text}".'
@@ -109,7 +109,7 @@ def drawn_caption(spec: PictureSpec) -> str:
     return f"a {spec.shapes[0].name}."
 
 
-def easy_vqa_caption(questions: tuple[Question, ...]) -> str | None:
+def easy_vqa_caption(questions: tuple[DrawnQuestion, ...]) -> str | None:
     """The caption that follows from the questions and answers about an easy-vqa picture; None if they do not tell."""
     known: dict[str, str] = {}
     for question in questions:
@@ -130,15 +130,17 @@ def casual(text: str, rng: random.Random, share: float) -> str:
     return text.removesuffix("?") if rng.random() < share else text
 
 
-def _single_questions(shape: Shape, rng: random.Random) -> tuple[Question, ...]:
+def _single_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuestion, ...]:
     """Questions in easy-vqa's forms about its kind of picture."""
-    named_shape = Question(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", names=frozenset({"color"}))
-    named_color = Question(
+    named_shape = DrawnQuestion(
+        SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", names=frozenset({"color"})
+    )
+    named_color = DrawnQuestion(
         rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", names=frozenset({"shape"})
     )
     questions = [
-        Question(rng.choice(SHAPE_FORMS), shape.kind, "shape"),
-        Question(rng.choice(COLOR_FORMS).format(kind="shape"), shape.color, "color"),
+        DrawnQuestion(rng.choice(SHAPE_FORMS), shape.kind, "shape"),
+        DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="shape"), shape.color, "color"),
         rng.choice((named_shape, named_color)),
     ]
     for _ in range(YES_NO_QUESTIONS):
@@ -146,7 +148,7 @@ def _single_questions(shape: Shape, rng: random.Random) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def _yes_no_question(shape: Shape, rng: random.Random) -> Question:
+def _yes_no_question(shape: DrawnShape, rng: random.Random) -> DrawnQuestion:
     attribute = rng.choice(("shape", "color"))
     truth, values = (shape.kind, SHAPES) if attribute == "shape" else (shape.color, tuple(COLORS))
     others = [value for value in values if value != truth]
@@ -155,10 +157,10 @@ def _yes_no_question(shape: Shape, rng: random.Random) -> Question:
     negated = rng.random() < 1 / 2
     text = rng.choice(ABSENCE_FORMS if negated else PRESENCE_FORMS).format(a=f"a {bare}", bare=bare)
     answer = "yes" if (candidate == truth) != negated else "no"
-    return Question(text, answer, attribute, candidate=candidate)
+    return DrawnQuestion(text, answer, attribute, candidate=candidate)
 
 
-def _count_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Question, ...]:
+def _count_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tuple[DrawnQuestion, ...]:
     """Counts of all shapes, of one kind that is there, and of one colour that is there; the colour if there is one."""
     kind, color = rng.choice(shapes).kind, rng.choice(shapes).color
     counted = {
@@ -168,15 +170,15 @@ def _count_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Que
     }
     gives_away = {"shapes": frozenset(), f"{kind}s": frozenset({"shape"}), f"{color} shapes": frozenset({"color"})}
     questions = [
-        Question(rng.choice(COUNT_FORMS).format(plural=plural), str(count), "count", gives_away[plural])
+        DrawnQuestion(rng.choice(COUNT_FORMS).format(plural=plural), str(count), "count", gives_away[plural])
         for plural, count in counted.items()
     ]
     if len({shape.color for shape in shapes}) == 1 and len(shapes) > 1:
-        questions.append(Question("what color are the shapes?", color, "color", frozenset({"count"})))
+        questions.append(DrawnQuestion("what color are the shapes?", color, "color", frozenset({"count"})))
     return tuple(questions)
 
 
-def _spatial_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Question, ...]:
+def _spatial_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tuple[DrawnQuestion, ...]:
     """The relation in both directions, and shape or colour of one of the two."""
     questions = []
     for first, second in (shapes, shapes[::-1]):
@@ -188,14 +190,14 @@ def _spatial_questions(shapes: tuple[Shape, ...], rng: random.Random) -> tuple[Q
             )
         )
         text = RELATION_FORM.format(seen=seen, reference=reference)
-        questions.append(Question(text, _relation(first, second), "relation", names))
+        questions.append(DrawnQuestion(text, _relation(first, second), "relation", names))
     shape = rng.choice(shapes)
-    color = Question(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
-    kind = Question(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"}))
+    color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
+    kind = DrawnQuestion(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"}))
     return (*questions, rng.choice((color, kind)))
 
 
-def _relation(seen: Shape, reference: Shape) -> str:
+def _relation(seen: DrawnShape, reference: DrawnShape) -> str:
     """As `direction`, for shapes that are known to be clearly apart."""
     found = direction(seen, reference)
     if found is None:
@@ -203,7 +205,7 @@ def _relation(seen: Shape, reference: Shape) -> str:
     return found
 
 
-def _count_caption(shapes: tuple[Shape, ...]) -> str:
+def _count_caption(shapes: tuple[DrawnShape, ...]) -> str:
     """For example "3 circles.", "2 red triangles.", "4 shapes: 1 circle, 3 rectangles."."""
     kinds = Counter(shape.kind for shape in shapes)
     colors = sorted({shape.color for shape in shapes})

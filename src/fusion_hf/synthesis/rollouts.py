@@ -1,0 +1,144 @@
+"""What models are asked about a record: to describe, to write questions and answers, to judge text and image."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document
+from datatrove.pipeline.inference.types import InferenceError
+
+from fusion_hf.common.endpoints import data_uri
+from fusion_hf.synthesis.category import ModelCheck, load_categories
+from fusion_hf.synthesis.config import Endpoint
+from fusion_hf.synthesis.documents import TASK, add_usage, put_record, record_of
+from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.record import Origin, SynthRecord
+from fusion_hf.synthesis.schemas import descriptions_of, turns_of
+from fusion_hf.synthesis.structured_answers import Generate, ask_structured, hash_prompt, make_payload, usage_of
+from fusion_hf.synthesis.verdicts import fill_rubric, verdict_problem
+
+
+class RecordRollout:
+    """
+    A rollout of `RequestStep`: asks about each record that is not rejected yet, and notes what that took.
+
+    Args:
+        endpoint: who is asked.
+        progress: counts the records.
+    """
+
+    step: str
+
+    def __init__(self, endpoint: Endpoint, progress: Progress):
+        self.endpoint = endpoint
+        self.progress = progress
+
+    async def __call__(self, document: Document, generate: Generate) -> dict[str, int]:
+        record = record_of(document)
+        usage: dict[str, int] = {}
+        if record.rejection is None:
+            record, usage = await self.ask(record, generate)
+            put_record(document, record)
+            add_usage(document, self.step, usage)
+        self.progress.count(document.metadata[TASK], record)
+        return usage
+
+    async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
+        """The record after the request, and the requests and tokens of it."""
+        raise NotImplementedError
+
+
+class WriterRollout(RecordRollout):
+    """
+    Asks the writer, and notes who wrote, from which prompt and seed. A record that cannot be written is rejected with
+    the reason.
+    """
+
+    async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
+        prompt, model = self.request(record)
+        made = await ask_structured(generate, self.endpoint, prompt, model, record.seed)
+        if made.reason is not None:
+            return record.rejected(self.step, made.reason), made.usage
+        origin = Origin(self.endpoint.model, hash_prompt(prompt), made.seed)
+        return replace(self.take(record, made.answer), origins={**record.origins, self.step: origin}), made.usage
+
+    def request(self, record: SynthRecord) -> tuple[str, Any]:
+        """The prompt, and the pydantic model of its answer."""
+        raise NotImplementedError
+
+    def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
+        """The record with what was answered."""
+        raise NotImplementedError
+
+
+class DescribeRollout(WriterRollout):
+    """Expands a caption to what the image is to show: one description for each image."""
+
+    step = "describe"
+
+    def request(self, record: SynthRecord) -> tuple[str, Any]:
+        category = load_categories()[record.category]
+        return category.describe(record.caption), category.describe_model()
+
+    def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
+        return replace(record, descriptions=descriptions_of(answer))
+
+
+class WriteTurnsRollout(WriterRollout):
+    """Asks for the turns of a conversation about the descriptions."""
+
+    step = "write_qa"
+
+    def request(self, record: SynthRecord) -> tuple[str, Any]:
+        category = load_categories()[record.category]
+        return category.ask(record.descriptions, record.seed), category.answer_model()
+
+    def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
+        return replace(record, turns=turns_of(answer))
+
+
+class JudgeRollout(RecordRollout):
+    """Asks for a score of the record, and rejects it if that is too low, or if the answer holds none."""
+
+    step = "judge"
+
+    async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
+        usage: dict[str, int] = {}
+        try:
+            result = await generate(make_payload(self.endpoint, self.content(record), record.seed))
+            usage = usage_of(result)
+            reason = verdict_problem(self.rubric(record), result.text)
+        except InferenceError as error:
+            reason = f"refused: {error.error}"
+        return record if reason is None else record.rejected(self.step, reason), usage
+
+    def rubric(self, record: SynthRecord) -> ModelCheck:
+        """What is scored."""
+        return load_categories()[record.category].judge
+
+    def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
+        """Of the message."""
+        return fill_rubric(self.rubric(record), record)
+
+
+class ImageJudgeRollout(JudgeRollout):
+    """
+    The same with the image, which goes along in the request.
+
+    Args:
+        images: the folder that the records' file names are relative to.
+    """
+
+    step = "image_check"
+
+    def __init__(self, endpoint: Endpoint, progress: Progress, images: Path):
+        super().__init__(endpoint, progress)
+        self.images = images
+
+    def rubric(self, record: SynthRecord) -> ModelCheck:
+        return load_categories()[record.category].image_check
+
+    def content(self, record: SynthRecord) -> list[dict[str, Any]]:
+        uri = data_uri((self.images / record.images[0]).read_bytes(), "image/png")
+        image = {"type": "image_url", "image_url": {"url": uri}}
+        return [image, {"type": "text", "text": fill_rubric(self.rubric(record), record)}]

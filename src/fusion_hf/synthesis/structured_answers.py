@@ -1,0 +1,116 @@
+"""Structured answers of a language model: how their shape is asked for, checked, and asked for again."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datatrove.pipeline.inference.types import InferenceError, InferenceResult
+from pydantic import BaseModel, ValidationError
+
+from fusion_hf.synthesis.config import Endpoint
+
+Generate = Callable[[dict[str, Any]], Awaitable[InferenceResult]]
+
+CUT = "length"  # the finish reason of an answer that was not finished
+MAX_SEED = 2**31 - 1  # some servers hold a seed in 32 bits
+SEED_STEP = 7919  # between two tries
+TOKENS = ("prompt_tokens", "completion_tokens")  # of a response's usage
+SHOWN = 200  # characters of what is wrong with an answer
+
+
+@dataclass(frozen=True)
+class Structured:
+    """
+    What became of a structured request.
+
+    Attributes:
+        answer: None if there is a `reason` why there is no valid one.
+        seed: of the last try.
+        usage: requests and tokens of all tries.
+    """
+
+    answer: Any
+    reason: str | None
+    seed: int
+    usage: dict[str, int]
+
+
+def hash_prompt(prompt: str) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def usage_of(result: InferenceResult) -> dict[str, int]:
+    """One request and its tokens."""
+    return {"requests": 1, **{name: result.usage.get(name, 0) for name in TOKENS}}
+
+
+def make_payload(endpoint: Endpoint, prompt: str | list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """A chat request; `prompt` is a text, or the blocks of a message."""
+    return {
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": endpoint.temperature,
+        "max_tokens": endpoint.max_tokens,
+        "seed": seed,
+        **endpoint.arguments,
+    }
+
+
+async def ask_structured(
+    generate: Generate, endpoint: Endpoint, prompt: str, model: type[BaseModel], seed: int
+) -> Structured:
+    """
+    Ask until an answer is a valid `model`, each time with another seed: the same request would be answered from the
+    cache of requests.
+    """
+    schema = model.model_json_schema()
+    reason = ""
+    usage: Counter[str] = Counter()
+    for attempt in range(endpoint.tries):
+        tried = (seed + attempt * SEED_STEP) % MAX_SEED
+        payload = make_payload(endpoint, _with_shape(endpoint, prompt, schema), tried)
+        payload |= _response_format(endpoint, model.__name__, schema)
+        try:
+            result = await generate(payload)
+        except InferenceError as error:
+            return Structured(None, f"refused: {error.error}", tried, dict(usage))
+        usage.update(usage_of(result))
+        if result.finish_reason == CUT:
+            reason = f"the answer is longer than {endpoint.max_tokens} tokens"
+            continue
+        try:
+            return Structured(model.model_validate_json(_json_part(result.text)), None, tried, dict(usage))
+        except ValidationError as error:
+            reason = _what_is_wrong(error)
+    return Structured(None, f"no valid answer in {endpoint.tries} tries: {reason}", tried, dict(usage))
+
+
+def _response_format(endpoint: Endpoint, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    if endpoint.structured == "prompt":
+        return {}
+    if endpoint.structured == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
+    }
+
+
+def _with_shape(endpoint: Endpoint, prompt: str, schema: dict[str, Any]) -> str:
+    if endpoint.structured == "json_schema":
+        return prompt
+    return f"{prompt}\n\nAnswer with one JSON object of this schema and nothing else:\n{json.dumps(schema)}"
+
+
+def _json_part(text: str) -> str:
+    """From the first brace to the last: some models put words or a code fence around their JSON."""
+    begin, end = text.find("{"), text.rfind("}")
+    return text[begin : end + 1] if 0 <= begin < end else text
+
+
+def _what_is_wrong(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place + ': ' if place else ''}{first['msg']}"[:SHOWN]
