@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusion_hf.model.chat_fusion import BETWEEN_BLOCKS
-from fusion_hf.model.configuration_fusion import FusionConfig, is_perfect_square
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget, is_perfect_square
 from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
 
 

@@ -9,7 +9,7 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.transformers_utils.processor import cached_processor_from_config
 from vllm.utils.async_utils import make_async
 
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.vllm.prompt_layout import PromptParser, request_budget
 
 # what a request may say beside its messages, as `mm_processor_kwargs`
