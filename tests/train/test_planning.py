@@ -186,6 +186,17 @@ def test_adapters_alone_are_trained_in_the_language_model():
     assert weights.quantized == 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
 
 
+def test_weights_of_changed_runs_are_counted_anew():
+    """Whatever of a run changes, its weights are not those of another run with the same rank."""
+    planner = Planner(tiny_config(), {"lora_rank": 2, "train": ["projectors", "language_model"]})
+    changes = [{}, {"trained": ("samplers",)}, {"lora_targets": ("q_proj",)}, {"quantized": True}]
+    for change in changes:
+        run = replace(planner.run, **change)
+        alone = Planner(tiny_config(), {"lora_rank": 2, "train": ["projectors", "language_model"]})
+        assert planner.weights(run) == alone.weights(run), change
+    assert len({str(planner.weights(replace(planner.run, **change))) for change in changes}) == len(changes)
+
+
 def test_parts_trained_beside_adapters_are_kept_twice():
     planner = Planner(tiny_config(), {"lora_rank": 2, "train": ["projectors", "language_model"]})
     weights = planner.weights()

@@ -215,7 +215,7 @@ class Planner:
     def __init__(self, config: FusionConfig, values: Mapping[str, Any]):
         self.config, self.values = config, dict(values)
         self.run = PlannedRun.of(values, config)
-        self._weights: dict[int, WeightCounts] = {}
+        self._weights: dict[StepSetting, WeightCounts] = {}
         self._peaks: dict[tuple[StepSetting, BatchShape], StepPeak] = {}
 
     # ---- memory ----
@@ -223,9 +223,10 @@ class Planner:
     def weights(self, run: PlannedRun | None = None) -> WeightCounts:
         """The model's weights under the recipe."""
         run = self.run if run is None else run
-        if run.lora_rank not in self._weights:
-            self._weights[run.lora_rank] = count_weights(self.config, self.setting(run, DDP, KEPT))
-        return self._weights[run.lora_rank]
+        setting = self.setting(run, DDP, KEPT)
+        if setting not in self._weights:
+            self._weights[setting] = count_weights(self.config, setting)
+        return self._weights[setting]
 
     def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
         """How the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""

@@ -1,61 +1,52 @@
 """transformers' Trainer for FUSION: exact losses over split batches, learning rates by part, checkpoints that hold."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderAdapter
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data import StreamedRecords
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.checkpoints import StopSignal, rotate, saving, seal, shield_data_worker, writing
+from fusion_hf.training.callbacks import FiniteLossCallback, StopCallback, ThroughputCallback
+from fusion_hf.training.checkpoints import StopSignal
 from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
-from fusion_hf.training.distributed import any_rank, enable_cpu_fsdp, plain_class, sum_over_ranks, whole_weights
+from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
 from fusion_hf.training.flops import BatchShape, training_flops
+from fusion_hf.training.memory_fitting import MemoryFitting
 from fusion_hf.training.parameter_groups import (
     LANGUAGE_MODEL,
     PROJECTORS,
     SAMPLERS,
     VISION_TOWER,
-    count_by_part,
     parameter_groups,
 )
-from fusion_hf.training.query_len_records import QueryLenIterable, QueryLenStream, with_query_lens
-from fusion_hf.training.recipe_keys import MICRO_BATCH, MICRO_BATCHES
-from fusion_hf.training.sampler import Layout, StepSampler
-from fusion_hf.training.throughput import ThroughputMeter, matrix_rate
+from fusion_hf.training.query_len_records import with_query_lens
+from fusion_hf.training.recipe_keys import MICRO_BATCHES
+from fusion_hf.training.record_loading import EpochCallback, RecordLoading
+from fusion_hf.training.run_log import append_log
+from fusion_hf.training.sealed_checkpoints import SealedCheckpoints
 from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.jsonl"
 PREDICTION = "Prediction"  # what Trainer calls it
 COMPACT_LOGITS = ("logits_to_keep", "shift_labels")  # of a compact batch
 
 
-class NonFiniteError(InputError):
-    """The loss or the gradient is no number; the weights were not changed by it."""
-
-
-class FusionTrainer(Trainer):
+class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     """
-    Trains a FUSION on records.
+    Train a FUSION on records.
 
     The loss of a step is the whole step's: cross entropy over all its labelled tokens, mapping losses over all its
     question tokens and pictures, however the step is split over processes and accumulation. So accumulation equals
@@ -75,9 +66,28 @@ class FusionTrainer(Trainer):
 
     Raises:
         InputError: for what would not train, or not as it says, see [`check_parts`].
+
+    Example:
+
+    ```python
+    >>> from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
+    >>> from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
+    >>> processor = FusionProcessor.from_pretrained(nano_path())
+    >>> model = FusionForConditionalGeneration.from_pretrained(nano_path(), dtype="float32")
+    >>> trainer = FusionTrainer(
+    ...     model=model,
+    ...     args=FusionTrainingArguments(output_dir="run", max_steps=1, report_to="none"),
+    ...     data_collator=FusionDataCollator(processor),
+    ...     train_dataset=[
+    ...         {"conversations": [{"from": "human", "value": "what is 1 + 1?"}, {"from": "gpt", "value": "two"}]}
+    ...     ],
+    ... )
+    >>> trainer.train().global_step
+    1
+
+    ```
     """
 
-    args: FusionTrainingArguments
     optimizer: Any
     loss_is_scaled_for_ga = True  # transformers 5.20 and newer
 
@@ -105,173 +115,52 @@ class FusionTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # transformers 5.17: the loss is scaled already
-        self.stop = stop
-        self.stopped = False
-        self.meter = ThroughputMeter()
-        self.grad_norm: torch.Tensor | float | None = None
-        self.step_loss = torch.zeros((), device=args.device)
-        self.peak_flops = 0.0
-        self.train_sampler: StepSampler | None = None
-        self.resume_step = 0  # of a stream, which does not go back
-        self.attempts = 0  # of `auto_find_batch_size`
-        self.first_step: int | None = None  # where the run begins or goes on
-        self.add_callback(_StepCallback(self))
+        self.finite_loss = FiniteLossCallback()
+        self.throughput = ThroughputCallback(args.peak_tflops)
+        self.stop = StopCallback(stop)
+        for callback in (EpochCallback(self), self.finite_loss, self.throughput, self.stop):
+            self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer's."""
         if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
-        self.attempts, self.first_step = 0, None
         warn_of_half_weights(self.model, keeps_float32=self.is_deepspeed_enabled)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> Any:
-        """As Trainer's, which makes batches smaller when memory ends: here a step then takes more of them."""
-        if not self.args.auto_find_batch_size:
-            return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
-        taken = self.args.per_device_train_batch_size
-        first = min(batch_size or taken, taken)  # what a checkpoint remembers may be less
-        size = self._split_step(first if self.attempts == 0 else taken - 1)
-        self.attempts += 1
-        try:
-            return super()._inner_training_loop(batch_size=size, args=args, **kwargs)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if self.first_step is not None and self.state.global_step > self.first_step:
-                raise InputError(
-                    f"Memory ended after step {self.state.global_step}, when weights had changed already; set "
-                    f"per_device_train_batch_size to less than {size}, and run again from the last checkpoint."
-                ) from error
-            if size == 1:
-                raise InputError(
-                    "Memory does not suffice for one record at a time; choose a shorter max_length, or LoRA."
-                ) from error
-            raise
-
-    def _split_step(self, largest: int) -> int:
-        """Take at most so many of a step's records at a time, as many each time. Returns how many."""
-        args = self.args
-        share = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        size = next(size for size in range(largest, 0, -1) if share % size == 0)
-        if size != args.per_device_train_batch_size:
-            logger.warning("auto_find_batch_size: %d records at a time, %d times a step", size, share // size)
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = size, share // size
-        self.meter, self.step_loss = (
-            ThroughputMeter(),
-            torch.zeros_like(self.step_loss),
-        )  # of a step that was broken off
-        return size
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, which takes one step too many where a run goes on from the checkpoint of its last step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        if enable_cpu_fsdp(self.accelerator):
-            self.is_fsdp_enabled = True
-
-    # ---- records ----
-
     @property
-    def query_lens(self) -> list[int]:
-        """What the number of latent tokens is drawn from."""
-        return self.args.query_lens if self.args.query_lens is not None else self.fusion_config.query_lens
-
-    @property
-    def draws_per_micro_batch(self) -> bool:
-        """Whether a number of latent tokens holds for one micro-batch, not for a step."""
-        return self.args.query_len_draw == MICRO_BATCH
+    def stopped(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self.stop.stopped
 
     @property
     def trained_parts(self) -> list[str]:
         """Parts whose own weights get gradients; adapters take the language model's place."""
         return [part for part in self.args.train if part != LANGUAGE_MODEL or not self.args.lora_rank]
 
-    @property
-    def seed(self) -> int:
-        """Of the order of records."""
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+    def forget_step(self) -> None:
+        """Forget what was measured of a step that was broken off."""
+        self.finite_loss.reset()
+        self.throughput.reset()
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, IterableDataset):
-            return None
-        args = self.args
-        grouped = args.group_by == "modality_length"
-        self.train_sampler = StepSampler(
-            len(dataset),  # type: ignore[arg-type]
-            Layout(args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps),
-            self.query_lens,
-            self.seed,
-            lengths=dataset.lengths if grouped else None,  # type: ignore[union-attr]
-            per_micro_batch=self.draws_per_micro_batch,
-            drop_last=args.dataloader_drop_last,
-        )
-        return self.train_sampler
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's; a stream deals its records to processes and workers itself, and begins where the run is."""
-        records, args = self.train_dataset, self.args
-        if not isinstance(records, IterableDataset):
-            return _shielded(super().get_train_dataloader())
-        if not isinstance(records, StreamedRecords):
-            layout = Layout(args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps)
-            iterable = QueryLenIterable(records, layout, self.query_lens, self.seed, self.draws_per_micro_batch)
-            loader = self._get_dataloader(iterable, "Training", layout.batch_size, is_training=True)
-            return _shielded(loader)
-        stream = QueryLenStream(
-            records.split(
-                rank=args.process_index,
-                world_size=args.world_size,
-                batch_size=args.per_device_train_batch_size,
-                start=self.resume_step * args.gradient_accumulation_steps,
-            ),
-            args.gradient_accumulation_steps,
-            self.query_lens,
-            self.seed,
-            self.draws_per_micro_batch,
-        )
-        loader = DataLoader(
-            stream,
-            batch_size=args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return _shielded(loader)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As Trainer's, of named records of `eval_dataset` or of others."""
-        given = (
-            eval_dataset
-            if isinstance(eval_dataset, str)
-            else with_query_lens(eval_dataset, self.fusion_config.query_len)
-        )
-        return _shielded(super().get_eval_dataloader(given))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As Trainer's, of records."""
-        return _shielded(super().get_test_dataloader(with_query_lens(test_dataset, self.fusion_config.query_len)))
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if enable_cpu_fsdp(self.accelerator):
+            self.is_fsdp_enabled = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, "LossCounts | None"]:
         """The batches of a step, and what its losses are means over, in all of them and all processes."""
-        self.meter.begin_step()
+        self.throughput.meter.begin_step()
         batches = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
             if batch is None:
                 break
             batches.append(batch)
-        self.meter.batches_arrived()
+        self.throughput.meter.batches_arrived()
         counts = torch.stack([self._count(batch) for batch in batches]).sum(0) if batches else torch.zeros(3)
         totals = LossCounts(*sum_over_ranks(counts.to(torch.float64), device).float().to(device))
         if batches and not totals.labels:
@@ -314,8 +203,8 @@ class FusionTrainer(Trainer):
 
     def _measure(self, inputs: Mapping[str, Any], outputs: Any, share: float) -> None:
         ids = inputs["input_ids"]
-        self.step_loss = self.step_loss + outputs.loss.detach() * share
-        self.meter.add(
+        self.finite_loss.add(outputs.loss.detach() * share)
+        self.throughput.meter.add(
             language_loss=outputs.language_loss.detach() * share,
             mapping_loss=outputs.mapping_loss.detach() * share,
             tokens=inputs["attention_mask"].sum(),
@@ -338,27 +227,8 @@ class FusionTrainer(Trainer):
         """An evaluation's batches stand for themselves; those of a step are counted in `get_batch_samples`."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.grad_norm
-
-    def check_finite(self) -> None:
-        """
-        Before the optimizer changes the weights.
-
-        Raises:
-            NonFiniteError: in every process, if the step's loss or gradient is no number in one of them.
-        """
-        loss, self.step_loss = self.step_loss, torch.zeros_like(self.step_loss)
-        finite = torch.isfinite(loss)
-        norm = self.grad_norm
-        if norm is not None and not self.args.fp16:  # with float16's loss scaling, infinite gradients are skipped
-            finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
-        if any_rank(not bool(finite), self.args.device):
-            raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss):g} and the gradient's norm "
-                f"{float(norm) if norm is not None else float('nan'):g}; nothing was saved after step "
-                f"{self.state.global_step}. Lower the learning rate, or look at the records of this step."
-            )
+        self.finite_loss.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.finite_loss.grad_norm
 
     # ---- optimizer ----
 
@@ -395,17 +265,11 @@ class FusionTrainer(Trainer):
     # ---- logs, evaluation, checkpoints ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.meter.steps:
-            logs |= self.meter.report(self.peak_flops, self.args.device)
-            self.meter = ThroughputMeter()
+        if "loss" in logs and self.throughput.meter.steps:
+            logs |= self.throughput.report(self.args.device)
         super().log(logs, start_time)
         if self.args.should_save:
-            line = {"step": self.state.global_step, **logs}
-            with (
-                writing(Path(self.args.output_dir), LOG_FILE),
-                (Path(self.args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as file,
-            ):
-                file.write(json.dumps(line, default=float) + "\n")
+            append_log(Path(self.args.output_dir), {"step": self.state.global_step, **logs})
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -454,104 +318,3 @@ class FusionTrainer(Trainer):
             if ignore_keys is None:
                 ignore_keys = [field.name for field in fields(FusionCausalLMOutputWithPast) if field.name != "logits"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint in the way that the launch configuration says; a finished model as a whole, in any case."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        with whole_weights(self.accelerator):
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with plain_class(self.model):
-            super()._save(output_dir, state_dict)
-        self.data_collator.processor.save_pretrained(output_dir or self.args.output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but a checkpoint counts only when all of it is there, and none is deleted before."""
-        run_dir = Path(self._get_output_dir(trial=trial))
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with saving(folder, remove=self.args.should_save):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    seal(folder)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate(run_dir, limit, keep=[] if best is None else [Path(best)])
-
-
-class _StepCallback(TrainerCallback):
-    """Calls of the trainer at the right moments of a step."""
-
-    def __init__(self, trainer: FusionTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        trainer.first_step = state.global_step
-        own = trainer.args.peak_tflops
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        trainer.peak_flops = matrix_rate(args.device, dtype) if own is None else own * 1e12
-        if args.should_save:
-            _forget_after(Path(args.output_dir) / LOG_FILE, state.global_step)
-            counts = count_by_part(trainer.accelerator.unwrap_model(trainer.model), trained_only=True)
-            logger.info("trained parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        sampler = self.trainer.train_sampler
-        if sampler is not None:  # accelerate tells a sampler its epoch in one process only
-            sampler.set_epoch(state.global_step // sampler.steps_per_epoch)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.check_finite()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        trainer.meter.end_step()
-        if trainer.stop is not None and any_rank(trainer.stop.requested, args.device):
-            control.should_save = control.should_training_stop = True
-            trainer.stopped = state.global_step < state.max_steps
-        if control.should_save:  # or the first mean after a resume would lack the steps before the checkpoint
-            control.should_log = True
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Take out what a run logged after the checkpoint from which it now goes on: it is going to be logged again."""
-    if not log.is_file():
-        return
-    lines = log.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last one, cut by a kill
-            continue
-        if isinstance(entry, dict) and entry.get("step", 0) <= step:
-            kept.append(line)
-    write_atomically(log, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _shielded(loader: DataLoader) -> DataLoader:
-    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader  # accelerate's wraps the one
-    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
-    return loader
-
-
-def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:
-    shield_data_worker()
-    if seed is not None:
-        seed(worker)

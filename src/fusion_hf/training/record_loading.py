@@ -1,0 +1,130 @@
+"""How a trainer's records become batches: their order, the latent tokens of a step, workers that survive a signal."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from accelerate.data_loader import DataLoaderAdapter
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fusion_hf.data import StreamedRecords
+from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.checkpoints import shield_data_worker
+from fusion_hf.training.query_len_records import QueryLenIterable, QueryLenStream, with_query_lens
+from fusion_hf.training.recipe_keys import MICRO_BATCH
+from fusion_hf.training.sampler import Layout, StepSampler
+
+
+class RecordLoading(Trainer):
+    """The part of a trainer that makes data loaders of records."""
+
+    args: FusionTrainingArguments
+    fusion_config: FusionConfig
+    train_sampler: StepSampler | None = None
+    resume_step = 0  # of a stream, which does not go back
+
+    @property
+    def query_lens(self) -> list[int]:
+        """What the number of latent tokens is drawn from."""
+        return self.args.query_lens if self.args.query_lens is not None else self.fusion_config.query_lens
+
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether a number of latent tokens holds for one micro-batch, not for a step."""
+        return self.args.query_len_draw == MICRO_BATCH
+
+    @property
+    def seed(self) -> int:
+        """Of the order of records."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, IterableDataset):
+            return None
+        args = self.args
+        grouped = args.group_by == "modality_length"
+        self.train_sampler = StepSampler(
+            len(dataset),  # type: ignore[arg-type]
+            Layout(args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps),
+            self.query_lens,
+            self.seed,
+            lengths=dataset.lengths if grouped else None,  # type: ignore[union-attr]
+            per_micro_batch=self.draws_per_micro_batch,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self.train_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream deals its records to processes and workers itself, and begins where the run is."""
+        records, args = self.train_dataset, self.args
+        if not isinstance(records, IterableDataset):
+            return _shielded(super().get_train_dataloader())
+        if not isinstance(records, StreamedRecords):
+            layout = Layout(args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps)
+            iterable = QueryLenIterable(records, layout, self.query_lens, self.seed, self.draws_per_micro_batch)
+            loader = self._get_dataloader(iterable, "Training", layout.batch_size, is_training=True)
+            return _shielded(loader)
+        stream = QueryLenStream(
+            records.split(
+                rank=args.process_index,
+                world_size=args.world_size,
+                batch_size=args.per_device_train_batch_size,
+                start=self.resume_step * args.gradient_accumulation_steps,
+            ),
+            args.gradient_accumulation_steps,
+            self.query_lens,
+            self.seed,
+            self.draws_per_micro_batch,
+        )
+        loader = DataLoader(
+            stream,
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return _shielded(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer's, of named records of `eval_dataset` or of others."""
+        given = (
+            eval_dataset
+            if isinstance(eval_dataset, str)
+            else with_query_lens(eval_dataset, self.fusion_config.query_len)
+        )
+        return _shielded(super().get_eval_dataloader(given))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As Trainer's, of records."""
+        return _shielded(super().get_test_dataloader(with_query_lens(test_dataset, self.fusion_config.query_len)))
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the sampler of a trainer which epoch begins: accelerate does so in one process only."""
+
+    def __init__(self, trainer: RecordLoading):
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch."""
+        sampler = self.trainer.train_sampler
+        if sampler is not None:
+            sampler.set_epoch(state.global_step // sampler.steps_per_epoch)
+
+
+def _shielded(loader: DataLoader) -> DataLoader:
+    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader  # accelerate's wraps the one
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+    return loader
+
+
+def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:
+    shield_data_worker()
+    if seed is not None:
+        seed(worker)
