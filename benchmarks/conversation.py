@@ -70,12 +70,12 @@ class Times:
     def encode_separately(self) -> None:
         """Tower, connector and projectors of one call per question."""
         for question in self.questions:
-            self.model.model.encode_picture(self.first["pixel_values"], question, None)
+            self.model.model.encode_image(self.first["pixel_values"], question, None)
 
     def encode_sharing(self) -> None:
         features = self.model.get_global_features(self.first["pixel_values"])
         for question in self.questions:
-            self.model.model.encode_picture(self.first["pixel_values"], question, None, features)
+            self.model.model.encode_image(self.first["pixel_values"], question, None, features)
 
     def first_token(self, **given: Any) -> float:
         return generation_seconds(self.model, given, TIMED_TOKENS)[0]

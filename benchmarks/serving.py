@@ -50,7 +50,7 @@ from tqdm import tqdm
 from workload import SIZES, Size, build_config, make_photo, make_weights
 
 from fusion_hf import FusionConfig, batch_generate, nano_path
-from fusion_hf.conversion.folder import make_processor
+from fusion_hf.conversion.model_folder import make_processor
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.processing_fusion import FusionProcessor
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_hf.cli.session import AnswerStreamer
+from fusion_hf.cli.model_loading import AnswerStreamer
 from fusion_hf.inference import ChatModel, Conversation
 
 QUESTIONS = ("what color is the shape?", "what shape is it?")

@@ -315,7 +315,7 @@ def test_interruption_leaves_no_half_folder(tmp_path, stop):
     write_checkpoint(tmp_path / "checkpoint")
     script = f"""
 import signal, time
-import fusion_hf.conversion.convert as convert
+import fusion_hf.conversion.from_authors as convert
 from fusion_hf.cli.convert import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(*args):

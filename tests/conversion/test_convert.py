@@ -27,9 +27,9 @@ from tests.helpers.checkpoints import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
-from fusion_hf.conversion.config import convert_config, named_tower
-from fusion_hf.conversion.convert import Options
-from fusion_hf.conversion.convert import convert as run_conversion
+from fusion_hf.conversion.from_authors import convert as run_conversion
+from fusion_hf.conversion.inputs import ConversionOptions
+from fusion_hf.conversion.upstream_config import convert_config, named_tower
 from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
 from fusion_hf.training.gradient_checkpointing import hide_peft_deprecation
 
@@ -103,7 +103,9 @@ def test_output_in_shards(tmp_path):
     tensors = write_checkpoint(tmp_path / "checkpoint", num_shards=2)
     output = tmp_path / "output"
     checkpoint, vision = str(tmp_path / "checkpoint"), str(tmp_path / "vision_config.json")
-    run_conversion(Options(checkpoint=checkpoint, vision_config=vision, output=output, max_shard_bytes=50_000))
+    run_conversion(
+        ConversionOptions(checkpoint=checkpoint, vision_config=vision, output=output, max_shard_bytes=50_000)
+    )
     index = json.loads((output / "model.safetensors.index.json").read_text())
     shards = sorted(file.name for file in output.glob("*.safetensors"))
     assert len(shards) > 2 and shards == sorted(set(index["weight_map"].values()))
@@ -309,8 +311,8 @@ def test_lora(tmp_path, convert, use_rslora, safe):
 
 
 def test_lora_of_transposed_weights(tmp_path):
-    from fusion_hf.conversion.checkpoint import TensorReader, read_headers
-    from fusion_hf.conversion.lora import LoraPair
+    from fusion_hf.conversion.lora_updates import LoraPair
+    from fusion_hf.conversion.stored_tensors import TensorReader, read_headers
 
     a, b, weight = torch.randn(RANK, 6), torch.randn(5, RANK), torch.randn(6, 5)
     save_weights(tmp_path, {"a": a, "b": b})

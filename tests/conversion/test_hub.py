@@ -11,8 +11,8 @@ import pytest
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 
-from fusion_hf.conversion import hub as hub_module
-from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.conversion import repositories as hub_module
+from fusion_hf.conversion.model_files import ConversionError
 from fusion_hf.hub import publishing
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.tokenizers import write_phi3_tokenizer
 
 from fusion_hf import FusionConfig
-from fusion_hf.conversion.card import Provenance, write_card
+from fusion_hf.conversion.model_card import Provenance, write_card
 from fusion_hf.hub.family import BENCHMARKS, DATASETS, MEMBERS, find_member
 from fusion_hf.hub.publishing import check_folder
 

@@ -9,8 +9,8 @@ from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.tokenizer import MARKS, add_marks, load_tokenizer
+from fusion_hf.conversion.marked_tokenizer import MARKS, add_marks, load_tokenizer
+from fusion_hf.conversion.model_files import ConversionError
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "parity" / "tokenization.json"
 MAX_LENGTH = 4096

@@ -10,6 +10,8 @@ import pytest
 PACKAGE = "fusion_hf"
 ROW = re.compile(r"^\| (\d+) \| `(\w+)` \| .+ \|$", re.MULTILINE)
 FROM_THE_TOP = {"__version__"}  # what modules of all floors may take from the package itself
+COMPOSING = ("", "cli")  # the package itself and the commands use what is public of a folder
+COPIED = ("model",)  # whose modules go where the other folders are not
 NO_CODE = "checkpoints"  # a model folder's copies
 
 
@@ -105,3 +107,33 @@ def test_an_upward_arrow_is_found(tmp_path: Path, line: str, is_upward: bool):
     (tmp_path / PACKAGE / "middle" / "module.py").write_text(line + "\n")
     arrows = upward_arrows(tmp_path, {"ground": 0, "middle": 1, "beside": 1, "high": 2})
     assert [arrow.partition(" ")[0] for arrow in arrows] == ["fusion_hf.middle.module"] * is_upward
+
+
+def misplaced_modules(source: Path) -> list[str]:
+    """Modules that one other folder imports and nobody else: that folder is their place."""
+    known = modules(source)
+    importers: dict[str, set[str]] = {name: set() for name, path in known.items() if path.name != "__init__.py"}
+    for name, path in known.items():
+        for target in imported(name, path, known):
+            if target in importers:
+                importers[target].add(name.split(".")[1] if "." in name else "")
+    return [
+        f"{name} is of {min(folders)}"
+        for name, folders in importers.items()
+        if len(folders) == 1 and not folders & {name.split(".")[1], *COMPOSING} and name.split(".")[1] not in COPIED
+    ]
+
+
+def test_no_module_is_of_another_folder(root: Path):
+    assert misplaced_modules(root / "src") == []
+
+
+def test_a_misplaced_module_is_found(tmp_path: Path):
+    for folder in ("low", "high"):
+        (tmp_path / PACKAGE / folder).mkdir(parents=True)
+    for name in ("low/elsewhere.py", "low/own.py", "low/public.py"):
+        (tmp_path / PACKAGE / name).touch()
+    (tmp_path / PACKAGE / "__init__.py").write_text("from fusion_hf.low import public\n")
+    (tmp_path / PACKAGE / "low" / "user.py").write_text("from . import own\n")
+    (tmp_path / PACKAGE / "high" / "user.py").write_text("from fusion_hf.low.elsewhere import thing\n")
+    assert misplaced_modules(tmp_path) == ["fusion_hf.low.elsewhere is of high"]

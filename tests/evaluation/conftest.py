@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fusion_hf.data.easy_vqa import read_easy_vqa
-from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
+from fusion_hf.evaluation.prompting import Continuation, Generation, Messages, Request
 from fusion_hf.inference import ChatModel
 
 PICTURES = 12

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image, ImageDraw
 
+from fusion_hf.evaluation.benchmark_data import folder_of
 from fusion_hf.evaluation.benchmarks import (
     BENCHMARKS,
     EITHER,
@@ -25,8 +26,7 @@ from fusion_hf.evaluation.benchmarks import (
     VARIANTS,
     Benchmark,
 )
-from fusion_hf.evaluation.data import folder_of
-from fusion_hf.evaluation.tasks.documents import PICTURE
+from fusion_hf.evaluation.tasks.local_rows import PICTURE
 
 PROMPTS_FILE = Path(__file__).parents[1] / "fixtures/evaluation/prompts.json"
 SIDE = 48  # pixels

@@ -12,10 +12,10 @@ import torch
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.easy_vqa import read_easy_vqa
-from fusion_hf.evaluation.answering import Answerer
-from fusion_hf.evaluation.cache import AnswerCache
+from fusion_hf.evaluation.answer_cache import AnswerCache
+from fusion_hf.evaluation.answering import RequestAnswerer
 from fusion_hf.evaluation.local import LocalModel
-from fusion_hf.evaluation.questions import MAX_NEW_TOKENS, Continuation, Generation, Request
+from fusion_hf.evaluation.prompting import MAX_NEW_TOKENS, Continuation, Generation, Request
 from fusion_hf.inference import ChatModel
 
 BEGUN = Path(__file__).parents[1] / "fixtures" / "begun"
@@ -24,7 +24,7 @@ OPTIONS = ("red", "blue", "yes", "rectangle")
 
 @pytest.fixture(scope="module")
 def one_by_one(chat_model: ChatModel, questions: list[Request]) -> list[Any]:
-    return Answerer(LocalModel(chat_model, batch_size=1)).answer(questions)
+    return RequestAnswerer(LocalModel(chat_model, batch_size=1)).answer(questions)
 
 
 def test_one_by_one_is_what_the_assistant_answers(chat_model, questions, one_by_one):
@@ -37,14 +37,14 @@ def test_one_by_one_is_what_the_assistant_answers(chat_model, questions, one_by_
 
 
 def test_batches_answer_as_one_by_one(chat_model, questions, one_by_one):
-    assert Answerer(LocalModel(chat_model, batch_size=16)).answer(questions) == one_by_one
+    assert RequestAnswerer(LocalModel(chat_model, batch_size=16)).answer(questions) == one_by_one
 
 
 def test_tiles_of_a_picture_are_encoded_once(chat_model, questions, monkeypatch):
     encoded = []
     encode_images = ChatModel.encode_images
     monkeypatch.setattr(ChatModel, "encode_images", lambda self, p: encoded.append(len(p)) or encode_images(self, p))
-    Answerer(LocalModel(chat_model, batch_size=4)).answer(questions)
+    RequestAnswerer(LocalModel(chat_model, batch_size=4)).answer(questions)
     with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
     assert sum(encoded) == len(with_picture)
 
@@ -54,17 +54,17 @@ def _shows(request: Request) -> bool:
 
 
 def test_equal_requests_are_asked_once(chat_model, questions):
-    answerer = Answerer(LocalModel(chat_model, batch_size=4))
+    answerer = RequestAnswerer(LocalModel(chat_model, batch_size=4))
     answers = answerer.answer([*questions[:3], *questions[:3]])
     assert (answers[:3], answerer.asked) == (answers[3:], 3)
 
 
 def test_what_was_answered_is_not_asked_again(chat_model, questions, one_by_one, tmp_path: Path):
     first = AnswerCache(tmp_path)
-    Answerer(LocalModel(chat_model), first).answer(questions[:5])
+    RequestAnswerer(LocalModel(chat_model), first).answer(questions[:5])
     first.close()
     second = AnswerCache(tmp_path, rank=1)
-    answerer = Answerer(LocalModel(chat_model, batch_size=16), second)
+    answerer = RequestAnswerer(LocalModel(chat_model, batch_size=16), second)
     assert answerer.answer(questions) == one_by_one
     second.close()
     keys = [line["key"] for path in tmp_path.glob("*.jsonl") for line in map(json.loads, path.open())]
@@ -73,12 +73,12 @@ def test_what_was_answered_is_not_asked_again(chat_model, questions, one_by_one,
 
 def test_half_a_line_is_dropped_and_asked_again(chat_model, questions, one_by_one, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(LocalModel(chat_model), cache).answer(questions[:5])
+    RequestAnswerer(LocalModel(chat_model), cache).answer(questions[:5])
     cache.close()
     path = tmp_path / "00000.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     cache = AnswerCache(tmp_path)
-    answerer = Answerer(LocalModel(chat_model), cache)
+    answerer = RequestAnswerer(LocalModel(chat_model), cache)
     assert answerer.answer(questions[:5]) == one_by_one[:5]
     cache.close()
     assert answerer.asked == 1
@@ -109,7 +109,7 @@ def test_answers_of_the_former_release_are_taken_up(former: LocalModel, former_r
     path = tmp_path / "00000.jsonl"
     path.write_bytes(begun := (BEGUN / "answers.jsonl").read_bytes())
     cache = AnswerCache(tmp_path)
-    answerer = Answerer(former, cache)
+    answerer = RequestAnswerer(former, cache)
     answers = answerer.answer(former_requests)
     cache.close()
     assert (answerer.asked, None in answers) == (1, False)
@@ -119,7 +119,7 @@ def test_answers_of_the_former_release_are_taken_up(former: LocalModel, former_r
 
 def test_answers_are_logged_as_by_the_former_release(former: LocalModel, former_requests, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(former, cache).answer(former_requests[:3])
+    RequestAnswerer(former, cache).answer(former_requests[:3])
     cache.close()
     before = (BEGUN / "answers.jsonl").read_bytes().splitlines()[:3]
     assert (tmp_path / "00000.jsonl").read_bytes().splitlines() == before
@@ -127,8 +127,8 @@ def test_answers_are_logged_as_by_the_former_release(former: LocalModel, former_
 
 def test_other_settings_are_other_questions(chat_model, questions, tmp_path: Path):
     cache = AnswerCache(tmp_path)
-    Answerer(LocalModel(chat_model), cache).answer(questions[:2])
-    other = Answerer(LocalModel(chat_model, query_len=4), cache)
+    RequestAnswerer(LocalModel(chat_model), cache).answer(questions[:2])
+    other = RequestAnswerer(LocalModel(chat_model, query_len=4), cache)
     other.answer(questions[:2])
     assert other.asked == 2
 
@@ -157,7 +157,7 @@ def test_failures_are_named_and_keep_no_answer_from_the_others(
         make_request("why? " * chat_model.max_length, first, number=102),
         make_request("what?", broken, number=103),
     ]
-    answerer = Answerer(LocalModel(chat_model, batch_size=16))
+    answerer = RequestAnswerer(LocalModel(chat_model, batch_size=16))
     assert answerer.answer([*failing, *questions[:4]]) == [None, None, None, *one_by_one[:4]]
     reasons = {failure.doc_id: failure.reason for failure in answerer.failures}
     assert "SeveralPictures: The request shows 2 pictures" in reasons[101]
@@ -172,7 +172,7 @@ def test_options_are_scored(chat_model, make_request: Callable[..., Request]):
         make_request("what color is the shape?", picture, number=number, wanted=Continuation(f" {option}"))
         for number, option in enumerate(OPTIONS)
     ]
-    answers = Answerer(LocalModel(chat_model, batch_size=3)).answer(requests)
+    answers = RequestAnswerer(LocalModel(chat_model, batch_size=3)).answer(requests)
     question = [{"role": "user", "content": [{"type": "image", "path": str(picture)}, *_text()]}]
     likeliest = chat_model.answer(question, max_new_tokens=6)
     for option, answer in zip(OPTIONS, answers, strict=True):
@@ -208,6 +208,6 @@ def test_settings_of_a_task():
 
 def test_sampled_answers_are_those_of_their_question(chat_model, make_request):
     request = make_request("what?", wanted=Generation(max_new_tokens=6, temperature=5.0))
-    answers = Answerer(LocalModel(chat_model, batch_size=4)).answer([request] * 4)
+    answers = RequestAnswerer(LocalModel(chat_model, batch_size=4)).answer([request] * 4)
     assert len({answer["answer"] for answer in answers}) > 1
-    assert Answerer(LocalModel(chat_model, batch_size=1)).answer([request] * 4) == answers
+    assert RequestAnswerer(LocalModel(chat_model, batch_size=1)).answer([request] * 4) == answers

@@ -10,9 +10,9 @@ import pytest
 from tests.evaluation.rows import RED, ROWS, png, write_rows
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.evaluation.benchmark_data import check_data, fits, prepare_tasks
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, JUDGE_VARIABLES, VARIANTS
-from fusion_hf.evaluation.data import check_data, fits, prepare_tasks
-from fusion_hf.evaluation.tasks.documents import PICTURE, local_pictures
+from fusion_hf.evaluation.tasks.local_rows import PICTURE, local_pictures
 
 PUBLISHED = [name for name, benchmark in BENCHMARKS.items() if benchmark.columns]
 COLUMNS = (

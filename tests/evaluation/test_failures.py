@@ -12,8 +12,8 @@ import pytest
 from tests.evaluation.judge import Babbler, Judge, Mortal, serving
 from tests.evaluation.rows import ROWS, write_rows
 
+from fusion_hf.evaluation.benchmark_data import folder_of
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
-from fusion_hf.evaluation.data import folder_of
 
 pytestmark = [pytest.mark.eval, pytest.mark.slow]
 

@@ -5,9 +5,9 @@ import re
 import pytest
 from tests.evaluation.rows import ROWS, recorded_prompts
 
-from fusion_hf.evaluation import prompts
+from fusion_hf.evaluation.benchmark_data import AUTHORS, OWN_TASKS, find_benchmark, folder_of
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
-from fusion_hf.evaluation.data import AUTHORS, OWN_TASKS, find_benchmark, folder_of
+from fusion_hf.evaluation.tasks import authors_prompts as prompts
 
 EASY_VQA = "easy_vqa"
 VARIED = [

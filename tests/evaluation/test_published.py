@@ -3,7 +3,7 @@
 import yaml
 
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
-from fusion_hf.evaluation.table import PUBLISHED_FILE, published_rows
+from fusion_hf.evaluation.results_table import PUBLISHED_FILE, published_rows
 from fusion_hf.hub.family import MEMBERS
 
 TABLE = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))

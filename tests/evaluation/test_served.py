@@ -17,8 +17,8 @@ from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, MODELS, EndpointUnavailable, endpoint_url
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.easy_vqa import read_easy_vqa
-from fusion_hf.evaluation.answering import Answerer
-from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
+from fusion_hf.evaluation.answering import RequestAnswerer
+from fusion_hf.evaluation.prompting import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import TRIES, ServedModel, open_unturned, picture_uri
 from fusion_hf.inference import ChatModel
 from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
@@ -141,7 +141,7 @@ def test_a_turned_picture_is_another_question(script: Scripted):
         content = [{"type": "image", "url": picture}, {"type": "text", "text": "what?"}]
         return Request("a_task", 0, lambda: [{"role": "user", "content": content}], Generation(6))
 
-    answerer = Answerer(connect(script))
+    answerer = RequestAnswerer(connect(script))
     answerer.answer([show(noise("RGB")), show(Image.open(stream)), show(noise("RGB")), show(noise("RGB", seed=1))])
     assert (answerer.asked, answerer.failures) == (3, [])
 
@@ -164,7 +164,7 @@ def test_what_a_question_looks_like(script: Scripted):
     ]
     wanted = Generation(20, until=("\n", ""))
     model = connect(script, query_len=4, image_token_grid=3)
-    answers = Answerer(model).answer([Request("a_task", 0, lambda: messages, wanted)])
+    answers = RequestAnswerer(model).answer([Request("a_task", 0, lambda: messages, wanted)])
     assert texts(answers) == ["you said and that?"]
     (payload,) = script.requests
     sent = payload.pop("messages")
@@ -178,7 +178,7 @@ def test_what_a_question_looks_like(script: Scripted):
 
 
 def test_a_server_may_choose_the_tokens_and_need_not_know_where_to_stop(script: Scripted):
-    answers = Answerer(connect(script)).answer([ask("a Q: b", wanted=Generation(6, until=("Q:",)))])
+    answers = RequestAnswerer(connect(script)).answer([ask("a Q: b", wanted=Generation(6, until=("Q:",)))])
     assert texts(answers) == ["you said a"]
     assert not {"query_len", "image_token_grid"} & script.requests[0].keys()
 
@@ -186,7 +186,7 @@ def test_a_server_may_choose_the_tokens_and_need_not_know_where_to_stop(script: 
 def test_sampled_answers_have_a_seed_of_their_question(script: Scripted):
     sampled = Generation(6, temperature=0.5, top_p=0.9)
     for _ in range(2):
-        Answerer(connect(script)).answer([ask("a", wanted=sampled), ask("a", wanted=sampled)])
+        RequestAnswerer(connect(script)).answer([ask("a", wanted=sampled), ask("a", wanted=sampled)])
     seeds = [payload["seed"] for payload in script.requests]
     assert sorted(seeds[:2]) == sorted(seeds[2:]) and len(set(seeds)) == 2
     assert {(payload["temperature"], payload["top_p"]) for payload in script.requests} == {(0.5, 0.9)}
@@ -201,7 +201,7 @@ def test_sampled_answers_have_a_seed_of_their_question(script: Scripted):
     ],
 )
 def test_what_no_server_is_asked(script: Scripted, wanted: Any, reason: str):
-    answerer = Answerer(connect(script))
+    answerer = RequestAnswerer(connect(script))
     assert answerer.answer([ask("a", wanted=wanted)]) == [None]
     assert reason in answerer.failures[0].reason
     assert script.requests == []
@@ -223,7 +223,9 @@ def test_so_many_requests_are_in_flight(parallel: int):
         return echo(payload)
 
     with serve(Scripted(write, models=[ENTRY])) as script:
-        answers = Answerer(connect(script, parallel=parallel)).answer([ask(str(n), n) for n in range(4 * parallel)])
+        answers = RequestAnswerer(connect(script, parallel=parallel)).answer(
+            [ask(str(n), n) for n in range(4 * parallel)]
+        )
     assert texts(answers) == [f"you said {n}" for n in range(4 * parallel)]
     assert most == parallel
 
@@ -234,7 +236,7 @@ def test_so_many_requests_are_in_flight(parallel: int):
 @pytest.mark.parametrize("fault", ["429!", "500", "503", "drop", "half"])
 def test_what_passes_is_tried_again(script: Scripted, fault: str):
     script.faults = lambda payload, repeat: fault if repeat < 2 else None
-    answerer = Answerer(connect(script))
+    answerer = RequestAnswerer(connect(script))
     assert texts(answerer.answer([ask("a"), ask("b", 1)])) == ["you said a", "you said b"]
     assert (len(script.requests), answerer.failures) == (6, [])
 
@@ -251,7 +253,7 @@ def test_what_passes_is_tried_again(script: Scripted, fault: str):
 )
 def test_one_question_that_is_refused_keeps_no_answer_from_the_others(script, fault, reason, requests):
     script.faults = lambda payload, repeat: fault if prompt_of(payload) == "b" else None
-    answerer = Answerer(connect(script))
+    answerer = RequestAnswerer(connect(script))
     answers = answerer.answer([ask(text, number, Generation(20)) for number, text in enumerate("abc")])
     assert texts(answers) == ["you said a", None, "you said c"]
     (failure,) = answerer.failures
@@ -275,7 +277,7 @@ def test_a_server_that_fails_on_one_question_alone(script: Scripted):
         return "500"
 
     script.writer, script.faults = write, fail
-    answerer = Answerer(connect(script, parallel=3))
+    answerer = RequestAnswerer(connect(script, parallel=3))
     assert texts(answerer.answer([ask(text, n) for n, text in enumerate("abc")])) == ["you said a", None, "you said c"]
     assert "HTTP 500 in 8 tries" in answerer.failures[0].reason
     assert "no further question" not in answerer.failures[0].reason
@@ -284,25 +286,25 @@ def test_a_server_that_fails_on_one_question_alone(script: Scripted):
 @pytest.mark.parametrize("text", [None, 7])
 def test_no_content_is_no_answer(text: Any):
     with serve(Scripted(lambda payload: text, models=[ENTRY])) as script:
-        answerer = Answerer(connect(script))
+        answerer = RequestAnswerer(connect(script))
         assert answerer.answer([ask("a")]) == [None]
     assert "the reply has no content" in answerer.failures[0].reason
 
 
 def test_an_empty_answer_is_one(script: Scripted):
     script.writer = lambda payload: ""
-    assert texts(Answerer(connect(script)).answer([ask("a")])) == [""]
+    assert texts(RequestAnswerer(connect(script)).answer([ask("a")])) == [""]
 
 
 def test_an_answer_may_end_at_the_models_maximum():
     entry = {"id": NAME, MAX_LENGTH: TOKENS + 1}  # the prompt has one word
     with serve(Scripted(echo, faults=lambda payload, repeat: "cut", models=[entry])) as script:
-        assert texts(Answerer(connect(script)).answer([ask("a", wanted=Generation(20))])) == ["you said a"]
+        assert texts(RequestAnswerer(connect(script)).answer([ask("a", wanted=Generation(20))])) == ["you said a"]
 
 
 def test_a_server_that_dies_fails_once_and_the_rest_is_not_asked(script: Scripted):
     script.faults = lambda payload, repeat: "drop" if int(prompt_of(payload)) >= 5 else None
-    answerer = Answerer(connect(script, parallel=1))
+    answerer = RequestAnswerer(connect(script, parallel=1))
     answers = answerer.answer([ask(str(number), number) for number in range(300)])
     assert texts(answers) == [f"you said {number}" for number in range(5)] + [None] * 295
     (failure,) = answerer.failures
@@ -317,7 +319,7 @@ def test_a_server_that_dies_fails_once_and_the_rest_is_not_asked(script: Scripte
 
 def test_a_server_with_another_model_since_the_run_began(script: Scripted):
     script.models = [{**ENTRY, FINGERPRINT: "a-model@1"}]
-    answerer = Answerer(connect(script))
+    answerer = RequestAnswerer(connect(script))
     script.fingerprint = "a-model@1"
     assert texts(answerer.answer([ask("a")])) == ["you said a"]
     script.fingerprint = "a-model@2"
@@ -329,7 +331,7 @@ def test_a_server_that_does_not_answer(script: Scripted):
     script.faults, script.slow_seconds = lambda payload, repeat: "slow", 5.0
     model = connect(script)
     model.client.timeout = 0.2
-    answerer = Answerer(model)
+    answerer = RequestAnswerer(model)
     assert answerer.answer([ask("a")]) == [None]
     assert "gives no answer: no response in 0.2 s; no further" in answerer.failures[0].reason
     assert len(script.requests) == 1
@@ -459,9 +461,9 @@ def test_the_key_goes_to_the_server_and_nowhere_else(script: Scripted, monkeypat
     script.key = KEY
     monkeypatch.setenv(VARIABLE, f" {KEY}\n")
     model = connect(script, key_variable=VARIABLE)
-    assert texts(Answerer(model).answer([ask("a")])) == ["you said a"]
+    assert texts(RequestAnswerer(model).answer([ask("a")])) == ["you said a"]
     monkeypatch.setenv(VARIABLE, "sk-wrong-but-secret")
-    answerer = Answerer(model)
+    answerer = RequestAnswerer(model)
     answerer.answer([ask("a")])
     with pytest.raises(InputError, match="HTTP 401 Unauthorized") as refused:
         connect(script, key_variable=VARIABLE)

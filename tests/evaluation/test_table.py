@@ -8,8 +8,8 @@ import pytest
 from fusion_hf.cli import main
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
-from fusion_hf.evaluation.record import Metric, ModelRecord, RunRecord, TaskRecord
-from fusion_hf.evaluation.table import make_table, published_rows
+from fusion_hf.evaluation.results_table import make_table, published_rows
+from fusion_hf.evaluation.run_record import Metric, ModelRecord, RunRecord, TaskRecord
 
 PUBLISHED = published_rows()["FUSION 3B"]
 MODEL = ModelRecord("my|model", "my@1", "bfloat16", "cuda:0", 36, 27, "FUSION 3B")
@@ -155,7 +155,9 @@ def test_runs_of_several_models_are_refused():
 
 @pytest.fixture
 def record(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("fusion_hf.evaluation.record.PACKAGES", ("transformers",))  # lmms-eval need not be installed
+    monkeypatch.setattr(
+        "fusion_hf.evaluation.run_record.PACKAGES", ("transformers",)
+    )  # lmms-eval need not be installed
     return make_run(scored("pope", 0.5), failed("mme")).write(tmp_path)
 
 

@@ -13,8 +13,15 @@ import pytest
 from tests.evaluation.judge import Judge, serving
 from tests.evaluation.rows import ROWS, SUBMITTED, recorded_prompts, submitted_rows, write_rows
 
+from fusion_hf.evaluation.benchmark_data import (
+    AUTHORS,
+    LMMS_EVAL,
+    find_benchmark,
+    folder_of,
+    prepare_tasks,
+    prompt_blocks,
+)
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
-from fusion_hf.evaluation.data import AUTHORS, LMMS_EVAL, find_benchmark, folder_of, prepare_tasks, prompt_blocks
 
 pytestmark = [pytest.mark.eval, pytest.mark.slow]
 

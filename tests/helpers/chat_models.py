@@ -15,8 +15,8 @@ from tests.helpers.tiny import tiny_config, tiny_model
 from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenizer
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
-from fusion_hf.conversion.folder import make_processor, write_files
-from fusion_hf.conversion.tokenizer import add_marks, load_tokenizer, vocabulary_size
+from fusion_hf.conversion.marked_tokenizer import add_marks, load_tokenizer, vocabulary_size
+from fusion_hf.conversion.model_folder import make_processor, write_files
 
 FORMATS = ("phi3", "llama3", "chatml")
 BACKBONES = {"phi3": "phi3", "llama3": "llama", "chatml": "qwen2"}

@@ -1,6 +1,6 @@
 """Tiny checkpoints as the authors' code writes them, with random weights. Names follow the authors' modules.
 
-`our_name` is a second, independent account of the renaming that `fusion_hf.conversion.keys` declares.
+`our_name` is a second, independent account of the renaming that `fusion_hf.conversion.key_tables` declares.
 """
 
 import json

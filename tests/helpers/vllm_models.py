@@ -11,8 +11,8 @@ from tests.helpers.tiny import tiny_config, tiny_model
 from tests.helpers.tokenizers import write_phi3_tokenizer
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionProcessor, nano_path
-from fusion_hf.conversion.folder import make_processor
-from fusion_hf.conversion.tokenizer import add_marks, load_tokenizer
+from fusion_hf.conversion.marked_tokenizer import add_marks, load_tokenizer
+from fusion_hf.conversion.model_folder import make_processor
 
 MAX_LENGTH = 512
 PHI3_ROWS = 32_013

@@ -9,7 +9,7 @@ from tests.helpers.hub_folder import run
 from tests.helpers.transformers_releases import RELEASES, install_release, supported_releases
 
 from fusion_hf import nano_path
-from fusion_hf.conversion.card import USAGE, USAGE_WITHOUT_TOKENIZER
+from fusion_hf.conversion.model_card import USAGE, USAGE_WITHOUT_TOKENIZER
 from fusion_hf.model.compatibility_fusion import NEWEST_TESTED, OLDEST_TESTED, TESTED, as_dicts, check_transformers
 from fusion_hf.nano.report import CARD
 

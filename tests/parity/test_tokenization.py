@@ -9,7 +9,7 @@ from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenize
 from tests.parity.conftest import FIXTURES, IGNORE, IMAGE_MARK, LATENT_MARK, PROMPT_END_LABEL
 
 from fusion_hf import FusionImageProcessor, FusionProcessor
-from fusion_hf.conversion.tokenizer import add_marks, load_tokenizer
+from fusion_hf.conversion.marked_tokenizer import add_marks, load_tokenizer
 from fusion_hf.training import FusionDataCollator
 
 QUERY_LEN, MAX_LENGTH = 16, 4096

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusion_hf.cli import ask_file
+from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
-from fusion_hf.cli.values import positive
 from fusion_hf.common.errors import InputError
 
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from fusion_hf.cli.session import AnswerStreamer, load_chat_model
+    from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
     from fusion_hf.inference.conversation import Conversation
 
     chat_model = load_chat_model(arguments)

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(Path(arguments.output))
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.session import silence_libraries
+    from fusion_hf.cli.model_loading import silence_libraries
     from fusion_hf.inference.batching import BATCH_SIZE, batch_generate
 
     if not arguments.debug:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from fusion_hf.cli.convert import add_shared_arguments, run_command
 from fusion_hf.cli.parser import Parser
-from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.inputs import DECODER_TYPES, NO_TOKENIZER, BuildOptions, find_build_inputs
-from fusion_hf.conversion.reading import parse_query_lens
+from fusion_hf.conversion.model_files import ConversionError, parse_query_lens
 
 
 def make_parser() -> Parser:
@@ -50,7 +49,7 @@ def _build(arguments: argparse.Namespace) -> str:
     values = {name: value for name, value in vars(arguments).items() if name != "debug"}
     options = BuildOptions(**values)
     inputs = find_build_inputs(options)
-    from fusion_hf.conversion.assembly import build
+    from fusion_hf.conversion.from_backbones import build
 
     return build(options, inputs)
 

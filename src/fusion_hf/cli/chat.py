@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_picture_exists(arguments.image)
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.session import AnswerStreamer, load_chat_model
+    from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
     from fusion_hf.inference.conversation import Conversation
 
     chat_model = load_chat_model(arguments)

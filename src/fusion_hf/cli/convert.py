@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.parser import Parser
 from fusion_hf.cli.terminal import guarded
-from fusion_hf.cli.values import positive
 from fusion_hf.common.values import DTYPE_NAMES
-from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.inputs import NO_TOKENIZER, ConversionOptions, find_conversion_inputs
+from fusion_hf.conversion.model_files import ConversionError
 
 DESCRIPTION = (
     "Convert a checkpoint of the authors' FUSION code to a complete Hub folder. Everything is checked before anything "
@@ -127,6 +127,6 @@ def convert(arguments: argparse.Namespace) -> str:
         dry_run=arguments.dry_run,
     )
     inputs = find_conversion_inputs(options)
-    from fusion_hf.conversion.convert import convert
+    from fusion_hf.conversion.from_authors import convert
 
     return convert(options, inputs)

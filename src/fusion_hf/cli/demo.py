@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]' ({error})."
             ) from error
-        from fusion_hf.cli.session import load_chat_model
+        from fusion_hf.cli.model_loading import load_chat_model
         from fusion_hf.demo.session import Answerer
 
         chat_model = load_chat_model(arguments)

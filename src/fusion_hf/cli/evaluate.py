@@ -7,15 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.cli.argument_types import AUTO, device, dtype, positive
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import FAILED, one_line, printable
-from fusion_hf.cli.values import AUTO, device, dtype, positive
 from fusion_hf.common.endpoints import check_key
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import check_place, write_atomically
 
 if TYPE_CHECKING:
-    from fusion_hf.evaluation.record import RunRecord
+    from fusion_hf.evaluation.run_record import RunRecord
 
 ALL = "all"
 BATCH_SIZE = 1
@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, check the data or make a table; returns the exit status."""
     if arguments.published is not None:
-        from fusion_hf.evaluation.table import find_published
+        from fusion_hf.evaluation.results_table import find_published
 
         find_published(arguments.published)  # an unknown name is told before the work
     if arguments.table is not None:
@@ -97,9 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"Evaluation needs the extra `eval` and lmms-eval, which is not installed: {INSTALL}")
     _require_lmms_eval(arguments.debug)
     from fusion_hf.evaluation import runner
-    from fusion_hf.evaluation.table import make_table
+    from fusion_hf.evaluation.results_table import make_table
 
-    options = runner.Options(
+    options = runner.EvaluationOptions(
         tasks=names,
         output=Path(arguments.output),
         model=arguments.model,
@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _make_table(arguments: argparse.Namespace) -> int:
-    from fusion_hf.evaluation.record import RunRecord
-    from fusion_hf.evaluation.table import make_table
+    from fusion_hf.evaluation.results_table import make_table
+    from fusion_hf.evaluation.run_record import RunRecord
 
     if arguments.tasks is not None:
         raise InputError("--table runs nothing; leave out --tasks, or run the tasks first.")
@@ -196,7 +196,7 @@ def _require_lmms_eval(debug: bool) -> None:
     Raises:
         InputError: if it is not installed, or something that it needs.
     """
-    from fusion_hf.cli.session import silence_libraries
+    from fusion_hf.cli.model_loading import silence_libraries
 
     if not debug:
         silence_libraries()
@@ -211,7 +211,7 @@ def _require_lmms_eval(debug: bool) -> None:
 
 
 def _check_data(names: list[str], data_root: Path | None) -> int:
-    from fusion_hf.evaluation.data import check_data
+    from fusion_hf.evaluation.benchmark_data import check_data
 
     problems = check_data(names, data_root)
     broken = {problem.benchmark for problem in problems}

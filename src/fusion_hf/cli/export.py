@@ -5,9 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
+from fusion_hf.cli.argument_types import positive, square
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import wrote
-from fusion_hf.cli.values import positive, square
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
 from fusion_hf.onnx_export.folder import PACKAGES
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output)
     model = find_model(arguments)
     if not arguments.debug:
-        from fusion_hf.cli.session import silence_libraries
+        from fusion_hf.cli.model_loading import silence_libraries
 
         silence_libraries()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed

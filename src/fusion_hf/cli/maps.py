@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
-from fusion_hf.cli.values import positive
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output)
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.session import load_chat_model
+    from fusion_hf.cli.model_loading import load_chat_model
     from fusion_hf.maps import attention_maps
     from fusion_hf.maps.drawing import save_overlays
 

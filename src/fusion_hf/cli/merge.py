@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output)
     find_folder(base)
     if not arguments.debug:
-        from fusion_hf.cli.session import silence_libraries
+        from fusion_hf.cli.model_loading import silence_libraries
 
         silence_libraries()
     from fusion_hf.training.merging import merge

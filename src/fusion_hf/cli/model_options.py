@@ -1,7 +1,7 @@
 """The options of every command that asks a model; imports nothing heavy."""
 
+from fusion_hf.cli.argument_types import AUTO, device, dtype, positive, square
 from fusion_hf.cli.parser import Parser
-from fusion_hf.cli.values import AUTO, device, dtype, positive, square
 
 DEBUG = "--debug"
 MAX_NEW_TOKENS = 256

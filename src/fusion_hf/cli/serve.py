@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
-from fusion_hf.cli.values import positive
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.serving.limits import Limits
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         from fusion_hf.serving.server import listen, serve
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
-    from fusion_hf.cli.session import load_chat_model
+    from fusion_hf.cli.model_loading import load_chat_model
 
     hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     listener = listen(arguments.host, arguments.port)  # a taken port is told before the model is loaded

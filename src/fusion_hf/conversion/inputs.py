@@ -6,9 +6,9 @@ from typing import Any
 
 from fusion_hf.common.errors import short_name
 from fusion_hf.common.outputs import check_output
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.locations import Location, Wanted, locate
-from fusion_hf.conversion.reading import find_weight_files, read_json
+from fusion_hf.conversion.locations import InputLocation, Wanted, local_revision
+from fusion_hf.conversion.model_files import ConversionError, find_weight_files, read_json
+from fusion_hf.hub.folders import REPOSITORY
 
 TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
 # as `DECODER_LAYERS` has them, which imports torch
@@ -66,21 +66,21 @@ class BuildOptions:
 class ConversionInputs:
     """Folders that a conversion reads, the content of the checkpoint's `config.json`, and where the tokenizer is."""
 
-    checkpoint: Location
+    checkpoint: InputLocation
     upstream: dict[str, Any]
-    base: Location | None
-    vision: Location | None
-    tokenizer: Location | None
+    base: InputLocation | None
+    vision: InputLocation | None
+    tokenizer: InputLocation | None
 
 
 @dataclass(frozen=True)
 class BuildInputs:
     """Folders that an assembly reads, the language model's `config.json`, and where the tokenizer is."""
 
-    text: Location
+    text: InputLocation
     values: dict[str, Any]
-    vision: Location
-    tokenizer: Location | None
+    vision: InputLocation
+    tokenizer: InputLocation | None
 
 
 def find_conversion_inputs(options: ConversionOptions) -> ConversionInputs:
@@ -122,11 +122,41 @@ def find_build_inputs(options: BuildOptions) -> BuildInputs:
     return BuildInputs(text, values, vision, find_tokenizer(options.tokenizer, text))
 
 
+def locate(source: str, flag: str, wanted: Wanted = "all") -> InputLocation:
+    """A local path, or a repository that is downloaded into the cache.
+
+    Args:
+        source: what the user gave.
+        flag: the option that it was given with, for errors.
+        wanted: what to download of a repository. `"headers"` leaves safetensors where they are; `"configuration"`
+            fetches no weights at all.
+
+    Raises:
+        ConversionError: if it is neither, or the download fails.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            path = path.resolve()
+            return InputLocation(path, path.name, local_revision(path))
+    except (OSError, ValueError):  # longer than a name can be, or with a null character
+        pass
+    if not REPOSITORY.fullmatch(source):
+        shown = short_name(repr(source))
+        raise ConversionError(f"{flag}: {shown} is neither an existing path nor the name of a Hub repository.")
+    from fusion_hf.conversion.repositories import download  # its client takes longer to import than all of this
+
+    path, is_remote = download(source, flag, wanted)
+    return InputLocation(path, source, local_revision(path), is_remote)
+
+
 def _check_result(options: ConversionOptions | BuildOptions) -> None:
     if options.output is not None:
         check_output(options.output)
     if options.push_to_hub is not None:
-        from fusion_hf.conversion.hub import check_can_push  # its client takes longer to import than all of this
+        from fusion_hf.conversion.repositories import (
+            check_can_push,  # its client takes longer to import than all of this
+        )
 
         check_can_push(options.push_to_hub, options.private)
 
@@ -149,14 +179,14 @@ def check_upstream(upstream: dict[str, Any]) -> None:
         raise ConversionError(f"config.json: {', '.join(wrong)}; allowed: whole numbers.")
 
 
-def is_adapter(checkpoint: Location) -> bool:
+def is_adapter(checkpoint: InputLocation) -> bool:
     """Whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
     folder = checkpoint.path
     parts = any((folder / name).is_file() for name in (ADAPTER_CONFIG, PROJECTOR))
     return parts and not checkpoint.is_remote and not find_weight_files(folder)
 
 
-def check_layout(checkpoint: Location, base: Location | None, text_type: str) -> None:
+def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_type: str) -> None:
     """
     Raises:
         ConversionError: if the checkpoint needs a `--base` that is not there, or another one, or the other way round.
@@ -176,7 +206,7 @@ def check_layout(checkpoint: Location, base: Location | None, text_type: str) ->
     check_weights(base)
 
 
-def check_weights(location: Location) -> None:
+def check_weights(location: InputLocation) -> None:
     """
     Raises:
         ConversionError: if a folder has no weights.
@@ -188,7 +218,7 @@ def check_weights(location: Location) -> None:
         )
 
 
-def find_tokenizer(wanted: str | None, *locations: Location | None) -> Location | None:
+def find_tokenizer(wanted: str | None, *locations: InputLocation | None) -> InputLocation | None:
     """
     Where the tokenizer asked for is, or the first that a location has; None: there is none.
 

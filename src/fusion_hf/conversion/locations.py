@@ -1,4 +1,4 @@
-"""Where inputs come from: local folders first, else repositories of the Hub. Imports nothing heavy before it must."""
+"""Where inputs lie: in local folders, or in folders that were downloaded from the Hub. Imports nothing heavy."""
 
 import hashlib
 import re
@@ -6,17 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fusion_hf.common.errors import short_name
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.hub.folders import REPOSITORY
-
 Wanted = Literal["all", "headers", "configuration"]
 REVISION = re.compile(r"[0-9a-f]{40}")
 FINGERPRINT_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Location:
+class InputLocation:
     """A folder or file on disk.
 
     Attributes:
@@ -32,34 +28,6 @@ class Location:
     is_remote: bool = False
 
 
-def locate(source: str, flag: str, wanted: Wanted = "all") -> Location:
-    """A local path, or a repository that is downloaded into the cache.
-
-    Args:
-        source: what the user gave.
-        flag: the option that it was given with, for errors.
-        wanted: what to download of a repository. `"headers"` leaves safetensors where they are; `"configuration"`
-            fetches no weights at all.
-
-    Raises:
-        ConversionError: if it is neither, or the download fails.
-    """
-    path = Path(source).expanduser()
-    try:
-        if path.exists():
-            path = path.resolve()
-            return Location(path, path.name, local_revision(path))
-    except (OSError, ValueError):  # longer than a name can be, or with a null character
-        pass
-    if not REPOSITORY.fullmatch(source):
-        shown = short_name(repr(source))
-        raise ConversionError(f"{flag}: {shown} is neither an existing path nor the name of a Hub repository.")
-    from fusion_hf.conversion.hub import download  # its client takes longer to import than all of this
-
-    path, is_remote = download(source, flag, wanted)
-    return Location(path, source, local_revision(path), is_remote)
-
-
 def local_revision(path: Path) -> str | None:
     """The commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
     if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
@@ -72,7 +40,7 @@ def local_revision(path: Path) -> str | None:
     return None
 
 
-def describe(location: Location) -> str:
+def describe(location: InputLocation) -> str:
     """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
     if location.revision is not None:
         return f"`{location.name}`, revision `{location.revision}`"

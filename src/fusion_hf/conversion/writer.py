@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from fusion_hf.common.outputs import check_space
-from fusion_hf.conversion.checkpoint import SAFETENSORS_DTYPES
 from fusion_hf.conversion.inputs import MAX_SHARD_BYTES
+from fusion_hf.conversion.stored_tensors import SAFETENSORS_DTYPES
 from fusion_hf.hub.folders import WEIGHTS_INDEX
 
 # of those that are written

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 from fusion_hf.common.endpoints import EndpointUnavailable
-from fusion_hf.evaluation.cache import Answer, AnswerCache, CachedAnswer
-from fusion_hf.evaluation.questions import Generation, Prompt, Reader, Request
-from fusion_hf.evaluation.record import ModelRecord
+from fusion_hf.evaluation.answer_cache import Answer, AnswerCache, CachedAnswer
+from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Request, RequestReader
+from fusion_hf.evaluation.run_record import ModelRecord
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
 
 
@@ -31,7 +31,7 @@ class Failure:
 class Outcome(NamedTuple):
     """What became of prompts: an answer to each, or why there is none."""
 
-    prompts: list[Prompt]
+    prompts: list[EvaluationPrompt]
     answers: list[Answer] | None
     reason: str = ""
 
@@ -47,7 +47,7 @@ class Model(Protocol):
         device: for lmms-eval, where to put what processes tell each other.
     """
 
-    reader: Reader
+    reader: RequestReader
     batch_size: int
     window: int
     device: torch.device
@@ -56,7 +56,7 @@ class Model(Protocol):
         """For a run's record."""
         ...
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+    def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
         What became of prompts, part by part, in any order.
 
@@ -66,7 +66,7 @@ class Model(Protocol):
         ...
 
 
-class Answerer:
+class RequestAnswerer:
     """
     Answers requests by a model.
 
@@ -114,7 +114,7 @@ class Answerer:
             answers.append(answer)
         return answers
 
-    def _ask(self, new: dict[str, Prompt]) -> dict[str, str]:
+    def _ask(self, new: dict[str, EvaluationPrompt]) -> dict[str, str]:
         """Ask prompts, given by key, and keep the answers; returns reasons for those that have none, by key."""
         failed: dict[str, str] = {}
         try:
@@ -130,7 +130,7 @@ class Answerer:
             failed[first] = f"{error}; no further question was asked"
         return failed
 
-    def _read(self, request: Request) -> Prompt | None:
+    def _read(self, request: Request) -> EvaluationPrompt | None:
         try:
             prompt = self.model.reader.prompt(request)
         except BROKEN_IMAGE as error:
@@ -142,10 +142,10 @@ class Answerer:
     def _fail(self, request: Request, reason: str) -> None:
         self.failures.append(Failure(request.task, request.doc_id, " ".join(reason.split())))
 
-    def _known(self, prompt: Prompt) -> Answer | None:
+    def _known(self, prompt: EvaluationPrompt) -> Answer | None:
         return self._memory.get(prompt.key) if self.cache is None else self.cache.get(prompt.key)
 
-    def _keep(self, batch: list[Prompt], answers: list[Answer]) -> None:
+    def _keep(self, batch: list[EvaluationPrompt], answers: list[Answer]) -> None:
         if self.cache is None:
             self._memory.update((prompt.key, answer) for prompt, answer in zip(batch, answers, strict=True))
             return

@@ -27,7 +27,7 @@ SERVERS = tuple(JUDGE_VARIABLES)
 
 
 @dataclass(frozen=True)
-class Judge:
+class BenchmarkJudge:
     """
     A language model that a benchmark's scoring asks.
 
@@ -53,8 +53,8 @@ class Judge:
         return [f"{name} is not set" for name in JUDGE_VARIABLES[api_type] if not environment.get(name)]
 
 
-GPT_4O = Judge("gpt-4o-2024-11-20")
-GPT_4 = Judge("gpt-4", fixed=True, takes_endpoint=True, api_types=(OPENAI, AZURE))
+GPT_4O = BenchmarkJudge("gpt-4o-2024-11-20")
+GPT_4 = BenchmarkJudge("gpt-4", fixed=True, takes_endpoint=True, api_types=(OPENAI, AZURE))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Benchmark:
     config: str | None
     splits: tuple[str, ...]
     schema: Mapping[str, str] = field(default_factory=dict)
-    judge: Judge | None = None
+    judge: BenchmarkJudge | None = None
     source: str | None = None
 
     @property

@@ -14,7 +14,7 @@ from loguru import logger
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, EndpointUnavailable, RequestRejected
 from fusion_hf.common.errors import InputError
-from fusion_hf.evaluation.benchmarks import API_TYPE, OPENAI, Judge
+from fusion_hf.evaluation.benchmarks import API_TYPE, OPENAI, BenchmarkJudge
 
 URL = "OPENAI_API_URL"
 PUBLIC_URL = "https://api.openai.com/v1"
@@ -31,7 +31,7 @@ class JudgeFailed(RuntimeError):
     """A judge or its server did not answer."""
 
 
-def check_judge(judge: Judge) -> None:
+def check_judge(judge: BenchmarkJudge) -> None:
     """
     Ask the judge for a word, before any question is answered in vain.
 
@@ -66,7 +66,7 @@ def _base_url() -> str:
 
 
 @contextmanager
-def address_of(judge: Judge | None) -> Iterator[None]:
+def address_of(judge: BenchmarkJudge | None) -> Iterator[None]:
     """lmms-eval's tasks read the address in two forms, when they are imported or asked: here it has the right one."""
     given = os.environ.get(URL)
     if judge is None or given is None:

@@ -9,10 +9,10 @@ import torch
 from transformers import BatchFeature
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.evaluation.answer_cache import Answer
 from fusion_hf.evaluation.answering import Outcome
-from fusion_hf.evaluation.cache import Answer
-from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Prompt, Reader
-from fusion_hf.evaluation.record import ModelRecord
+from fusion_hf.evaluation.prompting import Continuation, EvaluationPrompt, Generation, Messages, RequestReader
+from fusion_hf.evaluation.run_record import ModelRecord
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.batching import count_tokens, longest_together, render
 from fusion_hf.inference.chat_model import ChatModel
@@ -55,7 +55,7 @@ class LocalModel:
         self.device = chat_model.model.device
         self.budget = chat_model.token_budget(query_len, image_token_grid)
         self.info = ModelInfo.of(chat_model, self.budget)
-        self.reader = Reader(
+        self.reader = RequestReader(
             self._identity(),
             chat_model.open_image,
             lambda messages: render(chat_model, messages, self.budget),
@@ -77,7 +77,7 @@ class LocalModel:
         """For a run's record."""
         return ModelRecord.of(self.name, self.info)
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+    def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """What became of prompts, batch by batch."""
         return run_halving(self._plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
 
@@ -86,9 +86,9 @@ class LocalModel:
         parts = [self.info.revision, str(self.chat_model.model.dtype), self.budget, image_processor]
         return json.dumps(parts, sort_keys=True, default=str)
 
-    def _plan(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    def _plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
         """Batches of one kind and similar length, the longest first."""
-        kinds: dict[Any, list[Prompt]] = {}
+        kinds: dict[Any, list[EvaluationPrompt]] = {}
         for prompt in prompts:
             alone = self._is_alone(prompt)
             wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
@@ -97,14 +97,14 @@ class LocalModel:
             ordered = sorted(group, key=lambda prompt: -prompt.length)
             yield from (ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
 
-    def _is_alone(self, prompt: Prompt) -> bool:
+    def _is_alone(self, prompt: EvaluationPrompt) -> bool:
         if isinstance(prompt.wanted, Generation):
             longest = longest_together(self.chat_model, prompt.wanted.max_new_tokens)
             return prompt.wanted.sampled or prompt.length > longest
         continuation = len(self.chat_model.processor.tokenizer(prompt.wanted.text)["input_ids"])
         return prompt.length > longest_together(self.chat_model, continuation)
 
-    def _run(self, batch: list[Prompt]) -> Outcome:
+    def _run(self, batch: list[EvaluationPrompt]) -> Outcome:
         """Answer a batch."""
         try:
             return Outcome(batch, self._answer_batch(batch))
@@ -112,12 +112,12 @@ class LocalModel:
             return Outcome(batch, None, str(error))
 
     @torch.inference_mode()
-    def _answer_batch(self, batch: list[Prompt]) -> list[Answer]:
+    def _answer_batch(self, batch: list[EvaluationPrompt]) -> list[Answer]:
         if isinstance(batch[0].wanted, Generation):
             return [{"answer": text} for text in self._generate(batch, batch[0].wanted)]
         return self._score(batch)
 
-    def _generate(self, batch: list[Prompt], wanted: Generation) -> list[str]:
+    def _generate(self, batch: list[EvaluationPrompt], wanted: Generation) -> list[str]:
         model, processor = self.chat_model.model, self.chat_model.processor
         inputs = self._inputs(batch, [prompt.messages for prompt in batch], add_generation_prompt=True)
         begin = inputs["input_ids"].shape[1]
@@ -130,7 +130,7 @@ class LocalModel:
         texts = processor.batch_decode(output[:, begin:], skip_special_tokens=True)
         return [wanted.cut(text) for text in texts]
 
-    def _score(self, batch: list[Prompt]) -> list[Answer]:
+    def _score(self, batch: list[EvaluationPrompt]) -> list[Answer]:
         """Sums of the continuations' log-probabilities, and whether each is the greedy one."""
         conversations = []
         for prompt in batch:
@@ -154,7 +154,7 @@ class LocalModel:
             answers.append({"logprob": total, "greedy": bool((logprobs.argmax(1) == wanted).all())})
         return answers
 
-    def _inputs(self, batch: list[Prompt], conversations: list[Messages], **template: Any) -> BatchFeature:
+    def _inputs(self, batch: list[EvaluationPrompt], conversations: list[Messages], **template: Any) -> BatchFeature:
         """What the model takes for conversations that all have a picture, or all none."""
         has_pictures = batch[0].picture is not None
         inputs = self.chat_model.prepare_batch(conversations, self.budget, process_images=False, **template)
@@ -168,6 +168,6 @@ class LocalModel:
             )
         return inputs
 
-    def _encode(self, prompts: list[Prompt]) -> list[ImageFeatures]:
+    def _encode(self, prompts: list[EvaluationPrompt]) -> list[ImageFeatures]:
         """Features of the prompts' images, whose tiles are encoded together."""
         return self.chat_model.encode_images([prompt.picture for prompt in prompts if prompt.picture is not None])

@@ -4,7 +4,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 MANIFEST = ModelManifest(
     model_id="fusion",
-    chat_class_path="fusion_hf.evaluation.adapter.FusionChat",
-    simple_class_path="fusion_hf.evaluation.adapter.FusionSimple",
+    chat_class_path="fusion_hf.evaluation.lmms_adapter.FusionChat",
+    simple_class_path="fusion_hf.evaluation.lmms_adapter.FusionSimple",
     aliases=("fusion_hf", "fusion-hf"),
 )

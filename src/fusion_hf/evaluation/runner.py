@@ -4,11 +4,11 @@ import argparse
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +16,14 @@ from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.evaluation.adapter import FusionChat, RequestsFailed, own_device
-from fusion_hf.evaluation.answering import Answerer, Failure
-from fusion_hf.evaluation.cache import AnswerCache
-from fusion_hf.evaluation.data import PreparedTask, check_data, prepare_tasks
+from fusion_hf.evaluation.answer_cache import AnswerCache
+from fusion_hf.evaluation.answering import Failure, RequestAnswerer
+from fusion_hf.evaluation.benchmark_data import PreparedTask, check_data, prepare_tasks
 from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
+from fusion_hf.evaluation.lmms_adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.processes import Processes, alone
-from fusion_hf.evaluation.record import FAILED, SCORED, SUBMITTED, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.run_record import FAILED, SCORED, SUBMITTED, RunRecord, TaskRecord, read_metrics
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.evaluation.submissions import submission_file, write_submission
 
@@ -32,8 +32,11 @@ PYTHON_SEED, SEED = 0, 1234
 ANSWERS, TASKS, SUBMISSIONS = "answers", "tasks", "submissions"  # folders of a run
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What a run is asked for; see `fusion-hf evaluate --help`."""
 
     tasks: Sequence[str]
@@ -52,7 +55,7 @@ class Options:
     debug: bool = False
 
 
-def run(options: Options) -> RunRecord:
+def run(options: EvaluationOptions) -> RunRecord:
     """
     Answer the tasks one after the other, and score them or write the answers down; what failed is in the record.
 
@@ -62,7 +65,7 @@ def run(options: Options) -> RunRecord:
     processes = Processes.start()
     model = _open_model(options)
     cache = AnswerCache(options.output / ANSWERS, processes.rank)
-    answerer = Answerer(model, cache, progress=processes.rank == 0)
+    answerer = RequestAnswerer(model, cache, progress=processes.rank == 0)
     record = _begin_record(options, model, processes)
     try:
         for name in options.tasks:
@@ -73,14 +76,14 @@ def run(options: Options) -> RunRecord:
     return record
 
 
-def _open_model(options: Options) -> LocalModel | ServedModel:
+def _open_model(options: EvaluationOptions) -> LocalModel | ServedModel:
     if options.url is None:
         return LocalModel.load(options.model, own_device(options.device), options.dtype, batch_size=options.batch_size)
     parallel = PARALLEL if options.parallel is None else options.parallel
     return ServedModel.connect(options.url, options.model, options.api_key_env, parallel=parallel)
 
 
-def _begin_record(options: Options, model: LocalModel | ServedModel, processes: Processes) -> RunRecord:
+def _begin_record(options: EvaluationOptions, model: LocalModel | ServedModel, processes: Processes) -> RunRecord:
     return RunRecord(
         command=list(options.command),
         model=model.describe(),
@@ -103,16 +106,16 @@ def _silence() -> Iterator[None]:
 class _Evaluation:
     """One task. The first process prepares and scores, all answer: what one process scores, two score as well."""
 
-    def __init__(self, options: Options, processes: Processes, answerer: Answerer, name: str):
+    def __init__(self, options: EvaluationOptions, processes: Processes, answerer: RequestAnswerer, name: str):
         self.options = options
         self.processes = processes
         self.answerer = answerer
         self.name = name
+        self.lmms_task = name  # until lmms-eval's own is known
         self.first_failure = len(answerer.failures)
 
     def record(self) -> TaskRecord:
         """The task's record, in all processes."""
-        self.lmms_task = self.name
         try:
             with nullcontext() if self.options.debug else _silence():
                 done = self._evaluate()
@@ -130,34 +133,52 @@ class _Evaluation:
         )
 
     def _evaluate(self) -> TaskRecord:
-        prepared = self._together(self._prepare, first_only=True)
+        prepared = self._in_first(self._prepare)
         self.lmms_task = prepared.task_name
         model = FusionChat.around(self.answerer)
         with address_of(prepared.benchmark.judge):
-            task_dict = self._together(lambda: self._load(prepared, model))
+            task_dict = self._in_all(lambda: self._load(prepared, model))
             if self.processes.count > 1:
-                self._together(lambda: self._answer_share(model, task_dict[prepared.task_name]))
-            finish = self._submit if prepared.benchmark.is_submitted else self._score
-            return self._together(lambda: finish(prepared, model, task_dict), first_only=True)
+                self._in_all(lambda: self._answer_share(model, task_dict[prepared.task_name]))
+            return self._in_first(lambda: self._finish(prepared, model, task_dict))
 
-    def _together(self, step: Any, first_only: bool = False) -> Any:
-        """Do a step in all processes, or in the first for all; an error in one ends the task in all."""
-        result: Any = None
-        error: Exception | None = None
-        if not first_only or self.processes.rank == 0:
-            try:
-                result = step()
-            except Exception as caught:  # is raised below, when all processes know
-                if self.options.debug and self.processes.count == 1:
-                    raise
-                error = caught
+    def _finish(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
+        """Score the answers of all processes, or write them down for a server; what is missing yet is made now."""
+        if self.answerer.cache is not None:
+            self.answerer.cache.reload()
+        finish = self._submit if prepared.benchmark.is_submitted else self._score
+        record = finish(prepared, model, task_dict)
+        return replace(record, prompt_sha256=self._hash_prompts(prepared.task_name))
+
+    def _in_all(self, step: Callable[[], T]) -> T:
+        """Do a step in all processes; an error in one ends the task in all."""
+        results, error = self._attempt(step)
+        self._agree(error)
+        return results[0]
+
+    def _in_first(self, step: Callable[[], T]) -> T:
+        """Do a step in the first process; all return its result, or end the task."""
+        results, error = self._attempt(step) if self.processes.rank == 0 else ([], None)
+        self._agree(error)
+        return self.processes.gather(results)[0][0]
+
+    def _attempt(self, step: Callable[[], T]) -> tuple[list[T], Exception | None]:
+        """The step's result, alone in a list; an empty list if there is an error."""
+        try:
+            return [step()], None
+        except Exception as error:  # is raised by `_agree`, when all processes know
+            if self.options.debug and self.processes.count == 1:
+                raise
+            return [], error
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raise this process's error, or another one's."""
         told = None if error is None else self._failed(error)
         first = next((one for one in self.processes.gather(told) if one is not None), None)
         if error is not None:
             raise error
         if first is not None:
             raise RuntimeError(f"in another process: {first.reason}")
-        return self.processes.gather(result)[0] if first_only else result
 
     def _prepare(self) -> PreparedTask:
         """
@@ -188,7 +209,7 @@ class _Evaluation:
         return task_dict
 
     def _answer_share(self, model: FusionChat, task: Any) -> None:
-        """Answer this process's part of the requests, whole windows of them, whose pictures stay together."""
+        """Answer this process's part of the requests, whole windows of them, whose images stay together."""
         task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
         requests = model.translate(task.instances)
         window = self.answerer.model.window
@@ -207,9 +228,7 @@ class _Evaluation:
         return self.answerer.failures[self.first_failure :]
 
     def _score(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
-        """What lmms-eval makes of the answers; those that are missing yet are made now."""
-        if self.answerer.cache is not None:
-            self.answerer.cache.reload()
+        """What lmms-eval makes of the answers."""
         random.seed(PYTHON_SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
@@ -232,15 +251,12 @@ class _Evaluation:
             SCORED,
             n=n["effective"],
             n_total=n["original"],
-            prompt_sha256=self._hash_prompts(prepared.task_name),
             metrics=metrics,
             judge=None if judge is None else judge.asked(os.environ),
         )
 
     def _submit(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
         """Write the answers down for a server."""
-        if self.answerer.cache is not None:
-            self.answerer.cache.reload()
         task = task_dict[prepared.task_name]
         task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
         answers = model.generate_until(task.instances)
@@ -256,7 +272,6 @@ class _Evaluation:
             SUBMITTED,
             n=len(rows),
             n_total=len(docs),
-            prompt_sha256=self._hash_prompts(prepared.task_name),
             submission=path.relative_to(self.options.output).as_posix(),
         )
 

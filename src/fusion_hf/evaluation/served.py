@@ -25,11 +25,11 @@ from fusion_hf.common.endpoints import (
     endpoint_url,
 )
 from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.evaluation.answer_cache import Answer
 from fusion_hf.evaluation.answering import Outcome
-from fusion_hf.evaluation.cache import Answer
-from fusion_hf.evaluation.questions import Generation, Messages, Prompt, Reader
-from fusion_hf.evaluation.record import ModelRecord
-from fusion_hf.evaluation.table import published_rows
+from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Messages, RequestReader
+from fusion_hf.evaluation.results_table import published_rows
+from fusion_hf.evaluation.run_record import ModelRecord
 from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT, read_orientation
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
@@ -84,7 +84,7 @@ class ServedModel:
         most = entry.get(MAX_LENGTH)
         self.max_length = most if isinstance(most, int) else None
         self.fingerprint = entry.get(FINGERPRINT)  # None: the server does not say what its answers are of
-        self.reader = Reader(self._identity(), open_unturned, _render, len)
+        self.reader = RequestReader(self._identity(), open_unturned, _render, len)
 
     @classmethod
     def connect(
@@ -131,7 +131,7 @@ class ServedModel:
             published=record.published if record.published in published_rows() else None,
         )
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+    def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
         What became of prompts, one by one as the answers come.
 
@@ -157,7 +157,7 @@ class ServedModel:
         if unavailable is not None:
             raise unavailable
 
-    def _outcome(self, prompt: Prompt, future: "Future[Answer | None]") -> Outcome | None:
+    def _outcome(self, prompt: EvaluationPrompt, future: "Future[Answer | None]") -> Outcome | None:
         """None for a prompt that was not asked any more.
 
         Raises:
@@ -169,7 +169,7 @@ class ServedModel:
             return Outcome([prompt], None, str(error))
         return None if answer is None else Outcome([prompt], [answer])
 
-    def _ask(self, prompt: Prompt, stop: threading.Event) -> Answer | None:
+    def _ask(self, prompt: EvaluationPrompt, stop: threading.Event) -> Answer | None:
         """
         Raises:
             InputError, RequestRejected, EndpointUnavailable: if there is no answer.
@@ -184,7 +184,7 @@ class ServedModel:
         content = self._read(reply, prompt.wanted)
         return {"answer": prompt.wanted.cut(content)}
 
-    def _payload(self, prompt: Prompt, wanted: Generation) -> dict[str, Any]:
+    def _payload(self, prompt: EvaluationPrompt, wanted: Generation) -> dict[str, Any]:
         if wanted.num_beams > 1:
             raise InputError(f"num_beams is {wanted.num_beams}; allowed with --url: 1.")
         stops = [text for text in wanted.until if text]

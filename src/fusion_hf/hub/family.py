@@ -41,7 +41,7 @@ GIANT = "google/siglip2-giant-opt-patch16-384"
 
 
 @dataclass(frozen=True)
-class Member:
+class FamilyMember:
     """A published model. `checkpoint`: the repository of its last stage; `vision_tokens`: as published."""
 
     name: str
@@ -73,12 +73,12 @@ SCORES = {
 }
 
 MEMBERS = (
-    Member("FUSION 3B", "starriver030515/FUSION-Phi3.5-3B", PHI, SO400M, 780),
-    Member("FUSION-X 3B", "starriver030515/FUSION-X-Phi3.5-3B", PHI, GIANT, 620),
-    Member("FUSION-L 3B", "starriver030515/FUSION-Phi3.5-3B", PHI, SO400M, 308),
-    Member("FUSION 8B", "starriver030515/FUSION-LLaMA3.1-8B", LLAMA, SO400M, 780),
-    Member("FUSION-X 8B", "starriver030515/FUSION-X-LLaMA3.1-8B", LLAMA, GIANT, 620),
-    Member("FUSION-L 8B", "starriver030515/FUSION-LLaMA3.1-8B", LLAMA, SO400M, 308),
+    FamilyMember("FUSION 3B", "starriver030515/FUSION-Phi3.5-3B", PHI, SO400M, 780),
+    FamilyMember("FUSION-X 3B", "starriver030515/FUSION-X-Phi3.5-3B", PHI, GIANT, 620),
+    FamilyMember("FUSION-L 3B", "starriver030515/FUSION-Phi3.5-3B", PHI, SO400M, 308),
+    FamilyMember("FUSION 8B", "starriver030515/FUSION-LLaMA3.1-8B", LLAMA, SO400M, 780),
+    FamilyMember("FUSION-X 8B", "starriver030515/FUSION-X-LLaMA3.1-8B", LLAMA, GIANT, 620),
+    FamilyMember("FUSION-L 8B", "starriver030515/FUSION-LLaMA3.1-8B", LLAMA, SO400M, 308),
 )
 
 # (model type, width, layers) of the language models and (width, kept layers) of the towers that are published
@@ -86,7 +86,7 @@ BACKBONE_SIZES = {("phi3", 3072, 32): PHI, ("llama", 4096, 32): LLAMA}
 TOWER_SIZES = {(1152, 26): SO400M, (1536, 39): GIANT}
 
 
-def find_member(config: FusionConfig) -> Member | None:
+def find_member(config: FusionConfig) -> FamilyMember | None:
     """The published model that has the sizes of `config`, if any."""
     text, vision = config.text_config, config.vision_config
     backbone = BACKBONE_SIZES.get((text.model_type, text.hidden_size, text.num_hidden_layers))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from fusion_hf.conversion.folder import make_generation_config
+from fusion_hf.conversion.model_folder import make_generation_config
 from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor

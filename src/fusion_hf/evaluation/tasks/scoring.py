@@ -10,7 +10,7 @@ from lmms_eval.tasks.mmvp.utils import mmvp_process_results
 from PIL import Image
 
 from fusion_hf.evaluation.benchmarks import PERCENT
-from fusion_hf.evaluation.tasks.documents import local_pictures
+from fusion_hf.evaluation.tasks.local_rows import local_pictures
 
 Row = dict[str, Any]
 # `Index` -> label as MMVP was first published. lmms-lab-eval/MMVP has the other one of the two.

@@ -10,24 +10,24 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.common.values import dtype_name, torch_dtype
-from fusion_hf.conversion import hub, lora
-from fusion_hf.conversion.card import Provenance, write_card
-from fusion_hf.conversion.checkpoint import StoredTensor, check_index, read_headers
-from fusion_hf.conversion.config import convert_config, named_tower, read_tower_config
-from fusion_hf.conversion.folder import make_generation_config, make_processor, set_dtype, write_files
+from fusion_hf.conversion import lora_updates, repositories
 from fusion_hf.conversion.inputs import (
     ADAPTER_CONFIG,
     PROJECTOR,
     TEXT_MODEL_TYPES,
     ConversionInputs,
+    ConversionOptions,
     find_conversion_inputs,
 )
-from fusion_hf.conversion.inputs import ConversionOptions as Options
-from fusion_hf.conversion.keys import CHECKPOINT_TABLE, TOWER_TABLE
-from fusion_hf.conversion.locations import Location, describe
-from fusion_hf.conversion.plan import Plan, RecipeReader, Source, make_plan
-from fusion_hf.conversion.reading import find_weight_files, read_json
-from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer
+from fusion_hf.conversion.key_tables import CHECKPOINT_TABLE, TOWER_TABLE
+from fusion_hf.conversion.locations import InputLocation, describe
+from fusion_hf.conversion.marked_tokenizer import add_marks, choose_tokenizer
+from fusion_hf.conversion.model_card import Provenance, write_card
+from fusion_hf.conversion.model_files import find_weight_files, read_json
+from fusion_hf.conversion.model_folder import make_generation_config, make_processor, set_dtype, write_files
+from fusion_hf.conversion.stored_tensors import StoredTensor, check_index, read_headers
+from fusion_hf.conversion.upstream_config import convert_config, named_tower, read_tower_config
+from fusion_hf.conversion.weight_plan import TensorSource, WeightPlan, WeightReader, make_plan
 from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
 from fusion_hf.hub.family import LAST_STAGE
 from fusion_hf.model.configuration_fusion import FusionConfig
@@ -38,12 +38,12 @@ TOWER_HINT = "A frozen tower is not in the checkpoint: give --vision-config a Si
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSources:
     """All tensors that go in, and where they come from."""
 
-    sources: list[Source]
-    locations: dict[str, Location]
-    updates: dict[str, lora.LoraPair]
+    sources: list[TensorSource]
+    locations: dict[str, InputLocation]
+    updates: dict[str, lora_updates.LoraPair]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Conversion:
     """A checked conversion: everything but the weights themselves is known."""
 
     config: FusionConfig
-    plan: Plan
+    plan: WeightPlan
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerFast | None
-    locations: dict[str, Location]
+    locations: dict[str, InputLocation]
 
     @property
     def summary(self) -> str:
@@ -65,7 +65,7 @@ class Conversion:
         )
 
 
-def convert(options: Options, inputs: ConversionInputs | None = None) -> str:
+def convert(options: ConversionOptions, inputs: ConversionInputs | None = None) -> str:
     """Convert, or with `dry_run` only check; returns a line that says what was done.
 
     Args:
@@ -83,12 +83,14 @@ def convert(options: Options, inputs: ConversionInputs | None = None) -> str:
     done = f"Wrote {options.output}: {conversion.summary}."
     if options.push_to_hub is not None:
         source = conversion.locations["checkpoint"].name
-        url = hub.push(options.output, options.push_to_hub, options.private, f"Convert {source} to transformers")
+        url = repositories.push(
+            options.output, options.push_to_hub, options.private, f"Convert {source} to transformers"
+        )
         done += f" Pushed: {url}"
     return done
 
 
-def prepare(options: Options, inputs: ConversionInputs) -> Conversion:
+def prepare(options: ConversionOptions, inputs: ConversionInputs) -> Conversion:
     """Read configurations, headers and tokenizer, and check that they fit together."""
     checkpoint, upstream, vision = inputs.checkpoint, inputs.upstream, inputs.vision
     tower = read_tower_config(vision.path) if vision else named_tower(upstream.get("mm_vision_tower"))
@@ -111,45 +113,47 @@ def prepare(options: Options, inputs: ConversionInputs) -> Conversion:
     return Conversion(config, plan, dtype, tokenizer, weights.locations)
 
 
-def read_weights(checkpoint: Location, base: Location | None, vision: Location | None, text_type: str) -> Weights:
+def read_weights(
+    checkpoint: InputLocation, base: InputLocation | None, vision: InputLocation | None, text_type: str
+) -> WeightSources:
     """Headers of everything that a full, LoRA or adapter-only checkpoint consists of; `check_layout` has seen it."""
     folder = checkpoint.path
     locations = {"checkpoint": checkpoint}
     sources, updates = [], {}
     if base is None:
-        sources.append(Source(_read_full(checkpoint), CHECKPOINT_TABLE))
+        sources.append(TensorSource(_read_full(checkpoint), CHECKPOINT_TABLE))
     else:
         locations["base"] = base
         base_type = read_json(base.path / "config.json").get("model_type")
-        sources.append(Source(_read_full(base), CHECKPOINT_TABLE, grows=base_type == text_type))
+        sources.append(TensorSource(_read_full(base), CHECKPOINT_TABLE, grows=base_type == text_type))
         if (folder / ADAPTER_CONFIG).is_file():
-            updates = lora.read_lora(folder)
-        for name in (lora.NON_LORA, PROJECTOR):
+            updates = lora_updates.read_lora(folder)
+        for name in (lora_updates.NON_LORA, PROJECTOR):
             if (folder / name).is_file():
-                sources.append(Source(lora.read_trained_whole(folder / name), CHECKPOINT_TABLE))
+                sources.append(TensorSource(lora_updates.read_trained_whole(folder / name), CHECKPOINT_TABLE))
     has_tower = any(key.startswith(UPSTREAM_TOWER) for source in sources for key in source.tensors)
     if vision is not None:
         locations["tower"] = vision
         tower_files = find_weight_files(vision.path) if vision.path.is_dir() else []
         if tower_files and not has_tower:
-            sources.insert(0, Source(read_headers(tower_files), TOWER_TABLE))
-    return Weights(sources, locations, updates)
+            sources.insert(0, TensorSource(read_headers(tower_files), TOWER_TABLE))
+    return WeightSources(sources, locations, updates)
 
 
-def _read_full(location: Location) -> dict[str, StoredTensor]:
+def _read_full(location: InputLocation) -> dict[str, StoredTensor]:
     """Headers of a folder with complete weights, or of a repository whose weights were not downloaded."""
     if location.is_remote:
-        return hub.read_remote_headers(location)
+        return repositories.read_remote_headers(location)
     stored = read_headers(find_weight_files(location.path))
     check_index(location.path, stored)
     return stored
 
 
-def write(folder: Path, conversion: Conversion, options: Options) -> None:
+def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> None:
     """Write all files of the result into an empty folder."""
     config, plan = conversion.config, conversion.plan
     shapes = {name: recipe.shape for name, recipe in plan.recipes.items()}
-    reader = RecipeReader()
+    reader = WeightReader()
     with tqdm(total=plan.num_parameters, unit="parameters", unit_scale=True, disable=None) as progress:
 
         def load(name: str) -> torch.Tensor:
@@ -171,7 +175,7 @@ def write(folder: Path, conversion: Conversion, options: Options) -> None:
     )
 
 
-def _provenance(conversion: Conversion, options: Options) -> Provenance:
+def _provenance(conversion: Conversion, options: ConversionOptions) -> Provenance:
     output = options.output.name if options.output is not None else conversion.locations["checkpoint"].name
     stage = STAGE.search(conversion.locations["checkpoint"].name)
     bases = [conversion.locations.get(role) for role in ("base", "tower")]

@@ -8,19 +8,17 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.common.values import torch_dtype
-from fusion_hf.conversion import hub
-from fusion_hf.conversion.card import Provenance, write_card
-from fusion_hf.conversion.checkpoint import check_index, read_headers
-from fusion_hf.conversion.config import convert_text_config, fusion_config, read_tower_config, sampler_layers
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.folder import make_generation_config, make_processor, set_dtype, write_files
-from fusion_hf.conversion.inputs import BuildInputs, find_build_inputs
-from fusion_hf.conversion.inputs import BuildOptions as Options
-from fusion_hf.conversion.keys import LANGUAGE_MODEL_ROWS, TOWER_TABLE, Row
-from fusion_hf.conversion.locations import Location, describe
-from fusion_hf.conversion.plan import HEAD, NUM_MARKS, Plan, RecipeReader, Source, make_plan
-from fusion_hf.conversion.reading import find_weight_files, read_json
-from fusion_hf.conversion.tokenizer import add_marks, choose_tokenizer, vocabulary_size
+from fusion_hf.conversion import repositories
+from fusion_hf.conversion.inputs import BuildInputs, BuildOptions, find_build_inputs
+from fusion_hf.conversion.key_tables import LANGUAGE_MODEL_ROWS, TOWER_TABLE, Row
+from fusion_hf.conversion.locations import InputLocation, describe
+from fusion_hf.conversion.marked_tokenizer import add_marks, choose_tokenizer, vocabulary_size
+from fusion_hf.conversion.model_card import Provenance, write_card
+from fusion_hf.conversion.model_files import ConversionError, find_weight_files, read_json
+from fusion_hf.conversion.model_folder import make_generation_config, make_processor, set_dtype, write_files
+from fusion_hf.conversion.stored_tensors import check_index, read_headers
+from fusion_hf.conversion.upstream_config import convert_text_config, fusion_config, read_tower_config, sampler_layers
+from fusion_hf.conversion.weight_plan import HEAD, NUM_MARKS, TensorSource, WeightPlan, WeightReader, make_plan
 from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
@@ -29,7 +27,7 @@ FRESH = re.compile(r"^model\.vision_projector(?:_back)?\.|\.vision_sampler\.")
 UPSTREAM_EMBEDDING = "model.embed_tokens.weight"
 
 
-def build(options: Options, inputs: BuildInputs | None = None) -> str:
+def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
     """Build the folder; returns a line that says what was done. The whole model is in memory, in the target type.
 
     Args:
@@ -75,18 +73,18 @@ def build(options: Options, inputs: BuildInputs | None = None) -> str:
         write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
     done = f"Wrote {options.output}: an untrained FUSION of {num_parameters:,} parameters in {DTYPE_CODES[dtype]}."
     if options.push_to_hub is not None:
-        url = hub.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
+        url = repositories.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
         done += f" Pushed: {url}"
     return done
 
 
-def _read(location: Location, table: tuple[Row, ...], grows: bool = False) -> Source:
+def _read(location: InputLocation, table: tuple[Row, ...], grows: bool = False) -> TensorSource:
     stored = read_headers(find_weight_files(location.path))
     check_index(location.path, stored)
-    return Source(stored, table, grows=grows)
+    return TensorSource(stored, table, grows=grows)
 
 
-def _vocab_size(text: Source, tokenizer: PreTrainedTokenizerFast | None) -> int:
+def _vocab_size(text: TensorSource, tokenizer: PreTrainedTokenizerFast | None) -> int:
     """Rows of the new embedding: those that the tokenizer uses (the authors drop a backbone's spare rows), and two."""
     embedding = text.tensors.get(UPSTREAM_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
@@ -98,12 +96,12 @@ def _vocab_size(text: Source, tokenizer: PreTrainedTokenizerFast | None) -> int:
     return used + NUM_MARKS
 
 
-def make_weights(config: FusionConfig, plan: Plan, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+def make_weights(config: FusionConfig, plan: WeightPlan, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     """All weights of the model: the backbones' as they are, the new parts as the model initialises them."""
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration._from_config(config, dtype=dtype)
     weights = model.state_dict()
-    reader = RecipeReader()
+    reader = WeightReader()
     for name, recipe in tqdm(plan.recipes.items(), unit="tensors", disable=None):
         weights[name].copy_(reader.load(recipe, dtype))
     reader.close()
@@ -113,7 +111,12 @@ def make_weights(config: FusionConfig, plan: Plan, dtype: torch.dtype, seed: int
 
 
 def _provenance(
-    options: Options, text: Location, vision: Location, dtype: torch.dtype, num_parameters: int, has_tokenizer: bool
+    options: BuildOptions,
+    text: InputLocation,
+    vision: InputLocation,
+    dtype: torch.dtype,
+    num_parameters: int,
+    has_tokenizer: bool,
 ) -> Provenance:
     return Provenance(
         title=(options.push_to_hub or options.output.name).split("/")[-1],

@@ -28,8 +28,8 @@ from fusion_hf.evaluation.benchmarks import (
     Benchmark,
     find_benchmark,
 )
-from fusion_hf.evaluation.tasks.documents import is_list, is_picture
 from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
+from fusion_hf.evaluation.tasks.local_rows import is_list, is_picture
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 PICTURE_MARK = "<image>"  # stands for a picture where a prompt is written as text
@@ -107,7 +107,7 @@ def _prepare(benchmark: Benchmark, prompts: str, data_root: Path | None, folder:
     target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
     if data_root is not None and not _changes(benchmark, "process_docs"):
-        text += "process_docs: !function fusion_hf.evaluation.tasks.documents.local_pictures\n"
+        text += "process_docs: !function fusion_hf.evaluation.tasks.local_rows.local_pictures\n"
     target.write_text(text, encoding="utf-8")
     return PreparedTask(benchmark, name, target)
 

@@ -96,7 +96,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class EvaluationPrompt:
     """A request that is ready: `text` is what the model reads, `length` at least the number of its tokens."""
 
     request: Request
@@ -113,7 +113,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Reader:
+class RequestReader:
     """
     Makes prompts.
 
@@ -129,7 +129,7 @@ class Reader:
     render: Callable[[Messages], str]
     count: Callable[[str], int]
 
-    def prompt(self, request: Request) -> Prompt:
+    def prompt(self, request: Request) -> EvaluationPrompt:
         """
         Raises:
             InputError: if the request cannot be answered.
@@ -140,7 +140,7 @@ class Reader:
         kind = type(request.wanted).__name__
         parts = [FORMAT, self.identity, kind, asdict(request.wanted), text, digest, request.repeat]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return Prompt(request, messages, text, self.count(text), picture, digest, key)
+        return EvaluationPrompt(request, messages, text, self.count(text), picture, digest, key)
 
     def _messages(self, given: Messages) -> tuple[Messages, Image.Image | None]:
         """The conversation as the processor takes it, and its picture."""

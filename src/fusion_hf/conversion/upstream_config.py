@@ -11,9 +11,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
 
-from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.inputs import FUSION_FIELDS, TEXT_MODEL_TYPES, check_upstream
-from fusion_hf.conversion.reading import first_line, parse_query_lens, read_json
+from fusion_hf.conversion.model_files import ConversionError, first_line, parse_query_lens, read_json
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 # Names that a transformers 4 configuration has for `rope_parameters`; the configuration classes translate them.

@@ -13,9 +13,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.locations import Location
-from fusion_hf.conversion.reading import first_line, read_json
+from fusion_hf.conversion.locations import InputLocation
+from fusion_hf.conversion.model_files import ConversionError, first_line, read_json
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, VISION_MARKS
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,9 @@ METASPACE = {"type": "Metaspace", "replacement": WHITE_SPACE, "prepend_scheme": 
 PAD_TOKENS = {"phi3": "<unk>", "llama3": "<|reserved_special_token_0|>"}
 
 
-def choose_tokenizer(found: Location | None, model_type: str, model_max_length: int) -> PreTrainedTokenizerFast | None:
+def choose_tokenizer(
+    found: InputLocation | None, model_type: str, model_max_length: int
+) -> PreTrainedTokenizerFast | None:
     """The tokenizer in a folder, without the marks; or none, with a warning.
 
     Args:

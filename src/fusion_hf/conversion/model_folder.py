@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from fusion_hf.conversion.tokenizer import find_chat_format
+from fusion_hf.conversion.marked_tokenizer import find_chat_format
 from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
 from fusion_hf.model.configuration_fusion import AUTO_MAP, FusionConfig
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor

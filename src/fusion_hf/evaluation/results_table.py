@@ -9,7 +9,7 @@ import yaml
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import AUTHORS, BENCHMARKS, Benchmark, find_benchmark
-from fusion_hf.evaluation.record import FAILED, ModelRecord, RunRecord, TaskRecord
+from fusion_hf.evaluation.run_record import FAILED, ModelRecord, RunRecord, TaskRecord
 
 PUBLISHED_FILE = Path(__file__).parent / "published_results.yaml"
 NOTHING = "—"  # in a cell without a figure

@@ -15,13 +15,12 @@ from huggingface_hub.errors import (
 )
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.locations import Location, Wanted
-from fusion_hf.conversion.reading import first_line
+from fusion_hf.conversion.locations import InputLocation, Wanted
+from fusion_hf.conversion.model_files import ConversionError, first_line
 from fusion_hf.hub.publishing import check_remote, check_repository, upload
 
 if TYPE_CHECKING:
-    from fusion_hf.conversion.checkpoint import StoredTensor
+    from fusion_hf.conversion.stored_tensors import StoredTensor
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 SAFE_WEIGHTS = ("*.safetensors",)
@@ -34,7 +33,7 @@ HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, S
 
 def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
     """
-    A repository's folder in the cache, and whether its weights were left where they are; see `locations.locate`.
+    A repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
 
     Raises:
         ConversionError: if there is no such repository, or the Hub cannot be reached.
@@ -58,13 +57,13 @@ def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
         raise ConversionError(f"{flag}: {source!r} cannot be fetched from the Hub: {first_line(error)}.") from error
 
 
-def read_remote_headers(location: Location) -> "dict[str, StoredTensor]":
+def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
     """What a repository's safetensors hold, from their headers alone: nothing else is downloaded.
 
     Raises:
         ConversionError: if the repository has no safetensors, or cannot be reached.
     """
-    from fusion_hf.conversion.checkpoint import SAFETENSORS_DTYPES, StoredTensor  # which import torch
+    from fusion_hf.conversion.stored_tensors import SAFETENSORS_DTYPES, StoredTensor  # which import torch
 
     try:
         metadata = HfApi().get_safetensors_metadata(location.name, revision=location.revision)

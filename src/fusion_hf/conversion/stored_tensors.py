@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.reading import INDEX_SUFFIX, WEIGHT_NAMES, first_line, read_index
+from fusion_hf.conversion.model_files import INDEX_SUFFIX, WEIGHT_NAMES, ConversionError, first_line, read_index
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import distributed
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.evaluation.answering import Answerer, Failure, Model
-from fusion_hf.evaluation.cache import Answer, AnswerCache
+from fusion_hf.evaluation.answer_cache import Answer, AnswerCache
+from fusion_hf.evaluation.answering import Failure, Model, RequestAnswerer
 from fusion_hf.evaluation.local import BATCH_SIZE, LocalModel
-from fusion_hf.evaluation.questions import Continuation, Generation, Messages, Request
+from fusion_hf.evaluation.prompting import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.inference.devices import AUTO, choose_device
 
@@ -80,17 +80,17 @@ class FusionChat(lmms):
         else:
             model = ServedModel.connect(url, pretrained, api_key_env, parallel=parallel, **budget)
         cache = None if answers is None else AnswerCache(Path(answers), rank)
-        answerer = Answerer(model, cache, progress=rank == 0)
+        answerer = RequestAnswerer(model, cache, progress=rank == 0)
         self._begin(answerer, Accelerator(cpu=model.device.type == "cpu"))
 
     @classmethod
-    def around(cls, answerer: Answerer) -> "FusionChat":
+    def around(cls, answerer: RequestAnswerer) -> "FusionChat":
         """An adapter of a model that is loaded or asked, for a process that evaluates by itself."""
         adapter = cls.__new__(cls)
         adapter._begin(answerer, None)
         return adapter
 
-    def _begin(self, answerer: Answerer, accelerator: Accelerator | None) -> None:
+    def _begin(self, answerer: RequestAnswerer, accelerator: Accelerator | None) -> None:
         super().__init__()
         # no attribute is a module: `clean` of lmms-eval deletes those after the first task
         self.answerer = answerer

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader
-from fusion_hf.conversion.errors import ConversionError
-from fusion_hf.conversion.keys import KeyMap, Row
-from fusion_hf.conversion.lora import LoraPair
-from fusion_hf.conversion.reading import first_line
+from fusion_hf.conversion.key_tables import KeyMap, Row
+from fusion_hf.conversion.lora_updates import LoraPair
+from fusion_hf.conversion.model_files import ConversionError, first_line
+from fusion_hf.conversion.stored_tensors import StoredTensor, TensorReader
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 
@@ -20,7 +19,7 @@ NUM_MARKS = 2  # rows for <vision_start> and <vision_end>
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Tensors under one naming scheme. `grows`: its vocabulary may lack the two marks, as a plain LLM's does."""
 
     tensors: dict[str, StoredTensor]
@@ -29,7 +28,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightRecipe:
     """How to make one weight.
 
     Attributes:
@@ -50,10 +49,10 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WeightPlan:
     """All weights of the new model, in the order in which they lie on disk."""
 
-    recipes: dict[str, Recipe]
+    recipes: dict[str, WeightRecipe]
     num_dropped: int
 
     @property
@@ -90,12 +89,12 @@ def expected_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
 
 def make_plan(
     config: FusionConfig,
-    sources: Iterable[Source],
+    sources: Iterable[TensorSource],
     lora: dict[str, LoraPair],
     tower_name: str,
     hint: str = "",
     fresh: re.Pattern[str] | None = None,
-) -> Plan:
+) -> WeightPlan:
     """Assign a stored tensor to every weight; later sources replace what earlier ones hold.
 
     Args:
@@ -117,7 +116,7 @@ def make_plan(
             f"The configuration has {config.text_config.num_hidden_layers} + {config.vision_config.num_hidden_layers} "
             f"layers, but the checkpoint has only {num_stored} tensors."
         )
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, WeightRecipe] = {}
     unknown: list[str] = []
     num_dropped = 0
     for source in sources:
@@ -132,13 +131,13 @@ def make_plan(
     _check(recipes, expected, unknown, hint)
     files = list(dict.fromkeys(recipe.stored.file for recipe in recipes.values()))
     ordered = sorted(recipes.items(), key=lambda item: files.index(item[1].stored.file))
-    return Plan(dict(ordered), num_dropped)
+    return WeightPlan(dict(ordered), num_dropped)
 
 
-def _rename(config: FusionConfig, source: Source, unknown: list[str]) -> tuple[dict[str, Recipe], int]:
+def _rename(config: FusionConfig, source: TensorSource, unknown: list[str]) -> tuple[dict[str, WeightRecipe], int]:
     """Recipes by our names, and the number of tensors that are dropped. Appends to `unknown`."""
     key_map = KeyMap(source.table, config)
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, WeightRecipe] = {}
     dropped = 0
     for key, tensor in source.tensors.items():
         try:
@@ -154,11 +153,11 @@ def _rename(config: FusionConfig, source: Source, unknown: list[str]) -> tuple[d
             rows = config.text_config.vocab_size
             grows = source.grows and name in (EMBEDDING, HEAD) and len(tensor.shape) > 1
             has_enough = grows and tensor.shape[0] >= rows - NUM_MARKS
-            recipes[name] = Recipe(tensor, rows=rows if has_enough else None)
+            recipes[name] = WeightRecipe(tensor, rows=rows if has_enough else None)
     return recipes, dropped
 
 
-def _attach_lora(recipes: dict[str, Recipe], lora: dict[str, LoraPair], key_map: KeyMap) -> list[str]:
+def _attach_lora(recipes: dict[str, WeightRecipe], lora: dict[str, LoraPair], key_map: KeyMap) -> list[str]:
     """Put each update beside its weight; returns the updates that have none."""
     homeless = []
     for key, pair in lora.items():
@@ -173,7 +172,7 @@ def _attach_lora(recipes: dict[str, Recipe], lora: dict[str, LoraPair], key_map:
     return homeless
 
 
-def _check_tower(config: FusionConfig, recipes: dict[str, Recipe], tower_name: str) -> None:
+def _check_tower(config: FusionConfig, recipes: dict[str, WeightRecipe], tower_name: str) -> None:
     """Compare the sizes that a tower's weights show with the configured ones."""
     prefix = "model.vision_tower."
     shapes = {name.removeprefix(prefix): r.stored.shape for name, r in recipes.items() if name.startswith(prefix)}
@@ -205,7 +204,9 @@ def _describe_tower(width: int, mlp: int, last_layer: int, patch: int, positions
     return f"width {width}, MLP {mlp}, {last_layer + 1} kept layers, patches of {patch}, {positions} positions"
 
 
-def _check(recipes: dict[str, Recipe], expected: dict[str, tuple[int, ...]], unknown: list[str], hint: str) -> None:
+def _check(
+    recipes: dict[str, WeightRecipe], expected: dict[str, tuple[int, ...]], unknown: list[str], hint: str
+) -> None:
     """Compare recipes and expectation in both directions, and report all that differs at once."""
     unknown = unknown + [recipe.stored.key for name, recipe in recipes.items() if name not in expected]
     missing = [name for name in expected if name not in recipes]
@@ -233,13 +234,13 @@ def _check(recipes: dict[str, Recipe], expected: dict[str, tuple[int, ...]], unk
         raise ConversionError(f"Nothing was written: the checkpoint does not fit. {'; '.join(problems)}.{advice}")
 
 
-class RecipeReader:
+class WeightReader:
     """Makes weights, with at most one shard of the checkpoint in memory (and a small adapter file beside it)."""
 
     def __init__(self) -> None:
         self._shards, self._adapters = TensorReader(), TensorReader()
 
-    def load(self, recipe: Recipe, dtype: torch.dtype) -> torch.Tensor:
+    def load(self, recipe: WeightRecipe, dtype: torch.dtype) -> torch.Tensor:
         """The weight on the CPU, contiguous, in the type `dtype`."""
         tensor = self._shards.load(recipe.stored)
         if recipe.rows is not None:

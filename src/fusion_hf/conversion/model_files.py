@@ -4,11 +4,17 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
-from fusion_hf.conversion.errors import ConversionError
+from fusion_hf.common.errors import InputError
 
 # In order of preference; of each pair the index is looked for first.
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
+
+
+class ConversionError(InputError):
+    """Says in one line what is wrong with the input and what to do. It may list tensors, and then lists all."""
+
+    longest = 10**6
 
 
 def read_json(path: Path) -> dict[str, Any]:

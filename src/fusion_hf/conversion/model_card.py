@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 from fusion_hf.common.values import dtype_name
-from fusion_hf.hub.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, Member, find_member
+from fusion_hf.hub.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, FamilyMember, find_member
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.configuration_fusion import FusionConfig
 
@@ -136,7 +136,7 @@ def write_card(config: FusionConfig, provenance: Provenance) -> str:
     return f"---\n{_metadata(provenance, member)}\n---\n\n{body}\n"
 
 
-def _metadata(provenance: Provenance, member: Member | None) -> str:
+def _metadata(provenance: Provenance, member: FamilyMember | None) -> str:
     base_models = [member.backbone.repository, member.tower] if member else list(provenance.base_models)
     data = ModelCardData(
         base_model=base_models or None,
@@ -150,7 +150,7 @@ def _metadata(provenance: Provenance, member: Member | None) -> str:
     return data.to_yaml(line_break="\n").strip()
 
 
-def _introduction(config: FusionConfig, provenance: Provenance, member: Member | None) -> str:
+def _introduction(config: FusionConfig, provenance: Provenance, member: FamilyMember | None) -> str:
     vision = config.vision_config
     name = member.name if member else "FUSION"
     made = (
@@ -173,7 +173,7 @@ def _usage(config: FusionConfig, provenance: Provenance) -> str:
     return template.format(model_id=provenance.model_id, query_lens=lengths, releases=TESTED)
 
 
-def _token_budget(config: FusionConfig, member: Member | None) -> str:
+def _token_budget(config: FusionConfig, member: FamilyMember | None) -> str:
     image = config.num_image_tokens
     rows = [
         f"| {q}{' (default)' if q == config.query_len else ''} | {image} | {image + q} |" for q in config.query_lens
@@ -185,7 +185,7 @@ def _token_budget(config: FusionConfig, member: Member | None) -> str:
     return "\n".join(lines)
 
 
-def _results(provenance: Provenance, member: Member | None) -> str:
+def _results(provenance: Provenance, member: FamilyMember | None) -> str:
     if provenance.is_untrained:
         return "None: the model is untrained."
     if member is None or provenance.stage != LAST_STAGE:
@@ -211,7 +211,7 @@ def _data(provenance: Provenance) -> str:
     return f"The authors' three stages use {links}."
 
 
-def _licence(member: Member | None) -> str:
+def _licence(member: FamilyMember | None) -> str:
     if member is None:
         return "That of the weights that went in: see the base models. The code in this folder is under Apache-2.0."
     parts = (

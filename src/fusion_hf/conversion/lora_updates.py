@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fusion_hf.conversion.checkpoint import StoredTensor, TensorReader, read_headers
-from fusion_hf.conversion.errors import ConversionError
 from fusion_hf.conversion.inputs import ADAPTER_CONFIG
-from fusion_hf.conversion.reading import read_json
+from fusion_hf.conversion.model_files import ConversionError, read_json
+from fusion_hf.conversion.stored_tensors import StoredTensor, TensorReader, read_headers
 
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"
