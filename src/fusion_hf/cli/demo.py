@@ -1,4 +1,4 @@
-"""`fusion-hf demo`: a page in the browser on which a picture is talked about."""
+"""`fusion-hf demo`: a page in the browser on which an image is talked about."""
 
 import argparse
 import contextlib
@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         parents=[model_options()],
-        help="a page in the browser: pictures, answers, tiles, attention maps, times",
-        description="Serve a page on which a picture is shown to the model and talked about. Whoever reaches the "
+        help="a page in the browser: images, answers, tiles, attention maps, times",
+        description="Serve a page on which an image is shown to the model and talked about. Whoever reaches the "
         "address may use it; the default is this computer alone.",
     )
     parser.add_argument("--host", default=HOST, help="address to listen at; default: %(default)s")
