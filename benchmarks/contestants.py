@@ -101,7 +101,7 @@ def build_contestants(
         if name in names:
             model = build(ours)
             tokens = config.num_image_tokens
-            built[name] = Contestant(model, prompt, model.model, "encode_picture", NUM_TILES + 1, tokens)
+            built[name] = Contestant(model, prompt, model.model, "encode_image", NUM_TILES + 1, tokens)
     built |= build_peers(names, ours, pixel_values)
     for name, original in COMPILED.items():
         if name == PROMPT_COMPILED and name in names:

@@ -39,8 +39,9 @@ from transformers import DynamicCache
 from workload import SIZES, Size, build_model, make_image_processor, make_photo, make_prompt
 
 from fusion_hf.inference import ChatModel
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.modeling_fusion_base import cache_keyword
-from fusion_hf.model.modeling_fusion_decoder import EmbeddedPrompt, TokenBudget
+from fusion_hf.model.modeling_fusion_decoder import EmbeddedPrompt
 from fusion_hf.nano.evaluate import generate_answers
 from fusion_hf.nano.training_records import NanoRecord, test_records
 

@@ -19,8 +19,8 @@ def times():
 def test_sharing_computes_the_same(times):
     features = times.model.get_global_features(times.first["pixel_values"])
     for question in times.questions:
-        alone = times.model.model.encode_picture(times.first["pixel_values"], question, None)
-        shared = times.model.model.encode_picture(times.first["pixel_values"], question, None, features)
+        alone = times.model.model.encode_image(times.first["pixel_values"], question, None)
+        shared = times.model.model.encode_image(times.first["pixel_values"], question, None, features)
         assert torch.equal(shared.guided.features, alone.guided.features)
         for ours, theirs in zip(shared, alone, strict=True):
             assert ours is shared.guided or torch.equal(ours, theirs)

@@ -18,7 +18,7 @@ from fusion_hf.common import extras
 from fusion_hf.common.errors import InputError
 from fusion_hf.drawing.drawn_images import draw_spec
 from fusion_hf.inference import ChatModel, nano_path, question_message
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.onnx_export import export
 from fusion_hf.onnx_export.export import max_pool, write_graphs
 from fusion_hf.onnx_export.folder import LANGUAGE, PICTURE, Settings

@@ -169,7 +169,7 @@ def test_impossible_calls(llama: FusionForConditionalGeneration) -> None:
         generator.generate(**inputs | {"attention_mask": mask})
     with pytest.raises(ValueError, match="query_len is 9"):
         generator.generate(**inputs | {"query_len": 9})
-    with pytest.raises(ValueError, match="Sample 0 has 15 image tokens; one picture gives 16"):
+    with pytest.raises(ValueError, match="Sample 0 has 15 image tokens; one image gives 16"):
         ids = inputs["input_ids"].clone()
         ids[0, (ids[0] == llama.config.image_token_id).nonzero()[0]] = 5
         generator.generate(**inputs | {"input_ids": ids})

@@ -115,7 +115,7 @@ def test_wrong_numbers_of_placeholders(model: FusionForConditionalGeneration, in
     ids = inputs["input_ids"].clone()
     first = (ids[0] == model.config.image_token_id).nonzero().flatten()[0]
     ids[0, first] = 5
-    with pytest.raises(ValueError, match=r"has 15 image tokens; one picture gives 16"):
+    with pytest.raises(ValueError, match=r"has 15 image tokens; one image gives 16"):
         model(**change(inputs, input_ids=ids))
     with pytest.raises(ValueError, match="image must come before the first latent block"):
         model(**change(inputs, input_ids=inputs["input_ids"].flip(1), prompt_end_positions=torch.zeros(2, 0).long()))

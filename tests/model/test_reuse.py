@@ -243,7 +243,7 @@ def test_what_cannot_continue_a_cache_is_refused(model: FusionForConditionalGene
     first, rest = split(inputs, cached)
     cache = model(**first, use_cache=True).past_key_values
     given = rest | {"cache": cache, "global_features": features}
-    with pytest.raises(ValueError, match="or the picture's global_features and no pixel_values"):
+    with pytest.raises(ValueError, match="or the image's global_features and no pixel_values"):
         model(**given | {"global_features": None})
     with pytest.raises(ValueError, match="instruct_input_ids guide the overview"):
         model(**given, instruct_input_ids=inputs["instruct_input_ids"])

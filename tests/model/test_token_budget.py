@@ -145,12 +145,12 @@ def test_an_impossible_grid_is_named(model: FusionForConditionalGeneration, grid
 def test_tokens_of_another_grid_are_refused_with_both_counts(
     model: FusionForConditionalGeneration, inputs: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=r"has 9 image tokens; one picture gives 4, as image_token_grid is 2"):
+    with pytest.raises(ValueError, match=r"has 9 image tokens; one image gives 4, as image_token_grid is 2"):
         model(**inputs, image_token_grid=2)
-    with pytest.raises(ValueError, match=r"has 9 image tokens; one picture gives 16, as image_token_grid is 4"):
+    with pytest.raises(ValueError, match=r"has 9 image tokens; one image gives 16, as image_token_grid is 4"):
         model(**inputs)
     whole = make_inputs(model.config, SAMPLES)
-    with pytest.raises(ValueError, match=r"has 16 image tokens; one picture gives 9, as image_token_grid is 3"):
+    with pytest.raises(ValueError, match=r"has 16 image tokens; one image gives 9, as image_token_grid is 3"):
         model.generate(**whole, image_token_grid=GRID, max_new_tokens=2)
     with pytest.raises(ValueError, match=f"has {QUERY_LEN} tokens, but query_len is 9"):
         model(**inputs | {"query_len": 9}, image_token_grid=GRID)

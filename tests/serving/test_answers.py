@@ -20,7 +20,7 @@ from tests.helpers.serving import (
 
 from fusion_hf.inference import ChatModel, question_message
 from fusion_hf.inference.model_info import ModelInfo
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
 
 MORE = "what shape is in the image?"
 SYSTEM = {"role": "system", "content": "You answer in one word."}

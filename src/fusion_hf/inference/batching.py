@@ -29,7 +29,7 @@ from fusion_hf.inference.questions import (
     parse_question,
     read_entries,
 )
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.model.quantization_fusion import plain_tensors
 

@@ -16,10 +16,9 @@ from fusion_hf.hub.folders import find_folder, nano_path
 from fusion_hf.inference.devices import AUTO, check_quantized_dtype, choose_device, choose_dtype
 from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.inference.loading import load_config, load_model
-from fusion_hf.model.configuration_fusion import is_perfect_square
+from fusion_hf.model.configuration_fusion import TokenBudget, is_perfect_square
 from fusion_hf.model.image_sources_fusion import describe_source
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.model.processing_fusion import FusionProcessor
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import CompileConfig, StaticCache
 
 from fusion_hf.model.compatibility_fusion import CACHE_NAMES
-from fusion_hf.model.configuration_fusion import FusionConfig
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.generation_fusion import given_turns
+from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import cache_keyword
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget, check_prompt
 from fusion_hf.model.turns_fusion import PromptTurns
 
 PROMPT_LENGTHS = (1024, 2048, 4096)

@@ -7,7 +7,7 @@ from fusion_hf.common.values import dtype_name
 
 if TYPE_CHECKING:
     from fusion_hf.inference.chat_model import ChatModel
-    from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+    from fusion_hf.model.configuration_fusion import TokenBudget
 
 # fields of a model that a server lists; the last one is OpenAI's, of answers
 INFO, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"

@@ -21,10 +21,10 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.inference.chat_model import ChatModel
-from fusion_hf.model.configuration_fusion import NUM_TILES
+from fusion_hf.model.configuration_fusion import NUM_TILES, TokenBudget
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
-from fusion_hf.model.modeling_fusion_decoder import PromptMarks, TokenBudget
+from fusion_hf.model.modeling_fusion_decoder import PlaceholderMasks
 from fusion_hf.model.modeling_fusion_vision import pool_context, reduce_grid
 from fusion_hf.onnx_export.folder import (
     LANGUAGE,
@@ -61,7 +61,7 @@ class _PictureGraph(nn.Module):
         """Tiles `(1, 5, 3, H, W)` and a question `(1, T)` to image features `(1, n, D)`, latents `(1, q, D)` and
         windows `(1, q, w * w, D)`."""
         config = self.model.config
-        picture = self.model.encode_picture(pixel_values, instruct_input_ids, instruct_attention_mask)
+        picture = self.model.encode_image(pixel_values, instruct_input_ids, instruct_attention_mask)
         side, grid = config.num_patches_per_side, self.budget.image_token_grid
         pooled = pool_context(picture.global_features, self.budget.query_len, config.window_size)
         return reduce_grid(picture.image_features, side, grid), *pooled
@@ -95,7 +95,7 @@ class _LanguageGraph(nn.Module):
         Returns logits `(1, 1, V)` of the last token, and keys and values `(1, G, C + S, E)` of each layer.
         """
         config = self.model.config
-        marks = PromptMarks.find(input_ids, config)
+        marks = PlaceholderMasks.find(input_ids, config)
         words = torch.where(marks.image | marks.latent, TEXT, input_ids)  # placeholders have no embedding
         inputs_embeds = marks.fill(self.model.get_input_embeddings()(words), image_features, latents)
         cache = DynamicCache()  # of whole layers: masks do what sliding windows have to

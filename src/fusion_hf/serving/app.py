@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fusion_hf.common.errors import short_name
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.model_info import ModelInfo
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.serving.engine import Engine, Finished, Piece
 from fusion_hf.serving.errors import (
     CHAT,

@@ -17,8 +17,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
 from fusion_hf.serving.generation import AnswerText, Draw, EndWhen
 from fusion_hf.serving.image_workers import ImageWorkers

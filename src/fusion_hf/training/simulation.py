@@ -18,9 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
+from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig, TokenBudget
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.model.modeling_fusion_decoder import TokenBudget
 from fusion_hf.training.flops import BatchShape
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 from fusion_hf.training.parameter_groups import freeze_except
@@ -209,11 +208,10 @@ def _loss(
     with cast:
         prompt = model.model.embed_prompt(
             batch["input_ids"],
-            batch["pixel_values"],
-            batch["instruct_input_ids"],
-            None,
-            batch["prompt_end_positions"],
-            TokenBudget.of(model.config, shape.query_len),
+            budget=TokenBudget.of(model.config, shape.query_len),
+            pixel_values=batch["pixel_values"],
+            instruct_input_ids=batch["instruct_input_ids"],
+            prompt_end_positions=batch["prompt_end_positions"],
             output_mapping_loss=True,
         )
         updates = {} if prompt.latent_updates is None else {"latent_updates": prompt.latent_updates}

@@ -5,7 +5,7 @@ Source: FUSION, arXiv 2504.09925, and the behaviour of its authors' released che
 
 from dataclasses import field
 from math import isqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
@@ -209,6 +209,33 @@ class FusionConfig(PreTrainedConfig):
             f"None or 1 to {side}, the tower's patches per side",
         )
         _require(self.mapping_loss_weight >= 0, "mapping_loss_weight", self.mapping_loss_weight, "0 or more")
+
+
+class TokenBudget(NamedTuple):
+    """How many tokens show an image to the LLM."""
+
+    query_len: int  # latent tokens per question, a perfect square
+    image_token_grid: int  # side of the grid of image tokens
+
+    @classmethod
+    def of(
+        cls, config: FusionConfig, query_len: int | None = None, image_token_grid: int | None = None
+    ) -> "TokenBudget":
+        """
+        Take what a call gives, else what the configuration says.
+
+        Raises:
+            ValueError: for what no image can have.
+        """
+        length = config.query_len if query_len is None else query_len
+        if not is_perfect_square(length):
+            raise ValueError(f"query_len is {length}; allowed: a perfect square (1, 4, 9, 16, ...).")
+        return cls(length, config.grid_side(image_token_grid))
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens of one image."""
+        return self.image_token_grid**2
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:

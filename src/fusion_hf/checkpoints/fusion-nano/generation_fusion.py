@@ -11,8 +11,9 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from .configuration_fusion import FusionConfig
+from .input_checks_fusion import check_continuation
 from .modeling_fusion_base import cache_keyword, either_cache, rename_cache
-from .modeling_fusion_decoder import PromptMarks, check_continuation
+from .modeling_fusion_decoder import PlaceholderMasks
 from .turns_fusion import PromptTurns, can_find_turns, complete_turns, find_prompt_ends
 
 # what describes the prompt's image and turns: needed while the prompt is processed, never after it
@@ -182,8 +183,7 @@ def require_plain(config: FusionConfig, input_ids: torch.Tensor) -> None:
     Raises:
         ValueError: if ids `(B, S)` that come with `inputs_embeds` have an image or latent tokens.
     """
-    marks = PromptMarks.find(input_ids, config)
-    if bool((marks.image | marks.latent).any()):
+    if PlaceholderMasks.find(input_ids, config).any():
         raise ValueError(
             "`inputs_embeds` must be None for prompts with image or latent tokens, which are found by their ids: pass "
             "`input_ids` alone."

@@ -12,8 +12,16 @@ from transformers import AutoModel, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
-from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
+from .configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig, TokenBudget
 from .generation_fusion import FusionGenerationMixin
+from .input_checks_fusion import (
+    check_embeds_alone,
+    check_ids,
+    check_image,
+    check_labelled_ends,
+    check_prompt_inputs,
+    check_tiles,
+)
 from .modeling_fusion_base import (
     CACHE_NAME,
     FusionCausalLMOutputWithPast,
@@ -26,35 +34,17 @@ from .modeling_fusion_base import (
     check_engine,
     either_cache,
 )
-from .modeling_fusion_decoder import (
-    DECODER_LAYERS,
-    EmbeddedPrompt,
-    FusionSampler,
-    PromptMarks,
-    TokenBudget,
-    check_prompt,
-    check_reuse,
-)
+from .modeling_fusion_decoder import DECODER_LAYERS, EmbeddedPrompt, FusionSampler, PlaceholderMasks
 from .modeling_fusion_vision import (
-    EncodedPicture,
+    EncodedImage,
     FusionProjector,
     FusionVisionModel,
-    check_picture,
-    check_tiles,
     encode_tiles,
     pool_context,
     reduce_grid,
     stitch_tiles,
 )
-from .turns_fusion import (
-    PromptTurns,
-    check_ids,
-    check_labelled_ends,
-    complete_turns,
-    ignore_placeholders,
-    lacks_turns,
-    order_prompt_ends,
-)
+from .turns_fusion import PromptTurns, complete_turns, ignore_placeholders, lacks_turns, order_prompt_ends
 
 logger = logging.get_logger(__name__)
 HIDDEN_MAPPING_LOSS = (
@@ -134,13 +124,13 @@ class FusionModel(FusionPreTrainedModel):
         features = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[:, :NUM_TILES])
         return stitch_tiles(features, self.config.num_patches_per_side)
 
-    def encode_grey(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def encode_blank_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """What samplers see in prompts without picture: features `(B, D, 2P, 2P)` of mid grey, of one tile for all."""
-        features = self.vision_projector(self.vision_tower(self._grey(inputs_embeds, 1)).features)  # (1, N, D)
+        features = self.vision_projector(self.vision_tower(self._blank_pixels(inputs_embeds, 1)).features)  # (1, N, D)
         features = stitch_tiles(features.repeat(NUM_TILES, 1, 1), self.config.num_patches_per_side)
         return features.expand(len(inputs_embeds), -1, -1, -1)
 
-    def _grey(self, inputs_embeds: torch.Tensor, *shape: int) -> torch.Tensor:
+    def _blank_pixels(self, inputs_embeds: torch.Tensor, *shape: int) -> torch.Tensor:
         """Mid grey pixels `(*shape, 3, H, W)`, which are zeros, of the type of the embeddings."""
         size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
         return inputs_embeds.new_zeros(*shape, channels, size, size)
@@ -163,14 +153,14 @@ class FusionModel(FusionPreTrainedModel):
         guided = self.vision_tower(overview, text_embeds, mask, early_text_attention=early, **kwargs)
         return guided, instruct_embeds, mask
 
-    def encode_picture(
+    def encode_image(
         self,
         pixel_values: torch.Tensor,
         instruct_input_ids: torch.Tensor | None,
         instruct_attention_mask: torch.Tensor | None,
         global_features: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> EncodedPicture:
+    ) -> EncodedImage:
         """
         Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
         given, over the four tiles without it.
@@ -182,7 +172,7 @@ class FusionModel(FusionPreTrainedModel):
         projected = self.vision_projector(guided.features)  # (B, N + T, D)
         if global_features is None:
             global_features = self.get_global_features(pixel_values)
-        return EncodedPicture(
+        return EncodedImage(
             image_features=projected[:, :num_patches],
             global_features=global_features.to(projected),
             patch_embeddings=guided.patch_embeddings,
@@ -192,18 +182,18 @@ class FusionModel(FusionPreTrainedModel):
             guided=guided,
         )
 
-    def compute_mapping_loss(self, picture: EncodedPicture, counts: LossCounts | None = None) -> torch.Tensor:
+    def compute_mapping_loss(self, image: EncodedImage, counts: LossCounts | None = None) -> torch.Tensor:
         """Mean cosine distances of question and features, and of patch embeddings and mapped-back image tokens."""
-        mask = picture.instruct_mask
-        distance = 1 - nn.functional.cosine_similarity(picture.instruct_embeds, picture.instruct_features, dim=-1)
+        mask = image.instruct_mask
+        distance = 1 - nn.functional.cosine_similarity(image.instruct_embeds, image.instruct_features, dim=-1)
         num_tokens = mask.sum() if counts is None else counts.instruct_tokens
         text_loss = torch.where(mask, distance, 0).sum() / num_tokens.clamp(min=1)
-        mapped_back = self.vision_projector_back(picture.image_features)
-        distance = 1 - nn.functional.cosine_similarity(picture.patch_embeddings, mapped_back, dim=-1)  # (B, N)
+        mapped_back = self.vision_projector_back(image.image_features)
+        distance = 1 - nn.functional.cosine_similarity(image.patch_embeddings, mapped_back, dim=-1)  # (B, N)
         vision_loss = distance.mean() if counts is None else distance.mean(1).sum() / counts.pictures
         return text_loss + vision_loss
 
-    def _embed_text(self, input_ids: torch.Tensor, marks: PromptMarks) -> torch.Tensor:
+    def _embed_text(self, input_ids: torch.Tensor, marks: PlaceholderMasks) -> torch.Tensor:
         """Embeddings `(B, S, D)`; zeros where `marks` keep places free, whose ids have no embedding."""
         free = marks.image | marks.latent
         return torch.where(free.unsqueeze(-1), 0, self.get_input_embeddings()(torch.where(free, 0, input_ids)))
@@ -211,59 +201,78 @@ class FusionModel(FusionPreTrainedModel):
     def embed_prompt(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        instruct_input_ids: torch.Tensor | None,
-        instruct_attention_mask: torch.Tensor | None,
-        prompt_end_positions: torch.Tensor | None,
+        *,
         budget: TokenBudget,
+        pixel_values: torch.Tensor | None = None,
+        instruct_input_ids: torch.Tensor | None = None,
+        instruct_attention_mask: torch.Tensor | None = None,
+        prompt_end_positions: torch.Tensor | None = None,
+        global_features: torch.Tensor | None = None,
         output_mapping_loss: bool = False,
         loss_counts: LossCounts | None = None,
-        global_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EmbeddedPrompt:
-        """A prompt with image and latent tokens in place. Without pictures, latent tokens are zeros and see grey."""
-        marks = PromptMarks.find(input_ids, self.config)
-        inputs_embeds = self._embed_text(input_ids, marks)
-        image_features = image_outputs = mapping_loss = None
-        if pixel_values is None and not output_mapping_loss:
-            context = self.encode_grey(inputs_embeds)
+        """
+        Embed a prompt, with image and latent tokens in place.
+
+        Without images, latent tokens are zeros, and samplers see a blank image. With `global_features` and without
+        `pixel_values`, the prompt continues one that is in a cache, with its image.
+
+        Args:
+            input_ids (`(B, S)`), pixel_values, instruct_input_ids, instruct_attention_mask, prompt_end_positions,
+                global_features, loss_counts: see [`FusionForConditionalGeneration.forward`]. They are not checked.
+            budget ([`TokenBudget`]): of the call.
+            output_mapping_loss (`bool`): whether to compute it.
+            kwargs: what the tower is to record.
+
+        Returns:
+            [`EmbeddedPrompt`]: what enters the language model.
+        """
+        placeholders = PlaceholderMasks.find(input_ids, self.config)
+        inputs_embeds = self._embed_text(input_ids, placeholders)
+        ends = None if prompt_end_positions is None or prompt_end_positions.numel() == 0 else prompt_end_positions
+        if pixel_values is None and ends is None:
+            return EmbeddedPrompt(inputs_embeds)
+        outputs: dict[str, Any] = {}
+        if pixel_values is None and global_features is not None:
+            context = global_features.to(inputs_embeds)
+        elif pixel_values is None and not output_mapping_loss:
+            context = self.encode_blank_image(inputs_embeds)
         else:
             if pixel_values is None:
-                pixel_values = self._grey(inputs_embeds, len(input_ids), NUM_TILES + 1)
-            questions = (instruct_input_ids, instruct_attention_mask)
-            picture = self.encode_picture(pixel_values, *questions, global_features, **kwargs)
-            context, side = picture.global_features, self.config.num_patches_per_side
-            image_features = reduce_grid(picture.image_features, side, budget.image_token_grid)
-            image_outputs = picture.guided.of_image(image_features)
+                pixel_values = self._blank_pixels(inputs_embeds, len(input_ids), NUM_TILES + 1)
+            image = self.encode_image(
+                pixel_values, instruct_input_ids, instruct_attention_mask, global_features, **kwargs
+            )
+            context, side = image.global_features, self.config.num_patches_per_side
+            outputs["image_features"] = reduce_grid(image.image_features, side, budget.image_token_grid)
+            outputs["image_outputs"] = image.guided.of_image(outputs["image_features"])
             if output_mapping_loss:
-                mapping_loss = self.compute_mapping_loss(picture, loss_counts)
+                outputs["mapping_loss"] = self.compute_mapping_loss(image, loss_counts)
         latents, windows = pool_context(context, budget.query_len, self.config.window_size)
-        # a sample without image tokens starts from zero latents
-        latents = torch.where(marks.image.any(1)[:, None, None], latents, 0)
-        updates = None
-        if prompt_end_positions is not None and prompt_end_positions.numel() > 0:
-            updates = marks.latent_updates(windows, prompt_end_positions, budget.query_len)
-        return EmbeddedPrompt(
-            inputs_embeds=marks.fill(inputs_embeds, image_features, latents),
-            latent_updates=updates,
-            image_features=image_features,
-            mapping_loss=mapping_loss,
-            image_outputs=image_outputs,
-        )
+        if pixel_values is not None or global_features is None:
+            # a sample without image tokens starts from zero latents; one in a cache has an image
+            latents = torch.where(placeholders.image.any(1)[:, None, None], latents, 0)
+        updates = None if ends is None else placeholders.latent_updates(windows, ends, budget.query_len)
+        inputs_embeds = placeholders.fill(inputs_embeds, outputs.get("image_features"), latents)
+        return EmbeddedPrompt(inputs_embeds, updates, **outputs)
 
-    def embed_turns(
+    def _trust(
         self,
         input_ids: torch.Tensor,
-        global_features: torch.Tensor,
-        prompt_end_positions: torch.Tensor,
-        query_len: int,
-    ) -> EmbeddedPrompt:
-        """Further turns of a conversation: the cache holds its beginning, the picture included."""
-        marks = PromptMarks.find(input_ids, self.config)
-        inputs_embeds = self._embed_text(input_ids, marks)
-        latents, windows = pool_context(global_features.to(inputs_embeds), query_len, self.config.window_size)
-        inputs_embeds = marks.fill(inputs_embeds, None, latents)
-        return EmbeddedPrompt(inputs_embeds, marks.latent_updates(windows, prompt_end_positions, query_len))
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        global_features: torch.Tensor | None,
+        turns: PromptTurns,
+    ) -> PromptTurns:
+        """Complete turns without reading a value, which breaks a compiled graph, unless something is missing."""
+        check_image(self.config, len(input_ids), pixel_values, global_features)
+        if input_ids.shape[1] == 1:  # no turn begins in a later step of generation
+            return turns
+        if lacks_turns(pixel_values, turns):
+            return complete_turns(self.config, input_ids, attention_mask, pixel_values, turns)
+        ends = turns.prompt_end_positions
+        return turns if ends is None else turns._replace(prompt_end_positions=order_prompt_ends(ends, input_ids))
 
     @can_return_tuple
     def forward(
@@ -285,6 +294,7 @@ class FusionModel(FusionPreTrainedModel):
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
         cache: Cache | None = None,
+        check_inputs: bool = True,
         **kwargs: Any,
     ) -> FusionModelOutputWithPast:
         """
@@ -300,50 +310,27 @@ class FusionModel(FusionPreTrainedModel):
         adds_gradient &= self.config.mapping_loss_weight > 0
         check_engine(self.config, cache)
         check_ids(input_ids)
-        # a later step of generation has one token, and no turn begins in it
-        if input_ids is not None and input_ids.shape[1] > 1:
-            turns = PromptTurns(prompt_end_positions, instruct_input_ids, instruct_attention_mask)
-            # looking into the ids breaks a compiled graph, so that there it is done only where something is missing
-            if not torch.compiler.is_compiling() or lacks_turns(pixel_values, turns):
-                turns = complete_turns(self.config, input_ids, attention_mask, pixel_values, turns)
-            elif prompt_end_positions is not None:
-                turns = turns._replace(prompt_end_positions=order_prompt_ends(prompt_end_positions, input_ids))
-            prompt_end_positions, instruct_input_ids, instruct_attention_mask = turns
-        has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
-        if input_ids is not None and inputs_embeds is None:
-            budget = TokenBudget.of(self.config, query_len, image_token_grid)
-            is_prompt = pixel_values is not None or has_turns
-            check_picture(self.config, len(input_ids), pixel_values, global_features)
-            is_reuse = global_features is not None
-            if (is_prompt or is_reuse or input_ids.shape[1] > 1) and not torch.compiler.is_compiling():
-                picture = (pixel_values, global_features, instruct_input_ids)
-                check_reuse(self.config, input_ids, *picture, prompt_end_positions, cache)
-                check_prompt(self.config, input_ids, attention_mask, pixel_values, prompt_end_positions, budget)
-            if global_features is not None and prompt_end_positions is not None and pixel_values is None:
-                prompt = self.embed_turns(input_ids, global_features, prompt_end_positions, budget.query_len)
-            elif is_prompt:
-                prompt = self.embed_prompt(
-                    input_ids,
-                    pixel_values,
-                    instruct_input_ids,
-                    instruct_attention_mask,
-                    prompt_end_positions,
-                    budget,
-                    bool(output_mapping_loss or adds_gradient),
-                    loss_counts,
-                    global_features,
-                    **{name: kwargs[name] for name in RECORDED if name in kwargs},
-                )
-            else:
-                prompt = EmbeddedPrompt(self._embed_text(input_ids, PromptMarks.find(input_ids, self.config)))
-        elif inputs_embeds is not None and input_ids is None:
-            names = ("pixel_values", "global_features", "prompt_end_positions", "instruct_input_ids")
-            has_question = instruct_input_ids is not None and len(instruct_input_ids) > 0
-            is_given = (pixel_values is not None, global_features is not None, has_turns, has_question)
-            if any(is_given):
-                name = names[is_given.index(True)]
-                raise ValueError(f"{name} need input_ids: image and latent tokens are found by their ids.")
+        turns = PromptTurns(prompt_end_positions, instruct_input_ids, instruct_attention_mask)
+        if inputs_embeds is not None and input_ids is None:
+            check_embeds_alone(pixel_values, global_features, turns)
             prompt = EmbeddedPrompt(inputs_embeds)
+        elif input_ids is not None and inputs_embeds is None:
+            budget = TokenBudget.of(self.config, query_len, image_token_grid)
+            given = (input_ids, attention_mask, pixel_values, global_features, turns)
+            if check_inputs and not torch.compiler.is_compiling():
+                turns = check_prompt_inputs(self.config, *given, budget, cache)
+            else:
+                turns = self._trust(*given)
+            prompt = self.embed_prompt(
+                input_ids,
+                budget=budget,
+                pixel_values=pixel_values,
+                global_features=global_features,
+                output_mapping_loss=bool(output_mapping_loss or adds_gradient),
+                loss_counts=loss_counts,
+                **turns._asdict(),
+                **{name: kwargs[name] for name in RECORDED if name in kwargs},
+            )
         else:
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if prompt.latent_updates is not None:
@@ -464,6 +451,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
         cache: Cache | None = None,
+        check_inputs: bool = True,
         **kwargs: Any,
     ) -> FusionCausalLMOutputWithPast:
         """
@@ -489,6 +477,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
                 reads it from the configuration.
             cache ([`Cache`], *optional*): another name of `past_key_values`, as in transformers since 5.24.
+            check_inputs (`bool`): False for inputs that were checked before, as `FusionDataCollator` does for a
+                training step: shapes are compared all the same, but no value, so that nothing waits for a GPU.
 
         Raises:
             ValueError: where ids, pictures, blocks and turns disagree (with both counts).
@@ -498,7 +488,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             shift_labels = ignore_placeholders(shift_labels, self.config)
         if labels is not None:
             labels = ignore_placeholders(labels, self.config)
-            if prompt_end_positions is not None and input_ids is not None and not torch.compiler.is_compiling():
+            looks = check_inputs and not torch.compiler.is_compiling()
+            if looks and prompt_end_positions is not None and input_ids is not None:
                 check_labelled_ends(input_ids, labels, prompt_end_positions, self.config)
         outputs = self.model(
             input_ids=input_ids,
@@ -516,6 +507,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             global_features=global_features,
             image_token_grid=image_token_grid,
             cache=either_cache(cache, past_key_values),
+            check_inputs=check_inputs,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -18,29 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
-from .chat_fusion import BETWEEN_BLOCKS
-from .configuration_fusion import FusionConfig, is_perfect_square
-
-
-class TokenBudget(NamedTuple):
-    """How many tokens show a picture to the LLM."""
-
-    query_len: int  # latent tokens per question, a perfect square
-    image_token_grid: int  # side of the grid of image tokens
-
-    @classmethod
-    def of(
-        cls, config: FusionConfig, query_len: int | None = None, image_token_grid: int | None = None
-    ) -> "TokenBudget":
-        """What a call gives, else the configuration's. Raises a `ValueError` for what no picture can have."""
-        length = config.query_len if query_len is None else query_len
-        if not is_perfect_square(length):
-            raise ValueError(f"query_len is {length}; allowed: a perfect square (1, 4, 9, 16, ...).")
-        return cls(length, config.grid_side(image_token_grid))
-
-    @property
-    def num_image_tokens(self) -> int:
-        return self.image_token_grid**2
+from .configuration_fusion import FusionConfig
 
 
 class LatentUpdates(NamedTuple):
@@ -178,15 +155,20 @@ class EmbeddedPrompt(NamedTuple):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-class PromptMarks(NamedTuple):
+class PlaceholderMasks(NamedTuple):
     """Where image and latent tokens are: boolean masks `(B, S)`."""
 
     image: torch.Tensor
     latent: torch.Tensor
 
     @classmethod
-    def find(cls, input_ids: torch.Tensor, config: FusionConfig) -> "PromptMarks":
+    def find(cls, input_ids: torch.Tensor, config: FusionConfig) -> "PlaceholderMasks":
+        """Find the placeholders of prompts `(B, S)` by their ids."""
         return cls(input_ids == config.image_token_id, input_ids == config.latent_token_id)
+
+    def any(self) -> bool:
+        """Return whether there is a placeholder; reads a value from the device."""
+        return bool((self.image | self.latent).any())
 
     def fill(self, embeds: torch.Tensor, image: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
         """Put image features `(B, n, D)` and, in each block, latents `(B, q, D)` into `(B, S, D)`; fixed shapes."""
@@ -210,119 +192,3 @@ class PromptMarks(NamedTuple):
         positions = positions[:, :slots].unflatten(1, (ends.shape[1], query_len))  # (B, R, q)
         valid = (ends >= 0) & (positions >= 0).all(-1)  # (B, R)
         return LatentUpdates(windows, torch.where(valid[..., None], positions, 0), torch.where(valid, ends, 0), valid)
-
-
-def check_prompt(
-    config: FusionConfig,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    pixel_values: torch.Tensor | None,
-    prompt_end_positions: torch.Tensor | None,
-    budget: TokenBudget,
-) -> None:
-    """Raise a `ValueError`, with both counts, where ids, pictures, latent blocks and turns of a prompt disagree."""
-    batch, length = input_ids.shape
-    turns = [[]] * batch if prompt_end_positions is None else prompt_end_positions.tolist()
-    if len(turns) != batch:
-        raise ValueError(f"prompt_end_positions has {len(turns)} rows for {batch} samples.")
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        attention_mask = torch.ones_like(input_ids)
-    for row, (ids, mask) in enumerate(zip(input_ids.cpu(), attention_mask[:, -length:].cpu(), strict=True)):
-        attended = mask.nonzero().flatten().tolist()
-        last = attended[-1] if attended else length - 1  # a block may be cut by truncation, but only at the very end
-        ends = [end for end in turns[row] if end != -1]
-        if ends and max(ends) > last:
-            raise ValueError(
-                f"Sample {row}: `prompt_end_positions` must be at most {last}, its last token, got {max(ends)}. If "
-                "the prompt was cut, allow longer samples (`max_length` of a trainer) or leave this one out."
-            )
-        image = (ids == config.image_token_id).nonzero().flatten().tolist()
-        latent = (ids == config.latent_token_id).nonzero().flatten().tolist()
-        if image and pixel_values is None:
-            raise ValueError(f"Sample {row} has {len(image)} image tokens, but pixel_values is None.")
-        if not image and pixel_values is not None and bool(pixel_values[row].any()):
-            raise ValueError(
-                f"Sample {row} has no image tokens, but an image in `pixel_values`, which must be zeros there. Write "
-                "prompts with the processor's chat template."
-            )
-        most = budget.num_image_tokens
-        if image and len(image) != most and (len(image) > most or image[-1] != last):
-            allowed = f"one picture gives {most}, as image_token_grid is {budget.image_token_grid}"
-            raise ValueError(f"Sample {row} has {len(image)} image tokens; {allowed}.")
-        if image and latent and image[-1] > latent[0]:
-            raise ValueError(f"Sample {row}: the image must come before the first latent block.")
-        _check_blocks(row, _blocks(latent), budget.query_len, last)
-        _check_turns(row, image, latent, ends, budget.query_len, last)
-
-
-def check_reuse(
-    config: FusionConfig,
-    input_ids: torch.Tensor,
-    pixel_values: torch.Tensor | None,
-    global_features: torch.Tensor | None,
-    instruct_input_ids: torch.Tensor | None,
-    prompt_end_positions: torch.Tensor | None,
-    cache: Cache | None,
-) -> None:
-    """Raise a `ValueError` if a cache, or features of tiles, come with what they do not fit."""
-    has_turns = prompt_end_positions is not None and prompt_end_positions.numel() > 0
-    continues = cache is not None and cache.get_seq_length() > 0
-    if global_features is not None and pixel_values is None:
-        if not (continues and has_turns):
-            raise ValueError(
-                "global_features need pixel_values, whose overview is encoded, or past_key_values that hold it and "
-                "the prompt_end_positions of the turns that follow."
-            )
-        if instruct_input_ids is not None:
-            raise ValueError("instruct_input_ids guide the overview, and past_key_values hold the overview already.")
-    elif continues and has_turns:
-        check_continuation(config, input_ids)
-        name = "prompt_end_positions" if pixel_values is None else "pixel_values"
-        raise ValueError(f"{name} belong to a whole prompt, but the cache holds its beginning already.")
-
-
-def check_continuation(config: FusionConfig, input_ids: torch.Tensor) -> None:
-    """Raise a `ValueError` if ids `(B, S)` that follow a cache hold a picture or a latent block."""
-    marks = PromptMarks.find(input_ids, config)
-    if bool((marks.image | marks.latent).any()):
-        raise ValueError(
-            "A prompt with latent blocks cannot continue a cache: pass the whole conversation at once, or the "
-            "picture's global_features and no pixel_values."
-        )
-
-
-def _blocks(positions: list[int], gap: int = 0) -> list[range]:
-    """Runs of positions that are at most `gap` others apart."""
-    starts = [p for i, p in enumerate(positions) if i == 0 or p - positions[i - 1] > gap + 1]
-    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or positions[i + 1] - p > gap + 1]
-    return [range(start, end) for start, end in zip(starts, ends, strict=True)]
-
-
-def _check_blocks(row: int, blocks: list[range], query_len: int, last: int) -> None:
-    for number, block in enumerate(blocks):
-        if len(block) != query_len and not (len(block) < query_len and block[-1] == last):
-            count = len(block)
-            raise ValueError(f"Sample {row}: latent block {number} has {count} tokens, but query_len is {query_len}.")
-
-
-def _check_turns(row: int, image: list[int], latent: list[int], ends: list[int], query_len: int, last: int) -> None:
-    """Each turn's end must be behind its blocks and before those of the next turn."""
-    blocks = len(_blocks(latent))
-    if len(ends) > blocks:
-        raise ValueError(
-            f"Sample {row} has {len(ends)} prompt_end_positions for {blocks} latent blocks. If the sequence was cut, "
-            "allow more tokens (`max_length`)."
-        )
-    turns = _blocks(image + latent, BETWEEN_BLOCKS)
-    if image and len(turns) > 1 and turns[0][-1] == image[-1] and not any(end < turns[1].start for end in ends):
-        # an image that a text parts from the latent block of its turn; one with a turn's end behind it is in a turn
-        # without latent block, since a later question has the image, and the first block of the conversation is its
-        turns = [range(turns[0].start, turns[1].stop), *turns[2:]]
-    for number, end in enumerate(ends):
-        begin = turns[number][-1] + 1 if number < len(turns) else last + 1
-        limit = turns[number + 1].start - 1 if number + 1 < len(turns) else last
-        if not begin <= end <= limit:
-            raise ValueError(
-                f"Sample {row}: prompt_end_positions[{number}] is {end}; allowed: {begin} to {limit}, behind its "
-                "turn's blocks and before those of the next one."
-            )

@@ -26,7 +26,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_fusion import (
     EARLY_TEXT_ATTENTION,
     NUM_CONNECTOR_GROUPS,
-    NUM_TILES,
     TILES_PER_SIDE,
     FusionConfig,
 )
@@ -186,7 +185,7 @@ class FusionProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-class EncodedPicture(NamedTuple):
+class EncodedImage(NamedTuple):
     """One picture per sample, after tower and projector (before any reduction of the grid)."""
 
     image_features: torch.Tensor  # (B, N, D)
@@ -243,36 +242,3 @@ def pool_context(global_features: torch.Tensor, query_len: int, window: int) -> 
     windows = adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)
     windows = windows.unflatten(3, (side, window)).unflatten(2, (side, window))  # (B, D, s, w, s, w)
     return latents, windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
-
-
-def check_tiles(config: FusionConfig, pixel_values: torch.Tensor) -> None:
-    """Raise a `ValueError`, with both shapes, unless these are the tiles of pictures, with or without overviews."""
-    size, channels = config.vision_config.image_size, config.vision_config.num_channels
-    allowed = [(NUM_TILES + 1, channels, size, size), (NUM_TILES, channels, size, size)]
-    if tuple(pixel_values.shape[1:]) not in allowed:
-        shapes = " or ".join(f"(B, {', '.join(map(str, shape))})" for shape in allowed)
-        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; allowed: {shapes}.")
-
-
-def check_picture(
-    config: FusionConfig, batch: int, pixel_values: torch.Tensor | None, global_features: torch.Tensor | None
-) -> None:
-    """Raise a `ValueError`, with both shapes, where pictures or their tiles' features do not fit model or batch."""
-    if pixel_values is not None:
-        size, channels = config.vision_config.image_size, config.vision_config.num_channels
-        expected = (batch, NUM_TILES + 1, channels, size, size)
-        overviews = (batch, 1, channels, size, size)
-        needed = [expected] if global_features is None else [expected, overviews]
-        if tuple(pixel_values.shape) not in needed:
-            shapes = " or ".join(map(str, needed))
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; {batch} samples need {shapes}.")
-    if global_features is not None:
-        side = TILES_PER_SIDE * config.num_patches_per_side
-        features = (batch, config.text_config.hidden_size, side, side)
-        if tuple(global_features.shape) != features:
-            raise ValueError(
-                f"global_features has shape {tuple(global_features.shape)}; {batch} samples of this model need "
-                f"{features}: one row for each sample, from this model's get_global_features."
-            )
-        if not global_features.is_floating_point():
-            raise ValueError(f"global_features is of type {global_features.dtype}; allowed: floating-point types.")

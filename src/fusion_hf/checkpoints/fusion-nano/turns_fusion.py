@@ -85,13 +85,9 @@ def complete_turns(
     if ends is not None:
         ends = order_prompt_ends(ends, input_ids)
     if question is not None:
-        _check_question(question, question_mask, input_ids, config)
-    mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-    if mask is not None and (len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]):
-        raise ValueError(
-            f"`attention_mask` must cover `input_ids` of the shape {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
-        )
-    mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+        check_question_form(question, question_mask, input_ids)
+        _check_question_ids(question, config)
+    mask = as_padding_mask(attention_mask, input_ids)
     if bool((input_ids == config.latent_token_id).any()):
         if ends is None:
             _require_format(config, "prompt_end_positions", "samplers")
@@ -105,15 +101,21 @@ def complete_turns(
     return PromptTurns(ends, question, question_mask)
 
 
-def check_ids(input_ids: torch.Tensor | None) -> None:
+def as_padding_mask(attention_mask: Any, input_ids: torch.Tensor) -> torch.Tensor | None:
     """
+    Take the part `(B, S)` of an attention mask that is about given ids; None for one that does not tell padding.
+
     Raises:
-        ValueError: if given ids are not `(B, S)`.
+        ValueError: if it does not cover the ids.
     """
-    if input_ids is None or (isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2):
-        return
-    got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-    raise ValueError(f"`input_ids` must be a tensor of the shape (B, S), got {got}.")
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return None
+    if len(attention_mask) != len(input_ids) or attention_mask.shape[1] < input_ids.shape[1]:
+        raise ValueError(
+            f"`attention_mask` must cover `input_ids` of the shape {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    return attention_mask[:, -input_ids.shape[1] :]
 
 
 def lacks_turns(pixel_values: torch.Tensor | None, given: PromptTurns) -> bool:
@@ -182,12 +184,12 @@ def order_prompt_ends(ends: torch.Tensor, input_ids: torch.Tensor) -> torch.Tens
     return ends.masked_fill(is_absent, ABSENT).gather(1, order)
 
 
-def _check_question(
-    question: torch.Tensor, mask: torch.Tensor | None, input_ids: torch.Tensor, config: FusionConfig
-) -> None:
+def check_question_form(question: torch.Tensor, mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
     """
+    Check the shapes and types of given questions `(B, T)` and their mask `(B, T)`.
+
     Raises:
-        ValueError: if given questions `(B, T)` and their mask `(B, T)` are not what the vision tower can read.
+        ValueError: if they are not what the vision tower can read.
     """
     given = {"instruct_input_ids": question} | ({} if mask is None else {"instruct_attention_mask": mask})
     for name, value in given.items():
@@ -202,10 +204,23 @@ def _check_question(
                 f"`{name}` must have the shape of `instruct_input_ids`, {tuple(question.shape)}, got "
                 f"{tuple(value.shape)}."
             )
+    is_integer = not question.is_floating_point() and not question.is_complex() and question.dtype != torch.bool
+    if question.numel() > 0 and not is_integer:
+        raise ValueError(f"`instruct_input_ids` must be a tensor of integers, got {question.dtype}.")
+
+
+def is_known_question(question: torch.Tensor, config: FusionConfig) -> torch.Tensor:
+    """Return whether all ids of questions `(B, T)` have an embedding `()`."""
+    return ((question >= 0) & (question < config.text_config.vocab_size)).all()
+
+
+def _check_question_ids(question: torch.Tensor, config: FusionConfig) -> None:
+    """
+    Raises:
+        ValueError: if an id of questions `(B, T)` has no embedding.
+    """
     if question.numel() == 0:
         return
-    if question.is_floating_point() or question.is_complex() or question.dtype == torch.bool:
-        raise ValueError(f"`instruct_input_ids` must be a tensor of integers, got {question.dtype}.")
     least, most = int(question.min()), int(question.max())
     allowed = config.text_config.vocab_size - 1
     if least < 0 or most > allowed:
@@ -265,39 +280,6 @@ def ignore_placeholders(labels: torch.Tensor, config: FusionConfig) -> torch.Ten
     return labels.masked_fill((labels == config.image_token_id) | (labels == config.latent_token_id), IGNORED)
 
 
-def check_labelled_ends(
-    input_ids: torch.Tensor, labels: torch.Tensor, ends: torch.Tensor, config: FusionConfig
-) -> None:
-    """
-    Check that no prompt ends inside an answer, from which the answer would leak into the latent tokens.
-
-    Args:
-        input_ids (`(B, S)`), labels (`(B, S)`): a position before the answer has the label -100, unless a trainer
-            labels prompts as well.
-        ends (`(B, R)`): `prompt_end_positions`; those of rows with assistant headers are compared with these.
-
-    Raises:
-        ValueError: if one is a labelled token whose prompt is not labelled.
-    """
-    if not isinstance(ends, torch.Tensor) or ends.ndim != 2 or ends.numel() == 0:
-        return
-    known = find_prompt_ends(input_ids, None, config).tolist() if can_find_turns(config) else [[ABSENT]] * len(ends)
-    is_text = (input_ids != config.image_token_id) & (input_ids != config.latent_token_id)
-    for row, positions in enumerate(ends.tolist()):
-        if row < len(known) and set(known[row]) != {ABSENT}:
-            continue  # the ids confirm or correct them
-        for turn, end in enumerate(positions):
-            if not 0 < end < labels.shape[1] or labels[row, end] == IGNORED:
-                continue
-            block = (~is_text[row, :end]).nonzero().flatten().tolist()
-            begin = block[-1] + 1 if block else 0
-            if bool((labels[row, begin:end] == IGNORED).any()):
-                raise ValueError(
-                    f"Sample {row}: `prompt_end_positions[{turn}]` must be before the answer, whose labels are not "
-                    f"{IGNORED}, got {end}."
-                )
-
-
 def find_prompt_ends(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FusionConfig
 ) -> torch.Tensor:
@@ -315,19 +297,52 @@ def find_prompt_ends(
     Returns:
         `(B, R)`: indices in `input_ids`, -1 for a turn without a header behind it.
     """
-    length = input_ids.shape[1]
-    header = input_ids.new_tensor(config.assistant_header_ids)  # (h,)
-    latent = input_ids == config.latent_token_id  # (B, S)
-    is_block = latent | (input_ids == config.image_token_id)
+    latent = input_ids == config.latent_token_id
+    most = int(number_turns(latent | (input_ids == config.image_token_id))[:, -1].max())
+    return locate_prompt_ends(input_ids, attention_mask, config, most)[:, : int(_count_blocks(latent).max())]
+
+
+def most_turns(length: int) -> int:
+    """Return how many turns can begin in a prompt of this length."""
+    return -(-length // (BETWEEN_BLOCKS + 2))
+
+
+def number_turns(is_block: torch.Tensor) -> torch.Tensor:
+    """Return how many turns have begun at each place of prompts whose blocks are marked, `(B, S)` both."""
     begins = is_block.clone()
     for distance in range(1, BETWEEN_BLOCKS + 2):
         begins[:, distance:] &= ~is_block[:, :-distance]
-    turn = begins.cumsum(1)  # (B, S): how many turns have begun
-    most = int(turn[:, -1].max())
-    found = torch.full((len(input_ids), most + 1), length, device=input_ids.device)  # (B, 1 + R)
+    return begins.cumsum(1)
+
+
+def _count_blocks(latent: torch.Tensor) -> torch.Tensor:
+    """Return the number `(B,)` of runs of latent tokens in prompts that have them marked `(B, S)`."""
+    return latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)
+
+
+def locate_prompt_ends(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FusionConfig, most: int
+) -> torch.Tensor:
+    """
+    Find prompt ends as [`find_prompt_ends`] does, without reading a value from the device.
+
+    Args:
+        input_ids (`(B, S)`), attention_mask (`(B, S)`, *optional*), config: as there.
+        most (`int`): at least the number of turns in any prompt.
+
+    Returns:
+        `(B, most)`: as there, with -1 for further turns.
+    """
+    length = input_ids.shape[1]
+    header = config.assistant_header_ids or []
+    latent = input_ids == config.latent_token_id  # (B, S)
+    turn = number_turns(latent | (input_ids == config.image_token_id))
+    found = torch.full((len(input_ids), most + 1), length, device=input_ids.device)  # (B, 1 + most)
     reach = len(header) - 1 + config.assistant_header_tail  # from a header's first token to its last
     if length > reach:
-        is_header = (input_ids.unfold(1, len(header), 1) == header).all(-1)[:, : length - reach]  # (B, S - reach)
+        # compared with numbers: a tensor of them would have to be copied to the device
+        parts = [input_ids[:, place : length - reach + place] == token for place, token in enumerate(header)]
+        is_header = torch.stack(parts).all(0)  # (B, S - reach)
         ends = torch.arange(reach, length, device=input_ids.device).expand(len(input_ids), -1)
         if attention_mask is not None:
             is_header = is_header & attention_mask[:, reach:].bool()
@@ -340,9 +355,8 @@ def find_prompt_ends(
     is_alone = ((found == ABSENT) & (has_latents == 0))[:, 1:]
     found = found[:, 1:].gather(1, is_alone.long().argsort(dim=1, stable=True))
     # truncation may leave the end of a turn whose latent block was behind it
-    num_blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
-    found = found.masked_fill(torch.arange(found.shape[1], device=found.device) >= num_blocks[:, None], ABSENT)
-    return found[:, : int(num_blocks.max())]
+    turns = torch.arange(most, device=found.device)
+    return found.masked_fill(turns >= _count_blocks(latent)[:, None], ABSENT)
 
 
 def find_questions(

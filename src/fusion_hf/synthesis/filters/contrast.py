@@ -1,4 +1,4 @@
-"""Pairs of pictures that do not differ, or in everything."""
+"""Pairs of images that do not differ, or in everything."""
 
 import re
 from collections import Counter
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusion_hf.synthesis.filters.words import content
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastFilter:
     """
     The two descriptions differ in a word that means something, and are alike in most others.
 
     Case, punctuation, articles, singular and plural, digits and number words, and the order of sentences make no
-    difference. Pictures with exact annotations have to differ in those.
+    difference. Images with exact annotations have to differ in those.
 
     Args:
         least_alike: share of words in common, from 0 to 1.

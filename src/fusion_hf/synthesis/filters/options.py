@@ -9,7 +9,7 @@ from typing import ClassVar
 from fusion_hf.synthesis.choices import parse_choice, plain
 from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.words import content
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 FEW_CHARACTERS = 12
 _REFERENCE = re.compile(
@@ -20,7 +20,7 @@ _REFERENCE = re.compile(
 
 
 @dataclass(frozen=True)
-class Options:
+class OptionsFilter:
     """
     Multiple choice: options that are distinct and of a like length, of which one is named by its letter.
 
@@ -48,7 +48,7 @@ class Options:
                 return f"{where(index)}: {problem}"
         return None
 
-    def _problem(self, turn: Turn) -> str | None:
+    def _problem(self, turn: RecordTurn) -> str | None:
         choice = parse_choice(turn)
         if isinstance(choice, str):
             return choice
@@ -76,7 +76,7 @@ def _meaning(option: str) -> str:
 
 def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[SynthRecord]:
     """
-    The records with the options of their choices in another order, so that all letters are right equally often.
+    Put the options of all choices in another order, so that all letters are right equally often.
 
     Of k questions with k options each letter is right once, in an order drawn by the seed; the counts of two letters
     never differ by more than one among questions of one number of options. Wrong options are shuffled. Records without
@@ -92,7 +92,7 @@ def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[S
         yield replace(record, turns=turns) if turns != record.turns else record
 
 
-def _balanced(turn: Turn, places: dict[int, list[int]], rng: random.Random) -> Turn:
+def _balanced(turn: RecordTurn, places: dict[int, list[int]], rng: random.Random) -> RecordTurn:
     choice = parse_choice(turn)
     if isinstance(choice, str):
         return turn

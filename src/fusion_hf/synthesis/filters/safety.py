@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusion_hf.synthesis.filters.words import singular, tokens
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 # Singulars and verb forms; phrases of several words are looked for as they are.
 TERMS: dict[str, str] = {
@@ -50,7 +50,7 @@ _LUHN_FROM, _IBAN_REST, _IBAN_MODULUS = 13, 1, 97
 
 
 @dataclass(frozen=True)
-class Unsafe:
+class UnsafeFilter:
     """
     No words for sexual content, violence, self-harm, hate, drugs or the making of weapons, in any text.
 
@@ -93,7 +93,7 @@ class Unsafe:
 
 
 @dataclass(frozen=True)
-class Personal:
+class PersonalDataFilter:
     """No e-mail, street and network addresses, telephone, card, account and security numbers, coordinates."""
 
     name: ClassVar[str] = "personal"

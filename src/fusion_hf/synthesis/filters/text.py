@@ -8,7 +8,7 @@ from typing import ClassVar
 from fusion_hf.synthesis.choices import plain, split_options
 from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.mentions import unquoted
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 # Words that are frequent in one language and in none of the others here.
 FUNCTION_WORDS: dict[str, frozenset[str]] = {
@@ -29,7 +29,7 @@ LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageFilter:
     """
     The descriptions, and all turns together, are in the language, as script and function words tell.
 
@@ -72,7 +72,7 @@ def _is_latin(letter: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Length:
+class LengthFilter:
     """Least and most words of a question (with its options), an answer and a description."""
 
     name: ClassVar[str] = "length"
@@ -104,25 +104,25 @@ def _outside(text: str, bounds: Sequence[int]) -> str | None:
 
 
 @dataclass(frozen=True)
-class TurnCount:
+class TurnCountFilter:
     """As many turns and descriptions as the category has, none of them empty."""
 
     name: ClassVar[str] = "turns"
     least: int
     most: int
-    pictures: int
+    images: int
 
     def check(self, record: SynthRecord) -> str | None:
         if not self.least <= len(record.turns) <= self.most:
             return f"it has {len(record.turns)} turns; allowed: {self.least} to {self.most}"
-        if len(record.descriptions) != self.pictures:
-            return f"it has {len(record.descriptions)} descriptions; allowed: {self.pictures}"
+        if len(record.descriptions) != self.images:
+            return f"it has {len(record.descriptions)} descriptions; allowed: {self.images}"
         texts = [*record.descriptions, *(text for turn in record.turns for text in (turn.question, turn.answer))]
         return None if all(text.strip() for text in texts) else "a text is empty"
 
 
 @dataclass(frozen=True)
-class RepeatedQuestions:
+class RepeatedQuestionsFilter:
     """No question twice in a conversation; case, punctuation and articles make no difference."""
 
     name: ClassVar[str] = "repeated_questions"
@@ -137,8 +137,8 @@ class RepeatedQuestions:
         return None
 
 
-def question_key(turn: Turn) -> str:
-    """Equal for questions that differ in case, punctuation, articles or the order of their options only."""
+def question_key(turn: RecordTurn) -> str:
+    """Make a key of a question without its case, punctuation, articles and the order of its options."""
     stem, options = split_options(turn.question)
     return "|".join([_without_articles(stem), *sorted(_without_articles(option) for option in options)])
 
