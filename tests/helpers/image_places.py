@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import ImageError
@@ -59,7 +59,7 @@ def of_opened(content: bytes, max_pixels: int) -> Outcome:
 def of_reader(path: Path, max_pixels: int) -> Outcome:
     """The image of a training record."""
     try:
-        return _seen(open_picture(path.name, path.parent, max_pixels))
+        return _seen(open_record_image(path.name, path.parent, max_pixels))
     except RecordProblem as error:
         return Outcome(words=str(error))
 

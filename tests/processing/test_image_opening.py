@@ -32,7 +32,7 @@ from tests.helpers.hostile_images import (
 
 from fusion_hf import FusionImageProcessor
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.demo.session import open_upload
 from fusion_hf.inference import ChatModel
@@ -215,8 +215,8 @@ def test_every_place_gives_the_same_words(name: str, chat_model: ChatModel, tmp_
         ],
         InputError: [lambda: chat_model.open_image(str(path)), lambda: open_upload(chat_model, path)],
         RecordProblem: [
-            lambda: open_picture(path.name, tmp_path, pixels),
-            lambda: open_picture(content, tmp_path, pixels),
+            lambda: open_record_image(path.name, tmp_path, pixels),
+            lambda: open_record_image(content, tmp_path, pixels),
         ],
         ApiError: [lambda: decode_picture(content, chat_model.processor.image_processor, pixels)],
     }
