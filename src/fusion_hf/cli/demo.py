@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
                 f"fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]' ({error})."
             ) from error
         from fusion_hf.cli.model_loading import load_chat_model
-        from fusion_hf.demo.session import Answerer
+        from fusion_hf.demo.demo_model import DemoModel
 
         chat_model = load_chat_model(arguments)
         settings = (arguments.max_new_tokens, arguments.query_len, arguments.image_token_grid)
-        page = build_page(Answerer(chat_model, *settings))
+        page = build_page(DemoModel(chat_model, *settings))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _, address, _ = page.launch(
