@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
 from fusion_hf.model.compatibility_fusion import as_dicts
+from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
+from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.query_lens import BatchDraw
 
@@ -149,7 +152,7 @@ def _receive(values: dict[str, Any]) -> Batch:
 
 class FusionDataCollator:
     """
-    Makes right-padded batches with labels from records.
+    Make right-padded batches with labels from records.
 
     Records that carry a `query_len`, as `StepSampler`'s keys give it to them, decide the batch's. Records that were
     `skipped` are left out; a batch of nothing else becomes one empty conversation without labels.
@@ -163,6 +166,19 @@ class FusionDataCollator:
         compact (`bool`): what a training step needs and no more. Images stay bytes, a quarter of the size of the
             numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
         max_image_pixels (`int`, *optional*): images with more are refused; default: the image processor's.
+
+    Example:
+
+    ```python
+    >>> from fusion_hf import FusionProcessor, nano_path
+    >>> from fusion_hf.training import FusionDataCollator
+    >>> collator = FusionDataCollator(FusionProcessor.from_pretrained(nano_path()), query_lens=[4])
+    >>> turns = [{"from": "human", "value": "what is 1 + 1?"}, {"from": "gpt", "value": "two"}]
+    >>> batch = collator([{"id": "sum", "conversations": turns}])
+    >>> batch["query_len"], batch["input_ids"].shape == batch["labels"].shape
+    (4, True)
+
+    ```
     """
 
     def __init__(
@@ -223,6 +239,7 @@ class FusionDataCollator:
             features["pixel_bytes"] = features.pop("pixel_values")
             features["has_image"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
+        self._check_prompts(batch)
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
         return batch
@@ -269,6 +286,24 @@ class FusionDataCollator:
                     f"and the turn's end of `chat_format` = {self.processor.chat_format!r}, so that the others would "
                     "not be learned. Write them as that format does."
                 )
+
+    def _check_prompts(self, batch: Batch) -> None:
+        """
+        Check here, in a data worker, what the model would refuse: its own check is of all samples at once.
+
+        Raises:
+            ValueError: for what disagrees; names the sample and both counts.
+        """
+        pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
+        budget = TokenBudget(batch["query_len"], isqrt(self.processor.num_image_tokens))
+        check_prompt(
+            self.processor,
+            batch["input_ids"],
+            batch["attention_mask"],
+            pixels,
+            batch["prompt_end_positions"],
+            budget,
+        )
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
