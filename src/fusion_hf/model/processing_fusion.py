@@ -1,4 +1,4 @@
-"""Chats and pictures to FUSION's inputs: chat templates, image and latent blocks, questions, prompt ends.
+"""Chats and images to FUSION's inputs: chat templates, image and latent blocks, questions, prompt ends.
 
 The sequence is what the authors' LLM reads (FUSION, arXiv 2504.09925, and their code): image block, latent block of
 turn 1, question 1, then latent block and question of each further turn.
@@ -57,7 +57,7 @@ class FusionProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): default: the one of `chat_format`.
         chat_format (`str`, *optional*): headers and separators of the backbone, a key of `CHAT_FORMATS`; default: the
             one whose tokens the tokenizer knows.
-        num_image_tokens (`int`, *optional*): image tokens that the LLM reads per picture. There is a default, 729, for
+        num_image_tokens (`int`, *optional*): image tokens that the LLM reads per image. There is a default, 729, for
             tiles of 384 pixels only.
         query_len (`int`): default number of latent tokens per turn.
         instruct_pad_token_id (`int`): padding of the question, and ignored in it.
@@ -154,7 +154,7 @@ class FusionProcessor(ProcessorMixin):
         Messages (or a list of conversations) to text or, with `tokenize=True, return_dict=True`, to model inputs.
 
         A message's content is a string or a list of `{"type": "text", "text": ...}` and one
-        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
+        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one image; it is read
         where training puts it, see [`CHAT_FORMATS`]. What looks like a control token in a message stays text; with
         `sanitize_control_tokens=True` so does every special token that a user added. `query_len`, `image_token_grid`
         and `process_images` are those of the call; with `process_images=False`, an image block needs no image.
@@ -233,7 +233,7 @@ class FusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Prompts, as `apply_chat_template` writes them, and one picture for each `<image>` in them.
+        Prompts, as `apply_chat_template` writes them, and one image for each `<image>` in them.
 
         A single `<latent_image>` stands for a block of `query_len`, `<image>` for `image_token_grid ** 2` image tokens
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
@@ -244,7 +244,7 @@ class FusionProcessor(ProcessorMixin):
         taken, opened or resized, and there are no `pixel_values`.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
-        `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
+        `prompt_end_positions` `(B, R)` and, if there is an image, `pixel_values` `(B, 5, 3, H, W)`.
 
         Raises:
             ValueError: for counts that disagree, and prompts longer than `tokenizer.model_max_length`; names both.
@@ -334,7 +334,7 @@ class FusionProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def count_image_tokens(self, image_token_grid: int | None = None) -> int:
-        """Image tokens of one picture: of the given grid, or `num_image_tokens`. The model knows how many it can give.
+        """Image tokens of one image: of the given grid, or `num_image_tokens`. The model knows how many it can give.
 
         Raises:
             ValueError: if what is given is no whole number from 1.
@@ -348,7 +348,7 @@ class FusionProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, image_token_grid: int | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Image tokens and entries of `pixel_values` that pictures of these sizes take; one entry holds all tiles."""
+        """Image tokens and entries of `pixel_values` that images of these sizes take; one entry holds all tiles."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
@@ -368,14 +368,14 @@ class FusionProcessor(ProcessorMixin):
         Copies of the messages as lists of blocks: one protected text each, behind the image of its message or, unless
         images are kept, behind a block that only says where the image is.
         """
-        prepared, pictures = [], 0
+        prepared, num_images = [], 0
         messages = as_dicts(messages)
         check_messages(messages, where)
         for message in messages:
             content = message["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             images = [_as_image_block(block) for block in blocks if block["type"] != "text"]
-            pictures += sum(not image.get(REPEATED) for image in images)
+            num_images += sum(not image.get(REPEATED) for image in images)
             if not keep_images:
                 images = [{"type": "image"} for _ in images]
             # joined before they are protected: two blocks could hold the halves of a mark
@@ -384,8 +384,8 @@ class FusionProcessor(ProcessorMixin):
             others = {name: value for name, value in message.items() if name not in ("role", "content")}
             others = protect_all(others, self.tokenizer, sanitize)
             prepared.append({"role": message["role"], **others, "content": [*images, {"type": "text", "text": text}]})
-        if pictures > 1:
-            raise ValueError(f"{where}messages has {pictures} images; FUSION reads 1.")
+        if num_images > 1:
+            raise ValueError(f"{where}messages has {num_images} images; FUSION reads 1.")
         return prepared
 
     def _arrange(self, text: str, query_len: int, strict: bool) -> str:
@@ -598,7 +598,7 @@ def _replacement(text: str, shift: int, count: int) -> list[dict[str, Any]]:
 
 
 def _one_per_sample(pixel_values: np.ndarray, has_image: list[bool]) -> np.ndarray:
-    """Align pictures `(n, ...)` with samples `(B, ...)`: zeros, mid grey, for a sample without one."""
+    """Align images `(n, ...)` with samples `(B, ...)`: zeros, mid grey, for a sample without one."""
     if all(has_image):
         return pixel_values
     samples = np.zeros((len(has_image), *pixel_values.shape[1:]), dtype=pixel_values.dtype)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
 from fusion_hf.model.compatibility_fusion import as_dicts
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
+from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.query_lens import BatchDraw
 
@@ -191,6 +194,9 @@ class FusionDataCollator:
         Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_picture` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
+
+        Raises:
+            ValueError: for records, and prompts, that the model could not read.
         """
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
@@ -223,9 +229,23 @@ class FusionDataCollator:
             features["pixel_bytes"] = features.pop("pixel_values")
             features["has_picture"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
+        # here, in a data worker, so that a training step need not wait for the device to compare them
+        check_prompt(
+            self.processor,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch.get("pixel_bytes", batch.get("pixel_values")),
+            batch.get("prompt_end_positions"),
+            TokenBudget(query_len, isqrt(self.processor.num_image_tokens)),
+        )
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
         return batch
+
+    def checks_for(self, config: FusionConfig) -> bool:
+        """Return whether batches are checked for a model of this configuration, see its `check_inputs`."""
+        names = ("image_token_id", "latent_token_id", "num_image_tokens")
+        return all(getattr(self.processor, name) == getattr(config, name) for name in names)
 
     def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs of a compact batch, on the device where it is; others as they are."""
