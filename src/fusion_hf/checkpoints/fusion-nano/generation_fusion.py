@@ -167,7 +167,9 @@ class FusionGenerationMixin(GenerationMixin):
         return generator
 
 
-def find_missing_turns(config: FusionConfig, input_ids: torch.Tensor, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+def find_missing_turns(
+    config: FusionConfig, input_ids: torch.Tensor, given: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """
     What a prompt's pass needs to know about the turns in `input_ids` `(B, S)`, with the attention mask `(B, S)`: the
     model may get a mask of another kind, which does not say what is padding.
