@@ -45,7 +45,7 @@ from workload import (
 )
 
 from fusion_hf.inference import ChatModel, Conversation, question_message
-from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, drawn_pictures, question_records
+from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, draw_images, question_records
 
 SEED = 1
 LONGEST_ANSWER = 6  # tokens
@@ -123,7 +123,7 @@ def measure_times(arguments: argparse.Namespace) -> dict[str, Any]:
 def make_conversations(count: int) -> list[NanoRecord]:
     """Conversations of two and three turns about drawn pictures that training and validation do not use."""
     # of each category as many as are needed: most have several questions
-    pictures = drawn_pictures("test", DrawnMixture(count, count, count, count), seed="conversation")
+    pictures = draw_images("test", DrawnMixture(count, count, count, count), seed="conversation")
     generator = random.Random(SEED)
     records = [record for record in question_records(pictures, generator) if len(record.turns) > 1]
     return generator.sample(records, count)

@@ -10,14 +10,14 @@ from filter_lookalikes import LOOKALIKES
 
 from fusion_hf.synthesis.category import Category, load_categories
 from fusion_hf.synthesis.filters import RULES, Filter, build_filters
-from fusion_hf.synthesis.filters.across import DuplicateQuestions
-from fusion_hf.synthesis.filters.text import TurnCount
-from fusion_hf.synthesis.procedural.draw import plan
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
+from fusion_hf.synthesis.filters.text import TurnCountFilter
+from fusion_hf.synthesis.procedural.drawn_records import plan
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 MOST_TRIES = 40  # records that are drawn until a change is possible
 ACROSS = ("duplicate_questions", "near_duplicates")  # filters that compare records
-FILTERS = (TurnCount.name, *RULES, *ACROSS)
+FILTERS = (TurnCountFilter.name, *RULES, *ACROSS)
 
 
 @dataclass
@@ -85,7 +85,7 @@ def broken(category: str, kind: str, seed: int, index: int) -> SynthRecord:
 
 
 def _concerns(case: Case, category: Category) -> bool:
-    return case.rule in ("", TurnCount.name, *ACROSS, *category.rules)
+    return case.rule in ("", TurnCountFilter.name, *ACROSS, *category.rules)
 
 
 def _changed(case: Case, category: Category, seed: int, index: int) -> tuple[SynthRecord, SynthRecord] | None:
@@ -142,8 +142,8 @@ def _rejects(name: str, filters: dict[str, Filter], before: SynthRecord, changed
 
 
 def _across(name: str) -> Filter:
-    if name == DuplicateQuestions.name:
-        return DuplicateQuestions()
-    from fusion_hf.synthesis.filters.minhash import NearDuplicates  # needs datatrove
+    if name == DuplicateQuestionsFilter.name:
+        return DuplicateQuestionsFilter()
+    from fusion_hf.synthesis.filters.minhash import NearDuplicatesFilter  # needs datatrove
 
-    return NearDuplicates()
+    return NearDuplicatesFilter()

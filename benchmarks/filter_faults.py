@@ -9,7 +9,7 @@ from typing import TypeAlias
 from fusion_hf.drawing.drawn_images import COLORS, SHAPES
 from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice
 from fusion_hf.synthesis.filters.words import UNITS
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 Change: TypeAlias = Callable[[SynthRecord, random.Random], SynthRecord | None]  # None: not possible with this record
 
@@ -81,7 +81,7 @@ class Case:
     change: Change
 
 
-def with_turn(record: SynthRecord, index: int, turn: Turn) -> SynthRecord:
+def with_turn(record: SynthRecord, index: int, turn: RecordTurn) -> SynthRecord:
     """The record with another turn in a place."""
     return replace(record, turns=(*record.turns[:index], turn, *record.turns[index + 1 :]))
 
@@ -173,7 +173,9 @@ def _leaked_elsewhere(record: SynthRecord, rng: random.Random) -> SynthRecord | 
         return None
     index, shape = found
     other = (index + 1) % len(record.turns)
-    return with_turn(record, other, Turn(f"Where is the {shape['color']} {shape['kind']}?", "On a plain background"))
+    return with_turn(
+        record, other, RecordTurn(f"Where is the {shape['color']} {shape['kind']}?", "On a plain background")
+    )
 
 
 def _misread(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
@@ -302,7 +304,7 @@ def _foreign(record: SynthRecord, rng: random.Random) -> SynthRecord:
     sentence = rng.choice(FOREIGN)
     if rng.random() < 1 / 2:
         return replace(record, descriptions=(sentence,) * len(record.descriptions))
-    return replace(record, turns=tuple(Turn(sentence, sentence) for _ in record.turns))
+    return replace(record, turns=tuple(RecordTurn(sentence, sentence) for _ in record.turns))
 
 
 def _too_long(record: SynthRecord, rng: random.Random) -> SynthRecord:
@@ -321,7 +323,7 @@ def _no_turns(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def _many_turns(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    return replace(record, turns=tuple(Turn(f"What is thing {number}?", "A shape") for number in range(12)))
+    return replace(record, turns=tuple(RecordTurn(f"What is thing {number}?", "A shape") for number in range(12)))
 
 
 def _same_again(record: SynthRecord, rng: random.Random) -> SynthRecord:

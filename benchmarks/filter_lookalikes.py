@@ -17,8 +17,8 @@ from filter_faults import (
 
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters.words import UNITS
-from fusion_hf.synthesis.procedural.questions import sentence_case
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.procedural.scene_questions import sentence_case
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 SYNONYMS = {
     "blue": "navy", "red": "crimson", "gray": "grey", "teal": "turquoise", "black": "jet black", "brown": "brownish",
@@ -87,7 +87,7 @@ def _denied_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None
     index = rng.choice(places)
     turn = record.turns[index]
     question = re.sub("how many", "Are there nine", turn.question, flags=re.IGNORECASE).replace(" are there?", "?")
-    return with_turn(record, index, Turn(question, f"No, there are not nine but {turn.answer}."))
+    return with_turn(record, index, RecordTurn(question, f"No, there are not nine but {turn.answer}."))
 
 
 def _total(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
@@ -97,10 +97,10 @@ def _total(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
     if not kinds:
         return None
     if len(kinds) < 2:
-        return with_turn(record, 0, Turn(f"How many {kinds[0]}s can you see?", str(len(shapes))))
+        return with_turn(record, 0, RecordTurn(f"How many {kinds[0]}s can you see?", str(len(shapes))))
     first, second = kinds[:2]
     count = sum(shape["kind"] in (first, second) for shape in shapes)
-    return with_turn(record, 0, Turn(f"How many {first}s and {second}s are there together?", str(count)))
+    return with_turn(record, 0, RecordTurn(f"How many {first}s and {second}s are there together?", str(count)))
 
 
 def _synonyms(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
@@ -119,7 +119,7 @@ def _denied_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None
     index, shape = found
     wrong = "pink" if rng.random() < 1 / 2 else "orange"
     question = f"Is the {shape['kind']} {wrong}?"
-    return with_turn(record, index, Turn(question, f"No, it is not {wrong}; it is {shape['color']}."))
+    return with_turn(record, index, RecordTurn(question, f"No, it is not {wrong}; it is {shape['color']}."))
 
 
 def _plural_colors(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
@@ -128,7 +128,7 @@ def _plural_colors(record: SynthRecord, rng: random.Random) -> SynthRecord | Non
     if not colors:
         return None
     answer = f"There are {' and '.join(f'{color}s' for color in colors)}."
-    return with_turn(record, 0, Turn("Which colors do the shapes have?", answer))
+    return with_turn(record, 0, RecordTurn("Which colors do the shapes have?", answer))
 
 
 def _either_or(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
@@ -138,7 +138,7 @@ def _either_or(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
         return None
     index, shape = found
     question = f"Is the {shape['kind']} {shape['color']} or pink?"
-    return with_turn(record, index, Turn(question, sentence_case(shape["color"])))
+    return with_turn(record, index, RecordTurn(question, sentence_case(shape["color"])))
 
 
 def _yes(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
@@ -148,7 +148,9 @@ def _yes(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
         return None
     shape = rng.choice(shapes)
     name = f"{shape['color']} {shape['kind']}"
-    return with_turn(record, 0, Turn(f"Is there a {name} in the picture?", f"Yes, there is a {name} in the picture."))
+    return with_turn(
+        record, 0, RecordTurn(f"Is there a {name} in the picture?", f"Yes, there is a {name} in the picture.")
+    )
 
 
 def _other_quotes(record: SynthRecord, rng: random.Random) -> SynthRecord | None:

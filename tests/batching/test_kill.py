@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.helpers.forked import run_forked
 from tests.helpers.questions import write_questions
 
 COUNT, BATCH_SIZE = 200, 4
@@ -27,9 +28,9 @@ class Asking:
 
     def __init__(self, questions: Path, output: Path):
         self.output, self.partial = output, output.with_name(f"{output.name}.partial")
-        command = [sys.executable, "-m", "fusion_hf", "ask", "--input", questions, "--output", output]
         settings = ["--batch-size", BATCH_SIZE, "--max-new-tokens", 16, "--query-len", 4]
-        self.command = [str(word) for word in [*command, *settings]]
+        self.arguments = ["ask", "--input", questions, "--output", output, *settings]
+        self.command = [sys.executable, "-m", "fusion_hf", *map(str, self.arguments)]
 
     def start(self) -> None:
         self.process = subprocess.Popen(
@@ -51,8 +52,8 @@ class Asking:
         return self.process.returncode
 
     def finish(self) -> None:
-        self.start()
-        assert self.end() == 0, self.errors
+        done = run_forked(self.arguments)
+        assert done.returncode == 0, done.stderr
 
     def log(self) -> bytes:
         """Its whole lines."""
@@ -84,7 +85,7 @@ def make(tmp_path: Path, count: int) -> tuple[Asking, Asking]:
 def test_killed(tmp_path: Path):
     asking, undisturbed = make(tmp_path, COUNT // 4)
     kept = b""
-    for batches in (3, 6):
+    for batches in (3, 6):  # each time the real command; what has to end does so in a forked one
         asking.start()
         asking.wait_for(lambda batches=batches: asking.batches() >= batches)
         asking.kill()

@@ -7,7 +7,8 @@ from filter_lookalikes import LOOKALIKES
 
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.filters import build_filters
-from fusion_hf.synthesis.procedural.draw import plan
+from fusion_hf.synthesis.filters.grounded import ColorsFilter
+from fusion_hf.synthesis.procedural.drawn_records import plan
 
 RECORDS = 4  # of each kind and category
 SEED = 11
@@ -35,7 +36,7 @@ def test_every_kind_of_record_is_measured(figures):
 
 def test_a_filter_that_keeps_or_rejects_everything_would_be_seen(monkeypatch):
     for reason, name, least in ((None, "recall", 0.0), ("no", "kept", 0.0)):
-        monkeypatch.setattr("fusion_hf.synthesis.filters.grounded.Colors.check", lambda self, record, r=reason: r)
+        monkeypatch.setattr(ColorsFilter, "check", lambda self, record, r=reason: r)
         (found,) = measure(1, SEED, ["colors"])
         assert getattr(found, name) == least
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import transformers
+from tests.helpers.forked import run_forked
 
 from fusion_hf.cli import main
 
@@ -30,8 +31,14 @@ def offline() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def run(command: list[str], offline: dict[str, str]) -> Run:
-    """Runs `fusion-hf` with arguments, and optionally text on its standard input and other environment variables."""
+def run() -> Run:
+    """Runs `fusion-hf` with arguments, and optionally text on its standard input, in a forked process."""
+    return lambda *arguments, stdin="": run_forked(arguments, ROOT, stdin)
+
+
+@pytest.fixture(scope="session")
+def run_cold(command: list[str], offline: dict[str, str]) -> Run:
+    """The same with an interpreter of its own, which may have other environment variables."""
 
     def run(*arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

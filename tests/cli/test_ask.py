@@ -24,11 +24,11 @@ def chat_model(nano: Path) -> ChatModel:
     return ChatModel.load()
 
 
-def test_answers_within_seconds(run, picture):
+def test_answers_within_seconds(run_cold, picture):
     best = float("inf")
     for _ in range(ATTEMPTS):  # what else the machine does must not decide
         begin = time.perf_counter()
-        result = run("ask", picture, QUESTION)
+        result = run_cold("ask", picture, QUESTION)
         best = min(best, time.perf_counter() - begin)
         assert (result.returncode, result.stdout, result.stderr) == (0, "red\n", "")
         if best < COLD_SECONDS:

@@ -84,7 +84,7 @@ def test_unreadable_pictures(run, tmp_path):
     assert len(lines) == len(files)
     for line, path in zip(lines, files.values(), strict=True):
         assert line.startswith(f"error: {path}: ")
-        assert line.endswith("Give another picture, or save it as PNG or JPEG.")
+        assert line.endswith("Give another image, or save it as PNG or JPEG.")
     assert str(BOMB_SIDE**2) in lines[-2] and "limit" in lines[-2]
     assert f"{LARGE_SIDE} x {LARGE_SIDE}" in lines[-1] and "allowed: max_image_pixels = " in lines[-1]
 

@@ -12,11 +12,11 @@ from tests.helpers.light_runs import run_light
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.config import Config, Executor
 from fusion_hf.synthesis.estimate import make_estimate
 from fusion_hf.synthesis.executors import make_executors
 from fusion_hf.synthesis.pool import spread_categories
-from fusion_hf.synthesis.stages import Folders, Stage
+from fusion_hf.synthesis.run_config import ExecutorSettings, SynthesisConfig
+from fusion_hf.synthesis.stages import RunFolders, Stage
 
 MODELS = """
 output: made
@@ -63,7 +63,7 @@ class _Missing(PipelineStep):
 
 def test_wrong_input_stays_wrong_input_in_a_task(tmp_path: Path):
     stage = Stage("pool", [_Missing()], 1)
-    (executor,) = make_executors(Executor(), [stage], Folders(tmp_path))
+    (executor,) = make_executors(ExecutorSettings(), [stage], RunFolders(tmp_path))
     with pytest.raises(InputError, match=r"^pool: gone$"):
         executor.run()
     assert str(pickle.loads(pickle.dumps(InputError("pool: gone")))) == "pool: gone"  # noqa: S301 (as between tasks)
@@ -71,7 +71,7 @@ def test_wrong_input_stays_wrong_input_in_a_task(tmp_path: Path):
 
 @pytest.mark.parametrize("records", [1, 7, 59, 60, 61, 1000])
 def test_estimate_is_of_as_many_records_as_the_run(records: int):
-    config = Config(Path("made"), records, backend="procedural")
+    config = SynthesisConfig(Path("made"), records, backend="procedural")
     estimated = make_estimate(config).records
     made = Counter(islice(spread_categories(config.shares), records))
     assert sum(estimated.values()) == records

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers.forked import run_forked
 
 from fusion_hf.cli import build, convert, make_parser
 
@@ -47,7 +48,9 @@ def test_bash_line(bash_line: str, workspace: Path, root: Path):
         parse(words)
     else:
         assert words[0] == "fusion-hf"
-        output = execute(["-m", "fusion_hf", *words[1:]], workspace)
+        result = run_forked(words[1:], workspace)
+        assert result.returncode == 0, result.stderr
+        output = result.stdout
         assert output or words[1] == "chat"  # which is told nothing here
 
 

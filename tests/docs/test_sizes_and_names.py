@@ -11,9 +11,7 @@ MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 600
 
 # what is still open: shrinks to nothing
 SHARED_CLASS_NAMES: set[str] = {
-    "Conversation",
     "FusionForConditionalGeneration",
-    "Origin",
     "Turn",
     "Turns",
 }

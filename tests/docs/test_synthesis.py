@@ -8,7 +8,7 @@ import yaml
 from tests.docs.markdown import ROOT, fenced_blocks
 
 from fusion_hf.cli import make_parser
-from fusion_hf.synthesis.config import load_config
+from fusion_hf.synthesis.run_config import load_config
 
 DOCUMENT = "docs/synthesis.md"
 LINES = [line for block in fenced_blocks(DOCUMENT, "bash") for line in block.splitlines()]

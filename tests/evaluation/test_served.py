@@ -19,11 +19,11 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.evaluation.answering import RequestAnswerer
 from fusion_hf.evaluation.prompting import Continuation, Generation, Messages, Request
-from fusion_hf.evaluation.served import TRIES, ServedModel, open_unturned, picture_uri
+from fusion_hf.evaluation.served import TRIES, ServedModel, image_uri, open_unturned
 from fusion_hf.inference import ChatModel
 from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG
-from fusion_hf.serving.images import decode_data_uri, decode_picture
+from fusion_hf.serving.client_images import decode_client_image, decode_data_uri
 from fusion_hf.serving.limits import Limits
 
 NAME = "a-model"
@@ -59,7 +59,7 @@ def ask(text: str, number: int = 0, wanted: Any = None, role: str = "user") -> R
 def decode(uri: str, chat_model: ChatModel) -> Image.Image:
     """The image as the server reads it."""
     limits = Limits()
-    return decode_picture(decode_data_uri(uri, limits), chat_model.processor.image_processor, limits.image_pixels)
+    return decode_client_image(decode_data_uri(uri, limits), chat_model.processor.image_processor, limits.image_pixels)
 
 
 def texts(answers: list[Any]) -> list[str | None]:
@@ -114,14 +114,14 @@ def test_a_server_sees_the_same_pixels(
     path = save(picture, tmp_path / name, **settings)
     monkeypatch.setattr(chat_model.processor.image_processor, "exif_transpose", exif_transpose)
     here = chat_model.open_image(str(path) if as_file else Image.open(path))
-    uri = picture_uri(open_unturned(str(path) if as_file else Image.open(path)))
+    uri = image_uri(open_unturned(str(path) if as_file else Image.open(path)))
     there = decode(uri, chat_model)
     assert here.tobytes() == there.tobytes() and here.size == there.size
 
 
 def test_a_file_is_sent_as_it_is(tmp_path: Path):
     path = save(noise("RGB"), tmp_path / "photo.jpg")
-    uri = picture_uri(open_unturned(str(path)))
+    uri = image_uri(open_unturned(str(path)))
     assert uri.startswith("data:image/jpeg;")
     assert decode_data_uri(uri, Limits()) == path.read_bytes()
 
@@ -129,7 +129,7 @@ def test_a_file_is_sent_as_it_is(tmp_path: Path):
 def test_a_picture_that_was_changed_since_it_was_opened(chat_model: ChatModel, tmp_path: Path):
     with Image.open(save(noise("RGB"), tmp_path / "a.png")) as picture:
         picture.putpixel((0, 0), BROWN)
-        uri = picture_uri(open_unturned(picture))
+        uri = image_uri(open_unturned(picture))
     assert decode(uri, chat_model).getpixel((0, 0)) == BROWN
 
 

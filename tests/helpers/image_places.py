@@ -7,14 +7,14 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
-from fusion_hf.serving.errors import ApiError
-from fusion_hf.serving.images import decode_picture
+from fusion_hf.serving.api_errors import ApiError
+from fusion_hf.serving.client_images import decode_client_image
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def of_opened(content: bytes, max_pixels: int) -> Outcome:
 def of_reader(path: Path, max_pixels: int) -> Outcome:
     """The image of a training record."""
     try:
-        return _seen(open_picture(path.name, path.parent, max_pixels))
+        return _seen(open_record_image(path.name, path.parent, max_pixels))
     except RecordProblem as error:
         return Outcome(words=str(error))
 
@@ -75,7 +75,7 @@ def of_ask(path: Path, chat_model: ChatModel) -> Outcome:
 def of_server(content: bytes, chat_model: ChatModel, max_pixels: int) -> Outcome:
     """What `fusion-hf serve` makes of a client's bytes."""
     try:
-        return _seen(decode_picture(content, chat_model.processor.image_processor, max_pixels))
+        return _seen(decode_client_image(content, chat_model.processor.image_processor, max_pixels))
     except ApiError as error:
         return Outcome(words=str(error))
 

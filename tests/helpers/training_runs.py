@@ -1,10 +1,8 @@
 """Whole training runs of a tiny FUSION, in processes that a test may kill."""
 
 import json
-import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -20,10 +18,10 @@ import psutil
 import torch
 import yaml
 from PIL import Image
+from tests.helpers.forked import start_forked
 from transformers import LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
-from fusion_hf.cli import main
 from fusion_hf.nano.build import build_config, build_processor
 
 NANO = Path(__file__).parents[2] / "src" / "fusion_hf" / "checkpoints" / "fusion-nano"
@@ -36,10 +34,6 @@ EXACT = ("loss", "language_loss", "mapping_loss", "grad_norm", "learning_rate", 
 TOKEN_IDS = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
 QUESTIONS = ("what color is the circle ?", "how many shapes are there ?", "is there a red square ?")
 ANSWERS = ("red", "two", "no", "the circle is left of the square .")
-
-# A fresh process takes seconds to import torch; this server forks one in no time, and has no state of other tests.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.helpers.training_runs", "fusion_hf.training.run", "fusion_hf.cli.train"])
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
@@ -136,11 +130,10 @@ class Run:
 
     def start(self, file_size_limit: int | None = None) -> "Started":
         """Run the command in a forked process; writing files larger than the limit fails in it."""
-        errors = self.recipe.with_name("stderr.txt")
-        process = SERVER.Process(target=_run, args=(["train", str(self.recipe)], str(errors), file_size_limit))
-        process.start()
+        folder = self.recipe.parent
+        process = start_forked(["train", self.recipe], folder, file_size_limit=file_size_limit)
         assert process.pid is not None
-        return Started(psutil.Process(process.pid), process, errors)
+        return Started(psutil.Process(process.pid), process, folder / "stderr.txt")
 
     def start_command(self, processes: int = 1) -> "Started":
         """Run the command as a user does, under torchrun where there are several processes."""
@@ -224,14 +217,3 @@ class Started:
         self.end()
         psutil.wait_procs(processes, SECONDS)
         return True
-
-
-def _run(arguments: list[str], errors: str, file_size_limit: int | None) -> None:
-    descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, sys.stderr.fileno())
-    if file_size_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a command that no server forked
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.exit(main(arguments))

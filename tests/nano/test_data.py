@@ -41,8 +41,8 @@ from fusion_hf.nano.training_records import (
     STAGES,
     DrawnMixture,
     NanoRecord,
-    drawn_pictures,
-    easy_vqa_pictures,
+    draw_images,
+    easy_vqa_images,
     evaluation_records,
     group_turns,
     stage_records,
@@ -286,7 +286,7 @@ def test_casual_spelling():
 
 
 def test_grouping_uses_every_question_once_and_leaks_nothing():
-    for number, picture in enumerate(drawn_pictures("train", SMALL, seed=0) + easy_vqa_pictures("validation")):
+    for number, picture in enumerate(draw_images("train", SMALL, seed=0) + easy_vqa_images("validation")):
         conversations = group_turns(picture.questions, random.Random(number))
         used = [question for turns in conversations for question in turns]
         assert sorted(map(repr, used)) == sorted(map(repr, picture.questions))
@@ -345,7 +345,7 @@ def test_splits_of_records_are_disjoint():
 
 
 def test_test_pictures_are_reached_through_test_records_alone():
-    for reader in (easy_vqa_pictures, evaluation_records):
+    for reader in (easy_vqa_images, evaluation_records):
         with pytest.raises(ValueError, match="split is 'test', allowed are"):
             reader("test")
     with pytest.raises(ValueError, match="split is 'test', allowed are"):

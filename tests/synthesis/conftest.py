@@ -9,7 +9,7 @@ import yaml
 from tests.synthesis.author import make_captions, write
 from tests.synthesis.server import Scripted, serve
 
-from fusion_hf.synthesis.config import Config, load_config
+from fusion_hf.synthesis.run_config import SynthesisConfig, load_config
 
 RECORDS = 24  # each category has at least one of them
 
@@ -68,5 +68,5 @@ def make_config(tmp_path: Path, flux: Path) -> MakeConfig:
 
 
 @pytest.fixture
-def config_of(make_config: MakeConfig) -> Callable[..., Config]:
+def config_of(make_config: MakeConfig) -> Callable[..., SynthesisConfig]:
     return lambda *given, **changes: load_config(make_config(*given, **changes))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice
-from fusion_hf.synthesis.record import SynthRecord
 from fusion_hf.synthesis.shards import read_records
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 
 def written(data: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ from fusion_hf.drawing.drawn_images import MAX_COUNT
 from fusion_hf.synthesis.balance import MOST_ANSWERS, MOST_FORMS, OTHER, answer_value, count_answers, question_form
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
-from fusion_hf.synthesis.procedural.draw import plan
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.procedural.drawn_records import plan
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 NAMES = list(load_categories())
 DRAWN = 400  # records of a category
@@ -26,11 +26,11 @@ def records(name: str) -> list[SynthRecord]:
     return [plan(name, 0, index).record for index in range(DRAWN)]
 
 
-def turns_of(*names: str) -> list[Turn]:
+def turns_of(*names: str) -> list[RecordTurn]:
     return [turn for name in names for record in records(name) for turn in record.turns]
 
 
-def form_of(turn: Turn) -> str:
+def form_of(turn: RecordTurn) -> str:
     """Of the question without its options."""
     choice = parse_choice(turn)
     return question_form(choice.stem if isinstance(choice, Choice) else turn.question)
@@ -206,7 +206,7 @@ def test_forms(question: str, form: str):
     ],
 )
 def test_values(question: str, answer: str, value: str):
-    assert answer_value(Turn(question, answer)) == value
+    assert answer_value(RecordTurn(question, answer)) == value
 
 
 def test_counts_of_answers_stay_small():
@@ -214,7 +214,7 @@ def test_counts_of_answers_stay_small():
     found: dict[str, Counter[str]] = {}
     for form in range(MOST_FORMS * 2):
         for answer in range(MOST_ANSWERS * 2):
-            count_answers(found, Turn(f"Why {chr(97 + form % 26) * (1 + form // 26)} so?", f"word{answer}"))
+            count_answers(found, RecordTurn(f"Why {chr(97 + form % 26) * (1 + form // 26)} so?", f"word{answer}"))
     assert len(found) <= MOST_FORMS + 1 and all(len(counts) <= MOST_ANSWERS + 1 for counts in found.values())
     assert sum(counts.total() for counts in found.values()) == MOST_FORMS * 2 * MOST_ANSWERS * 2
     assert found[OTHER]

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, load_categories, read_category
 from fusion_hf.synthesis.choices import Choice, parse_choice, split_options
-from fusion_hf.synthesis.record import Turn
 from fusion_hf.synthesis.schemas import DescriptionPair, SceneDescription, answer_model, descriptions_of, turns_of
+from fusion_hf.synthesis.synth_record import RecordTurn
 
 ALIGNMENT = {"SynthColor", "SynthCount", "SynthSpatial", "SynthScene", "SynthText"}
 INSTRUCTION = {
@@ -116,7 +116,7 @@ def test_a_new_category_is_one_file(broken_file):
     category = load_categories(path.parent)["Mine"]
     model = category.answer_model()
     pair = {"question": "What color is the bus?", "answer": "Red"}
-    assert turns_of(model.model_validate({"turns": [pair, pair]})) == (Turn(**pair), Turn(**pair))
+    assert turns_of(model.model_validate({"turns": [pair, pair]})) == (RecordTurn(**pair), RecordTurn(**pair))
     for turns in ([pair], [pair] * 3):
         with pytest.raises(ValidationError):
             model.model_validate({"turns": turns})
@@ -127,11 +127,13 @@ def test_answers_become_turns():
     reasoned = answer_model("ReasonedAnswer", 1, 1).model_validate(
         {"question": "Will it rain?", "reasoning": ["The sky is dark.", "People open umbrellas."], "answer": "Yes"}
     )
-    assert turns_of(reasoned) == (Turn("Will it rain?", "The sky is dark.\nPeople open umbrellas.\nAnswer: Yes"),)
+    assert turns_of(reasoned) == (
+        RecordTurn("Will it rain?", "The sky is dark.\nPeople open umbrellas.\nAnswer: Yes"),
+    )
     choice = answer_model("ChoiceConversation", 1, 3).model_validate(
         {"turns": [{"question": "What is red?", "options": ["a bus", "a cat", "a hat"], "answer": "C"}]}
     )
-    assert turns_of(choice) == (Turn("What is red?\nA. a bus\nB. a cat\nC. a hat", "C. a hat"),)
+    assert turns_of(choice) == (RecordTurn("What is red?\nA. a bus\nB. a cat\nC. a hat", "C. a hat"),)
     pair = DescriptionPair(first="A cat.", second="A dog.", difference="The animal.")
     assert descriptions_of(pair) == ("A cat.", "A dog.")
     with pytest.raises(TypeError, match="DescriptionPair has no turns"):
@@ -183,7 +185,7 @@ QUESTION = "What is red?\nA. a bus\nB) the hat\n(C) two cats"
     ],
 )
 def test_answers_of_choices(answer, letter, with_text):
-    choice = parse_choice(Turn(QUESTION, answer))
+    choice = parse_choice(RecordTurn(QUESTION, answer))
     assert isinstance(choice, Choice), choice
     assert (choice.stem, choice.options) == ("What is red?", ("a bus", "the hat", "two cats"))
     assert (choice.letter, choice.with_text) == (letter, with_text)
@@ -193,12 +195,12 @@ def test_answers_of_choices(answer, letter, with_text):
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        (Turn("What is red?", "A"), "has no options"),
-        (Turn("A. one\nB. two", "A"), "no question before"),
-        (Turn(QUESTION, "D"), "the answer is D, but the last option is C"),
-        (Turn(QUESTION, "B. a bus"), "the answer says 'a bus', but option B is 'the hat'"),
-        (Turn(QUESTION, "a green car"), "none of the options"),
-        (Turn(QUESTION, "A bus"), None),
+        (RecordTurn("What is red?", "A"), "has no options"),
+        (RecordTurn("A. one\nB. two", "A"), "no question before"),
+        (RecordTurn(QUESTION, "D"), "the answer is D, but the last option is C"),
+        (RecordTurn(QUESTION, "B. a bus"), "the answer says 'a bus', but option B is 'the hat'"),
+        (RecordTurn(QUESTION, "a green car"), "none of the options"),
+        (RecordTurn(QUESTION, "A bus"), None),
     ],
 )
 def test_what_is_no_choice(turn, reason):

@@ -41,7 +41,7 @@ def test_the_estimate_needs_no_endpoint_and_writes_nothing(server: Scripted, mak
     status, out, _ = command(capsys, config, "--estimate")
     assert status == 0 and not server.requests and not (tmp_path / "run").exists()
     assert "records: 1,000 (SynthContrastShort 500, SynthCount 500)" in out
-    assert "requests: 2,000" in out and "pictures: 1,500" in out
+    assert "requests: 2,000" in out and "images: 1,500" in out
     cost = float(out.split("cost: about ")[1].split(";")[0])
     hours = float(out.split("time: about ")[1].split(" ")[0])
     assert 15 < cost < 20 and 0.8 < hours < 1.1  # 1500 pictures: 15 and 0.83 hours

@@ -7,7 +7,7 @@ import yaml
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.config import load_config
+from fusion_hf.synthesis.run_config import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "synthesis"
 POOL = {"source": "captions.txt", "kind": "text"}

@@ -1,5 +1,6 @@
 """What the data engine takes from the inside of datatrove: each name that it overrides or reads is still there."""
 
+import asyncio
 import inspect
 from configparser import ConfigParser
 from pathlib import Path
@@ -15,11 +16,11 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from packaging.requirements import Requirement
 
 from fusion_hf.synthesis import request_step
-from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.executors import LocalExecutor
-from fusion_hf.synthesis.filters.minhash import MinHash, NearDuplicates, _Words
+from fusion_hf.synthesis.filters.minhash import MinHash, NearDuplicatesFilter, _WhitespaceTokenizer
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.request_step import RequestStep
+from fusion_hf.synthesis.run_config import EndpointSettings
 
 # ours -> datatrove's, and every name of datatrove's that ours defines as well
 OVERRIDDEN = {
@@ -29,10 +30,14 @@ OVERRIDDEN = {
     request_step._RunningServer: (InferenceServer, {"start_server", "monitor_health", "_wait_until_ready"}),
     request_step._StartedVLLM: (VLLMServer, set()),
     request_step._StartedSGLang: (SGLangServer, set()),
-    LocalExecutor: (LocalPipelineExecutor, {"_run_for_rank"}),
-    _Words: (WordTokenizer, {"word_tokenize", "sent_tokenize", "span_tokenize"}),
+    LocalExecutor: (LocalPipelineExecutor, {"__init__", "_run_for_rank"}),
+    _WhitespaceTokenizer: (WordTokenizer, {"word_tokenize", "sent_tokenize", "span_tokenize"}),
 }
-OWN_SETTINGS = {"_ChatServer.__init__", "RequestStep.__init__"}  # take other arguments on purpose
+OWN_SETTINGS = {
+    "_ChatServer.__init__",
+    "RequestStep.__init__",
+    "LocalExecutor.__init__",
+}  # take other arguments on purpose
 
 
 def methods(kind: type) -> set[str]:
@@ -61,7 +66,7 @@ def test_what_is_overridden_takes_the_same_arguments(ours: type):
 
 
 def make_step(folder: Path) -> RequestStep:
-    endpoint = Endpoint("a-model", "http://localhost:1")
+    endpoint = EndpointSettings("a-model", "http://localhost:1")
     progress = Progress(folder, "describe")
     return RequestStep("describe", lambda *given: None, endpoint, folder / "out", folder / "marks", 5, progress)
 
@@ -81,14 +86,17 @@ def test_what_is_read_of_a_runner_and_its_checkpoints_is_there(tmp_path: Path):
 
 
 def test_what_is_read_of_a_server_is_there(tmp_path: Path):
-    server = make_step(tmp_path)._init_server(0)
+    async def make() -> InferenceServer:  # datatrove makes it in a loop
+        return make_step(tmp_path)._init_server(0)
+
+    server = asyncio.run(make())
     assert isinstance(server, request_step._RunningServer)
     assert server.url == "http://localhost:1" and server.client.tries == 8
     assert callable(InferenceServer.get_base_url)
 
 
 def test_what_is_read_of_minhash_is_there():
-    signer = NearDuplicates(MinHash(buckets=3, hashes=2)).signer
+    signer = NearDuplicatesFilter(MinHash(buckets=3, hashes=2)).signer
     signature = signer.get_signature(signer.get_shingles("two red birds on a wire"))
     assert [len(hashes) for hashes in signature] == [2, 2, 2]
 

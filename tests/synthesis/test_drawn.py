@@ -1,15 +1,22 @@
 """The procedural backend through the command: no model, no endpoint, the same steps behind it."""
 
+import inspect
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
+import pytest
 import yaml
 from tests.synthesis.runs import all_bytes, check_complete, written
 from tests.synthesis.test_pipeline import collate
 
 from fusion_hf.cli import main
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.report import finished_report
+from fusion_hf.synthesis.pipeline import run
+from fusion_hf.synthesis.procedural import draw
+from fusion_hf.synthesis.run_config import load_config
+from fusion_hf.synthesis.run_report import finished_report
 
 RECORDS = 72
 
@@ -50,3 +57,12 @@ def test_many_tasks_of_few_records_have_all_categories(tmp_path: Path):
     assert set(report) == set(load_categories())
     assert report.keys() == finished_report(one)["categories"].keys()
     assert {record["id"] for record in written(many)} == {record["id"] for record in written(one)}
+
+
+@pytest.mark.parametrize(("function", "made"), [(run, "runs/synthesis/mix/data/README.md"), (draw, "*.png")])
+def test_examples_of_docstrings(function: Callable, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[2] / "configs")
+    monkeypatch.chdir(tmp_path)
+    example = dedent(inspect.getdoc(function).partition("Example:\n")[2])
+    exec(example, {"Path": Path, "load_config": load_config, "run": run, "draw": draw})
+    assert list(tmp_path.glob(made))

@@ -9,9 +9,9 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
-from fusion_hf.synthesis.filters.across import DuplicateQuestions
+from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
 from fusion_hf.synthesis.filters.options import balance_options
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 from fusion_hf.synthesis.verdicts import fill_rubric, parse_verdict, verdict_problem
 
 SCENE = (
@@ -24,7 +24,7 @@ SCENE = (
 
 def record(*turns: tuple[str, str], descriptions: tuple[str, ...] = (SCENE,), **fields) -> SynthRecord:
     values = {"id": "1", "category": "SynthColor", "caption": "a room", "seed": 0, **fields}
-    return SynthRecord(**values, descriptions=descriptions, turns=tuple(Turn(*turn) for turn in turns))
+    return SynthRecord(**values, descriptions=descriptions, turns=tuple(RecordTurn(*turn) for turn in turns))
 
 
 def check(name: str, subject: SynthRecord, **settings) -> str | None:
@@ -401,16 +401,13 @@ def test_rejected_records_do_not_count_for_the_balance():
 
 
 def test_questions_asked_before():
-    rule = DuplicateQuestions(most=2)
+    rule = DuplicateQuestionsFilter()
     question = ("What color is it?", "Red")
-    first, other, third = (record(question, descriptions=(text,)) for text in ("A bus.", "A cat.", "A hat."))
+    first, other = (record(question, descriptions=(text,)) for text in ("A bus.", "A cat."))
     assert rule.check(first) is None
     assert rule.check(record(("what colour is it", "red"), descriptions=("a bus",))) is not None
     assert rule.check(other) is None
-    assert rule.check(third) == "a question was asked in 2 records"
-    assert DuplicateQuestions().check(third) is None
-    with pytest.raises(ValueError, match="most is 0"):
-        DuplicateQuestions(most=0)
+    assert rule.check(other) == "turn 1: the question was asked about the same scene"
 
 
 @pytest.mark.parametrize("name", list(load_categories()))
@@ -425,15 +422,19 @@ def test_every_category_has_its_filters(name: str):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("length", {"answers": [1, 2]}, "test: length has the setting 'answers'; allowed: question, answer"),
+        (
+            "length",
+            {"answers": [1, 2]},
+            "test: length has the key 'answers'; did you mean 'answer'. Allowed: question, answer",
+        ),
         ("length", {"answer": [3, 2]}, r"answer is \[3, 2\]; allowed: a list"),
         ("language", {"language": "klingon"}, "language is 'klingon'; allowed: english"),
-        ("unsafe", {"kinds": ["fun"]}, "kinds has 'fun'; allowed: sexual content"),
+        ("unsafe", {"kinds": ["fun"]}, r"kinds\[0\] is 'fun'; allowed: sexual content"),
         ("unsafe", {"more": "word"}, "more is 'word'; allowed: a list"),
         ("contrast", {"least_alike": 2}, "least_alike is 2; allowed: a number from 0 to 1"),
-        ("leakage", {"between": 1}, "between is 1; allowed: true, false"),
+        ("leakage", {"between": 1}, "between is 1; allowed: true or false"),
         ("written", {"same_case": "x"}, "same_case is 'x'"),
-        ("counts", {"derived": 1}, "derived is 1; allowed: true, false"),
+        ("counts", {"derived": 1}, "derived is 1; allowed: true or false"),
         ("options", {"least": "three"}, "least is 'three'; allowed: a whole number"),
         ("meta", {"x": 1}, "allowed: none"),
     ],

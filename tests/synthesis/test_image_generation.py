@@ -11,20 +11,30 @@ from tests.synthesis.server import Scripted
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis import image_generation
-from fusion_hf.synthesis.config import Images
-from fusion_hf.synthesis.documents import record_of, to_document
-from fusion_hf.synthesis.image_files import compose_pair
-from fusion_hf.synthesis.image_generation import DiffusersMaker, EndpointMaker, MakeImage, Order, file_names
+from fusion_hf.synthesis.image_generation import (
+    DiffusersGenerator,
+    EndpointGenerator,
+    ImageRequest,
+    MakeImages,
+    file_names,
+)
+from fusion_hf.synthesis.png_files import compose_pair
 from fusion_hf.synthesis.progress import Progress
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.record_documents import record_of, to_document
+from fusion_hf.synthesis.run_config import ImageSettings
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 SETTINGS = {"width": 32, "height": 24, "steps": 1, "device": "cpu", "arguments": {"max_sequence_length": 32}}
-ORDERS = [Order("a", "a red ball", 1), Order("b", "a red ball", 2), Order("c", "two green dogs", 1)]
+ORDERS = [
+    ImageRequest("a", "a red ball", 1),
+    ImageRequest("b", "a red ball", 2),
+    ImageRequest("c", "two green dogs", 1),
+]
 
 
 @pytest.fixture
-def settings(flux: Path) -> Images:
-    return Images("diffusers", str(flux), batch_size=2, **SETTINGS)
+def settings(flux: Path) -> ImageSettings:
+    return ImageSettings("diffusers", str(flux), batch_size=2, **SETTINGS)
 
 
 def make_records(count: int, pictures: int = 1) -> list[SynthRecord]:
@@ -32,22 +42,22 @@ def make_records(count: int, pictures: int = 1) -> list[SynthRecord]:
     return [SynthRecord(f"r-{number:04d}", "SynthColor", "c", number, texts[number]) for number in range(count)]
 
 
-def run_step(settings: Images, folder: Path, records: list[SynthRecord]) -> list[SynthRecord]:
+def run_step(settings: ImageSettings, folder: Path, records: list[SynthRecord]) -> list[SynthRecord]:
     documents = [to_document(record, number, 0) for number, record in enumerate(records)]
-    step = MakeImage(settings, folder / "pictures", Progress(folder / "progress", "images"))
+    step = MakeImages(settings, folder / "pictures", Progress(folder / "progress", "images"))
     return [record_of(document) for document in step.run(documents)]
 
 
-def test_a_picture_follows_from_its_prompt_and_seed(settings: Images):
-    maker = DiffusersMaker(settings)
-    first, again = maker.make(ORDERS), maker.make(ORDERS)
+def test_a_picture_follows_from_its_prompt_and_seed(settings: ImageSettings):
+    generator = DiffusersGenerator(settings)
+    first, again = generator.generate(ORDERS), generator.generate(ORDERS)
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
     assert len({picture.tobytes() for picture in first}) == len(ORDERS)
     assert {picture.size for picture in first} == {(32, 24)}
-    assert not maker.pipeline.transformer.training and not maker.pipeline.text_encoder.training
+    assert not generator.pipeline.transformer.training and not generator.pipeline.text_encoder.training
 
 
-def test_what_is_there_is_not_made_again(settings: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_there_is_not_made_again(settings: ImageSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     records = make_records(5)
     made = run_step(settings, tmp_path, records)
     files = [tmp_path / "pictures" / record.images[0] for record in made]
@@ -55,13 +65,13 @@ def test_what_is_there_is_not_made_again(settings: Images, tmp_path: Path, monke
     contents = [path.read_bytes() for path in files]
     files[1].unlink()
     counted: list[int] = []
-    real = DiffusersMaker.make
+    real = DiffusersGenerator.generate
 
-    def make(self: DiffusersMaker, orders: list[Order]) -> Any:
+    def generate(self: DiffusersGenerator, orders: list[ImageRequest]) -> Any:
         counted.append(len(orders))
         return real(self, orders)
 
-    monkeypatch.setattr(DiffusersMaker, "make", make)
+    monkeypatch.setattr(DiffusersGenerator, "generate", generate)
     assert run_step(settings, tmp_path, records) == made
     assert counted == [2]  # its batch, as a whole
     assert [path.read_bytes() for path in files] == contents
@@ -70,11 +80,13 @@ def test_what_is_there_is_not_made_again(settings: Images, tmp_path: Path, monke
         False,
         *[True] * 3,
     ]
-    monkeypatch.setattr(image_generation, "make_maker", lambda *given: pytest.fail("a model was loaded for nothing"))
+    monkeypatch.setattr(
+        image_generation, "make_generator", lambda *given: pytest.fail("a model was loaded for nothing")
+    )
     run_step(settings, tmp_path, records)
 
 
-def test_rejected_records_get_no_picture(settings: Images, tmp_path: Path):
+def test_rejected_records_get_no_picture(settings: ImageSettings, tmp_path: Path):
     records = [record.rejected("length", "too long") for record in make_records(2)]
     assert run_step(settings, tmp_path, records) == records
     assert not (tmp_path / "pictures").exists()
@@ -82,29 +94,29 @@ def test_rejected_records_get_no_picture(settings: Images, tmp_path: Path):
 
 def test_a_missing_model_and_another_kind_of_file_are_named(tmp_path: Path):
     with pytest.raises(InputError, match=r"images.model .*nothing cannot be loaded by diffusers"):
-        DiffusersMaker(Images("diffusers", str(tmp_path / "nothing"), device="cpu"))
+        DiffusersGenerator(ImageSettings("diffusers", str(tmp_path / "nothing"), device="cpu"))
 
 
-def test_the_gpu_holds_only_what_works_if_asked(settings: Images, monkeypatch: pytest.MonkeyPatch):
+def test_the_gpu_holds_only_what_works_if_asked(settings: ImageSettings, monkeypatch: pytest.MonkeyPatch):
     from diffusers import FluxPipeline
 
     asked = []
     monkeypatch.setattr(FluxPipeline, "enable_model_cpu_offload", lambda self, device: asked.append(device.type))
-    DiffusersMaker(Images("diffusers", settings.model, offload=True, **SETTINGS))
+    DiffusersGenerator(ImageSettings("diffusers", settings.model, offload=True, **SETTINGS))
     assert asked == ["cpu"]
 
 
-class Answering(EndpointMaker):
+class Answering(EndpointGenerator):
     """An endpoint that gives what a test says."""
 
     answer: Any
 
-    async def _make(self, orders: Any) -> Any:
+    async def _generate(self, orders: Any) -> Any:
         async def ask(url: str, payload: Any) -> Any:
             return self.answer
 
         self.client.ask_async = ask  # type: ignore[method-assign]
-        return await super()._make(orders)
+        return await super()._generate(orders)
 
 
 def encoded(picture: Image.Image, kind: str = "PNG") -> str:
@@ -125,10 +137,10 @@ def encoded(picture: Image.Image, kind: str = "PNG") -> str:
     ],
 )
 def test_what_is_no_picture_is_rejected(answer: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    settings = Images("openai", "painter", "http://localhost:1", width=9, height=9)
-    maker = Answering(settings)
-    maker.answer = answer
-    monkeypatch.setattr(image_generation, "make_maker", lambda *given: maker)
+    settings = ImageSettings("openai", "painter", "http://localhost:1", width=9, height=9)
+    generator = Answering(settings)
+    generator.answer = answer
+    monkeypatch.setattr(image_generation, "make_generator", lambda *given: generator)
     (record,) = run_step(settings, tmp_path, make_records(1))
     assert record.rejection.step == "make_image" and reason in record.rejection.reason
     assert run_step(settings, tmp_path, make_records(1)) == [record]
@@ -136,7 +148,7 @@ def test_what_is_no_picture_is_rejected(answer: Any, reason: str, tmp_path: Path
 
 def test_a_refused_prompt_is_rejected(server: Scripted, tmp_path: Path):
     server.faults = lambda payload, repeat: "400" if "thing 1" in payload["prompt"] else None
-    settings = Images("openai", "painter", server.url, width=16, height=16)
+    settings = ImageSettings("openai", "painter", server.url, width=16, height=16)
     records = run_step(settings, tmp_path, make_records(3))
     assert [record.rejection is None for record in records] == [True, False, True]
     assert records[1].rejection.reason.startswith("refused: HTTP 400")

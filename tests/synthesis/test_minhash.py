@@ -1,7 +1,7 @@
 """Near-duplicates of captions."""
 
-from fusion_hf.synthesis.filters.minhash import MinHash, NearDuplicates
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.filters.minhash import MinHash, NearDuplicatesFilter
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 FIRST = "A brown dog runs across a green field under a blue sky"
 CAPTIONS = {
@@ -17,7 +17,7 @@ CAPTIONS = {
 
 
 def test_in_memory():
-    rule = NearDuplicates()
+    rule = NearDuplicatesFilter()
     for index, (caption, kept) in enumerate(CAPTIONS.items()):
         reason = rule.check(SynthRecord(str(index), "SynthColor", caption, 0))
         assert (reason is None) == kept, caption
@@ -25,6 +25,6 @@ def test_in_memory():
 
 
 def test_stricter():
-    rule = NearDuplicates(MinHash(n_grams=1, buckets=1, hashes=64))
+    rule = NearDuplicatesFilter(MinHash(n_grams=1, buckets=1, hashes=64))
     for caption in CAPTIONS:
         assert rule.check(SynthRecord("1", "SynthColor", caption, 0)) is None or caption == "Dog."

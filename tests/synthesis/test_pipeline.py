@@ -17,7 +17,7 @@ from fusion_hf.inference import Conversation, nano_path
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.executors import TaskFailed
 from fusion_hf.synthesis.pipeline import begin, run
-from fusion_hf.synthesis.report import finished_report
+from fusion_hf.synthesis.run_report import finished_report
 from fusion_hf.training import FusionDataCollator
 
 FAULTS = ("429!", "500", "drop", "half", "invalid", "cut")

@@ -15,8 +15,8 @@ from fusion_hf.synthesis.filters import build_filters, first_problem
 from fusion_hf.synthesis.filters.options import balance_options
 from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.procedural import draw
-from fusion_hf.synthesis.procedural.draw import plan
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.procedural.drawn_records import plan
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 NAMES = list(load_categories())
 DRAWN = 60  # records of a category

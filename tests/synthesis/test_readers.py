@@ -11,21 +11,21 @@ import pytest
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import tables
 from fusion_hf.synthesis import readers
-from fusion_hf.synthesis.config import Pool
 from fusion_hf.synthesis.readers import read_captions
+from fusion_hf.synthesis.run_config import CaptionPool
 
 CAPTIONS = ["A red ball.", "Ein großer Hund", "two cats « here »"]
 
 
-def texts(pool: Pool) -> list[str]:
+def texts(pool: CaptionPool) -> list[str]:
     return [caption.text for caption in read_captions(pool) if caption.problem is None]
 
 
-def problems(pool: Pool) -> list[str | None]:
+def problems(pool: CaptionPool) -> list[str | None]:
     return [caption.problem for caption in read_captions(pool)]
 
 
-def write_pool(folder: Path, kind: str) -> Pool:
+def write_pool(folder: Path, kind: str) -> CaptionPool:
     path = folder / f"pool.{'txt' if kind == 'text' else kind}"
     if kind == "text":
         path.write_text("\n".join(CAPTIONS), encoding="utf-8")
@@ -36,25 +36,25 @@ def write_pool(folder: Path, kind: str) -> Pool:
     else:
         table = pa.table({"more": [1, 2, 3], "caption": CAPTIONS})
         pyarrow.parquet.write_table(table, path)
-    return Pool(str(path), kind)
+    return CaptionPool(str(path), kind)
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
 def test_files_and_folders(kind: str, tmp_path: Path):
     pool = write_pool(tmp_path, kind)
     assert texts(pool) == CAPTIONS
-    assert texts(Pool(str(tmp_path), kind)) == CAPTIONS
-    assert texts(Pool(pool.source, kind, limit=2)) == CAPTIONS[:2]
+    assert texts(CaptionPool(str(tmp_path), kind)) == CAPTIONS
+    assert texts(CaptionPool(pool.source, kind, limit=2)) == CAPTIONS[:2]
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch):
     rows = datasets.Dataset.from_dict({"caption": CAPTIONS, "image": ["x"] * 3}).to_iterable_dataset()
     asked = []
     monkeypatch.setattr(tables, "load_hub", lambda *given, streaming: asked.append((*given, streaming)) or rows)
-    assert texts(Pool("owner/captions", "hub", split="validation")) == CAPTIONS
+    assert texts(CaptionPool("owner/captions", "hub", split="validation")) == CAPTIONS
     assert asked == [("owner/captions", "validation", True)]
     with pytest.raises(InputError, match=r"pool.column is 'text'; owner/captions has: caption, image"):
-        texts(Pool("owner/captions", "hub", column="text"))
+        texts(CaptionPool("owner/captions", "hub", column="text"))
 
 
 def test_bad_lines_are_reported_in_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -71,7 +71,7 @@ def test_bad_lines_are_reported_in_their_places(tmp_path: Path, monkeypatch: pyt
     ]
     path = tmp_path / "pool.jsonl"
     path.write_bytes(b"\n".join(lines))
-    found = list(read_captions(Pool(str(path), "jsonl")))
+    found = list(read_captions(CaptionPool(str(path), "jsonl")))
     assert [caption.text for caption in found if caption.problem is None] == ["good", "last line"]
     expected = [
         None,
@@ -90,7 +90,7 @@ def test_bad_lines_are_reported_in_their_places(tmp_path: Path, monkeypatch: pyt
 def test_a_long_caption_and_bytes_that_are_no_text(tmp_path: Path):
     path = tmp_path / "pool.txt"
     path.write_bytes(b"x" * 5000 + b"\n\xff\xfe\nfine")
-    assert problems(Pool(str(path), "text")) == [
+    assert problems(CaptionPool(str(path), "text")) == [
         "the caption has more than 4000 characters",
         "a line is no UTF-8",
         None,
@@ -99,12 +99,12 @@ def test_a_long_caption_and_bytes_that_are_no_text(tmp_path: Path):
 
 def test_missing_pools_and_columns(tmp_path: Path):
     with pytest.raises(InputError, match="does not exist"):
-        texts(Pool(str(tmp_path / "nowhere.txt"), "text"))
+        texts(CaptionPool(str(tmp_path / "nowhere.txt"), "text"))
     with pytest.raises(InputError, match=r"a folder without files of \.jsonl"):
-        texts(Pool(str(tmp_path), "jsonl"))
+        texts(CaptionPool(str(tmp_path), "jsonl"))
     parquet = write_pool(tmp_path, "parquet")
     with pytest.raises(InputError, match=r"pool.column is 'text'; .* has: more, caption"):
-        texts(Pool(parquet.source, "parquet", column="text"))
+        texts(CaptionPool(parquet.source, "parquet", column="text"))
     text = write_pool(tmp_path, "text")
     with pytest.raises(InputError, match="is no Parquet file"):
-        texts(Pool(text.source, "parquet"))
+        texts(CaptionPool(text.source, "parquet"))

@@ -6,7 +6,7 @@ import pytest
 
 from fusion_hf.data.record_parsing import parse_record
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
-from fusion_hf.synthesis.record import IMAGE_MARK, Origin, Rejection, SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import IMAGE_MARK, RecordTurn, Rejection, StepOrigin, SynthRecord
 
 FULL = SynthRecord(
     id="SynthColor-7",
@@ -15,9 +15,9 @@ FULL = SynthRecord(
     seed=7,
     descriptions=("A red bus.",),
     images=("ab/7.png",),
-    turns=(Turn("What color is the bus?", "Red"), Turn("What is wet?", "The road")),
+    turns=(RecordTurn("What color is the bus?", "Red"), RecordTurn("What is wet?", "The road")),
     facts={"pictures": [{"shapes": [{"kind": "circle", "left": 1.5}]}]},
-    origins={"describe": Origin("writer", "00ff", 3)},
+    origins={"describe": StepOrigin("writer", "00ff", 3)},
 )
 
 

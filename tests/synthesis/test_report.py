@@ -14,12 +14,12 @@ from tests.synthesis.runs import check_complete, written
 from tests.synthesis.test_drawn import RECORDS, synthesize
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.synthesis.card import SIDE, Sample, contact_page, write_card
-from fusion_hf.synthesis.config import Config, load_config
+from fusion_hf.synthesis.data_card import SIDE, Sample, contact_page, write_card
 from fusion_hf.synthesis.pipeline import begin, decisive
-from fusion_hf.synthesis.record import SynthRecord, Turn
-from fusion_hf.synthesis.report import MakeReport, finished_report, make_report
+from fusion_hf.synthesis.run_config import SynthesisConfig, load_config
+from fusion_hf.synthesis.run_report import MakeReport, finished_report, make_report
 from fusion_hf.synthesis.summary import Summary
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 MIX = ROOT / "configs" / "synthesis" / "mix.yaml"
 ENDPOINT = "{model: judge, url: 'http://localhost:1'}"
@@ -42,10 +42,12 @@ def summary_of(*records: SynthRecord) -> Summary:
 
 def record(number: int, *turns: tuple[str, str]) -> SynthRecord:
     texts = turns or (("What color is it?", "Red"),)
-    return SynthRecord(str(number), "SynthColor", "", 0, ("a",), ("a.png",), tuple(Turn(*turn) for turn in texts))
+    return SynthRecord(
+        str(number), "SynthColor", "", 0, ("a",), ("a.png",), tuple(RecordTurn(*turn) for turn in texts)
+    )
 
 
-def card_of(config: Config, summary: Summary, folder: Path) -> str:
+def card_of(config: SynthesisConfig, summary: Summary, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_card(folder, make_report(config, summary), Summary(), [], config.format)
     return (folder / "README.md").read_text()

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from datatrove.pipeline.inference.types import InferenceError, InferenceResult
 
-from fusion_hf.synthesis.config import Endpoint
+from fusion_hf.synthesis.run_config import EndpointSettings
 from fusion_hf.synthesis.schemas import SceneDescription
-from fusion_hf.synthesis.structured_answers import Structured, ask_structured
+from fusion_hf.synthesis.structured_answers import StructuredAnswer, ask_structured
 
 GOOD = json.dumps({"description": "A red ball."})
 
@@ -30,8 +30,8 @@ class Model:
         return InferenceResult(answer, self.finish, {"prompt_tokens": 3, "completion_tokens": 2})
 
 
-def ask(model: Model, **settings: Any) -> Structured:
-    endpoint = Endpoint("m", "http://localhost:1", tries=3, **settings)
+def ask(model: Model, **settings: Any) -> StructuredAnswer:
+    endpoint = EndpointSettings("m", "http://localhost:1", tries=3, **settings)
     return asyncio.run(ask_structured(model, endpoint, "Describe it.", SceneDescription, 5))
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from fusion_hf import FusionProcessor, nano_path
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.image_files import open_picture
+from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.training import FusionDataCollator, load_records
 from fusion_hf.training import run as training
@@ -54,24 +54,24 @@ def test_what_there_is_of_an_image_is_taken(tmp_path: Path, monkeypatch, name: s
     content = half_of(name)
     (tmp_path / "image").write_bytes(content)
     picture = "image" if as_file else content
-    image = open_picture(picture, tmp_path, LIMIT, on_truncated="load").convert("RGB")
+    image = open_record_image(picture, tmp_path, LIMIT, on_truncated="load").convert("RGB")
     np.testing.assert_array_equal(np.asarray(image), as_upstream(content, monkeypatch))
     assert np.asarray(image).std() > 0  # something is there
     with pytest.raises(RecordProblem, match="broken image"):
-        open_picture(picture, tmp_path, LIMIT)
+        open_record_image(picture, tmp_path, LIMIT)
 
 
 def test_an_image_without_a_beginning_is_broken(tmp_path: Path):
     for content in (b"", half_of("JPEG")[:20], half_of("TIFF")):
         with pytest.raises(RecordProblem, match="broken image"):
-            open_picture(content, tmp_path, LIMIT, on_truncated="load")
+            open_record_image(content, tmp_path, LIMIT, on_truncated="load")
 
 
 def test_pil_s_settings_are_as_they_were(tmp_path: Path):
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    open_picture(half_of("JPEG"), tmp_path, 10**9, on_truncated="load")
+    open_record_image(half_of("JPEG"), tmp_path, 10**9, on_truncated="load")
     with pytest.raises(RecordProblem):
-        open_picture(b"", tmp_path, 10**9, on_truncated="load")
+        open_record_image(b"", tmp_path, 10**9, on_truncated="load")
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before == (LIMIT, False)
 
 
@@ -81,13 +81,13 @@ def test_threads_do_not_lend_each_other_their_settings(tmp_path: Path):
     def open_strictly():
         for _ in range(50):
             try:
-                strict.append(open_picture(content, tmp_path, LIMIT))
+                strict.append(open_record_image(content, tmp_path, LIMIT))
             except RecordProblem:
                 strict.append(None)
 
     thread = threading.Thread(target=open_strictly)
     thread.start()
-    lenient = [open_picture(content, tmp_path, LIMIT, on_truncated="load") for _ in range(50)]
+    lenient = [open_record_image(content, tmp_path, LIMIT, on_truncated="load") for _ in range(50)]
     thread.join()
     assert strict == [None] * 50 and len(lenient) == 50
 
@@ -95,17 +95,17 @@ def test_threads_do_not_lend_each_other_their_settings(tmp_path: Path):
 def test_the_limit_may_be_above_pil_s(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice as many are PIL's end
     noise().save(tmp_path / "image.png")
-    assert open_picture("image.png", tmp_path, 96 * 64).size == (96, 64)
+    assert open_record_image("image.png", tmp_path, 96 * 64).size == (96, 64)
     with pytest.raises(RecordProblem, match=r"96 x 64 = 6144 pixels; allowed: max_image_pixels = 6143"):
-        open_picture("image.png", tmp_path, 96 * 64 - 1)
+        open_record_image("image.png", tmp_path, 96 * 64 - 1)
 
 
 @pytest.mark.slow
 def test_an_image_of_twice_pil_s_limit(tmp_path: Path):
     Image.new("1", (13_500, 13_500)).save(tmp_path / "image.png")
     with pytest.raises(RecordProblem, match="oversized image"):
-        open_picture("image.png", tmp_path, LIMIT)
-    assert open_picture("image.png", tmp_path, 933_120_000).size == (13_500, 13_500)
+        open_record_image("image.png", tmp_path, LIMIT)
+    assert open_record_image("image.png", tmp_path, 933_120_000).size == (13_500, 13_500)
 
 
 def test_data_sets_and_recipes_have_both_keys(recipe: Path, records):

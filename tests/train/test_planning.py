@@ -73,7 +73,7 @@ def modelled(case: Case) -> int:
     }
     planner = Planner(config, recipe)
     memory = planner.memory(NONE, 1, batch, case.accumulation, shape=shape)
-    waiting = (case.accumulation - 1) * batch * planner.picture_bytes  # the measured step makes them one by one
+    waiting = (case.accumulation - 1) * batch * planner.image_bytes  # the measured step makes them one by one
     return memory.total - waiting
 
 

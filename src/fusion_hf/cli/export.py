@@ -10,7 +10,7 @@ from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
-from fusion_hf.onnx_export.folder import PACKAGES
+from fusion_hf.onnx_export.exported_folder import PACKAGES
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

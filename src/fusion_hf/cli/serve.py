@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
-        from fusion_hf.serving.fetch import HostPolicy
+        from fusion_hf.serving.image_fetching import HostPolicy
         from fusion_hf.serving.server import listen, serve
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
@@ -129,12 +129,12 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
             raise InputError(f"{option} is {value!r}; with --engine vllm it is not taken: vLLM decides by itself.")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # read when vLLM is imported
     try:
-        from fusion_hf.vllm.gate import GateSettings
-        from fusion_hf.vllm.server import ServerOptions, serve
+        from fusion_hf.vllm.api_server import ServerOptions, serve
+        from fusion_hf.vllm.request_middleware import MiddlewareSettings
     except ImportError as error:
         raise InputError(f"--engine vllm needs the extras `serve` and `vllm` ({error}): {INSTALL_VLLM}") from error
     model = str(arguments.model or nano_path())
-    gate = GateSettings(
+    middleware = MiddlewareSettings(
         name=arguments.name or _name(model),
         api_key_env=arguments.api_key_env,
         public_hosts=arguments.allow_image_host,
@@ -143,7 +143,9 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         image_token_grid=arguments.image_token_grid,
         limits=_limits(arguments),
     )
-    serve(ServerOptions(model, arguments.host, arguments.port, arguments.dtype, gate, arguments.engine_arguments))
+    serve(
+        ServerOptions(model, arguments.host, arguments.port, arguments.dtype, middleware, arguments.engine_arguments)
+    )
 
 
 def _api_key(variable: str) -> str:

@@ -14,7 +14,7 @@ from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
 
 if TYPE_CHECKING:
-    from fusion_hf.synthesis.config import Config
+    from fusion_hf.synthesis.run_config import SynthesisConfig
 
 TERMINAL_SECONDS, LOG_SECONDS = 1.0, 30.0  # between two lines of progress
 BACKENDS = ("models", "procedural")
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         # read when loguru is imported; processes of other tasks have them too
         os.environ.update(LOGURU_LEVEL="CRITICAL", LOGURU_DIAGNOSE="NO")
     require(("datatrove", "pydantic", "yaml"), "The data engine", "synth")
-    from fusion_hf.synthesis.config import load_config
     from fusion_hf.synthesis.estimate import make_estimate
+    from fusion_hf.synthesis.run_config import load_config
 
     overrides = [*arguments.overrides, *([f"backend={arguments.backend}"] if arguments.backend else [])]
     config = load_config(Path(arguments.config), overrides)
@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     return _synthesize(config, quiet=not arguments.debug)
 
 
-def _synthesize(config: "Config", quiet: bool) -> int:
+def _synthesize(config: "SynthesisConfig", quiet: bool) -> int:
     from fusion_hf.synthesis.executors import TaskFailed
     from fusion_hf.synthesis.pipeline import run
-    from fusion_hf.synthesis.stages import Folders
+    from fusion_hf.synthesis.stages import RunFolders
 
     try:
-        with _Watch(Folders(config.output).progress):
+        with _Watch(RunFolders(config.output).progress):
             finished = run(config, quiet)
     except TaskFailed as error:
         sys.stderr.write(f"error: {one_line(error)}; what is done is kept: give the same command again.\n")
@@ -78,12 +78,12 @@ def _synthesize(config: "Config", quiet: bool) -> int:
     return 0
 
 
-def _tell_status(config: "Config") -> int:
+def _tell_status(config: "SynthesisConfig") -> int:
     from fusion_hf.synthesis.progress import read_progress
-    from fusion_hf.synthesis.report import finished_report, table
-    from fusion_hf.synthesis.stages import Folders
+    from fusion_hf.synthesis.run_report import finished_report, table
+    from fusion_hf.synthesis.stages import RunFolders
 
-    folders = Folders(config.output)
+    folders = RunFolders(config.output)
     report = finished_report(folders.data)
     if report is None:
         for stage, counts in read_progress(folders.progress).items():

@@ -59,6 +59,8 @@ class _Response:
 
     def collect(self, part: bytes) -> None:
         """
+        Add a part of the body.
+
         Raises:
             RequestRejected: for a body of more bytes.
         """
@@ -222,13 +224,13 @@ class _Attempts:
         self.begun = self.first_failure = 0.0  # on the monotonic clock
 
     def begin(self) -> str:
-        """Note that a try begins now; its address."""
+        """Note that a try begins now, and return its address."""
         self.begun = time.monotonic()
         return self.url
 
     def pause_after(self, error: RetryableError) -> float:
         """
-        Seconds until the next try.
+        Tell the seconds until the next try.
 
         Raises:
             RequestRejected, EndpointUnavailable: if there is none.
@@ -247,7 +249,7 @@ class _Attempts:
         return max(asked, pause(self.failed - 1, self.client.first_pause))
 
     def verdict(self) -> Exception:
-        """The error that ends the request."""
+        """Make the error that ends the request."""
         reason = self.reason + (f" in {self.failed} tries" if self.failed > 1 else "")
         if self.client.last_success >= self.first_failure:
             return RequestRejected(reason)

@@ -41,7 +41,7 @@ class RetryableError(Exception):
 
 
 def read_key(variable: str) -> str:
-    """The API key; read when a request is sent, so that it is in no object that is pickled, logged or shown."""
+    """Read the API key: when a request is sent, so that it is in no object that is pickled, logged or shown."""
     return os.environ.get(variable, "").strip()
 
 
@@ -71,7 +71,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def endpoint_url(base: str, call: str) -> str:
-    """Where a call goes: a base without a path gets `/v1`."""
+    """Make the address of a call: a base without a path gets `/v1`."""
     base = base.rstrip("/")
     return f"{base if urlsplit(base).path else base + DEFAULT_PATH}/{call}"
 
@@ -83,12 +83,14 @@ def pause(failures: int, first: float = FIRST_PAUSE) -> float:
 
 
 def seconds_asked(retry_after: str | None) -> float | None:
-    """What a header `Retry-After` says."""
+    """Read a header `Retry-After`; None where it gives no seconds."""
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
 
 
 def check_status(url: str, status: int, words: str, retry_after: str | None) -> None:
     """
+    Raise what follows from a status: what may pass, what is final for a request, what is final for all.
+
     Args:
         words: what the endpoint says, from `own_words`. Not the body: a logged traceback may show all arguments, and
             an endpoint may repeat the key.
@@ -105,7 +107,7 @@ def check_status(url: str, status: int, words: str, retry_after: str | None) -> 
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a response is.
+    """Parse a response, which must be a JSON object.
 
     Raises:
         RetryableError: if it is none.
@@ -120,7 +122,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def own_words(body: bytes, key_variable: str | None) -> str:
-    """What the endpoint says, in one line without control characters, not at any length, and without our key."""
+    """Quote what an endpoint says, in one line without control characters, not at any length, and without our key."""
     text = " ".join(body[: 4 * SHOWN].decode("utf-8", "replace").split())
     key = "" if key_variable is None else read_key(key_variable)
     text = text.replace(key, "<key>") if key else text

@@ -1,11 +1,11 @@
 """The error of whoever uses a model. Imports nothing."""
 
-LONGEST_NAME = 80  # characters: a picture may be named by a data URI
+LONGEST_NAME = 80  # characters: an image may be named by a data URI
 
 
 class InputError(ValueError):
     """
-    Something about the given picture, question, model or setting that its giver can mend; says how, in one line.
+    Something about the given image, question, model or setting that its giver can mend; says how, in one line.
 
     Attributes:
         longest: characters that a command shows of it; a library may list every tensor of a model.

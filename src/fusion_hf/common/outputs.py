@@ -1,5 +1,6 @@
 """Files and folders that a command makes: checked before the work, whole or absent after it. Imports nothing heavy."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -7,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -178,6 +179,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file."""
     with atomic_file(path) as stream:
         stream.write(content)
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """Write JSON with sorted keys and a line end: the same bytes for the same value."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent)
+    return f"{text}\n".encode("utf-8", "backslashreplace")  # half a character becomes JSON's escape of it
 
 
 def _is_elsewhere(error: BaseException, temporary: Path, place: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.image_files import open_picture, picture_path
+from fusion_hf.data.image_files import open_record_image, record_image_path
 from fusion_hf.data.index import Index, open_index
 from fusion_hf.data.mixture import MixtureEntry
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
@@ -72,7 +72,7 @@ def check_entry(
     entry: MixtureEntry, cache: Path, max_image_pixels: int, images: Images = "exist", progress: bool = True
 ) -> EntryReport:
     """
-    Look at every record of an entry, taken or not, and at its picture: whether it is there, or can be decoded.
+    Look at every record of an entry, taken or not, and at its image: whether it is there, or can be decoded.
 
     Args:
         cache: of the indexes that are made on the way; training uses them too.
@@ -89,7 +89,7 @@ def check_entry(
             report.without_image += int((index.lengths(range(len(index))) < 0).sum())
             report.problems.update(_structure(source, index))
             if images != "none":
-                report.problems.update(_pictures(source, len(index), images, max_image_pixels, progress))
+                report.problems.update(_image_problems(source, len(index), images, max_image_pixels, progress))
         report.taken = entry.strategy.count(report.records, entry.where)
     except InputError as error:
         report.error = str(error)
@@ -103,11 +103,13 @@ def _structure(source: RecordSource, index: Index) -> Problems:
     return problems
 
 
-def _pictures(source: RecordSource, total: int, images: Images, max_image_pixels: int, progress: bool) -> Problems:
+def _image_problems(
+    source: RecordSource, total: int, images: Images, max_image_pixels: int, progress: bool
+) -> Problems:
     problems = Problems()
     items = tqdm(
         source.scan(),
-        desc=f"pictures of {source.name}",
+        desc=f"images of {source.name}",
         total=total,
         unit="record",
         unit_scale=True,
@@ -121,9 +123,9 @@ def _pictures(source: RecordSource, total: int, images: Images, max_image_pixels
             continue
         try:
             if images == "decode" and record.image is not None:
-                open_picture(record.image, source.root, max_image_pixels)
+                open_record_image(record.image, source.root, max_image_pixels)
             elif isinstance(record.image, str):
-                picture_path(record.image, source.root)
+                record_image_path(record.image, source.root)
         except RecordProblem as problem:
             problem.identity = record.id
             problems.add(source.name, number, problem)

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.image_files import OnTruncated, open_picture
+from fusion_hf.data.image_files import OnTruncated, open_record_image
 from fusion_hf.data.index import Index, default_cache, open_index
 from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
 from fusion_hf.data.record_parsing import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
@@ -39,12 +39,12 @@ def load_records(
     The records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
 
     Args:
-        root: that relative paths and pictures are under; default: the folder of `source`.
+        root: that relative paths and images are under; default: the folder of `source`.
         on_broken, max_skipped, skipped_file: what happens to broken records, see [`BrokenRecords`].
         cache: folder of the indexes; default: [`default_cache`].
         streaming: begin at once and never go back.
         seed: of `random:N` in a mixture.
-        max_image_pixels: a picture with more is broken.
+        max_image_pixels: an image with more is broken.
         exif_transpose: turn images upright by their EXIF orientation, as the image processor of that setting does.
         on_truncated: `error`: an image that ends too early is broken; `load`: what there is of it is taken.
 
@@ -90,12 +90,12 @@ class RecordReader:
             identity = record.id
             image = record.image
             settings = (stream.root, self.max_image_pixels, self.exif_transpose, self.on_truncated)
-            picture = None if image is None else open_picture(image, *settings)
+            opened = None if image is None else open_record_image(image, *settings)
         except RecordProblem as problem:
             problem.identity = identity if identity is not None else problem.identity
             self.broken.handle([(stream.name, index, problem)])
             return {"id": problem.identity, "skipped": str(problem)}
-        return {"id": record.id, "image": picture, "messages": record.messages}
+        return {"id": record.id, "image": opened, "messages": record.messages}
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class RecordDataset(Dataset):
     Records at any place. A key is an index or a [`SampleKey`]; items are as [`RecordReader`]'s, and have the
     `query_len` of their key.
 
-    Records that are broken without a look at their picture are found here: under `skip` they are no items of the data
-    set. Those with a broken picture are found when they are read.
+    Records that are broken without a look at their image are found here: under `skip` they are no items of the data
+    set. Those with a broken image are found when they are read.
     """
 
     def __init__(self, parts: list[MixturePart], reader: RecordReader):
@@ -169,7 +169,7 @@ class RecordDataset(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Words of every record, int32; negative for one without a picture."""
+        """Words of every record, int32; negative for one without an image."""
         return np.concatenate([part.index.lengths(part.rows) for part in self.parts])
 
     @property

@@ -1,4 +1,4 @@
-"""Reader of the `easy-vqa` data set (5,000 pictures of one coloured shape, 48,248 questions, 13 answers)."""
+"""Reader of the `easy-vqa` data set (5,000 images of one coloured shape, 48,248 questions, 13 answers)."""
 
 import importlib
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EasyVqaImage:
-    """One picture with its questions: `questions` are (question, answer) pairs, verbatim and in the file's order."""
+    """One image with its questions: `questions` are (question, answer) pairs, verbatim and in the file's order."""
 
     image_id: int
     path: Path
@@ -17,11 +17,11 @@ class EasyVqaImage:
 
 
 def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
-    """All pictures of one part of the data set, ordered by id.
+    """All images of one part of the data set, ordered by id.
 
     Raises:
         ImportError: if the package `easy-vqa` is not installed.
-        ValueError: if `part` is unknown or a question names a picture that does not exist.
+        ValueError: if `part` is unknown or a question names an image that does not exist.
     """
     package = _import_package()
     if part == "train":
@@ -35,7 +35,7 @@ def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
     questions: dict[int, list[tuple[str, str]]] = {image_id: [] for image_id in sorted(paths)}
     for text, answer, image_id in zip(texts, answers, image_ids, strict=True):
         if image_id not in questions:
-            raise ValueError(f"easy-vqa {part}: question {text!r} is about picture {image_id}, which does not exist")
+            raise ValueError(f"easy-vqa {part}: question {text!r} is about image {image_id}, which does not exist")
         questions[image_id].append((text, answer))
     return [EasyVqaImage(i, Path(paths[i]), tuple(pairs)) for i, pairs in questions.items()]
 

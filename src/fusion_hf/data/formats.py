@@ -23,7 +23,7 @@ TABLES_FOLDER = "tables"  # in the cache: Parquet and CSV files as Arrow
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Existing files of one kind, or a data set of the Hub; what their pictures are under and in which field."""
+    """Existing files of one kind, or a data set of the Hub; what their images are under and in which field."""
 
     files: tuple[Path, ...]
     root: Path
@@ -75,7 +75,7 @@ def locate(name: str, folder: Path, image_root: Path | None = None) -> DataLocat
     """
     Args:
         name: a path, relative to `folder`; or `OWNER/NAME` or `OWNER/NAME:SPLIT` of the Hub.
-        image_root: of the pictures; default: the folder itself for an image folder, else `folder`.
+        image_root: of the images; default: the folder itself for an image folder, else `folder`.
 
     Raises:
         InputError: if there is nothing of this name, or nothing that holds records.
@@ -108,5 +108,5 @@ def existing_folder(folder: Path, key: str = "data_root") -> Path:
         InputError: if it is none.
     """
     if not folder.is_dir():
-        raise InputError(f"{key}: {folder} is no folder; name the one that the pictures are under.")
+        raise InputError(f"{key}: {folder} is no folder; name the one that the images are under.")
     return folder.resolve()

@@ -16,11 +16,11 @@ from fusion_hf.model.image_opening_fusion import open_image
 
 OnTruncated = Literal["error", "load"]
 PIL_SETTINGS = threading.RLock()
-MAX_PICTURE_BYTES = 2**28  # of an encoded picture inside a file: it is read before its size in pixels is known
+MAX_IMAGE_BYTES = 2**28  # of an encoded image inside a file: it is read before its size in pixels is known
 
 
-def open_picture(
-    picture: ImageReference,
+def open_record_image(
+    image: ImageReference,
     root: Path,
     max_pixels: int,
     exif_transpose: bool = True,
@@ -30,7 +30,7 @@ def open_picture(
     Decode the image as far as the image processor would: what it gives breaks nothing any more.
 
     Args:
-        picture: a path is relative to `root`.
+        image: a path is relative to `root`.
         root: a resolved folder, which no path may leave, not by a link either.
         max_pixels: more are refused before they are decoded.
         exif_transpose: turn the image upright by its EXIF orientation.
@@ -42,10 +42,10 @@ def open_picture(
     Raises:
         RecordProblem: if it is missing, outside of `root`, too large, truncated or no image.
     """
-    if isinstance(picture, str):
-        source: Path | bytes = picture_path(picture, root)
+    if isinstance(image, str):
+        source: Path | bytes = record_image_path(image, root)
     else:
-        source = picture if isinstance(picture, bytes) else _read(picture)
+        source = image if isinstance(image, bytes) else _read(image)
     try:
         with limits_of_pil(max_pixels, on_truncated):
             return open_image(source, max_pixels, exif_transpose=exif_transpose)
@@ -69,7 +69,7 @@ def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def picture_path(name: str, root: Path) -> Path:
+def record_image_path(name: str, root: Path) -> Path:
     """
     The resolved path of an existing file under `root`, which is resolved itself.
 
@@ -89,8 +89,8 @@ def picture_path(name: str, root: Path) -> Path:
 
 
 def _read(span: FileSpan) -> bytes:
-    if span.size > MAX_PICTURE_BYTES:
-        raise RecordProblem("oversized image", f"it has {span.size} bytes; allowed: {MAX_PICTURE_BYTES}")
+    if span.size > MAX_IMAGE_BYTES:
+        raise RecordProblem("oversized image", f"it has {span.size} bytes; allowed: {MAX_IMAGE_BYTES}")
     with span.file.open("rb", buffering=0) as stream:
         stream.seek(span.offset)
         return stream.read(span.size)

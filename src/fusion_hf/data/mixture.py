@@ -106,7 +106,7 @@ def read_entries(source: str | Path, root: str | Path | None = None, key: str = 
     """
     Args:
         source: a mixture file (.yaml), or what can stand in one.
-        root: that relative paths and pictures are under; default: the folder of the mixture or data file.
+        root: that relative paths and images are under; default: the folder of the mixture or data file.
         key: of the recipe that names the source, for errors.
 
     Raises:

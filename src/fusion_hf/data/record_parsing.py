@@ -12,10 +12,10 @@ HUMAN, MODEL = "human", "gpt"  # speakers of LLaVA's conversations
 ROLE_OF_SPEAKER = {HUMAN: "user", MODEL: "assistant", "system": "system"}
 ROLES = tuple(ROLE_OF_SPEAKER.values())
 IMAGE_KEY = "image"
-FILE_NAME = "file_name"  # the picture's column in the metadata of an image folder
+FILE_NAME = "file_name"  # the image's column in the metadata of an image folder
 IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
 SHOWN_ROLES = 6  # of a conversation, in an error
-# what is done about broken records, and about pictures whose file ends too early
+# what is done about broken records, and about images whose file ends too early
 ON_BROKEN = ("error", "skip")
 ON_TRUNCATED = ("error", "load")
 
@@ -35,14 +35,14 @@ ProblemKind = Literal[
 
 
 class FileSpan(NamedTuple):
-    """Bytes of a picture inside a larger file."""
+    """Bytes of an image inside a larger file."""
 
     file: Path
     offset: int
     size: int
 
 
-ImageReference: TypeAlias = str | bytes | FileSpan  # a path, an encoded picture, or where one lies
+ImageReference: TypeAlias = str | bytes | FileSpan  # a path, an encoded image, or where one lies
 Messages: TypeAlias = list[dict[str, str]]
 
 
@@ -73,7 +73,7 @@ class ParsedRecord:
 
     Attributes:
         length: white-space separated words of all turns as they were written, image mark included: the authors'
-            measure. Negative without a picture, never 0.
+            measure. Negative without an image, never 0.
     """
 
     id: str
@@ -87,10 +87,10 @@ def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> ParsedReco
     Args:
         raw: JSON text, or its object.
         index: of the record in its file, which is its id if it has none.
-        image_key: the field that holds the picture.
+        image_key: the field that holds the image.
 
     Raises:
-        RecordProblem: for what no picture must be opened for.
+        RecordProblem: for what no image must be opened for.
     """
     identity = None
     try:
@@ -115,7 +115,7 @@ def parse_turns(
     fields: dict[str, Any], image_key: str = IMAGE_KEY
 ) -> tuple[list[tuple[str, str]], list[ImageReference]]:
     """
-    Roles and texts as they were written, and all pictures; neither order nor number is checked.
+    Roles and texts as they were written, and all images; neither order nor number is checked.
 
     Raises:
         RecordProblem: if a field is missing or has another shape.
@@ -159,15 +159,15 @@ def parse_json_object(raw: Raw) -> dict[str, Any]:
 
 
 def _top_level_images(fields: dict[str, Any], image_key: str) -> list[ImageReference]:
-    """Pictures of `image` (one, or a list) and `images` (a list)."""
+    """Images of `image` (one, or a list) and `images` (a list)."""
     images = []
     for key in (image_key, "images"):
         value = fields.get(key)
-        images += [_picture(item, key) for item in (value if isinstance(value, list) else [value]) if item is not None]
+        images += [_image(item, key) for item in (value if isinstance(value, list) else [value]) if item is not None]
     return images
 
 
-def _picture(value: Any, key: str) -> ImageReference:
+def _image(value: Any, key: str) -> ImageReference:
     """A path, or what `datasets.Image(decode=False)` gives: `{"bytes", "path"}`."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -188,7 +188,7 @@ def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
 
 
 def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[str, str]]:
-    """Roles and texts; pictures inside of the first question go to `images`."""
+    """Roles and texts; images inside of the first question go to `images`."""
     questions = 0
     for message in _list_of_objects(messages, "messages"):
         role, content = message.get("role"), message.get("content")
@@ -209,7 +209,7 @@ def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[s
                 raise RecordProblem("several images", "a later message has an image; allowed: in the first question")
             else:
                 inside = [block[key] for key in ("image", "path", "url") if block.get(key) is not None]
-                images += [_picture(value, "image") for value in inside]
+                images += [_image(value, "image") for value in inside]
                 if not images:
                     raise RecordProblem("mark without image", "it has an image block, but no image")
         yield role, "".join(texts)
@@ -252,7 +252,7 @@ def shown_roles(roles: list[str]) -> str:
 def check_images(turns: list[tuple[str, str]], images: list[ImageReference]) -> None:
     """
     Raises:
-        RecordProblem: if there are several pictures, or a mark without one.
+        RecordProblem: if there are several images, or a mark without one.
     """
     if len(images) > 1:
         raise RecordProblem("several images", f"it has {len(images)} images; allowed: one or none")

@@ -30,8 +30,8 @@ class RecordStream(ABC):
 
     Attributes:
         name: for errors.
-        root: a resolved folder, of picture paths.
-        image_key: the field of a record that holds its picture.
+        root: a resolved folder, of image paths.
+        image_key: the field of a record that holds its image.
     """
 
     name: str

@@ -21,12 +21,12 @@ from fusion_hf.data.sources import MAX_RECORD_BYTES, RecordSource, RecordStream,
 COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
 TURNS = ("conversations", "messages")
 HUB_SECONDS = 10.0  # until the Hub answers
-ROWS = 64  # read at once: they may hold pictures
+ROWS = 64  # read at once: they may hold images
 
 
 class Table(RecordSource):
     """
-    Rows of a data set whose pictures, if it has any, stay encoded.
+    Rows of a data set whose images, if it has any, stay encoded.
 
     Args:
         dataset: in Arrow files that are memory-mapped. Their pages are the kernel's, which takes them back when memory

@@ -11,7 +11,7 @@ from fusion_hf.data.record_parsing import FileSpan, Raw, RecordProblem, parse_js
 from fusion_hf.data.sources import MAX_RECORD_BYTES, FileSource, SourceItem
 
 RECORD_SUFFIX = "json"
-PICTURE_SUFFIXES = frozenset(("bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"))
+IMAGE_SUFFIXES = frozenset(("bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"))
 NO_PLACE = (0, 0, 0, 0)
 
 
@@ -26,9 +26,9 @@ class TarMember(NamedTuple):
 
 class TarRecords(FileSource):
     """
-    An uncompressed tar. Its pictures are read where they lie: nothing is unpacked or copied.
+    An uncompressed tar. Its images are read where they lie: nothing is unpacked or copied.
 
-    The picture of a record is the one beside it; a path in the record itself is not followed.
+    The image of a record is the one beside it; a path in the record itself is not followed.
     """
 
     kind: ClassVar[str] = "TarShard"
@@ -39,28 +39,28 @@ class TarRecords(FileSource):
             for name, group in groupby(self._members(), key=lambda member: member.name):
                 members = list(group)
                 records = [member for member in members if member.suffix == RECORD_SUFFIX]
-                pictures = [member for member in members if member.suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
-                if not records and not pictures:
+                images = [member for member in members if member.suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+                if not records and not images:
                     continue
                 done = members[-1].offset + members[-1].size
-                if (problem := _count_problem(name, records, pictures)) is not None:
+                if (problem := _count_problem(name, records, images)) is not None:
                     yield SourceItem(problem, NO_PLACE, done)
                     continue
-                image = (pictures[0].offset, pictures[0].size) if pictures else (0, 0)
+                image = (images[0].offset, images[0].size) if images else (0, 0)
                 place = (records[0].offset, records[0].size, *image)
                 yield SourceItem(self._record(stream, place), place, done)
 
     def read(self, index: int, place: tuple[int, ...]) -> Raw:
-        return self._with_picture(super().read(index, place), place)
+        return self._with_image(super().read(index, place), place)
 
     def _record(self, stream: BinaryIO, place: tuple[int, ...]) -> Raw:
         offset, size = place[:2]
         if size > MAX_RECORD_BYTES:
             return RecordProblem("unreadable", f"it has {size} bytes; allowed: {MAX_RECORD_BYTES}")
         stream.seek(offset)
-        return self._with_picture(stream.read(size), place)
+        return self._with_image(stream.read(size), place)
 
-    def _with_picture(self, raw: Raw, place: tuple[int, ...]) -> Raw:
+    def _with_image(self, raw: Raw, place: tuple[int, ...]) -> Raw:
         try:
             fields: dict[str, Any] = parse_json_object(raw)
         except RecordProblem as problem:
@@ -70,7 +70,7 @@ class TarRecords(FileSource):
             return {**fields, "image": FileSpan(self.path, offset, size), "images": None}
         if fields.get("image") is not None or fields.get("images"):
             identity = None if fields.get("id") is None else str(fields["id"])
-            return RecordProblem("missing image", "the tar has no picture beside it", identity)
+            return RecordProblem("missing image", "the tar has no image beside it", identity)
         return fields
 
     def _members(self) -> Iterator[TarMember]:
@@ -96,12 +96,12 @@ class TarRecords(FileSource):
             raise InputError(f"data: {self.name} is no whole, uncompressed tar: it has no end at byte {end}.")
 
 
-def _count_problem(name: str, records: list[TarMember], pictures: list[TarMember]) -> RecordProblem | None:
+def _count_problem(name: str, records: list[TarMember], images: list[TarMember]) -> RecordProblem | None:
     identity = name.encode("utf-8", "replace").decode()
     if len(records) != 1:
         return RecordProblem("shape", f"{identity!r} has {len(records)} .json members; allowed: one", identity)
-    if len(pictures) > 1:
-        return RecordProblem("several images", f"{identity!r} has {len(pictures)} pictures; allowed: one", identity)
+    if len(images) > 1:
+        return RecordProblem("several images", f"{identity!r} has {len(images)} images; allowed: one", identity)
     return None
 
 

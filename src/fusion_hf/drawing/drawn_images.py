@@ -1,9 +1,9 @@
-"""Pictures drawn for `fusion-nano`: one shape, several shapes, two shapes apart, and a written word.
+"""Images drawn for `fusion-nano`: one shape, several shapes, two shapes apart, and a written word.
 
-Everything is drawn on a canvas of twice the picture's side and reduced with a bilinear filter, which is how the
-pictures of easy-vqa look (measured on its training pictures: edge pixels carry the weights 1/8, 1/2, 7/8).
+Everything is drawn on a canvas of twice the image's side and reduced with a bilinear filter, which is how the
+images of easy-vqa look (measured on its training images: edge pixels carry the weights 1/8, 1/2, 7/8).
 Their other statistics are measured as well: background channels uniform in 230 to 255, upright shapes whose sizes are
-uniform in 8 to 32 pixels and whose places are uniform inside the picture.
+uniform in 8 to 32 pixels and whose places are uniform inside the image.
 """
 
 import random
@@ -43,7 +43,7 @@ MAX_COUNT = 5
 BACKGROUND_RANGE = (230, 255)
 SINGLE_SIZE_RANGE = (16, 64)
 COUNT_SIZE_RANGE = (18, 32)
-COUNT_GRID = 3  # shapes of a counting picture sit in different cells of a COUNT_GRID x COUNT_GRID grid
+COUNT_GRID = 3  # shapes of a counting image sit in different cells of a COUNT_GRID x COUNT_GRID grid
 COUNT_MARGIN = 2
 SPATIAL_SIZE_RANGE = (20, 44)
 SPATIAL_GAP = 6  # free canvas pixels between two shapes along the axis that the answer names
@@ -52,7 +52,7 @@ SPATIAL_SLOPE = 0.5  # the other axis' offset is at most this share of the named
 # times the training to tell the words apart.
 WORD_SIZE = 64
 WORD_MARGIN = 4
-SAME_KIND_SHARE = 0.5  # of counting pictures have one kind of shape only
+SAME_KIND_SHARE = 0.5  # of counting images have one kind of shape only
 SAME_COLOR_SHARE = 0.5  # ... one colour only
 
 TRIANGLE_ASPECT = 3**0.5 / 2  # height of an equilateral triangle of side 1
@@ -97,7 +97,7 @@ class DrawnWord:
 
 @dataclass(frozen=True)
 class DrawnElement:
-    """A shape or a letter of a picture: its colour, its kind or letter, and where it is: white in `mask`."""
+    """A shape or a letter of an image: its colour, its kind or letter, and where it is: white in `mask`."""
 
     color: str
     name: str
@@ -106,7 +106,7 @@ class DrawnElement:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """All that is needed to draw a picture and to know the answers about it."""
+    """All that is needed to draw an image and to know the answers about it."""
 
     category: Category
     background: tuple[int, int, int]
@@ -129,7 +129,7 @@ class DrawnImage:
 
 
 def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0) -> DrawnImage:
-    """The `index`-th picture of a category and split.
+    """The `index`-th image of a category and split.
 
     Splits are disjoint because the split's name is part of the random generator's seed.
 
@@ -156,7 +156,7 @@ def direction(seen: DrawnShape, reference: DrawnShape) -> str | None:
 
 
 def single_spec(rng: random.Random) -> DrawnImage:
-    """A look-alike of an easy-vqa picture."""
+    """A look-alike of an easy-vqa image."""
     kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     width, height = _random_size(rng, kind, SINGLE_SIZE_RANGE)
     left, top = rng.uniform(0, CANVAS_SIDE - width), rng.uniform(0, CANVAS_SIDE - height)
@@ -203,7 +203,7 @@ def spatial_spec(rng: random.Random) -> DrawnImage:
 
 
 def text_spec(rng: random.Random) -> DrawnImage:
-    """One word of WORDS, wholly inside the picture."""
+    """One word of WORDS, wholly inside the image."""
     word = place_word(rng.choice(WORDS), rng.choice(WORD_COLORS), rng)
     return DrawnImage("text", _random_background(rng), word=word)
 

@@ -1,4 +1,4 @@
-"""Questions and captions of `fusion-nano`'s pictures.
+"""Questions and captions of `fusion-nano`'s images.
 
 FUSION's tower reads all questions of a conversation (the instruct text), so a question must not give away what another
 one asks: "what is the blue shape?" answers "what color is the shape?". Each question therefore carries the attribute
@@ -32,9 +32,9 @@ RELATION_FORM = "where is the {seen}, seen from the {reference}?"
 WORD_FORMS = ("what word is written?", "which word is in the image?", "what does the picture say?")
 
 YES_NO = ("yes", "no")
-YES_NO_QUESTIONS = 4  # per look-alike of an easy-vqa picture
+YES_NO_QUESTIONS = 4  # per look-alike of an easy-vqa image
 # Colours are learned long before words and relations are.
-WORD_COLOR_SHARE = 0.25  # of word pictures have a question about the colour
+WORD_COLOR_SHARE = 0.25  # of word images have a question about the colour
 TRUE_CANDIDATE_SHARE = 0.5  # of yes/no questions propose the true value
 RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
@@ -85,7 +85,7 @@ def parse_easy_vqa(text: str, answer: str) -> DrawnQuestion:
 
 
 def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """Questions about a drawn picture."""
+    """Questions about a drawn image."""
     if spec.word is not None:
         word = DrawnQuestion(rng.choice(WORD_FORMS), spec.word.text, "word")
         color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color")
@@ -98,7 +98,7 @@ def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion
 
 
 def drawn_caption(spec: DrawnImage) -> str:
-    """What a drawn picture shows, in one sentence."""
+    """What a drawn image shows, in one sentence."""
     if spec.word is not None:
         return f'the {spec.word.color} word "{spec.word.text}".'
     if spec.category == "spatial":
@@ -110,7 +110,7 @@ def drawn_caption(spec: DrawnImage) -> str:
 
 
 def easy_vqa_caption(questions: tuple[DrawnQuestion, ...]) -> str | None:
-    """The caption that follows from the questions and answers about an easy-vqa picture; None if they do not tell."""
+    """The caption that follows from the questions and answers about an easy-vqa image; None if they do not tell."""
     known: dict[str, str] = {}
     for question in questions:
         if question.candidate is None:
@@ -131,7 +131,7 @@ def casual(text: str, rng: random.Random, share: float) -> str:
 
 
 def _single_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """Questions in easy-vqa's forms about its kind of picture."""
+    """Questions in easy-vqa's forms about its kind of image."""
     named_shape = DrawnQuestion(
         SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", names=frozenset({"color"})
     )

@@ -67,7 +67,7 @@ def _base_url() -> str:
 
 @contextmanager
 def address_of(judge: BenchmarkJudge | None) -> Iterator[None]:
-    """lmms-eval's tasks read the address in two forms, when they are imported or asked: here it has the right one."""
+    """Put the address into the form that a task of lmms-eval reads, of two; some read it when they are imported."""
     given = os.environ.get(URL)
     if judge is None or given is None:
         yield

@@ -1,4 +1,4 @@
-"""A model that a server has, asked through the OpenAI protocol: several requests in flight, pictures in them."""
+"""A model that a server has, asked through the OpenAI protocol: several requests in flight, images in them."""
 
 import io
 import json
@@ -43,7 +43,7 @@ WINDOW, WINDOW_PER_REQUEST = 64, 4  # a window's end waits for its slowest answe
 UNKNOWN = "unknown"
 MAX_STOPS = 4  # of the protocol
 SEED_DIGITS = 8  # hexadecimal: as a model in this process is seeded
-EXIF, FILE = "exif", "file"  # among a picture's `info`
+EXIF, FILE = "exif", "file"  # among an image's `info`
 PNG = "image/png"
 
 
@@ -91,6 +91,8 @@ class ServedModel:
         cls, url: str, name: str | None = None, key_variable: str | None = None, **settings: Any
     ) -> "ServedModel":
         """
+        Find a model at a server.
+
         Args:
             url: the server's address; without a path it gets `/v1`.
             name: the model's there; None: the only one that the server has.
@@ -118,7 +120,7 @@ class ServedModel:
         return cls(client, base, chosen, entries[chosen], **settings)
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
+        """Describe the model for a run's record."""
         if self.info is None:
             revision = f"{self.name} at {self.url}"
             record = ModelRecord(self.name, revision, UNKNOWN, UNKNOWN, None, None, url=self.url)
@@ -133,7 +135,7 @@ class ServedModel:
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
-        What became of prompts, one by one as the answers come.
+        Ask prompts, and give what became of them one by one as the answers come.
 
         Raises:
             EndpointUnavailable: if the server answers nobody; answers that came yet are given before.
@@ -165,7 +167,7 @@ class ServedModel:
         """
         try:
             answer = future.result()
-        except (RequestRejected, InputError, OSError) as error:  # the latter of a picture's file
+        except (RequestRejected, InputError, OSError) as error:  # the latter of an image's file
             return Outcome([prompt], None, str(error))
         return None if answer is None else Outcome([prompt], [answer])
 
@@ -190,7 +192,7 @@ class ServedModel:
         stops = [text for text in wanted.until if text]
         if len(stops) > MAX_STOPS:
             raise InputError(f"until has {len(stops)} texts; allowed with --url: {MAX_STOPS}.")
-        uri = None if prompt.picture is None else picture_uri(prompt.picture)
+        uri = None if prompt.picture is None else image_uri(prompt.picture)
         payload: dict[str, Any] = {
             "model": self.name,
             "messages": [_protocol_message(message, uri) for message in prompt.messages],
@@ -280,7 +282,7 @@ def _protocol_message(message: dict[str, Any], uri: str | None) -> dict[str, Any
 
 
 def _render(messages: Messages) -> str:
-    """Everything but the picture itself: the server's template is not known."""
+    """Everything but the image itself: the server's template is not known."""
     return json.dumps(
         [
             [message["role"], [block.get("text") if block["type"] == "text" else None for block in message["content"]]]
@@ -292,8 +294,9 @@ def _render(messages: Messages) -> str:
 
 def open_unturned(source: str | Image.Image) -> Image.Image:
     """
-    A picture in RGB as it lies in its file: whether to turn it upright is for the server's processor to say. How it is
-    to be turned, and which file it is, stand in its `info`.
+    Open an image in RGB as it lies in its file: whether to turn it upright is for the server's processor to say.
+
+    How it is to be turned, and which file it is, stand in its `info`.
 
     Raises:
         InputError: if it cannot be read or is too large.
@@ -301,28 +304,28 @@ def open_unturned(source: str | Image.Image) -> Image.Image:
     processor = FusionImageProcessor()
     try:
         given = processor.fetch_images(source)
-        picture = processor.process_image(given, exif_transpose=False).copy()
+        image = processor.process_image(given, exif_transpose=False).copy()
     except (ValueError, HTTPError) as error:
         raise InputError(f"{short_name(str(source))}: {error}") from error
     orientation = read_orientation(given)
-    picture.info = {}
+    image.info = {}
     if orientation != UPRIGHT:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = orientation
-        picture.info[EXIF] = exif.tobytes()
+        image.info[EXIF] = exif.tobytes()
     # some releases of PIL turn a TIFF otherwise when it is read from memory, as a server does
     if isinstance(source, str) and Path(source).is_file() and given.format != TIFF:
-        picture.info[FILE] = (source, Image.MIME[given.format])
-    return picture
+        image.info[FILE] = (source, Image.MIME[given.format])
+    return image
 
 
-def picture_uri(picture: Image.Image) -> str:
-    """The file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
-    if FILE in picture.info:
-        name, kind = picture.info[FILE]
+def image_uri(image: Image.Image) -> str:
+    """Write the file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
+    if FILE in image.info:
+        name, kind = image.info[FILE]
         content = Path(name).read_bytes()
     else:
         stream, kind = io.BytesIO(), PNG
-        picture.save(stream, "PNG", exif=picture.info.get(EXIF, b""))
+        image.save(stream, "PNG", exif=image.info.get(EXIF, b""))
         content = stream.getvalue()
     return data_uri(content, kind)

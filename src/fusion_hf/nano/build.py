@@ -16,7 +16,7 @@ from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer, FusionVisi
 from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
 from fusion_hf.model.turns_fusion import describe_turns
 
-TILE_SIDE = 48  # pixels of a tile; the four tiles show the picture at twice that
+TILE_SIDE = 48  # pixels of a tile; the four tiles show the image at twice that
 EMBEDDING_STD = 0.3
 HEAD_SCALE = 0.3
 BACKGROUND = 0.9  # mean normalised value of the light backgrounds: the patch bias maps it to about zero
@@ -120,7 +120,7 @@ def _init_tower(tower: FusionVisionModel) -> None:
 
 
 def _position_waves(side: int, width: int) -> torch.Tensor:
-    """Sines and cosines of column and row `(side * side, width)`, from a quarter of a wave per picture to finer ones.
+    """Sines and cosines of column and row `(side * side, width)`, from a quarter of a wave per image to finer ones.
 
     Random vectors do not tell left from right: from them the model learns which line two shapes lie on, but not their
     order. The coarsest waves do: they grow from one edge to the other.

@@ -30,7 +30,7 @@ def generate_answers(
     The answers to each record's first question.
 
     Args:
-        images: other pictures to ask about, one per record; default: the records' own.
+        images: other images to ask about, one per record; default: the records' own.
         query_len: latent tokens per question; default: the model's.
         image_token_grid: side of the grid of image tokens; default: the model's.
     """

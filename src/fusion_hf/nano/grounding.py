@@ -1,9 +1,9 @@
-"""What `fusion-nano` learns before stage 1: which words a patch of a picture shows.
+"""What `fusion-nano` learns before stage 1: which words a patch of an image shows.
 
-FUSION begins with a SigLIP tower, which knows pictures by their words, and with an LLM, which knows words. nano begins
+FUSION begins with a SigLIP tower, which knows images by their words, and with an LLM, which knows words. nano begins
 with noise, and as long as its patches look alike to the language model, that cannot learn what the questions ask. So
-tower and projector first learn, with SigLIP's sigmoid loss and from drawn pictures, to lead each patch to the
-embeddings of the words that tell what is there. No question is read yet, and nothing but drawn pictures is seen.
+tower and projector first learn, with SigLIP's sigmoid loss and from drawn images, to lead each patch to the
+embeddings of the words that tell what is there. No question is read yet, and nothing but drawn images is seen.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ _INDEX = {word: index for index, word in enumerate(PATCH_WORDS)}
 
 
 def patch_words(spec: DrawnImage, side: int) -> np.ndarray:
-    """The words that tell what each patch of a drawn picture shows: zeros and ones `(side, side, PATCH_WORDS)`.
+    """The words that tell what each patch of a drawn image shows: zeros and ones `(side, side, PATCH_WORDS)`.
 
     These are colour, kind or letter, the written word as a whole, and of two shapes, where each is from the other.
     """
@@ -66,7 +66,7 @@ def tile_words(spec: DrawnImage, side: int) -> np.ndarray:
 
 
 class PatchDataset(Dataset):
-    """Drawn pictures and the words of their patches; `side` is a tile's side in patches."""
+    """Drawn images and the words of their patches; `side` is a tile's side in patches."""
 
     def __init__(self, specs: Sequence[DrawnImage], image_processor: FusionImageProcessor, side: int):
         self.specs, self.image_processor, self.side = specs, image_processor, side

@@ -18,12 +18,12 @@ from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, Stage, eva
 
 DATA = "data"
 VALIDATION_SAMPLE = 300  # questions of each category, asked after each stage
-CHUNK = 256  # pictures that a process draws at a time
+CHUNK = 256  # images that a process draws at a time
 
 
 @dataclass(frozen=True)
 class StageData:
-    """Which pictures one of FUSION's stages uses; to count one kind or colour among others takes longest."""
+    """Which images one of FUSION's stages uses; to count one kind or colour among others takes longest."""
 
     name: str
     stage: Stage
@@ -38,7 +38,7 @@ STAGE_DATA = (
 
 
 def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
-    """A share of each kind of picture, for a trial."""
+    """A share of each kind of image, for a trial."""
     return replace(
         mixture,
         single=round(share * mixture.single),
@@ -58,7 +58,7 @@ def validation_sample(seed: int) -> list[NanoRecord]:
 
 
 def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Path:
-    """`folder/name.json` and, under `folder/name`, each record's picture, once."""
+    """`folder/name.json` and, under `folder/name`, each record's image, once."""
     files: dict[Path | DrawnImage, str] = {}
     for record in records:
         files.setdefault(record.image, f"{name}/{len(files)}.png")
@@ -66,7 +66,7 @@ def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Pat
     first = {record.image: record for record in records}
     jobs = [(first[image], folder / file) for image, file in files.items()]
     with ProcessPoolExecutor() as pool:
-        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="picture"))
+        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="image"))
     path = folder / f"{name}.json"
     lines = [json.dumps(record.to_llava(files[record.image])) for record in records]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder of the run; the records go to its folder data")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="of the pictures, for a trial")
+    parser.add_argument("--share", type=float, default=1.0, help="of the images, for a trial")
     arguments = parser.parse_args(argv)
     folder = arguments.output / DATA
     for data in STAGE_DATA:

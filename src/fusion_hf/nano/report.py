@@ -21,7 +21,7 @@ from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.evaluate import accuracies, generate_answers
 from fusion_hf.nano.start import BATCH_SIZE, FINISHED, START
-from fusion_hf.nano.training_records import NanoRecord, easy_vqa_pictures, test_records
+from fusion_hf.nano.training_records import NanoRecord, easy_vqa_images, test_records
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Figures:
     questions: int
     seed: int
     accuracy: dict[str, float]
-    wrong_pictures: dict[str, float]
+    wrong_images: dict[str, float]
     question_only: dict[str, float]
     fewest_latents: dict[str, float]
     steps: dict[str, int]
@@ -47,7 +47,7 @@ class Figures:
 def measure(
     model: FusionForConditionalGeneration, processor: FusionProcessor, seed: int, steps: dict[str, int]
 ) -> Figures:
-    """Greedy answers to every test question: with its picture, with another one, and with the fewest latent tokens."""
+    """Greedy answers to every test question: with its image, with another one, and with the fewest latent tokens."""
     records = test_records(seed)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
     answers = generate_answers(model, processor, records)
@@ -57,7 +57,7 @@ def measure(
         questions=len(easy_vqa),
         seed=seed,
         accuracy=accuracies(records, answers),
-        wrong_pictures=accuracies(easy_vqa, wrong),
+        wrong_images=accuracies(easy_vqa, wrong),
         question_only=accuracies(easy_vqa, most_frequent_answers(easy_vqa)),
         fewest_latents=accuracies(records, fewest),
         steps=steps,
@@ -65,7 +65,7 @@ def measure(
 
 
 def shuffled(records: Sequence[NanoRecord]) -> list[NanoRecord]:
-    """For each record one about another picture, drawn at random."""
+    """For each record one about another image, drawn at random."""
     rng = random.Random(SHUFFLE_SEED)
     others = []
     for record in records:
@@ -80,8 +80,8 @@ def most_frequent_answers(records: Sequence[NanoRecord]) -> list[str]:
     """What one can answer without looking: the training split's most frequent answer to each question."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for split in ("train", "validation"):
-        for picture in easy_vqa_pictures(split):
-            for question in picture.questions:
+        for image in easy_vqa_images(split):
+            for question in image.questions:
                 counts[question.text][question.answer] += 1
     overall = Counter(answer for counter in counts.values() for answer in counter.elements())
     return [(counts[record.turns[0][0]] or overall).most_common(1)[0][0] for record in records]
@@ -112,7 +112,7 @@ def card_text(figures: Figures, parameters: int) -> str:
     ]
     table = [
         f"| {title} | {percent(f.accuracy, name)} | {percent(f.fewest_latents, name)} | "
-        f"{percent(f.wrong_pictures, name)} | {percent(f.question_only, name)} |"
+        f"{percent(f.wrong_images, name)} | {percent(f.question_only, name)} |"
         for title, name, f in rows
     ]
     titles = {"count": "how many (1 to 5)", "spatial": "left / right / above / below", "text": "a written word"}

@@ -1,6 +1,6 @@
 """A task that `fusion-nano` was never trained on, for docs/training.md: which of two shapes is smaller?
 
-`python -m fusion_hf.nano.sizes FOLDER` draws the pictures and writes `train.json` and `test.json`, in LLaVA's shape.
+`python -m fusion_hf.nano.sizes FOLDER` draws the images and writes `train.json` and `test.json`, in LLaVA's shape.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def smaller(spec: DrawnImage) -> DrawnShape | None:
 
 
 def write_split(folder: Path, split: Split, count: int) -> Path:
-    """Draw `count` pictures into `folder/split`, and write `folder/split.json` with a record for each."""
+    """Draw `count` images into `folder/split`, and write `folder/split.json` with a record for each."""
     (folder / split).mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     index = 0
-    with tqdm(total=count, desc=split, unit="picture") as bar:
+    with tqdm(total=count, desc=split, unit="image") as bar:
         while len(records) < count:
             spec = draw_spec("spatial", split, index, seed="sizes")
             index += 1
@@ -54,7 +54,7 @@ def write_split(folder: Path, split: Split, count: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pictures of two shapes, and which of them is smaller.")
+    parser = argparse.ArgumentParser(description="Images of two shapes, and which of them is smaller.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     for split, count in COUNTS.items():

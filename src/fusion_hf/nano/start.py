@@ -1,4 +1,4 @@
-"""Makes the `fusion-nano` that stage 1 starts from: tokenizer, weights, and a tower that knows pictures by words.
+"""Makes the `fusion-nano` that stage 1 starts from: tokenizer, weights, and a tower that knows images by words.
 
 Tested command: `torchrun --nproc-per-node 2 -m fusion_hf.nano.start runs/fusion-nano` (second step of `make nano`).
 """
@@ -19,7 +19,7 @@ from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.build import build_config, build_model, build_processor
 from fusion_hf.nano.grounding import PatchDataset, WordGrounding
-from fusion_hf.nano.training_records import DrawnMixture, drawn_pictures, training_texts
+from fusion_hf.nano.training_records import DrawnMixture, draw_images, training_texts
 from fusion_hf.nano.word_tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def train_grounding(
     model: FusionForConditionalGeneration, processor: FusionProcessor, output: Path, steps: int, seed: int
 ) -> None:
     """Teach tower and projector the words of patches; the model is changed in place."""
-    specs = [picture.image for picture in drawn_pictures("train", MIXTURE, f"grounding/{seed}")]
+    specs = [image.image for image in draw_images("train", MIXTURE, f"grounding/{seed}")]
     dataset = PatchDataset(
         [spec for spec in specs if isinstance(spec, DrawnImage)],
         processor.image_processor,

@@ -24,7 +24,7 @@ from fusion_hf.drawing.drawn_questions import (
 Stage = Literal["1", "1.5", "2"]
 STAGES: tuple[Stage, ...] = ("1", "1.5", "2")
 
-VALIDATION_SHARE = 0.1  # of easy-vqa's training pictures
+VALIDATION_SHARE = 0.1  # of easy-vqa's training images
 SPLIT_SEED = 20250414
 MAX_TURNS = 3
 TURN_WEIGHTS = (0.6, 0.25, 0.15)  # of conversations with at most one, two, three turns
@@ -35,7 +35,7 @@ CAPTION_PROMPTS = ("describe the picture.", "describe the image.", "what is in t
 
 @dataclass(frozen=True)
 class DescribedImage:
-    """A picture and what can be said about it. `key` identifies it across splits."""
+    """An image and what can be said about it. `key` identifies it across splits."""
 
     image: Path | DrawnImage
     category: str
@@ -46,7 +46,7 @@ class DescribedImage:
 
 @dataclass(frozen=True)
 class NanoRecord:
-    """One conversation about one picture; `turns` are (question, answer) pairs."""
+    """One conversation about one image; `turns` are (question, answer) pairs."""
 
     image: Path | DrawnImage
     turns: tuple[tuple[str, str], ...]
@@ -54,14 +54,14 @@ class NanoRecord:
     key: str
 
     def open_image(self) -> Image.Image:
-        """The picture as RGB, 64 x 64."""
+        """The image as RGB, 64 x 64."""
         if isinstance(self.image, DrawnImage):
             return self.image.render()
         with Image.open(self.image) as image:
             return image.convert("RGB")
 
     def to_llava(self, image: str | None = None) -> dict[str, Any]:
-        """The record as the training data of LLaVA is shaped, with a file's name or a PIL image as the picture."""
+        """The record as the training data of LLaVA is shaped, with a file's name or a PIL image as the image."""
         conversations = []
         for index, (question, answer) in enumerate(self.turns):
             mark = "<image>\n" if index == 0 else ""
@@ -72,7 +72,7 @@ class NanoRecord:
 
 @dataclass(frozen=True)
 class DrawnMixture:
-    """How many drawn pictures of each category a stage uses, and which share of easy-vqa's pictures."""
+    """How many drawn images of each category a stage uses, and which share of easy-vqa's images."""
 
     single: int = 6000
     count: int = 5000
@@ -89,8 +89,8 @@ def stage_records(
 ) -> list[NanoRecord]:
     """The shuffled records of a training stage.
 
-    Stage 1: one caption per picture. Stage 1.5: one caption and one conversation per picture. Stage 2: conversations
-    that use every question of every picture. Each stage draws its own pictures.
+    Stage 1: one caption per image. Stage 1.5: one caption and one conversation per image. Stage 2: conversations
+    that use every question of every image. Each stage draws its own images.
 
     Raises:
         ValueError: if the stage or the split is unknown.
@@ -99,47 +99,47 @@ def stage_records(
         raise ValueError(f"stage is {stage!r}, allowed are {', '.join(STAGES)}")
     mixture = mixture or DrawnMixture()
     rng = random.Random(f"records/{stage}/{split}/{seed}")
-    real = easy_vqa_pictures(split)
-    pictures = rng.sample(real, round(mixture.easy_vqa * len(real)))
-    pictures += drawn_pictures(split, mixture, seed=f"stage {stage}/{seed}")
+    real = easy_vqa_images(split)
+    images = rng.sample(real, round(mixture.easy_vqa * len(real)))
+    images += draw_images(split, mixture, seed=f"stage {stage}/{seed}")
     records: list[NanoRecord] = []
     if stage != "2":
-        records += caption_records(pictures, rng)
+        records += caption_records(images, rng)
     if stage != "1":
-        conversations_per_picture = 1 if stage == "1.5" else None
-        records += question_records(pictures, rng, conversations_per_picture)
+        conversations_per_image = 1 if stage == "1.5" else None
+        records += question_records(images, rng, conversations_per_image)
     rng.shuffle(records)
     return records
 
 
 def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[NanoRecord]:
-    """Single questions for choosing settings: all of easy-vqa's split, and `drawn` pictures of each other category."""
-    return _single_questions(easy_vqa_pictures(split) + _drawn_for_evaluation(split, seed, drawn))
+    """Single questions for choosing settings: all of easy-vqa's split, and `drawn` images of each other category."""
+    return _single_questions(easy_vqa_images(split) + _drawn_for_evaluation(split, seed, drawn))
 
 
 def test_records(seed: int = 0, drawn: int = 1000) -> list[NanoRecord]:
-    """Single questions for the final figures only: easy-vqa's test questions, and `drawn` pictures per category."""
-    easy_vqa = [_easy_vqa_picture(picture, "test") for picture in read_easy_vqa("test")]
+    """Single questions for the final figures only: easy-vqa's test questions, and `drawn` images per category."""
+    easy_vqa = [_easy_vqa_image(image, "test") for image in read_easy_vqa("test")]
     return _single_questions(easy_vqa + _drawn_for_evaluation("test", seed, drawn))
 
 
-def easy_vqa_pictures(split: Literal["train", "validation"]) -> list[DescribedImage]:
-    """easy-vqa's training pictures, split by picture (VALIDATION_SHARE of them are for validation).
+def easy_vqa_images(split: Literal["train", "validation"]) -> list[DescribedImage]:
+    """easy-vqa's training images, split by image (VALIDATION_SHARE of them are for validation).
 
     Raises:
-        ValueError: if the split is unknown. The test pictures are reached through `test_records` alone.
+        ValueError: if the split is unknown. The test images are reached through `test_records` alone.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}, allowed are train, validation")
-    pictures = read_easy_vqa("train")
-    count = round(VALIDATION_SHARE * len(pictures))
-    held_out = set(random.Random(SPLIT_SEED).sample([picture.image_id for picture in pictures], count))
+    images = read_easy_vqa("train")
+    count = round(VALIDATION_SHARE * len(images))
+    held_out = set(random.Random(SPLIT_SEED).sample([image.image_id for image in images], count))
     wanted = split == "validation"
-    return [_easy_vqa_picture(picture, "train") for picture in pictures if (picture.image_id in held_out) == wanted]
+    return [_easy_vqa_image(image, "train") for image in images if (image.image_id in held_out) == wanted]
 
 
-def drawn_pictures(split: Split, mixture: DrawnMixture, seed: int | str) -> list[DescribedImage]:
-    """The drawn pictures of a split; other seeds give other pictures."""
+def draw_images(split: Split, mixture: DrawnMixture, seed: int | str) -> list[DescribedImage]:
+    """The drawn images of a split; other seeds give other images."""
     amounts: dict[Category, int] = {
         "single": mixture.single,
         "count": mixture.count,
@@ -147,28 +147,28 @@ def drawn_pictures(split: Split, mixture: DrawnMixture, seed: int | str) -> list
         "text": mixture.text,
     }
     return [
-        _drawn_picture(category, split, index, seed) for category in CATEGORIES for index in range(amounts[category])
+        _drawn_image(category, split, index, seed) for category in CATEGORIES for index in range(amounts[category])
     ]
 
 
-def caption_records(pictures: Iterable[DescribedImage], rng: random.Random) -> list[NanoRecord]:
-    """One caption per picture; pictures whose content is not known (a few of easy-vqa) are left out."""
+def caption_records(images: Iterable[DescribedImage], rng: random.Random) -> list[NanoRecord]:
+    """One caption per image; images whose content is not known (a few of easy-vqa) are left out."""
     return [
-        NanoRecord(picture.image, ((rng.choice(CAPTION_PROMPTS), picture.caption),), picture.category, picture.key)
-        for picture in pictures
-        if picture.caption is not None
+        NanoRecord(image.image, ((rng.choice(CAPTION_PROMPTS), image.caption),), image.category, image.key)
+        for image in images
+        if image.caption is not None
     ]
 
 
 def question_records(
-    pictures: Iterable[DescribedImage], rng: random.Random, conversations_per_picture: int | None = None
+    images: Iterable[DescribedImage], rng: random.Random, conversations_per_image: int | None = None
 ) -> list[NanoRecord]:
-    """Conversations about each picture: all of its questions, or the first few conversations only."""
+    """Conversations about each image: all of its questions, or the first few conversations only."""
     records = []
-    for picture in pictures:
-        for turns in group_turns(picture.questions, rng)[:conversations_per_picture]:
+    for image in images:
+        for turns in group_turns(image.questions, rng)[:conversations_per_image]:
             texts = tuple((casual(question.text, rng, CASUAL_SHARE), question.answer) for question in turns)
-            records.append(NanoRecord(picture.image, texts, picture.category, picture.key))
+            records.append(NanoRecord(image.image, texts, image.category, image.key))
     return records
 
 
@@ -193,33 +193,33 @@ def training_texts(seed: int = 0, mixture: DrawnMixture | None = None) -> list[s
     return [text for record in records for turn in record.turns for text in turn]
 
 
-def _drawn_picture(category: Category, split: Split, index: int, seed: int | str) -> DescribedImage:
+def _drawn_image(category: Category, split: Split, index: int, seed: int | str) -> DescribedImage:
     spec = draw_spec(category, split, index, seed)
     key = f"{category}/{split}/{seed}/{index}"
     questions = drawn_questions(spec, random.Random(f"questions/{key}"))
     return DescribedImage(spec, category, key, questions, drawn_caption(spec))
 
 
-def _easy_vqa_picture(picture: EasyVqaImage, part: Literal["train", "test"]) -> DescribedImage:
-    questions = tuple(parse_easy_vqa(text, answer) for text, answer in picture.questions)
-    key = f"easy-vqa/{part}/{picture.image_id}"
-    return DescribedImage(picture.path, "easy-vqa", key, questions, easy_vqa_caption(questions))
+def _easy_vqa_image(image: EasyVqaImage, part: Literal["train", "test"]) -> DescribedImage:
+    questions = tuple(parse_easy_vqa(text, answer) for text, answer in image.questions)
+    key = f"easy-vqa/{part}/{image.image_id}"
+    return DescribedImage(image.path, "easy-vqa", key, questions, easy_vqa_caption(questions))
 
 
 def _drawn_for_evaluation(split: Split, seed: int, amount: int) -> list[DescribedImage]:
-    """Pictures of the categories that easy-vqa does not have, each with one question of its own category."""
+    """Images of the categories that easy-vqa does not have, each with one question of its own category."""
     mixture = DrawnMixture(single=0, count=amount, spatial=amount, text=amount)
     rng = random.Random(f"evaluation/{split}/{seed}")
     chosen = []
-    for picture in drawn_pictures(split, mixture, seed=f"evaluation/{seed}"):
-        own = [question for question in picture.questions if question.asks == OWN_ATTRIBUTES[picture.category]]
-        chosen.append(replace(picture, questions=(rng.choice(own),)))
+    for image in draw_images(split, mixture, seed=f"evaluation/{seed}"):
+        own = [question for question in image.questions if question.asks == OWN_ATTRIBUTES[image.category]]
+        chosen.append(replace(image, questions=(rng.choice(own),)))
     return chosen
 
 
-def _single_questions(pictures: Iterable[DescribedImage]) -> list[NanoRecord]:
+def _single_questions(images: Iterable[DescribedImage]) -> list[NanoRecord]:
     return [
-        NanoRecord(picture.image, ((question.text, question.answer),), picture.category, picture.key)
-        for picture in pictures
-        for question in picture.questions
+        NanoRecord(image.image, ((question.text, question.answer),), image.category, image.key)
+        for image in images
+        for question in image.questions
     ]

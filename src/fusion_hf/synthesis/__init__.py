@@ -1,1 +1,1 @@
-"""The data engine: captions to descriptions, pictures, questions and answers, filtered and written to train on."""
+"""The data engine: captions to descriptions, images, questions and answers, filtered and written to train on."""

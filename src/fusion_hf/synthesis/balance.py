@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from fusion_hf.synthesis.choices import plain
-from fusion_hf.synthesis.filters.base import said
+from fusion_hf.synthesis.filters.base import plain_turn
 from fusion_hf.synthesis.filters.mentions import (
     asked_color,
     asked_counts,
@@ -14,7 +14,7 @@ from fusion_hf.synthesis.filters.mentions import (
     unquoted,
 )
 from fusion_hf.synthesis.filters.words import ARTICLES, color_of, is_word, number_at, tokens
-from fusion_hf.synthesis.record import Turn
+from fusion_hf.synthesis.synth_record import RecordTurn
 
 FORM_WORDS = 3  # at the beginning of a question, that make its form
 SHORT_FORMS = (("how", "many"), ("is", "there"), ("are", "there"))  # whose next word is what is asked for
@@ -51,14 +51,14 @@ def question_form(question: str) -> str:
     return " ".join(words)
 
 
-def answer_value(turn: Turn) -> str:
+def answer_value(turn: RecordTurn) -> str:
     """
     Return what an answer says, in the same words for a word, a phrase and a sentence where that can be known.
 
     Returns:
         "yes" or "no", a number in digits, a colour, a short answer in lower case, or `LONGER`.
     """
-    question, answer = said(turn)
+    question, answer = plain_turn(turn)
     parts = tokens(answer)
     if parts[:1] in (("yes",), ("no",)) and not asked_counts(question):
         return parts[0]
@@ -76,9 +76,9 @@ def answer_value(turn: Turn) -> str:
     return " ".join(words) if 0 < len(words) <= ANSWER_WORDS and not sentence else LONGER
 
 
-def count_answers(found: Answers, turn: Turn) -> None:
+def count_answers(found: Answers, turn: RecordTurn) -> None:
     """Add the answer of a turn to the counts of its form."""
-    question, _ = said(turn)
+    question, _ = plain_turn(turn)
     _add(found, question_form(question), answer_value(turn), 1)
 
 

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "categories"
 DESCRIBE_NAMES = frozenset({"caption"})
 CHECK_NAMES = frozenset({"description", "conversation"})
 MOST_SCORE = 5  # of a judge
-QA_NAMES = {1: frozenset({"description", "style"}), 2: frozenset({"first", "second", "style"})}  # by pictures
+QA_NAMES = {1: frozenset({"description", "style"}), 2: frozenset({"first", "second", "style"})}  # by images
 
 
 def _text(value: str) -> str:
@@ -130,7 +130,7 @@ class Category:
 
     Attributes:
         stage: of training, "1" or "1.5".
-        pictures: 1, or 2 for a pair that is composed into one.
+        pictures: images of a record: 1, or 2 for a pair that is composed into one.
         share: of the records of the mix of all categories.
         schema: name of the writer's answer in `synthesis.schemas`.
         describe_prompt: of the scene description; has `$caption`.
@@ -138,7 +138,7 @@ class Category:
         styles: one of them is drawn for each record.
         rules: settings of filters by their name.
         judge: what a language model scores.
-        image_check: what a vision-language model scores, with the picture before it.
+        image_check: what a vision-language model scores, with the image before it.
     """
 
     name: str
@@ -167,7 +167,7 @@ class Category:
         The prompt that asks for questions and answers, in a style drawn by the seed.
 
         Raises:
-            ValueError: if there is not one description for each picture.
+            ValueError: if there is not one description for each image.
         """
         if len(descriptions) != self.pictures:
             raise ValueError(f"{self.name} has {len(descriptions)} descriptions; allowed: {self.pictures}")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from fusion_hf.synthesis.record import Turn
+from fusion_hf.synthesis.synth_record import RecordTurn
 
 LETTERS = "ABCDEFGH"
 _OPTION = re.compile(r"^\s*\(?([A-Ha-h])[.):]\s*(.*?)\s*$")
@@ -28,15 +28,15 @@ class Choice:
     def letter(self) -> str:
         return LETTERS[self.answer]
 
-    def turn(self) -> Turn:
-        """As text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
+    def turn(self) -> RecordTurn:
+        """Write as text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         answer = f"{self.letter}. {self.options[self.answer]}" if self.with_text else self.letter
-        return Turn("\n".join([self.stem, *lines]), answer + self.rest)
+        return RecordTurn("\n".join([self.stem, *lines]), answer + self.rest)
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:
-    """The stem and the options of a question; no options if there are not two or more lines A, B, ... at its end."""
+    """Split a question into stem and options; there are none without two or more lines A, B, ... at its end."""
     lines = question.rstrip().split("\n")
     options: list[str] = []
     while lines and (match := _OPTION.match(lines[-1])):
@@ -48,8 +48,8 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
     return question, ()
 
 
-def parse_choice(turn: Turn) -> Choice | str:
-    """The choice of a turn, or in words why there is none."""
+def parse_choice(turn: RecordTurn) -> Choice | str:
+    """Parse the choice of a turn; a text says why there is none."""
     stem, options = split_options(turn.question)
     if not options:
         return "the question has no options A, B, ... one a line"
@@ -73,7 +73,7 @@ def parse_choice(turn: Turn) -> Choice | str:
 
 
 def plain(text: str) -> str:
-    """Lower case, without punctuation and repeated spaces."""
+    """Write in lower case, without punctuation and repeated spaces."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 

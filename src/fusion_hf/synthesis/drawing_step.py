@@ -8,10 +8,10 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.synthesis.documents import to_document
-from fusion_hf.synthesis.image_files import compose_pair, encode_png
 from fusion_hf.synthesis.image_generation import MODEL, SEED
+from fusion_hf.synthesis.png_files import compose_pair, encode_png
 from fusion_hf.synthesis.pool import spread_categories, task_size
+from fusion_hf.synthesis.record_documents import to_document
 
 BACKEND = "procedural"
 

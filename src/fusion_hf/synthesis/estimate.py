@@ -6,7 +6,7 @@ from math import floor
 from typing import Any
 
 from fusion_hf.synthesis.category import Category, load_categories
-from fusion_hf.synthesis.config import Config, Endpoint
+from fusion_hf.synthesis.run_config import EndpointSettings, SynthesisConfig
 
 CHARACTERS_PER_TOKEN = 4  # of English in the vocabularies of large models
 TOKENS_PER_WORD = 1.35
@@ -21,7 +21,7 @@ class Estimate:
     """
     Attributes:
         requests, input_tokens, output_tokens: of the language model, if each first answer is valid.
-        pictures: if nothing is rejected before them.
+        images: if nothing is rejected before them.
         cost, hours: None where the config does not say what is needed for it.
         missing: keys of the config that would say it.
     """
@@ -30,18 +30,18 @@ class Estimate:
     requests: int
     input_tokens: int
     output_tokens: int
-    pictures: int
+    images: int
     cost: float | None
     hours: float | None
     missing: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Write the estimate for a terminal."""
         mix = ", ".join(f"{name} {number:,}" for name, number in self.records.items())
         lines = [f"records: {sum(self.records.values()):,} ({mix})"]
         lines.append(
             f"requests: {self.requests:,}, about {self.input_tokens:,} tokens in and {self.output_tokens:,} out; "
-            f"pictures: {self.pictures:,}"
+            f"images: {self.images:,}"
         )
         cost = "unknown" if self.cost is None else f"about {self.cost:,.2f}"
         hours = "unknown" if self.hours is None else f"about {self.hours:,.2f} hours"
@@ -51,8 +51,8 @@ class Estimate:
         return lines
 
 
-def make_estimate(config: Config) -> Estimate:
-    """Of the whole run, from its beginning."""
+def make_estimate(config: SynthesisConfig) -> Estimate:
+    """Estimate the whole run, from its beginning."""
     records = split_records(config.records, config.shares)
     if config.backend == "procedural":
         return Estimate(records, 0, 0, 0, 0, 0.0, None, ())
@@ -61,17 +61,17 @@ def make_estimate(config: Config) -> Estimate:
     for name, number in records.items():
         for place, amount in enumerate(_per_record(known[name])):
             totals[place] += round(number * amount)
-    input_tokens, output_tokens, pictures = totals
-    cost, cost_missing = _cost(config, input_tokens, output_tokens, pictures)
-    hours, time_missing = _hours(config, output_tokens, pictures)
+    input_tokens, output_tokens, images = totals
+    cost, cost_missing = _cost(config, input_tokens, output_tokens, images)
+    hours, time_missing = _hours(config, output_tokens, images)
     requests = 2 * sum(records.values())
     return Estimate(
-        records, requests, input_tokens, output_tokens, pictures, cost, hours, (*cost_missing, *time_missing)
+        records, requests, input_tokens, output_tokens, images, cost, hours, (*cost_missing, *time_missing)
     )
 
 
 def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """How many of `total` each share gets: rounded down, and one more where that has cut off most."""
+    """Divide `total` by shares: rounded down, and one more where that has cut off most."""
     counts = {name: floor(total * share) for name, share in shares.items()}
     most_cut = sorted(shares, key=lambda name: counts[name] - total * shares[name])
     for name in most_cut[: total - sum(counts.values())]:
@@ -80,7 +80,7 @@ def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def _per_record(category: Category) -> tuple[float, float, int]:
-    """Tokens in, tokens out, pictures."""
+    """Tokens in, tokens out, images."""
     words = {name: _words(category, name) for name in DEFAULT_WORDS}
     turns = (category.turns.least + category.turns.most) / 2
     described = words["description"] * TOKENS_PER_WORD * category.pictures
@@ -96,10 +96,10 @@ def _words(category: Category, name: str) -> float:
 
 
 def _cost(
-    config: Config, input_tokens: int, output_tokens: int, pictures: int
+    config: SynthesisConfig, input_tokens: int, output_tokens: int, drawn: int
 ) -> tuple[float | None, tuple[str, ...]]:
     writer, images = config.writer, config.images
-    assert isinstance(writer, Endpoint) and images is not None, "checked by Config"
+    assert isinstance(writer, EndpointSettings) and images is not None, "checked by SynthesisConfig"
     prices = {
         "writer.price_per_million_input": writer.price_per_million_input,
         "writer.price_per_million_output": writer.price_per_million_output,
@@ -107,13 +107,13 @@ def _cost(
     }
     if missing := tuple(name for name, price in prices.items() if price is None):
         return None, missing
-    reading, writing, picture = (price or 0.0 for price in prices.values())
-    return (input_tokens * reading + output_tokens * writing) / MILLION + pictures * picture, ()
+    reading, writing, image = (price or 0.0 for price in prices.values())
+    return (input_tokens * reading + output_tokens * writing) / MILLION + drawn * image, ()
 
 
-def _hours(config: Config, output_tokens: int, pictures: int) -> tuple[float | None, tuple[str, ...]]:
+def _hours(config: SynthesisConfig, output_tokens: int, drawn: int) -> tuple[float | None, tuple[str, ...]]:
     writer, images, executor = config.writer, config.images, config.executor
-    assert isinstance(writer, Endpoint) and images is not None, "checked by Config"
+    assert isinstance(writer, EndpointSettings) and images is not None, "checked by SynthesisConfig"
     rates = {
         "writer.tokens_per_second": writer.tokens_per_second,
         "images.seconds_per_picture": images.seconds_per_picture,
@@ -122,5 +122,5 @@ def _hours(config: Config, output_tokens: int, pictures: int) -> tuple[float | N
         return None, missing
     tokens_per_second, seconds_per_picture = (rate or 0.0 for rate in rates.values())
     at_a_time = executor.tasks if executor.workers == -1 else min(executor.workers, executor.tasks)
-    seconds = output_tokens / tokens_per_second + pictures * seconds_per_picture / at_a_time
+    seconds = output_tokens / tokens_per_second + drawn * seconds_per_picture / at_a_time
     return seconds / SECONDS_PER_HOUR, ()

@@ -4,6 +4,7 @@ import inspect
 import io
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
+from functools import partial
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -11,8 +12,8 @@ from datatrove.executor.base import PipelineExecutor
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import check_keys
-from fusion_hf.synthesis.config import Executor
-from fusion_hf.synthesis.stages import Folders, Stage
+from fusion_hf.synthesis.run_config import ExecutorSettings
+from fusion_hf.synthesis.stages import RunFolders, Stage
 
 JOB = "synth-{}"
 # a stage whose predecessor failed would wait in Slurm's queue for ever
@@ -26,7 +27,7 @@ class TaskFailed(RuntimeError):
     """A task did not end; its message says why, in a form that passes between processes."""
 
 
-class _Nowhere(io.TextIOBase):
+class _NullStream(io.TextIOBase):
     """A stream that keeps nothing. It is never closed: loguru goes on writing to it."""
 
     def write(self, text: str) -> int:
@@ -34,13 +35,20 @@ class _Nowhere(io.TextIOBase):
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, whose logs are in its folder alone if it is quiet."""
+    """
+    datatrove's executor for this machine.
 
-    quiet = True
+    Args:
+        quiet: keep its logs in their folder alone.
+    """
+
+    def __init__(self, *arguments: Any, quiet: bool):
+        super().__init__(*arguments)
+        self.quiet = quiet
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
-            with redirect_stderr(_Nowhere()) if self.quiet else nullcontext():
+            with redirect_stderr(_NullStream()) if self.quiet else nullcontext():
                 return super()._run_for_rank(rank, local_rank, node_rank)
         except InputError:  # it passes between processes, and no other start of the same run fares better
             raise
@@ -50,34 +58,29 @@ class LocalExecutor(LocalPipelineExecutor):
 
 
 def make_executors(
-    settings: Executor, stages: list[Stage], folders: Folders, quiet: bool = True
+    settings: ExecutorSettings, stages: list[Stage], folders: RunFolders, quiet: bool = True
 ) -> list[PipelineExecutor]:
     """
-    One executor for each stage, in their order. Those of Slurm depend on each other.
+    Make one executor for each stage, in their order. Those of Slurm depend on each other.
 
     Raises:
         InputError: for an option that the executor does not have, or a stage that there is not.
     """
     check_keys(settings.stages, [stage.name for stage in stages], "executor.stages")
-    make = {"local": _local if quiet else _loud_local, "slurm": _slurm, "ray": _ray}[settings.kind]
+    kinds: dict[str, Callable[..., PipelineExecutor]]
+    kinds = {"local": partial(_local, quiet=quiet), "slurm": _slurm, "ray": _ray}
     executors: list[PipelineExecutor] = []
     for stage in stages:
-        executors.append(make(settings, stage, folders, executors[-1] if executors else None))
+        executors.append(kinds[settings.kind](settings, stage, folders, executors[-1] if executors else None))
     return executors
 
 
-def _local(settings: Executor, stage: Stage, folders: Folders, _: Any) -> PipelineExecutor:
+def _local(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any, *, quiet: bool) -> PipelineExecutor:
     workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
-    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)))
+    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)), quiet=quiet)
 
 
-def _loud_local(settings: Executor, stage: Stage, folders: Folders, before: Any) -> PipelineExecutor:
-    executor = _local(settings, stage, folders, before)
-    executor.quiet = False
-    return executor
-
-
-def _slurm(settings: Executor, stage: Stage, folders: Folders, before: Any) -> PipelineExecutor:
+def _slurm(settings: ExecutorSettings, stage: Stage, folders: RunFolders, before: Any) -> PipelineExecutor:
     options = _options(SlurmPipelineExecutor, settings, stage)
     options["sbatch_args"] = {**SLURM_DEFAULTS, **options.get("sbatch_args", {})}
     if "env_command" in options or not {"condaenv", "venv_path"} & options.keys():
@@ -93,13 +96,13 @@ def _slurm(settings: Executor, stage: Stage, folders: Folders, before: Any) -> P
     )
 
 
-def _ray(settings: Executor, stage: Stage, folders: Folders, _: Any) -> PipelineExecutor:
+def _ray(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any) -> PipelineExecutor:
     options = _options(RayPipelineExecutor, settings, stage)
     logs = str(folders.logs(stage.name).absolute())
     return RayPipelineExecutor(stage.steps, stage.tasks, settings.workers, logging_dir=logs, **options)
 
 
-def _options(kind: Callable[..., Any], settings: Executor, stage: Stage) -> dict[str, Any]:
+def _options(kind: Callable[..., Any], settings: ExecutorSettings, stage: Stage) -> dict[str, Any]:
     allowed = [name for name in inspect.signature(kind).parameters if name not in OURS]
     given: Mapping[str, Any] = settings.stages.get(stage.name, {})
     check_keys(settings.options, allowed, "executor.options")

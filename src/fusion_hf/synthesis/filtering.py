@@ -9,17 +9,17 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.documents import TASK, put_record, record_of
 from fusion_hf.synthesis.filters import Filter, build_filters, first_problem
-from fusion_hf.synthesis.filters.across import DuplicateQuestions
+from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
 from fusion_hf.synthesis.filters.options import balance_options
 from fusion_hf.synthesis.progress import Progress
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 
 @cache
 def filters_of(category: str) -> list[Filter]:
-    """The filters of a category, in the order in which they look."""
+    """Build the filters of a category, in the order in which they look."""
     return build_filters(load_categories()[category])
 
 
@@ -37,7 +37,7 @@ class FilterRecords(PipelineStep):
         self.progress = progress
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        duplicates = DuplicateQuestions()
+        duplicates = DuplicateQuestionsFilter()
         for document in data:
             record = record_of(document)
             record = first_problem(record, [*filters_of(record.category), duplicates])

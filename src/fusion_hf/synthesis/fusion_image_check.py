@@ -8,10 +8,10 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.config import ImageCheck
-from fusion_hf.synthesis.documents import TASK, put_record, record_of
 from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
 from fusion_hf.synthesis.rollouts import ImageJudgeRollout
+from fusion_hf.synthesis.run_config import ImageCheckSettings
 from fusion_hf.synthesis.verdicts import fill_rubric, verdict_problem
 
 NANO = "nano"  # stands for the bundled model
@@ -29,7 +29,7 @@ class FusionImageCheck(PipelineStep):
     name = "Look with FUSION"
     type = "Filter"
 
-    def __init__(self, settings: ImageCheck, images: Path, progress: Progress):
+    def __init__(self, settings: ImageCheckSettings, images: Path, progress: Progress):
         super().__init__()
         self.settings, self.images, self.progress = settings, images, progress
 

@@ -1,4 +1,4 @@
-"""The step from descriptions to pictures: a diffusers pipeline or an images endpoint; files whole or absent."""
+"""The step from descriptions to images: a diffusers pipeline or an images endpoint; files whole or absent."""
 
 import asyncio
 import base64
@@ -20,12 +20,12 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
-from fusion_hf.synthesis.config import Images
-from fusion_hf.synthesis.documents import TASK, put_record, record_of
-from fusion_hf.synthesis.image_files import compose_pair, encode_png, read_texts
+from fusion_hf.synthesis.png_files import compose_pair, encode_png, read_texts
 from fusion_hf.synthesis.progress import Progress
-from fusion_hf.synthesis.record import Origin, SynthRecord
+from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
+from fusion_hf.synthesis.run_config import ImageSettings
 from fusion_hf.synthesis.structured_answers import hash_prompt
+from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
 
 STEP = "make_image"
 RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -38,29 +38,29 @@ INSTALL = "pip install 'fusion_hf[synth]'"
 
 
 @dataclass(frozen=True)
-class Order:
-    """One picture to be made."""
+class ImageRequest:
+    """One image to be made."""
 
     file: str
     prompt: str
     seed: int
 
-    def texts(self, settings: Images) -> dict[str, str]:
-        """What the PNG says about itself; a file that says otherwise is another picture."""
+    def texts(self, settings: ImageSettings) -> dict[str, str]:
+        """Write what the PNG says about itself; a file that says otherwise is another image."""
         size = f"{settings.width}x{settings.height}, {settings.steps} steps, guidance {settings.guidance:g}"
         extra = "".join(f", {name}={value!r}" for name, value in sorted(settings.arguments.items()))
         return {MODEL: settings.model, PROMPT: self.prompt, SEED: str(self.seed), SETTINGS: size + extra}
 
 
-class Maker(Protocol):
-    """What makes pictures; None in place of one that it refuses, with the reason beside it."""
+class ImageGenerator(Protocol):
+    """What makes images; None in place of one that it refuses, with the reason beside it."""
 
-    def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]": ...
+    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]": ...
 
 
 def file_names(record: SynthRecord) -> tuple[str, ...]:
     """
-    Names of a record's pictures, relative to the folder of pictures.
+    Name the files of a record's images, relative to the folder of images.
 
     Raises:
         ValueError: if its id cannot be a part of a file's name.
@@ -71,7 +71,7 @@ def file_names(record: SynthRecord) -> tuple[str, ...]:
     return tuple(f"{folder}/{record.id}-{number}.png" for number in range(len(record.descriptions)))
 
 
-class DiffusersMaker:
+class DiffusersGenerator:
     """
     A text-to-image pipeline of diffusers.
 
@@ -82,7 +82,7 @@ class DiffusersMaker:
         InputError: if it cannot be loaded.
     """
 
-    def __init__(self, settings: Images, task: int = 0):
+    def __init__(self, settings: ImageSettings, task: int = 0):
         try:
             import torch
             from diffusers import DiffusionPipeline
@@ -109,11 +109,11 @@ class DiffusersMaker:
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.settings, self.torch = pipeline, settings, torch
 
-    def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
-        """The pictures of a batch; a seed is that of one picture, not of the batch."""
-        generators = [self.torch.Generator("cpu").manual_seed(order.seed) for order in orders]
+    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+        """Generate the images of a batch; a seed is that of one image, not of the batch."""
+        generators = [self.torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         made = self.pipeline(
-            prompt=[order.prompt for order in orders],
+            prompt=[request.prompt for request in requests],
             width=self.settings.width,
             height=self.settings.height,
             num_inference_steps=self.settings.steps,
@@ -122,14 +122,14 @@ class DiffusersMaker:
             output_type="pil",
             **self.settings.arguments,
         )
-        return [picture.convert("RGB") for picture in made.images]
+        return [image.convert("RGB") for image in made.images]
 
 
-class EndpointMaker:
-    """An endpoint with OpenAI's images API. Pictures come in the response: an address in it is not followed."""
+class EndpointGenerator:
+    """An endpoint with OpenAI's images API. Images come in the response: an address in it is not followed."""
 
-    def __init__(self, settings: Images):
-        assert settings.url is not None, "checked by Images"
+    def __init__(self, settings: ImageSettings):
+        assert settings.url is not None, "checked by ImageSettings"
         self.settings = settings
         self.url = endpoint_url(settings.url, IMAGES)
         self.client = EndpointClient(
@@ -141,24 +141,24 @@ class EndpointMaker:
             alive_since_begin=True,
         )
 
-    def make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
-        """One request for each, all at a time."""
-        return asyncio.run(self._make(orders))
+    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+        """Send one request for each, all at a time."""
+        return asyncio.run(self._generate(requests))
 
-    async def _make(self, orders: Sequence[Order]) -> "list[Image.Image | str]":
+    async def _generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
         try:
-            return list(await asyncio.gather(*map(self._one, orders)))
+            return list(await asyncio.gather(*map(self._one, requests)))
         finally:
             await self.client.close()
 
-    async def _one(self, order: Order) -> "Image.Image | str":
+    async def _one(self, request: ImageRequest) -> "Image.Image | str":
         payload = {
             "model": self.settings.model,
-            "prompt": order.prompt,
+            "prompt": request.prompt,
             "size": f"{self.settings.width}x{self.settings.height}",
             "n": 1,
             "response_format": "b64_json",
-            "seed": order.seed,
+            "seed": request.seed,
             **self.settings.arguments,
         }
         try:
@@ -179,37 +179,37 @@ def _decode(content: bytes) -> "Image.Image | str":
         return f"the image cannot be used: {error.reason}"
 
 
-def make_maker(settings: Images, task: int = 0) -> Maker:
-    """The one that the settings name."""
-    return DiffusersMaker(settings, task) if settings.kind == "diffusers" else EndpointMaker(settings)
+def make_generator(settings: ImageSettings, task: int = 0) -> ImageGenerator:
+    """Make the one that the settings name."""
+    return DiffusersGenerator(settings, task) if settings.kind == "diffusers" else EndpointGenerator(settings)
 
 
-class MakeImage(PipelineStep):
+class MakeImages(PipelineStep):
     """
-    Makes the pictures of the records that are not rejected. What is there, by the texts in it, is not made again.
+    Makes the images of the records that are not rejected. What is there, by the texts in it, is not made again.
 
-    Batches are always the same records, made as a whole if one of their pictures is missing: rounding in a batch may
+    Batches are always the same records, made as a whole if one of their images is missing: rounding in a batch may
     depend on who is in it, and a run that was killed is to end with the same bytes.
     """
 
     name = "Make image"
     type = "Pictures"
 
-    def __init__(self, settings: Images, folder: Path, progress: Progress):
+    def __init__(self, settings: ImageSettings, folder: Path, progress: Progress):
         super().__init__()
         self.settings = settings
         self.folder = folder
         self.progress = progress
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        maker: Maker | None = None
+        generator: ImageGenerator | None = None
         documents = iter(data)
         while batch := list(islice(documents, self.settings.batch_size)):
-            orders = [order for document in batch for order in self._orders(record_of(document))]
-            if not all(self._is_there(order) for order in orders):
-                maker = make_maker(self.settings, rank) if maker is None else maker
+            requests = [request for document in batch for request in self._requests(record_of(document))]
+            if not all(self._is_there(request) for request in requests):
+                generator = make_generator(self.settings, rank) if generator is None else generator
                 with self.track_time(unit="batch"):
-                    self._make(maker, orders)
+                    self._make(generator, requests)
             for document in batch:
                 record = self._with_images(record_of(document))
                 put_record(document, record)
@@ -217,48 +217,48 @@ class MakeImage(PipelineStep):
                 yield document
         self.progress.flush()
 
-    def _orders(self, record: SynthRecord) -> list[Order]:
+    def _requests(self, record: SynthRecord) -> list[ImageRequest]:
         if record.rejection is not None:
             return []
         # a pair has one seed: what is alike in its descriptions is to look alike
         pairs = zip(file_names(record), record.descriptions, strict=True)
-        return [Order(file, prompt, record.seed) for file, prompt in pairs]
+        return [ImageRequest(file, prompt, record.seed) for file, prompt in pairs]
 
-    def _make(self, maker: Maker, orders: list[Order]) -> None:
+    def _make(self, generator: ImageGenerator, requests: list[ImageRequest]) -> None:
         """Pairs make a batch longer than its size: it is cut again."""
-        for begin in range(0, len(orders), self.settings.batch_size):
-            part = orders[begin : begin + self.settings.batch_size]
-            for order, made in zip(part, maker.make(part), strict=True):
-                self._save(order, _checked(made))
+        for begin in range(0, len(requests), self.settings.batch_size):
+            part = requests[begin : begin + self.settings.batch_size]
+            for request, made in zip(part, generator.generate(part), strict=True):
+                self._save(request, _checked(made))
 
-    def _save(self, order: Order, made: "Image.Image | str") -> None:
-        path = self.folder / order.file
+    def _save(self, request: ImageRequest, made: "Image.Image | str") -> None:
+        path = self.folder / request.file
         if isinstance(made, str):
             write_atomically(path.with_suffix(".txt"), made.encode())
-        elif not self._is_there(order):
-            write_atomically(path, encode_png(made, order.texts(self.settings)))
+        elif not self._is_there(request):
+            write_atomically(path, encode_png(made, request.texts(self.settings)))
 
-    def _is_there(self, order: Order) -> bool:
-        path = self.folder / order.file
-        return path.with_suffix(".txt").exists() or read_texts(path) == order.texts(self.settings)
+    def _is_there(self, request: ImageRequest) -> bool:
+        path = self.folder / request.file
+        return path.with_suffix(".txt").exists() or read_texts(path) == request.texts(self.settings)
 
     def _with_images(self, record: SynthRecord) -> SynthRecord:
-        orders = self._orders(record)
-        if not orders:
+        requests = self._requests(record)
+        if not requests:
             return record
-        for order in orders:
-            note = (self.folder / order.file).with_suffix(".txt")
+        for request in requests:
+            note = (self.folder / request.file).with_suffix(".txt")
             if note.exists():
                 return record.rejected(STEP, note.read_text())
-        texts = "\0".join(order.prompt for order in orders)
-        origin = Origin(self.settings.model, hash_prompt(texts), record.seed)
-        files = tuple(order.file for order in orders)
+        texts = "\0".join(request.prompt for request in requests)
+        origin = StepOrigin(self.settings.model, hash_prompt(texts), record.seed)
+        files = tuple(request.file for request in requests)
         if len(files) > 1:
             files = (self._compose(record, files),)
         return replace(record, images=files, origins={**record.origins, STEP: origin})
 
     def _compose(self, record: SynthRecord, files: tuple[str, ...]) -> str:
-        """The pair as one picture, beside its two."""
+        """The pair as one image, beside its two."""
         name = f"{record.id[-SPREAD:]}/{record.id}-pair.png"
         texts = {"left": files[0], "right": files[1]}
         if read_texts(self.folder / name) != texts:

@@ -8,21 +8,18 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.common.endpoints import check_key
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.common.outputs import write_atomically
+from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.config import Config
-from fusion_hf.synthesis.documents import ReadStage, SaveStage, plan_file
 from fusion_hf.synthesis.drawing_step import DrawRecords
 from fusion_hf.synthesis.executors import make_executors
-from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import BalanceOptions, FilterRecords
 from fusion_hf.synthesis.fusion_image_check import FusionImageCheck
-from fusion_hf.synthesis.image_generation import MakeImage
+from fusion_hf.synthesis.image_generation import MakeImages
 from fusion_hf.synthesis.pool import STAGE as POOL
 from fusion_hf.synthesis.pool import PlanRecords
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.readers import check_pool
-from fusion_hf.synthesis.report import MakeReport
+from fusion_hf.synthesis.record_documents import ReadStage, SaveStage, plan_file
 from fusion_hf.synthesis.request_step import RequestStep
 from fusion_hf.synthesis.rollouts import (
     DescribeRollout,
@@ -31,7 +28,9 @@ from fusion_hf.synthesis.rollouts import (
     RecordRollout,
     WriteTurnsRollout,
 )
-from fusion_hf.synthesis.stages import Folders, Stage
+from fusion_hf.synthesis.run_config import SynthesisConfig
+from fusion_hf.synthesis.run_report import MakeReport
+from fusion_hf.synthesis.stages import RunFolders, Stage
 from fusion_hf.synthesis.write_records import WriteRecords
 
 SETTINGS, MODELS = "settings.json", "models"
@@ -42,7 +41,7 @@ FREE_IMAGES = ("url", "key_variable", "patience", "timeout", "device", "offload"
 FREE_IMAGE_PRICES = ("price_per_picture", "seconds_per_picture")
 
 
-def run(config: Config, quiet: bool = True) -> bool:
+def run(config: SynthesisConfig, quiet: bool = True) -> bool:
     """
     Do what is left of a run: all of it here, or on a cluster. Slurm gets its jobs and does them later.
 
@@ -50,17 +49,22 @@ def run(config: Config, quiet: bool = True) -> bool:
         quiet: keep datatrove's logs off the terminal.
 
     Returns:
-        whether the run is finished.
+        Whether the run is finished.
 
     Raises:
         InputError: if the folder was begun with other settings, or captions or an API key are missing.
         TaskFailed: if a task failed; what it has done is kept.
+
+    Example:
+
+        config = load_config(Path("configs/synthesis/mix.yaml"), ["backend=procedural", "records=24"])
+        run(config)  # writes config.output / "data"
     """
     viewer = None if config.image_check is None else config.image_check.endpoint
     for asked in (config.writer, config.images, config.judge, viewer):
         if asked is not None:
             check_key(asked.key_variable)
-    folders = Folders(config.output)
+    folders = RunFolders(config.output)
     if config.pool is not None and config.backend == MODELS and not plan_file(folders.work).exists():
         check_pool(config.pool)
     begin(config)
@@ -73,14 +77,14 @@ def run(config: Config, quiet: bool = True) -> bool:
     return True
 
 
-def begin(config: Config) -> None:
+def begin(config: SynthesisConfig) -> None:
     """
     Make the folder, or take up what an earlier start has left.
 
     Raises:
         InputError: if that had other settings.
     """
-    path, settings = Folders(config.output).work / SETTINGS, decisive(config)
+    path, settings = RunFolders(config.output).work / SETTINGS, decisive(config)
     if not path.exists():
         try:
             write_atomically(path, json_bytes(settings, indent=1))
@@ -96,8 +100,8 @@ def begin(config: Config) -> None:
             )
 
 
-def decisive(config: Config) -> dict[str, Any]:
-    """What decides about the bytes of the result, as JSON values."""
+def decisive(config: SynthesisConfig) -> dict[str, Any]:
+    """List what decides about the bytes of the result, as JSON values."""
     values = asdict(config)
     for name in ("writer", "judge"):
         values[name] = _without(values[name], FREE_ENDPOINT + FREE_PRICES)
@@ -120,15 +124,15 @@ def _without(values: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str,
     return None if values is None else {name: value for name, value in values.items() if name not in names}
 
 
-def make_stages(config: Config) -> list[Stage]:
-    """All stages of a run, in their order."""
-    return _Stages(config).all()
+def make_stages(config: SynthesisConfig) -> list[Stage]:
+    """Make all stages of a run, in their order."""
+    return _StageBuilder(config).all()
 
 
-class _Stages:
-    def __init__(self, config: Config):
+class _StageBuilder:
+    def __init__(self, config: SynthesisConfig):
         self.config = config
-        self.folders = Folders(config.output)
+        self.folders = RunFolders(config.output)
         self.made: list[Stage] = []
 
     def all(self) -> list[Stage]:
@@ -143,32 +147,34 @@ class _Stages:
 
     def _add_models(self) -> None:
         config, tasks = self.config, self.config.executor.tasks
-        assert config.pool is not None and config.writer is not None and config.images is not None, "checked by Config"
+        assert config.pool is not None and config.writer is not None and config.images is not None, (
+            "checked by SynthesisConfig"
+        )
         plan = PlanRecords(config.pool, self.folders.work, config.shares, config.records, tasks, config.seed)
         self.made.append(Stage(POOL, [plan], 1))
         describe = DescribeRollout(config.writer, self._progress("describe", resumes=True))
         self._add("describe", [self._read(), self._ask("describe", describe)])
         write = WriteTurnsRollout(config.writer, self._progress("write_qa", resumes=True))
         self._add("write_qa", [self._read(), self._ask("write_qa", write)])
-        # before any picture is made: they are what costs most
+        # before any image is made: they are what costs most
         steps = [self._read(), FilterRecords(self._progress("filter"))]
         if config.judge is not None:
             judge = JudgeRollout(config.judge, self._progress("judge", resumes=True))
             self._add("judge", [*steps, self._ask("judge", judge)])
             steps = [self._read()]
-        make = MakeImage(config.images, self.folders.pictures, self._progress("images"))
+        make = MakeImages(config.images, self.folders.images, self._progress("images"))
         self._add("images", [*steps, make, SaveStage(self.folders.stage("images"))])
         self._add("write", [*self._look(), *self._write()])
 
     def _look(self) -> list[PipelineStep]:
-        """What looks at the pictures, if anybody; by an endpoint, that is a stage of its own."""
+        """What looks at the images, if anybody; by an endpoint, that is a stage of its own."""
         check = self.config.image_check
         if check is None:
             return [self._read()]
         if check.endpoint is None:
             progress = self._progress("look")
-            return [self._read(), FusionImageCheck(check, self.folders.pictures, progress)]
-        viewer = ImageJudgeRollout(check.endpoint, self._progress("look", resumes=True), self.folders.pictures)
+            return [self._read(), FusionImageCheck(check, self.folders.images, progress)]
+        viewer = ImageJudgeRollout(check.endpoint, self._progress("look", resumes=True), self.folders.images)
         self._add("look", [self._read(), self._ask("look", viewer)])
         return [self._read()]
 
@@ -186,5 +192,5 @@ class _Stages:
         return RequestStep(name, rollout, rollout.endpoint, folder, checkpoints, self.config.chunk, rollout.progress)
 
     def _write(self) -> list[PipelineStep]:
-        write = WriteRecords(self.folders.data, self.folders.work, self.folders.pictures, self.config.format)
+        write = WriteRecords(self.folders.data, self.folders.work, self.folders.images, self.config.format)
         return [BalanceOptions(self.config.seed), write]

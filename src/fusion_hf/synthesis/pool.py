@@ -10,14 +10,13 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.common.outputs import atomic_file, write_atomically
-from fusion_hf.synthesis.config import Pool
-from fusion_hf.synthesis.documents import document_line, plan_file, task_file, to_document
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.filters.minhash import NearDuplicates
+from fusion_hf.common.outputs import atomic_file, json_bytes, write_atomically
+from fusion_hf.synthesis.filters.minhash import NearDuplicatesFilter
 from fusion_hf.synthesis.readers import read_captions
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.record_documents import document_line, plan_file, task_file, to_document
+from fusion_hf.synthesis.run_config import CaptionPool
 from fusion_hf.synthesis.structured_answers import MAX_SEED
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 STAGE = "pool"
 UNUSABLE = "unusable.jsonl"  # captions that are none
@@ -26,7 +25,7 @@ ID_DIGITS = 16
 
 def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
     """
-    Names without end: after any number of them, each has its share of it to within one.
+    Give names without end: after any number of them, each has its share of it to within one.
 
     Args:
         shares: by name; their sum is 1.
@@ -41,14 +40,14 @@ def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
 
 
 def new_record(caption: str, category: str, seed: int, number: int) -> SynthRecord:
-    """The record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
+    """Make the record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
     digest = hashlib.sha256(f"{seed}/{number}/{category}/{caption}".encode("utf-8", "backslashreplace")).hexdigest()
     identity = f"{category.lower()}-{digest[:ID_DIGITS]}"
     return SynthRecord(identity, category, caption, random.Random(digest).randrange(MAX_SEED))
 
 
 def task_size(records: int, tasks: int, task: int) -> int:
-    """Records of a task: as many as of the others, or one more."""
+    """Count the records of a task: as many as of the others, or one more."""
     return records // tasks + (task < records % tasks)
 
 
@@ -65,7 +64,9 @@ class PlanRecords(PipelineStep):
     name = "Plan records"
     type = "Reader"
 
-    def __init__(self, pool: Pool, work: Path, shares: Mapping[str, float], records: int, tasks: int, seed: int):
+    def __init__(
+        self, pool: CaptionPool, work: Path, shares: Mapping[str, float], records: int, tasks: int, seed: int
+    ):
         super().__init__()
         self.pool, self.work, self.shares = pool, work, dict(shares)
         self.records, self.tasks, self.seed = records, tasks, seed
@@ -93,7 +94,7 @@ class PlanRecords(PipelineStep):
                 yield to_document(new_record(caption, next(categories), self.seed, number), position, task)
 
     def _captions(self, unusable: BinaryIO) -> Iterator[str]:
-        duplicates = NearDuplicates() if self.pool.near_duplicates else None
+        duplicates = NearDuplicatesFilter() if self.pool.near_duplicates else None
         for number, caption in enumerate(read_captions(self.pool)):
             problem = caption.problem
             if problem is None and duplicates is not None:

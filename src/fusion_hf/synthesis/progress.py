@@ -5,9 +5,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fusion_hf.common.outputs import write_atomically
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.common.outputs import json_bytes, write_atomically
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 SECONDS = 1.0  # between two writes of a task
 KEPT, REJECTED = "kept", "rejected"
@@ -57,7 +56,7 @@ def _read(path: Path) -> dict[tuple[str, str], int]:
 
 
 def read_progress(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
-    """Stage -> (category, kept or rejected) -> records so far, of all tasks, in the order in which stages began."""
+    """Add up stage -> (category, kept or rejected) -> records so far, in the order in which stages began."""
     if not folder.is_dir():
         return {}
     stages = [path for path in folder.iterdir() if path.is_dir()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.synthesis.config import Pool
+from fusion_hf.synthesis.run_config import CaptionPool
 
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl",), "parquet": (".parquet",)}
 MAX_LINE_BYTES = 2**20
@@ -23,9 +23,9 @@ class Caption(NamedTuple):
     problem: str | None = None
 
 
-def read_captions(pool: Pool) -> Generator[Caption, None, None]:
+def read_captions(pool: CaptionPool) -> Generator[Caption, None, None]:
     """
-    All captions in the order of their files, in constant memory; what is no caption is reported in its place.
+    Read all captions in the order of their files, in constant memory; what is no caption is reported in its place.
 
     Raises:
         InputError: if the pool is missing or cannot be read.
@@ -33,7 +33,7 @@ def read_captions(pool: Pool) -> Generator[Caption, None, None]:
     yield from islice(_read(pool), pool.limit)
 
 
-def check_pool(pool: Pool) -> None:
+def check_pool(pool: CaptionPool) -> None:
     """
     Look for the first caption, before a run begins. A data set of the Hub is looked for by the run.
 
@@ -50,7 +50,7 @@ def check_pool(pool: Pool) -> None:
         captions.close()
 
 
-def _read(pool: Pool) -> Iterator[Caption]:
+def _read(pool: CaptionPool) -> Iterator[Caption]:
     if pool.kind == "hub":
         yield from _column(_hub_rows(pool), pool.column)
         return
@@ -66,7 +66,7 @@ def _read(pool: Pool) -> Iterator[Caption]:
             raise InputError(f"pool: {path} cannot be read ({error.strerror}).") from error
 
 
-def _files(pool: Pool) -> list[Path]:
+def _files(pool: CaptionPool) -> list[Path]:
     source, suffixes = Path(pool.source).expanduser(), SUFFIXES[pool.kind]
     if source.is_dir():
         files = sorted(path for path in source.iterdir() if path.suffix in suffixes and path.is_file())
@@ -118,7 +118,7 @@ def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Caption]:
 
 
 def clean_caption(value: Any) -> Caption:
-    """A text on one line without control characters, or why there is none."""
+    """Make a text on one line without control characters, or say why there is none."""
     if not isinstance(value, str):
         return Caption("", f"the caption is {type(value).__name__}, no text")
     if len(value) > MAX_CAPTION:
@@ -142,7 +142,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
         raise InputError(f"pool: {path} is no Parquet file ({error}).") from error
 
 
-def _hub_rows(pool: Pool) -> Iterator[dict[str, Any]]:
+def _hub_rows(pool: CaptionPool) -> Iterator[dict[str, Any]]:
     from fusion_hf.data.tables import load_hub
 
     dataset = load_hub(pool.source, pool.split, streaming=True)

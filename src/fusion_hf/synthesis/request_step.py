@@ -15,8 +15,8 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, EndpointUnavailable, RequestRejected, endpoint_url
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.synthesis.config import Endpoint
 from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.run_config import EndpointSettings
 from fusion_hf.synthesis.structured_answers import TOKENS, Generate
 
 Rollout = Callable[[Document, Generate], Awaitable[Any]]
@@ -28,7 +28,7 @@ class _ChatServer(InferenceServer):
     task at the first HTTP 500.
     """
 
-    def __init__(self, config: InferenceConfig, rank: int, endpoint: Endpoint):
+    def __init__(self, config: InferenceConfig, rank: int, endpoint: EndpointSettings):
         super().__init__(config, rank)
         self.url = endpoint.url
         self.client = EndpointClient(
@@ -137,7 +137,7 @@ class RequestStep(InferenceRunner):
         self,
         name: str,
         rollout: Rollout,
-        endpoint: Endpoint,
+        endpoint: EndpointSettings,
         folder: Path,
         checkpoints: Path,
         chunk: int,

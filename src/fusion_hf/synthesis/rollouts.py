@@ -9,12 +9,12 @@ from datatrove.pipeline.inference.types import InferenceError
 
 from fusion_hf.common.endpoints import data_uri
 from fusion_hf.synthesis.category import ModelCheck, load_categories
-from fusion_hf.synthesis.config import Endpoint
-from fusion_hf.synthesis.documents import TASK, add_usage, put_record, record_of
 from fusion_hf.synthesis.progress import Progress
-from fusion_hf.synthesis.record import Origin, SynthRecord
+from fusion_hf.synthesis.record_documents import TASK, add_usage, put_record, record_of
+from fusion_hf.synthesis.run_config import EndpointSettings
 from fusion_hf.synthesis.schemas import descriptions_of, turns_of
 from fusion_hf.synthesis.structured_answers import Generate, ask_structured, hash_prompt, make_payload, usage_of
+from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
 from fusion_hf.synthesis.verdicts import fill_rubric, verdict_problem
 
 
@@ -29,7 +29,7 @@ class RecordRollout:
 
     step: str
 
-    def __init__(self, endpoint: Endpoint, progress: Progress):
+    def __init__(self, endpoint: EndpointSettings, progress: Progress):
         self.endpoint = endpoint
         self.progress = progress
 
@@ -44,7 +44,7 @@ class RecordRollout:
         return usage
 
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
-        """The record after the request, and the requests and tokens of it."""
+        """Ask about a record; returns it after the request, and the requests and tokens of that."""
         raise NotImplementedError
 
 
@@ -59,15 +59,15 @@ class WriterRollout(RecordRollout):
         made = await ask_structured(generate, self.endpoint, prompt, model, record.seed)
         if made.reason is not None:
             return record.rejected(self.step, made.reason), made.usage
-        origin = Origin(self.endpoint.model, hash_prompt(prompt), made.seed)
+        origin = StepOrigin(self.endpoint.model, hash_prompt(prompt), made.seed)
         return replace(self.take(record, made.answer), origins={**record.origins, self.step: origin}), made.usage
 
     def request(self, record: SynthRecord) -> tuple[str, Any]:
-        """The prompt, and the pydantic model of its answer."""
+        """Make the prompt, and the pydantic model of its answer."""
         raise NotImplementedError
 
     def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
-        """The record with what was answered."""
+        """Put what was answered into the record."""
         raise NotImplementedError
 
 
@@ -113,11 +113,11 @@ class JudgeRollout(RecordRollout):
         return record if reason is None else record.rejected(self.step, reason), usage
 
     def rubric(self, record: SynthRecord) -> ModelCheck:
-        """What is scored."""
+        """Find what is scored."""
         return load_categories()[record.category].judge
 
     def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
-        """Of the message."""
+        """Make the content of the message."""
         return fill_rubric(self.rubric(record), record)
 
 
@@ -131,7 +131,7 @@ class ImageJudgeRollout(JudgeRollout):
 
     step = "image_check"
 
-    def __init__(self, endpoint: Endpoint, progress: Progress, images: Path):
+    def __init__(self, endpoint: EndpointSettings, progress: Progress, images: Path):
         super().__init__(endpoint, progress)
         self.images = images
 

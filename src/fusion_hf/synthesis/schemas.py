@@ -4,7 +4,7 @@ from functools import cache
 from typing import Annotated, Any
 
 from fusion_hf.synthesis.choices import LETTERS, Choice
-from fusion_hf.synthesis.record import Turn
+from fusion_hf.synthesis.synth_record import RecordTurn
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
@@ -16,19 +16,19 @@ LEAST_OPTIONS, MOST_OPTIONS = 3, 6
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class Answer(BaseModel):
+class AnswerModel(BaseModel):
     """Base of all: unknown fields are errors, and strict endpoints get `additionalProperties: false`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SceneDescription(Answer):
+class SceneDescription(AnswerModel):
     """What the picture is to show."""
 
     description: Text
 
 
-class DescriptionPair(Answer):
+class DescriptionPair(AnswerModel):
     """Two pictures that are alike but for one thing."""
 
     first: Text
@@ -42,14 +42,14 @@ class DescriptionPair(Answer):
         return self
 
 
-class QuestionAnswer(Answer):
+class QuestionAnswer(AnswerModel):
     """One turn."""
 
     question: Text
     answer: Text
 
 
-class ChoiceQuestion(Answer):
+class ChoiceQuestion(AnswerModel):
     """One turn of multiple choice; `answer` is the letter of the right option."""
 
     question: Text
@@ -63,19 +63,19 @@ class ChoiceQuestion(Answer):
         return self
 
 
-class Conversation(Answer):
+class ConversationAnswer(AnswerModel):
     """Several turns about one picture, or about a pair."""
 
     turns: list[QuestionAnswer]
 
 
-class ChoiceConversation(Answer):
+class ChoiceConversation(AnswerModel):
     """Several turns of multiple choice."""
 
     turns: list[ChoiceQuestion]
 
 
-class ReasonedAnswer(Answer):
+class ReasonedAnswer(AnswerModel):
     """One question, the steps to its answer, and the answer."""
 
     question: Text
@@ -83,14 +83,14 @@ class ReasonedAnswer(Answer):
     answer: Text
 
 
-SCHEMAS: dict[str, type[Answer]] = {
-    model.__name__: model for model in (Conversation, ChoiceConversation, ReasonedAnswer)
-}
-DESCRIBE_SCHEMAS: dict[int, type[Answer]] = {1: SceneDescription, 2: DescriptionPair}  # by number of pictures
+SCHEMAS: dict[str, type[AnswerModel]] = {  # by the names that categories have for them
+    "Conversation": ConversationAnswer, "ChoiceConversation": ChoiceConversation, "ReasonedAnswer": ReasonedAnswer,
+}  # fmt: skip
+DESCRIBE_SCHEMAS: dict[int, type[AnswerModel]] = {1: SceneDescription, 2: DescriptionPair}  # by number of pictures
 
 
 @cache
-def answer_model(name: str, least: int, most: int) -> type[Answer]:
+def answer_model(name: str, least: int, most: int) -> type[AnswerModel]:
     """
     The model called `name`, with bounds on its turns if it has several.
 
@@ -106,21 +106,21 @@ def answer_model(name: str, least: int, most: int) -> type[Answer]:
     return create_model(name, __base__=model, turns=(kind, Field(min_length=least, max_length=most)))
 
 
-def turns_of(answer: BaseModel) -> tuple[Turn, ...]:
+def turns_of(answer: BaseModel) -> tuple[RecordTurn, ...]:
     """
     The turns of an answer as they are trained on.
 
     Raises:
         TypeError: for a description, which has none.
     """
-    if isinstance(answer, Conversation):
-        return tuple(Turn(turn.question, turn.answer) for turn in answer.turns)
+    if isinstance(answer, ConversationAnswer):
+        return tuple(RecordTurn(turn.question, turn.answer) for turn in answer.turns)
     if isinstance(answer, ChoiceConversation):
         return tuple(
             Choice(turn.question, tuple(turn.options), LETTERS.index(turn.answer)).turn() for turn in answer.turns
         )
     if isinstance(answer, ReasonedAnswer):
-        return (Turn(answer.question, "\n".join([*answer.reasoning, f"Answer: {answer.answer}"])),)
+        return (RecordTurn(answer.question, "\n".join([*answer.reasoning, f"Answer: {answer.answer}"])),)
     raise TypeError(f"{type(answer).__name__} has no turns")
 
 

@@ -1,4 +1,4 @@
-"""Shards of training records with their pictures, as the training mixtures read them: tar (WebDataset) or Parquet."""
+"""Shards of training records with their images, as the training mixtures read them: tar (WebDataset) or Parquet."""
 
 import json
 import tarfile
@@ -7,18 +7,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.common.outputs import json_bytes
+from fusion_hf.synthesis.synth_record import SynthRecord
 
-PICTURE_SUFFIX, RECORD_SUFFIX = ".png", ".json"
+IMAGE_SUFFIX, RECORD_SUFFIX = ".png", ".json"
 MODE = 0o644
-ROWS = 256  # of a row group, whose pictures are in memory together
+ROWS = 256  # of a row group, whose images are in memory together
 
 
-class Shard(Protocol):
+class RecordShard(Protocol):
     """A file of records that is being written; the same records give the same bytes."""
 
-    def add(self, record: SynthRecord, picture: bytes) -> None:
+    def add(self, record: SynthRecord, image: bytes) -> None:
         """Add a record and the bytes of its PNG."""
 
     def close(self) -> None:
@@ -31,10 +31,10 @@ class TarShard:
     def __init__(self, stream: BinaryIO):
         self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def add(self, record: SynthRecord, picture: bytes) -> None:
-        fields = {**record.training_record(), "image": record.id + PICTURE_SUFFIX, "category": record.category}
+    def add(self, record: SynthRecord, image: bytes) -> None:
+        fields = {**record.training_record(), "image": record.id + IMAGE_SUFFIX, "category": record.category}
         self._member(record.id + RECORD_SUFFIX, json_bytes(fields))
-        self._member(record.id + PICTURE_SUFFIX, picture)
+        self._member(record.id + IMAGE_SUFFIX, image)
         self.tar.members.clear()  # type: ignore[attr-defined]  # or the names of all stay in memory
 
     def _member(self, name: str, content: bytes) -> None:
@@ -47,27 +47,27 @@ class TarShard:
 
 
 class ParquetShard:
-    """A row for each record, its picture as `datasets.Image` stores one."""
+    """A row for each record, its image as `datasets.Image` stores one."""
 
     def __init__(self, stream: BinaryIO):
         import pyarrow as pa
         import pyarrow.parquet
 
         turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-        picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         columns = [
             ("id", pa.string()),
             ("category", pa.string()),
-            ("image", picture),
+            ("image", image),
             ("conversations", pa.list_(turn)),
         ]
         self.schema = pa.schema(columns)
         self.writer = pyarrow.parquet.ParquetWriter(stream, self.schema, compression="zstd")
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, record: SynthRecord, picture: bytes) -> None:
-        image = {"bytes": picture, "path": record.id + PICTURE_SUFFIX}
-        self.rows.append({**record.training_record(), "image": image, "category": record.category})
+    def add(self, record: SynthRecord, image: bytes) -> None:
+        cell = {"bytes": image, "path": record.id + IMAGE_SUFFIX}
+        self.rows.append({**record.training_record(), "image": cell, "category": record.category})
         if len(self.rows) == ROWS:
             self._write()
 
@@ -87,7 +87,7 @@ SHARDS: dict[str, type[TarShard | ParquetShard]] = {"tar": TarShard, "parquet": 
 
 
 def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The records of a shard with the bytes of their PNG, in their order."""
+    """Read the records of a shard with the bytes of their PNG, in their order."""
     if path.suffix == ".tar":
         with tarfile.open(path, "r:") as tar:
             record: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from datatrove.pipeline.base import PipelineStep
 
 
 @dataclass(frozen=True)
-class Folders:
+class RunFolders:
     """Where a run keeps what. `data` is the result; `work` can be removed when it is there."""
 
     output: Path
@@ -21,7 +21,7 @@ class Folders:
         return self.output / "work"
 
     @property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         return self.work / "pictures"
 
     @property

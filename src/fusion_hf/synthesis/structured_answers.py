@@ -10,7 +10,7 @@ from typing import Any
 from datatrove.pipeline.inference.types import InferenceError, InferenceResult
 from pydantic import BaseModel, ValidationError
 
-from fusion_hf.synthesis.config import Endpoint
+from fusion_hf.synthesis.run_config import EndpointSettings
 
 Generate = Callable[[dict[str, Any]], Awaitable[InferenceResult]]
 
@@ -22,7 +22,7 @@ SHOWN = 200  # characters of what is wrong with an answer
 
 
 @dataclass(frozen=True)
-class Structured:
+class StructuredAnswer:
     """
     What became of a structured request.
 
@@ -39,17 +39,17 @@ class Structured:
 
 
 def hash_prompt(prompt: str) -> str:
-    """SHA-256 in hexadecimal digits."""
+    """Hash a prompt: SHA-256 in hexadecimal digits."""
     return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def usage_of(result: InferenceResult) -> dict[str, int]:
-    """One request and its tokens."""
+    """Count one request and its tokens."""
     return {"requests": 1, **{name: result.usage.get(name, 0) for name in TOKENS}}
 
 
-def make_payload(endpoint: Endpoint, prompt: str | list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """A chat request; `prompt` is a text, or the blocks of a message."""
+def make_payload(endpoint: EndpointSettings, prompt: str | list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Write a chat request; `prompt` is a text, or the blocks of a message."""
     return {
         "messages": [{"role": "user", "content": prompt}],
         "temperature": endpoint.temperature,
@@ -60,8 +60,8 @@ def make_payload(endpoint: Endpoint, prompt: str | list[dict[str, Any]], seed: i
 
 
 async def ask_structured(
-    generate: Generate, endpoint: Endpoint, prompt: str, model: type[BaseModel], seed: int
-) -> Structured:
+    generate: Generate, endpoint: EndpointSettings, prompt: str, model: type[BaseModel], seed: int
+) -> StructuredAnswer:
     """
     Ask until an answer is a valid `model`, each time with another seed: the same request would be answered from the
     cache of requests.
@@ -76,19 +76,19 @@ async def ask_structured(
         try:
             result = await generate(payload)
         except InferenceError as error:
-            return Structured(None, f"refused: {error.error}", tried, dict(usage))
+            return StructuredAnswer(None, f"refused: {error.error}", tried, dict(usage))
         usage.update(usage_of(result))
         if result.finish_reason == CUT:
             reason = f"the answer is longer than {endpoint.max_tokens} tokens"
             continue
         try:
-            return Structured(model.model_validate_json(_json_part(result.text)), None, tried, dict(usage))
+            return StructuredAnswer(model.model_validate_json(_json_part(result.text)), None, tried, dict(usage))
         except ValidationError as error:
             reason = _what_is_wrong(error)
-    return Structured(None, f"no valid answer in {endpoint.tries} tries: {reason}", tried, dict(usage))
+    return StructuredAnswer(None, f"no valid answer in {endpoint.tries} tries: {reason}", tried, dict(usage))
 
 
-def _response_format(endpoint: Endpoint, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _response_format(endpoint: EndpointSettings, name: str, schema: dict[str, Any]) -> dict[str, Any]:
     if endpoint.structured == "prompt":
         return {}
     if endpoint.structured == "json_object":
@@ -98,7 +98,7 @@ def _response_format(endpoint: Endpoint, name: str, schema: dict[str, Any]) -> d
     }
 
 
-def _with_shape(endpoint: Endpoint, prompt: str, schema: dict[str, Any]) -> str:
+def _with_shape(endpoint: EndpointSettings, prompt: str, schema: dict[str, Any]) -> str:
     if endpoint.structured == "json_schema":
         return prompt
     return f"{prompt}\n\nAnswer with one JSON object of this schema and nothing else:\n{json.dumps(schema)}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_hf.synthesis.balance import Answers, count_answers, merge_answers
 from fusion_hf.synthesis.choices import Choice, parse_choice
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 SAMPLES = 4  # records of each category that are shown
 EXAMPLES = 3  # reasons of each filter that are shown
@@ -109,7 +109,7 @@ class Summary:
         return sum(category.written for category in self.categories.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Write the summary as JSON values."""
         return {
             "categories": {name: dict(vars(category)) for name, category in sorted(self.categories.items())},
             "models": {step: dict(models) for step, models in sorted(self.models.items())},
@@ -118,7 +118,7 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Summary":
-        """What `to_dict` gave."""
+        """Read what `to_dict` gave."""
         summary = cls()
         for name, fields in values["categories"].items():
             counters = {key: Counter(fields[key]) for key in ("rejected", "letters")}

@@ -6,7 +6,7 @@ from string import Template
 from typing import NamedTuple
 
 from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 _JSON = re.compile(r"\{.*\}", re.DOTALL)
 _SCORE = re.compile(
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 def parse_verdict(answer: str) -> Verdict | None:
-    """The score in a judge's answer: its JSON object, "score: 4", "4/5", or a digit alone. None if there is none."""
+    """Find the score in a judge's answer: its JSON object, "score: 4", "4/5", or a digit alone; else None."""
     if (found := _JSON.search(answer)) is not None:
         try:
             values = json.loads(found.group())
@@ -44,12 +44,12 @@ def parse_verdict(answer: str) -> Verdict | None:
 
 
 def conversation_text(record: SynthRecord) -> str:
-    """As a judge reads it."""
+    """Write the turns as a judge reads them."""
     return "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
 
 
 def description_text(record: SynthRecord) -> str:
-    """As a judge reads it: of a pair, which is which."""
+    """Write the descriptions as a judge reads them: of a pair, which is which."""
     if len(record.descriptions) == 1:
         return record.descriptions[0]
     names = ("The left picture", "The right picture")
@@ -57,13 +57,13 @@ def description_text(record: SynthRecord) -> str:
 
 
 def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
-    """The prompt of a rubric about a record."""
+    """Write the prompt of a rubric about a record."""
     texts = {"description": description_text(record), "conversation": conversation_text(record)}
     return Template(rubric.prompt).substitute(texts)
 
 
 def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:
-    """Why an answer to a rubric rejects the record: its score is too low, or it has none; None if it does not."""
+    """Say why an answer to a rubric rejects the record: its score is too low, or it has none; None if it does not."""
     verdict = parse_verdict(answer)
     if verdict is None:
         return f"the answer has no score: {answer.strip()[:80]!r}"

@@ -8,24 +8,23 @@ from typing import Any, BinaryIO
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.common.outputs import atomic_file, remove_draft, write_atomically
+from fusion_hf.common.outputs import atomic_file, json_bytes, remove_draft, write_atomically
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.documents import USAGE, record_of, task_file
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.record import SynthRecord
-from fusion_hf.synthesis.shards import SHARDS, Shard
+from fusion_hf.synthesis.record_documents import USAGE, record_of, task_file
+from fusion_hf.synthesis.shards import SHARDS, RecordShard
 from fusion_hf.synthesis.summary import Summary
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 REJECTED, SUMMARIES = "rejected", "summaries"
 
 
 def stage_folder(stage: str) -> str:
-    """The folder of a training stage's shards, beside its mixture."""
+    """Name the folder of a training stage's shards, beside its mixture."""
     return f"stage{stage}"
 
 
 def shard_name(task: int, kind: str) -> str:
-    """Of a task's shard in each stage."""
+    """Name a task's shard in each stage."""
     return f"{task:05d}.{kind}"
 
 
@@ -37,20 +36,20 @@ class WriteRecords(PipelineStep):
     Args:
         data: folder of the finished data.
         work: folder of the run.
-        pictures: folder of the pictures that are not in the documents.
+        images: folder of the images that are not in the documents.
         kind: `tar` or `parquet`.
     """
 
     name = "Write records"
     type = "Writer"
 
-    def __init__(self, data: Path, work: Path, pictures: Path, kind: str):
+    def __init__(self, data: Path, work: Path, images: Path, kind: str):
         super().__init__()
-        self.data, self.work, self.pictures, self.kind = data, work, pictures, kind
+        self.data, self.work, self.images, self.kind = data, work, images, kind
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         summary = Summary()
-        shards: dict[str, Shard] = {}
+        shards: dict[str, RecordShard] = {}
         rejects = task_file(self.data / REJECTED, rank)
         remove_draft(rejects)
         with ExitStack() as files:
@@ -66,19 +65,19 @@ class WriteRecords(PipelineStep):
                     stage = load_categories()[record.category].stage
                     if stage not in shards:
                         shards[stage] = self._open(files, stage, rank)
-                    shards[stage].add(record, self._picture(document, record))
+                    shards[stage].add(record, self._image(document, record))
                 self.stat_update("rejected" if record.rejection is not None else "written")
                 yield document
             for shard in shards.values():
                 shard.close()
         write_atomically(self.work / SUMMARIES / f"{rank:05d}.json", json_bytes(summary.to_dict()))
 
-    def _open(self, files: ExitStack, stage: str, rank: int) -> Shard:
+    def _open(self, files: ExitStack, stage: str, rank: int) -> RecordShard:
         path = self.data / stage_folder(stage) / shard_name(rank, self.kind)
         stream: BinaryIO = files.enter_context(atomic_file(path))
         return SHARDS[self.kind](stream)
 
-    def _picture(self, document: Document, record: SynthRecord) -> bytes:
+    def _image(self, document: Document, record: SynthRecord) -> bytes:
         if document.media:
             return document.media[0].media_bytes
-        return (self.pictures / record.images[0]).read_bytes()
+        return (self.images / record.images[0]).read_bytes()

@@ -158,14 +158,14 @@ class FusionDataCollator:
     `skipped` are left out; a batch of nothing else becomes one empty conversation without labels.
 
     Args:
-        processor ([`FusionProcessor`]): tokenizer and pictures.
+        processor ([`FusionProcessor`]): tokenizer and images.
         query_lens (`Sequence[int]`, *optional*): one is drawn for each batch, see [`BatchDraw`]. Default: the
             processor's `query_len`.
         max_length (`int`, *optional*): longer conversations are cut on the right; default: the tokenizer's maximum.
         seed (`int`): of the drawing.
-        compact (`bool`): what a training step needs and no more. Pictures stay bytes, a quarter of the size of the
+        compact (`bool`): what a training step needs and no more. Images stay bytes, a quarter of the size of the
             numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
-        max_image_pixels (`int`, *optional*): pictures with more are refused; default: the image processor's.
+        max_image_pixels (`int`, *optional*): images with more are refused; default: the image processor's.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class FusionDataCollator:
     def __call__(self, records: Sequence[dict[str, Any]]) -> Batch:
         """
         Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
-        `pixel_bytes` `(B, 5, 3, H, W)` and `has_picture` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
+        `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
 
         Raises:
@@ -203,13 +203,13 @@ class FusionDataCollator:
         query_len = self._query_len(records, conversations)
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
         self._check_answers(conversations, texts)
-        pictures = [picture for messages in conversations for picture in images_of(messages)]
+        images = [image for messages in conversations for image in images_of(messages)]
         # without rescaling, what a byte becomes depends on whether the image was given in bytes or in floats
         is_compact = self.compact and self.processor.image_processor.do_rescale
         image_form: dict[str, Any] = {"as_bytes": True} if is_compact else {}
         features = self.processor(
             text=texts,
-            images=pictures or None,
+            images=images or None,
             query_len=query_len,
             padding=True,
             padding_side="right",
@@ -225,19 +225,11 @@ class FusionDataCollator:
         is_label = np.stack([self._in_answers(*row) for row in zip(offsets, texts, strict=True)])
         is_label &= features["attention_mask"].astype(bool) & bool(kept)
         features["labels"] = np.where(is_label, features["input_ids"], IGNORE_INDEX)
-        if is_compact and pictures:
+        if is_compact and images:
             features["pixel_bytes"] = features.pop("pixel_values")
-            features["has_picture"] = [bool(images_of(messages)) for messages in conversations]
+            features["has_image"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
-        # here, in a data worker, so that a training step need not wait for the device to compare them
-        check_prompt(
-            self.processor,
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch.get("pixel_bytes", batch.get("pixel_values")),
-            batch.get("prompt_end_positions"),
-            TokenBudget(query_len, isqrt(self.processor.num_image_tokens)),
-        )
+        self._check_prompts(batch)
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
         return batch
@@ -252,15 +244,15 @@ class FusionDataCollator:
         inputs = dict(batch)
         if "pixel_bytes" not in inputs:
             return inputs
-        pixel_bytes, has_picture = inputs.pop("pixel_bytes"), inputs.pop("has_picture")
+        pixel_bytes, has_image = inputs.pop("pixel_bytes"), inputs.pop("has_image")
         images = self.processor.image_processor
         table = values_of_bytes(
             images.do_rescale, images.rescale_factor, images.do_normalize, images.image_mean, images.image_std
         )
         columns = torch.from_numpy(table).to(pixel_bytes.device)  # (3, 256)
         channels = [column[channel.int()] for column, channel in zip(columns, pixel_bytes.unbind(2), strict=True)]
-        # zeros for a sample without a picture, as the processor has them
-        inputs["pixel_values"] = torch.stack(channels, dim=2).where(has_picture[:, None, None, None, None], 0)
+        # zeros for a sample without an image, as the processor has them
+        inputs["pixel_values"] = torch.stack(channels, dim=2).where(has_image[:, None, None, None, None], 0)
         return inputs
 
     def set_epoch(self, epoch: int) -> None:
@@ -290,6 +282,24 @@ class FusionDataCollator:
                     "not be learned. Write them as that format does."
                 )
 
+    def _check_prompts(self, batch: Batch) -> None:
+        """
+        Check here, in a data worker, what the model would refuse: its own check is of all samples at once.
+
+        Raises:
+            ValueError: for what disagrees; names the sample and both counts.
+        """
+        pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
+        budget = TokenBudget(batch["query_len"], isqrt(self.processor.num_image_tokens))
+        check_prompt(
+            self.processor,
+            batch["input_ids"],
+            batch["attention_mask"],
+            pixels,
+            batch.get("prompt_end_positions"),
+            budget,
+        )
+
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
         expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.num_image_tokens)
@@ -308,7 +318,7 @@ def images_of(messages: list[dict[str, Any]]) -> list[Any]:
 def labelled_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     The model's `logits_to_keep` `(K,)`, positions before a token that has a label in some row of `labels` `(B, S)`,
-    and `shift_labels` `(B, K)` of these tokens. The loss is the same; most tokens are those of the picture and the
+    and `shift_labels` `(B, K)` of these tokens. The loss is the same; most tokens are those of the image and the
     question, and their logits are the largest tensors of a step.
     """
     next_labels = labels[:, 1:]

@@ -25,7 +25,7 @@ def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] |
 
 
 def text_of(content: str | list[dict[str, Any]]) -> str:
-    """The text of a message's content, without its picture."""
+    """The text of a message's content, without its image."""
     if isinstance(content, str):
         return content
     return "".join(block["text"] for block in content if block["type"] == "text")

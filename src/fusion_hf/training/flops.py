@@ -131,7 +131,7 @@ class _Counter:
         return self.linear(PROJECTORS, rows, (outputs, outputs), gradient)
 
     def tower(self, count: int, questions: int, gradient: bool) -> bool:
-        """The tower over `count` pictures with their questions."""
+        """The tower over `count` images with their questions."""
         vision = self.config.vision_config
         width, mlp = vision.hidden_size, vision.intermediate_size
         pixels = vision.num_channels * vision.patch_size**2
@@ -184,7 +184,7 @@ class _Counter:
         self.linear(LANGUAGE_MODEL, rows, (width, text.vocab_size), gradient)
 
     def sampler(self, gradient: bool, window_gradient: bool) -> bool:
-        """One sampler: windows are projected once for each picture, and all turns look at them."""
+        """One sampler: windows are projected once for each image, and all turns look at them."""
         width, window = self.config.text_config.hidden_size, self.config.window_size**2
         cells = self.shape.batch * self.shape.query_len
         latents, square = cells * self.shape.turns, (width, width)

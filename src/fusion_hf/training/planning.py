@@ -49,7 +49,7 @@ DEFAULT_MAX_LENGTH = 4096  # of tokenizers that name no maximum
 TURNS = 2  # of the simulated batch
 INSTRUCT_TOKENS = 256
 AVERAGE_INSTRUCT_TOKENS = 128
-TEXT_TOKENS = 256  # beside picture and latents, of an average record whose length nobody told
+TEXT_TOKENS = 256  # beside image and latents, of an average record whose length nobody told
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Planner:
         if peak is None:
             peak = self._peaks[setting, shape] = simulate(self.config, shape, setting)
         states = self.states(sharding, gpus, run)
-        waiting = (accumulation - 1) * batch * self.picture_bytes  # a step's batches arrive together
+        waiting = (accumulation - 1) * batch * self.image_bytes  # a step's batches arrive together
         held = states.gradients if sharded else peak.gradients
         parts = (states.parameters, states.optimizer, states.communication)
         if peak.activations + waiting + held >= states.gradients + states.step:
@@ -278,7 +278,7 @@ class Planner:
         return count_states(self.weights(run), sharding, gpus, run.half is not None, run.optimizer, bucket)
 
     @property
-    def picture_bytes(self) -> int:
+    def image_bytes(self) -> int:
         vision = self.config.vision_config
         return FULL * (NUM_TILES + 1) * vision.num_channels * vision.image_size**2
 

@@ -35,7 +35,7 @@ class QueryLenRecords(Dataset):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Words of each record, negative without a picture `(len,)`: what `StepSampler` groups by."""
+        """Words of each record, negative without an image `(len,)`: what `StepSampler` groups by."""
         return np.array([_words(record) for record in self.records], dtype=np.int32)
 
 

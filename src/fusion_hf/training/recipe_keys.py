@@ -50,8 +50,8 @@ class OwnArguments:
     """The keys of a recipe that are ours."""
 
     model: str | None = _key(None, "folder or Hub repository of the FUSION to start from")
-    data: str | None = _key(None, "mixture (YAML), JSON, JSONL, Parquet, folder of pictures or tar shards, or Hub id")
-    data_root: str | None = _key(None, "folder of the files and pictures that `data` names; default: that of `data`")
+    data: str | None = _key(None, "mixture (YAML), JSON, JSONL, Parquet, folder of images or tar shards, or Hub id")
+    data_root: str | None = _key(None, "folder of the files and images that `data` names; default: that of `data`")
     data_cache: str | None = _key(None, "folder of the index of `data`; default: in the Hugging Face cache")
     streaming: bool = _key(False, "read `data` in its own order, without an index")
     on_broken: str = _key("error", "`error` ends the run at a broken record, `skip` leaves it out and counts it")

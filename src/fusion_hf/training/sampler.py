@@ -43,7 +43,7 @@ class StepSampler(Sampler[SampleKey]):
     """
     The keys of an epoch's records, step by step.
 
-    With `lengths`, a step holds records with pictures or records without, not both, of about the same length in each
+    With `lengths`, a step holds records with images or records without, not both, of about the same length in each
     micro-batch: the authors' grouping (LLaVA's `group_by_modality_length`). Their last two incomplete steps are joined
     at the end of the epoch and may hold both.
 
@@ -52,7 +52,7 @@ class StepSampler(Sampler[SampleKey]):
         layout: how a step is split.
         query_lens: drawn from for each step.
         seed: of the order and of the drawing.
-        lengths (`(num_records,)`, *optional*): words of each record, negative without a picture. None: the order is
+        lengths (`(num_records,)`, *optional*): words of each record, negative without an image. None: the order is
             one random permutation.
         per_micro_batch: draw from `query_lens` for each micro-batch of a step.
         drop_last: the loader leaves out micro-batches that are not full.

@@ -23,7 +23,7 @@ class ThroughputMeter:
     language_loss: torch.Tensor | float = 0.0
     mapping_loss: torch.Tensor | float = 0.0
     tokens: torch.Tensor | int = 0
-    pictures: torch.Tensor | int = 0
+    images: torch.Tensor | int = 0
     flops: float = 0.0
     seconds: float = 0.0
     waiting: float = 0.0
@@ -34,14 +34,14 @@ class ThroughputMeter:
         language_loss: torch.Tensor,
         mapping_loss: torch.Tensor,
         tokens: torch.Tensor,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         flops: float,
     ) -> None:
-        """One micro-batch: its shares of the step's losses `()`, its tokens and pictures `()`, its FLOPs."""
+        """One micro-batch: its shares of the step's losses `()`, its tokens and images `()`, its FLOPs."""
         self.language_loss = self.language_loss + language_loss
         self.mapping_loss = self.mapping_loss + mapping_loss
         self.tokens = self.tokens + tokens
-        self.pictures = self.pictures + pictures
+        self.images = self.images + images
         self.flops += flops
 
     def begin_step(self) -> None:
@@ -63,20 +63,20 @@ class ThroughputMeter:
             self.language_loss,
             self.mapping_loss,
             self.tokens,
-            self.pictures,
+            self.images,
             self.flops,
             self.seconds,
             self.waiting,
         )
         sums = sum_over_ranks(torch.tensor([*map(float, own), 1.0], dtype=torch.float64), device).tolist()
-        language, mapping, tokens, pictures, flops, seconds, waiting, processes = sums
+        language, mapping, tokens, images, flops, seconds, waiting, processes = sums
         wall = max(seconds / processes, 1e-9)
         steps = max(self.steps, 1)
         return {
             "language_loss": language / steps,
             "mapping_loss": mapping / steps,
             "tokens_per_second": tokens / wall,
-            "images_per_second": pictures / wall,
+            "images_per_second": images / wall,
             "model_flops_utilization": flops / wall / (peak_flops * processes),
             "data_wait": waiting / max(seconds, 1e-9),
         }

@@ -49,7 +49,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     Train a FUSION on records.
 
     The loss of a step is the whole step's: cross entropy over all its labelled tokens, mapping losses over all its
-    question tokens and pictures, however the step is split over processes and accumulation. So accumulation equals
+    question tokens and images, however the step is split over processes and accumulation. So accumulation equals
     one batch, and one process equals many. With `loss_average="micro_batches"` it is the mean of the losses of the
     step's micro-batches, as in the authors' training.
 
@@ -178,7 +178,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As Trainer's; what the collator left compact becomes the model's inputs on the device."""
         unpacked = self.data_collator.unpack(super()._prepare_inputs(inputs))
-        return super()._prepare_inputs(unpacked)  # DeepSpeed's way has a type for the pictures as well
+        return super()._prepare_inputs(unpacked)  # DeepSpeed's way has a type for the images as well
 
     def compute_loss(
         self,
@@ -209,7 +209,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
             language_loss=outputs.language_loss.detach() * share,
             mapping_loss=outputs.mapping_loss.detach() * share,
             tokens=inputs["attention_mask"].sum(),
-            pictures=(ids == self.fusion_config.image_token_id).any(1).sum(),
+            images=(ids == self.fusion_config.image_token_id).any(1).sum(),
             flops=training_flops(
                 self.fusion_config,
                 BatchShape(

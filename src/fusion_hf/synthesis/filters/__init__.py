@@ -1,25 +1,25 @@
 """Filters of the data engine: what is wrong with a record, in words."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import make_dataclass
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.filters.base import Filter
-from fusion_hf.synthesis.filters.contrast import Contrast
-from fusion_hf.synthesis.filters.grounded import Colors, Counts
-from fusion_hf.synthesis.filters.leakage import Leakage
-from fusion_hf.synthesis.filters.meta import Meta
-from fusion_hf.synthesis.filters.options import Options
-from fusion_hf.synthesis.filters.safety import Personal, Unsafe
-from fusion_hf.synthesis.filters.text import Language, Length, RepeatedQuestions, TurnCount
-from fusion_hf.synthesis.filters.written import Written
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.filters.contrast import ContrastFilter
+from fusion_hf.synthesis.filters.grounded import ColorsFilter, CountsFilter
+from fusion_hf.synthesis.filters.leakage import LeakageFilter
+from fusion_hf.synthesis.filters.meta import MetaTalkFilter
+from fusion_hf.synthesis.filters.options import OptionsFilter
+from fusion_hf.synthesis.filters.safety import PersonalDataFilter, UnsafeFilter
+from fusion_hf.synthesis.filters.text import LanguageFilter, LengthFilter, RepeatedQuestionsFilter, TurnCountFilter
+from fusion_hf.synthesis.filters.written import WrittenTextFilter
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 # In the order in which they are applied: cheap ones and those whose reasons say most come first.
-_RULES = (Length, Language, Meta, Unsafe, Personal, Options)
-_MORE_RULES = (RepeatedQuestions, Leakage, Contrast, Written, Counts, Colors)
+_RULES = (LengthFilter, LanguageFilter, MetaTalkFilter, UnsafeFilter, PersonalDataFilter, OptionsFilter)
+_MORE_RULES = (RepeatedQuestionsFilter, LeakageFilter, ContrastFilter, WrittenTextFilter, CountsFilter, ColorsFilter)
 RULES: dict[str, Any] = {rule.name: rule for rule in (*_RULES, *_MORE_RULES)}
 
 __all__ = ["RULES", "Filter", "build_filter", "build_filters", "first_problem"]
@@ -27,7 +27,7 @@ __all__ = ["RULES", "Filter", "build_filter", "build_filters", "first_problem"]
 
 def build_filters(category: Category) -> list[Filter]:
     """
-    The filters of a category's rules, which need one record only and no model.
+    Build the filters of a category's rules, which need one record only and no model.
 
     Raises:
         InputError: for an unknown rule or setting.
@@ -35,30 +35,23 @@ def build_filters(category: Category) -> list[Filter]:
     for name in category.rules:
         if name not in RULES:
             raise InputError(f"{category.name}: a rule is {name!r}; allowed: {', '.join(RULES)}.")
-    turns = TurnCount(category.turns.least, category.turns.most, category.pictures)
+    turns = TurnCountFilter(category.turns.least, category.turns.most, category.pictures)
     chosen = [name for name in RULES if name in category.rules]
     return [turns, *(build_filter(name, category.rules[name], category.name) for name in chosen)]
 
 
 def build_filter(name: str, settings: Mapping[str, Any], where: str) -> Filter:
     """
-    One rule with its settings; `where` they stand begins an error.
+    Build one rule with its settings; `where` they stand begins an error.
 
     Raises:
         InputError: for an unknown setting, or a value that is not allowed.
     """
-    known = [entry.name for entry in fields(RULES[name])]
-    for setting in settings:
-        if setting not in known:
-            raise InputError(f"{where}: {name} has the setting {setting!r}; allowed: {', '.join(known) or 'none'}.")
-    try:
-        return RULES[name](**settings)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where}: {name}: {error}.") from error
+    return make_dataclass(RULES[name], settings, f"{where}: {name}")
 
 
 def first_problem(record: SynthRecord, filters: list[Filter]) -> SynthRecord:
-    """The record, rejected by the first filter that has a reason; a record that was rejected before stays so."""
+    """Reject the record by the first filter that has a reason; a record that was rejected before stays so."""
     if record.rejection is not None:
         return record
     for rule in filters:

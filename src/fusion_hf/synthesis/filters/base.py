@@ -3,7 +3,7 @@
 from typing import ClassVar, NamedTuple, Protocol
 
 from fusion_hf.synthesis.choices import Choice, parse_choice
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 
 class Filter(Protocol):
@@ -12,24 +12,24 @@ class Filter(Protocol):
     name: ClassVar[str]
 
     def check(self, record: SynthRecord) -> str | None:
-        """The reason to reject the record, or None to keep it."""
+        """Give the reason to reject the record, or None to keep it."""
 
 
-class Said(NamedTuple):
+class PlainTurn(NamedTuple):
     """A question without its options, and what is answered without an option's letter."""
 
     question: str
     answer: str
 
 
-def said(turn: Turn) -> Said:
-    """For a question that is no multiple choice, the turn as it is."""
+def plain_turn(turn: RecordTurn) -> PlainTurn:
+    """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
     choice = parse_choice(turn)
     if isinstance(choice, Choice):
-        return Said(choice.stem, choice.options[choice.answer] + choice.rest)
-    return Said(turn.question, turn.answer)
+        return PlainTurn(choice.stem, choice.options[choice.answer] + choice.rest)
+    return PlainTurn(turn.question, turn.answer)
 
 
 def where(index: int) -> str:
-    """A turn's name in a reason."""
+    """Name a turn in a reason."""
     return f"turn {index + 1}"

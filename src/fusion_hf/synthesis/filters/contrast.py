@@ -1,34 +1,36 @@
-"""Pairs of pictures that do not differ, or in everything."""
+"""Pairs of images that do not differ, or in everything."""
 
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from fusion_hf.synthesis.filters.words import content
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return value
+
+
 @dataclass(frozen=True)
-class Contrast:
+class ContrastFilter:
     """
     The two descriptions differ in a word that means something, and are alike in most others.
 
     Case, punctuation, articles, singular and plural, digits and number words, and the order of sentences make no
-    difference. Pictures with exact annotations have to differ in those.
+    difference. Images with exact annotations have to differ in those.
 
     Args:
         least_alike: share of words in common, from 0 to 1.
     """
 
     name: ClassVar[str] = "contrast"
-    least_alike: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.least_alike, (int, float)) or not 0 <= self.least_alike <= 1:
-            raise ValueError(f"least_alike is {self.least_alike!r}; allowed: a number from 0 to 1")
+    least_alike: Annotated[float, _share] = 0.5
 
     def check(self, record: SynthRecord) -> str | None:
         if len(record.descriptions) != 2:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar, NamedTuple
 
-from fusion_hf.synthesis.filters.base import Said, said, where
+from fusion_hf.synthesis.filters.base import PlainTurn, plain_turn, where
 from fusion_hf.synthesis.filters.mentions import (
     ColorMention,
     CountMention,
@@ -18,7 +18,7 @@ from fusion_hf.synthesis.filters.mentions import (
     quoted,
 )
 from fusion_hf.synthesis.filters.words import content, singular, tokens
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 MOST_SUMMED = 12  # mentions of which all sums are made
 WRITING = frozenset({"word", "text", "writing", "lettering", "letter", "number"})
@@ -29,7 +29,7 @@ DENIALS = ("no", "not", "none", "neither")
 
 
 @dataclass(frozen=True)
-class Counts:
+class CountsFilter:
     """
     A number in an answer is one that the descriptions give for the same things, or the sum of such.
 
@@ -43,12 +43,8 @@ class Counts:
     name: ClassVar[str] = "counts"
     derived: bool = False
 
-    def __post_init__(self) -> None:
-        if type(self.derived) is not bool:
-            raise ValueError(f"derived is {self.derived!r}; allowed: true, false")
-
     def check(self, record: SynthRecord) -> str | None:
-        for index, turn in enumerate(map(said, record.turns)):
+        for index, turn in enumerate(map(plain_turn, record.turns)):
             texts = _texts_for(record, turn)
             for claim in _count_claims(turn, last=self.derived):
                 if claim.value == PAIR == len(record.descriptions) and any(
@@ -99,7 +95,7 @@ class _CountClaim(NamedTuple):
     condition: frozenset[str]
 
 
-def _count_claims(turn: Said, last: bool) -> Iterator[_CountClaim]:
+def _count_claims(turn: PlainTurn, last: bool) -> Iterator[_CountClaim]:
     """`last`: the number that the question asks for comes behind the steps to it, else it comes first."""
     asked = asked_counts(turn.question)
     parts = tokens(turn.answer)
@@ -123,7 +119,7 @@ def _count_claims(turn: Said, last: bool) -> Iterator[_CountClaim]:
             yield _CountClaim(claim.value, things, False, frozenset())
 
 
-def _texts_for(record: SynthRecord, turn: Said) -> list[str]:
+def _texts_for(record: SynthRecord, turn: PlainTurn) -> list[str]:
     """What a turn can rest on: of a pair the side that it names, or either."""
     if len(record.descriptions) < 2:
         return list(record.descriptions)
@@ -164,7 +160,7 @@ def _derived(values: set[float]) -> set[float]:
 
 
 @dataclass(frozen=True)
-class Colors:
+class ColorsFilter:
     """
     A colour in an answer is one that the descriptions give to the same thing.
 
@@ -175,7 +171,7 @@ class Colors:
     name: ClassVar[str] = "colors"
 
     def check(self, record: SynthRecord) -> str | None:
-        for index, turn in enumerate(map(said, record.turns)):
+        for index, turn in enumerate(map(plain_turn, record.turns)):
             known = [mention for text in _texts_for(record, turn) for mention in color_mentions(text)]
             for claim in _color_claims(turn):
                 if not _color_supported(claim, known):
@@ -184,7 +180,7 @@ class Colors:
         return None
 
 
-def _color_claims(turn: Said) -> Iterator[ColorMention]:
+def _color_claims(turn: PlainTurn) -> Iterator[ColorMention]:
     asked = asked_color(turn.question)
     parts = tokens(turn.answer)
     claims = list(color_mentions(turn.answer, plain=True))

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusion_hf.synthesis.filters.base import Said, said, where
+from fusion_hf.synthesis.filters.base import PlainTurn, plain_turn, where
 from fusion_hf.synthesis.filters.mentions import asked_color, asked_counts
 from fusion_hf.synthesis.filters.words import color_of, content, tokens
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 YES_NO = frozenset({"yes", "no", "true", "false"})
 VERBS_FIRST = frozenset(  # of a question to be answered with yes or no
@@ -18,7 +18,7 @@ MOST_WORDS = 4  # of an answer that another question can give away
 
 
 @dataclass(frozen=True)
-class Leakage:
+class LeakageFilter:
     """
     An answer says something that its question does not contain; questions of yes or no, and of "this or that", may.
 
@@ -30,12 +30,8 @@ class Leakage:
     name: ClassVar[str] = "leakage"
     between: bool = True
 
-    def __post_init__(self) -> None:
-        if type(self.between) is not bool:
-            raise ValueError(f"between is {self.between!r}; allowed: true, false")
-
     def check(self, record: SynthRecord) -> str | None:
-        turns = [said(turn) for turn in record.turns]
+        turns = [plain_turn(turn) for turn in record.turns]
         for index, turn in enumerate(turns):
             if _contains_answer(turn):
                 return f"{where(index)}: the question contains the answer {turn.answer[:40]!r}"
@@ -47,7 +43,7 @@ class Leakage:
         return None
 
 
-def _contains_answer(turn: Said) -> bool:
+def _contains_answer(turn: PlainTurn) -> bool:
     question = _SIDE.sub("picture", turn.question)
     parts = tokens(question)
     if not parts or parts[0] in VERBS_FIRST or "or" in parts:
@@ -60,7 +56,7 @@ def _contains_answer(turn: Said) -> bool:
     return set(answer) <= set(content(question))
 
 
-def _gives_away(question: str, turn: Said) -> bool:
+def _gives_away(question: str, turn: PlainTurn) -> bool:
     """Whether it has the answer right before the thing whose colour or number the turn asks for."""
     color, counts = asked_color(turn.question), asked_counts(turn.question)
     answer = content(turn.answer)

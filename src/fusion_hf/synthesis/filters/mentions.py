@@ -48,19 +48,19 @@ class ColorMention(NamedTuple):
 
 
 def unquoted(text: str, instead: str = " ") -> str:
-    """Without what stands in quotation marks: written text is no statement on colours and numbers."""
+    """Take out what stands in quotation marks: written text is no statement on colours and numbers."""
     return _QUOTED.sub(instead, text.replace("’s", "'s"))
 
 
 def quoted(text: str) -> list[str]:
-    """What stands in quotation marks."""
+    """Find what stands in quotation marks."""
     return [found.group()[1:-1] for found in _QUOTED.finditer(text)]
 
 
 @lru_cache(maxsize=_CACHE)
 def count_mentions(text: str, articles: bool = False) -> tuple[CountMention, ...]:
     """
-    Numbers of things in their order, without ordinals, clock times, numbers of steps and quoted ones.
+    Find numbers of things in their order, without ordinals, clock times, numbers of steps and quoted ones.
 
     Args:
         articles: "a" and "an" count as one, and "no" as zero.
@@ -100,7 +100,7 @@ def _counted(parts: Sequence[str], place: int) -> tuple[str, ...]:
 @lru_cache(maxsize=_CACHE)
 def color_mentions(text: str, plain: bool = False) -> tuple[ColorMention, ...]:
     """
-    Colours in their order.
+    Find colours in their order.
 
     Args:
         plain: only words that say a colour wherever they stand, for what is claimed.
@@ -161,7 +161,7 @@ def _subject(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
 
 
 def asked_yes_no(question: str) -> tuple[str, ...]:
-    """What "is the car red?" is about; empty for other questions."""
+    """Find what "is the car red?" is about; empty for other questions."""
     parts = tokens(question)
     if token_at(parts, 0) not in _COPULAS:
         return ()
@@ -175,7 +175,7 @@ def _leads_on(token: str) -> bool:
 
 
 def asked_counts(question: str) -> tuple[tuple[str, ...], ...]:
-    """The noun phrases behind "how many", of which "circles and squares" has two; none if it does not ask so."""
+    """Find the noun phrases behind "how many", of which "circles and squares" has two; none if it does not ask so."""
     parts = tokens(question)
     place = _behind(parts, ("how", "many"))
     if place is None:
@@ -189,7 +189,7 @@ def asked_counts(question: str) -> tuple[tuple[str, ...], ...]:
 
 
 def asked_color(question: str) -> tuple[str, ...] | None:
-    """What is asked for its colour, or None."""
+    """Find what is asked for its colour; None if the question does not ask so."""
     parts = tuple("color" if token == "colour" else token for token in tokens(question))
     if token_at(parts, 0) not in ("what", "which", "in", "name", "tell", "and"):
         return None

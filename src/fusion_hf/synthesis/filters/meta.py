@@ -1,4 +1,4 @@
-"""Answers that speak of the writer or its material instead of the picture."""
+"""Answers that speak of the writer or its material instead of the image."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.mentions import unquoted
-from fusion_hf.synthesis.record import IMAGE_MARK, SynthRecord
+from fusion_hf.synthesis.synth_record import IMAGE_MARK, SynthRecord
 
 _TEXT = r"(?:description|caption|passage|prompt|context(?! of)|paragraph|(?:given|provided) (?:text|information))"
 MARKUP = "has markup"
@@ -54,7 +54,7 @@ _PATTERNS = {what: re.compile("|".join(parts), re.IGNORECASE | re.MULTILINE) for
 
 
 @dataclass(frozen=True)
-class Meta:
+class MetaTalkFilter:
     """No answer or question speaks of a description, of a model or to the reader, or has placeholders or markup."""
 
     name: ClassVar[str] = "meta"
@@ -73,7 +73,7 @@ class Meta:
 
 
 def _problem(text: str, kinds: Iterable[str] = _PATTERNS) -> str | None:
-    plain = unquoted(text, instead="x")  # what is written in the picture may be anything
+    plain = unquoted(text, instead="x")  # what is written in the image may be anything
     for what in kinds:
         if found := _PATTERNS[what].search(text if what == MARKUP else plain):
             return f"{what}: {found.group().strip()[:40]!r}"

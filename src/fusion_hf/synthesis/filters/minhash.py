@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from fusion_hf.synthesis.choices import plain
 from fusion_hf.synthesis.filters.across import text_key
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 try:
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     raise ImportError("near-duplicates need datatrove: pip install fusion_hf[synth]") from error
 
 
-class _Words(WordTokenizer):
+class _WhitespaceTokenizer(WordTokenizer):
     """Words between white space: datatrove takes the punctuation away before. Its own tokenizers need spaCy."""
 
     def word_tokenize(self, text: str) -> list[str]:
@@ -46,14 +46,14 @@ class MinHash:
     seed: int = 1
 
     def config(self) -> MinhashConfig:
-        """For datatrove."""
+        """Write the settings as datatrove takes them."""
         # datatrove 0.10.1's other hash, xxhash, fails with xxhash 4, which takes bytes only
         return MinhashConfig(
             self.n_grams, self.buckets, self.hashes, self.seed, hash_config=HashConfig(hash_fc="sha1")
         )
 
 
-class NearDuplicates:
+class NearDuplicatesFilter:
     """
     Rejects a record whose caption is nearly one that came before, by datatrove's MinHash.
 
@@ -65,11 +65,11 @@ class NearDuplicates:
     def __init__(self, settings: MinHash | None = None):
         self.settings = settings if settings is not None else MinHash()
         # its folder is written by pipelines alone
-        self.signer = MinhashDedupSignature(".", self.settings.config(), language=_Words())
+        self.signer = MinhashDedupSignature(".", self.settings.config(), language=_WhitespaceTokenizer())
         self.seen: dict[bytes, str] = {}
 
     def check(self, record: SynthRecord) -> str | None:
-        """A kept record counts from now on; a rejected one does not."""
+        """Give the reason to reject the record, or None. A kept record counts from now on."""
         keys = self._keys(record.caption)
         found = next((self.seen[key] for key in keys if key in self.seen), None)
         if found is not None:

@@ -4,12 +4,12 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from fusion_hf.synthesis.choices import parse_choice, plain
 from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.words import content
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 FEW_CHARACTERS = 12
 _REFERENCE = re.compile(
@@ -19,8 +19,20 @@ _REFERENCE = re.compile(
 )
 
 
+def _several(value: int) -> int:
+    if value < 2:
+        raise ValueError("a whole number from 2")
+    return value
+
+
+def _factor(value: float) -> float:
+    if value < 1:
+        raise ValueError("a number from 1")
+    return value
+
+
 @dataclass(frozen=True)
-class Options:
+class OptionsFilter:
     """
     Multiple choice: options that are distinct and of a like length, of which one is named by its letter.
 
@@ -31,16 +43,9 @@ class Options:
     """
 
     name: ClassVar[str] = "options"
-    least: int = 2
-    most: int = 6
-    longest: float = 3.0
-
-    def __post_init__(self) -> None:
-        for name in ("least", "most"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 2:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: a whole number from 2")
-        if isinstance(self.longest, bool) or not isinstance(self.longest, (int, float)) or self.longest < 1:
-            raise ValueError(f"longest is {self.longest!r}; allowed: a number from 1")
+    least: Annotated[int, _several] = 2
+    most: Annotated[int, _several] = 6
+    longest: Annotated[float, _factor] = 3.0
 
     def check(self, record: SynthRecord) -> str | None:
         for index, turn in enumerate(record.turns):
@@ -48,7 +53,7 @@ class Options:
                 return f"{where(index)}: {problem}"
         return None
 
-    def _problem(self, turn: Turn) -> str | None:
+    def _problem(self, turn: RecordTurn) -> str | None:
         choice = parse_choice(turn)
         if isinstance(choice, str):
             return choice
@@ -76,7 +81,7 @@ def _meaning(option: str) -> str:
 
 def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[SynthRecord]:
     """
-    The records with the options of their choices in another order, so that all letters are right equally often.
+    Put the options of all choices in another order, so that all letters are right equally often.
 
     Of k questions with k options each letter is right once, in an order drawn by the seed; the counts of two letters
     never differ by more than one among questions of one number of options. Wrong options are shuffled. Records without
@@ -92,7 +97,7 @@ def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[S
         yield replace(record, turns=turns) if turns != record.turns else record
 
 
-def _balanced(turn: Turn, places: dict[int, list[int]], rng: random.Random) -> Turn:
+def _balanced(turn: RecordTurn, places: dict[int, list[int]], rng: random.Random) -> RecordTurn:
     choice = parse_choice(turn)
     if isinstance(choice, str):
         return turn

@@ -3,12 +3,12 @@
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 from fusion_hf.synthesis.choices import plain, split_options
 from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.mentions import unquoted
-from fusion_hf.synthesis.record import SynthRecord, Turn
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 # Words that are frequent in one language and in none of the others here.
 FUNCTION_WORDS: dict[str, frozenset[str]] = {
@@ -28,8 +28,23 @@ LEAST_FUNCTION_WORDS = 3  # of another language, before they say something
 LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of its language's function words
 
 
+def _known_language(name: str) -> str:
+    if name not in FUNCTION_WORDS:
+        raise ValueError(", ".join(FUNCTION_WORDS))
+    return name
+
+
+def _range(bounds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError("a list of the least and the most words")
+    return bounds
+
+
+WordRange: TypeAlias = Annotated[tuple[int, ...], _range]
+
+
 @dataclass(frozen=True)
-class Language:
+class LanguageFilter:
     """
     The descriptions, and all turns together, are in the language, as script and function words tell.
 
@@ -37,11 +52,7 @@ class Language:
     """
 
     name: ClassVar[str] = "language"
-    language: str = "english"
-
-    def __post_init__(self) -> None:
-        if self.language not in FUNCTION_WORDS:
-            raise ValueError(f"language is {self.language!r}; allowed: {', '.join(FUNCTION_WORDS)}")
+    language: Annotated[str, _known_language] = "english"
 
     def check(self, record: SynthRecord) -> str | None:
         turns = "\n".join(f"{turn.question}\n{turn.answer}" for turn in record.turns)
@@ -72,20 +83,13 @@ def _is_latin(letter: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Length:
+class LengthFilter:
     """Least and most words of a question (with its options), an answer and a description."""
 
     name: ClassVar[str] = "length"
-    question: Sequence[int] = (1, 120)
-    answer: Sequence[int] = (1, 250)
-    description: Sequence[int] = (1, 300)
-
-    def __post_init__(self) -> None:
-        for name in ("question", "answer", "description"):
-            bounds = getattr(self, name)
-            whole = isinstance(bounds, (list, tuple)) and all(type(bound) is int for bound in bounds)
-            if not whole or len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
-                raise ValueError(f"{name} is {bounds!r}; allowed: a list of the least and the most words")
+    question: WordRange = (1, 120)
+    answer: WordRange = (1, 250)
+    description: WordRange = (1, 300)
 
     def check(self, record: SynthRecord) -> str | None:
         for number, text in enumerate(record.descriptions):
@@ -104,25 +108,25 @@ def _outside(text: str, bounds: Sequence[int]) -> str | None:
 
 
 @dataclass(frozen=True)
-class TurnCount:
+class TurnCountFilter:
     """As many turns and descriptions as the category has, none of them empty."""
 
     name: ClassVar[str] = "turns"
     least: int
     most: int
-    pictures: int
+    images: int
 
     def check(self, record: SynthRecord) -> str | None:
         if not self.least <= len(record.turns) <= self.most:
             return f"it has {len(record.turns)} turns; allowed: {self.least} to {self.most}"
-        if len(record.descriptions) != self.pictures:
-            return f"it has {len(record.descriptions)} descriptions; allowed: {self.pictures}"
+        if len(record.descriptions) != self.images:
+            return f"it has {len(record.descriptions)} descriptions; allowed: {self.images}"
         texts = [*record.descriptions, *(text for turn in record.turns for text in (turn.question, turn.answer))]
         return None if all(text.strip() for text in texts) else "a text is empty"
 
 
 @dataclass(frozen=True)
-class RepeatedQuestions:
+class RepeatedQuestionsFilter:
     """No question twice in a conversation; case, punctuation and articles make no difference."""
 
     name: ClassVar[str] = "repeated_questions"
@@ -137,8 +141,8 @@ class RepeatedQuestions:
         return None
 
 
-def question_key(turn: Turn) -> str:
-    """Equal for questions that differ in case, punctuation, articles or the order of their options only."""
+def question_key(turn: RecordTurn) -> str:
+    """Make a key of a question without its case, punctuation, articles and the order of its options."""
     stem, options = split_options(turn.question)
     return "|".join([_without_articles(stem), *sorted(_without_articles(option) for option in options)])
 

@@ -79,7 +79,7 @@ _PHRASE_ENDS = frozenset(
 LONGEST_PHRASE = 5  # words
 
 
-class Number(NamedTuple):
+class NumberToken(NamedTuple):
     """A number at a place among tokens, and how many of them it takes."""
 
     value: float
@@ -88,14 +88,14 @@ class Number(NamedTuple):
 
 @lru_cache(maxsize=_CACHE)
 def tokens(text: str) -> tuple[str, ...]:
-    """Lower-case words, numbers and punctuation; `'s` is one."""
+    """Split into lower-case words, numbers and punctuation; `'s` is one."""
     normal = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'").lower()
     return tuple(_TOKEN.findall(normal))
 
 
 @lru_cache(maxsize=_CACHE)
 def singular(word: str) -> str:
-    """Of a noun or a colour, by rule; other words may come out changed, but always the same."""
+    """Make the singular of a noun or a colour, by rule; other words may come out changed, but always the same."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     if len(word) <= 3 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
@@ -112,7 +112,7 @@ def is_word(token: str) -> bool:
 
 
 def content(text: str) -> list[str]:
-    """Singulars of the words that mean something, numbers as digits, in their order."""
+    """Find the words that mean something, as singulars, numbers as digits, in their order."""
     found, place, parts = [], 0, tokens(text)
     while place < len(parts):
         number = number_at(parts, place)
@@ -128,20 +128,20 @@ def content(text: str) -> list[str]:
 
 
 def token_at(parts: Sequence[str], place: int) -> str:
-    """Empty outside of the text."""
+    """Look at a token; empty outside of the text."""
     return parts[place] if 0 <= place < len(parts) else ""
 
 
-def number_at(parts: Sequence[str], place: int) -> Number | None:
-    """A number in digits or words that begins at this token; no ordinals, no times, no dates."""
+def number_at(parts: Sequence[str], place: int) -> NumberToken | None:
+    """Read a number in digits or words that begins at this token; no ordinals, no times, no dates."""
     token, following = parts[place], token_at(parts, place + 1)
     if token[0].isdigit():
         plain = token.replace(",", "")
-        return Number(float(plain), 1) if re.fullmatch(r"\d+(\.\d+)?", plain, re.ASCII) else None
+        return NumberToken(float(plain), 1) if re.fullmatch(r"\d+(\.\d+)?", plain, re.ASCII) else None
     if token == "half" and following in ARTICLES and token_at(parts, place + 2) == DOZEN:
-        return Number(NUMBER_WORDS[DOZEN] / 2, 3)
+        return NumberToken(NUMBER_WORDS[DOZEN] / 2, 3)
     if token in ARTICLES and following in GROUPS:
-        return Number(GROUPS[following], 2)
+        return NumberToken(GROUPS[following], 2)
     if token not in NUMBER_WORDS:
         return None
     value, size = NUMBER_WORDS[token], 1
@@ -152,13 +152,13 @@ def number_at(parts: Sequence[str], place: int) -> Number | None:
             value, size = value + NUMBER_WORDS[unit], follow + 1 - place
     multiple = token_at(parts, place + size)
     if multiple in MULTIPLES:
-        return Number(value * MULTIPLES[multiple], size + 1)
-    return Number(value, size)
+        return NumberToken(value * MULTIPLES[multiple], size + 1)
+    return NumberToken(value, size)
 
 
 def color_of(token: str, plain: bool = False) -> frozenset[str]:
     """
-    The colours that a word stands for; none for other words.
+    Find the colours that a word stands for; none for other words.
 
     Args:
         plain: only words that say a colour wherever they stand. "oranges" are fruits.
@@ -172,7 +172,7 @@ def color_of(token: str, plain: bool = False) -> frozenset[str]:
 
 
 def phrase(parts: Sequence[str], place: int) -> tuple[str, ...]:
-    """Singulars of the words from a place to the end of a noun phrase; the last one is what it is about."""
+    """Read the singulars of the words from a place to the end of a noun phrase; the last one is what it is about."""
     words: list[str] = []
     for token in parts[place : place + LONGEST_PHRASE + 2]:
         if token == "-" or (token == "'s" and words):

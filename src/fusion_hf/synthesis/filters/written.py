@@ -4,17 +4,17 @@ import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusion_hf.synthesis.filters.base import said, where
+from fusion_hf.synthesis.filters.base import plain_turn, where
 from fusion_hf.synthesis.filters.mentions import quoted
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 _EDGES = " .,;:!?"
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTextFilter:
     """
-    What answers have in quotation marks is written in the picture, letter by letter.
+    What answers have in quotation marks is written in the image, letter by letter.
 
     Args:
         same_case: capitals have to agree too.
@@ -23,10 +23,6 @@ class Written:
     name: ClassVar[str] = "written"
     same_case: bool = True
 
-    def __post_init__(self) -> None:
-        if type(self.same_case) is not bool:
-            raise ValueError(f"same_case is {self.same_case!r}; allowed: true, false")
-
     def check(self, record: SynthRecord) -> str | None:
         known = [self._plain(text) for description in record.descriptions for text in quoted(description)]
         if not known:
@@ -34,7 +30,7 @@ class Written:
         # a text may be given in parts, or several as one
         together = " ".join(known)
         for index, turn in enumerate(record.turns):
-            for text in quoted(said(turn).answer):
+            for text in quoted(plain_turn(turn).answer):
                 plain = self._plain(text)
                 if plain and f" {plain} " not in f" {together} ":
                     return f"{where(index)}: the description does not contain the text {text[:60]!r}"

@@ -1,4 +1,4 @@
-"""Drawn scenes: what is in a picture, in exact facts and in words."""
+"""Drawn scenes: what is in an image, in exact facts and in words."""
 
 import random
 from collections import Counter
@@ -63,7 +63,7 @@ WORDINGS = len(OPENINGS) * len(CLOSINGS)
 
 
 def spoken(count: int) -> str:
-    """A number as a word."""
+    """Write a number as a word."""
     return UNITS[count]
 
 
@@ -72,12 +72,12 @@ def plural(noun: str, count: int) -> str:
 
 
 def listing(parts: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Write a list as "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def place_of(shape: DrawnShape) -> str:
-    """In which ninth of the picture its middle lies."""
+    """Say in which ninth of the image its middle lies."""
     cells = (min(2, int(3 * middle / CANVAS_SIDE)) for middle in shape.center)
     column, row = cells
     return PLACES[ROWS[row], COLUMNS[column]]
@@ -86,7 +86,7 @@ def place_of(shape: DrawnShape) -> str:
 @dataclass(frozen=True)
 class Scene:
     """
-    A picture to draw, and what is true of it.
+    An image to draw, and what is true of it.
 
     Attributes:
         counted: the groups ("shapes", "circles", "red shapes") whose numbers are drawn first, all equally often from
@@ -120,7 +120,7 @@ class Scene:
         return Counter(place_of(shape) for shape in self.shapes)
 
     def facts(self) -> dict[str, Any]:
-        """Exact annotations in canvas pixels (twice the picture's), JSON values."""
+        """Exact annotations in canvas pixels (twice the image's), JSON values."""
         facts = asdict(self.spec)
         return facts | {"background": list(facts["background"]), "shapes": list(facts["shapes"]), "side": CANVAS_SIDE}
 
@@ -180,7 +180,7 @@ class Scene:
         return direction(*self.shapes) if self.spec.category == "spatial" else None
 
     def description(self) -> str:
-        """All that is in the picture, in sentences."""
+        """All that is in the image, in sentences."""
         closing, opening = divmod(self.wording, len(OPENINGS))
         total = len(self.shapes)
         sentences = []
@@ -203,7 +203,7 @@ class Scene:
 def draw_until(
     rng: random.Random, maker: Callable[[random.Random], DrawnImage], wanted: Callable[[Scene], bool]
 ) -> Scene:
-    """The first scene of a kind with a property.
+    """Draw scenes of a kind until one has a property.
 
     Raises:
         RuntimeError: if the property is as good as never there.
@@ -216,18 +216,18 @@ def draw_until(
 
 
 def written_text(rng: random.Random) -> str:
-    """A word or a number."""
+    """Draw a word or a number."""
     return str(rng.randint(1, LARGEST_NUMBER)) if rng.random() < NUMBER_SHARE else rng.choice(WORDS)
 
 
 def text_scene(rng: random.Random) -> Scene:
-    """A word or a number, alone."""
+    """Draw a word or a number, alone."""
     word = place_word(written_text(rng), rng.choice(WORD_COLORS), rng)
     return Scene(DrawnImage("text", single_spec(rng).background, word=word))
 
 
 def sign_scene(rng: random.Random) -> Scene:
-    """One or two shapes above or below a word or a number."""
+    """Draw one or two shapes above or below a word or a number."""
     count = rng.randint(1, 2)
     text_below = rng.random() < 1 / 2
     top = 0 if text_below else BAND
@@ -243,13 +243,13 @@ def sign_scene(rng: random.Random) -> Scene:
 
 
 def sign_text(text: str, color: str, rng: random.Random, below: bool) -> DrawnWord:
-    """The text of a sign, in the half of the image that its shapes leave free."""
+    """Place the text of a sign in the half of the image that its shapes leave free."""
     top, bottom = (BAND, CANVAS_SIDE) if below else (0, BAND)
     return place_word(text, color, rng, SIGN_WORD, top, bottom)
 
 
 def shapes_scene(rng: random.Random, least: int = 1, kinds: int = 1, colors: int = 1) -> Scene:
-    """Shapes that do not touch; at least so many, of at least so many kinds and colours."""
+    """Draw shapes that do not touch; at least so many, of at least so many kinds and colours."""
 
     def wanted(scene: Scene) -> bool:
         return len(scene.shapes) >= least and len(scene.kinds) >= kinds and len(scene.colors) >= colors
@@ -258,13 +258,13 @@ def shapes_scene(rng: random.Random, least: int = 1, kinds: int = 1, colors: int
 
 
 def pair_scene(rng: random.Random) -> Scene:
-    """Two shapes with a clear relation."""
+    """Draw two shapes with a clear relation."""
     return Scene(spatial_spec(rng))
 
 
 def counted_scene(rng: random.Random) -> Scene:
     """
-    Shapes whose numbers are drawn before they are: each number from zero to `MAX_COUNT` is as likely as the others.
+    Draw shapes whose numbers are drawn first: each number from zero to `MAX_COUNT` is as likely as the others.
 
     A total is not asked for beside a group, since it is not independent of the group's number. Without any shape the
     scene is a written text.
@@ -291,19 +291,19 @@ def _with_members(rng: random.Random, values: Sequence[str], value: str, members
 
 
 def exact_scene(rng: random.Random, total: int) -> Scene:
-    """So many shapes that do not touch, from one to `MAX_COUNT`."""
+    """Draw so many shapes that do not touch, from one to `MAX_COUNT`."""
     return draw_until(rng, count_spec, lambda scene: len(scene.shapes) == total)
 
 
 def recast(scene: Scene, kinds: Iterable[str], colors: Iterable[str], rng: random.Random) -> Scene:
-    """The same places with shapes of other kinds and colours."""
+    """Put shapes of other kinds and colours in the same places."""
     given = zip(scene.shapes, kinds, colors, strict=True)
     shapes = tuple(replace(reshaped(shape, kind, rng), color=color) for shape, kind, color in given)
     return replace(scene, spec=replace(scene.spec, shapes=shapes))
 
 
 def reshaped(shape: DrawnShape, kind: str, rng: random.Random) -> DrawnShape:
-    """A shape of another kind around the same middle and inside the same box: a circle is no ellipse."""
+    """Give a shape another kind around the same middle and inside the same box: a circle is no ellipse."""
     if kind == shape.kind:
         return shape
     side = min(shape.width, shape.height)
@@ -317,7 +317,7 @@ def reshaped(shape: DrawnShape, kind: str, rng: random.Random) -> DrawnShape:
 
 def reasoning_scene(rng: random.Random) -> Scene:
     """
-    Shapes for a question whose answer is drawn first.
+    Draw shapes for a question whose answer is drawn first.
 
     `counted` has two kinds for the difference of their numbers, 0 to `MAX_COUNT`, or one kind for what is left without
     its shapes, 0 to `MAX_COUNT - 1`.

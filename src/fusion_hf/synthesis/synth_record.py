@@ -11,7 +11,7 @@ IMAGE_MARK = "<image>"  # the processor's IMAGE_TOKEN, whose import takes second
 
 
 @dataclass(frozen=True)
-class Turn:
+class RecordTurn:
     """A question and its answer."""
 
     question: str
@@ -19,7 +19,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Origin:
+class StepOrigin:
     """What made a part of a record: the model, the SHA-256 of its prompt, and its seed."""
 
     model: str
@@ -44,8 +44,8 @@ class SynthRecord:
         id: unique in a run, and the same in each run with its settings.
         category: name of a file in `synthesis/categories`.
         caption: from the caption pool.
-        descriptions, images: one for each picture; file names are relative to the output's folder of pictures.
-        facts: exact annotations of a drawn picture; empty for others. JSON values only.
+        descriptions, images: one for each image; file names are relative to the output's folder of images.
+        facts: exact annotations of a drawn image; empty for others. JSON values only.
         origins: by step.
         rejection: why the record is not written, or None.
     """
@@ -56,19 +56,21 @@ class SynthRecord:
     seed: int
     descriptions: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[RecordTurn, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    origins: Mapping[str, StepOrigin] = field(default_factory=dict)
     rejection: Rejection | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, from which `from_dict` makes an equal record."""
+        """Write JSON values, from which `from_dict` makes an equal record."""
         values = asdict(self)
         return values | {name: list(values[name]) for name in ("descriptions", "images", "turns")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SynthRecord":
         """
+        Read what `to_dict` gave.
+
         Raises:
             ValueError: for a field that is unknown or missing, or has another type.
         """
@@ -88,9 +90,9 @@ class SynthRecord:
             made: dict[str, Any] = {
                 "descriptions": tuple(values.get("descriptions", ())),
                 "images": tuple(values.get("images", ())),
-                "turns": tuple(Turn(**turn) for turn in values.get("turns", ())),
+                "turns": tuple(RecordTurn(**turn) for turn in values.get("turns", ())),
                 "facts": dict(values.get("facts", {})),
-                "origins": {step: Origin(**origin) for step, origin in values.get("origins", {}).items()},
+                "origins": {step: StepOrigin(**origin) for step, origin in values.get("origins", {}).items()},
                 "rejection": Rejection(**values["rejection"]) if values.get("rejection") is not None else None,
             }
             return cls(**{**values, **made})
@@ -98,16 +100,16 @@ class SynthRecord:
             raise ValueError(f"a record has another shape ({error}).") from error
 
     def rejected(self, step: str, reason: str) -> "SynthRecord":
-        """This record, taken out by a step."""
+        """Take this record out by a step."""
         return replace(self, rejection=Rejection(step, reason))
 
     def training_record(self) -> dict[str, Any]:
         """
-        `{"id", "image", "conversations"}`, the format of the training data, which holds one picture.
+        Write `{"id", "image", "conversations"}`, the format of the training data, which holds one image.
 
         Raises:
-            ValueError: if the record was rejected, has no turn, or has not exactly one picture: those of a pair are
-                composed into one before (`synthesis.pictures.compose_pair`).
+            ValueError: if the record was rejected, has no turn, or has not exactly one image: those of a pair are
+                composed into one before (`png_files.compose_pair`).
         """
         if self.rejection is not None:
             raise ValueError(f"record {self.id} was rejected by {self.rejection.step}: {self.rejection.reason}")

@@ -1,4 +1,4 @@
-"""The data card of a run, and its contact sheet as a picture and as a page."""
+"""The data card of a run, and its contact sheet as an image and as a page."""
 
 import html
 from base64 import b64encode
@@ -13,15 +13,15 @@ from PIL import Image, ImageDraw, ImageOps
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data.record_parsing import HUMAN
 from fusion_hf.synthesis.balance import LONGER
-from fusion_hf.synthesis.config import DRAWN_LICENSE
 from fusion_hf.synthesis.drawing_step import BACKEND
-from fusion_hf.synthesis.image_files import encode_png
-from fusion_hf.synthesis.record import IMAGE_MARK
+from fusion_hf.synthesis.png_files import encode_png
+from fusion_hf.synthesis.run_config import DRAWN_LICENSE
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
+from fusion_hf.synthesis.synth_record import IMAGE_MARK
 
 CARD, SHEET, PAGE = "README.md", "contact_sheet.png", "contact_sheet.html"
-SIDE, GAP, LABEL = 192, 8, 20  # pixels: of a picture's box, between boxes, of a line of text
+SIDE, GAP, LABEL = 192, 8, 20  # pixels: of an image's box, between boxes, of a line of text
 COLUMNS = 4
 # Of the page: nothing runs, and its images are inside it, since browsers give a local page no other file.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
     category: str
     record: dict[str, Any]
-    picture: Image.Image
+    image: Image.Image
 
 
 def write_card(data: Path, report: dict[str, Any], summary: Summary, mixtures: list[Path], kind: str) -> None:
@@ -61,9 +61,9 @@ def _samples(data: Path, summary: Summary, kind: str) -> Iterator[Sample]:
     for shard in sorted(data.glob(f"stage*/*.{kind}")):
         if len(found) == len(wanted):
             break
-        for record, picture in read_records(shard):
+        for record, image in read_records(shard):
             if record["id"] in wanted:
-                found[record["id"]] = Sample(record["category"], record, _thumbnail(picture))
+                found[record["id"]] = Sample(record["category"], record, _thumbnail(image))
             if len(found) == len(wanted):
                 break
     for _, category in sorted(summary.categories.items()):
@@ -71,8 +71,8 @@ def _samples(data: Path, summary: Summary, kind: str) -> Iterator[Sample]:
 
 
 def _thumbnail(content: bytes) -> Image.Image:
-    with Image.open(BytesIO(content), formats=("PNG",)) as picture:
-        return ImageOps.contain(picture.convert("RGB"), (SIDE, SIDE))
+    with Image.open(BytesIO(content), formats=("PNG",)) as image:
+        return ImageOps.contain(image.convert("RGB"), (SIDE, SIDE))
 
 
 def _sheet(samples: list[Sample]) -> bytes:
@@ -88,12 +88,12 @@ def _sheet(samples: list[Sample]) -> bytes:
         top = GAP + number * height
         draw.text((GAP, top), row[0].category, fill=BLACK)
         for column, sample in enumerate(row):
-            sheet.paste(sample.picture, (GAP + column * (SIDE + GAP), top + LABEL))
+            sheet.paste(sample.image, (GAP + column * (SIDE + GAP), top + LABEL))
     return encode_png(sheet)
 
 
 def contact_page(samples: list[Sample]) -> str:
-    """Each sample's image beside its turns; texts of models and strangers are escaped, and the page runs nothing."""
+    """Write each sample's image beside its turns; texts of others are escaped, and the page runs nothing."""
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Contact sheet</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
@@ -101,7 +101,7 @@ def contact_page(samples: list[Sample]) -> str:
     ]
     for sample in samples:
         name = html.escape(sample.record["id"])
-        source = f"data:image/png;base64,{b64encode(encode_png(sample.picture)).decode()}"
+        source = f"data:image/png;base64,{b64encode(encode_png(sample.image)).decode()}"
         parts.append(f"<h2>{html.escape(sample.category)}: {name}</h2>")
         parts.append(f'<section><img src="{source}" alt="{name}"><dl>')
         for turn in sample.record["conversations"]:

@@ -8,10 +8,10 @@ from PIL import Image
 
 from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.procedural.pairs import draw_pair
+from fusion_hf.synthesis.procedural.scene_pairs import draw_pair
 from fusion_hf.synthesis.procedural.scenes import WORDINGS
-from fusion_hf.synthesis.procedural.writers import SCENES, any_scene, write_pair_turns, write_turns
-from fusion_hf.synthesis.record import Origin, SynthRecord
+from fusion_hf.synthesis.procedural.turn_writers import SCENES, any_scene, write_pair_turns, write_turns
+from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
 
 MODEL = "procedural"  # stands in the origins for the name of a model
 MOST_TRIES = 100  # of drawing a scene that has enough questions
@@ -24,26 +24,31 @@ class PlannedRecord(NamedTuple):
     specs: tuple[DrawnImage, ...]
 
 
-class Drawn(NamedTuple):
+class DrawnRecord(NamedTuple):
     """A record, and its images; file names are given by whoever stores them."""
 
     record: SynthRecord
     images: tuple[Image.Image, ...]
 
 
-def draw(category: str, seed: int, index: int) -> Drawn:
+def draw(category: str, seed: int, index: int) -> DrawnRecord:
     """
-    The `index`-th record of a category, always the same for a seed.
+    Draw the `index`-th record of a category, always the same for a seed.
 
     Raises:
         ValueError: for an unknown category.
+
+    Example:
+
+        record, images = draw("SynthCount", seed=0, index=3)
+        images[0].save(f"{record.id}.png")
     """
     planned = plan(category, seed, index)
-    return Drawn(planned.record, tuple(spec.render() for spec in planned.specs))
+    return DrawnRecord(planned.record, tuple(spec.render() for spec in planned.specs))
 
 
 def plan(category: str, seed: int, index: int) -> PlannedRecord:
-    """As `draw`, with nothing drawn yet."""
+    """Plan a record as `draw` does, with nothing drawn yet."""
     categories = load_categories()
     if category not in categories:
         raise ValueError(f"category is {category!r}; allowed: {', '.join(categories)}")
@@ -62,7 +67,7 @@ def plan(category: str, seed: int, index: int) -> PlannedRecord:
             break
     else:
         raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns.least} questions")
-    origin = Origin(MODEL, settings.prompts_hash, seed)
+    origin = StepOrigin(MODEL, settings.prompts_hash, seed)
     record = SynthRecord(
         id=f"{category}-{seed}-{index}",
         category=category,

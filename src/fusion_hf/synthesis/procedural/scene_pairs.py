@@ -22,7 +22,7 @@ CELL = CANVAS_SIDE / COUNT_GRID
 
 
 @dataclass(frozen=True)
-class Difference:
+class SceneDifference:
     """
     What differs between two scenes.
 
@@ -44,7 +44,7 @@ class ScenePair:
 
     first: Scene
     second: Scene
-    difference: Difference
+    difference: SceneDifference
 
     def worded(self, wording: int) -> "ScenePair":
         """The same pair with both descriptions in this wording: they differ in nothing but the one thing."""
@@ -53,7 +53,7 @@ class ScenePair:
 
 
 def draw_pair(rng: random.Random) -> ScenePair:
-    """A scene, and the same with one change."""
+    """Draw a scene, and the same with one change."""
     change = rng.choice(CHANGES)
     if change is change_count:
         scene = _countable(rng)
@@ -86,7 +86,7 @@ def change_color(scene: Scene, rng: random.Random) -> ScenePair:
     shape = scene.shapes[index]
     color = rng.choice([color for color in COLORS if color != shape.color])
     second = _with_shape(scene, index, replace(shape, color=color))
-    difference = Difference("color", f"the {shape.kind} {place_of(shape)}", shape.color, color)
+    difference = SceneDifference("color", f"the {shape.kind} {place_of(shape)}", shape.color, color)
     return ScenePair(scene, second, difference)
 
 
@@ -96,7 +96,7 @@ def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
     shape = scene.shapes[index]
     kind = rng.choice([kind for kind in SHAPES if kind != shape.kind])
     second = _with_shape(scene, index, reshaped(shape, kind, rng))
-    difference = Difference("kind", f"the {shape.color} shape {place_of(shape)}", f"a {shape.kind}", f"a {kind}")
+    difference = SceneDifference("kind", f"the {shape.color} shape {place_of(shape)}", f"a {shape.kind}", f"a {kind}")
     return ScenePair(scene, second, difference)
 
 
@@ -109,7 +109,7 @@ def change_place(scene: Scene, rng: random.Random) -> ScenePair:
     shape = scene.shapes[index]
     second = _with_shape(scene, index, _in_free_cell(scene, shape, rng))
     places = place_of(shape), place_of(second.shapes[index])
-    return ScenePair(scene, second, Difference("place", f"the {shape.name}", *places))
+    return ScenePair(scene, second, SceneDifference("place", f"the {shape.name}", *places))
 
 
 def change_count(scene: Scene, rng: random.Random) -> ScenePair:
@@ -119,7 +119,7 @@ def change_count(scene: Scene, rng: random.Random) -> ScenePair:
     shapes = (*scene.shapes[:index], *scene.shapes[index + 1 :])
     second = Scene(replace(scene.spec, shapes=shapes))
     counts = (str(scene.names[name]), str(second.names[name]))
-    return ScenePair(scene, second, Difference("count", name, *counts))
+    return ScenePair(scene, second, SceneDifference("count", name, *counts))
 
 
 def change_text(scene: Scene, rng: random.Random) -> ScenePair:
@@ -134,7 +134,7 @@ def change_text(scene: Scene, rng: random.Random) -> ScenePair:
     else:
         changed = place_word(text, word.color, rng)
     second = Scene(replace(scene.spec, word=changed))
-    return ScenePair(scene, second, Difference("text", "the writing", f'"{word.text}"', f'"{text}"'))
+    return ScenePair(scene, second, SceneDifference("text", "the writing", f'"{word.text}"', f'"{text}"'))
 
 
 CHANGES = (change_color, change_kind, change_place, change_count, change_text)

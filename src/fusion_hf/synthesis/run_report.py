@@ -9,13 +9,12 @@ import yaml
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.common.outputs import write_atomically
-from fusion_hf.synthesis.card import write_card
+from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.config import Config
+from fusion_hf.synthesis.data_card import write_card
 from fusion_hf.synthesis.drawing_step import BACKEND
-from fusion_hf.synthesis.files import json_bytes
 from fusion_hf.synthesis.filtering import filters_of
+from fusion_hf.synthesis.run_config import SynthesisConfig
 from fusion_hf.synthesis.summary import CategorySummary, Summary
 from fusion_hf.synthesis.write_records import REJECTED, SUMMARIES, stage_folder
 
@@ -24,7 +23,7 @@ DECIMALS = 4  # of shares
 BEFORE_RULES, AFTER_RULES = ("describe", "write_qa"), ("duplicate_questions", "judge", "make_image", "image_check")
 
 
-class Yield(NamedTuple):
+class StepYield(NamedTuple):
     """What one step kept of the records that came to it; none came to one that was not run."""
 
     step: str
@@ -38,7 +37,7 @@ class Yield(NamedTuple):
         return round(1 - self.rejected / self.came, DECIMALS) if self.came else None
 
 
-def idle_steps(config: Config) -> set[str]:
+def idle_steps(config: SynthesisConfig) -> set[str]:
     """Return the steps that a run with this config does not have: nothing is known of what they would have kept."""
     drawn = config.backend == BACKEND
     idle = {*BEFORE_RULES, "make_image"} if drawn else set()
@@ -49,9 +48,9 @@ def idle_steps(config: Config) -> set[str]:
     return idle
 
 
-def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[Yield]:
+def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[StepYield]:
     """
-    Step by step, in the order in which they look; steps that rejected nothing are among them.
+    Count what each step kept, in the order in which they look; steps that rejected nothing are among them.
 
     Args:
         rules: names of the category's filters in their order.
@@ -62,21 +61,21 @@ def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()
     found, came = [], summary.records
     for step in steps:
         ran = step not in idle
-        found.append(Yield(step, came if ran else 0, summary.rejected[step], ran))
+        found.append(StepYield(step, came if ran else 0, summary.rejected[step], ran))
         came -= summary.rejected[step]
     return found
 
 
 def read_summary(work: Path) -> Summary:
-    """Of all tasks that are done."""
+    """Add up the summaries of all tasks that are done."""
     total = Summary()
     for path in sorted((work / SUMMARIES).glob("*.json")):
         total.merge(Summary.from_dict(json.loads(path.read_bytes())))
     return total
 
 
-def make_report(config: Config, summary: Summary) -> dict[str, Any]:
-    """Counts, yields, prompts and models of a run as JSON values. The same run gives the same ones: no times."""
+def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
+    """Report counts, yields, prompts and models as JSON values. The same run gives the same ones: no times."""
     known, idle = load_categories(), idle_steps(config)
     categories = {}
     for name, counts in sorted(summary.categories.items()):
@@ -106,7 +105,7 @@ def make_report(config: Config, summary: Summary) -> dict[str, Any]:
 
 
 def write_mixtures(data: Path) -> list[Path]:
-    """A mixture for each training stage that has shards, as recipes name it in `data`."""
+    """Write a mixture for each training stage that has shards, as recipes name it in `data`."""
     paths = []
     for stage in sorted({category.stage for category in load_categories().values()}):
         if any((data / stage_folder(stage)).glob("*")):
@@ -130,7 +129,7 @@ class MakeReport(PipelineStep):
     name = "Make report"
     type = "Report"
 
-    def __init__(self, config: Config, data: Path, work: Path):
+    def __init__(self, config: SynthesisConfig, data: Path, work: Path):
         super().__init__()
         self.config, self.data, self.work = config, data, work
 
@@ -145,7 +144,7 @@ class MakeReport(PipelineStep):
 
 
 def table(report: dict[str, Any]) -> str:
-    """Records by category, and what each step kept, for a terminal."""
+    """Write records by category, and what each step kept, for a terminal."""
     lines = [f"{'category':<20}{'begun':>9}{'written':>9}  rejected by"]
     for name, counts in report["categories"].items():
         steps = [f"{step['step']} {step['rejected']:,}" for step in counts["yields"] if step["rejected"]]
@@ -155,6 +154,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 def finished_report(data: Path) -> dict[str, Any] | None:
-    """What `MakeReport` wrote; None if the run is not that far."""
+    """Read what `MakeReport` wrote; None if the run is not that far."""
     path = data / REPORT
     return json.loads(path.read_bytes()) if path.exists() else None

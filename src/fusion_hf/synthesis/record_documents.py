@@ -8,30 +8,31 @@ from typing import Any
 from datatrove.data import Document, Media, MediaType
 from datatrove.pipeline.base import PipelineStep
 
-from fusion_hf.common.outputs import atomic_file
-from fusion_hf.synthesis.files import json_bytes
-from fusion_hf.synthesis.record import SynthRecord
+from fusion_hf.common.outputs import atomic_file, json_bytes
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 RECORD, POSITION, TASK, USAGE = "record", "position", "task", "usage"  # keys of a document's metadata
 SUFFIX = ".jsonl"
 
 
-def to_document(record: SynthRecord, position: int, task: int, pictures: Iterable[bytes] = ()) -> Document:
+def to_document(record: SynthRecord, position: int, task: int, images: Iterable[bytes] = ()) -> Document:
     """
+    Put a record into a document of datatrove.
+
     Args:
         position: of the record in its task; the order of its output.
-        pictures: PNG files that are in no folder.
+        images: PNG files that are in no folder.
     """
     media = [
         Media(id=name, type=MediaType.IMAGE, url="", media_bytes=content)
-        for name, content in zip(record.images, pictures, strict=False)
+        for name, content in zip(record.images, images, strict=False)
     ]
     metadata = {RECORD: record.to_dict(), POSITION: position, TASK: task, USAGE: {}}
     return Document(text=record.caption, id=record.id, media=media, metadata=metadata)
 
 
 def record_of(document: Document) -> SynthRecord:
-    """The record that a document carries."""
+    """Take the record that a document carries."""
     return SynthRecord.from_dict(document.metadata[RECORD])
 
 
@@ -46,7 +47,7 @@ def add_usage(document: Document, step: str, usage: dict[str, int]) -> None:
 
 
 def task_file(folder: Path, task: int) -> Path:
-    """What a task writes as a whole."""
+    """Name the file that a task writes as a whole."""
     return folder / f"{task:05d}{SUFFIX}"
 
 
@@ -93,12 +94,12 @@ class ReadStage(PipelineStep):
 
 
 def plan_file(work: Path) -> Path:
-    """Where the number of records of each task stands."""
+    """Name the file with the number of records of each task."""
     return work / "plan.json"
 
 
 def document_line(document: Document) -> bytes:
-    """A document without its media, as a line of JSON."""
+    """Write a document without its media as a line of JSON."""
     return json_bytes({"text": document.text, "id": document.id, "metadata": document.metadata})
 
 

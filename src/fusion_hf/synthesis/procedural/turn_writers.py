@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.choices import Choice
-from fusion_hf.synthesis.procedural.pairs import CHANGES, ScenePair
-from fusion_hf.synthesis.procedural.questions import (
-    Asked,
+from fusion_hf.synthesis.procedural.scene_pairs import CHANGES, ScenePair
+from fusion_hf.synthesis.procedural.scene_questions import (
+    SceneQuestion,
     choose,
     colors,
     counts,
@@ -35,7 +35,7 @@ from fusion_hf.synthesis.procedural.scenes import (
     spoken,
     text_scene,
 )
-from fusion_hf.synthesis.record import Turn
+from fusion_hf.synthesis.synth_record import RecordTurn
 
 SENTENCE_SHARE = 0.3  # of short answers are sentences
 CAPTION_SHARE = 0.3  # of alignment records begin with a caption
@@ -65,7 +65,7 @@ ARRANGEMENT_FORMS = ("How is the picture arranged?", "Explain where everything i
 
 
 def any_scene(rng: random.Random) -> Scene:
-    """Shapes to be counted, a pair, or a sign."""
+    """Draw shapes to be counted, a pair, or a sign."""
     maker: Callable[[random.Random], Scene] = rng.choice((counted_scene, pair_scene, sign_scene))
     return maker(rng)
 
@@ -92,7 +92,7 @@ SCENES: dict[str, Callable[[random.Random], Scene]] = {
     "SynthTextQA": sign_scene,
 }  # any scene for others
 
-FOCUS: dict[str, Callable[[Scene, random.Random], list[Asked]]] = {
+FOCUS: dict[str, Callable[[Scene, random.Random], list[SceneQuestion]]] = {
     "SynthColor": colors,
     "SynthCount": lambda scene, rng: [],  # beside the numbers, which all categories ask for where they were drawn
     "SynthSpatial": lambda scene, rng: [*relations(scene), *places(scene)],
@@ -101,8 +101,8 @@ FOCUS: dict[str, Callable[[Scene, random.Random], list[Asked]]] = {
 }  # everything for others
 
 
-def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
-    """Turns about one picture, as many as the category allows and the scene has questions for."""
+def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[RecordTurn, ...]:
+    """Write turns about one image, as many as the category allows and the scene has questions for."""
     if category.name == "SynthScene":
         return (_overview(scene, rng),)
     if category.name == "SynthReasoning":
@@ -119,11 +119,11 @@ def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[T
     return tuple(_answered(asked, rng) for asked in chosen)
 
 
-def _answered(asked: Asked, rng: random.Random) -> Turn:
-    return Turn(asked.text, asked.sentence if rng.random() < SENTENCE_SHARE else asked.short)
+def _answered(asked: SceneQuestion, rng: random.Random) -> RecordTurn:
+    return RecordTurn(asked.text, asked.sentence if rng.random() < SENTENCE_SHARE else asked.short)
 
 
-def _choice(asked: Asked, scene: Scene, rng: random.Random) -> Turn:
+def _choice(asked: SceneQuestion, scene: Scene, rng: random.Random) -> RecordTurn:
     right = asked.short.strip('"').removesuffix(" it").removeprefix("A ").removeprefix("The ").lower()
     options = distractors(asked, scene, MOST_OPTIONS - 1, rng)
     place = rng.randrange(len(options) + 1)
@@ -131,26 +131,26 @@ def _choice(asked: Asked, scene: Scene, rng: random.Random) -> Turn:
     return Choice(asked.text, tuple(sentence_case(option) for option in options), place).turn()
 
 
-def _overview(scene: Scene, rng: random.Random) -> Turn:
+def _overview(scene: Scene, rng: random.Random) -> RecordTurn:
     if rng.random() < CAPTION_SHARE:
-        return Turn(rng.choice(CAPTION_FORMS), sentence_case(f"The picture shows {scene.caption()}"))
-    return Turn(rng.choice(DETAIL_FORMS), scene.description())
+        return RecordTurn(rng.choice(CAPTION_FORMS), sentence_case(f"The picture shows {scene.caption()}"))
+    return RecordTurn(rng.choice(DETAIL_FORMS), scene.description())
 
 
-def _long(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
+def _long(scene: Scene, rng: random.Random) -> tuple[RecordTurn, ...]:
     """A description of all, and a walk along the rows."""
     ordered = sorted(scene.shapes, key=lambda shape: shape.center[::-1])
     steps = [f"a {shape.name} {place_of(shape)}" for shape in ordered]
     walk = f"Going from the top of the picture to the bottom, one comes across {listing(steps)}. "
     turns = [
-        Turn(rng.choice(DETAIL_FORMS), f"{scene.description()} {rng.choice(BACKGROUNDS)}".rstrip()),
-        Turn(rng.choice(ARRANGEMENT_FORMS), f"{walk}{rng.choice(ARRANGEMENTS)}".rstrip()),
+        RecordTurn(rng.choice(DETAIL_FORMS), f"{scene.description()} {rng.choice(BACKGROUNDS)}".rstrip()),
+        RecordTurn(rng.choice(ARRANGEMENT_FORMS), f"{walk}{rng.choice(ARRANGEMENTS)}".rstrip()),
     ]
     rng.shuffle(turns)
     return tuple(turns)
 
 
-def _reasoned(scene: Scene, rng: random.Random) -> Turn:
+def _reasoned(scene: Scene, rng: random.Random) -> RecordTurn:
     """A difference of two numbers, or a number after some are taken away, as the scene was drawn for."""
     numbers = [(kind, scene.kinds[kind.removesuffix("s")]) for kind in scene.counted]
     steps = [_there_are(count, kind.removesuffix("s")) for kind, count in numbers]
@@ -164,26 +164,26 @@ def _reasoned(scene: Scene, rng: random.Random) -> Turn:
         steps.insert(0, _there_are(minuend, "shape", " in all"))
     left = minuend - subtrahend
     steps.append(f"{sentence_case(spoken(minuend))} minus {spoken(subtrahend)} is {spoken(left)}.")
-    return Turn(question, "\n".join([*steps, f"Answer: {left}"]))
+    return RecordTurn(question, "\n".join([*steps, f"Answer: {left}"]))
 
 
 def _there_are(count: int, noun: str, where: str = "") -> str:
     return f"There {'is' if count == 1 else 'are'} {_amount(count, noun)}{where}."
 
 
-def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) -> tuple[Turn, ...]:
-    """Turns about two pictures side by side."""
+def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) -> tuple[RecordTurn, ...]:
+    """Write turns about two images side by side."""
     difference = _difference(pair)
     if category.name == "SynthContrastLong":
         left, right = (_lower(replace(scene, wording=0).description()) for scene in (pair.first, pair.second))
         answer = f"{difference} In the left picture, {left} In the right picture, {right}"
-        return (Turn(rng.choice(COMPARISON_FORMS), answer),)
+        return (RecordTurn(rng.choice(COMPARISON_FORMS), answer),)
     # As many pairs with equal numbers as with others are asked for them: else the question would tell the answer.
     counted = pair.difference.what == "count" or rng.random() < 1 / (len(CHANGES) - 1)
     turns = [*_count_sides(pair), _same_count(pair)] if counted else _sides(pair)
     amount = rng.randint(category.turns.least, category.turns.most)
     rest = rng.sample(turns, min(len(turns), amount - 1))
-    return (Turn("What differs between the two pictures?", difference), *rest)
+    return (RecordTurn("What differs between the two pictures?", difference), *rest)
 
 
 def _lower(text: str) -> str:
@@ -213,24 +213,24 @@ _SIDE_FORMS = {
 }
 
 
-def _sides(pair: ScenePair) -> list[Turn]:
-    """How the thing that differs is in either picture; numbers have `_count_sides`."""
+def _sides(pair: ScenePair) -> list[RecordTurn]:
+    """How the thing that differs is in either image; numbers have `_count_sides`."""
     found = pair.difference
     form = _SIDE_FORMS[found.what]
     return [
-        Turn(form.format(subject=found.subject, side=side), sentence_case(value))
+        RecordTurn(form.format(subject=found.subject, side=side), sentence_case(value))
         for side, value in (("left", found.first), ("right", found.second))
     ]
 
 
-def _count_sides(pair: ScenePair) -> list[Turn]:
-    """How many shapes either picture has."""
+def _count_sides(pair: ScenePair) -> list[RecordTurn]:
+    """How many shapes either image has."""
     return [
-        Turn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes)))
+        RecordTurn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes)))
         for side, scene in (("left", pair.first), ("right", pair.second))
     ]
 
 
-def _same_count(pair: ScenePair) -> Turn:
+def _same_count(pair: ScenePair) -> RecordTurn:
     same = len(pair.first.shapes) == len(pair.second.shapes)
-    return Turn("Do both pictures have the same number of shapes?", "Yes" if same else "No")
+    return RecordTurn("Do both pictures have the same number of shapes?", "Yes" if same else "No")

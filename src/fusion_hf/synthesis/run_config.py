@@ -19,7 +19,7 @@ SLURM_NEEDS = ("time", "partition")
 
 
 @dataclass(frozen=True)
-class Pool:
+class CaptionPool:
     """
     Where captions come from.
 
@@ -39,7 +39,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class EndpointSettings:
     """
     A language model that speaks the OpenAI protocol.
 
@@ -80,14 +80,14 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageSettings:
     """
-    What makes pictures from descriptions.
+    What makes images from descriptions.
 
     Attributes:
         kind: a diffusers pipeline in this process, or an OpenAI images endpoint.
         model: any text-to-image pipeline of diffusers, by folder or Hub repository; or the endpoint's model.
-        batch_size: pictures made together; a picture's bytes may depend on it.
+        batch_size: images made together; an image's bytes may depend on it.
         arguments: more arguments of the pipeline's call, or fields of the request.
         offload: keep on the GPU only the part of the pipeline that works.
         price_per_picture, seconds_per_picture: for the estimate; the latter of one task.
@@ -119,10 +119,10 @@ class Images:
 
 
 @dataclass(frozen=True)
-class ImageCheck:
-    """Who looks at a picture with its answers: a vision-language endpoint, or a FUSION model in this process."""
+class ImageCheckSettings:
+    """Who looks at an image with its answers: a vision-language endpoint, or a FUSION model in this process."""
 
-    endpoint: Endpoint | None = None
+    endpoint: EndpointSettings | None = None
     fusion: str | None = None  # folder, Hub repository, or `nano`
     device: str = "auto"
     dtype: str = "auto"
@@ -133,7 +133,7 @@ class ImageCheck:
 
 
 @dataclass(frozen=True)
-class Executor:
+class ExecutorSettings:
     """
     How a run is spread: datatrove's executors.
 
@@ -160,7 +160,7 @@ class Executor:
 
 
 @dataclass(frozen=True)
-class Config:
+class SynthesisConfig:
     """
     A run.
 
@@ -180,12 +180,12 @@ class Config:
     categories: dict[str, float] | None = None
     backend: Literal["models", "procedural"] = "models"
     seed: int = 0
-    pool: Pool | None = None
-    writer: Endpoint | None = None
-    images: Images | None = None
-    judge: Endpoint | None = None
-    image_check: ImageCheck | None = None
-    executor: Executor = field(default_factory=Executor)
+    pool: CaptionPool | None = None
+    writer: EndpointSettings | None = None
+    images: ImageSettings | None = None
+    judge: EndpointSettings | None = None
+    image_check: ImageCheckSettings | None = None
+    executor: ExecutorSettings = field(default_factory=ExecutorSettings)
     format: Literal["tar", "parquet"] = "tar"
     chunk: PositiveInt = 500
     license: str | None = None
@@ -219,7 +219,7 @@ class Config:
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: Path, overrides: Iterable[str] = ()) -> SynthesisConfig:
     """
     Args:
         path: a YAML file. A local `pool.source` and `output` in it are relative to the working directory.
@@ -231,7 +231,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     values = read_yaml_keys(path, "The config")
     for text in overrides:
         _override(values, *parse_override(text, "executor.tasks=8"))
-    return make_dataclass(Config, values, path.name)
+    return make_dataclass(SynthesisConfig, values, path.name)
 
 
 def _override(values: dict[str, Any], name: str, value: Any) -> None:

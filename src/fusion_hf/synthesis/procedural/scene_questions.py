@@ -23,7 +23,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class SceneQuestion:
     """
     A question with its answer.
 
@@ -41,22 +41,22 @@ class Asked:
     tells: frozenset[str] = field(default_factory=frozenset)
 
 
-def compatible(first: Asked, second: Asked) -> bool:
-    """Neither asks for what the other one asks for or gives away."""
+def compatible(first: SceneQuestion, second: SceneQuestion) -> bool:
+    """Check that neither asks for what the other one asks for or gives away."""
     return first.asks != second.asks and first.asks not in second.tells and second.asks not in first.tells
 
 
 def choose(
-    candidates: Sequence[Asked], count: int, rng: random.Random, preferred: Sequence[Asked] = ()
-) -> list[Asked]:
+    candidates: Sequence[SceneQuestion], count: int, rng: random.Random, preferred: Sequence[SceneQuestion] = ()
+) -> list[SceneQuestion]:
     """
-    Up to `count` of them in random order, none of which gives away another one's answer.
+    Choose up to `count` of them in random order, none of which gives away another one's answer.
 
     Args:
         preferred: questions that are taken before the candidates. Their answers are spread evenly, which would end if
             scenes with many candidates left them out.
     """
-    chosen: list[Asked] = []
+    chosen: list[SceneQuestion] = []
     for asked in (*rng.sample(preferred, len(preferred)), *rng.sample(candidates, len(candidates))):
         if len(chosen) == count:
             break
@@ -69,8 +69,8 @@ def sentence_case(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def colors(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Colours of shapes that are named by kind or by place, and of what is written."""
+def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask for colours of shapes that are named by kind or by place, and of what is written."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place = f"color/{number}", place_of(shape)
@@ -84,8 +84,8 @@ def colors(scene: Scene, rng: random.Random) -> list[Asked]:
     return [*found, *text_colors(scene, rng)]
 
 
-def text_colors(scene: Scene, rng: random.Random) -> list[Asked]:
-    """The colour of what is written."""
+def text_colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask for the colour of what is written."""
     if scene.spec.word is None:
         return []
     color = scene.spec.word.color
@@ -94,12 +94,12 @@ def text_colors(scene: Scene, rng: random.Random) -> list[Asked]:
     return [replace(asked, about="text color")]
 
 
-def _color(text: str, color: str, sentence: str, asks: str, tells: set[str]) -> Asked:
-    return Asked(sentence_case(text), sentence_case(color), sentence, "color", asks, frozenset(tells))
+def _color(text: str, color: str, sentence: str, asks: str, tells: set[str]) -> SceneQuestion:
+    return SceneQuestion(sentence_case(text), sentence_case(color), sentence, "color", asks, frozenset(tells))
 
 
-def kinds(scene: Scene) -> list[Asked]:
-    """Kinds of shapes that are named by colour or by place."""
+def kinds(scene: Scene) -> list[SceneQuestion]:
+    """Ask for kinds of shapes that are named by colour or by place."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place = f"kind/{number}", place_of(shape)
@@ -109,15 +109,16 @@ def kinds(scene: Scene) -> list[Asked]:
         if scene.places[place] == 1:
             named.append((f"What shape is {place}?", f"place/{number}", f"A {shape.kind} is {place}."))
         found += [
-            Asked(text, f"A {shape.kind}", sentence, "kind", key, frozenset({told})) for text, told, sentence in named
+            SceneQuestion(text, f"A {shape.kind}", sentence, "kind", key, frozenset({told}))
+            for text, told, sentence in named
         ]
     return found
 
 
-def places(scene: Scene) -> list[Asked]:
-    """Places of shapes whose name and place are their own."""
+def places(scene: Scene) -> list[SceneQuestion]:
+    """Ask for places of shapes whose name and place are their own."""
     return [
-        Asked(
+        SceneQuestion(
             f"Where in the picture is the {shape.name}?",
             sentence_case(place_of(shape)),
             f"The {shape.name} is {place_of(shape)}.",
@@ -130,8 +131,8 @@ def places(scene: Scene) -> list[Asked]:
     ]
 
 
-def counts(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
+def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask for numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
     found = []
     for group in scene.counted:
         members = scene.members(group)
@@ -141,12 +142,12 @@ def counts(scene: Scene, rng: random.Random) -> list[Asked]:
         text = sentence_case(rng.choice(COUNT_FORMS).format(plural=group))
         sentence = f"There {verb} {amount} {plural(group.removesuffix('s'), count)}."
         tells = frozenset(f"{attribute}/{number}" for number in members if group != EVERYTHING)
-        found.append(Asked(text, str(count), sentence, "count", f"count/{group}", tells))
+        found.append(SceneQuestion(text, str(count), sentence, "count", f"count/{group}", tells))
     return found
 
 
-def relations(scene: Scene) -> list[Asked]:
-    """Where each of two shapes is from the other one, and which one is there."""
+def relations(scene: Scene) -> list[SceneQuestion]:
+    """Ask where each of two shapes is from the other one, and which one is there."""
     relation = scene.relation()
     if relation is None:
         return []
@@ -159,16 +160,16 @@ def relations(scene: Scene) -> list[Asked]:
         sentence = f"The {seen.name} is {phrase} the {reference.name}."
         answer = sentence_case(f"{phrase} it")
         tells = frozenset(f"{what}/{number}" for what in ("color", "kind") for number in range(2))
-        found.append(Asked(text, answer, sentence, "relation", "relation", tells))
+        found.append(SceneQuestion(text, answer, sentence, "relation", "relation", tells))
         number = scene.shapes.index(seen)
         text = f"Which shape is {phrase} the {reference.name}?"
         tells = frozenset({"relation", f"color/{1 - number}", f"kind/{1 - number}"})
-        found.append(Asked(text, f"The {seen.kind}", sentence, "kind", f"kind/{number}", tells))
+        found.append(SceneQuestion(text, f"The {seen.kind}", sentence, "kind", f"kind/{number}", tells))
     return found
 
 
-def texts(scene: Scene, rng: random.Random) -> list[Asked]:
-    """What is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
+def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask what is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
     word = scene.spec.word
     if word is None:
         return []
@@ -181,7 +182,7 @@ def texts(scene: Scene, rng: random.Random) -> list[Asked]:
         short, sentence = f"No, it says {read}.", f"No, the picture says {read}."
     tells = frozenset({"written"})
     return [
-        Asked(
+        SceneQuestion(
             sentence_case(form.replace("word", kind)),
             read,
             f"It says {read}.",
@@ -189,20 +190,20 @@ def texts(scene: Scene, rng: random.Random) -> list[Asked]:
             "word",
             tells if "word" in form else frozenset(),
         ),
-        Asked(
+        SceneQuestion(
             "Is a number or a word written in the picture?",
             sentence_case(f"a {kind}"),
             f"A {kind} is written in the picture.",
             "",
             "written",
         ),
-        Asked(f'Does the picture say "{said}"?', short, sentence, "", "word", tells),
+        SceneQuestion(f'Does the picture say "{said}"?', short, sentence, "", "word", tells),
     ]
 
 
-def presences(scene: Scene, rng: random.Random) -> list[Asked]:
+def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
     """
-    Whether a shape is there: one that is, or one that has its kind or its colour from one that is.
+    Ask whether a shape is there: one that is, or one that has its kind or its colour from one that is.
 
     Both answers are as likely, and what the question gives away does not depend on the answer: else one of the two
     would be chosen more often.
@@ -218,23 +219,23 @@ def presences(scene: Scene, rng: random.Random) -> list[Asked]:
         alike = [f"{shape.color} {kind}" for kind in SHAPES] + [f"{color} {shape.kind}" for color in COLORS]
         name = rng.choice([other for other in alike if other not in scene.names])
         short, sentence = "No", f"No, there is no {name}."
-    return [Asked(f"Is there a {name}?", short, sentence, "", "presence", tells)]
+    return [SceneQuestion(f"Is there a {name}?", short, sentence, "", "presence", tells)]
 
 
-def distractors(asked: Asked, scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """Wrong answers of the right one's kind; those that are somewhere in the picture come first."""
+def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Random) -> list[str]:
+    """Choose wrong answers of the right one's kind; those that are somewhere in the image come first."""
     values = [value for value in VALUES[asked.about] if value.lower() not in asked.short.lower()]
-    in_picture = {*scene.colors, *scene.kinds, *scene.places}
-    near = [value for value in values if value in in_picture]
-    far = [value for value in values if value not in in_picture]
+    in_image = {*scene.colors, *scene.kinds, *scene.places}
+    near = [value for value in values if value in in_image]
+    far = [value for value in values if value not in in_image]
     chosen = rng.sample(near, min(len(near), 2))
     chosen += rng.sample(far, min(len(far), count - len(chosen)))
     return chosen[:count]
 
 
-def everything(scene: Scene, rng: random.Random) -> list[Asked]:
-    """Questions of all kinds but for numbers, which `choose` takes as `preferred`."""
-    lists: Iterable[list[Asked]] = (
+def everything(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask questions of all kinds but for numbers, which `choose` takes as `preferred`."""
+    lists: Iterable[list[SceneQuestion]] = (
         colors(scene, rng), kinds(scene), places(scene), relations(scene), texts(scene, rng), presences(scene, rng),
     )  # fmt: skip
     return [asked for found in lists for asked in found]
