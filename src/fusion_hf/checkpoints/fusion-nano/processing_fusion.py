@@ -295,7 +295,7 @@ class FusionProcessor(ProcessorMixin):
         return [(text.removeprefix(self.begin) if begin else text, begin) for text, begin in pairs], kwargs
 
     def _tokenize(
-        self, prompts: list["_Prompt"], needs_padding: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
+        self, prompts: list["_ArrangedText"], needs_padding: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> list[PromptTokens]:
         """
         Tokens of prompts, padded as the arguments say, or where they become tensors.
@@ -327,7 +327,7 @@ class FusionProcessor(ProcessorMixin):
 
     def _outputs(
         self,
-        prompts: list["_Prompt"],
+        prompts: list["_ArrangedText"],
         rows: list[PromptTokens],
         questions: str | list[str] | None,
         text_kwargs: dict[str, Any],
@@ -396,7 +396,7 @@ class FusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens
 
-    def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_Prompt":
+    def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_ArrangedText":
         """
         Image mark first, latent marks as whole blocks, the family's prefix in front.
 
@@ -421,7 +421,7 @@ class FusionProcessor(ProcessorMixin):
         prefix = self._prefix(text)
         arranged = prefix + _order_marks(MARKS.sub(lambda _: next(ordered), text))
         shift = len(prefix) - len(self.begin) * has_begin
-        return _Prompt(text, arranged, shift, num_image_tokens)
+        return _ArrangedText(text, arranged, shift, num_image_tokens)
 
     def _prefix(self, text: str) -> str:
         """What the tokenizer must see before a text, to give it the ids that it has in a conversation."""
@@ -495,7 +495,7 @@ class FusionProcessor(ProcessorMixin):
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class _ArrangedText:
     """A text of a call, and what is tokenized for it."""
 
     given: str  # without the tokenizer's first token
