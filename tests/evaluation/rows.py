@@ -26,7 +26,7 @@ from fusion_hf.evaluation.benchmarks import (
     VARIANTS,
     Benchmark,
 )
-from fusion_hf.evaluation.tasks.local_rows import PICTURE
+from fusion_hf.evaluation.tasks.local_rows import IMAGE_TYPE
 
 PROMPTS_FILE = Path(__file__).parents[1] / "fixtures/evaluation/prompts.json"
 SIDE = 48  # pixels
@@ -38,8 +38,8 @@ TYPES = {
     TEXTS: pa.list_(pa.string()),
     INTEGER: pa.int64(),
     NUMBER: pa.float64(),
-    IMAGE: PICTURE,
-    IMAGES: pa.list_(PICTURE),
+    IMAGE: IMAGE_TYPE,
+    IMAGES: pa.list_(IMAGE_TYPE),
 }
 
 

@@ -152,7 +152,7 @@ def _receive(values: dict[str, Any]) -> Batch:
 
 class FusionDataCollator:
     """
-    Makes right-padded batches with labels from records.
+    Make right-padded batches with labels from records.
 
     Records that carry a `query_len`, as `StepSampler`'s keys give it to them, decide the batch's. Records that were
     `skipped` are left out; a batch of nothing else becomes one empty conversation without labels.
@@ -166,6 +166,19 @@ class FusionDataCollator:
         compact (`bool`): what a training step needs and no more. Images stay bytes, a quarter of the size of the
             numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
         max_image_pixels (`int`, *optional*): images with more are refused; default: the image processor's.
+
+    Example:
+
+    ```python
+    >>> from fusion_hf import FusionProcessor, nano_path
+    >>> from fusion_hf.training import FusionDataCollator
+    >>> collator = FusionDataCollator(FusionProcessor.from_pretrained(nano_path()), query_lens=[4])
+    >>> turns = [{"from": "human", "value": "what is 1 + 1?"}, {"from": "gpt", "value": "two"}]
+    >>> batch = collator([{"id": "sum", "conversations": turns}])
+    >>> batch["query_len"], batch["input_ids"].shape == batch["labels"].shape
+    (4, True)
+
+    ```
     """
 
     def __init__(

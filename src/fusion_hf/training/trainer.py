@@ -76,7 +76,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     >>> model = FusionForConditionalGeneration.from_pretrained(nano_path(), dtype="float32")
     >>> trainer = FusionTrainer(
     ...     model=model,
-    ...     args=FusionTrainingArguments(output_dir="run", max_steps=1, report_to="none"),
+    ...     args=FusionTrainingArguments(output_dir="run", max_steps=1, save_strategy="no", report_to="none"),
     ...     data_collator=FusionDataCollator(processor),
     ...     train_dataset=[
     ...         {"conversations": [{"from": "human", "value": "what is 1 + 1?"}, {"from": "gpt", "value": "two"}]}
