@@ -17,11 +17,8 @@ SHARED_CLASS_NAMES: set[str] = {
 }
 LONG_FUNCTIONS: set[str] = {
     "model/modeling_fusion.py:forward",
-    "model/processing_fusion.py:__call__",
 }
-LONG_FILES: set[str] = {
-    "model/processing_fusion.py",
-}
+LONG_FILES: set[str] = set()
 
 
 def sources() -> Iterator[tuple[Path, ast.Module]]:
