@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "export",
         help="write a model as ONNX graphs, for onnxruntime",
-        description="Write a model as two ONNX graphs in float32: the picture's side, and the language model with its "
+        description="Write a model as two ONNX graphs in float32: the image's side, and the language model with its "
         "samplers. Needs the extra onnx.",
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
-from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
+from fusion_hf.cli.terminal import check_image_exists, check_question, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder
 
@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer and draw; returns the exit status."""
     check_question(arguments.question)
-    check_picture_exists(arguments.image)
+    check_image_exists(arguments.image)
     require(("matplotlib",), "Drawing maps", "maps")
     output: Path = arguments.output
     check_output(output)

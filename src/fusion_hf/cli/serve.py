@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="HOST[:PORT]",
-        help="fetch pictures from this host, if its addresses are public; may be repeated; default: from none",
+        help="fetch images from this host, if its addresses are public; may be repeated; default: from none",
     )
     parser.add_argument(
         "--allow-private-image-host",
@@ -56,6 +56,14 @@ def add_parser(commands: Any) -> None:
         metavar="HOST[:PORT]",
         help="the same, for a host whose addresses may be private or this machine's",
     )
+    _add_limits(parser)
+    parser.add_argument(
+        "engine_arguments", nargs="*", metavar="-- ARGUMENTS", help="with vLLM: further options of its own server"
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """What requests may cost."""
     for option, value, text in _limit_options():
         help_text = f"{text}; default: %(default)s"
         parser.add_argument(option, type=positive, default=value, metavar="N", help=help_text)
@@ -78,9 +86,6 @@ def add_parser(commands: Any) -> None:
         default=DEFAULTS.queue_length,
         metavar="N",
         help="requests that wait beside them; more get status 429; default: %(default)s",
-    )
-    parser.add_argument(
-        "engine_arguments", nargs="*", metavar="-- ARGUMENTS", help="with vLLM: further options of its own server"
     )
 
 
@@ -177,8 +182,8 @@ def _limits(arguments: argparse.Namespace) -> Limits:
 
 def _limit_options() -> tuple[tuple[str, float, str], ...]:
     return (
-        ("--max-image-bytes", DEFAULTS.image_bytes, "largest picture file"),
-        ("--max-image-pixels", DEFAULTS.image_pixels, "largest picture"),
+        ("--max-image-bytes", DEFAULTS.image_bytes, "largest image file"),
+        ("--max-image-pixels", DEFAULTS.image_pixels, "largest image"),
         ("--max-image-seconds", DEFAULTS.image_seconds, "processor time for decoding an image"),
         ("--max-body-bytes", DEFAULTS.body_bytes, "largest request"),
         ("--max-upload-bytes", DEFAULTS.upload_bytes, "requests that are still arriving, together"),

@@ -196,7 +196,7 @@ class ServedModel:
         stops = [text for text in wanted.until if text]
         if len(stops) > MAX_STOPS:
             raise InputError(f"until has {len(stops)} texts; allowed with --url: {MAX_STOPS}.")
-        uri = None if prompt.picture is None else image_uri(prompt.picture)
+        uri = None if prompt.image is None else image_uri(prompt.image)
         payload: dict[str, Any] = {
             "model": self.name,
             "messages": [_protocol_message(message, uri) for message in prompt.messages],
