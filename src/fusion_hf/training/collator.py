@@ -11,7 +11,7 @@ import torch
 from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
 from fusion_hf.model.compatibility_fusion import as_dicts
-from fusion_hf.model.configuration_fusion import TokenBudget
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
 from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.processing_fusion import FusionProcessor
@@ -207,6 +207,9 @@ class FusionDataCollator:
         Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
+
+        Raises:
+            ValueError: for records, and prompts, that the model could not read.
         """
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
@@ -243,6 +246,11 @@ class FusionDataCollator:
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
         return batch
+
+    def checks_for(self, config: FusionConfig) -> bool:
+        """Return whether batches are checked for a model of this configuration, see its `check_inputs`."""
+        names = ("image_token_id", "latent_token_id", "num_image_tokens")
+        return all(getattr(self.processor, name) == getattr(config, name) for name in names)
 
     def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs of a compact batch, on the device where it is; others as they are."""
@@ -301,7 +309,7 @@ class FusionDataCollator:
             batch["input_ids"],
             batch["attention_mask"],
             pixels,
-            batch["prompt_end_positions"],
+            batch.get("prompt_end_positions"),
             budget,
         )
 
