@@ -346,3 +346,9 @@ def write_rows(benchmark: Benchmark, root: Path, rows: list[dict[str, Any]] | No
 def recorded_prompts() -> dict[str, dict[str, list[str]]]:
     """Whose prompts -> benchmark -> the texts and pictures (`<image>`) of its first made-up row that is asked."""
     return json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
+
+
+def prompt_blocks(task: Any, row: dict[str, Any]) -> list[str]:
+    """What a task of lmms-eval's chat kind asks about a row: its texts, and `<image>` for each image, in order."""
+    blocks = [block for message in task.doc_to_messages(row) for block in message["content"]]
+    return [block["text"] if block["type"] == "text" else "<image>" for block in blocks]

@@ -32,7 +32,6 @@ from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
 from fusion_hf.evaluation.tasks.local_rows import is_image, is_list
 
 OWN_TASKS = Path(__file__).parent / "tasks"
-IMAGE_MARK = "<image>"  # stands for an image where a prompt is written as text
 SUFFIX = ".parquet"
 FILE_NAME = re.compile(r"[\w.-]+")
 # `datasets` takes paths for patterns and for chains of file systems
@@ -251,14 +250,3 @@ def fits(found: pa.DataType, wanted: str) -> bool:
     if wanted.endswith(OPTIONAL) and pa.types.is_null(found):
         return True
     return any(_OF_KIND[kind](found) for kind in wanted.removesuffix(OPTIONAL).split(EITHER))
-
-
-def prompt_blocks(task: Any, row: dict[str, Any]) -> list[str]:
-    """What a task of lmms-eval's chat kind asks about a row: its texts, and `<image>` for each image, in order."""
-    blocks = [block for message in task.doc_to_messages(row) for block in message["content"]]
-    return [block["text"] if block["type"] == "text" else IMAGE_MARK for block in blocks]
-
-
-def prompt_of(task: Any, row: dict[str, Any]) -> str:
-    """The blocks in lines."""
-    return "\n".join(prompt_blocks(task, row))

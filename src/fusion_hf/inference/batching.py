@@ -17,7 +17,7 @@ from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
-from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
 from fusion_hf.inference.question_records import (
@@ -79,12 +79,13 @@ def batch_generate(
 
     Raises:
         InputError: for wrong arguments, an output that exists, or one that was begun with others.
+
+    Example:
+        >>> from fusion_hf import batch_generate
+        >>> batch_generate([{"image": "docs/assets/red_circle.png", "question": "what color is the shape?"}])
+        [{'id': 0, 'answer': 'red'}]
     """
-    for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if number < 1:
-            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
-    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
+    check_call(model, device, dtype, batch_size=batch_size, max_new_tokens=max_new_tokens)
     entries, root = read_entries(records)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
         chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import BatchFeature
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference.chat_model import ChatModel, question_message
+from fusion_hf.inference.chat_model import ChatModel, check_call, question_message
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.maps.attention_recorder import AttentionRecorder
 from fusion_hf.maps.view import Maps, View, Word, find_words
@@ -73,24 +75,38 @@ def attention_maps(
 
     Raises:
         InputError: for wrong arguments, or an image or model that cannot be read.
+
+    Example:
+        >>> from fusion_hf import attention_maps
+        >>> result = attention_maps("docs/assets/red_circle.png", "what color is the shape?")
+        >>> result.answer
+        'red'
+        >>> result.answer_tokens.on_image(result.answer_tokens.words[0]).shape  # groups of layers, height, width
+        (4, 64, 64)
     """
-    for name, number in (("layer_groups", layer_groups), ("max_new_tokens", max_new_tokens)):
-        if number < 1:
-            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
+    check_call(model, device, dtype, layer_groups=layer_groups, max_new_tokens=max_new_tokens)
     if not question.strip():
         raise InputError("The question is empty; ask something.")
-    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
     chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
     opened = chat_model.open_image(image)
     messages = _with_image([*history, question_message(question)], opened)
     inputs = chat_model.prepare(messages, query_len, image_token_grid=image_token_grid)
-    recorder = AttentionRecorder(chat_model.model, inputs["input_ids"], layer_groups)
-    with recorder:
+    with AttentionRecorder(chat_model.model, inputs["input_ids"], layer_groups) as recorder:
         output = chat_model.generate(inputs, max_new_tokens)
+    return _lay_on_image(chat_model, inputs, output, recorder, opened.size)
+
+
+def _lay_on_image(
+    chat_model: ChatModel,
+    inputs: BatchFeature,
+    output: GenerateDecoderOnlyOutput,
+    recorder: AttentionRecorder,
+    size: tuple[int, int],
+) -> AttentionMaps:
+    """What was recorded while an answer was made, with the words and the places on an image of `size`."""
     rows = recorder.rows()
     config, tokenizer = chat_model.model.config, chat_model.processor.tokenizer
-    overview, tiles = (View.of(config, count, opened.size) for count in (1, TILES_PER_SIDE))
+    overview, tiles = (View.of(config, count, size) for count in (1, TILES_PER_SIDE))
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     asked = inputs["instruct_input_ids"][0].tolist()
     turns = tuple(Word(f"turn {turn + 1}", turn, turn + 1) for turn in range(rows.latents.shape[1]))
