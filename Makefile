@@ -113,7 +113,7 @@ $(VENV)/.installed-demo: $(TEST)
 # In an environment of its own, of 3 GB, and not a part of test-slow: vLLM takes no newer transformers, and its
 # torchvision is one for CUDA, which a module of tests/vllm/environment lets be imported. What runs in the tests' own
 # process is run once more with the runner that vLLM has on GPUs.
-IN_PROCESS := $(foreach name,guards nano parity quantized windows,tests/vllm/test_$(name).py)
+IN_PROCESS := $(foreach name,guards image_features nano parity quantized,tests/vllm/test_$(name).py)
 test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
 	$(MAKE) $(VENV)-vllm/.installed-vllm VENV=$(VENV)-vllm CONSTRAINTS=$(VENV)-oldest.txt
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m vllm tests/vllm

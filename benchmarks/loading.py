@@ -16,7 +16,7 @@ from fusion_hf import FusionConfig, FusionImageProcessor, FusionProcessor, nano_
 from fusion_hf.data import load_records
 from fusion_hf.model.configuration_fusion import TILES_PER_SIDE
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.sampler import Layout, StepSampler
+from fusion_hf.training.sampler import StepLayout, StepSampler
 
 WORKERS = (1, 2)
 JPEG_QUALITY = 90
@@ -85,7 +85,7 @@ class LoaderBenchmark:
         config = size.config()
         processor = make_processor(config)
         ours = load_records(write_records(folder, size, size.records), cache=folder / "cache")
-        layout = Layout(size.loaded)
+        layout = StepLayout(size.loaded)
         sampler = StepSampler(size.records, layout, [size.query_len], SEED, lengths=ours.lengths)
         collator = FusionDataCollator(processor, [size.query_len], MAX_LENGTH, compact=True)
         plain = PlainPictures(folder, size.records, config.vision_config.image_size)

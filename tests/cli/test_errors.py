@@ -128,9 +128,9 @@ class TestModel:
     def test_file(self, run_here, picture):
         check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "README.md is a file")
 
-    def test_no_network(self, run, picture, tmp_path):
+    def test_no_network(self, run_cold, picture, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}
-        result = run("ask", picture, QUESTION, "--model", "someone/something", **variables)
+        result = run_cold("ask", picture, QUESTION, "--model", "someone/something", **variables)
         check_one_line(result, "someone/something is no folder", "the Hub cannot be reached")
 
     def test_folder_without_a_model(self, run_here, picture):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fusion_hf.demo.session import Answerer, Session
+from fusion_hf.demo.demo_model import DemoModel, Session
 from fusion_hf.inference import ChatModel
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +32,13 @@ def chat_model() -> ChatModel:
 
 
 @pytest.fixture(scope="session")
-def answerer(chat_model: ChatModel) -> Answerer:
-    return Answerer(chat_model, MOST)
+def demo_model(chat_model: ChatModel) -> DemoModel:
+    return DemoModel(chat_model, MOST)
 
 
 @pytest.fixture
-def session(answerer: Answerer, red_circle: Path) -> Session:
-    return answerer.look(red_circle)
+def session(demo_model: DemoModel, red_circle: Path) -> Session:
+    return demo_model.open_session(red_circle)
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 
+from fusion_hf.demo.demo_model import MAX_UPLOAD_BYTES
 from fusion_hf.demo.examples import draw_examples
 from fusion_hf.demo.guard import MAX_JSON_BYTES
-from fusion_hf.demo.session import MAX_UPLOAD_BYTES
 
 pytestmark = pytest.mark.demo
 
@@ -64,11 +64,11 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("examples")
     files = [folder / f"{index}.png" for index in range(len(ANSWERS))]
     for file, example in zip(files, draw_examples(), strict=True):
-        example.picture.save(file)
+        example.image.save(file)
     return files
 
 
-def test_upload_ask_and_look(visit, red_circle, answerer, session):
+def test_upload_ask_and_look(visit, red_circle, demo_model, session):
     visitor = visit()
     visitor.show(red_circle)
     assert visitor.ask("what color is the shape?") == "red"
@@ -77,10 +77,10 @@ def test_upload_ask_and_look(visit, red_circle, answerer, session):
     assert visitor.words() == ["circle"]
     overlay = visitor.look_at("circle")
     for question in ("what color is the shape?", "what shape is in the image?"):
-        list(answerer.ask(session, question, answerer.budget.query_len))
+        list(demo_model.ask(session, question, demo_model.budget.query_len))
     from fusion_hf.demo.views import draw_overlay
 
-    expected = draw_overlay(session.picture, answerer.word_map(session, 1, 0))
+    expected = draw_overlay(session.image, demo_model.word_map(session, 1, 0))
     assert np.abs(overlay.astype(int) - np.asarray(expected)).max() <= 2
     times = visitor.page.locator("#times").inner_text()
     assert "preprocessing" in times and "tokens/s" in times and times.count(" ms") == 4
@@ -180,7 +180,7 @@ class TestRefusals:
     def test_a_question_without_a_picture(self, visit):
         visitor = visit()
         visitor.type("what color is the shape?")
-        visitor.page.get_by_text("Show a picture first.").wait_for()
+        visitor.page.get_by_text("Show an image first.").wait_for()
 
     def test_no_picture(self, visit, tmp_path, red_circle):
         file = tmp_path / "text.png"

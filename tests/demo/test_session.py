@@ -9,31 +9,31 @@ import pytest
 from PIL import Image
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.demo import session as session_module
+from fusion_hf.demo import demo_model as demo_model_module
+from fusion_hf.demo.demo_model import MAX_QUESTION, MAX_SHOWN_SIDE, DemoModel, Session, open_upload
 from fusion_hf.demo.examples import draw_examples
-from fusion_hf.demo.session import MAX_QUESTION, MAX_SHOWN_SIDE, Answerer, Session, open_upload
 from fusion_hf.inference import ChatModel, Conversation
 
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a blue shape?")
 LONG_ANSWER = 200
 
 
-def ask(answerer: Answerer, session: Session, question: str, query_len: int | None = None) -> str:
+def ask(demo_model: DemoModel, session: Session, question: str, query_len: int | None = None) -> str:
     """The last of what is shown."""
-    *_, answer = answerer.ask(session, question, answerer.budget.query_len if query_len is None else query_len)
+    *_, answer = demo_model.ask(session, question, demo_model.budget.query_len if query_len is None else query_len)
     return answer
 
 
-def test_answers_are_those_of_a_conversation(answerer, session, chat_model, red_circle):
-    conversation = Conversation(chat_model, chat_model.open_image(str(red_circle)), answerer.max_new_tokens)
+def test_answers_are_those_of_a_conversation(demo_model, session, chat_model, red_circle):
+    conversation = Conversation(chat_model, chat_model.open_image(str(red_circle)), demo_model.max_new_tokens)
     for question in QUESTIONS:
-        assert ask(answerer, session, question) == conversation.ask(question)
+        assert ask(demo_model, session, question) == conversation.ask(question)
     assert [turn.question for turn in session.turns] == list(QUESTIONS)
     assert session.turns[0].answer == "red"
 
 
-def test_the_answer_grows(answerer, session):
-    shown = list(answerer.ask(session, QUESTIONS[0], answerer.budget.query_len))
+def test_the_answer_grows(demo_model, session):
+    shown = list(demo_model.ask(session, QUESTIONS[0], demo_model.budget.query_len))
     assert shown[-1] == session.turns[-1].answer
     assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
 
@@ -46,13 +46,13 @@ def endless(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_ends_at_the_maximum(endless, chat_model, red_circle):
-    answerer = Answerer(chat_model, LONG_ANSWER)
-    session = answerer.look(red_circle)
-    ask(answerer, session, QUESTIONS[0])
+    demo_model = DemoModel(chat_model, LONG_ANSWER)
+    session = demo_model.open_session(red_circle)
+    ask(demo_model, session, QUESTIONS[0])
     assert session.turns[0].times.tokens == LONG_ANSWER
 
 
-def test_each_question_has_its_query_len(answerer, session, chat_model, monkeypatch):
+def test_each_question_has_its_query_len(demo_model, session, chat_model, monkeypatch):
     lengths = []
     prepare = ChatModel.prepare
     monkeypatch.setattr(
@@ -60,20 +60,20 @@ def test_each_question_has_its_query_len(answerer, session, chat_model, monkeypa
         "prepare",
         lambda self, messages, length, *rest: lengths.append(length) or prepare(self, messages, length, *rest),
     )
-    for length in answerer.query_lens:
-        ask(answerer, session, QUESTIONS[0], length)
-    assert lengths == answerer.query_lens == chat_model.model.config.query_lens
+    for length in demo_model.query_lens:
+        ask(demo_model, session, QUESTIONS[0], length)
+    assert lengths == demo_model.query_lens == chat_model.model.config.query_lens
     with pytest.raises(InputError, match="query_len is 9; allowed: 4, 16"):
-        ask(answerer, session, QUESTIONS[0], 9)
+        ask(demo_model, session, QUESTIONS[0], 9)
 
 
 def test_a_length_of_the_caller_can_be_chosen(chat_model):
-    answerer = Answerer(chat_model, 1, query_len=9)
-    assert (answerer.budget.query_len, answerer.query_lens) == (9, [4, 9, 16])
+    demo_model = DemoModel(chat_model, 1, query_len=9)
+    assert (demo_model.budget.query_len, demo_model.query_lens) == (9, [4, 9, 16])
 
 
 def test_a_smaller_grid_reaches_the_conversation(chat_model, red_circle):
-    session = Answerer(chat_model, 1, image_token_grid=3).look(red_circle)
+    session = DemoModel(chat_model, 1, image_token_grid=3).open_session(red_circle)
     assert session.conversation.budget.image_token_grid == 3
 
 
@@ -81,26 +81,26 @@ def test_a_smaller_grid_reaches_the_conversation(chat_model, red_circle):
     ("question", "part"),
     [("", "empty"), (" \n", "empty"), ("x" * (MAX_QUESTION + 1), f"{MAX_QUESTION + 1} characters")],
 )
-def test_questions_that_are_refused(answerer, session, question, part):
+def test_questions_that_are_refused(demo_model, session, question, part):
     with pytest.raises(InputError, match=part):
-        ask(answerer, session, question)
+        ask(demo_model, session, question)
     assert session.turns == []
 
 
-def test_a_conversation_longer_than_the_model_reads(answerer, session):
-    ask(answerer, session, QUESTIONS[0])
+def test_a_conversation_longer_than_the_model_reads(demo_model, session):
+    ask(demo_model, session, QUESTIONS[0])
     with pytest.raises(InputError, match="tokens"):
-        ask(answerer, session, "why? " * (MAX_QUESTION // 5))
+        ask(demo_model, session, "why? " * (MAX_QUESTION // 5))
     assert [turn.question for turn in session.turns] == [QUESTIONS[0]]
-    assert ask(answerer, session, QUESTIONS[1]) == "circle"
+    assert ask(demo_model, session, QUESTIONS[1]) == "circle"
 
 
 def test_closing_stops_the_model_and_leaves_the_session(endless, chat_model, red_circle):
-    answerer = Answerer(chat_model, LONG_ANSWER)
-    session = answerer.look(red_circle)
+    demo_model = DemoModel(chat_model, LONG_ANSWER)
+    session = demo_model.open_session(red_circle)
     tokens = []
     handle = chat_model.model.lm_head.register_forward_hook(lambda *_: tokens.append(1))
-    answers = answerer.ask(session, QUESTIONS[0], answerer.budget.query_len)
+    answers = demo_model.ask(session, QUESTIONS[0], demo_model.budget.query_len)
     next(answers)
     answers.close()
     handle.remove()
@@ -108,27 +108,27 @@ def test_closing_stops_the_model_and_leaves_the_session(endless, chat_model, red
     assert session.turns == [] and session.conversation.messages == []
 
 
-def test_reset(answerer, session):
-    ask(answerer, session, QUESTIONS[0])
+def test_reset(demo_model, session):
+    ask(demo_model, session, QUESTIONS[0])
     session.reset()
     assert session.turns == [] and session.conversation.messages == []
 
 
-def test_sessions_do_not_mix_and_calls_do_not_overlap(answerer, chat_model, tmp_path):
+def test_sessions_do_not_mix_and_calls_do_not_overlap(demo_model, chat_model, tmp_path):
     examples = draw_examples()
     paths = [tmp_path / f"{index}.png" for index in range(len(examples))]
     for path, example in zip(paths, examples, strict=True):
-        example.picture.save(path)
+        example.image.save(path)
     running, together = [], []
     forward = chat_model.model.register_forward_pre_hook(
         lambda *_: running.append(threading.get_ident()) or together.append(len(running))
     )
     after = chat_model.model.register_forward_hook(lambda *_: running.pop() and None)
-    sessions = [answerer.look(path) for path in paths]
+    sessions = [demo_model.open_session(path) for path in paths]
     answers: dict[int, str] = {}
 
     def visit(index: int) -> None:
-        answers[index] = ask(answerer, sessions[index], examples[index].question)
+        answers[index] = ask(demo_model, sessions[index], examples[index].question)
 
     threads = [threading.Thread(target=visit, args=(index,)) for index in range(len(examples))]
     for thread in threads:
@@ -141,8 +141,8 @@ def test_sessions_do_not_mix_and_calls_do_not_overlap(answerer, chat_model, tmp_
     assert set(together) == {1}
 
 
-def test_times_are_of_this_picture_and_answer(answerer, session):
-    ask(answerer, session, QUESTIONS[0])
+def test_times_are_of_this_picture_and_answer(demo_model, session):
+    ask(demo_model, session, QUESTIONS[0])
     times = session.turns[0].times
     assert session.times.preprocessing > 0 and session.times.encoding > 0
     assert times.first_token > 0 and times.tokens == 2  # the word and the end
@@ -155,10 +155,10 @@ def test_tiles_are_those_that_the_model_reads(session, chat_model, red_circle):
     assert np.array_equal(session.tiles, read.transpose(0, 2, 3, 1))
 
 
-def test_a_session_keeps_a_small_picture(answerer, tmp_path):
+def test_a_session_keeps_a_small_picture(demo_model, tmp_path):
     path = tmp_path / "large.jpg"
     Image.new("RGB", (4 * MAX_SHOWN_SIDE, MAX_SHOWN_SIDE), "red").save(path)
-    assert answerer.look(path).picture.size == (MAX_SHOWN_SIDE, MAX_SHOWN_SIDE // 4)
+    assert demo_model.open_session(path).image.size == (MAX_SHOWN_SIDE, MAX_SHOWN_SIDE // 4)
 
 
 class TestUploads:
@@ -186,7 +186,7 @@ class TestUploads:
         assert "cannot be decoded" in self.refused(chat_model, path)
 
     def test_too_many_pixels(self, chat_model, tmp_path, red_circle, monkeypatch):
-        monkeypatch.setattr(session_module, "MAX_PIXELS", 64 * 64 - 1)
+        monkeypatch.setattr(demo_model_module, "MAX_PIXELS", 64 * 64 - 1)
         path = tmp_path / "large.png"
         path.write_bytes(red_circle.read_bytes())
         assert "64 x 64 = 4096 pixels; allowed: max_image_pixels = 4095" in self.refused(chat_model, path)
@@ -197,7 +197,7 @@ class TestUploads:
         assert "decompression bomb" in self.refused(chat_model, path)
 
     def test_too_many_bytes(self, chat_model, tmp_path, red_circle, monkeypatch):
-        monkeypatch.setattr(session_module, "MAX_UPLOAD_BYTES", 700)
+        monkeypatch.setattr(demo_model_module, "MAX_UPLOAD_BYTES", 700)
         path = tmp_path / "many.png"
         path.write_bytes(red_circle.read_bytes())
         assert f"has {path.stat().st_size} bytes; allowed: 700" in self.refused(chat_model, path)

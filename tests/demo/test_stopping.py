@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from fusion_hf.demo.session import Answerer
+from fusion_hf.demo.demo_model import DemoModel
 
 pytestmark = pytest.mark.demo
 
@@ -34,7 +34,7 @@ def address(chat_model, free_port: int, tmp_path, monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     from fusion_hf.demo.page import build_page, launch_settings
 
-    page = build_page(Answerer(chat_model, LONGEST))
+    page = build_page(DemoModel(chat_model, LONGEST))
     _, address, _ = page.launch(server_port=free_port, quiet=True, prevent_thread_lock=True, **launch_settings())
     yield address
     page.close(verbose=False)

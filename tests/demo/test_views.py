@@ -3,14 +3,14 @@
 import numpy as np
 from PIL import Image
 
-from fusion_hf.demo.session import Turn
-from fusion_hf.demo.timing import AnswerTimes, PictureTimes
+from fusion_hf.demo.demo_model import DemoTurn
+from fusion_hf.demo.timing import AnswerTimes, ImageTimes
 from fusion_hf.demo.views import GAP, TILE_SIDE, answer_choices, chat_messages, draw_overlay, draw_tiles, times_table
 from fusion_hf.maps.view import Word
 
 RED_THEN_CIRCLE = [
-    Turn("what color?", "red", (Word("red", 0, 1),), 16, AnswerTimes(0.0614, 2, 0.01)),
-    Turn("what shape?", "circle", (Word("circle", 0, 1),), 16, AnswerTimes(0.0426, 1, 0.0)),
+    DemoTurn("what color?", "red", (Word("red", 0, 1),), 16, AnswerTimes(0.0614, 2, 0.01)),
+    DemoTurn("what shape?", "circle", (Word("circle", 0, 1),), 16, AnswerTimes(0.0426, 1, 0.0)),
 ]
 
 
@@ -54,14 +54,14 @@ def test_what_looks_like_html_is_text():
 
 
 def test_names_of_answers():
-    long = Turn("what?", "a red circle left of a blue triangle", (), 16, AnswerTimes(1.0, 1, 0.0))
+    long = DemoTurn("what?", "a red circle left of a blue triangle", (), 16, AnswerTimes(1.0, 1, 0.0))
     assert answer_choices([RED_THEN_CIRCLE[0], long]) == [("1: red", 0), ("2: a red circle left of ...", 1)]
 
 
 def test_times(session):
-    session.times = PictureTimes(preprocessing=0.0051, encoding=0.0349)
+    session.times = ImageTimes(preprocessing=0.0051, encoding=0.0349)
     assert times_table(None) == ""
-    assert times_table(session) == "Picture: 5 ms preprocessing, 35 ms four tiles."
+    assert times_table(session) == "Image: 5 ms preprocessing, 35 ms four tiles."
     session.turns = RED_THEN_CIRCLE
     assert times_table(session).splitlines()[2:] == [
         "| # | first token | tokens | tokens/s |",

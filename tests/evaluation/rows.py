@@ -26,7 +26,7 @@ from fusion_hf.evaluation.benchmarks import (
     VARIANTS,
     Benchmark,
 )
-from fusion_hf.evaluation.tasks.local_rows import PICTURE
+from fusion_hf.evaluation.tasks.local_rows import IMAGE_TYPE
 
 PROMPTS_FILE = Path(__file__).parents[1] / "fixtures/evaluation/prompts.json"
 SIDE = 48  # pixels
@@ -38,8 +38,8 @@ TYPES = {
     TEXTS: pa.list_(pa.string()),
     INTEGER: pa.int64(),
     NUMBER: pa.float64(),
-    IMAGE: PICTURE,
-    IMAGES: pa.list_(PICTURE),
+    IMAGE: IMAGE_TYPE,
+    IMAGES: pa.list_(IMAGE_TYPE),
 }
 
 
@@ -346,3 +346,9 @@ def write_rows(benchmark: Benchmark, root: Path, rows: list[dict[str, Any]] | No
 def recorded_prompts() -> dict[str, dict[str, list[str]]]:
     """Whose prompts -> benchmark -> the texts and pictures (`<image>`) of its first made-up row that is asked."""
     return json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
+
+
+def prompt_blocks(task: Any, row: dict[str, Any]) -> list[str]:
+    """What a task of lmms-eval's chat kind asks about a row: its texts, and `<image>` for each image, in order."""
+    blocks = [block for message in task.doc_to_messages(row) for block in message["content"]]
+    return [block["text"] if block["type"] == "text" else "<image>" for block in blocks]

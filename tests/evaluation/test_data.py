@@ -12,7 +12,7 @@ from tests.evaluation.rows import RED, ROWS, png, write_rows
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmark_data import check_data, fits, prepare_tasks
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, JUDGE_VARIABLES, VARIANTS
-from fusion_hf.evaluation.tasks.local_rows import PICTURE, local_pictures
+from fusion_hf.evaluation.tasks.local_rows import IMAGE_TYPE, local_images
 
 PUBLISHED = [name for name, benchmark in BENCHMARKS.items() if benchmark.columns]
 COLUMNS = (
@@ -121,8 +121,8 @@ def test_kinds():
     assert fits(pa.list_(pa.string()), "texts") and not fits(pa.string(), "texts")
     assert fits(pa.int32(), "text|integer") and fits(pa.string(), "text|integer")
     assert not fits(pa.float64(), "text|integer")
-    assert fits(PICTURE, "image") and not fits(PICTURE, "record")
-    assert fits(pa.list_(PICTURE), "images") and not fits(PICTURE, "images")
+    assert fits(IMAGE_TYPE, "image") and not fits(IMAGE_TYPE, "record")
+    assert fits(pa.list_(IMAGE_TYPE), "images") and not fits(IMAGE_TYPE, "images")
 
 
 def test_file_that_leads_out_of_the_data_root_is_refused(tmp_path):
@@ -168,19 +168,19 @@ def read_pictures(tmp_path: Path, pictures: list, kind: pa.DataType) -> datasets
         pa.table({"image": pa.array(pictures, kind), "question": ["what?"] * len(pictures)}), file
     )
     cache = str(tmp_path / "cache")
-    return local_pictures(datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache))
+    return local_images(datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache))
 
 
 def test_pictures_inside_are_decoded(tmp_path):
     square = {"bytes": png(RED), "path": "any.png"}
-    dataset = read_pictures(tmp_path, [square, None, square], PICTURE)
+    dataset = read_pictures(tmp_path, [square, None, square], IMAGE_TYPE)
     assert [picture and picture.size for picture in dataset["image"]] == [(48, 48), None, (48, 48)]
     assert list(dataset["question"]) == ["what?"] * 3
 
 
 def test_lists_of_pictures_are_decoded(tmp_path):
     square = {"bytes": png(RED), "path": None}
-    dataset = read_pictures(tmp_path, [[square], [], None, [square, square]], pa.list_(PICTURE))
+    dataset = read_pictures(tmp_path, [[square], [], None, [square, square]], pa.list_(IMAGE_TYPE))
     assert [None if row is None else len(row) for row in dataset["image"]] == [1, 0, None, 2]
     assert dataset[3]["image"][1].size == (48, 48)
 
@@ -190,7 +190,7 @@ def test_picture_named_elsewhere_is_not_opened(tmp_path, listed: bool):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(RED))
     named = {"bytes": None, "path": str(secret)}
-    pictures, kind = ([[named]], pa.list_(PICTURE)) if listed else ([named], PICTURE)
+    pictures, kind = ([[named]], pa.list_(IMAGE_TYPE)) if listed else ([named], IMAGE_TYPE)
     dataset = read_pictures(tmp_path, pictures, kind)
     with pytest.raises(ValueError, match="both are None"):
         dataset[0]
@@ -200,13 +200,13 @@ def test_column_that_a_file_declares_pictures_opens_no_file(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(RED))
     declared = json.dumps({"info": {"features": {"question": {"_type": "Image"}}}})
-    table = pa.table({"question": pa.array([{"bytes": None, "path": str(secret)}], PICTURE)})
+    table = pa.table({"question": pa.array([{"bytes": None, "path": str(secret)}], IMAGE_TYPE)})
     pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": declared}), tmp_path / "test-0.parquet")
     files, cache = [str(tmp_path / "test-0.parquet")], str(tmp_path / "cache")
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
     assert loaded[0]["question"].size == (48, 48)  # as `datasets` would have it
     with pytest.raises(ValueError, match="both are None"):
-        local_pictures(loaded)[0]
+        local_images(loaded)[0]
 
 
 def test_made_up_rows_are_of_the_published_table():

@@ -118,6 +118,6 @@ def test_a_question_about_several_pictures(data, tmp_path):
     write_rows(BENCHMARKS["mmmu_val"], root, ROWS["mmmu_val"][:1])
     result = evaluate(["mmmu_val"], root, tmp_path / "out", "--prompts", "lmms-eval")
     assert_failed(result, ["mmmu_val"], "1 requests failed")
-    assert "The request shows 2 pictures; FUSION reads 1." in result[1][0]["failures"][0]
+    assert "The request shows 2 images; FUSION reads 1." in result[1][0]["failures"][0]
     status, records, errors = evaluate(["mmmu_val"], root, tmp_path / "authors")
     assert (status, records[0]["status"]) == (0, "scored"), errors  # theirs shows the first

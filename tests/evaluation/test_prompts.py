@@ -18,7 +18,8 @@ VARIED = [
 def prompt_function(authors_task: str):
     """What the task's YAML file names."""
     text = (OWN_TASKS / "authors" / f"{authors_task}.yaml").read_text(encoding="utf-8")
-    return vars(prompts)[re.search(r"^doc_to_text: !function fusion_hf\.evaluation\.prompts\.(\w+)$", text, re.M)[1]]
+    module = re.escape(prompts.__name__)
+    return vars(prompts)[re.search(rf"^doc_to_text: !function {module}\.(\w+)$", text, re.M)[1]]
 
 
 @pytest.mark.parametrize("name", VARIED)

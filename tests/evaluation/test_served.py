@@ -23,7 +23,7 @@ from fusion_hf.evaluation.served import TRIES, ServedModel, image_uri, open_untu
 from fusion_hf.inference import ChatModel
 from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG
-from fusion_hf.serving.images import decode_data_uri, decode_picture
+from fusion_hf.serving.client_images import decode_client_image, decode_data_uri
 from fusion_hf.serving.limits import Limits
 
 NAME = "a-model"
@@ -59,7 +59,7 @@ def ask(text: str, number: int = 0, wanted: Any = None, role: str = "user") -> R
 def decode(uri: str, chat_model: ChatModel) -> Image.Image:
     """The image as the server reads it."""
     limits = Limits()
-    return decode_picture(decode_data_uri(uri, limits), chat_model.processor.image_processor, limits.image_pixels)
+    return decode_client_image(decode_data_uri(uri, limits), chat_model.processor.image_processor, limits.image_pixels)
 
 
 def texts(answers: list[Any]) -> list[str | None]:

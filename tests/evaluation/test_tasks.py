@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.evaluation.judge import Judge, serving
-from tests.evaluation.rows import ROWS, SUBMITTED, recorded_prompts, submitted_rows, write_rows
+from tests.evaluation.rows import ROWS, SUBMITTED, prompt_blocks, recorded_prompts, submitted_rows, write_rows
 
 from fusion_hf.evaluation.benchmark_data import (
     AUTHORS,
@@ -19,7 +19,6 @@ from fusion_hf.evaluation.benchmark_data import (
     find_benchmark,
     folder_of,
     prepare_tasks,
-    prompt_blocks,
 )
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 

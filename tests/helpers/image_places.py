@@ -13,8 +13,8 @@ from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE, FORMATS, open_image
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
-from fusion_hf.serving.errors import ApiError
-from fusion_hf.serving.images import decode_picture
+from fusion_hf.serving.api_errors import ApiError
+from fusion_hf.serving.client_images import decode_client_image
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def of_ask(path: Path, chat_model: ChatModel) -> Outcome:
 def of_server(content: bytes, chat_model: ChatModel, max_pixels: int) -> Outcome:
     """What `fusion-hf serve` makes of a client's bytes."""
     try:
-        return _seen(decode_picture(content, chat_model.processor.image_processor, max_pixels))
+        return _seen(decode_client_image(content, chat_model.processor.image_processor, max_pixels))
     except ApiError as error:
         return Outcome(words=str(error))
 

@@ -21,7 +21,7 @@ from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.onnx_export import export
 from fusion_hf.onnx_export.export import max_pool, write_graphs
-from fusion_hf.onnx_export.folder import LANGUAGE, PICTURE, Settings
+from fusion_hf.onnx_export.exported_folder import IMAGE_GRAPH, LANGUAGE, ExportSettings
 from fusion_hf.onnx_export.runtime import CPU, NO_TURN, ExportedFusion
 
 TOLERANCE = 1e-4  # of logits, absolute
@@ -32,7 +32,7 @@ QUESTIONS = {
     "count": "how many shapes are there?",
     "text": "what word is written?",
 }
-SETTINGS = Settings(query_len=4, image_token_grid=4, max_length=512, eos_token_ids=[], suppressed_ids=[])
+SETTINGS = ExportSettings(query_len=4, image_token_grid=4, max_length=512, eos_token_ids=[], suppressed_ids=[])
 
 
 def arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ def write(
 
     with torch.no_grad():
         write_graphs(model, TokenBudget.of(model.config, query_len, grid), folder)
-    sessions = (InferenceSession(folder / name, providers=[CPU]) for name in (PICTURE, LANGUAGE))
+    sessions = (InferenceSession(folder / name, providers=[CPU]) for name in (IMAGE_GRAPH, LANGUAGE))
     return ExportedFusion(*sessions, processor=None, settings=SETTINGS)  # type: ignore[arg-type]
 
 
@@ -57,8 +57,8 @@ def assert_same_logits(model: FusionForConditionalGeneration, exported: Exported
     budget = {"query_len": inputs["query_len"]}
     outputs = model(**inputs, use_cache=True)
     given = arrays(inputs)
-    seen, past = exported.see(given), exported.empty_cache()
-    logits, past = exported.read(given["input_ids"], given["prompt_end_positions"], seen, past)
+    image_features, past = exported.encode_image(given), exported.empty_cache()
+    logits, past = exported.run_language_model(given["input_ids"], given["prompt_end_positions"], image_features, past)
     for _ in range(STEPS):
         expected = outputs.logits[:, -1:].numpy()
         assert np.abs(expected).max() > 100 * TOLERANCE  # so that the comparison can fail
@@ -66,7 +66,7 @@ def assert_same_logits(model: FusionForConditionalGeneration, exported: Exported
         ids = outputs.logits[:, -1:].argmax(-1)
         mask = torch.ones(1, outputs.past_key_values.get_seq_length() + 1, dtype=torch.long)
         outputs = model(ids, mask, cache=outputs.past_key_values, use_cache=True, **budget)
-        logits, past = exported.read(ids.numpy(), NO_TURN, seen, past)
+        logits, past = exported.run_language_model(ids.numpy(), NO_TURN, image_features, past)
 
 
 @pytest.mark.parametrize("sides", [(12, 4), (12, 8), (13, 5), (54, 36), (48, 36), (5, 7), (6, 1)])
@@ -95,7 +95,7 @@ def test_no_exported_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": None}, "allowed: one prompt, with a picture"),
+        ({"pixel_values": None}, "allowed: one prompt, with an image"),
         ({"input_ids": np.zeros((2, 9))}, "2 prompts"),
         ({"input_ids": np.zeros((1, 512))}, "The prompt has 512 tokens; allowed: fewer than 512"),
     ],
@@ -165,8 +165,8 @@ def test_the_authors_tokens(name: str, tmp_path: Path):
     inputs = arrays(recording.inputs(case, recorded, model))
     inputs["instruct_attention_mask"] = np.ones_like(inputs["instruct_input_ids"])
     expected = recorded["generated_ids"][0].tolist()
-    settings = Settings(case["query_len"], model.config.grid_side(), 4096, eos_token_ids=[], suppressed_ids=[])
-    whole = ExportedFusion(exported.picture, exported.language, None, settings)  # type: ignore[arg-type]
+    settings = ExportSettings(case["query_len"], model.config.grid_side(), 4096, eos_token_ids=[], suppressed_ids=[])
+    whole = ExportedFusion(exported.image_graph, exported.language_graph, None, settings)  # type: ignore[arg-type]
     assert whole.generate(inputs, len(expected)) == expected
 
 

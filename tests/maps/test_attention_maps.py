@@ -53,7 +53,7 @@ def test_arrays(chat_model: ChatModel, result: AttentionMaps):
     for maps in result.kinds().values():
         assert maps.values.dtype == np.float32 and len(maps.layers) == len(maps.values)
         assert maps.values.min() >= 0
-        assert maps.on_picture(maps.words[0]).shape == (len(maps.layers), 64, 64)
+        assert maps.on_image(maps.words[0]).shape == (len(maps.layers), 64, 64)
     assert result.latents.values.sum((2, 3)) == pytest.approx(config.query_len, rel=1e-5)
     for maps in (result.question, result.answer_tokens):
         assert 0 < maps.values.sum((2, 3)).max() <= 1

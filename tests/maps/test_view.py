@@ -63,8 +63,8 @@ def test_a_word_is_the_mean_of_its_tokens():
     values = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
     maps = Maps(values, (range(1),), (Word("shape?", 1, 3),), View(1, 1.0, 4, 4))
     assert maps.of_word(maps.words[0]).tolist() == [[[6, 7], [8, 9]]]
-    assert maps.on_picture(maps.words[0]).shape == (1, 4, 4)
-    assert maps.on_picture(maps.words[0], (10, 5)).shape == (1, 5, 10)
+    assert maps.on_image(maps.words[0]).shape == (1, 4, 4)
+    assert maps.on_image(maps.words[0], (10, 5)).shape == (1, 5, 10)
 
 
 @pytest.mark.parametrize("text", ["what color is the shape?", "Is the\nword zürich here", "a", ""])

@@ -266,7 +266,7 @@ def test_a_conversation_without_picture_does_not_continue_a_cache(model: FusionF
     with torch.no_grad():
         first, _ = split(inputs, int(inputs["prompt_end_positions"][0, 0]) + 2)
         cache = model(**first, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="Sample 0 has no picture"):
+    with pytest.raises(ValueError, match="Sample 0 has no image"):
         model.generate(**inputs, cache=cache, global_features=features, max_new_tokens=2)
 
 

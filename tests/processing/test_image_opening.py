@@ -34,7 +34,7 @@ from fusion_hf import FusionImageProcessor
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.record_parsing import RecordProblem
-from fusion_hf.demo.session import open_upload
+from fusion_hf.demo.demo_model import open_upload
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.image_limits_fusion import (
     MAX_JPEG_SCANS,
@@ -52,8 +52,8 @@ from fusion_hf.model.image_opening_fusion import (
     read_file,
     read_orientation,
 )
-from fusion_hf.serving.errors import ApiError
-from fusion_hf.serving.images import decode_picture
+from fusion_hf.serving.api_errors import ApiError
+from fusion_hf.serving.client_images import decode_client_image
 
 PHOTO = PHOTOGRAPHS[0]
 
@@ -218,7 +218,7 @@ def test_every_place_gives_the_same_words(name: str, chat_model: ChatModel, tmp_
             lambda: open_record_image(path.name, tmp_path, pixels),
             lambda: open_record_image(content, tmp_path, pixels),
         ],
-        ApiError: [lambda: decode_picture(content, chat_model.processor.image_processor, pixels)],
+        ApiError: [lambda: decode_client_image(content, chat_model.processor.image_processor, pixels)],
     }
     for kind, openings in places.items():
         for opening in openings:

@@ -12,9 +12,9 @@ import pytest
 from tests.helpers.serving import PICTURE, PictureHost
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.serving import fetch
-from fusion_hf.serving.errors import ApiError
-from fusion_hf.serving.fetch import Host, HostPolicy, fetch_picture, is_allowed
+from fusion_hf.serving import image_fetching
+from fusion_hf.serving.api_errors import ApiError
+from fusion_hf.serving.image_fetching import Host, HostPolicy, fetch_image, is_allowed
 from fusion_hf.serving.limits import Limits
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"
@@ -22,7 +22,7 @@ HERE = "127.0.0.1"
 
 
 def get(url: str, public: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> bytes:
-    return asyncio.run(fetch_picture(url, HostPolicy.parse(public, private), Limits()))
+    return asyncio.run(fetch_image(url, HostPolicy.parse(public, private), Limits()))
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:4700:4700::1111", "::ffff:8.8.8.8"])
@@ -127,7 +127,7 @@ def test_environment_proxies_are_not_used(pictures: PictureHost, monkeypatch: py
 
 
 def test_silent_hosts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fetch, "SECONDS", 0.3)
+    monkeypatch.setattr(image_fetching, "SECONDS", 0.3)
     with socket.create_server((HERE, 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(ApiError, match="longer than"):

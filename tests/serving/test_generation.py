@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fusion_hf.inference import ChatModel
-from fusion_hf.serving.engine import Turns
-from fusion_hf.serving.generation import AnswerText, Draw
-from fusion_hf.serving.requests import Sampling
+from fusion_hf.serving.chat_requests import Sampling
+from fusion_hf.serving.engine import FairLock
+from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor
 
 ROUNDS = 4
 TEXT = " A rotten 苹果, naïve 🙂\n\n  and more.  \n"
@@ -67,7 +67,7 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, -1.0]])
 
     def shares(sampling: Sampling) -> torch.Tensor:
-        draw = Draw(sampling)
+        draw = SamplingLogitsProcessor(sampling)
         drawn = [int(draw(torch.empty(1, 0), logits).argmax()) for _ in range(4000)]
         return torch.bincount(torch.tensor(drawn), minlength=3) / len(drawn)
 
@@ -86,19 +86,19 @@ def test_draws_follow_the_distribution():
 def test_extreme_settings_draw_the_most_likely(temperature: float, top_p: float, scale: float):
     logits = torch.tensor([[-2.0, float("-inf"), 1.0, 20.0, -1e3]]) * scale
     for dtype in (torch.float32, torch.bfloat16):
-        scores = Draw(Sampling(temperature, top_p, -(2**63)))(torch.empty(1, 0), logits.to(dtype))
+        scores = SamplingLogitsProcessor(Sampling(temperature, top_p, -(2**63)))(torch.empty(1, 0), logits.to(dtype))
         assert int(scores.argmax()) == 3
         assert scores.max() == 0 and scores.dtype == dtype
 
 
 def test_tokens_that_are_equally_likely_stay_so():
-    draw = Draw(Sampling(1e-38, seed=1))
+    draw = SamplingLogitsProcessor(Sampling(1e-38, seed=1))
     drawn = {int(draw(torch.empty(1, 0), torch.tensor([[3.0, 1.0, 3.0]])).argmax()) for _ in range(100)}
     assert drawn == {0, 2}
 
 
 def test_turns_go_round():
-    turns = Turns()
+    turns = FairLock()
     order: list[int] = []
     inside: list[int] = []
 
@@ -109,7 +109,7 @@ def test_turns_go_round():
                 order.append(name)
                 time.sleep(0.001)
                 assert inside.pop() == name and not inside
-                turns.pass_on()
+                turns.yield_to_others()
 
     threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
     with turns:

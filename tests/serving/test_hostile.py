@@ -292,7 +292,7 @@ def broken_pictures() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", broken_pictures())
 def test_broken_pictures(server: Server, name: str):
     before = server.rss()
-    error = refused(server, "The picture", messages=[user(QUESTION, data_uri(broken_pictures()[name]))])
+    error = refused(server, "The image", messages=[user(QUESTION, data_uri(broken_pictures()[name]))])
     assert error["param"] == "messages.content.image_url.url"
     assert server.rss() - before < 100 * MEGABYTE
 
@@ -359,7 +359,7 @@ def test_detail(server: Server):
     ],
 )
 def test_no_addresses(server: Server, url: str):
-    refused(server, "The picture", messages=[user(QUESTION, url)])
+    refused(server, "The image", messages=[user(QUESTION, url)])
 
 
 def test_unlisted_hosts(server: Server, pictures: PictureHost):

@@ -20,10 +20,10 @@ from tests.helpers.serving import PICTURE, POLL_SECONDS, STOP_SECONDS
 
 from fusion_hf.model.image_opening_fusion import FORMATS, ORIENTATION_TAG
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
+from fusion_hf.serving.api_errors import ApiError
+from fusion_hf.serving.client_images import PARAM
 from fusion_hf.serving.engine import to_pixel_values
-from fusion_hf.serving.errors import ApiError
 from fusion_hf.serving.image_workers import GRACE_SECONDS, MAX_WORKERS, ImageWorkers
-from fusion_hf.serving.images import PARAM
 from fusion_hf.serving.limits import Limits
 
 WIDTH, HEIGHT = 90, 60

@@ -10,10 +10,10 @@ from tests.helpers.serving import MODEL, QUESTION, user
 
 from fusion_hf.inference import ChatModel
 from fusion_hf.serving import fields
-from fusion_hf.serving.errors import ApiError
+from fusion_hf.serving.api_errors import ApiError
+from fusion_hf.serving.chat_requests import ChatRequest, parse_chat_request
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import ROLES, Chat, parse_messages
-from fusion_hf.serving.requests import ChatRequest, parse_chat_request
 
 URL, OTHER_URL = "https://images.example/a.png", "https://images.example/b.png"
 MORE = "and its shape?"

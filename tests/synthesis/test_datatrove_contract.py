@@ -30,10 +30,14 @@ OVERRIDDEN = {
     request_step._RunningServer: (InferenceServer, {"start_server", "monitor_health", "_wait_until_ready"}),
     request_step._StartedVLLM: (VLLMServer, set()),
     request_step._StartedSGLang: (SGLangServer, set()),
-    LocalExecutor: (LocalPipelineExecutor, {"_run_for_rank"}),
+    LocalExecutor: (LocalPipelineExecutor, {"__init__", "_run_for_rank"}),
     _WhitespaceTokenizer: (WordTokenizer, {"word_tokenize", "sent_tokenize", "span_tokenize"}),
 }
-OWN_SETTINGS = {"_ChatServer.__init__", "RequestStep.__init__"}  # take other arguments on purpose
+OWN_SETTINGS = {
+    "_ChatServer.__init__",
+    "RequestStep.__init__",
+    "LocalExecutor.__init__",
+}  # take other arguments on purpose
 
 
 def methods(kind: type) -> set[str]:

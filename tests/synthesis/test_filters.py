@@ -422,15 +422,19 @@ def test_every_category_has_its_filters(name: str):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("length", {"answers": [1, 2]}, "test: length has the setting 'answers'; allowed: question, answer"),
+        (
+            "length",
+            {"answers": [1, 2]},
+            "test: length has the key 'answers'; did you mean 'answer'. Allowed: question, answer",
+        ),
         ("length", {"answer": [3, 2]}, r"answer is \[3, 2\]; allowed: a list"),
         ("language", {"language": "klingon"}, "language is 'klingon'; allowed: english"),
-        ("unsafe", {"kinds": ["fun"]}, "kinds has 'fun'; allowed: sexual content"),
+        ("unsafe", {"kinds": ["fun"]}, r"kinds\[0\] is 'fun'; allowed: sexual content"),
         ("unsafe", {"more": "word"}, "more is 'word'; allowed: a list"),
         ("contrast", {"least_alike": 2}, "least_alike is 2; allowed: a number from 0 to 1"),
-        ("leakage", {"between": 1}, "between is 1; allowed: true, false"),
+        ("leakage", {"between": 1}, "between is 1; allowed: true or false"),
         ("written", {"same_case": "x"}, "same_case is 'x'"),
-        ("counts", {"derived": 1}, "derived is 1; allowed: true, false"),
+        ("counts", {"derived": 1}, "derived is 1; allowed: true or false"),
         ("options", {"least": "three"}, "least is 'three'; allowed: a whole number"),
         ("meta", {"x": 1}, "allowed: none"),
     ],

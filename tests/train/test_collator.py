@@ -238,3 +238,23 @@ def test_batches_pass_unchanged_from_a_worker(processor):
             passed[name].zero_()
         else:
             assert passed[name] == value
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("{%- set conversation.block = latents -%}", "{%- set conversation.block = '' -%}", "2 .*for 1 latent blocks"),
+        ("{{- text + '<|im_end|>' -}}", "{{- text + latents + '<|im_end|>' -}}", r"prompt_end_positions\[1\] is \d+"),
+    ],
+)
+def test_prompts_that_the_model_would_refuse_are_refused_here(written, instead, message, compact):
+    """In the data worker, by the same check: of a chat template of one's own that misplaces the latent blocks."""
+    processor = FusionProcessor.from_pretrained(nano_path())
+    assert written in processor.chat_template
+    processor.chat_template = processor.chat_template.replace(written, instead)
+    turns = [("user", "one"), ("assistant", "a"), ("user", "two"), ("assistant", "b")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    record = {"messages": messages, "image": Image.new("RGB", (8, 8))}
+    with pytest.raises(ValueError, match=f"Sample 0.*{message}"):
+        FusionDataCollator(processor, compact=compact)([record])

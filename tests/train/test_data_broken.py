@@ -29,8 +29,8 @@ from fusion_hf import FusionProcessor, nano_path
 from fusion_hf.cli import main
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import SampleKey, load_records
+from fusion_hf.data.broken_records import BrokenRecords
 from fusion_hf.data.record_parsing import RecordProblem
-from fusion_hf.data.skips import BrokenRecords
 from fusion_hf.training import FusionDataCollator
 
 BROKEN = 2  # the record that is

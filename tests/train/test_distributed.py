@@ -18,7 +18,7 @@ from tests.helpers.training_runs import ENVIRONMENT, Run, Started, write_model, 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.training.distributed import any_rank, max_over_ranks, sum_over_ranks
 from fusion_hf.training.recipe import load_recipe
-from fusion_hf.training.sampler import Layout, StepSampler
+from fusion_hf.training.sampler import StepLayout, StepSampler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -131,7 +131,7 @@ def test_in_some_step_one_process_has_only_text_and_the_other_pictures(tmp_path:
     """What the comparisons below rely on."""
     values = load_recipe(make(tmp_path / "one", model, records).recipe)
     pictures = ["image" in record for record in json.loads(records.read_text())]
-    sampler = StepSampler(len(pictures), Layout(2, world_size=2), [4], values["seed"])
+    sampler = StepSampler(len(pictures), StepLayout(2, world_size=2), [4], values["seed"])
     has_picture = [pictures[key.index] for key in sampler]
     shares = [(any(has_picture[i : i + 2]), any(has_picture[i + 2 : i + 4])) for i in range(0, len(pictures), 4)]
     assert len(shares) == values["max_steps"]

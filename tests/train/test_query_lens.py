@@ -14,7 +14,7 @@ from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator, FusionTrainer, FusionTrainingArguments
 from fusion_hf.training.query_len_records import QueryLenIterable
 from fusion_hf.training.query_lens import BatchDraw
-from fusion_hf.training.sampler import Layout, StepSampler, query_len_of_step
+from fusion_hf.training.sampler import StepLayout, StepSampler, query_len_of_step
 
 QUERY_LENS = [1, 4, 9, 16, 25, 36]
 ANSWER = {"role": "assistant", "content": "red"}
@@ -109,7 +109,7 @@ class SizedRecords(Records):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_iterable_has_the_number_of_its_step(workers):
     records = [{"id": number} for number in range(40)]
-    layout = Layout(2, accumulation=3)
+    layout = StepLayout(2, accumulation=3)
     iterable = QueryLenIterable(Records(records), layout, QUERY_LENS, seed=3)
     loader = iter(DataLoader(iterable, batch_size=2, num_workers=workers, collate_fn=list))
     batches = [next(loader) for _ in range(30)]  # beyond the end of the records, which have no length
@@ -120,7 +120,7 @@ def test_an_iterable_has_the_number_of_its_step(workers):
 
 def test_a_sized_iterable_ends_and_its_epochs_count_on():
     records = SizedRecords([{"id": number} for number in range(10)])
-    iterable = QueryLenIterable(records, Layout(2, accumulation=2), QUERY_LENS, seed=3)
+    iterable = QueryLenIterable(records, StepLayout(2, accumulation=2), QUERY_LENS, seed=3)
     for epoch in (0, 1):
         iterable.set_epoch(epoch)
         found = [record["query_len"] for record in iterable]
@@ -129,7 +129,7 @@ def test_a_sized_iterable_ends_and_its_epochs_count_on():
 
 
 def test_an_iterable_without_records_ends():
-    assert list(QueryLenIterable(Records([]), Layout(2), QUERY_LENS, seed=0)) == []
+    assert list(QueryLenIterable(Records([]), StepLayout(2), QUERY_LENS, seed=0)) == []
 
 
 # ---- the trainer ----
@@ -215,7 +215,7 @@ def test_a_stream_of_datasets_trains(folder, tmp_path):
 
 
 def test_each_micro_batch_of_all_processes_draws_its_own():
-    sampler = StepSampler(64, Layout(2, world_size=2, accumulation=4), QUERY_LENS, seed=0, per_micro_batch=True)
+    sampler = StepSampler(64, StepLayout(2, world_size=2, accumulation=4), QUERY_LENS, seed=0, per_micro_batch=True)
     keys = list(sampler)
     batches = [{key.query_len for key in keys[begin : begin + 2]} for begin in range(0, 64, 2)]
     assert all(len(batch) == 1 for batch in batches)

@@ -5,7 +5,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from fusion_hf.training.sampler import Layout, StepSampler, query_len_of_step
+from fusion_hf.training.sampler import StepLayout, StepSampler, query_len_of_step
 
 QUERY_LENS = [4, 16, 36]
 
@@ -26,11 +26,11 @@ def steps_of(sampler: StepSampler) -> list[list]:
 
 def make(pictures=90, texts=50, layout=None, seed=0, grouped=True) -> StepSampler:
     words = lengths(pictures, texts)
-    return StepSampler(len(words), layout or Layout(2, 2, 2), QUERY_LENS, seed, words if grouped else None)
+    return StepSampler(len(words), layout or StepLayout(2, 2, 2), QUERY_LENS, seed, words if grouped else None)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("layout", [Layout(4), Layout(2, 2, 2), Layout(3, 4)])
+@pytest.mark.parametrize("layout", [StepLayout(4), StepLayout(2, 2, 2), StepLayout(3, 4)])
 def test_every_record_comes_once_and_only_the_last_step_is_filled_up(layout, grouped):
     sampler = make(layout=layout, grouped=grouped)
     keys = list(sampler)
@@ -53,7 +53,7 @@ def test_a_step_holds_one_modality_but_for_the_last_two():
 
 
 def test_micro_batches_of_a_step_hold_about_the_same_number_of_words():
-    sampler = make(pictures=800, texts=0, layout=Layout(4, 2, 2))
+    sampler = make(pictures=800, texts=0, layout=StepLayout(4, 2, 2))
     ordered, random_order = [], []
     for step in steps_of(sampler)[:-1]:
         words = np.abs(sampler.lengths[[key.index for key in step]])
@@ -63,8 +63,8 @@ def test_micro_batches_of_a_step_hold_about_the_same_number_of_words():
 
 
 def test_a_step_holds_the_same_records_however_it_is_split():
-    one = [sorted(key.index for key in step) for step in steps_of(make(layout=Layout(8)))]
-    split = [sorted(key.index for key in step) for step in steps_of(make(layout=Layout(2, 2, 2)))]
+    one = [sorted(key.index for key in step) for step in steps_of(make(layout=StepLayout(8)))]
+    split = [sorted(key.index for key in step) for step in steps_of(make(layout=StepLayout(2, 2, 2)))]
     assert one[:-2] == split[: len(one) - 2]
 
 
@@ -86,7 +86,7 @@ def test_all_records_of_a_step_have_its_query_len_and_epochs_count_on():
             assert {key.query_len for key in step} == {expected}
 
 
-@pytest.mark.parametrize("layout", [Layout(4), Layout(3, 2), Layout(2, 2, 2), Layout(3, 4, 2)])
+@pytest.mark.parametrize("layout", [StepLayout(4), StepLayout(3, 2), StepLayout(2, 2, 2), StepLayout(3, 4, 2)])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_an_epoch_has_as_many_steps_as_its_loader(layout, drop_last):
     """By which the epochs of all processes are counted."""

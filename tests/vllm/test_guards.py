@@ -71,29 +71,29 @@ def without_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model as it is without the check of each step: it changes what it finds of a prompt."""
-    from fusion_hf.vllm import edits, modeling
+    from fusion_hf.vllm import latent_updates, modeling
 
-    def find(reader, input_ids):
-        metadata = edits.get_forward_context().attn_metadata
+    def find(parser, input_ids):
+        metadata = latent_updates.get_forward_context().attn_metadata
         if metadata is None:
             return []
         starts = next(iter(metadata.values())).query_start_loc.tolist()
         found = []
         for start, stop in pairwise(starts):
             try:
-                turns = reader.read(input_ids[start:stop].tolist())
+                layout = parser.read(input_ids[start:stop].tolist())
             except ValueError:
                 continue
-            if turns.query_len:
-                found.append(edits.Prompt(start, turns))
+            if layout.query_len:
+                found.append(latent_updates.StepPrompt(start, layout))
         return found
 
     def make(prompts, contexts, *others):
-        pictures = [prompt for prompt in prompts if prompt.turns.num_image_tokens]
-        return edits.make_edits([] if len(pictures) != len(contexts) else prompts, contexts, *others)
+        pictures = [prompt for prompt in prompts if prompt.layout.num_image_tokens]
+        return latent_updates.make_updates([] if len(pictures) != len(contexts) else prompts, contexts, *others)
 
     monkeypatch.setattr(modeling, "find_prompts", find)
-    monkeypatch.setattr(modeling, "make_edits", make)
+    monkeypatch.setattr(modeling, "make_updates", make)
 
 
 @pytest.mark.parametrize("name", UNSAFE)

@@ -1,4 +1,4 @@
-"""`fusion-hf ask`: one question or several about one picture, or about each of several; or a file of questions."""
+"""`fusion-hf ask`: one question or several about one image, or about each of several; or a file of questions."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from fusion_hf.cli import ask_file
 from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
-from fusion_hf.cli.terminal import USER_ERROR, check_picture_exists, check_question, one_line, printable
+from fusion_hf.cli.terminal import USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
 
 
@@ -31,11 +31,11 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "ask",
         parents=[model_options()],
-        help="answer a question about one or more pictures, or a file of questions",
-        description="Answer a question about one picture, or about several: one line for each, after its name. Or "
+        help="answer a question about one or more images, or a file of questions",
+        description="Answer a question about one image, or about several: one line for each, after its name. Or "
         "answer a file of questions: a run that was killed goes on with the same command.",
     )
-    images = parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file, or an http(s) address")
+    images = parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or an http(s) address")
     question = parser.add_argument("question", metavar="QUESTION", help="in quotation marks")
     parser.add_argument(
         "--input",
@@ -53,12 +53,12 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="QUESTION",
-        help="another question about the same pictures, answered by itself in a line of its own; may be repeated",
+        help="another question about the same images, answered by itself in a line of its own; may be repeated",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer; returns the exit status. A picture that cannot be read does not keep the others from being answered."""
+    """Answer; returns the exit status. An image that cannot be read does not keep the others from being answered."""
     ask_file.check_arguments(arguments)
     if arguments.input is not None:
         return ask_file.run(arguments)
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     for question in questions:
         check_question(question)
     for image in arguments.images:
-        check_picture_exists(image)
+        check_image_exists(image)
     arguments.model = find_model(arguments)
 
     from tqdm import tqdm
@@ -86,15 +86,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
     status = 0
-    for image in tqdm(arguments.images, desc="ask", unit="picture", disable=None):  # no bar where there is no terminal
+    for source in tqdm(arguments.images, desc="ask", unit="image", disable=None):  # no bar where there is no terminal
         try:
-            picture = chat_model.open_image(image)
+            image = chat_model.open_image(source)
         except InputError as error:
             tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
             status = USER_ERROR
             continue
-        name = f"{image}: " if len(arguments.images) > 1 else ""
-        for answer in chat_model.answer_each(picture, questions, **settings):
+        name = f"{source}: " if len(arguments.images) > 1 else ""
+        for answer in chat_model.answer_each(image, questions, **settings):
             line = " ".join(printable(f"{name}{answer}").split("\n"))
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()

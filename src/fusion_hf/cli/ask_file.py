@@ -30,7 +30,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
     from fusion_hf.inference.answer_file import check_output
-    from fusion_hf.inference.questions import read_entries
+    from fusion_hf.inference.question_records import read_entries
 
     read_entries(arguments.input)
     check_output(Path(arguments.output))

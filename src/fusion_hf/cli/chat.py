@@ -1,4 +1,4 @@
-"""`fusion-hf chat`: a conversation about a picture in the terminal, or line by line through pipes."""
+"""`fusion-hf chat`: a conversation about an image in the terminal, or line by line through pipes."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
-from fusion_hf.cli.terminal import check_picture_exists, one_line
+from fusion_hf.cli.terminal import check_image_exists, one_line
 from fusion_hf.common.errors import InputError
 
 EXIT, RESET = "/exit", "/reset"
@@ -18,14 +18,14 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         parents=[model_options()],
-        help="talk about a picture",
-        description="Talk about a picture: a question per line. /reset begins anew, /exit leaves.",
+        help="talk about an image",
+        description="Talk about an image: a question per line. /reset begins anew, /exit leaves.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+    parser.add_argument("image", metavar="IMAGE", help="an image file, or an http(s) address")
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="later answers begin sooner: the picture stays as seen with the first question in mind",
+        help="later answers begin sooner: the image stays as seen with the first question in mind",
     )
 
 
@@ -33,16 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Talk until `/exit`, the end of the input or Ctrl-C; returns the exit status."""
     if sys.stdin is None:
         raise InputError("The standard input is closed; give questions there, a line each.")
-    check_picture_exists(arguments.image)
+    check_image_exists(arguments.image)
     arguments.model = find_model(arguments)
 
     from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
     from fusion_hf.inference.conversation import Conversation
 
     chat_model = load_chat_model(arguments)
-    picture = chat_model.open_image(arguments.image)
+    image = chat_model.open_image(arguments.image)
     settings = (arguments.max_new_tokens, arguments.query_len, arguments.fast, arguments.image_token_grid)
-    conversation = Conversation(chat_model, picture, *settings)
+    conversation = Conversation(chat_model, image, *settings)
     streamer = AnswerStreamer(chat_model.processor.tokenizer)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:

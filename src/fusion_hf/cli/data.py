@@ -37,10 +37,10 @@ def add_parser(commands: Any) -> None:
     check.add_argument(
         "--data-root",
         metavar="DIR",
-        help="that relative paths and pictures are under; default: the folder of the file",
+        help="that relative paths and images are under; default: the folder of the file",
     )
     check.add_argument(
-        "--images", choices=IMAGES, default="exist", help="what to do with pictures; default: %(default)s"
+        "--images", choices=IMAGES, default="exist", help="what to do with images; default: %(default)s"
     )
     check.add_argument("--data-cache", metavar="DIR", help="folder of the index, as in a recipe")
     check.add_argument("--json", action="store_true", help="JSON instead of a table")

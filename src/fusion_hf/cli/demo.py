@@ -1,4 +1,4 @@
-"""`fusion-hf demo`: a page in the browser on which a picture is talked about."""
+"""`fusion-hf demo`: a page in the browser on which an image is talked about."""
 
 import argparse
 import contextlib
@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         parents=[model_options()],
-        help="a page in the browser: pictures, answers, tiles, attention maps, times",
-        description="Serve a page on which a picture is shown to the model and talked about. Whoever reaches the "
+        help="a page in the browser: images, answers, tiles, attention maps, times",
+        description="Serve a page on which an image is shown to the model and talked about. Whoever reaches the "
         "address may use it; the default is this computer alone.",
     )
     parser.add_argument("--host", default=HOST, help="address to listen at; default: %(default)s")
@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
                 f"fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]' ({error})."
             ) from error
         from fusion_hf.cli.model_loading import load_chat_model
-        from fusion_hf.demo.session import Answerer
+        from fusion_hf.demo.demo_model import DemoModel
 
         chat_model = load_chat_model(arguments)
         settings = (arguments.max_new_tokens, arguments.query_len, arguments.image_token_grid)
-        page = build_page(Answerer(chat_model, *settings))
+        page = build_page(DemoModel(chat_model, *settings))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _, address, _ = page.launch(

@@ -10,7 +10,7 @@ from fusion_hf.cli.models import find_model
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
-from fusion_hf.onnx_export.folder import PACKAGES
+from fusion_hf.onnx_export.exported_folder import PACKAGES
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "export",
         help="write a model as ONNX graphs, for onnxruntime",
-        description="Write a model as two ONNX graphs in float32: the picture's side, and the language model with its "
+        description="Write a model as two ONNX graphs in float32: the image's side, and the language model with its "
         "samplers. Needs the extra onnx.",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`fusion-hf maps`: an answer, and pictures of what the model looked at."""
+"""`fusion-hf maps`: an answer, and images of what the model looked at."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import model_options
 from fusion_hf.cli.models import find_model
-from fusion_hf.cli.terminal import check_picture_exists, check_question, printable
+from fusion_hf.cli.terminal import check_image_exists, check_question, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder
 
@@ -18,10 +18,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "maps",
         parents=[model_options()],
         help="draw what the model looked at for its answer",
-        description="Answer a question about a picture, and draw the attention of the question's words, of the latent "
+        description="Answer a question about an image, and draw the attention of the question's words, of the latent "
         "tokens and of the answer's words over it: a PNG for each.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="a picture file, or an http(s) address")
+    parser.add_argument("image", metavar="IMAGE", help="an image file, or an http(s) address")
     parser.add_argument("question", metavar="QUESTION", help="in quotation marks")
     parser.add_argument(
         "--output", type=Path, default=Path("maps"), metavar="DIR", help="a new or empty folder; default: %(default)s"
@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer and draw; returns the exit status."""
     check_question(arguments.question)
-    check_picture_exists(arguments.image)
+    check_image_exists(arguments.image)
     require(("matplotlib",), "Drawing maps", "maps")
     output: Path = arguments.output
     check_output(output)
@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.maps.drawing import save_overlays
 
     chat_model = load_chat_model(arguments)
-    picture = chat_model.open_image(arguments.image)
+    image = chat_model.open_image(arguments.image)
     result = attention_maps(
-        picture,
+        image,
         arguments.question,
         chat_model,
         max_new_tokens=arguments.max_new_tokens,
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     sys.stdout.write(f"{printable(result.answer)}\n")
     with new_folder(output) as folder:
-        names = [path.name for path in save_overlays(result, picture, folder)]
+        names = [path.name for path in save_overlays(result, image, folder)]
     for name in names:
         sys.stdout.write(f"{printable(str(output / name))}\n")
     return 0

@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--sharding", choices=SHARDINGS, default="auto", help="default: the first that fits")
     parser.add_argument("--config", metavar="FILE", help="the model's config.json; default: the recipe's model")
     parser.add_argument("--records", type=_count, metavar="N", help="default: from the names of the mixture's files")
-    parser.add_argument("--tokens-per-record", type=_count, metavar="N", help="on average, picture and latents too")
+    parser.add_argument("--tokens-per-record", type=_count, metavar="N", help="on average, image and latents too")
     parser.add_argument("--tflops", type=_amount, metavar="N", help="that a GPU reaches, for the time")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes, as JSON")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")

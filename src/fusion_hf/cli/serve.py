@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="HOST[:PORT]",
-        help="fetch pictures from this host, if its addresses are public; may be repeated; default: from none",
+        help="fetch images from this host, if its addresses are public; may be repeated; default: from none",
     )
     parser.add_argument(
         "--allow-private-image-host",
@@ -56,6 +56,14 @@ def add_parser(commands: Any) -> None:
         metavar="HOST[:PORT]",
         help="the same, for a host whose addresses may be private or this machine's",
     )
+    _add_limits(parser)
+    parser.add_argument(
+        "engine_arguments", nargs="*", metavar="-- ARGUMENTS", help="with vLLM: further options of its own server"
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """What requests may cost."""
     for option, value, text in _limit_options():
         help_text = f"{text}; default: %(default)s"
         parser.add_argument(option, type=positive, default=value, metavar="N", help=help_text)
@@ -79,9 +87,6 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="requests that wait beside them; more get status 429; default: %(default)s",
     )
-    parser.add_argument(
-        "engine_arguments", nargs="*", metavar="-- ARGUMENTS", help="with vLLM: further options of its own server"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
-        from fusion_hf.serving.fetch import HostPolicy
+        from fusion_hf.serving.image_fetching import HostPolicy
         from fusion_hf.serving.server import listen, serve
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
@@ -129,12 +134,12 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
             raise InputError(f"{option} is {value!r}; with --engine vllm it is not taken: vLLM decides by itself.")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # read when vLLM is imported
     try:
-        from fusion_hf.vllm.gate import GateSettings
-        from fusion_hf.vllm.server import ServerOptions, serve
+        from fusion_hf.vllm.api_server import ServerOptions, serve
+        from fusion_hf.vllm.request_middleware import MiddlewareSettings
     except ImportError as error:
         raise InputError(f"--engine vllm needs the extras `serve` and `vllm` ({error}): {INSTALL_VLLM}") from error
     model = str(arguments.model or nano_path())
-    gate = GateSettings(
+    middleware = MiddlewareSettings(
         name=arguments.name or _name(model),
         api_key_env=arguments.api_key_env,
         public_hosts=arguments.allow_image_host,
@@ -143,7 +148,9 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         image_token_grid=arguments.image_token_grid,
         limits=_limits(arguments),
     )
-    serve(ServerOptions(model, arguments.host, arguments.port, arguments.dtype, gate, arguments.engine_arguments))
+    serve(
+        ServerOptions(model, arguments.host, arguments.port, arguments.dtype, middleware, arguments.engine_arguments)
+    )
 
 
 def _api_key(variable: str) -> str:
@@ -175,8 +182,8 @@ def _limits(arguments: argparse.Namespace) -> Limits:
 
 def _limit_options() -> tuple[tuple[str, float, str], ...]:
     return (
-        ("--max-image-bytes", DEFAULTS.image_bytes, "largest picture file"),
-        ("--max-image-pixels", DEFAULTS.image_pixels, "largest picture"),
+        ("--max-image-bytes", DEFAULTS.image_bytes, "largest image file"),
+        ("--max-image-pixels", DEFAULTS.image_pixels, "largest image"),
         ("--max-image-seconds", DEFAULTS.image_seconds, "processor time for decoding an image"),
         ("--max-body-bytes", DEFAULTS.body_bytes, "largest request"),
         ("--max-upload-bytes", DEFAULTS.upload_bytes, "requests that are still arriving, together"),

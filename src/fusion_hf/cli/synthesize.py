@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "synthesize",
         help="make training data from captions",
-        description="Make training data as a config says: descriptions and questions by a language model, pictures by "
+        description="Make training data as a config says: descriptions and questions by a language model, images by "
         "a text-to-image model, or all of it drawn without any model. A run that was stopped goes on with the same "
         "command. Exit status: 0 done (or, with Slurm, submitted), 1 a task failed, 2 wrong input.",
     )

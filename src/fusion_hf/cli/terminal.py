@@ -152,7 +152,7 @@ def wrote(folder: Path) -> str:
     return printable(f"Wrote {folder}: {names} ({size:,.1f} MB).")
 
 
-def check_picture_exists(source: str) -> None:
+def check_image_exists(source: str) -> None:
     """Cheap and early: loading the model first takes seconds.
 
     Raises:
@@ -166,7 +166,7 @@ def check_picture_exists(source: str) -> None:
     except OSError:  # a name longer than any file's
         is_file = is_folder = False
     if is_folder:
-        raise InputError(f"{short_name(source)} is a folder; give the pictures in it.")
+        raise InputError(f"{short_name(source)} is a folder; give the images in it.")
     if not is_file:
         advice = "check its name, or put the question in quotation marks"
         raise InputError(f"{short_name(source)!r} is no file; {advice}.")

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-from fusion_hf.common.errors import InputError
+from fusion_hf.common.errors import InputError, short_name
 
 DEFAULT_PATH = "/v1"
 CHAT, IMAGES, MODELS = "chat/completions", "images/generations", "models"
@@ -63,6 +63,30 @@ def check_key(variable: str | None, named_by: str = "key_variable") -> None:
         raise InputError(f"The environment has no {variable}, which {named_by} names; set it to the API key.")
     if not key.isascii() or not key.isprintable():
         raise InputError(f"{named_by} is {variable}, which holds no key; allowed: printable ASCII characters.")
+
+
+def check_url(url: str, key_setting: str) -> str:
+    """
+    Check an endpoint's address and take the slash at its end away.
+
+    Args:
+        key_setting: where a key is given instead, for the error.
+
+    Raises:
+        ValueError: if it is none, or has in it what a record must not show; a sentence on `url`.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of its host or port
+        raise ValueError("url is no address; allowed: http://HOST:PORT/v1, or https.") from None
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError(
+            f"url has more than scheme, host, port and path; a record would show it. Give a key by {key_setting}."
+        )
+    if not is_address or not url.isprintable() or " " in url:
+        raise ValueError(f"url is {short_name(repr(url))}; allowed: http://HOST:PORT/v1, or https.")
+    return url.rstrip("/")
 
 
 def data_uri(content: bytes, kind: str) -> str:

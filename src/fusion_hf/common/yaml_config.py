@@ -132,6 +132,8 @@ def check_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
     """
     allowed = list(known)
     for key in keys:
+        if not allowed:
+            raise InputError(f"{where} has the key {short_name(repr(key))}; allowed: none.")
         if key not in allowed:
             nearest = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.0)[0]
             listed = f" Allowed: {', '.join(allowed)}." if len(allowed) <= MOST_LISTED else ""

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
-from fusion_hf.common.values import dtype_name, torch_dtype
+from fusion_hf.common.values import dtype_name
 from fusion_hf.conversion import lora_updates, repositories
 from fusion_hf.conversion.inputs import (
     ADAPTER_CONFIG,
@@ -24,11 +24,17 @@ from fusion_hf.conversion.locations import InputLocation, describe
 from fusion_hf.conversion.marked_tokenizer import add_marks, choose_tokenizer
 from fusion_hf.conversion.model_card import Provenance, write_card
 from fusion_hf.conversion.model_files import find_weight_files, read_json
-from fusion_hf.conversion.model_folder import make_generation_config, make_processor, set_dtype, write_files
-from fusion_hf.conversion.stored_tensors import StoredTensor, check_index, read_headers
+from fusion_hf.conversion.model_folder import (
+    make_generation_config,
+    make_processor,
+    read_generation_config,
+    set_dtype,
+    write_files,
+)
+from fusion_hf.conversion.stored_tensors import StoredTensor, read_folder, read_headers
 from fusion_hf.conversion.upstream_config import convert_config, named_tower, read_tower_config
 from fusion_hf.conversion.weight_plan import TensorSource, WeightPlan, WeightReader, make_plan
-from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
+from fusion_hf.conversion.writer import write_weights
 from fusion_hf.hub.family import LAST_STAGE
 from fusion_hf.model.configuration_fusion import FusionConfig
 
@@ -106,9 +112,7 @@ def prepare(options: ConversionOptions, inputs: ConversionInputs) -> Conversion:
     if tokenizer is not None:
         add_marks(tokenizer, config.text_config.vocab_size)
         config.text_config.pad_token_id = tokenizer.pad_token_id
-    dtype = plan.main_dtype if options.dtype is None else torch_dtype(options.dtype)
-    if dtype not in DTYPE_CODES:
-        dtype = torch.float32
+    dtype = plan.choose_dtype(options.dtype)
     set_dtype(config, dtype)
     return Conversion(config, plan, dtype, tokenizer, weights.locations)
 
@@ -142,11 +146,7 @@ def read_weights(
 
 def _read_full(location: InputLocation) -> dict[str, StoredTensor]:
     """Headers of a folder with complete weights, or of a repository whose weights were not downloaded."""
-    if location.is_remote:
-        return repositories.read_remote_headers(location)
-    stored = read_headers(find_weight_files(location.path))
-    check_index(location.path, stored)
-    return stored
+    return repositories.read_remote_headers(location) if location.is_remote else read_folder(location.path)
 
 
 def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> None:
@@ -165,10 +165,7 @@ def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> N
     reader.close()
 
     checkpoint = conversion.locations["checkpoint"]
-    settings = checkpoint.path / "generation_config.json"
-    generation = make_generation_config(
-        config, conversion.tokenizer, read_json(settings) if settings.is_file() else {}
-    )
+    generation = make_generation_config(config, conversion.tokenizer, read_generation_config(checkpoint.path))
     provenance = _provenance(conversion, options)
     write_files(
         folder, config, make_processor(config, conversion.tokenizer), generation, write_card(config, provenance)

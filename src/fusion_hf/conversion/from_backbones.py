@@ -7,16 +7,21 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
-from fusion_hf.common.values import torch_dtype
 from fusion_hf.conversion import repositories
 from fusion_hf.conversion.inputs import BuildInputs, BuildOptions, find_build_inputs
 from fusion_hf.conversion.key_tables import LANGUAGE_MODEL_ROWS, TOWER_TABLE, Row
 from fusion_hf.conversion.locations import InputLocation, describe
 from fusion_hf.conversion.marked_tokenizer import add_marks, choose_tokenizer, vocabulary_size
 from fusion_hf.conversion.model_card import Provenance, write_card
-from fusion_hf.conversion.model_files import ConversionError, find_weight_files, read_json
-from fusion_hf.conversion.model_folder import make_generation_config, make_processor, set_dtype, write_files
-from fusion_hf.conversion.stored_tensors import check_index, read_headers
+from fusion_hf.conversion.model_files import ConversionError
+from fusion_hf.conversion.model_folder import (
+    make_generation_config,
+    make_processor,
+    read_generation_config,
+    set_dtype,
+    write_files,
+)
+from fusion_hf.conversion.stored_tensors import read_folder
 from fusion_hf.conversion.upstream_config import convert_text_config, fusion_config, read_tower_config, sampler_layers
 from fusion_hf.conversion.weight_plan import HEAD, NUM_MARKS, TensorSource, WeightPlan, WeightReader, make_plan
 from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
@@ -57,17 +62,14 @@ def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
         add_marks(tokenizer, text_config.vocab_size)
         text_config.pad_token_id = tokenizer.pad_token_id
     plan = make_plan(config, [_read(vision, TOWER_TABLE), text_source], {}, vision.name, fresh=FRESH)
-    dtype = plan.main_dtype if options.dtype is None else torch_dtype(options.dtype)
-    if dtype not in DTYPE_CODES:
-        dtype = torch.float32
+    dtype = plan.choose_dtype(options.dtype)
     set_dtype(config, dtype)
 
     with new_folder(options.output) as folder:
         weights = make_weights(config, plan, dtype, options.seed)
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         write_weights(folder, shapes, dtype, lambda name: weights[name].contiguous())
-        settings = text.path / "generation_config.json"
-        generation = make_generation_config(config, tokenizer, read_json(settings) if settings.is_file() else {})
+        generation = make_generation_config(config, tokenizer, read_generation_config(text.path))
         num_parameters = sum(weight.numel() for weight in weights.values())
         provenance = _provenance(options, text, vision, dtype, num_parameters, tokenizer is not None)
         write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
@@ -79,9 +81,7 @@ def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
 
 
 def _read(location: InputLocation, table: tuple[Row, ...], grows: bool = False) -> TensorSource:
-    stored = read_headers(find_weight_files(location.path))
-    check_index(location.path, stored)
-    return TensorSource(stored, table, grows=grows)
+    return TensorSource(read_folder(location.path), table, grows=grows)
 
 
 def _vocab_size(text: TensorSource, tokenizer: PreTrainedTokenizerFast | None) -> int:

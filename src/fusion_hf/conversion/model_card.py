@@ -125,7 +125,7 @@ def write_card(config: FusionConfig, provenance: Provenance) -> str:
     sections = {
         f"# {provenance.title}": _introduction(config, provenance, member),
         "## Use": _usage(config, provenance),
-        "## Tokens per picture": _token_budget(config, member),
+        "## Tokens per image": _token_budget(config, member),
         "## Results": _results(provenance, member),
         "## Data": _data(provenance),
         "## Licence": _licence(member),
@@ -162,7 +162,7 @@ def _introduction(config: FusionConfig, provenance: Provenance, member: FamilyMe
     return (
         f"{name} ([paper]({PAPER}), [authors' code]({REPOSITORY})) for transformers: {parts}, "
         f"{provenance.num_parameters:,} parameters in {dtype_name(provenance.dtype)}. {made}\n\n"
-        "The question guides the vision tower, and latent tokens look at the picture again between the layers of the "
+        "The question guides the vision tower, and latent tokens look at the image again between the layers of the "
         "language model, under the question that they belong to."
     )
 

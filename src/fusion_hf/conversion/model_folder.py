@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from fusion_hf.conversion.marked_tokenizer import find_chat_format
+from fusion_hf.conversion.model_files import read_json
 from fusion_hf.hub.publishing import CODE_FOLDER, CODE_PATTERN
 from fusion_hf.model.configuration_fusion import AUTO_MAP, FusionConfig
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
@@ -68,6 +70,16 @@ def make_generation_config(
         ],
         do_sample=False,
     )
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Content of a folder's `generation_config.json`; nothing if it has none.
+
+    Raises:
+        ConversionError: if it cannot be read.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    return read_json(path) if path.is_file() else {}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fusion_hf.conversion.model_files import INDEX_SUFFIX, WEIGHT_NAMES, ConversionError, first_line, read_index
+from fusion_hf.conversion.model_files import (
+    INDEX_SUFFIX,
+    WEIGHT_NAMES,
+    ConversionError,
+    find_weight_files,
+    first_line,
+    read_index,
+)
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -46,6 +53,17 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
             if tensor.key in stored:
                 raise ConversionError(f"{tensor.key} is in both {stored[tensor.key].file.name} and {file.name}.")
             stored[tensor.key] = tensor
+    return stored
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """What a folder's weight files hold, from their headers alone.
+
+    Raises:
+        ConversionError: see `read_headers` and `check_index`.
+    """
+    stored = read_headers(find_weight_files(folder))
+    check_index(folder, stored)
     return stored
 
 

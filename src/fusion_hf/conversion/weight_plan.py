@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fusion_hf.common.values import torch_dtype
 from fusion_hf.conversion.key_tables import KeyMap, Row
 from fusion_hf.conversion.lora_updates import LoraPair
 from fusion_hf.conversion.model_files import ConversionError, first_line
 from fusion_hf.conversion.stored_tensors import StoredTensor, TensorReader
+from fusion_hf.conversion.writer import DTYPE_CODES
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 
@@ -63,6 +65,11 @@ class WeightPlan:
             if isinstance(recipe.stored.dtype, torch.dtype):
                 sizes[recipe.stored.dtype] += recipe.stored.num_bytes
         return sizes.most_common(1)[0][0]
+
+    def choose_dtype(self, name: str | None) -> torch.dtype:
+        """The type called `name`; without a name the main one, or float32 if a model folder cannot have that."""
+        dtype = self.main_dtype if name is None else torch_dtype(name)
+        return dtype if dtype in DTYPE_CODES else torch.float32
 
     @property
     def num_parameters(self) -> int:

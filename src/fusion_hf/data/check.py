@@ -7,11 +7,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.broken_records import describe
 from fusion_hf.data.image_files import open_record_image, record_image_path
 from fusion_hf.data.index import Index, open_index
 from fusion_hf.data.mixture import MixtureEntry
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
-from fusion_hf.data.skips import describe
 from fusion_hf.data.sources import RecordSource
 
 Images = Literal["exist", "decode", "none"]

@@ -12,11 +12,11 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.data.broken_records import BrokenRecords, OnBroken
 from fusion_hf.data.image_files import OnTruncated, open_record_image
 from fusion_hf.data.index import Index, default_cache, open_index
 from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
 from fusion_hf.data.record_parsing import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
-from fusion_hf.data.skips import BrokenRecords, OnBroken
 from fusion_hf.data.sources import RecordSource, RecordStream
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
 
@@ -36,9 +36,10 @@ def load_records(
     on_truncated: OnTruncated = "error",
 ) -> "RecordDataset | StreamedRecords":
     """
-    The records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
+    Load the records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
 
     Args:
+        source: a file, a folder, or the name of a data set on the Hub.
         root: that relative paths and images are under; default: the folder of `source`.
         on_broken, max_skipped, skipped_file: what happens to broken records, see [`BrokenRecords`].
         cache: folder of the indexes; default: [`default_cache`].
@@ -48,8 +49,25 @@ def load_records(
         exif_transpose: turn images upright by their EXIF orientation, as the image processor of that setting does.
         on_truncated: `error`: an image that ends too early is broken; `load`: what there is of it is taken.
 
+    Returns:
+        [`RecordDataset`], or [`StreamedRecords`] if `streaming`: records `{"id", "image", "messages"}`.
+
     Raises:
         InputError: for a missing or unreadable file, and for a broken record under `error`.
+
+    Example:
+
+    ```python
+    >>> import json
+    >>> from pathlib import Path
+    >>> from fusion_hf.training import load_records
+    >>> turns = [{"from": "human", "value": "What is 1 + 1?"}, {"from": "gpt", "value": "Two."}]
+    >>> written = Path("records.json").write_text(json.dumps([{"id": "sum", "conversations": turns}]))
+    >>> records = load_records("records.json", cache="cache")
+    >>> records[0]["messages"][1]
+    {'role': 'assistant', 'content': 'Two.'}
+
+    ```
     """
     entries = read_entries(source, root)
     broken = BrokenRecords(on_broken, max_skipped, skipped_file)

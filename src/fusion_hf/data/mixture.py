@@ -11,7 +11,7 @@ import numpy as np
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import make_dataclass, read_yaml
-from fusion_hf.data.formats import DataLocation, existing_folder, exists, locate
+from fusion_hf.data.data_locations import DataLocation, existing_folder, exists, locate
 
 SUFFIXES = (".yaml", ".yml")
 MAX_MIXTURE_BYTES = 2**24

@@ -1,4 +1,4 @@
-"""Pictures to begin with, of the kinds that fusion-nano knows, drawn when the page is built."""
+"""Images to begin with, of the kinds that fusion-nano knows, drawn when the page is built."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ from fusion_hf.drawing.drawn_images import Category, draw_spec
 
 
 class Example(NamedTuple):
-    """A picture and a question about it."""
+    """An image and a question about it."""
 
-    picture: Image.Image
+    image: Image.Image
     question: str
 
 
-# index of a picture among those of its category in the test split, which no model was trained on
+# index of an image among those of its category in the test split, which no model was trained on
 CHOSEN: tuple[tuple[Category, int, str], ...] = (
     ("single", 0, "what color is the shape?"),
     ("count", 1, "how many circles are there?"),

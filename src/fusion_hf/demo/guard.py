@@ -43,7 +43,7 @@ class RequestGuard:
         else:
             body = await _read(receive)
             if _names_address(body):
-                await _refuse(send, 422, "A picture is an address; allowed: an uploaded file.")
+                await _refuse(send, 422, "An image is an address; allowed: an uploaded file.")
             else:
                 await self.app(scope, _replay(body, receive), send)
 

@@ -8,16 +8,16 @@ import gradio as gr
 from PIL import Image
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.demo.session import Answerer, Session
+from fusion_hf.demo.demo_model import DemoModel, Session
 from fusion_hf.demo.views import answer_choices, chat_messages, draw_overlay, draw_tiles, times_table
 
-NO_PICTURE = "Show a picture first."
+NO_IMAGE = "Show an image first."
 Values = tuple[Any, ...]  # new values of components
 
 
 class Handlers:
     """
-    Methods for gradio's events. A visitor's `Session`, or None before there is a picture, comes from gradio's state.
+    Methods for gradio's events. A visitor's `Session`, or None before there is an image, comes from gradio's state.
 
     Most give new values of the same components: session, chat, question, times, answer, word, overlay.
 
@@ -26,17 +26,17 @@ class Handlers:
         uploads: the folder in which gradio puts what visitors upload.
     """
 
-    def __init__(self, answerer: Answerer, uploads: Path):
-        self.answerer = answerer
+    def __init__(self, demo_model: DemoModel, uploads: Path):
+        self.demo_model = demo_model
         self.uploads = uploads.resolve()
 
-    def look(self, upload: dict[str, Any] | None) -> Values:
-        """A new session about an uploaded picture; and its overview and tiles behind the other values."""
-        kept = gr.skip()  # an example brings picture and question at once
+    def open_session(self, upload: dict[str, Any] | None) -> Values:
+        """A new session about an uploaded image; and its overview and tiles behind the other values."""
+        kept = gr.skip()  # an example brings image and question at once
         if upload is None:
             return *self.show(None, kept), None, None
         try:
-            session = self.answerer.look(self._uploaded(upload))
+            session = self.demo_model.open_session(self._uploaded(upload))
         except InputError as error:
             gr.Warning(str(error))
             return *self.show(None, kept), None, None
@@ -46,17 +46,17 @@ class Handlers:
         """The uploaded file; gradio lets a client name any other one if it leaves out a field."""
         path = self.uploads.joinpath(upload["path"] or "").resolve()
         if not path.is_relative_to(self.uploads) or not path.is_file():
-            raise InputError("The picture is no uploaded file; upload it.")
+            raise InputError("The image is no uploaded file; upload it.")
         return path
 
     def ask(self, question: str, query_len: int, session: Session | None) -> Iterator[Values]:
         """The conversation while an answer grows."""
         if session is None:
-            gr.Warning(NO_PICTURE)
+            gr.Warning(NO_IMAGE)
             yield self.show(None, question)
             return
         try:
-            for answer in self.answerer.ask(session, question, query_len):
+            for answer in self.demo_model.ask(session, question, query_len):
                 yield session, chat_messages(session, question, answer), "", *(gr.skip() for _ in range(4))
         except InputError as error:
             gr.Warning(str(error))
@@ -65,7 +65,7 @@ class Handlers:
         yield self.show(session)
 
     def reset(self, session: Session | None) -> Values:
-        """A new conversation about the same picture."""
+        """A new conversation about the same image."""
         if session is not None:
             session.reset()
         return self.show(session)
@@ -92,4 +92,4 @@ class Handlers:
         """Where the answer's word looked."""
         if session is None or answer is None or word is None:
             return None
-        return draw_overlay(session.picture, self.answerer.word_map(session, answer, word))
+        return draw_overlay(session.image, self.demo_model.word_map(session, answer, word))

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import gradio as gr
 from starlette.middleware import Middleware
 
+from fusion_hf.demo.demo_model import MAX_QUESTION, MAX_UPLOAD_BYTES, DemoModel
 from fusion_hf.demo.examples import draw_examples
 from fusion_hf.demo.guard import RequestGuard
 from fusion_hf.demo.handlers import Handlers
-from fusion_hf.demo.session import MAX_QUESTION, MAX_UPLOAD_BYTES, Answerer
 
 TITLE = "FUSION"
 INTRODUCTION = """# FUSION
-Show a picture and ask about it. More latent tokens (`query_len`) look more closely at it while the answer is made."""
+Show an image and ask about it. More latent tokens (`query_len`) look more closely at it while the answer is made."""
 EXPLANATION = """## What the model sees
 The question guides how the overview is read; the four tiles are read without it."""
 MAX_WAITING = 32  # calls in the queue
@@ -25,10 +25,10 @@ MAX_SESSIONS = 64  # the one that was used longest ago is forgotten
 KEPT_SECONDS = 3600  # sessions and uploads
 FORM_BYTES = 2**16  # what a form has beside its file
 MODEL = "model"  # calls that share it come one after the other
-PICTURE_HEIGHT, CHAT_HEIGHT, COLUMN_WIDTH = 260, 420, 200  # pixels
+IMAGE_HEIGHT, CHAT_HEIGHT, COLUMN_WIDTH = 260, 420, 200  # pixels
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO_FONTS = ("ui-monospace", "Consolas", "Menlo", "monospace")
-# a small picture is enlarged; a long answer's words do not fill the page
+# a small image is enlarged; a long answer's words do not fill the page
 CSS = """
 .picture img {object-fit: contain; width: 100%; height: 100%}
 .words .wrap {max-height: 9rem; overflow-y: auto}
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     """The components that something happens to."""
 
     session: gr.State
-    picture: gr.Image
+    image: gr.Image
     query_len: gr.Radio
     overview: gr.Image
     quarters: gr.Image
@@ -52,11 +52,11 @@ class Parts(NamedTuple):
     overlay: gr.Image
 
 
-def build_page(answerer: Answerer) -> gr.Blocks:
+def build_page(demo_model: DemoModel) -> gr.Blocks:
     """The page, to be launched with `launch_settings`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
-        parts = _lay_out(answerer)
-        _connect(Handlers(answerer, Path(parts.picture.GRADIO_CACHE)), parts)
+        parts = _lay_out(demo_model)
+        _connect(Handlers(demo_model, Path(parts.image.GRADIO_CACHE)), parts)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -77,7 +77,7 @@ def launch_settings() -> dict[str, Any]:
     }
 
 
-def _lay_out(answerer: Answerer) -> Parts:
+def _lay_out(demo_model: DemoModel) -> Parts:
     session = gr.State(None, time_to_live=KEPT_SECONDS)
     # the examples fill it from the other side of the page
     question = gr.Textbox(
@@ -91,19 +91,19 @@ def _lay_out(answerer: Answerer) -> Parts:
     gr.Markdown(INTRODUCTION)
     with gr.Row():
         with gr.Column(scale=2):
-            picture = gr.Image(
-                label="Picture",
+            image = gr.Image(
+                label="Image",
                 format="png",
                 sources=["upload", "clipboard"],
-                height=PICTURE_HEIGHT,
+                height=IMAGE_HEIGHT,
                 elem_id="picture",
                 elem_classes="picture",
             )
             query_len = gr.Radio(
-                answerer.query_lens, value=answerer.budget.query_len, label="query_len", elem_id="query-len"
+                demo_model.query_lens, value=demo_model.budget.query_len, label="query_len", elem_id="query-len"
             )
             examples = [list(example) for example in draw_examples()]
-            gr.Examples(examples, [picture, question], cache_examples=False)
+            gr.Examples(examples, [image, question], cache_examples=False)
         with gr.Column(scale=3):
             chat = gr.Chatbot(
                 label="Conversation", height=CHAT_HEIGHT, render_markdown=False, buttons=[], elem_id="chat"
@@ -114,28 +114,28 @@ def _lay_out(answerer: Answerer) -> Parts:
     gr.Markdown(EXPLANATION)
     with gr.Row():
         with gr.Column(min_width=COLUMN_WIDTH):
-            overview = _shown_picture("**Overview**", "overview")
+            overview = _shown_image("**Overview**", "overview")
         with gr.Column(min_width=COLUMN_WIDTH):
-            quarters = _shown_picture("**Four tiles**", "tiles")
+            quarters = _shown_image("**Four tiles**", "tiles")
         with gr.Column(min_width=COLUMN_WIDTH):
             gr.Markdown("**Words** of an answer")
             answer = gr.Dropdown([], label="Answer", elem_id="answer")
             word = gr.Radio([], label="Word", elem_id="word", elem_classes="words")
         with gr.Column(min_width=COLUMN_WIDTH):
-            overlay = _shown_picture("**Attention** of the word", "overlay")
-    return Parts(session, picture, query_len, overview, quarters, times, chat, question, reset, answer, word, overlay)
+            overlay = _shown_image("**Attention** of the word", "overlay")
+    return Parts(session, image, query_len, overview, quarters, times, chat, question, reset, answer, word, overlay)
 
 
-def _shown_picture(title: str, name: str) -> gr.Image:
+def _shown_image(title: str, name: str) -> gr.Image:
     gr.Markdown(title)
     return gr.Image(
-        show_label=False,  # it would hide the picture's corner
+        show_label=False,  # it would hide the image's corner
         alt_text=title.replace("*", ""),
         format="png",
         image_mode=None,
         interactive=False,
         buttons=["fullscreen"],
-        height=PICTURE_HEIGHT,
+        height=IMAGE_HEIGHT,
         elem_id=name,
         elem_classes="picture",
     )
@@ -145,10 +145,15 @@ def _connect(handlers: Handlers, parts: Parts) -> None:
     model = {"concurrency_id": MODEL, "concurrency_limit": 1, "api_visibility": "private"}
     quick = {"queue": False, "api_visibility": "private"}
     conversation = [parts.session, parts.chat, parts.question, parts.times, parts.answer, parts.word, parts.overlay]
-    # gradio would decode the picture before its size is known, so it hands over the file
+    # gradio would decode the image before its size is known, so it hands over the file
     tiles = [parts.overview, parts.quarters]
-    parts.picture.change(
-        handlers.look, [parts.picture], [*conversation, *tiles], preprocess=False, show_progress_on=tiles, **model
+    parts.image.change(
+        handlers.open_session,
+        [parts.image],
+        [*conversation, *tiles],
+        preprocess=False,
+        show_progress_on=tiles,
+        **model,
     )
     asking = parts.question.submit(
         handlers.ask, [parts.question, parts.query_len, parts.session], conversation, show_progress="minimal", **model

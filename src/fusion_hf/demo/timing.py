@@ -14,8 +14,8 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class PictureTimes:
-    """Seconds that a picture takes once: cutting it into tiles, and encoding the four that no question guides."""
+class ImageTimes:
+    """Seconds that an image takes once: cutting it into tiles, and encoding the four that no question guides."""
 
     preprocessing: float
     encoding: float

@@ -1,4 +1,4 @@
-"""What the page shows of a session, as pictures and text."""
+"""What the page shows of a session, as images and text."""
 
 from html import escape
 from textwrap import shorten
@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from fusion_hf.demo.session import Session, Turn
+from fusion_hf.demo.demo_model import DemoTurn, Session
 from fusion_hf.maps.drawing import COLORS, OPACITY
 from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 
 
 def draw_tiles(tiles: np.ndarray) -> Tiles:
-    """Pictures of a session's tiles `(5, H, W, 3)`, with all their pixels."""
+    """Images of a session's tiles `(5, H, W, 3)`, with all their pixels."""
     height, width = tiles.shape[1:3]
     factor = -(-TILE_SIDE // min(height, width))
     images = [
@@ -44,12 +44,12 @@ def draw_tiles(tiles: np.ndarray) -> Tiles:
     return Tiles(images[NUM_TILES].resize(size, Image.Resampling.NEAREST), quarters)
 
 
-def draw_overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture in grey under a map `(H, W)` in colours, which begin at zero."""
-    factor = -(-SHOWN_SIDE // max(picture.size))
-    size = (factor * picture.width, factor * picture.height)
+def draw_overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The image in grey under a map `(H, W)` in colours, which begin at zero."""
+    factor = -(-SHOWN_SIDE // max(image.size))
+    size = (factor * image.width, factor * image.height)
     colors = Image.fromarray(colormaps[COLORS](Normalize(vmin=0)(heat), bytes=True)[..., :3])
-    gray = picture.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    gray = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
     return Image.blend(gray, colors.resize(size, Image.Resampling.BILINEAR), OPACITY)
 
 
@@ -63,25 +63,25 @@ def chat_messages(session: Session | None, question: str = "", answer: str = "")
     return [{"role": role, "content": escape(text, quote=False)} for role, text in said]
 
 
-def answer_choices(turns: list[Turn]) -> list[tuple[str, int]]:
+def answer_choices(turns: list[DemoTurn]) -> list[tuple[str, int]]:
     """A short name of each answer, and its place."""
     names = (shorten(turn.answer, LONGEST_NAME, placeholder=" ...") for turn in turns)
     return [(f"{index + 1}: {name}", index) for index, name in enumerate(names)]
 
 
 def times_table(session: Session | None) -> str:
-    """What the picture and each answer took, as a Markdown table; the latest answer comes first."""
+    """What the image and each answer took, as a Markdown table; the latest answer comes first."""
     if session is None:
         return ""
-    picture = f"Picture: {_ms(session.times.preprocessing)} preprocessing, {_ms(session.times.encoding)} four tiles."
+    first = f"Image: {_ms(session.times.preprocessing)} preprocessing, {_ms(session.times.encoding)} four tiles."
     if not session.turns:
-        return picture
+        return first
     head = "| # | first token | tokens | tokens/s |\n|---:|---:|---:|---:|"
     rows = [_row(number, turn) for number, turn in enumerate(session.turns, start=1)]
-    return "\n".join([picture, "", head, *reversed(rows)])
+    return "\n".join([first, "", head, *reversed(rows)])
 
 
-def _row(number: int, turn: Turn) -> str:
+def _row(number: int, turn: DemoTurn) -> str:
     speed = turn.times.tokens_per_second
     shown = UNKNOWN if speed is None else f"{speed:.1f}"
     return f"| {number} | {_ms(turn.times.first_token)} | {turn.times.tokens} | {shown} |"

@@ -211,10 +211,11 @@ def _count_caption(shapes: tuple[DrawnShape, ...]) -> str:
     colors = sorted({shape.color for shape in shapes})
     color = f"{colors[0]} " if len(colors) == 1 else ""
     if len(kinds) == 1:
-        return f"{len(shapes)} {color}{_plural(shapes[0].kind, len(shapes))}."
-    parts = [f"{kinds[kind]} {_plural(kind, kinds[kind])}" for kind in SHAPES if kind in kinds]
+        return f"{len(shapes)} {color}{plural(shapes[0].kind, len(shapes))}."
+    parts = [f"{kinds[kind]} {plural(kind, kinds[kind])}" for kind in SHAPES if kind in kinds]
     return f"{len(shapes)} {color}shapes: {', '.join(parts)}."
 
 
-def _plural(noun: str, count: int) -> str:
+def plural(noun: str, count: int) -> str:
+    """Write a noun as its number wants it: "circle", "circles"."""
     return noun if count == 1 else f"{noun}s"

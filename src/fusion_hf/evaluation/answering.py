@@ -43,7 +43,7 @@ class Model(Protocol):
     Attributes:
         reader: makes its prompts.
         batch_size: prompts that it answers together.
-        window: requests whose pictures are open at a time.
+        window: requests whose images are open at a time.
         device: for lmms-eval, where to put what processes tell each other.
     """
 

@@ -29,10 +29,9 @@ from fusion_hf.evaluation.benchmarks import (
     find_benchmark,
 )
 from fusion_hf.evaluation.tasks.easy_vqa import prepare_easy_vqa
-from fusion_hf.evaluation.tasks.local_rows import is_list, is_picture
+from fusion_hf.evaluation.tasks.local_rows import is_image, is_list
 
 OWN_TASKS = Path(__file__).parent / "tasks"
-PICTURE_MARK = "<image>"  # stands for a picture where a prompt is written as text
 SUFFIX = ".parquet"
 FILE_NAME = re.compile(r"[\w.-]+")
 # `datasets` takes paths for patterns and for chains of file systems
@@ -44,9 +43,9 @@ _OF_KIND: dict[str, Callable[[pa.DataType], bool]] = {
     TEXTS: lambda kind: is_list(kind) and _OF_KIND[TEXT](kind.value_type),
     INTEGER: pa.types.is_integer,
     NUMBER: lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
-    RECORD: lambda kind: pa.types.is_struct(kind) and not is_picture(kind),
-    IMAGE: is_picture,
-    IMAGES: lambda kind: is_list(kind) and is_picture(kind.value_type),
+    RECORD: lambda kind: pa.types.is_struct(kind) and not is_image(kind),
+    IMAGE: is_image,
+    IMAGES: lambda kind: is_list(kind) and is_image(kind.value_type),
 }
 
 
@@ -107,7 +106,7 @@ def _prepare(benchmark: Benchmark, prompts: str, data_root: Path | None, folder:
     target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
     if data_root is not None and not _changes(benchmark, "process_docs"):
-        text += "process_docs: !function fusion_hf.evaluation.tasks.local_rows.local_pictures\n"
+        text += "process_docs: !function fusion_hf.evaluation.tasks.local_rows.local_images\n"
     target.write_text(text, encoding="utf-8")
     return PreparedTask(benchmark, name, target)
 
@@ -251,14 +250,3 @@ def fits(found: pa.DataType, wanted: str) -> bool:
     if wanted.endswith(OPTIONAL) and pa.types.is_null(found):
         return True
     return any(_OF_KIND[kind](found) for kind in wanted.removesuffix(OPTIONAL).split(EITHER))
-
-
-def prompt_blocks(task: Any, row: dict[str, Any]) -> list[str]:
-    """What a task of lmms-eval's chat kind asks about a row: its texts, and `<image>` for each picture, in order."""
-    blocks = [block for message in task.doc_to_messages(row) for block in message["content"]]
-    return [block["text"] if block["type"] == "text" else PICTURE_MARK for block in blocks]
-
-
-def prompt_of(task: Any, row: dict[str, Any]) -> str:
-    """The blocks in lines."""
-    return "\n".join(prompt_blocks(task, row))

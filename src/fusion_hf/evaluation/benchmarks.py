@@ -288,7 +288,7 @@ _TABLE = (
         splits=("train",),
         schema={
             "index": ID,
-            "bytes": TEXT,  # the picture in base64
+            "bytes": TEXT,  # the image in base64
             "question": TEXT,
             "multi-choice options": TEXTS,
             "answer": TEXT,

@@ -184,7 +184,7 @@ def _with_visuals(context: str, doc_to_visual: Any, doc: dict[str, Any]) -> Mess
     visuals = [] if doc_to_visual is None else doc_to_visual(doc) or []
     for visual in visuals:
         if not isinstance(visual, (Image.Image, str)):
-            raise InputError(f"A request shows a {type(visual).__name__}; allowed: pictures.")
+            raise InputError(f"A request shows a {type(visual).__name__}; allowed: images.")
     content = [*({"type": "image", "url": visual} for visual in visuals), {"type": "text", "text": context}]
     return [{"role": "user", "content": content}]
 

@@ -1,4 +1,4 @@
-"""A model in this process: answers in batches, tiles of repeated pictures encoded once."""
+"""A model in this process: answers in batches, tiles of repeated images encoded once."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from fusion_hf.inference.model_info import ModelInfo
 
 BATCH_SIZE = 1
 KEPT_IMAGES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
-WINDOW = 64  # requests whose pictures are open at a time; at most as many pictures as are kept
+WINDOW = 64  # requests whose images are open at a time; at most as many images as are kept
 
 
 class LocalModel:
@@ -92,7 +92,7 @@ class LocalModel:
         for prompt in prompts:
             alone = self._is_alone(prompt)
             wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
-            kinds.setdefault(prompt.key if alone else (wanted, prompt.picture is None), []).append(prompt)
+            kinds.setdefault(prompt.key if alone else (wanted, prompt.image is None), []).append(prompt)
         for group in kinds.values():
             ordered = sorted(group, key=lambda prompt: -prompt.length)
             yield from (ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
@@ -155,12 +155,12 @@ class LocalModel:
         return answers
 
     def _inputs(self, batch: list[EvaluationPrompt], conversations: list[Messages], **template: Any) -> BatchFeature:
-        """What the model takes for conversations that all have a picture, or all none."""
-        has_pictures = batch[0].picture is not None
+        """What the model takes for conversations that all have an image, or all none."""
+        has_images = batch[0].image is not None
         inputs = self.chat_model.prepare_batch(conversations, self.budget, process_images=False, **template)
-        if has_pictures:
+        if has_images:
             features = self._features.collect(
-                [prompt.picture_hash for prompt in batch], lambda rows: self._encode([batch[row] for row in rows])
+                [prompt.image_hash for prompt in batch], lambda rows: self._encode([batch[row] for row in rows])
             )
             inputs.update(
                 pixel_values=torch.cat([each.overview for each in features]),
@@ -170,4 +170,4 @@ class LocalModel:
 
     def _encode(self, prompts: list[EvaluationPrompt]) -> list[ImageFeatures]:
         """Features of the prompts' images, whose tiles are encoded together."""
-        return self.chat_model.encode_images([prompt.picture for prompt in prompts if prompt.picture is not None])
+        return self.chat_model.encode_images([prompt.image for prompt in prompts if prompt.image is not None])

@@ -21,8 +21,8 @@ FORMAT = 1  # another one means other answers to the same questions
 Messages: TypeAlias = list[dict[str, Any]]
 
 
-class SeveralPictures(InputError):
-    """A request shows more than one picture."""
+class SeveralImages(InputError):
+    """A request shows more than one image."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Continuation:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """`read` gives the conversation as lmms-eval writes it, and opens pictures only then."""
+    """`read` gives the conversation as lmms-eval writes it, and opens images only then."""
 
     task: str
     doc_id: int
@@ -103,8 +103,8 @@ class EvaluationPrompt:
     messages: Messages
     text: str
     length: int
-    picture: Image.Image | None
-    picture_hash: str | None
+    image: Image.Image | None
+    image_hash: str | None
     key: str
 
     @property
@@ -119,13 +119,13 @@ class RequestReader:
 
     Args:
         identity: what all answers depend on.
-        open_picture: makes a picture of what a message shows.
+        open_image: makes an image of what a message shows.
         render: a conversation as text that tells it apart from others; what the model reads, if that is known.
         count: at least the number of that text's tokens.
     """
 
     identity: str
-    open_picture: Callable[[Any], Image.Image]
+    open_image: Callable[[Any], Image.Image]
     render: Callable[[Messages], str]
     count: Callable[[str], int]
 
@@ -134,37 +134,37 @@ class RequestReader:
         Raises:
             InputError: if the request cannot be answered.
         """
-        messages, picture = self._messages(request.read())
+        messages, image = self._messages(request.read())
         text = self.render(messages)
-        digest = None if picture is None else hash_picture(picture)
+        digest = None if image is None else hash_image(image)
         kind = type(request.wanted).__name__
         parts = [FORMAT, self.identity, kind, asdict(request.wanted), text, digest, request.repeat]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return EvaluationPrompt(request, messages, text, self.count(text), picture, digest, key)
+        return EvaluationPrompt(request, messages, text, self.count(text), image, digest, key)
 
     def _messages(self, given: Messages) -> tuple[Messages, Image.Image | None]:
-        """The conversation as the processor takes it, and its picture."""
-        messages, pictures = [], []
+        """The conversation as the processor takes it, and its image."""
+        messages, images = [], []
         for message in given:
             content = message["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             own = []
             for block in blocks:
                 if block["type"] == "image":
-                    pictures.append(self.open_picture(block["url"]))
-                    own.append({"type": "image", "image": pictures[-1]})
+                    images.append(self.open_image(block["url"]))
+                    own.append({"type": "image", "image": images[-1]})
                 elif block["type"] == "text":
                     own.append({"type": "text", "text": block["text"]})
                 else:
                     raise InputError(f"A message shows {block['type']}; allowed: text and image.")
             messages.append({"role": message["role"], "content": own})
-        if len(pictures) > 1:
-            raise SeveralPictures(f"The request shows {len(pictures)} pictures; FUSION reads 1.")
-        return messages, pictures[0] if pictures else None
+        if len(images) > 1:
+            raise SeveralImages(f"The request shows {len(images)} images; FUSION reads 1.")
+        return messages, images[0] if images else None
 
 
-def hash_picture(picture: Image.Image) -> str:
+def hash_image(image: Image.Image) -> str:
     """Of its pixels, whatever file they came from, and of how it is to be turned."""
-    orientation = read_orientation(picture)
+    orientation = read_orientation(image)
     turned = "" if orientation == UPRIGHT else f" {orientation}"
-    return hashlib.sha256(f"{picture.mode} {picture.size}{turned}".encode() + picture.tobytes()).hexdigest()
+    return hashlib.sha256(f"{image.mode} {image.size}{turned}".encode() + image.tobytes()).hexdigest()

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub.errors import HTTPError
@@ -21,6 +20,7 @@ from fusion_hf.common.endpoints import (
     EndpointUnavailable,
     RequestRejected,
     check_key,
+    check_url,
     data_uri,
     endpoint_url,
 )
@@ -53,7 +53,7 @@ class ServedModel:
 
     Args:
         client: asks its server.
-        url: the server's address, from `check_url`.
+        url: the server's address, as of `check_url`.
         name: the model's there.
         entry: what the server's list of models says of it.
         parallel: requests in flight.
@@ -103,7 +103,11 @@ class ServedModel:
             InputError: if nobody answers there in the OpenAI protocol, there is no such model, or no key.
         """
         check_key(key_variable, KEY_OPTION)
-        base, client = check_url(url), EndpointClient(key_variable, SECONDS, TRIES)
+        try:
+            base = check_url(url, KEY_OPTION)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        client = EndpointClient(key_variable, SECONDS, TRIES)
         try:
             models = client.ask(endpoint_url(base, MODELS), tries=CONNECT_TRIES).get("data")
         except (RequestRejected, EndpointUnavailable) as error:
@@ -192,7 +196,7 @@ class ServedModel:
         stops = [text for text in wanted.until if text]
         if len(stops) > MAX_STOPS:
             raise InputError(f"until has {len(stops)} texts; allowed with --url: {MAX_STOPS}.")
-        uri = None if prompt.picture is None else image_uri(prompt.picture)
+        uri = None if prompt.image is None else image_uri(prompt.image)
         payload: dict[str, Any] = {
             "model": self.name,
             "messages": [_protocol_message(message, uri) for message in prompt.messages],
@@ -251,27 +255,6 @@ class ServedModel:
         known: dict[str, Any] = {"url": self.url} if self.info is None else self.info.write()
         known.pop("device", None)
         return json.dumps(["served", self.name, known, self.budget], sort_keys=True)
-
-
-def check_url(url: str) -> str:
-    """
-    Check a server's address and take the slash at its end away.
-
-    Raises:
-        InputError: if it is none, or has in it what a record must not show.
-    """
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of its host or port
-        raise InputError("--url is no address; allowed: http://HOST:PORT/v1, or https.") from None
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise InputError(
-            "--url has more than scheme, host, port and path; a record would show it. Give a key by --api-key-env."
-        )
-    if not is_address or not url.isprintable() or " " in url:
-        raise InputError(f"--url is {url!r}; allowed: http://HOST:PORT/v1, or https.")
-    return url.rstrip("/")
 
 
 def _protocol_message(message: dict[str, Any], uri: str | None) -> dict[str, Any]:

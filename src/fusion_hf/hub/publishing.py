@@ -31,7 +31,7 @@ NEEDED = (
     "chat_template.jinja",
     CARD,
 )
-TEXT, PICTURES, TOKENIZER = (".json", ".jinja", ".md", ".txt"), (".png", ".jpg", ".jpeg", ".webp"), ".model"
+TEXT, IMAGE_SUFFIXES, TOKENIZER = (".json", ".jinja", ".md", ".txt"), (".png", ".jpg", ".jpeg", ".webp"), ".model"
 SAFETENSORS = ".safetensors"
 OTHER_NAMES = (".gitattributes", "LICENSE", "NOTICE")
 NOT_SENT = (".git", ".cache")  # what git and huggingface_hub leave in a folder
@@ -96,7 +96,7 @@ def _check_file(path: Path, code: dict[str, Path]) -> None:
         if path.read_bytes() != code[path.name].read_bytes():
             raise InputError(f"{path} differs from {path.name} of fusion_hf {__version__}: save again.")
         return
-    if path.suffix not in (*TEXT, *PICTURES, TOKENIZER, SAFETENSORS) and path.name not in OTHER_NAMES:
+    if path.suffix not in (*TEXT, *IMAGE_SUFFIXES, TOKENIZER, SAFETENSORS) and path.name not in OTHER_NAMES:
         raise InputError(f"{path} is no file of a model folder (pickles can hold code): remove it.")
     with path.open("rb") as file:
         if path.suffix != SAFETENSORS and file.read(len(max(CODE_BEGINNINGS, key=len))).startswith(CODE_BEGINNINGS):

@@ -18,7 +18,7 @@ def refuse(*args: Any, **kwargs: Any) -> None:
 
 
 def answer(folder: str) -> str:
-    """To a question about a drawn picture; ends the process if a tensor is missing or left over."""
+    """To a question about a drawn image; ends the process if a tensor is missing or left over."""
     from PIL import Image, ImageDraw
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,9 +29,9 @@ def answer(folder: str) -> str:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"{kind}: {len(info[kind])} tensors, such as {sorted(map(str, info[kind]))[0]}")
-    picture = Image.new("RGB", (64, 64), (240, 240, 240))
-    ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    image = Image.new("RGB", (64, 64), (240, 240, 240))
+    ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,

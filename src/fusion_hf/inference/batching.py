@@ -17,10 +17,10 @@ from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
-from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
-from fusion_hf.inference.questions import (
+from fusion_hf.inference.question_records import (
     Entry,
     Question,
     Records,
@@ -62,7 +62,7 @@ def batch_generate(
     """
     The most likely answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
     cannot be answered. Long prompts come first, so that too large a batch shows at once; a batch that exceeds a GPU's
-    memory is halved. Pictures are opened when their batch is up.
+    memory is halved. Images are opened when their batch is up.
 
     Args:
         records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
@@ -79,12 +79,13 @@ def batch_generate(
 
     Raises:
         InputError: for wrong arguments, an output that exists, or one that was begun with others.
+
+    Example:
+        >>> from fusion_hf import batch_generate
+        >>> batch_generate([{"image": "docs/assets/red_circle.png", "question": "what color is the shape?"}])
+        [{'id': 0, 'answer': 'red'}]
     """
-    for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if number < 1:
-            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
-    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
+    check_call(model, device, dtype, batch_size=batch_size, max_new_tokens=max_new_tokens)
     entries, root = read_entries(records)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
         chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
@@ -141,7 +142,7 @@ class _Run:
 
     def _length(self, question: Question) -> int:
         """At least the number of the prompt's tokens."""
-        messages = question.with_picture(None if question.picture is None else {"type": "image"})
+        messages = question.with_image(None if question.image is None else {"type": "image"})
         return count_tokens(self.chat_model, render(self.chat_model, messages, self.budget), self.budget)
 
     def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
@@ -158,12 +159,12 @@ class _Run:
         whole: list[tuple[_Prompt, list[dict[str, Any]]]] = []
         for prompt in batch:
             try:
-                picture = None if prompt.question.picture is None else self._open(prompt.question.picture)
+                image = None if prompt.question.image is None else self._open(prompt.question.image)
             except (ValueError, OSError) as error:  # the latter of a name that no file can have
                 results[prompt.index] = _error(prompt.question.id, str(error))
                 continue
-            block = None if picture is None else {"type": "image", "image": picture}
-            whole.append((prompt, prompt.question.with_picture(block)))
+            block = None if image is None else {"type": "image", "image": image}
+            whole.append((prompt, prompt.question.with_image(block)))
         if len(whole) > 1:
             answers = self._generate([messages for _, messages in whole])
             return results | {
@@ -186,23 +187,23 @@ class _Run:
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
-    def _open(self, picture: str | bytes | Image.Image) -> Image.Image:
+    def _open(self, image: str | bytes | Image.Image) -> Image.Image:
         """
         Raises:
             InputError, ValueError or OSError: if it cannot be opened.
         """
-        if not isinstance(picture, str):
-            return self.chat_model.open_image(picture)
-        if is_address(picture):
-            return self.chat_model.open_image(picture)
-        path = self.root / picture
+        if not isinstance(image, str):
+            return self.chat_model.open_image(image)
+        if is_address(image):
+            return self.chat_model.open_image(image)
+        path = self.root / image
         if not path.is_file():
-            raise InputError(f"{short_name(picture)!r} is no file; allowed: a picture file, or an http(s) address.")
+            raise InputError(f"{short_name(image)!r} is no file; allowed: an image file, or an http(s) address.")
         return self.chat_model.open_image(str(path))
 
 
 def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
-    """The prompt of a conversation that ends with a question, as text with one mark for the picture."""
+    """The prompt of a conversation that ends with a question, as text with one mark for the image."""
     return chat_model.processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
     )

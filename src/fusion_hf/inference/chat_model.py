@@ -24,7 +24,16 @@ from fusion_hf.model.processing_fusion import FusionProcessor
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model and its processor, ready to answer."""
+    """
+    A model and its processor, ready to answer.
+
+    Example:
+        >>> from fusion_hf.inference import ChatModel, question_message
+        >>> chat_model = ChatModel.load()  # fusion-nano
+        >>> image = chat_model.open_image("docs/assets/red_circle.png")
+        >>> chat_model.answer([question_message("what color is the shape?", image)], max_new_tokens=8)
+        'red'
+    """
 
     model: FusionForConditionalGeneration
     processor: FusionProcessor
@@ -256,6 +265,25 @@ class ChatModel:
 
 
 Assistant = ChatModel  # the class's former name
+
+
+def check_call(model: str | ChatModel | None, device: str, dtype: str, **numbers: int) -> None:
+    """
+    Check arguments that functions have in common which take a model or its name.
+
+    Args:
+        model: What answers.
+        device, dtype: Of a model that is to be loaded.
+        numbers: Further arguments by their names; each has to be 1 or more.
+
+    Raises:
+        InputError: If one is impossible, or `device` or `dtype` is given beside a model that is loaded already.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
+    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
+        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
 
 
 def question_message(question: str, image: Image.Image | None = None) -> dict[str, Any]:

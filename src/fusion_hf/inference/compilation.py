@@ -13,7 +13,7 @@ from transformers import CompileConfig, StaticCache
 
 from fusion_hf.model.compatibility_fusion import CACHE_NAMES
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
-from fusion_hf.model.generation_fusion import given_turns
+from fusion_hf.model.generation_fusion import find_missing_turns
 from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import cache_keyword
@@ -140,7 +140,7 @@ class CompiledGenerator:
             raise ValueError("attention_mask ends with padding; allowed: padding on the left.")
         # nothing is missing then, so that the model does not look for it in compiled code
         nothing = dict.fromkeys(PromptTurns._fields, ids[:, :0])
-        inputs = inputs | nothing | given_turns(config, ids, inputs)
+        inputs = inputs | nothing | find_missing_turns(config, ids, inputs)
         budget = TokenBudget.of(config, inputs.get("query_len"), inputs.get("image_token_grid"))
         check_prompt(config, ids, mask, inputs.get("pixel_values"), inputs["prompt_end_positions"], budget)
         return inputs

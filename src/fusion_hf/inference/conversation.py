@@ -30,6 +30,16 @@ class Conversation:
 
     Raises:
         InputError: if `query_len` or `image_token_grid` is impossible.
+
+    Example:
+        >>> from fusion_hf.inference import ChatModel, Conversation
+        >>> chat_model = ChatModel.load()
+        >>> image = chat_model.open_image("docs/assets/red_circle.png")
+        >>> conversation = Conversation(chat_model, image, max_new_tokens=8)
+        >>> conversation.ask("what color is the shape?")
+        'red'
+        >>> conversation.ask("what shape is in the image?")
+        'circle'
     """
 
     def __init__(

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import BatchFeature
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.inference.chat_model import ChatModel, question_message
+from fusion_hf.inference.chat_model import ChatModel, check_call, question_message
 from fusion_hf.inference.devices import AUTO
-from fusion_hf.maps.tap import AttentionTap
+from fusion_hf.maps.attention_recorder import AttentionRecorder
 from fusion_hf.maps.view import Maps, View, Word, find_words
 from fusion_hf.model.configuration_fusion import TILES_PER_SIDE
 
@@ -28,10 +30,10 @@ class AttentionMaps:
     answer_ids: its tokens.
     question: from each token of all questions to the patches of the overview, in the tower, `(G, T, P, P)`. Layers
         whose question rows are uniform are left out. A row's sum is what is left beside the other question tokens.
-    latents: from the latent tokens of each turn to the picture, `(samplers, turns, s * w, s * w)`. Each latent token
+    latents: from the latent tokens of each turn to the image, `(samplers, turns, s * w, s * w)`. Each latent token
         sees a window, in which its weights sum to one.
     answer_tokens: from where each token was chosen to the image tokens, in the language model, `(G, tokens, g, g)`. A
-        row's sum is the share of the picture among all that was read.
+        row's sum is the share of the image among all that was read.
     """
 
     answer: str
@@ -58,7 +60,7 @@ def attention_maps(
     dtype: str = AUTO,
 ) -> AttentionMaps:
     """
-    Answer a question about a picture, and tell where the model looked.
+    Answer a question about an image, and tell where the model looked.
 
     Of each layer only the rows that are shown are kept, as a mean over heads and a sum over its group of layers.
 
@@ -66,40 +68,54 @@ def attention_maps(
         image: a file, an http(s) address or a PIL image.
         question: the last question.
         model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
-        history: chat messages before the question, text only; the first user's gets the picture.
+        history: chat messages before the question, text only; the first user's gets the image.
         max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
         layer_groups: neighbouring layers are averaged in at most so many groups.
         device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
 
     Raises:
-        InputError: for wrong arguments, or a picture or model that cannot be read.
+        InputError: for wrong arguments, or an image or model that cannot be read.
+
+    Example:
+        >>> from fusion_hf import attention_maps
+        >>> result = attention_maps("docs/assets/red_circle.png", "what color is the shape?")
+        >>> result.answer
+        'red'
+        >>> result.answer_tokens.on_image(result.answer_tokens.words[0]).shape  # groups of layers, height, width
+        (4, 64, 64)
     """
-    for name, number in (("layer_groups", layer_groups), ("max_new_tokens", max_new_tokens)):
-        if number < 1:
-            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
+    check_call(model, device, dtype, layer_groups=layer_groups, max_new_tokens=max_new_tokens)
     if not question.strip():
         raise InputError("The question is empty; ask something.")
-    if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
     chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
-    picture = chat_model.open_image(image)
-    messages = _show([*history, question_message(question)], picture)
+    opened = chat_model.open_image(image)
+    messages = _with_image([*history, question_message(question)], opened)
     inputs = chat_model.prepare(messages, query_len, image_token_grid=image_token_grid)
-    tap = AttentionTap(chat_model.model, inputs["input_ids"], layer_groups)
-    with tap:
+    with AttentionRecorder(chat_model.model, inputs["input_ids"], layer_groups) as recorder:
         output = chat_model.generate(inputs, max_new_tokens)
-    rows = tap.rows()
+    return _lay_on_image(chat_model, inputs, output, recorder, opened.size)
+
+
+def _lay_on_image(
+    chat_model: ChatModel,
+    inputs: BatchFeature,
+    output: GenerateDecoderOnlyOutput,
+    recorder: AttentionRecorder,
+    size: tuple[int, int],
+) -> AttentionMaps:
+    """What was recorded while an answer was made, with the words and the places on an image of `size`."""
+    rows = recorder.rows()
     config, tokenizer = chat_model.model.config, chat_model.processor.tokenizer
-    overview, tiles = (View.of(config, count, picture.size) for count in (1, TILES_PER_SIDE))
+    overview, tiles = (View.of(config, count, size) for count in (1, TILES_PER_SIDE))
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     asked = inputs["instruct_input_ids"][0].tolist()
     turns = tuple(Word(f"turn {turn + 1}", turn, turn + 1) for turn in range(rows.latents.shape[1]))
     return AttentionMaps(
         answer=chat_model.decode(inputs, output),
         answer_ids=tuple(ids),
-        question=Maps(_array(rows.question), tap.tower_groups, find_words(tokenizer, asked), overview),
-        latents=Maps(_array(rows.latents), tap.sampler_layers, turns, tiles),
-        answer_tokens=Maps(_array(rows.answer), tap.language_groups, find_words(tokenizer, ids), overview),
+        question=Maps(_array(rows.question), recorder.tower_groups, find_words(tokenizer, asked), overview),
+        latents=Maps(_array(rows.latents), recorder.sampler_layers, turns, tiles),
+        answer_tokens=Maps(_array(rows.answer), recorder.language_groups, find_words(tokenizer, ids), overview),
     )
 
 
@@ -107,10 +123,10 @@ def _array(rows: torch.Tensor) -> np.ndarray:
     return rows.float().numpy()
 
 
-def _show(messages: list[dict[str, Any]], picture: Image.Image) -> list[dict[str, Any]]:
-    """The messages with the picture in the first user's, where every conversation has it."""
+def _with_image(messages: list[dict[str, Any]], image: Image.Image) -> list[dict[str, Any]]:
+    """The messages with the image in the first user's, where every conversation has it."""
     place = next(index for index, message in enumerate(messages) if message["role"] == "user")
     content = messages[place]["content"]
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    shown = {"role": "user", "content": [{"type": "image", "image": picture}, *texts]}
+    shown = {"role": "user", "content": [{"type": "image", "image": image}, *texts]}
     return [*messages[:place], shown, *messages[place + 1 :]]

@@ -1,4 +1,4 @@
-"""Maps drawn over their picture, with matplotlib, which is imported when the first one is drawn."""
+"""Maps drawn over their image, with matplotlib, which is imported when the first one is drawn."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from fusion_hf.maps.view import Maps, Word
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_SIDE = 512  # of a drawn picture, in pixels
+LONGEST_SIDE = 512  # of a drawn image, in pixels
 PANEL = 3.0  # inches
 DPI = 100
 OPACITY = 0.65
@@ -29,8 +29,8 @@ def check_matplotlib() -> None:
     require(("matplotlib",), "Drawing maps", "maps")
 
 
-def draw_overlay(picture: Image.Image, maps: Maps, word: Word, title: str = "") -> "Figure":
-    """The picture, and beside it one word's map of each group of layers over it; colours begin at zero.
+def draw_overlay(image: Image.Image, maps: Maps, word: Word, title: str = "") -> "Figure":
+    """The image, and beside it one word's map of each group of layers over it; colours begin at zero.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -38,25 +38,25 @@ def draw_overlay(picture: Image.Image, maps: Maps, word: Word, title: str = "") 
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    scale = LONGEST_SIDE / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    shown = picture.resize((width, height))
-    overlays = maps.on_picture(word, (width, height))  # (G, height, width)
+    scale = LONGEST_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    shown = image.resize((width, height))
+    overlays = maps.on_image(word, (width, height))  # (G, height, width)
     figure = Figure(figsize=(PANEL * (1 + len(overlays)), PANEL), dpi=DPI, layout="constrained")
     first, *panels = figure.subplots(1, 1 + len(overlays))
     first.imshow(shown)
     first.set_axis_off()
     for axes, overlay, layers in zip(panels, overlays, maps.layers, strict=True):
         axes.imshow(shown.convert("L"), cmap="gray", vmin=0, vmax=WHITE)  # its colours would mix with the map's
-        image = axes.imshow(overlay, cmap=COLORS, vmin=0, alpha=OPACITY)
+        drawn = axes.imshow(overlay, cmap=COLORS, vmin=0, alpha=OPACITY)
         axes.set_title(f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}")
         axes.set_axis_off()
-        figure.colorbar(image, ax=axes, shrink=0.7)
+        figure.colorbar(drawn, ax=axes, shrink=0.7)
     figure.suptitle(title)
     return figure
 
 
-def save_overlays(result: AttentionMaps, picture: Image.Image, folder: Path) -> list[Path]:
+def save_overlays(result: AttentionMaps, image: Image.Image, folder: Path) -> list[Path]:
     """A PNG for each word of the question, each turn's latent tokens and each word of the answer.
 
     Raises:
@@ -72,6 +72,6 @@ def save_overlays(result: AttentionMaps, picture: Image.Image, folder: Path) -> 
             name = re.sub(r"\W+", "-", word.text).strip("-")[:LONGEST_NAME]
             path = folder / "-".join(part for part in (kind, f"{number:02}", name) if part)
             paths.append(path.with_name(f"{path.name}.png"))
-            figure = draw_overlay(picture, maps, word, f"{kind}: {word.text}".replace("$", r"\$"))
+            figure = draw_overlay(image, maps, word, f"{kind}: {word.text}".replace("$", r"\$"))
             figure.savefig(paths[-1], metadata={"Software": None})
     return paths

@@ -1,4 +1,4 @@
-"""Maps over a picture: what their cells show, and the words that they belong to."""
+"""Maps over an image: what their cells show, and the words that they belong to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 
 class View(NamedTuple):
     """
-    How a grid of cells lies on a picture, which is resized to a square without regard to its shape.
+    How a grid of cells lies on an image, which is resized to a square without regard to its shape.
 
     tiles_per_side: 1 for the overview, 2 for the four tiles.
     coverage: share of a tile's side that has patches; what is left at its right and lower edge is less than a patch.
-    width, height: of the picture, in pixels.
+    width, height: of the image, in pixels.
     """
 
     tiles_per_side: int
@@ -26,7 +26,7 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, config: FusionConfig, tiles_per_side: int, size: tuple[int, int]) -> "View":
-        """Of a picture of `size` (width, height), as a model sees it."""
+        """Of an image of `size` (width, height), as a model sees it."""
         vision = config.vision_config
         return cls(tiles_per_side, config.num_patches_per_side * vision.patch_size / vision.image_size, *size)
 
@@ -35,7 +35,7 @@ class View(NamedTuple):
         Maps `(..., h, w)` at pixels `(..., H, W)`, bilinearly between the middles of cells; values stay as they are.
 
         Args:
-            size: width and height; None: the picture's.
+            size: width and height; None: the image's.
         """
         width, height = size or (self.width, self.height)
         rows, columns = self._weights(values.shape[-2], height), self._weights(values.shape[-1], width)
@@ -66,12 +66,12 @@ class Word(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Maps:
     """
-    Attention over a picture.
+    Attention over an image.
 
     values (`(G, R, h, w)`, float32): by group of layers and by row, a token or a turn.
     layers: the layers of each group; `values` are means over them.
     words: what the rows belong to.
-    view: how the cells lie on the picture.
+    view: how the cells lie on the image.
     """
 
     values: np.ndarray
@@ -83,8 +83,8 @@ class Maps:
         """The mean over a word's tokens, `(G, h, w)`."""
         return self.values[:, word.first : word.end].mean(1)
 
-    def on_picture(self, word: Word, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The same at the pixels of the picture `(G, H, W)`, or of one of another size (width, height)."""
+    def on_image(self, word: Word, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The same at the pixels of the image `(G, H, W)`, or of one of another size (width, height)."""
         return self.view.resize(self.of_word(word), size)
 
 

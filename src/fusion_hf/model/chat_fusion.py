@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .compatibility_fusion import as_dicts
+
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
 VISION_MARKS = (VISION_START, VISION_END, IMAGE_TOKEN, LATENT_TOKEN)
@@ -278,26 +280,83 @@ def find_control_tokens(tokenizer: Any, sanitize: bool = False) -> set[str]:
     return {content for content in found if len(content) > 1}
 
 
-def protect(text: str, tokenizer: Any, sanitize: bool = False) -> str:
-    """Break up what the tokenizer would read as a control token, see [`find_control_tokens`]."""
-    return break_up(text.replace(BREAK, ""), tokenizer, sanitize)
+class TextProtector:
+    """
+    Breaks up what a tokenizer would read as a control token, see [`find_control_tokens`], so that it stays text.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]): with its added tokens, which are read once.
+        sanitize (`bool`): protect all special tokens, whoever added them.
+    """
+
+    def __init__(self, tokenizer: Any, sanitize: bool = False):
+        ordered = sorted(find_control_tokens(tokenizer, sanitize), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+    def protect(self, text: str) -> str:
+        """Break up the control tokens of a text that a user wrote."""
+        return self.break_up(text.replace(BREAK, ""))
+
+    def break_up(self, text: str) -> str:
+        """Break up the control tokens of a text that may be protected already."""
+        while self.pattern.search(text):
+            text = self.pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
+        return text
+
+    def protect_all(self, value: Any) -> Any:
+        """Protect each text in (nested) lists and dicts; everything else stays as it is."""
+        if isinstance(value, str):
+            return self.protect(value)
+        if isinstance(value, dict):
+            return {name: self.protect_all(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.protect_all(item) for item in value]
+        return value
 
 
-def break_up(text: str, tokenizer: Any, sanitize: bool = False) -> str:
-    """The same for a text that may be protected already."""
-    ordered = sorted(find_control_tokens(tokenizer, sanitize), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-    while pattern.search(text):
-        text = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
-    return text
+def prepare_messages(messages: Any, protector: TextProtector, where: str, keep_images: bool) -> list[dict[str, Any]]:
+    """
+    Copy the messages of one conversation as lists of blocks, as the chat templates take them.
+
+    Args:
+        messages: see [`check_messages`], and `where` as well.
+        protector ([`TextProtector`]): for all texts that users wrote.
+        keep_images (`bool`): False leaves a block that only says where an image is.
+
+    Returns:
+        Each message with one text, behind the image of its message.
+
+    Raises:
+        ValueError: see [`check_messages`]; and for several images.
+    """
+    prepared, num_images = [], 0
+    messages = as_dicts(messages)
+    check_messages(messages, where)
+    for message in messages:
+        content = message["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        images = [_as_image_block(block) for block in blocks if block["type"] != "text"]
+        num_images += sum(not image.get(REPEATED) for image in images)
+        if not keep_images:
+            images = [{"type": "image"} for _ in images]
+        # joined before they are protected: two blocks could hold the halves of a mark
+        text = "".join(block["text"] for block in blocks if block["type"] == "text")
+        text = protector.protect(text.strip() if images else text)
+        others = {name: value for name, value in message.items() if name not in ("role", "content")}
+        others = protector.protect_all(others)
+        prepared.append({"role": message["role"], **others, "content": [*images, {"type": "text", "text": text}]})
+    if num_images > 1:
+        raise ValueError(f"{where}messages has {num_images} images; FUSION reads 1.")
+    return prepared
 
 
-def protect_all(value: Any, tokenizer: Any, sanitize: bool = False) -> Any:
-    """Protect each text in (nested) lists and dicts; everything else stays as it is."""
-    if isinstance(value, str):
-        return protect(value, tokenizer, sanitize)
-    if isinstance(value, dict):
-        return {name: protect_all(item, tokenizer, sanitize) for name, item in value.items()}
-    if isinstance(value, list):
-        return [protect_all(item, tokenizer, sanitize) for item in value]
-    return value
+def join_questions(messages: list[dict[str, Any]]) -> str:
+    """What a conversation asks, of prepared messages."""
+    return "".join(message["content"][-1]["text"].strip() for message in messages if message["role"] == "user")
+
+
+def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's `image_url` block, and one of datasets with `bytes` and `path`, as the ecosystem's `image` block."""
+    if block["type"] == "image_url":
+        return {"type": "image", "url": address_of(block)}
+    return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block

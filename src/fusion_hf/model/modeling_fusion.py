@@ -100,7 +100,7 @@ class FusionModel(FusionPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
-        Encode the overviews of pictures `(B, 5, 3, H, W)` under their questions `(B, T)`.
+        Encode the overviews of images `(B, 5, 3, H, W)` under their questions `(B, T)`.
 
         Returns `pooler_output`, the projected features `(B, image_token_grid ** 2, D)` that the LLM reads, and
         `last_hidden_state`, the tower's last layer `(B, N, Dv)`. The tower's `hidden_states` and (with eager
@@ -115,9 +115,9 @@ class FusionModel(FusionPreTrainedModel):
 
     def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Encode the tiles of pictures, `(B, 5, 3, H, W)` or without the overview `(B, 4, 3, H, W)`.
+        Encode the tiles of images, `(B, 5, 3, H, W)` or without the overview `(B, 4, 3, H, W)`.
 
-        Returns their projected features as one map per picture `(B, D, 2P, 2P)`. No question guides them, so that
+        Returns their projected features as one map per image `(B, D, 2P, 2P)`. No question guides them, so that
         [`forward`] and `generate` take them, as `global_features`, for any number of questions.
         """
         check_tiles(self.config, pixel_values)
@@ -125,7 +125,7 @@ class FusionModel(FusionPreTrainedModel):
         return stitch_tiles(features, self.config.num_patches_per_side)
 
     def encode_blank_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """What samplers see in prompts without picture: features `(B, D, 2P, 2P)` of mid grey, of one tile for all."""
+        """What samplers see in prompts without image: features `(B, D, 2P, 2P)` of mid grey, of one tile for all."""
         features = self.vision_projector(self.vision_tower(self._blank_pixels(inputs_embeds, 1)).features)  # (1, N, D)
         features = stitch_tiles(features.repeat(NUM_TILES, 1, 1), self.config.num_patches_per_side)
         return features.expand(len(inputs_embeds), -1, -1, -1)
@@ -190,7 +190,7 @@ class FusionModel(FusionPreTrainedModel):
         text_loss = torch.where(mask, distance, 0).sum() / num_tokens.clamp(min=1)
         mapped_back = self.vision_projector_back(image.image_features)
         distance = 1 - nn.functional.cosine_similarity(image.patch_embeddings, mapped_back, dim=-1)  # (B, N)
-        vision_loss = distance.mean() if counts is None else distance.mean(1).sum() / counts.pictures
+        vision_loss = distance.mean() if counts is None else distance.mean(1).sum() / counts.images
         return text_loss + vision_loss
 
     def _embed_text(self, input_ids: torch.Tensor, marks: PlaceholderMasks) -> torch.Tensor:
@@ -370,7 +370,7 @@ class FusionModel(FusionPreTrainedModel):
 
 
 class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixin):
-    """FUSION with its language head: answers questions about pictures, and trains."""
+    """FUSION with its language head: answers questions about images, and trains."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -470,10 +470,10 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             labels (`(B, S)`, *optional*): -100 is ignored, and so are image and latent placeholders. Trainers that
                 split sequences also give `shift_labels`, which are aligned with the logits already.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
-            global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the pictures, one row
+            global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the images, one row
                 per sample, on any device. Only the overview is encoded then, the last of `pixel_values`, which may be
                 the overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
-                which hold each sample's picture, and `prompt_end_positions` are those of the new turns.
+                which hold each sample's image, and `prompt_end_positions` are those of the new turns.
             image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
                 reads it from the configuration.
             cache ([`Cache`], *optional*): another name of `past_key_values`, as in transformers since 5.24.
@@ -481,7 +481,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
                 training step: shapes are compared all the same, but no value, so that nothing waits for a GPU.
 
         Raises:
-            ValueError: where ids, pictures, blocks and turns disagree (with both counts).
+            ValueError: where ids, images, blocks and turns disagree (with both counts).
         """
         shift_labels = kwargs.pop("shift_labels", None)
         if shift_labels is not None:

@@ -73,7 +73,7 @@ class FusionSampler(nn.Module):
         return self.linear_2(self.act(self.linear_1(outputs)))
 
     def attend(self, inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Latent token j of every turn looks at window j. Keys and values, of the picture, serve all turns."""
+        """Latent token j of every turn looks at window j. Keys and values, of the image, serve all turns."""
         batch, turns, latents, width = inputs.shape
         context = self.proj_context(windows.to(inputs.dtype))  # (B, q, w * w, D)
         heads = (self.num_heads, width // self.num_heads)

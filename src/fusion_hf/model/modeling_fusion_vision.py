@@ -131,7 +131,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
     ) -> FusionVisionModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): one tile of each picture.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): one tile of each image.
             text_embeds (`torch.Tensor` of shape `(B, T, Dv)`, *optional*): the question in the tower's width.
             text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): true where a question token is valid.
             early_text_attention (`str`): see [`FusionConfig`].
@@ -186,7 +186,7 @@ class FusionProjector(nn.Module):
 
 
 class EncodedImage(NamedTuple):
-    """One picture per sample, after tower and projector (before any reduction of the grid)."""
+    """One image per sample, after tower and projector (before any reduction of the grid)."""
 
     image_features: torch.Tensor  # (B, N, D)
     global_features: torch.Tensor  # (B, D, 2P, 2P)
@@ -204,16 +204,16 @@ def encode_tiles(tower: FusionVisionModel, projector: FusionProjector, tiles: to
 
 
 def _one_by_one(tiles: torch.Tensor) -> bool:
-    """Whether to encode one picture after another: four tiles fill a CPU, and activations of more leave its caches."""
+    """Whether to encode one image after another: four tiles fill a CPU, and activations of more leave its caches."""
     if tiles.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    # all ranks of FSDP must call the tower equally often, whatever their pictures
+    # all ranks of FSDP must call the tower equally often, whatever their images
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_world_size() == 1
 
 
 def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
-    """Features `(4 B, N, D)` of pictures' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
+    """Features `(4 B, N, D)` of images' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
     features = features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, features.shape[-1])
     # (B, row, column, y, x, D) -> (B, D, row, y, column, x)
     return features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

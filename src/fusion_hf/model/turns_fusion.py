@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .chat_fusion import BETWEEN_BLOCKS, CHAT_FORMATS, VISION_END, VISION_START, protect
+from .chat_fusion import BETWEEN_BLOCKS, CHAT_FORMATS, VISION_END, VISION_START, TextProtector
 from .configuration_fusion import FusionConfig
-from .processing_fusion import tokenize_alone
+from .prompt_tokens_fusion import tokenize_alone
 
 ABSENT = -1  # in place of the prompt end of a turn that a row does not have
 IGNORED = -100  # in labels
@@ -418,7 +418,7 @@ def _question(row: int, ids: list[int], config: FusionConfig) -> list[int]:
     # what looks like a special token and is none was broken up in the prompt
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     sanitize = not any(number in special for message in messages for number in message)
-    return tokenize_alone([protect("".join(texts), tokenizer, sanitize)], tokenizer)[0]
+    return tokenize_alone([TextProtector(tokenizer, sanitize).protect("".join(texts))], tokenizer)[0]
 
 
 def _user_messages(ids: list[int], config: FusionConfig) -> list[list[int]] | None:
@@ -486,7 +486,7 @@ def describe_turns(processor: Any) -> dict[str, Any]:
     header, header_tail = _describe_header(chat_format.assistant_header, tokenizer)
     user_header, user_header_tail = _describe_header(chat_format.user_header, tokenizer, VISION_START)
     separator, prefix = behind_vision_end("\n"), tokenizer("")["input_ids"]
-    texts = [protect(text, tokenizer) for text in SAMPLES]
+    texts = list(map(TextProtector(tokenizer).protect, SAMPLES))
     cuts = [[*prefix, *behind_vision_end(f"\n{text}")[len(separator) :]] for text in texts]
     return {
         "assistant_header_ids": header,

@@ -1,4 +1,4 @@
-"""A FUSION as two ONNX graphs: the picture's side, and the language model with its samplers.
+"""A FUSION as two ONNX graphs: the image's side, and the language model with its samplers.
 
 Shapes: S tokens of a pass, C tokens in the cache before it, T question tokens, R user turns, q latent tokens per turn,
 w window size, n image tokens, D LLM width, G key heads, E their width. One prompt at a time.
@@ -26,17 +26,17 @@ from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
 from fusion_hf.model.modeling_fusion_decoder import PlaceholderMasks
 from fusion_hf.model.modeling_fusion_vision import pool_context, reduce_grid
-from fusion_hf.onnx_export.folder import (
+from fusion_hf.onnx_export.exported_folder import (
+    IMAGE_GRAPH,
+    IMAGE_INPUTS,
+    IMAGE_OUTPUTS,
     LANGUAGE,
     LANGUAGE_INPUTS,
     LOGITS,
     PACKAGES,
     PAST,
-    PICTURE,
-    PICTURE_INPUTS,
-    PICTURE_OUTPUTS,
     PRESENT,
-    Settings,
+    ExportSettings,
     cache_names,
 )
 
@@ -47,8 +47,8 @@ TEXT = 0  # id of the example's words
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
-class _PictureGraph(nn.Module):
-    """What a prompt needs of its picture."""
+class _ImageGraph(nn.Module):
+    """What a prompt needs of its image."""
 
     def __init__(self, model: FusionForConditionalGeneration, budget: TokenBudget):
         super().__init__()
@@ -61,10 +61,10 @@ class _PictureGraph(nn.Module):
         """Tiles `(1, 5, 3, H, W)` and a question `(1, T)` to image features `(1, n, D)`, latents `(1, q, D)` and
         windows `(1, q, w * w, D)`."""
         config = self.model.config
-        picture = self.model.encode_image(pixel_values, instruct_input_ids, instruct_attention_mask)
+        image = self.model.encode_image(pixel_values, instruct_input_ids, instruct_attention_mask)
         side, grid = config.num_patches_per_side, self.budget.image_token_grid
-        pooled = pool_context(picture.global_features, self.budget.query_len, config.window_size)
-        return reduce_grid(picture.image_features, side, grid), *pooled
+        pooled = pool_context(image.global_features, self.budget.query_len, config.window_size)
+        return reduce_grid(image.image_features, side, grid), *pooled
 
 
 class _LanguageGraph(nn.Module):
@@ -88,7 +88,7 @@ class _LanguageGraph(nn.Module):
         """
         Args:
             input_ids (`(1, S)`), attention_mask (`(1, C + S)`): as the model takes them.
-            image_features, latents, windows: of the picture's graph; where no ids are theirs, they change nothing.
+            image_features, latents, windows: of the image's graph; where no ids are theirs, they change nothing.
             prompt_end_positions (`(1, R)`): as the model takes them; -1 for no turn.
             past (2 L times `(1, G, C, E)`): keys and values of each layer.
 
@@ -159,7 +159,7 @@ def export_onnx(
     budget = chat_model.token_budget(query_len, image_token_grid)
     generation = model.generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    settings = Settings(
+    settings = ExportSettings(
         **budget._asdict(),
         max_length=max_length(chat_model),
         eos_token_ids=ends,
@@ -188,9 +188,9 @@ def write_graphs(model: FusionForConditionalGeneration, budget: TokenBudget, fol
     pixel_values = torch.zeros(1, NUM_TILES + 1, channels, size, size)
     question = torch.full((1, QUESTION), TEXT)
     seen = (pixel_values, question, torch.ones_like(question))
-    graph = _PictureGraph(model, budget)
+    graph = _ImageGraph(model, budget)
     shapes: Any = ({}, {1: DYNAMIC}, {1: DYNAMIC})
-    _write(graph, seen, shapes, PICTURE_INPUTS, PICTURE_OUTPUTS, folder / PICTURE)
+    _write(graph, seen, shapes, IMAGE_INPUTS, IMAGE_OUTPUTS, folder / IMAGE_GRAPH)
 
     # each a tensor of its own: the graph would read one input for all of them
     past = tuple(torch.zeros(1, text.num_key_value_heads, CACHED, head_width(model)) for _ in range(2 * layers))
@@ -224,7 +224,7 @@ def head_width(model: FusionForConditionalGeneration) -> int:
 
 
 def _example_prompt(model: FusionForConditionalGeneration, budget: TokenBudget) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `(1, S)` of a picture and several turns, and where these end, `(1, R)`."""
+    """Ids `(1, S)` of an image and several turns, and where these end, `(1, R)`."""
     config = model.config
     ids = [TEXT, *[config.image_token_id] * budget.num_image_tokens]
     ends = []

@@ -1,4 +1,4 @@
-"""Answers of an exported FUSION, by onnxruntime. Pictures and prompts are made by the processor, as for the model."""
+"""Answers of an exported FUSION, by onnxruntime. Images and prompts are made by the processor, as for the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ import numpy as np
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.model.processing_fusion import FusionProcessor
-from fusion_hf.onnx_export.folder import (
+from fusion_hf.onnx_export.exported_folder import (
+    IMAGE_GRAPH,
+    IMAGE_INPUTS,
+    IMAGE_OUTPUTS,
     LANGUAGE,
     LANGUAGE_INPUTS,
     LOGITS,
     PAST,
-    PICTURE,
-    PICTURE_INPUTS,
-    PICTURE_OUTPUTS,
     PRESENT,
-    Settings,
+    ExportSettings,
 )
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ NO_TURN = np.array([[-1]])  # prompt_end_positions of passes behind the prompt
 class ExportedFusion:
     """Both graphs, ready to answer; nothing is stored between calls."""
 
-    picture: "InferenceSession"
-    language: "InferenceSession"
+    image_graph: "InferenceSession"
+    language_graph: "InferenceSession"
     processor: FusionProcessor
-    settings: Settings
+    settings: ExportSettings
 
     @classmethod
     def load(cls, folder: str | Path, providers: Sequence[str] = (CPU,)) -> "ExportedFusion":
@@ -49,22 +49,22 @@ class ExportedFusion:
         Raises:
             InputError: if it is no such folder, or onnxruntime is not installed.
         """
-        settings = Settings.read(Path(folder))
+        settings = ExportSettings.read(Path(folder))
         if find_spec("onnxruntime") is None:
             raise InputError("The graphs run in onnxruntime, which is not installed: pip install fusion_hf[onnx].")
         from onnxruntime import InferenceSession
 
-        picture, language = (
-            InferenceSession(Path(folder) / name, providers=list(providers)) for name in (PICTURE, LANGUAGE)
+        image, language = (
+            InferenceSession(Path(folder) / name, providers=list(providers)) for name in (IMAGE_GRAPH, LANGUAGE)
         )
-        return cls(picture, language, FusionProcessor.from_pretrained(folder, trust_remote_code=False), settings)
+        return cls(image, language, FusionProcessor.from_pretrained(folder, trust_remote_code=False), settings)
 
     def answer(self, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
         """
-        The most likely answer to a conversation about a picture that ends with a question.
+        The most likely answer to a conversation about an image that ends with a question.
 
         Raises:
-            InputError: without a picture, or for a conversation that is too long.
+            InputError: without an image, or for a conversation that is too long.
         """
         try:
             inputs = self.processor.apply_chat_template(
@@ -89,39 +89,41 @@ class ExportedFusion:
             inputs: of the processor, for one prompt.
 
         Raises:
-            InputError: without a picture, for several prompts, or for a prompt that is too long.
+            InputError: without an image, for several prompts, or for a prompt that is too long.
         """
         prompt = inputs["input_ids"]
         if "pixel_values" not in inputs or len(prompt) != 1:
-            raise InputError(f"{len(prompt)} prompts with {sorted(inputs)}; allowed: one prompt, with a picture.")
+            raise InputError(f"{len(prompt)} prompts with {sorted(inputs)}; allowed: one prompt, with an image.")
         room = self.settings.max_length - prompt.shape[1]
         if room < 1:
             raise InputError(
                 f"The prompt has {prompt.shape[1]} tokens; allowed: fewer than {self.settings.max_length}."
             )
-        seen = self.see(inputs)
+        image_features = self.encode_image(inputs)
         past = self.empty_cache()
-        logits, past = self.read(prompt, inputs["prompt_end_positions"], seen, past)
+        logits, past = self.run_language_model(prompt, inputs["prompt_end_positions"], image_features, past)
         ids: list[int] = []
         while len(ids) < min(max_new_tokens, room):
             logits[..., self.settings.suppressed_ids] = -np.inf
             ids.append(int(logits[0, -1].argmax()))
             if ids[-1] in self.settings.eos_token_ids:
                 break
-            logits, past = self.read(np.array([ids[-1:]]), NO_TURN, seen, past)
+            logits, past = self.run_language_model(np.array([ids[-1:]]), NO_TURN, image_features, past)
         return ids
 
-    def see(self, inputs: Arrays) -> Arrays:
-        """Of a prompt's picture and questions: what every pass of the language model takes."""
-        outputs = self.picture.run(PICTURE_OUTPUTS, {name: inputs[name] for name in PICTURE_INPUTS})
-        return dict(zip(PICTURE_OUTPUTS, outputs, strict=True))
+    def encode_image(self, inputs: Arrays) -> Arrays:
+        """Of a prompt's image and questions: what every pass of the language model takes."""
+        outputs = self.image_graph.run(IMAGE_OUTPUTS, {name: inputs[name] for name in IMAGE_INPUTS})
+        return dict(zip(IMAGE_OUTPUTS, outputs, strict=True))
 
     def empty_cache(self) -> Arrays:
         """Keys and values `(1, G, 0, E)` of each layer."""
-        cache = [node for node in self.language.get_inputs() if node.name.startswith(PAST)]
+        cache = [node for node in self.language_graph.get_inputs() if node.name.startswith(PAST)]
         return {node.name: np.zeros((1, node.shape[1], 0, node.shape[3]), dtype=np.float32) for node in cache}
 
-    def read(self, ids: np.ndarray, ends: np.ndarray, seen: Arrays, past: Arrays) -> tuple[np.ndarray, Arrays]:
+    def run_language_model(
+        self, ids: np.ndarray, ends: np.ndarray, image_features: Arrays, past: Arrays
+    ) -> tuple[np.ndarray, Arrays]:
         """
         One pass over ids `(1, S)` behind a cache: logits `(1, 1, V)` of the last one, and the longer cache.
 
@@ -130,7 +132,7 @@ class ExportedFusion:
         """
         length = next(iter(past.values())).shape[2] + ids.shape[1]
         given = dict(zip(LANGUAGE_INPUTS[:2], (ids, np.ones((1, length), dtype=np.int64)), strict=True))
-        given |= seen | {LANGUAGE_INPUTS[-1]: ends} | past
+        given |= image_features | {LANGUAGE_INPUTS[-1]: ends} | past
         names = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in past)]
-        logits, *present = self.language.run(names, given)
+        logits, *present = self.language_graph.run(names, given)
         return logits, dict(zip(past, present, strict=True))

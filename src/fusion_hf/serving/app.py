@@ -25,8 +25,7 @@ from fusion_hf.common.errors import short_name
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.model_info import ModelInfo
 from fusion_hf.model.configuration_fusion import TokenBudget
-from fusion_hf.serving.engine import Engine, Finished, Piece
-from fusion_hf.serving.errors import (
+from fusion_hf.serving.api_errors import (
     CHAT,
     INTERNAL,
     NOT_FOUND,
@@ -40,11 +39,12 @@ from fusion_hf.serving.errors import (
     no_such_path,
     overloaded,
 )
-from fusion_hf.serving.fetch import HostPolicy, fetch_picture
-from fusion_hf.serving.images import decode_data_uri, is_data_uri
+from fusion_hf.serving.chat_requests import ChatRequest, load_json, parse_chat_request
+from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
+from fusion_hf.serving.engine import Engine, Finished, Piece
+from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.replies import END, Completion, model_object, sse
-from fusion_hf.serving.requests import ChatRequest, load_json, parse_chat_request
 
 HEALTH, MODELS = "/health", "/v1/models"
 BODY_SECONDS = 30.0  # for a request to arrive
@@ -75,7 +75,7 @@ def build_app(service: Service) -> Starlette:
     model = model_object(service.name, int(time.time()), info)
 
     async def health(request: Request) -> JSONResponse:
-        waiting = chat.places.taken - engine.running
+        waiting = chat.slots.taken - engine.running
         return JSONResponse({"status": "ok", "running": engine.running, "waiting": max(waiting, 0)})
 
     async def list_models(request: Request) -> JSONResponse:
@@ -156,7 +156,7 @@ class KeyCheck:
         return self.expected is None or hmac.compare_digest(given, self.expected)
 
 
-class Places:
+class RequestSlots:
     """How many whole requests are here at once: those that are answered, and those that wait."""
 
     def __init__(self, limits: Limits):
@@ -237,34 +237,34 @@ class ChatEndpoint:
         self.service = service
         self.engine = engine
         self.fingerprint = fingerprint
-        self.places = Places(service.limits)
+        self.slots = RequestSlots(service.limits)
         self.uploads = Uploads(service.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         check_content_type(request)
-        self.places.check()  # who would find none need not send anything
+        self.slots.check()  # who would find none need not send anything
         deadline = time.monotonic() + self.service.limits.seconds
         with suppress(ClientDisconnect, asyncio.TimeoutError):  # a client that is gone, or does not read
             asked = await self._read(request)
-            with self.places.take():
+            with self.slots.take():
                 await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
 
     async def _read(self, request: Request) -> ChatRequest:
-        """The request with its picture's bytes or address; the body, which may be large, is forgotten."""
+        """The request with its image's bytes or address; the body, which may be large, is forgotten."""
         limits = self.service.limits
         body = await read_body(request, limits.body_bytes, self.uploads)
         asked = parse_chat_request(load_json(body), self.service.name, limits)
-        if isinstance(asked.picture, str) and is_data_uri(asked.picture):
-            return replace(asked, picture=decode_data_uri(asked.picture, limits))
+        if isinstance(asked.image, str) and is_data_uri(asked.image):
+            return replace(asked, image=decode_data_uri(asked.image, limits))
         return asked
 
     async def _answer(self, asked: ChatRequest, deadline: float, scope: Scope, receive: Receive, send: Send) -> None:
-        picture = asked.picture
-        if isinstance(picture, str):
-            picture = await fetch_picture(picture, self.service.hosts, self.service.limits)
+        image = asked.image
+        if isinstance(image, str):
+            image = await fetch_image(image, self.service.hosts, self.service.limits)
         completion = Completion(self.service.name, self.fingerprint)
-        async with aclosing(self.engine.answer(asked, picture, deadline)) as events:
+        async with aclosing(self.engine.answer(asked, image, deadline)) as events:
             if asked.stream:
                 await self._stream(asked, completion, events, send)
                 return

@@ -19,11 +19,11 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
-from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
-from fusion_hf.serving.generation import AnswerText, Draw, EndWhen
+from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
+from fusion_hf.serving.chat_requests import ChatRequest
+from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor, StopCondition
 from fusion_hf.serving.image_workers import ImageWorkers
 from fusion_hf.serving.limits import Limits
-from fusion_hf.serving.requests import ChatRequest
 
 logger = logging.getLogger(__name__)
 TOO_LONG = "context_length_exceeded"
@@ -68,7 +68,7 @@ class _Job:
         return self.is_cancelled or time.monotonic() > self.deadline
 
 
-class Turns:
+class FairLock:
     """A lock that threads get in the order in which they ask for it."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Turns:
             else:
                 self._is_taken = False
 
-    def pass_on(self) -> None:
+    def yield_to_others(self) -> None:
         """Let everybody who waits have a turn before one's own next."""
         if self._waiting:
             self.__exit__()
@@ -114,7 +114,7 @@ class Engine:
         self.longest_token = max(map(len, chat_model.processor.tokenizer.get_vocab()))  # characters
         self._images = ImageWorkers(chat_model.processor.image_processor, limits)
         self._is_ending = False
-        self._turns = Turns()
+        self._lock = FairLock()
         self._slots = asyncio.Semaphore(limits.parallel)
         self._threads = ThreadPoolExecutor(limits.parallel, thread_name_prefix="answer")
         self._jobs: dict[asyncio.Task[None], _Job] = {}
@@ -210,7 +210,7 @@ class Engine:
         pixel_values = None
         if job.tiles is not None:
             pixel_values = to_pixel_values(job.tiles, chat_model.processor.image_processor)
-        with self._turns:
+        with self._lock:
             if job.is_over:  # a prompt takes long, and nobody waits for it
                 raise too_late()
             inputs = chat_model.prepare(request.messages, **budget._asdict(), pixel_values=pixel_values)
@@ -221,15 +221,15 @@ class Engine:
             def is_over() -> bool:
                 if job.is_over or text.is_stopped:
                     return True
-                self._turns.pass_on()
+                self._lock.yield_to_others()
                 return job.is_over
 
-            draw = [Draw(request.sampling)] if request.sampling.temperature > 0 else []
+            draw = [SamplingLogitsProcessor(request.sampling)] if request.sampling.temperature > 0 else []
             output = chat_model.generate(
                 inputs,
                 request.max_tokens,
                 text,
-                stopping_criteria=StoppingCriteriaList([EndWhen(is_over)]),
+                stopping_criteria=StoppingCriteriaList([StopCondition(is_over)]),
                 logits_processor=LogitsProcessorList(draw),
             )
         written = output.sequences[0, prompt_tokens:].tolist()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion_hf.serving.errors import wrong_value
+from fusion_hf.serving.api_errors import wrong_value
 
 UNSUPPORTED, UNKNOWN = "unsupported_value", "unknown_parameter"
 ANY_FLAG = (True, False)

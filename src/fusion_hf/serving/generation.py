@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from fusion_hf.serving.requests import Sampling
+from fusion_hf.serving.chat_requests import Sampling
 
 # of logits: below it a lower one has no chance that float32 can tell from none, and dividing by it may overflow
 LEAST_TEMPERATURE = 1e-30
@@ -82,7 +82,7 @@ class AnswerText(BaseStreamer):
             self._sent = len(text)
 
 
-class EndWhen(StoppingCriteria):
+class StopCondition(StoppingCriteria):
     """Ends a single answer as soon as `is_over` says so; asked after each token."""
 
     def __init__(self, is_over: Callable[[], bool]):
@@ -92,7 +92,7 @@ class EndWhen(StoppingCriteria):
         return torch.full((len(input_ids),), self.is_over(), dtype=torch.bool, device=input_ids.device)
 
 
-class Draw(LogitsProcessor):
+class SamplingLogitsProcessor(LogitsProcessor):
     """
     Draws a token and forbids all others, so that `generate` without sampling takes it.
 

@@ -106,7 +106,7 @@ def _bounded_time(seconds: float) -> Iterator[None]:
 
 
 def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[bool, bytes]:
-    from fusion_hf.serving.errors import ApiError
+    from fusion_hf.serving.api_errors import ApiError
 
     try:
         make = cut_tiles if settings.tiles else vet
@@ -124,9 +124,9 @@ def cut_tiles(content: bytes, processor: Any, max_pixels: int) -> bytes:
     Raises:
         ApiError: if it cannot be used.
     """
-    from fusion_hf.serving.images import decode_picture
+    from fusion_hf.serving.client_images import decode_client_image
 
-    image = decode_picture(content, processor, max_pixels)
+    image = decode_client_image(content, processor, max_pixels)
     return processor.cut(image, processor.size, processor.resample).tobytes()
 
 
@@ -141,9 +141,9 @@ def vet(content: bytes, processor: Any, max_pixels: int) -> bytes:
     from PIL import Image
 
     from fusion_hf.model.image_opening_fusion import identify_image
-    from fusion_hf.serving.images import decode_picture
+    from fusion_hf.serving.client_images import decode_client_image
 
-    image = decode_picture(content, processor, max_pixels)
+    image = decode_client_image(content, processor, max_pixels)
     opened = identify_image(content)
     kind, exif = str(opened.format), opened.info.get("exif", b"")
     if kind in UNLOCKED_FORMATS:

@@ -20,9 +20,9 @@ import numpy as np
 
 from fusion_hf.model.configuration_fusion import NUM_TILES
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
-from fusion_hf.serving.errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
+from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
+from fusion_hf.serving.client_images import PARAM
 from fusion_hf.serving.image_worker import MAX_MESSAGE_BYTES, REPLY_HEAD, REQUEST_HEAD, WorkerSettings
-from fusion_hf.serving.images import PARAM
 from fusion_hf.serving.limits import MEGABYTE, Limits
 
 logger = logging.getLogger(__name__)

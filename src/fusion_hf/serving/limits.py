@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 MEGABYTE = 2**20
-MAX_IMAGES = 1  # FUSION reads one picture
+MAX_IMAGES = 1  # FUSION reads one image
 
 
 @dataclass(frozen=True)
 class Limits:
     """
-    image_bytes: of a picture's file.
-    image_pixels: of a picture; checked before it is decoded.
+    image_bytes: of an image's file.
+    image_pixels: of an image; checked before it is decoded.
     image_seconds: of a processor's time for decoding an image.
     body_bytes: of a request.
     upload_bytes: of all requests that are still arriving, together; never less than `body_bytes`.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_hf.serving.errors import BAD_REQUEST, ApiError, wrong_value
+from fusion_hf.serving.api_errors import BAD_REQUEST, ApiError, wrong_value
 from fusion_hf.serving.fields import IMAGE_PART, IMAGE_URL, MESSAGE, TEXT_PART
 from fusion_hf.serving.limits import MAX_IMAGES
 

@@ -4,6 +4,7 @@ import inspect
 import io
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
+from functools import partial
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -34,9 +35,16 @@ class _NullStream(io.TextIOBase):
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, whose logs are in its folder alone if it is quiet."""
+    """
+    datatrove's executor for this machine.
 
-    quiet = True
+    Args:
+        quiet: keep its logs in their folder alone.
+    """
+
+    def __init__(self, *arguments: Any, quiet: bool):
+        super().__init__(*arguments)
+        self.quiet = quiet
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
@@ -59,22 +67,17 @@ def make_executors(
         InputError: for an option that the executor does not have, or a stage that there is not.
     """
     check_keys(settings.stages, [stage.name for stage in stages], "executor.stages")
-    make = {"local": _local if quiet else _loud_local, "slurm": _slurm, "ray": _ray}[settings.kind]
+    kinds: dict[str, Callable[..., PipelineExecutor]]
+    kinds = {"local": partial(_local, quiet=quiet), "slurm": _slurm, "ray": _ray}
     executors: list[PipelineExecutor] = []
     for stage in stages:
-        executors.append(make(settings, stage, folders, executors[-1] if executors else None))
+        executors.append(kinds[settings.kind](settings, stage, folders, executors[-1] if executors else None))
     return executors
 
 
-def _local(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any) -> PipelineExecutor:
+def _local(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any, *, quiet: bool) -> PipelineExecutor:
     workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
-    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)))
-
-
-def _loud_local(settings: ExecutorSettings, stage: Stage, folders: RunFolders, before: Any) -> PipelineExecutor:
-    executor = _local(settings, stage, folders, before)
-    executor.quiet = False
-    return executor
+    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)), quiet=quiet)
 
 
 def _slurm(settings: ExecutorSettings, stage: Stage, folders: RunFolders, before: Any) -> PipelineExecutor:

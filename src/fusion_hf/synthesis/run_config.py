@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
+from fusion_hf.common.endpoints import check_url
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.yaml_config import PositiveFloat, PositiveInt, make_dataclass, parse_override, read_yaml_keys
 from fusion_hf.synthesis.category import load_categories
 
-SCHEMES = ("http", "https")
 MOST_RECORDS = 10**9
 DRAWN_LICENSE = "apache-2.0"  # this project's
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the Hub names them
@@ -76,7 +75,7 @@ class EndpointSettings:
         if (self.url is None) != (self.server != "endpoint"):
             raise ValueError(f"url is {self.url!r} for server {self.server!r}; allowed: a url for `endpoint` alone.")
         if self.url is not None:
-            _check_url(self.url)
+            check_url(self.url, "key_variable")
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class ImageSettings:
         if (self.url is None) != (self.kind == "diffusers"):
             raise ValueError(f"url is {self.url!r} for kind {self.kind!r}; allowed: a url for `openai` alone.")
         if self.url is not None:
-            _check_url(self.url)
+            check_url(self.url, "key_variable")
 
 
 @dataclass(frozen=True)
@@ -242,11 +241,3 @@ def _override(values: dict[str, Any], name: str, value: Any) -> None:
             raise InputError(f"{name} cannot be set: {section} is {short_name(repr(inner))}.")
         values = inner
     values[key] = value
-
-
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES or not parts.hostname:
-        raise ValueError(f"url is {short_name(repr(url))}; allowed: http:// or https:// with a host.")
-    if parts.username or parts.password or parts.query:
-        raise ValueError("url holds a name, password or query; a key belongs into the variable of key_variable.")

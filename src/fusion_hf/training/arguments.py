@@ -19,10 +19,20 @@ UNHEARD = {
 @dataclass
 class FusionTrainingArguments(OwnArguments, TrainingArguments):
     """
-    transformers' arguments, with a few defaults that suit FUSION, and the keys of a recipe that are ours.
+    Hold transformers' arguments, with a few defaults that suit FUSION, and the keys of a recipe that are ours.
 
     Raises:
         InputError: for an impossible value of one of our keys; names the key, the value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from fusion_hf.training import FusionTrainingArguments
+    >>> arguments = FusionTrainingArguments(output_dir="run", train=["projectors", "samplers"], query_lens=[4, 16])
+    >>> arguments.train
+    ['projectors', 'samplers']
+
+    ```
     """
 
     # transformers' defaults that do not suit

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
 from fusion_hf.model.compatibility_fusion import as_dicts
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
+from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.query_lens import BatchDraw
 
@@ -149,7 +152,7 @@ def _receive(values: dict[str, Any]) -> Batch:
 
 class FusionDataCollator:
     """
-    Makes right-padded batches with labels from records.
+    Make right-padded batches with labels from records.
 
     Records that carry a `query_len`, as `StepSampler`'s keys give it to them, decide the batch's. Records that were
     `skipped` are left out; a batch of nothing else becomes one empty conversation without labels.
@@ -163,6 +166,19 @@ class FusionDataCollator:
         compact (`bool`): what a training step needs and no more. Images stay bytes, a quarter of the size of the
             numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
         max_image_pixels (`int`, *optional*): images with more are refused; default: the image processor's.
+
+    Example:
+
+    ```python
+    >>> from fusion_hf import FusionProcessor, nano_path
+    >>> from fusion_hf.training import FusionDataCollator
+    >>> collator = FusionDataCollator(FusionProcessor.from_pretrained(nano_path()), query_lens=[4])
+    >>> turns = [{"from": "human", "value": "what is 1 + 1?"}, {"from": "gpt", "value": "two"}]
+    >>> batch = collator([{"id": "sum", "conversations": turns}])
+    >>> batch["query_len"], batch["input_ids"].shape == batch["labels"].shape
+    (4, True)
+
+    ```
     """
 
     def __init__(
@@ -191,6 +207,9 @@ class FusionDataCollator:
         Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
+
+        Raises:
+            ValueError: for records, and prompts, that the model could not read.
         """
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
@@ -223,9 +242,15 @@ class FusionDataCollator:
             features["pixel_bytes"] = features.pop("pixel_values")
             features["has_image"] = [bool(images_of(messages)) for messages in conversations]
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
+        self._check_prompts(batch)
         if self.compact:
             batch.update(labelled_positions(batch["labels"]))
         return batch
+
+    def checks_for(self, config: FusionConfig) -> bool:
+        """Return whether batches are checked for a model of this configuration, see its `check_inputs`."""
+        names = ("image_token_id", "latent_token_id", "num_image_tokens")
+        return all(getattr(self.processor, name) == getattr(config, name) for name in names)
 
     def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs of a compact batch, on the device where it is; others as they are."""
@@ -269,6 +294,24 @@ class FusionDataCollator:
                     f"and the turn's end of `chat_format` = {self.processor.chat_format!r}, so that the others would "
                     "not be learned. Write them as that format does."
                 )
+
+    def _check_prompts(self, batch: Batch) -> None:
+        """
+        Check here, in a data worker, what the model would refuse: its own check is of all samples at once.
+
+        Raises:
+            ValueError: for what disagrees; names the sample and both counts.
+        """
+        pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
+        budget = TokenBudget(batch["query_len"], isqrt(self.processor.num_image_tokens))
+        check_prompt(
+            self.processor,
+            batch["input_ids"],
+            batch["attention_mask"],
+            pixels,
+            batch.get("prompt_end_positions"),
+            budget,
+        )
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""

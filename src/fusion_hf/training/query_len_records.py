@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from fusion_hf.data import RecordDataset, SampleKey, StreamedRecords
 from fusion_hf.training.collator import images_of, record_to_messages
 from fusion_hf.training.exact_match import text_of
-from fusion_hf.training.sampler import Layout, query_len_of_step
+from fusion_hf.training.sampler import StepLayout, query_len_of_step
 
 
 class QueryLenRecords(Dataset):
@@ -83,7 +83,7 @@ class QueryLenIterable(IterableDataset):
     """
 
     def __init__(
-        self, records: Any, layout: Layout, query_lens: Sequence[int], seed: int, per_micro_batch: bool = False
+        self, records: Any, layout: StepLayout, query_lens: Sequence[int], seed: int, per_micro_batch: bool = False
     ):
         self.records, self.layout, self.query_lens, self.seed = records, layout, query_lens, seed
         self.per_micro_batch = per_micro_batch

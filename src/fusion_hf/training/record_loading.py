@@ -14,7 +14,7 @@ from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpoints import shield_data_worker
 from fusion_hf.training.query_len_records import QueryLenIterable, QueryLenStream, with_query_lens
 from fusion_hf.training.recipe_keys import MICRO_BATCH
-from fusion_hf.training.sampler import Layout, StepSampler
+from fusion_hf.training.sampler import StepLayout, StepSampler
 
 
 class RecordLoading(Trainer):
@@ -48,7 +48,7 @@ class RecordLoading(Trainer):
         grouped = args.group_by == "modality_length"
         self.train_sampler = StepSampler(
             len(dataset),  # type: ignore[arg-type]
-            Layout(args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps),
+            StepLayout(args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps),
             self.query_lens,
             self.seed,
             lengths=dataset.lengths if grouped else None,  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ class RecordLoading(Trainer):
         if not isinstance(records, IterableDataset):
             return _shielded(super().get_train_dataloader())
         if not isinstance(records, StreamedRecords):
-            layout = Layout(args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps)
+            layout = StepLayout(args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps)
             iterable = QueryLenIterable(records, layout, self.query_lens, self.seed, self.draws_per_micro_batch)
             loader = self._get_dataloader(iterable, "Training", layout.batch_size, is_training=True)
             return _shielded(loader)

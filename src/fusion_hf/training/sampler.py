@@ -17,14 +17,14 @@ from fusion_hf.data import SampleKey
 def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_batch: int | None = None) -> int:
     """
     The number of latent tokens of optimizer step `step`, counted from 0 over all epochs; of one of its micro-batches
-    (see [`Layout`]) where each has its own.
+    (see [`StepLayout`]) where each has its own.
     """
     key = f"query_len/{seed}/{step}" if micro_batch is None else f"query_len/{seed}/{step}/{micro_batch}"
     return random.Random(key).choice(list(query_lens))
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """How the records of one optimizer step are split: `world_size * accumulation` micro-batches of `batch_size`.
 
     Micro-batch m of process r is number `m * world_size + r`, as accelerate deals them.
@@ -61,7 +61,7 @@ class StepSampler(Sampler[SampleKey]):
     def __init__(
         self,
         num_records: int,
-        layout: Layout,
+        layout: StepLayout,
         query_lens: Sequence[int],
         seed: int,
         lengths: np.ndarray | None = None,

@@ -76,7 +76,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     >>> model = FusionForConditionalGeneration.from_pretrained(nano_path(), dtype="float32")
     >>> trainer = FusionTrainer(
     ...     model=model,
-    ...     args=FusionTrainingArguments(output_dir="run", max_steps=1, report_to="none"),
+    ...     args=FusionTrainingArguments(output_dir="run", max_steps=1, save_strategy="no", report_to="none"),
     ...     data_collator=FusionDataCollator(processor),
     ...     train_dataset=[
     ...         {"conversations": [{"from": "human", "value": "what is 1 + 1?"}, {"from": "gpt", "value": "two"}]}
@@ -193,7 +193,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
             # its own counts, since without a label the mean over none would be no number
             num_items_in_batch = LossCounts(*self._count(inputs).float())
             share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size)
-        outputs = model(**inputs, loss_counts=num_items_in_batch)
+        is_checked = num_items_in_batch is not None and self.data_collator.checks_for(self.fusion_config)
+        outputs = model(**inputs, loss_counts=num_items_in_batch, check_inputs=not is_checked)
         loss = outputs.loss
         if num_items_in_batch is not None:
             loss = loss * share

@@ -1,6 +1,6 @@
 """FUSION's model in vLLM: our tower, projectors and samplers around the decoder layers of vLLM.
 
-Shapes: S tokens of a step, all requests in a row; B pictures, P patches per side, N = P * P, T question tokens, D LLM
+Shapes: S tokens of a step, all requests in a row; B images, P patches per side, N = P * P, T question tokens, D LLM
 width.
 """
 
@@ -35,12 +35,12 @@ from fusion_hf.model.modeling_fusion_vision import (
     stitch_tiles,
 )
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
-from fusion_hf.vllm.edits import find_prompts, make_edits
+from fusion_hf.vllm.latent_updates import find_prompts, make_updates
 from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
-from fusion_hf.vllm.prompts import PromptReader
+from fusion_hf.vllm.prompt_layout import PromptParser
 
-# of pictures for further questions about them: in 16 bits with 36 latent tokens, 67 pictures for FUSION 3B, 50 for 8B
-REMEMBERED_BYTES = 2**27
+# of images for further questions about them: in 16 bits with 36 latent tokens, 67 images for FUSION 3B, 50 for 8B
+CACHE_BYTES = 2**27
 
 # vLLM's models whose layers take and return (hidden states, residual)
 BACKBONES = {
@@ -62,7 +62,7 @@ RENAMED = {
 @MULTIMODAL_REGISTRY.register_processor(
     FusionMultiModalProcessor, info=FusionProcessingInfo, dummy_inputs=FusionDummyInputsBuilder
 )
-class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
+class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
     """FUSION, as `vllm_config` describes it; see `fusion_hf.vllm.settings` for what it refuses."""
 
     # of weights, and of the layers that a folder's `quantization_config` names
@@ -82,7 +82,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         config: FusionConfig = model_config.hf_config
         text_width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
         self.config = config
-        self.reader = PromptReader.of(config, cached_processor_from_config(model_config))
+        self.parser = PromptParser.of(config, cached_processor_from_config(model_config))
         self.vocab_size = model_config.get_vocab_size()
         self.suppressed = _suppressed(config, model_config.try_get_generation_config())
         with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
@@ -99,7 +99,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
                 architectures=[_backbone(config.text_config)],
             )
         # windows (q * w * w, D): vLLM's own cache is of images with their questions, and has nothing for the next one
-        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(REMEMBERED_BYTES, _num_bytes)
+        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(CACHE_BYTES, _num_bytes)
         # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
         self.contexts: list[torch.Tensor] = []
         self.grey: torch.Tensor | None = None
@@ -109,16 +109,16 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """
-        Encode pictures `pixel_values` `(B, 5, 3, H, W)` under `instruct_input_ids`, B rows of ids.
+        Encode images `pixel_values` `(B, 5, 3, H, W)` under `instruct_input_ids`, B rows of ids.
 
-        Returns for each picture `(n, (1 + c) * D)`: n image tokens, and beside them, in columns, what its samplers
+        Returns for each image `(n, (1 + c) * D)`: n image tokens, and beside them, in columns, what its samplers
         look at, so that vLLM's cache keeps both together. There are none if `kwargs` are empty.
         """
         if not kwargs:
             return []
         pixel_values, questions = kwargs["pixel_values"], list(kwargs["instruct_input_ids"])
         lengths, grids = kwargs["query_len"].flatten().tolist(), kwargs["image_token_grid"].flatten().tolist()
-        windows = self._windows_of(pixel_values, kwargs["picture_digest"], lengths)
+        windows = self._windows_of(pixel_values, kwargs["image_digest"], lengths)
         alone = self.config.early_text_attention == "uniform_padded"  # where the padding of a batch would matter
         parts = [[row] for row in range(len(questions))] if alone else [list(range(len(questions)))]
         features = torch.cat([self._encode_overviews(pixel_values[p, -1], [questions[i] for i in p]) for p in parts])
@@ -129,7 +129,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         return [_pack(*parts) for parts in zip(tokens, windows, strict=True)]
 
     def _windows_of(self, pixel_values: torch.Tensor, digests: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-        """What samplers look at, `(q * w * w, D)` of each picture, from its tiles or from an earlier question."""
+        """What samplers look at, `(q * w * w, D)` of each image, from its tiles or from an earlier question."""
 
         def encode(rows: list[int]) -> list[torch.Tensor]:
             tiles = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[rows, :NUM_TILES])
@@ -140,7 +140,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
             ]
             return [windows.flatten(0, 2) for windows in pooled]
 
-        # pictures without digest are those by which vLLM measures memory: alike, but each is to be encoded
+        # images without digest are those by which vLLM measures memory: alike, but each is to be encoded
         pairs = zip(digests.tolist(), lengths, strict=True)
         keys = [(bytes(digest), length) if any(digest) else object() for digest, length in pairs]
         return self.windows.collect(keys, encode)
@@ -155,7 +155,7 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         return self.vision_projector(guided.features[:, : guided.patch_embeddings.shape[1]])
 
     def _grey_windows(self, query_len: int) -> torch.Tensor:
-        """What samplers see in prompts without picture, `(q, w * w, D)`."""
+        """What samplers see in prompts without image, `(q, w * w, D)`."""
         if self.grey is None:
             size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
             weight = self.vision_projector.linear_1.weight
@@ -175,10 +175,10 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         embeds = self.language_model.embed_input_ids(torch.where(free, 0, input_ids))
         embeds = torch.where(free.unsqueeze(-1), 0, embeds)
         width = embeds.shape[-1]
-        pictures = list(multimodal_embeddings) if multimodal_embeddings is not None else []
-        self.contexts = [picture[:, width:].reshape(-1, width) for picture in pictures]
-        if pictures:
-            tokens = torch.cat([picture[:, :width] for picture in pictures])
+        images = list(multimodal_embeddings) if multimodal_embeddings is not None else []
+        self.contexts = [image[:, width:].reshape(-1, width) for image in images]
+        if images:
+            tokens = torch.cat([image[:, :width] for image in images])
             embeds[is_multimodal] = tokens.to(embeds)
         return embeds
 
@@ -193,19 +193,19 @@ class FusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         """Hidden states `(S, D)` for ids, positions `(S)` and embeddings `(S, D)`."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
-        prompts = find_prompts(self.reader, input_ids)
-        edits = []
+        prompts = find_prompts(self.parser, input_ids)
+        updates = []
         if prompts:
-            edits = make_edits(prompts, self.contexts, self.config.window_size, self._grey_windows)
-        for edit in edits:
-            inputs_embeds = edit.place(inputs_embeds)
+            updates = make_updates(prompts, self.contexts, self.config.window_size, self._grey_windows)
+        for update in updates:
+            inputs_embeds = update.place(inputs_embeds)
         model = self.language_model.model
         hidden_states, residual = inputs_embeds, None
         for index, layer in enumerate(model.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
-            if edits and str(index) in self.samplers:
-                for edit in edits:
-                    edit.rewrite(self.samplers[str(index)], hidden_states, residual)
+            if updates and str(index) in self.samplers:
+                for update in updates:
+                    update.rewrite(self.samplers[str(index)], hidden_states, residual)
         return model.norm(hidden_states, residual)[0]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

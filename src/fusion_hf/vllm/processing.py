@@ -1,4 +1,4 @@
-"""A picture and its question to what the model's `embed_multimodal` takes."""
+"""An image and its question to what the model's `embed_multimodal` takes."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -47,45 +47,45 @@ class FusionDummyInputsBuilder(BaseDummyInputsBuilder[FusionProcessingInfo]):
 
 
 class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
-    """Question ids and numbers of tokens arrive as processor arguments, which vLLM hashes with the picture."""
+    """Question ids and numbers of tokens arrive as processor arguments, which vLLM hashes with the image."""
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
-        """The largest picture there is, for vLLM's measurement of memory."""
+        """The largest image there is, for vLLM's measurement of memory."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         config = self.info.get_hf_config()
         inputs.hf_processor_mm_kwargs = {
             "instruct_input_ids": [config.instruct_pad_token_id + 1],
             "query_len": max(config.query_len, *config.query_lens),
             "image_token_grid": config.num_patches_per_side,
-            "picture_digest": [0] * DIGEST_BYTES,
+            "image_digest": [0] * DIGEST_BYTES,
         }
         return inputs
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        pictures = [_as_sent(item) for items in mm_items.values() for item in items.data]
-        if not pictures:
+        images = [_as_sent(item) for items in mm_items.values() for item in items.data]
+        if not images:
             return BatchFeature()
         processor = self.info.get_hf_processor().image_processor
-        pixel_values = torch.from_numpy(np.asarray(processor(pictures, return_tensors="np")["pixel_values"]))
+        pixel_values = torch.from_numpy(np.asarray(processor(images, return_tensors="np")["pixel_values"]))
         pixel_values = pixel_values.to(self.info.ctx.model_config.dtype)
         values = {name: torch.tensor(value) for name, value in hf_kwargs.items()}
-        values = {name: value.expand(len(pictures), *value.shape) for name, value in values.items()}
+        values = {name: value.expand(len(images), *value.shape) for name, value in values.items()}
         digests = torch.stack([_digest(tiles) for tiles in pixel_values[:, :NUM_TILES]])
-        return BatchFeature({"pixel_values": pixel_values, "picture_digest": digests, **values})
+        return BatchFeature({"pixel_values": pixel_values, "image_digest": digests, **values})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {
             "pixel_values": MultiModalFieldConfig.batched(IMAGE),
-            "picture_digest": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
+            "image_digest": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
             "instruct_input_ids": MultiModalFieldConfig.batched(IMAGE),
             "query_len": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
             "image_token_grid": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
         }
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
-        """One image token for the picture, which `_get_prompt_updates` expands again."""
+        """One image token for the image, which `_get_prompt_updates` expands again."""
         token = self.info.get_hf_config().image_token_id
         return [x for i, x in enumerate(prompt) if x != token or i == 0 or prompt[i - 1] != token]
 
@@ -107,5 +107,5 @@ def _digest(tiles: torch.Tensor) -> torch.Tensor:
 
 
 def _as_sent(item: Any) -> Any:
-    """The picture as it was sent: vLLM's own decoding paints what is transparent white, ours does not."""
+    """The image as it was sent: vLLM's own decoding paints what is transparent white, ours does not."""
     return identify_image(item.original_bytes) if isinstance(item, MediaWithBytes) else item

@@ -9,21 +9,22 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.transformers_utils.processor import cached_processor_from_config
 from vllm.utils.async_utils import make_async
 
-from fusion_hf.vllm.prompts import PromptReader, RequestBudget
+from fusion_hf.model.configuration_fusion import TokenBudget
+from fusion_hf.vllm.prompt_layout import PromptParser, request_budget
 
 # what a request may say beside its messages, as `mm_processor_kwargs`
 REQUEST_ARGUMENTS = ("query_len", "image_token_grid")
 QUESTION = "instruct_input_ids"
 TEMPLATE_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
-# under this key a prompt carries what it was made from, to where vLLM processes its picture
+# under this key a prompt carries what it was made from, to where vLLM processes its image
 ORIGIN = "_fusion_origin"
 
 
-class Origin(NamedTuple):
+class PromptOrigin(NamedTuple):
     """The question's ids and what the request asked for."""
 
     question: list[int]
-    budget: RequestBudget
+    budget: TokenBudget
 
 
 class FusionRenderer(HfRenderer):
@@ -33,7 +34,7 @@ class FusionRenderer(HfRenderer):
         super().__init__(config, tokenizer)
         self._fusion_config = config.model_config.hf_config
         self._fusion_processor = cached_processor_from_config(config.model_config)
-        self._reader = PromptReader.of(self._fusion_config, self._fusion_processor)
+        self._parser = PromptParser.of(self._fusion_config, self._fusion_processor)
         self._to_prompt_async = make_async(self._to_prompt, executor=self._executor)
         self._tokenize_prompt_async = make_async(self._tokenize_prompt, executor=self._executor)
 
@@ -50,7 +51,7 @@ class FusionRenderer(HfRenderer):
         return conversation, await self._to_prompt_async(conversation, mm_data, mm_uuids, params)
 
     def _to_prompt(self, conversation: list[Any], mm_data: Any, mm_uuids: Any, params: ChatParams) -> dict[str, Any]:
-        """A prompt of ids, image tokens in place, with its pictures beside it."""
+        """A prompt of ids, image tokens in place, with its images beside it."""
         budget = self._budget(params.mm_processor_kwargs)
         given = params.chat_template_kwargs
         options = {name: given[name] for name in TEMPLATE_ARGUMENTS if name in given}
@@ -58,8 +59,7 @@ class FusionRenderer(HfRenderer):
         text = self._fusion_processor.apply_chat_template(
             [_with_marks(message) for message in conversation],
             chat_template=params.chat_template,
-            query_len=budget.query_len,
-            image_token_grid=budget.image_token_grid,
+            **budget._asdict(),
             tokenize=False,
             **options,
         )
@@ -75,18 +75,18 @@ class FusionRenderer(HfRenderer):
         budget = self._budget(prompt.get("mm_processor_kwargs"))
         return {**prompt, **self._encode(prompt["prompt"], budget)}
 
-    def _encode(self, text: str, budget: RequestBudget) -> dict[str, Any]:
+    def _encode(self, text: str, budget: TokenBudget) -> dict[str, Any]:
         # vLLM processes, and caches, the image itself
         encoded = self._fusion_processor(text=text, **budget._asdict(), process_images=False)
         question = encoded["instruct_input_ids"][0]
-        return {"prompt_token_ids": encoded["input_ids"][0], ORIGIN: Origin(question, budget)}
+        return {"prompt_token_ids": encoded["input_ids"][0], ORIGIN: PromptOrigin(question, budget)}
 
-    def _budget(self, arguments: Any) -> RequestBudget:
+    def _budget(self, arguments: Any) -> TokenBudget:
         arguments = dict(arguments or {})
         unknown = sorted(arguments.keys() - {*REQUEST_ARGUMENTS, QUESTION})
         if unknown:
             raise ValueError(f"mm_processor_kwargs has {unknown[0]!r}; allowed: {', '.join(REQUEST_ARGUMENTS)}.")
-        return RequestBudget.of(self._fusion_config, **{name: arguments.get(name) for name in REQUEST_ARGUMENTS})
+        return request_budget(self._fusion_config, **{name: arguments.get(name) for name in REQUEST_ARGUMENTS})
 
     def _process_tokens(self, prompt: Any, *, skip_mm_cache: bool = False) -> Any:
         return super()._process_tokens(self._checked(prompt), skip_mm_cache=skip_mm_cache)
@@ -95,20 +95,20 @@ class FusionRenderer(HfRenderer):
         return await super()._process_tokens_async(self._checked(prompt), skip_mm_cache=skip_mm_cache)
 
     def _checked(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """The prompt with the question beside its picture, where it becomes part of the picture's hash.
+        """The prompt with the question beside its image, where it becomes part of the image's hash.
 
         Raises:
-            ValueError: where ids, picture, question and request disagree: the model would answer wrongly, or stop.
+            ValueError: where ids, image, question and request disagree: the model would answer wrongly, or stop.
         """
         prompt = dict(prompt)
         origin, arguments = prompt.pop(ORIGIN, None), prompt.pop("mm_processor_kwargs", None) or {}
         if origin is None:
-            origin = Origin(arguments.get(QUESTION) or [], self._budget(arguments))
-        turns = self._reader.read(prompt["prompt_token_ids"])
-        origin.budget.check(turns)
+            origin = PromptOrigin(arguments.get(QUESTION) or [], self._budget(arguments))
+        layout = self._parser.read(prompt["prompt_token_ids"])
+        layout.check(origin.budget)
         num_images = len(_as_list((prompt.get("multi_modal_data") or {}).get("image")))
-        if num_images != int(turns.num_image_tokens > 0):
-            raise ValueError(f"A prompt has {turns.num_image_tokens} image tokens, but {num_images} images.")
+        if num_images != int(layout.num_image_tokens > 0):
+            raise ValueError(f"A prompt has {layout.num_image_tokens} image tokens, but {num_images} images.")
         if num_images:
             if not origin.question:
                 raise ValueError(f"A prompt of ids with an image needs mm_processor_kwargs[{QUESTION!r}].")

@@ -8,8 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from fusion_hf.vllm import RENDERER
-
+ARCHITECTURE, RENDERER = "FusionForConditionalGeneration", "fusion"  # as vLLM's registries know them
 # arguments of `vllm.LLM` and, as flags, of vLLM's server
 ENGINE_ARGUMENTS: dict[str, Any] = {
     "enable_chunked_prefill": False,

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVis
 from .compatibility_fusion import CACHE_NAMES
 
 EARLY_TEXT_ATTENTION = ("uniform", "uniform_padded", "masked")
-# the picture is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
+# the image is cut into 2 x 2 tiles; the overview follows them in `pixel_values`
 TILES_PER_SIDE = 2
 NUM_TILES = TILES_PER_SIDE**2
 # every auto class that can load a FUSION folder without this package
@@ -150,7 +150,7 @@ class FusionConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens that the LLM reads for one picture: P * P, or the reduced grid's."""
+        """Image tokens that the LLM reads for one image: P * P, or the reduced grid's."""
         return self.grid_side() ** 2
 
     def grid_side(self, image_token_grid: int | None = None) -> int:

@@ -103,9 +103,9 @@ class FusionGenerationMixin(GenerationMixin):
             next_sequence_length is None or next_sequence_length >= input_ids.shape[1]
         )
         if is_prompt and input_ids.shape[1] > 1:
-            kwargs |= given_turns(self.config, input_ids, kwargs)
+            kwargs |= find_missing_turns(self.config, input_ids, kwargs)
         if inputs_embeds is not None and is_first_iteration:
-            require_plain(self.config, input_ids)
+            refuse_placeholders(self.config, input_ids)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -115,7 +115,7 @@ class FusionGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if inputs_embeds is None and not is_prompt:
-            turns = turns_behind_cache(self.config, input_ids, kwargs, model_inputs) if is_first_iteration else {}
+            turns = find_uncached_turns(self.config, input_ids, kwargs, model_inputs) if is_first_iteration else {}
             for name in PROMPT_INPUTS:
                 model_inputs.pop(name, None)
             model_inputs.update(turns)
@@ -163,11 +163,13 @@ class FusionGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
-            return WordLookup(generator, self.config)
+            return VocabularyPromptLookup(generator, self.config)
         return generator
 
 
-def given_turns(config: FusionConfig, input_ids: torch.Tensor, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+def find_missing_turns(
+    config: FusionConfig, input_ids: torch.Tensor, given: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """
     What a prompt's pass needs to know about the turns in `input_ids` `(B, S)`, with the attention mask `(B, S)`: the
     model may get a mask of another kind, which does not say what is padding.
@@ -178,8 +180,10 @@ def given_turns(config: FusionConfig, input_ids: torch.Tensor, given: dict[str, 
     return {name: value for name, value in zip(names, turns, strict=True) if value is not None}
 
 
-def require_plain(config: FusionConfig, input_ids: torch.Tensor) -> None:
+def refuse_placeholders(config: FusionConfig, input_ids: torch.Tensor) -> None:
     """
+    Check the ids of a prompt that is given as embeddings.
+
     Raises:
         ValueError: if ids `(B, S)` that come with `inputs_embeds` have an image or latent tokens.
     """
@@ -190,7 +194,7 @@ def require_plain(config: FusionConfig, input_ids: torch.Tensor) -> None:
         )
 
 
-def turns_behind_cache(
+def find_uncached_turns(
     config: FusionConfig, input_ids: torch.Tensor, given: dict[str, Any], model_inputs: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """
@@ -211,7 +215,7 @@ def turns_behind_cache(
         return {}
     for row, has_image in enumerate((input_ids == config.image_token_id).any(1).tolist()):
         if not has_image:
-            raise ValueError(f"Sample {row} has no picture: global_features cannot continue its cache.")
+            raise ValueError(f"Sample {row} has no image: global_features cannot continue its cache.")
     return {"global_features": global_features, "prompt_end_positions": ends}
 
 
@@ -265,7 +269,7 @@ class FusionLogitsProcessorList(LogitsProcessorList):
         return super().__call__(in_vocabulary(input_ids, self.config), scores, **kwargs)
 
 
-class WordLookup(CandidateGenerator):
+class VocabularyPromptLookup(CandidateGenerator):
     """Prompt lookup that proposes no placeholders: the text before an image may be what the model says last."""
 
     def __init__(self, lookup: PromptLookupCandidateGenerator, config: FusionConfig):

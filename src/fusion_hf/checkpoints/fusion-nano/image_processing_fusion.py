@@ -1,4 +1,4 @@
-"""Pictures to five tiles: four quarters of a 2 x 2 enlargement, then the overview (FUSION's `static_hd`)."""
+"""Images to five tiles: four quarters of a 2 x 2 enlargement, then the overview (FUSION's `static_hd`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ NUMPY_FLOATS = ("torch.float16", "torch.float32", "torch.float64")
 
 class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
-    exif_transpose (`bool`): turn the picture upright by its EXIF orientation. The authors' code does not: pass False
+    exif_transpose (`bool`): turn the image upright by its EXIF orientation. The authors' code does not: pass False
         for pixels equal to theirs on such photos.
-    max_image_pixels (`int`): pictures with more pixels are refused before they are decoded.
+    max_image_pixels (`int`): images with more pixels are refused before they are decoded.
     as_bytes (`bool`, *optional*): return the pixels as bytes, whatever they were given as. Rescaling and normalization
         are left to the caller.
     """
@@ -56,9 +56,9 @@ class RGBImage:
 
 class FusionImageProcessor(PilBackend):
     """
-    Makes `pixel_values` of shape `(num_images, 5, 3, height, width)` from pictures of any size.
+    Makes `pixel_values` of shape `(num_images, 5, 3, height, width)` from images of any size.
 
-    The picture is resized with PIL's bicubic filter, aspect ratio ignored, to twice `size` and cut into four tiles in
+    The image is resized with PIL's bicubic filter, aspect ratio ignored, to twice `size` and cut into four tiles in
     row-major order, and to `size` for the overview, which comes last. Then `/ 255`, minus `image_mean`, divided by
     `image_std`; without both (`do_rescale=False, do_normalize=False`) pixels stay as they were given. Alpha is
     dropped, 16-bit grey is scaled to 8 bits, the first frame of an animation is taken.
@@ -154,7 +154,7 @@ class FusionImageProcessor(PilBackend):
         image: Image.Image, size: SizeDict, resample: PILImageResampling, out: np.ndarray | None = None
     ) -> np.ndarray:
         """
-        An RGB picture as bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview. They are
+        An RGB image as bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview. They are
         written into `out`, if it is given.
         """
         height, width = size.height, size.width
@@ -235,7 +235,7 @@ def _check_settings(
         ValueError: names the setting.
     """
     if not do_resize:
-        raise ValueError(f"do_resize is {do_resize}; allowed: True. The tiles are cut from a resized picture.")
+        raise ValueError(f"do_resize is {do_resize}; allowed: True. The tiles are cut from a resized image.")
     if not size.height or not size.width:
         raise ValueError(f"size is {dict(size)}; allowed: a height and a width.")
     for name, value in (("do_center_crop", do_center_crop), ("do_pad", do_pad)):

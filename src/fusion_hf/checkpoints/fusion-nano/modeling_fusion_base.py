@@ -107,7 +107,7 @@ class LossCounts(NamedTuple):
 
     labels: torch.Tensor
     instruct_tokens: torch.Tensor
-    pictures: torch.Tensor
+    images: torch.Tensor
 
 
 class MappingLossGradient(torch.autograd.Function):

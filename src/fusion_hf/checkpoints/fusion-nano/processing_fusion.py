@@ -1,4 +1,4 @@
-"""Chats and pictures to FUSION's inputs: chat templates, image and latent blocks, questions, prompt ends.
+"""Chats and images to FUSION's inputs: chat templates, image and latent blocks, questions, prompt ends.
 
 The sequence is what the authors' LLM reads (FUSION, arXiv 2504.09925, and their code): image block, latent block of
 turn 1, question 1, then latent block and question of each further turn.
@@ -7,31 +7,30 @@ turn 1, question 1, then latent block and question of each further turn.
 import copy
 import re
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from .chat_fusion import (
-    BREAK,
     CHAT_FORMATS,
     IMAGE_TOKEN,
     LATENT_TOKEN,
     MARKS,
-    REPEATED,
     VISION_BLOCKS,
-    address_of,
-    break_up,
-    check_messages,
+    ChatFormat,
+    TextProtector,
     check_tokenizer,
     derive_chat_format,
-    protect_all,
+    join_questions,
+    prepare_messages,
     require_question,
 )
-from .compatibility_fusion import as_dicts
 from .configuration_fusion import FusionConfig, is_perfect_square
 from .image_sources_fusion import defer_images, is_group
+from .prompt_tokens_fusion import PromptTokens, describe_replacement, pad_rows, shift_offsets, tokenize_alone
 
 # of what the processor gives, what the model can find in the ids as well
 TURN_INPUTS = ("instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
@@ -57,7 +56,7 @@ class FusionProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): default: the one of `chat_format`.
         chat_format (`str`, *optional*): headers and separators of the backbone, a key of `CHAT_FORMATS`; default: the
             one whose tokens the tokenizer knows.
-        num_image_tokens (`int`, *optional*): image tokens that the LLM reads per picture. There is a default, 729, for
+        num_image_tokens (`int`, *optional*): image tokens that the LLM reads per image. There is a default, 729, for
             tiles of 384 pixels only.
         query_len (`int`): default number of latent tokens per turn.
         instruct_pad_token_id (`int`): padding of the question, and ignored in it.
@@ -154,7 +153,7 @@ class FusionProcessor(ProcessorMixin):
         Messages (or a list of conversations) to text or, with `tokenize=True, return_dict=True`, to model inputs.
 
         A message's content is a string or a list of `{"type": "text", "text": ...}` and one
-        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one picture; it is read
+        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one image; it is read
         where training puts it, see [`CHAT_FORMATS`]. What looks like a control token in a message stays text; with
         `sanitize_control_tokens=True` so does every special token that a user added. `query_len`, `image_token_grid`
         and `process_images` are those of the call; with `process_images=False`, an image block needs no image.
@@ -165,8 +164,9 @@ class FusionProcessor(ProcessorMixin):
         self.count_image_tokens(image_token_grid)
         # transformers' own way breaks offsets, and lacks in older releases: texts are protected here anyway
         sanitize = bool(kwargs.pop("sanitize_control_tokens", False))
+        protector = TextProtector(self.tokenizer, sanitize)
         if sanitize:
-            kwargs = protect_all(kwargs, self.tokenizer, sanitize)
+            kwargs = protector.protect_all(kwargs)
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         query_len = processor_kwargs.get("query_len") if query_len is None else query_len
         is_list = isinstance(conversation, (list, tuple)) and bool(conversation)
@@ -174,7 +174,7 @@ class FusionProcessor(ProcessorMixin):
         prepared = []
         for number, messages in enumerate(conversation if batched else [conversation]):
             where = f"conversation[{number}]." if batched else ""
-            prepared.append(self._prepare_messages(messages, sanitize, where, keep_images=process_images))
+            prepared.append(prepare_messages(messages, protector, where, keep_images=process_images))
             if kwargs.get("add_generation_prompt"):
                 require_question(prepared[-1], where)
         length = self.query_len if query_len is None else _checked_query_len(query_len)
@@ -192,7 +192,7 @@ class FusionProcessor(ProcessorMixin):
         if not process_images:
             processor_kwargs["process_images"] = False
         if self.returns_turns:
-            processor_kwargs.setdefault("questions", [_join_questions(messages) for messages in prepared])
+            processor_kwargs.setdefault("questions", [join_questions(messages) for messages in prepared])
         if image_token_grid is not None:
             processor_kwargs["image_token_grid"] = image_token_grid
         return super().apply_chat_template(
@@ -208,7 +208,7 @@ class FusionProcessor(ProcessorMixin):
         Raises:
             ValueError: if it does not write the chat format's assistant header.
         """
-        header = CHAT_FORMATS[self.chat_format].assistant_header
+        header = self._format.assistant_header
         if header.replace("\n", "\\n") in template:
             return
         options = {"chat_template": chat_template, **kwargs, **AS_TEXT}
@@ -233,7 +233,7 @@ class FusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Prompts, as `apply_chat_template` writes them, and one picture for each `<image>` in them.
+        Prompts, as `apply_chat_template` writes them, and one image for each `<image>` in them.
 
         A single `<latent_image>` stands for a block of `query_len`, `<image>` for `image_token_grid ** 2` image tokens
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
@@ -244,16 +244,12 @@ class FusionProcessor(ProcessorMixin):
         taken, opened or resized, and there are no `pixel_values`.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
-        `prompt_end_positions` `(B, R)` and, if there is a picture, `pixel_values` `(B, 5, 3, H, W)`.
+        `prompt_end_positions` `(B, R)` and, if there is an image, `pixel_values` `(B, 5, 3, H, W)`.
 
         Raises:
             ValueError: for counts that disagree, and prompts longer than `tokenizer.model_max_length`; names both.
         """
-        if image_token_grid is not None:
-            # a copy that other threads do not see: transformers asks `replace_image_token`, which knows no call's grid
-            resized = copy.copy(self)
-            resized.num_image_tokens = self.count_image_tokens(image_token_grid)
-            return resized(images, text, query_len, questions=questions, process_images=process_images, **kwargs)
+        num_image_tokens = self.count_image_tokens(image_token_grid)
         if questions is not None and not self.returns_turns:
             raise ValueError(
                 "`questions` must be None for a processor `without_turns()`: the model finds them in ids."
@@ -264,77 +260,114 @@ class FusionProcessor(ProcessorMixin):
             return super().__call__(images=None if images is None else defer_images(images), **kwargs)
         if not isinstance(text, (str, list, tuple)) or text in ([], ()):
             raise ValueError(f"`text` must be a string or a list of one or more strings, got {text!r}.")
-        length = self.query_len if query_len is None else _checked_query_len(query_len)
-        given = [text] if isinstance(text, str) else text
-        begins = [bool(self.begin) and isinstance(t, str) and t.startswith(self.begin) for t in given]
         text_kwargs = kwargs.get("text_kwargs", {}) | kwargs.get("common_kwargs", {}) | kwargs
-        if all(begins) or (any(begins) and text_kwargs.get("add_special_tokens", True)):
-            # as the authors' tokenizer: the text without its first token, which is put before the ids, once
-            kwargs = _without(kwargs, "add_special_tokens") | {"add_special_tokens": True}
-            given = [t.removeprefix(self.begin) if begin else t for t, begin in zip(given, begins, strict=True)]
-        else:
-            begins = [False] * len(given)
-        texts = [self._arrange(t, length, strict=query_len is not None) for t in given]
-        shifts = [len(self._prefix(t)) - begin * len(self.begin) for t, begin in zip(given, begins, strict=True)]
+        given, kwargs = self._without_first_token([text] if isinstance(text, str) else list(text), text_kwargs, kwargs)
+        prompts = [self._arrange(*each, query_len, num_image_tokens) for each in given]
+        texts = [prompt.text for prompt in prompts]
         if any(IMAGE_TOKEN in t and LATENT_TOKEN not in t for t in texts):
             warnings.warn(NO_LATENTS, stacklevel=2)
-        flat_images = defer_images(images)
         if process_images:
             _check_images(images, texts)
         tensors = text_kwargs.get("return_tensors")
         kwargs = _without(kwargs, "return_tensors")
-        if tensors is not None and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
-            kwargs["padding"] = True
-        kwargs["return_offsets_mapping"] = True
-        kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "return_tensors": "np"}  # one array, not a list
-        pixels = super().__call__(images=flat_images, **kwargs) if flat_images else {}
-        expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for t in texts]
-        features = super().__call__(text=list(expanded), **kwargs)
+        flat_images, data = defer_images(images), {}
+        if flat_images:  # as one array, not a list
+            images_kwargs = {**kwargs.get("images_kwargs", {}), "return_tensors": "np"}
+            pixels = super().__call__(images=flat_images, **kwargs | {"images_kwargs": images_kwargs})["pixel_values"]
+            data["pixel_values"] = _one_per_sample(pixels, [IMAGE_TOKEN in t for t in texts])
+        rows = self._tokenize(prompts, tensors is not None, text_kwargs, kwargs)
+        data = self._outputs(prompts, rows, questions, text_kwargs) | data
+        return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _without_first_token(
+        self, texts: list[Any], text_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[Any, bool]], dict[str, Any]]:
+        """
+        Texts without the tokenizer's first token, each with whether it had one, and the arguments to tokenize them.
+
+        The tokenizer puts it before the ids, once, as that of the authors does.
+        """
+        begins = [bool(self.begin) and isinstance(text, str) and text.startswith(self.begin) for text in texts]
+        if not all(begins) and not (any(begins) and text_kwargs.get("add_special_tokens", True)):
+            return [(text, False) for text in texts], kwargs
+        kwargs = _without(kwargs, "add_special_tokens") | {"add_special_tokens": True}
+        pairs = zip(texts, begins, strict=True)
+        return [(text.removeprefix(self.begin) if begin else text, begin) for text, begin in pairs], kwargs
+
+    def _tokenize(
+        self, prompts: list["_ArrangedText"], needs_padding: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> list[PromptTokens]:
+        """
+        Tokens of prompts, padded as the arguments say, or where they become tensors.
+
+        Raises:
+            ValueError: for a prompt that is longer than the tokenizer's maximum.
+        """
+        if needs_padding and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
+            kwargs = kwargs | {"padding": True}
+        kwargs = kwargs | {"return_offsets_mapping": True}
+        features = super().__call__(text=[prompt.expanded for prompt in prompts], **kwargs)
         columns = (features[name] for name in ("input_ids", "attention_mask", "offset_mapping"))
-        chat_format = CHAT_FORMATS[self.chat_format]
+        before_answer, begins_with_answer = self._format.before_answer, self._format.begins_with_answer
         rows = [
-            _drop_tokens(_Tokens(*row), t, len(chat_format.before_answer) * chat_format.begins_with_answer(t_given))
-            for *row, t, t_given in zip(*columns, expanded, given, strict=True)
+            PromptTokens(*row).drop(prompt.expanded, len(before_answer) * begins_with_answer(prompt.given))
+            for *row, prompt in zip(*columns, prompts, strict=True)
         ]
         padding = {**self.tokenizer.init_kwargs, **text_kwargs, **kwargs}.get("padding")
         padded = len(features["input_ids"][0])
         if padding not in (None, False, DO_NOT_PAD) and any(len(row.ids) < padded for row in rows):
+            # without the tokens that were dropped, rows differ in length again
             fixed = padding == MAX_LENGTH or text_kwargs.get("pad_to_multiple_of")
             length = padded if fixed else max(sum(row.mask) for row in rows)
             on_left = text_kwargs.get("padding_side", self.tokenizer.padding_side) == "left"
-            rows = [self._pad_again(row, length, on_left) for row in rows]
+            rows = [row.pad(length, self.tokenizer.pad_token_id, on_left) for row in rows]
         if not text_kwargs.get("truncation"):
             self._check_length(rows)
+        return rows
+
+    def _outputs(
+        self,
+        prompts: list["_ArrangedText"],
+        rows: list[PromptTokens],
+        questions: str | list[str] | None,
+        text_kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """What a call returns beside the images."""
         data: dict[str, Any] = {
             "input_ids": [row.ids for row in rows],
             "attention_mask": [row.mask for row in rows],
         }
         if self.returns_turns:
-            data |= self._questions(texts, questions)
-            ends = _pad([self._prompt_ends(*pair) for pair in zip(rows, expanded, strict=True)], -1)
+            data |= self._questions([prompt.text for prompt in prompts], questions)
+            pairs = zip(rows, prompts, strict=True)
+            ends = pad_rows([self._prompt_ends(row, prompt.expanded) for row, prompt in pairs], -1)
             # of whole numbers, even where there are no turns
-            whole = ends if tensors is None else np.array(ends, dtype=np.int64).reshape(len(rows), -1)
+            is_array = text_kwargs.get("return_tensors") is not None
+            whole = np.array(ends, dtype=np.int64).reshape(len(rows), -1) if is_array else ends
             data["prompt_end_positions"] = whole
-        if flat_images:
-            data["pixel_values"] = _one_per_sample(pixels["pixel_values"], [IMAGE_TOKEN in t for t in texts])
         if text_kwargs.get("return_offsets_mapping"):
-            if any(_order_marks(t) != t for t in given):
+            if any(_order_marks(prompt.given) != prompt.given for prompt in prompts):
                 raise ValueError(
                     f"`return_offsets_mapping` needs a text in FUSION's order, with {IMAGE_TOKEN} before the first "
                     f"{LATENT_TOKEN}. Write it with FUSION's chat template."
                 )
             # character spans in the prompt as it was given, without the prefix and with its first token
-            pairs = zip(rows, shifts, strict=True)
-            data["offset_mapping"] = [_shifted(row.offsets, n) for row, n in pairs]
+            pairs = zip(rows, prompts, strict=True)
+            data["offset_mapping"] = [shift_offsets(row.offsets, prompt.shift) for row, prompt in pairs]
         if text_kwargs.get("return_text_replacement_offsets"):
-            count = self.num_image_tokens
-            data["text_replacement_offsets"] = [_replacement(*pair, count) for pair in zip(texts, shifts, strict=True)]
+            data["text_replacement_offsets"] = [
+                describe_replacement(prompt.text, prompt.shift, prompt.num_image_tokens) for prompt in prompts
+            ]
         if text_kwargs.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
-        return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        return data
+
+    @property
+    def _format(self) -> ChatFormat:
+        return CHAT_FORMATS[self.chat_format]
 
     def count_image_tokens(self, image_token_grid: int | None = None) -> int:
-        """Image tokens of one picture: of the given grid, or `num_image_tokens`. The model knows how many it can give.
+        """Image tokens of one image: of the given grid, or `num_image_tokens`. The model knows how many it can give.
 
         Raises:
             ValueError: if what is given is no whole number from 1.
@@ -348,7 +381,7 @@ class FusionProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, image_token_grid: int | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Image tokens and entries of `pixel_values` that pictures of these sizes take; one entry holds all tiles."""
+        """Image tokens and entries of `pixel_values` that images of these sizes take; one entry holds all tiles."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
@@ -363,35 +396,16 @@ class FusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return IMAGE_TOKEN * self.num_image_tokens
 
-    def _prepare_messages(self, messages: Any, sanitize: bool, where: str, keep_images: bool) -> list[dict[str, Any]]:
+    def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_ArrangedText":
         """
-        Copies of the messages as lists of blocks: one protected text each, behind the image of its message or, unless
-        images are kept, behind a block that only says where the image is.
-        """
-        prepared, pictures = [], 0
-        messages = as_dicts(messages)
-        check_messages(messages, where)
-        for message in messages:
-            content = message["content"]
-            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            images = [_as_image_block(block) for block in blocks if block["type"] != "text"]
-            pictures += sum(not image.get(REPEATED) for image in images)
-            if not keep_images:
-                images = [{"type": "image"} for _ in images]
-            # joined before they are protected: two blocks could hold the halves of a mark
-            text = "".join(block["text"] for block in blocks if block["type"] == "text")
-            text = protect_all(text.strip() if images else text, self.tokenizer, sanitize)
-            others = {name: value for name, value in message.items() if name not in ("role", "content")}
-            others = protect_all(others, self.tokenizer, sanitize)
-            prepared.append({"role": message["role"], **others, "content": [*images, {"type": "text", "text": text}]})
-        if pictures > 1:
-            raise ValueError(f"{where}messages has {pictures} images; FUSION reads 1.")
-        return prepared
+        Image mark first, latent marks as whole blocks, the family's prefix in front.
 
-    def _arrange(self, text: str, query_len: int, strict: bool) -> str:
-        """Image mark first, latent marks as whole blocks, the family's prefix in front."""
+        Raises:
+            ValueError: for what is no text, several image marks, and blocks that are not of the length of the call.
+        """
         if not isinstance(text, str):
             raise ValueError(f"text holds a {type(text).__name__}; allowed: a string or a list of strings.")
+        length = self.query_len if query_len is None else _checked_query_len(query_len)
         marks = MARKS.findall(text)
         if marks.count(IMAGE_TOKEN) > 1:
             raise ValueError(f"A prompt has {marks.count(IMAGE_TOKEN)} {IMAGE_TOKEN} marks; FUSION reads 1 image.")
@@ -400,29 +414,25 @@ class FusionProcessor(ProcessorMixin):
                 continue
             count = len(mark) // len(LATENT_TOKEN)
             if count == 1:
-                marks[number] = LATENT_TOKEN * query_len
-            elif strict and count != query_len:
-                raise ValueError(f"A latent block has {count} tokens, but query_len is {query_len}.")
+                marks[number] = LATENT_TOKEN * length
+            elif query_len is not None and count != length:
+                raise ValueError(f"A latent block has {count} tokens, but query_len is {length}.")
         ordered = iter(marks)
-        return self._prefix(text) + _order_marks(MARKS.sub(lambda _: next(ordered), text))
+        prefix = self._prefix(text)
+        arranged = prefix + _order_marks(MARKS.sub(lambda _: next(ordered), text))
+        shift = len(prefix) - len(self.begin) * has_begin
+        return _ArrangedText(text, arranged, shift, num_image_tokens)
 
     def _prefix(self, text: str) -> str:
         """What the tokenizer must see before a text, to give it the ids that it has in a conversation."""
-        if CHAT_FORMATS[self.chat_format].begins_with_answer(text):
-            return CHAT_FORMATS[self.chat_format].before_answer
+        if self._format.begins_with_answer(text):
+            return self._format.before_answer
+        if not self._format.prompt_prefix:
+            return ""
         begins_special = text.startswith(tuple(t.content for t in self.tokenizer.added_tokens_decoder.values()))
-        return CHAT_FORMATS[self.chat_format].prompt_prefix if begins_special else ""
+        return self._format.prompt_prefix if begins_special else ""
 
-    def _pad_again(self, row: "_Tokens", length: int, on_left: bool) -> "_Tokens":
-        """The attended tokens of a row, padded to `length`."""
-        attended = [i for i, mask in enumerate(row.mask) if mask]
-        missing = length - len(attended)
-        kept = _Tokens([row.ids[i] for i in attended], [1] * len(attended), [row.offsets[i] for i in attended])
-        added = _Tokens([self.tokenizer.pad_token_id] * missing, [0] * missing, [(0, 0)] * missing)
-        first, second = (added, kept) if on_left else (kept, added)
-        return _Tokens(first.ids + second.ids, first.mask + second.mask, first.offsets + second.offsets)
-
-    def _check_length(self, rows: list["_Tokens"]) -> None:
+    def _check_length(self, rows: list[PromptTokens]) -> None:
         longest, most = max(sum(row.mask) for row in rows), self.tokenizer.model_max_length
         if longest > most:
             raise ValueError(f"A prompt has {longest} tokens; allowed: tokenizer.model_max_length = {most}.")
@@ -430,20 +440,20 @@ class FusionProcessor(ProcessorMixin):
     def _questions(self, texts: list[str], given: str | list[str] | None) -> dict[str, list[list[int]]]:
         """The questions of each prompt, tokenised on their own; a prompt without image has none."""
         if given is not None:
-            questions = [break_up(q, self.tokenizer) for q in ([given] if isinstance(given, str) else given)]
+            questions = list(map(TextProtector(self.tokenizer).break_up, [given] if isinstance(given, str) else given))
         else:
             questions = [self._find_question(text) if IMAGE_TOKEN in text else "" for text in texts]
         if len(questions) != len(texts):
             raise ValueError(f"`questions` must hold a text for each of {len(texts)} prompts, got {len(questions)}.")
         rows = tokenize_alone(questions, self.tokenizer)
         rows = [ids if IMAGE_TOKEN in text else [] for ids, text in zip(rows, texts, strict=True)]
-        ids = _pad([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)
+        ids = pad_rows([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)
         mask = [[int(i != self.instruct_pad_token_id) for i in row] for row in ids]
         return {"instruct_input_ids": ids, "instruct_attention_mask": mask}
 
     def _find_question(self, text: str) -> str:
         """The user messages of a prompt with an image."""
-        chat_format = CHAT_FORMATS[self.chat_format]
+        chat_format = self._format
         # the last user message may be open, to be continued
         end = f"(?:{re.escape(chat_format.turn_end)}|{re.escape(chat_format.assistant_header)}|\\Z)"
         turns = re.findall(re.escape(chat_format.user_header) + "(.*?)" + end, text, re.DOTALL)
@@ -457,12 +467,12 @@ class FusionProcessor(ProcessorMixin):
             turns = re.split(end, text[[mark.end() for mark in VISION_BLOCKS.finditer(text)][-1] :])[:1]
         return "".join(VISION_BLOCKS.sub("", turn).strip() for turn in turns)
 
-    def _prompt_ends(self, row: "_Tokens", text: str) -> list[int]:
+    def _prompt_ends(self, row: PromptTokens, text: str) -> list[int]:
         """Index of the last token of each assistant header; of the prompt, if it has no header but a latent block."""
         attended = [i for i, mask in enumerate(row.mask) if mask]
         if LATENT_TOKEN not in text or not attended:
             return []
-        header = CHAT_FORMATS[self.chat_format].assistant_header
+        header = self._format.assistant_header
         ends = [match.end() for match in re.finditer(re.escape(header), text)]
         if not ends:
             blocks = len(re.findall(f"(?:{LATENT_TOKEN})+", text))
@@ -484,12 +494,19 @@ class FusionProcessor(ProcessorMixin):
         return found[: -(-kept // length)]
 
 
-class _Tokens(NamedTuple):
-    """One tokenised prompt: ids, attention mask, character spans."""
+@dataclass(frozen=True)
+class _ArrangedText:
+    """A text of a call, and what is tokenized for it."""
 
-    ids: list[int]
-    mask: list[int]
-    offsets: list[tuple[int, int]]
+    given: str  # without the tokenizer's first token
+    text: str  # with one image mark at most, in its place
+    shift: int  # characters before the text that the caller did not give, less those that were taken
+    num_image_tokens: int
+
+    @property
+    def expanded(self) -> str:
+        """The text with all image tokens."""
+        return self.text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
 
 
 def _order_marks(text: str) -> str:
@@ -497,11 +514,6 @@ def _order_marks(text: str) -> str:
     marks = sorted(MARKS.findall(text), key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
     ordered = iter(marks)
     return MARKS.sub(lambda _: next(ordered), text)
-
-
-def _join_questions(messages: list[dict[str, Any]]) -> str:
-    """What a conversation asks, of prepared messages."""
-    return "".join(message["content"][-1]["text"].strip() for message in messages if message["role"] == "user")
 
 
 def _default_image_tokens(image_processor: Any) -> int:
@@ -514,35 +526,11 @@ def _default_image_tokens(image_processor: Any) -> int:
     return DEFAULT_IMAGE_TOKENS
 
 
-def tokenize_alone(questions: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenize protected texts as the tokenizer does by default: the ids that guide the vision tower."""
-    encoded = tokenizer(questions, return_offsets_mapping=True, padding=False)
-    columns = zip(encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"], questions, strict=True)
-    return [_drop_tokens(_Tokens(*tokens), question).ids for *tokens, question in columns]
-
-
-def _drop_tokens(row: "_Tokens", text: str, begin: int = 0) -> "_Tokens":
-    """Without the tokens that begin before the character `begin`, and those that cover nothing but a `BREAK`."""
-    breaks = {i for i, character in enumerate(text) if character == BREAK} if BREAK in text else ()
-    if not breaks and not begin:
-        return row
-    is_break = [start in breaks and end == start + 1 for start, end in row.offsets]
-    kept = [i for i, (start, end) in enumerate(row.offsets) if not is_break[i] and (start >= begin or start == end)]
-    return _Tokens([row.ids[i] for i in kept], [row.mask[i] for i in kept], [row.offsets[i] for i in kept])
-
-
 def _checked_query_len(query_len: int) -> int:
     is_number = isinstance(query_len, (int, np.integer)) and not isinstance(query_len, bool)
     if not is_number or not is_perfect_square(query_len):
         raise ValueError(f"query_len is {query_len!r}; allowed: a perfect square (1, 4, 9, 16, ...).")
     return query_len
-
-
-def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's `image_url` block, and one of datasets with `bytes` and `path`, as the ecosystem's `image` block."""
-    if block["type"] == "image_url":
-        return {"type": "image", "url": address_of(block)}
-    return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block
 
 
 def _check_images(images: Any, texts: list[str]) -> None:
@@ -578,27 +566,8 @@ def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: _without(v, name) if isinstance(v, dict) else v for k, v in kwargs.items() if k != name}
 
 
-def _pad(rows: list[list[int]], value: int) -> list[list[int]]:
-    longest = max(map(len, rows))
-    return [row + [value] * (longest - len(row)) for row in rows]
-
-
-def _shifted(offsets: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Character spans, in a text without the first `count` characters, or with as many more; padding has none."""
-    return [(max(start - count, 0), max(end - count, 0)) if end > start else (0, 0) for start, end in offsets]
-
-
-def _replacement(text: str, shift: int, count: int) -> list[dict[str, Any]]:
-    """What transformers says of an image mark that became `count` tokens, with `shift` characters less before it."""
-    found, block = re.search(IMAGE_TOKEN, text), IMAGE_TOKEN * count
-    if found is None:
-        return []
-    spans = _shifted([found.span(), (found.start(), found.start() + len(block))], shift)
-    return [dict(zip(("span", "new_span"), spans, strict=True), type="image", text=IMAGE_TOKEN, replacement=block)]
-
-
 def _one_per_sample(pixel_values: np.ndarray, has_image: list[bool]) -> np.ndarray:
-    """Align pictures `(n, ...)` with samples `(B, ...)`: zeros, mid grey, for a sample without one."""
+    """Align images `(n, ...)` with samples `(B, ...)`: zeros, mid grey, for a sample without one."""
     if all(has_image):
         return pixel_values
     samples = np.zeros((len(has_image), *pixel_values.shape[1:]), dtype=pixel_values.dtype)

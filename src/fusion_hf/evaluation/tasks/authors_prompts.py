@@ -1,4 +1,4 @@
-"""The authors' prompts where they are not lmms-eval's: what they asked beside the picture, from a row of the data."""
+"""The authors' prompts where they are not lmms-eval's: what they asked beside the image, from a row of the data."""
 
 import ast
 from typing import Any
@@ -60,5 +60,5 @@ def textvqa(row: Row) -> str:
 
 
 def textvqa_ocr(row: Row) -> str:
-    """With the words that an OCR system has read in the picture."""
+    """With the words that an OCR system has read in the image."""
     return f"{row['question']}\nReference OCR token: {', '.join(row['ocr_tokens'])}\n{WORD}"

@@ -1,4 +1,4 @@
-"""Local rows whose pictures are inside them: what a file names elsewhere, on disk or in the network, is not opened."""
+"""Local rows whose images are inside them: what a file names elsewhere, on disk or in the network, is not opened."""
 
 from uuid import uuid4
 
@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 BYTES, PATH = "bytes", "path"
-PICTURE = pa.struct([(BYTES, pa.binary()), (PATH, pa.string())])  # as `datasets.Image` stores it
+IMAGE_TYPE = pa.struct([(BYTES, pa.binary()), (PATH, pa.string())])  # as `datasets.Image` stores it
 
 
-def is_picture(kind: pa.DataType) -> bool:
-    """Whether a column's type is that of encoded pictures."""
+def is_image(kind: pa.DataType) -> bool:
+    """Whether a column's type is that of encoded images."""
     if not pa.types.is_struct(kind):
         return False
     names = {kind.field(place).name for place in range(kind.num_fields)}
@@ -22,17 +22,17 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-def local_pictures(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The same rows, where columns of pictures, and nothing else, are decoded, and pictures are without a path.
+def local_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The same rows, where columns of images, and nothing else, are decoded, and images are without a path.
 
     The files' own say on how columns are decoded is not heard.
     """
     columns, features = {}, {}
     for name, column in zip(dataset.data.column_names, dataset.data.columns, strict=True):
-        if is_picture(column.type):
+        if is_image(column.type):
             column = _each(column, _without_path)
             features[name] = datasets.Image()
-        elif is_list(column.type) and is_picture(column.type.value_type):
+        elif is_list(column.type) and is_image(column.type.value_type):
             column = _each(column, _lists_without_path)
             features[name] = datasets.List(datasets.Image())
         columns[name] = column
@@ -48,15 +48,15 @@ def _each(column: pa.ChunkedArray, change) -> pa.ChunkedArray:
     return pa.chunked_array(chunks) if chunks else column
 
 
-def _without_path(pictures: pa.StructArray) -> pa.StructArray:
-    """A picture without bytes is then none at all, and opening it an error; a row without a picture stays one."""
-    encoded = pictures.field(BYTES).cast(pa.binary())
-    paths = pa.nulls(len(pictures), pa.string())
-    return pa.StructArray.from_arrays([encoded, paths], fields=list(PICTURE), mask=pictures.is_null())
+def _without_path(images: pa.StructArray) -> pa.StructArray:
+    """An image without bytes is then none at all, and opening it an error; a row without an image stays one."""
+    encoded = images.field(BYTES).cast(pa.binary())
+    paths = pa.nulls(len(images), pa.string())
+    return pa.StructArray.from_arrays([encoded, paths], fields=list(IMAGE_TYPE), mask=images.is_null())
 
 
 def _lists_without_path(lists: pa.ListArray) -> pa.ListArray:
     begin, end = lists.offsets[0].as_py(), lists.offsets[-1].as_py()
     offsets = pc.subtract(lists.offsets, lists.offsets[0]).cast(pa.int32())
-    pictures = _without_path(lists.values.slice(begin, end - begin))
-    return pa.ListArray.from_arrays(offsets, pictures, mask=lists.is_null())
+    images = _without_path(lists.values.slice(begin, end - begin))
+    return pa.ListArray.from_arrays(offsets, images, mask=lists.is_null())

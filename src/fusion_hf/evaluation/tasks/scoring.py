@@ -10,12 +10,12 @@ from lmms_eval.tasks.mmvp.utils import mmvp_process_results
 from PIL import Image
 
 from fusion_hf.evaluation.benchmarks import PERCENT
-from fusion_hf.evaluation.tasks.local_rows import local_pictures
+from fusion_hf.evaluation.tasks.local_rows import local_images
 
 Row = dict[str, Any]
 # `Index` -> label as MMVP was first published. lmms-lab-eval/MMVP has the other one of the two.
 MMVP_ORIGINAL_LABELS = {99: "(a)", 100: "(b)", 279: "(a)", 280: "(b)"}
-SEED_IMAGE = "image"  # `data_type` of questions about one picture
+SEED_IMAGE = "image"  # `data_type` of questions about one image
 
 
 def mmvp_original_labels(doc: Row, results: list[str]) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def mmvp_original_labels(doc: Row, results: list[str]) -> dict[str, Any]:
     return mmvp_process_results({**doc, "Correct Answer": label}, results)
 
 
-def mmmu_first_picture(doc: Row) -> list[Image.Image]:
-    """FUSION reads one picture: where a question has several, the authors' adapter showed the first."""
+def mmmu_first_image(doc: Row) -> list[Image.Image]:
+    """FUSION reads one image: where a question has several, the authors' adapter showed the first."""
     return [doc["image_1"].convert("RGB")]
 
 
@@ -39,9 +39,9 @@ def mmbench_cn_without_judge(results: list[Row], args: Namespace) -> float:
 
 
 def seed_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The questions about one picture."""
+    """The questions about one image."""
     chosen = [row for row, kind in enumerate(dataset["data_type"]) if kind == SEED_IMAGE]
-    return local_pictures(dataset.select(chosen))
+    return local_images(dataset.select(chosen))
 
 
 def mathvista_whole_precision(doc: Row, results: list[str]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Filters of the data engine: what is wrong with a record, in words."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import make_dataclass
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.filters.base import Filter
 from fusion_hf.synthesis.filters.contrast import ContrastFilter
@@ -47,14 +47,7 @@ def build_filter(name: str, settings: Mapping[str, Any], where: str) -> Filter:
     Raises:
         InputError: for an unknown setting, or a value that is not allowed.
     """
-    known = [entry.name for entry in fields(RULES[name])]
-    for setting in settings:
-        if setting not in known:
-            raise InputError(f"{where}: {name} has the setting {setting!r}; allowed: {', '.join(known) or 'none'}.")
-    try:
-        return RULES[name](**settings)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where}: {name}: {error}.") from error
+    return make_dataclass(RULES[name], settings, f"{where}: {name}")
 
 
 def first_problem(record: SynthRecord, filters: list[Filter]) -> SynthRecord:

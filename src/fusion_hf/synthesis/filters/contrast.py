@@ -3,12 +3,18 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from fusion_hf.synthesis.filters.words import content
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return value
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,7 @@ class ContrastFilter:
     """
 
     name: ClassVar[str] = "contrast"
-    least_alike: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.least_alike, (int, float)) or not 0 <= self.least_alike <= 1:
-            raise ValueError(f"least_alike is {self.least_alike!r}; allowed: a number from 0 to 1")
+    least_alike: Annotated[float, _share] = 0.5
 
     def check(self, record: SynthRecord) -> str | None:
         if len(record.descriptions) != 2:

@@ -43,10 +43,6 @@ class CountsFilter:
     name: ClassVar[str] = "counts"
     derived: bool = False
 
-    def __post_init__(self) -> None:
-        if type(self.derived) is not bool:
-            raise ValueError(f"derived is {self.derived!r}; allowed: true, false")
-
     def check(self, record: SynthRecord) -> str | None:
         for index, turn in enumerate(map(plain_turn, record.turns)):
             texts = _texts_for(record, turn)

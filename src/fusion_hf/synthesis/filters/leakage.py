@@ -30,10 +30,6 @@ class LeakageFilter:
     name: ClassVar[str] = "leakage"
     between: bool = True
 
-    def __post_init__(self) -> None:
-        if type(self.between) is not bool:
-            raise ValueError(f"between is {self.between!r}; allowed: true, false")
-
     def check(self, record: SynthRecord) -> str | None:
         turns = [plain_turn(turn) for turn in record.turns]
         for index, turn in enumerate(turns):

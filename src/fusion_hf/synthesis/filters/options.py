@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from fusion_hf.synthesis.choices import parse_choice, plain
 from fusion_hf.synthesis.filters.base import where
@@ -19,6 +19,18 @@ _REFERENCE = re.compile(
 )
 
 
+def _several(value: int) -> int:
+    if value < 2:
+        raise ValueError("a whole number from 2")
+    return value
+
+
+def _factor(value: float) -> float:
+    if value < 1:
+        raise ValueError("a number from 1")
+    return value
+
+
 @dataclass(frozen=True)
 class OptionsFilter:
     """
@@ -31,16 +43,9 @@ class OptionsFilter:
     """
 
     name: ClassVar[str] = "options"
-    least: int = 2
-    most: int = 6
-    longest: float = 3.0
-
-    def __post_init__(self) -> None:
-        for name in ("least", "most"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 2:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: a whole number from 2")
-        if isinstance(self.longest, bool) or not isinstance(self.longest, (int, float)) or self.longest < 1:
-            raise ValueError(f"longest is {self.longest!r}; allowed: a number from 1")
+    least: Annotated[int, _several] = 2
+    most: Annotated[int, _several] = 6
+    longest: Annotated[float, _factor] = 3.0
 
     def check(self, record: SynthRecord) -> str | None:
         for index, turn in enumerate(record.turns):

@@ -1,9 +1,9 @@
 """Unsafe and personal content, by rule."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from fusion_hf.synthesis.filters.words import singular, tokens
 from fusion_hf.synthesis.synth_record import SynthRecord
@@ -49,6 +49,12 @@ _PHONE_DIGITS = range(9, 16)  # a shorter number is a date, a score or a price
 _LUHN_FROM, _IBAN_REST, _IBAN_MODULUS = 13, 1, 97
 
 
+def _known_kind(kind: str) -> str:
+    if kind not in TERMS:
+        raise ValueError(", ".join(TERMS))
+    return kind
+
+
 @dataclass(frozen=True)
 class UnsafeFilter:
     """
@@ -61,18 +67,11 @@ class UnsafeFilter:
     """
 
     name: ClassVar[str] = "unsafe"
-    kinds: Sequence[str] = ()
-    more: Sequence[str] = ()
-    allowed: Sequence[str] = ()
+    kinds: tuple[Annotated[str, _known_kind], ...] = ()
+    more: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("kinds", "more", "allowed"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{name} is {value!r}; allowed: a list of texts")
-        for kind in self.kinds:
-            if kind not in TERMS:
-                raise ValueError(f"kinds has {kind!r}; allowed: {', '.join(TERMS)}")
         lists = {kind: TERMS[kind].split(",") for kind in self.kinds or TERMS}
         lists["a word of the settings"] = [term.lower() for term in self.more]
         terms = {term: kind for kind, words in lists.items() for term in words if term not in self.allowed}

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 from fusion_hf.synthesis.choices import plain, split_options
 from fusion_hf.synthesis.filters.base import where
@@ -28,6 +28,21 @@ LEAST_FUNCTION_WORDS = 3  # of another language, before they say something
 LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of its language's function words
 
 
+def _known_language(name: str) -> str:
+    if name not in FUNCTION_WORDS:
+        raise ValueError(", ".join(FUNCTION_WORDS))
+    return name
+
+
+def _range(bounds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError("a list of the least and the most words")
+    return bounds
+
+
+WordRange: TypeAlias = Annotated[tuple[int, ...], _range]
+
+
 @dataclass(frozen=True)
 class LanguageFilter:
     """
@@ -37,11 +52,7 @@ class LanguageFilter:
     """
 
     name: ClassVar[str] = "language"
-    language: str = "english"
-
-    def __post_init__(self) -> None:
-        if self.language not in FUNCTION_WORDS:
-            raise ValueError(f"language is {self.language!r}; allowed: {', '.join(FUNCTION_WORDS)}")
+    language: Annotated[str, _known_language] = "english"
 
     def check(self, record: SynthRecord) -> str | None:
         turns = "\n".join(f"{turn.question}\n{turn.answer}" for turn in record.turns)
@@ -76,16 +87,9 @@ class LengthFilter:
     """Least and most words of a question (with its options), an answer and a description."""
 
     name: ClassVar[str] = "length"
-    question: Sequence[int] = (1, 120)
-    answer: Sequence[int] = (1, 250)
-    description: Sequence[int] = (1, 300)
-
-    def __post_init__(self) -> None:
-        for name in ("question", "answer", "description"):
-            bounds = getattr(self, name)
-            whole = isinstance(bounds, (list, tuple)) and all(type(bound) is int for bound in bounds)
-            if not whole or len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
-                raise ValueError(f"{name} is {bounds!r}; allowed: a list of the least and the most words")
+    question: WordRange = (1, 120)
+    answer: WordRange = (1, 250)
+    description: WordRange = (1, 300)
 
     def check(self, record: SynthRecord) -> str | None:
         for number, text in enumerate(record.descriptions):

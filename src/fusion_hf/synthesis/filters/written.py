@@ -23,10 +23,6 @@ class WrittenTextFilter:
     name: ClassVar[str] = "written"
     same_case: bool = True
 
-    def __post_init__(self) -> None:
-        if type(self.same_case) is not bool:
-            raise ValueError(f"same_case is {self.same_case!r}; allowed: true, false")
-
     def check(self, record: SynthRecord) -> str | None:
         known = [self._plain(text) for description in record.descriptions for text in quoted(description)]
         if not known:

@@ -5,8 +5,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fusion_hf.drawing.drawn_images import COLORS, DIRECTIONS, MAX_COUNT, SHAPES, WORD_COLORS, WORDS
-from fusion_hf.drawing.drawn_questions import COLOR_FORMS, COUNT_FORMS, RELATION_FORM, RELATION_PHRASES, WORD_FORMS
-from fusion_hf.synthesis.procedural.scenes import EVERYTHING, LARGEST_NUMBER, PLACES, Scene, place_of, plural, spoken
+from fusion_hf.drawing.drawn_questions import (
+    COLOR_FORMS,
+    COUNT_FORMS,
+    RELATION_FORM,
+    RELATION_PHRASES,
+    WORD_FORMS,
+    plural,
+)
+from fusion_hf.synthesis.procedural.scenes import EVERYTHING, LARGEST_NUMBER, PLACES, Scene, place_of, spoken
 
 TRUE_SHARE = 1 / 2  # of questions of yes or no have the answer yes
 

@@ -24,7 +24,7 @@ from fusion_hf.drawing.drawn_images import (
     single_spec,
     spatial_spec,
 )
-from fusion_hf.drawing.drawn_questions import RELATION_PHRASES, drawn_caption
+from fusion_hf.drawing.drawn_questions import RELATION_PHRASES, drawn_caption, plural
 from fusion_hf.synthesis.filters.words import UNITS
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
@@ -65,10 +65,6 @@ WORDINGS = len(OPENINGS) * len(CLOSINGS)
 def spoken(count: int) -> str:
     """Write a number as a word."""
     return UNITS[count]
-
-
-def plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
 
 
 def listing(parts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+from fusion_hf.drawing.drawn_questions import plural
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.choices import Choice
 from fusion_hf.synthesis.procedural.scene_pairs import CHANGES, ScenePair
@@ -28,7 +29,6 @@ from fusion_hf.synthesis.procedural.scenes import (
     listing,
     pair_scene,
     place_of,
-    plural,
     reasoning_scene,
     shapes_scene,
     sign_scene,

@@ -21,15 +21,15 @@ def prepare_easy_vqa(folder: Path, task_name: str) -> Path:
         InputError: if the package `easy-vqa` is not installed.
     """
     try:
-        pictures = read_easy_vqa("test")
+        images = read_easy_vqa("test")
     except ImportError as error:
         raise InputError(f"The task easy_vqa cannot run: {error}") from error
     own = folder / task_name
     own.mkdir(parents=True, exist_ok=True)
     with (own / ROWS).open("w", encoding="utf-8") as stream:
-        for picture in pictures:
-            for question, answer in picture.questions:
-                row = {"image": str(picture.path.resolve()), "question": question, "answer": answer}
+        for image in images:
+            for question, answer in image.questions:
+                row = {"image": str(image.path.resolve()), "question": question, "answer": answer}
                 stream.write(json.dumps(row) + "\n")
     files = resources.files(__package__)
     with resources.as_file(files / FUNCTIONS) as functions:

@@ -8,8 +8,8 @@ YES_NO = ("yes", "no")
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    with Image.open(doc["image"]) as picture:
-        return [picture.convert("RGB")]
+    with Image.open(doc["image"]) as image:
+        return [image.convert("RGB")]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server with the settings that FUSION needs, behind [`Gate`]."""
+"""vLLM's OpenAI server with the settings that FUSION needs, behind [`RequestMiddleware`]."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.serving.connections import BoundedProtocol
 from fusion_hf.serving.server import address_of, listen
-from fusion_hf.vllm.gate import Gate, GateSettings
+from fusion_hf.vllm.request_middleware import MiddlewareSettings, RequestMiddleware
 from fusion_hf.vllm.settings import ENGINE_ARGUMENTS
 
 # one step of an accelerator may take several prompts, each as a whole; a CPU is busy with one
@@ -35,7 +35,7 @@ class ServerOptions:
     host: str
     port: int
     dtype: str
-    gate: GateSettings
+    middleware: MiddlewareSettings
     engine_arguments: Sequence[str] = ()
 
 
@@ -50,8 +50,8 @@ def serve(options: ServerOptions) -> None:
     cli_env_setup()
     listener = listen(options.host, options.port)
     address = address_of(listener)
-    gate = replace(options.gate, address=address)
-    gate.to_environment()
+    middleware = replace(options.middleware, address=address)
+    middleware.to_environment()
     arguments = parse(server_arguments(options))
     try:
         asyncio.run(run_server_worker(address, listener, arguments, http=BoundedProtocol))
@@ -63,13 +63,13 @@ def serve(options: ServerOptions) -> None:
 
 def server_arguments(options: ServerOptions) -> list[str]:
     """The command line for vLLM's server; the user's own arguments come last, and win."""
-    limits = options.gate.limits
+    limits = options.middleware.limits
     # the same answers as of FUSION's own server: the most likely one, unless a client asks for another
     defaults = {"temperature": 0.0, "max_new_tokens": limits.answer_tokens}
     length = model_length(options.model, limits.prompt_tokens + limits.answer_tokens)
     values: dict[str, Any] = {
         "model": options.model,
-        "served-model-name": options.gate.name,
+        "served-model-name": options.middleware.name,
         "host": options.host,
         "port": options.port,
         "dtype": options.dtype,
@@ -78,7 +78,7 @@ def server_arguments(options: ServerOptions) -> list[str]:
         "max-num-batched-tokens": max(length + limits.parallel, TOKENS_PER_STEP),
         "max-num-seqs": limits.parallel,
         "override-generation-config": json.dumps(defaults),
-        "middleware": f"{Gate.__module__}.{Gate.__qualname__}",
+        "middleware": f"{RequestMiddleware.__module__}.{RequestMiddleware.__qualname__}",
         "uvicorn-log-level": "warning",
     }
     flags = [f"--{'' if wanted else 'no-'}{name.replace('_', '-')}" for name, wanted in ENGINE_ARGUMENTS.items()]

@@ -1,4 +1,4 @@
-"""A client's picture: the bytes of a data URI, and the picture in them; nothing of a client names a file."""
+"""A client's image: the bytes of a data URI, and the image in them; nothing of a client names a file."""
 
 import base64
 import binascii
@@ -10,7 +10,7 @@ from fusion_hf.common.errors import short_name
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
-from fusion_hf.serving.errors import BAD_REQUEST, TOO_LARGE, ApiError
+from fusion_hf.serving.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from fusion_hf.serving.limits import Limits
 
 PARAM = "messages.content.image_url.url"
@@ -32,7 +32,7 @@ def decode_data_uri(uri: str, limits: Limits) -> bytes:
     """
     head = DATA_URI.match(uri)
     if head is None:
-        allowed = "data:image/png;base64,... or of another kind of picture"
+        allowed = "data:image/png;base64,... or of another kind of image"
         raise ApiError(BAD_REQUEST, f"The data URI begins with {short_name(uri)!r}; allowed: {allowed}.", PARAM)
     if (len(uri) - head.end()) // BASE64_CHARACTERS * BASE64_BYTES > limits.image_bytes + BASE64_BYTES:
         raise too_large(limits)
@@ -46,13 +46,13 @@ def decode_data_uri(uri: str, limits: Limits) -> bytes:
 
 
 def too_large(limits: Limits) -> ApiError:
-    """The error of a picture's file with too many bytes."""
-    return ApiError(TOO_LARGE, f"The picture is too large; allowed: {limits.image_bytes} bytes.", PARAM)
+    """The error of an image's file with too many bytes."""
+    return ApiError(TOO_LARGE, f"The image is too large; allowed: {limits.image_bytes} bytes.", PARAM)
 
 
-def decode_picture(content: bytes, processor: FusionImageProcessor, max_pixels: int) -> Image.Image:
+def decode_client_image(content: bytes, processor: FusionImageProcessor, max_pixels: int) -> Image.Image:
     """
-    The picture in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
+    The image in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
 
     Raises:
         ApiError: if it is none, is broken or has more than `max_pixels`.
@@ -67,5 +67,5 @@ def decode_picture(content: bytes, processor: FusionImageProcessor, max_pixels: 
 
 
 def not_usable(error: ImageError) -> ApiError:
-    """The error of a picture that cannot be opened or decoded."""
-    return ApiError(BAD_REQUEST, f"The picture cannot be used: {error.reason}.", PARAM)
+    """The error of an image that cannot be opened or decoded."""
+    return ApiError(BAD_REQUEST, f"The image cannot be used: {error.reason}.", PARAM)

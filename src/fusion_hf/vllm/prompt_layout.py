@@ -1,27 +1,35 @@
-"""Where the turns of a prompt are, found by ids alone: vLLM gives a model nothing else of a prompt without picture."""
+"""Where the turns of a prompt are, found by ids alone: vLLM gives a model nothing else of a prompt without image."""
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusion_hf.model.chat_fusion import BETWEEN_BLOCKS
-from fusion_hf.model.configuration_fusion import FusionConfig, is_perfect_square
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget, is_perfect_square
 from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
 
 
-class Turns(NamedTuple):
-    """A prompt's picture and questions: R turns, q latent tokens each."""
+class PromptLayout(NamedTuple):
+    """A prompt's image and questions: R turns, q latent tokens each."""
 
     num_image_tokens: int
     query_len: int  # 0 without a turn
     latent_positions: np.ndarray  # (R, q)
     prompt_end_positions: np.ndarray  # (R)
 
+    def check(self, budget: TokenBudget) -> None:
+        """Raise a `ValueError` unless the prompt's blocks are as long as the request says."""
+        if self.query_len not in (0, budget.query_len):
+            raise ValueError(f"A latent block has {self.query_len} tokens, but query_len is {budget.query_len}.")
+        if self.num_image_tokens not in (0, budget.num_image_tokens):
+            found = f"{self.num_image_tokens} image tokens ({isqrt(self.num_image_tokens)} a side)"
+            raise ValueError(f"A prompt has {found}, but image_token_grid is {budget.image_token_grid}.")
+
 
 @dataclass(frozen=True)
-class PromptReader:
+class PromptParser:
     """
     image_token_id, latent_token_id: the placeholders.
     header: what marks an assistant header: its ids without the last, which may be joined with what follows.
@@ -34,12 +42,12 @@ class PromptReader:
     header_length: int
 
     @classmethod
-    def of(cls, config: FusionConfig, processor: FusionProcessor) -> "PromptReader":
+    def of(cls, config: FusionConfig, processor: FusionProcessor) -> "PromptParser":
         header = CHAT_FORMATS[processor.chat_format].assistant_header
         ids = processor.tokenizer(header, add_special_tokens=False)["input_ids"]
         return cls(config.image_token_id, config.latent_token_id, tuple(ids[:-1] or ids), len(ids))
 
-    def read(self, ids: list[int]) -> Turns:
+    def read(self, ids: list[int]) -> PromptLayout:
         """The turns of a whole prompt: its latent blocks and the ends of its assistant headers, in order.
 
         Raises:
@@ -52,7 +60,7 @@ class PromptReader:
         if len(latent) == 0:
             if len(image):
                 raise ValueError(f"A prompt has {len(image)} image tokens, but no latent block.")
-            return Turns(0, 0, np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64))
+            return PromptLayout(0, 0, np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64))
         if len(image) and image[-1] > latent[0]:
             raise ValueError("The image must come before the first latent block.")
         blocks = np.split(latent, np.flatnonzero(np.diff(latent) > 1) + 1)
@@ -62,7 +70,7 @@ class PromptReader:
         ends = self._ends(array, np.concatenate([image, latent]))
         if len(ends) != len(blocks):
             raise ValueError(f"A prompt has {len(blocks)} latent blocks for {len(ends)} turns.")
-        return Turns(len(image), lengths[0], np.stack(blocks), ends)
+        return PromptLayout(len(image), lengths[0], np.stack(blocks), ends)
 
     def _ends(self, ids: np.ndarray, marks: np.ndarray) -> np.ndarray:
         """The end of the first header behind the blocks of each turn, (R); `marks`: where image and latents are."""
@@ -83,29 +91,19 @@ class PromptReader:
         return np.array(ends)
 
 
-class RequestBudget(NamedTuple):
-    """How many tokens one request spends on its picture."""
+def request_budget(config: FusionConfig, query_len: Any = None, image_token_grid: Any = None) -> TokenBudget:
+    """
+    Complete and check how many tokens a request spends on its image.
 
-    query_len: int
-    image_token_grid: int
+    Args:
+        config: The model's, whose numbers stand for those that a request does not give.
+        query_len, image_token_grid: What a client sent.
 
-    @classmethod
-    def of(cls, config: FusionConfig, query_len: object = None, image_token_grid: object = None) -> "RequestBudget":
-        """What a request asks for, else the model's own.
-
-        Raises:
-            ValueError: for a number of latent tokens that the model was not trained with, or an impossible grid.
-        """
-        length = config.query_len if query_len is None else query_len
-        allowed = sorted({config.query_len, *config.query_lens})
-        if not isinstance(length, int) or length not in allowed:
-            raise ValueError(f"query_len is {length!r}; allowed: {', '.join(map(str, allowed))}.")
-        return cls(length, config.grid_side(image_token_grid))  # type: ignore[arg-type]
-
-    def check(self, turns: Turns) -> None:
-        """Raise a `ValueError` unless the prompt's blocks are as long as the request says."""
-        if turns.query_len not in (0, self.query_len):
-            raise ValueError(f"A latent block has {turns.query_len} tokens, but query_len is {self.query_len}.")
-        if turns.num_image_tokens not in (0, self.image_token_grid**2):
-            found = f"{turns.num_image_tokens} image tokens ({isqrt(turns.num_image_tokens)} a side)"
-            raise ValueError(f"A prompt has {found}, but image_token_grid is {self.image_token_grid}.")
+    Raises:
+        ValueError: For a number of latent tokens that the model was not trained with, or an impossible grid.
+    """
+    length = config.query_len if query_len is None else query_len
+    allowed = sorted({config.query_len, *config.query_lens})
+    if not isinstance(length, int) or length not in allowed:
+        raise ValueError(f"query_len is {length!r}; allowed: {', '.join(map(str, allowed))}.")
+    return TokenBudget(length, config.grid_side(image_token_grid))

@@ -6,11 +6,11 @@ from PIL import Image
 
 from fusion_hf import FusionConfig, FusionProcessor, nano_path
 from fusion_hf.inference import question_message
-from fusion_hf.vllm.prompts import PromptReader, RequestBudget
+from fusion_hf.vllm.prompt_layout import PromptParser, request_budget
 
 CONFIG = FusionConfig.from_pretrained(nano_path())
 PROCESSOR = FusionProcessor.from_pretrained(nano_path())
-READER = PromptReader.of(CONFIG, PROCESSOR)
+READER = PromptParser.of(CONFIG, PROCESSOR)
 
 
 def conversation(turns: int, has_picture: bool, place: int = 0) -> list[dict]:
@@ -42,7 +42,7 @@ def test_the_turns_of_a_prompt_are_those_of_the_processor(turns, has_picture, qu
     starts = np.flatnonzero(np.array(ids) == CONFIG.latent_token_id).reshape(turns, query_len)
     np.testing.assert_array_equal(found.latent_positions, starts)
     np.testing.assert_array_equal(found.prompt_end_positions, inputs["prompt_end_positions"][0])
-    RequestBudget.of(CONFIG, query_len).check(found)
+    found.check(request_budget(CONFIG, query_len))
 
 
 @pytest.mark.parametrize("place", [1, 2])
@@ -82,12 +82,12 @@ def test_every_beginning_of_a_prompt_is_refused_or_has_no_latents():
 )
 def test_impossible_budgets(arguments, words):
     with pytest.raises(ValueError, match=words):
-        RequestBudget.of(CONFIG, **arguments)
+        request_budget(CONFIG, **arguments)
 
 
 def test_a_budget_that_the_prompt_does_not_keep():
     ids = PROCESSOR.apply_chat_template(conversation(1, True), add_generation_prompt=True, tokenize=True)[0]
     with pytest.raises(ValueError, match="query_len is 4"):
-        RequestBudget.of(CONFIG, 4).check(READER.read(ids))
+        READER.read(ids).check(request_budget(CONFIG, 4))
     with pytest.raises(ValueError, match="image_token_grid is 2"):
-        RequestBudget.of(CONFIG, image_token_grid=2).check(READER.read(ids))
+        READER.read(ids).check(request_budget(CONFIG, image_token_grid=2))

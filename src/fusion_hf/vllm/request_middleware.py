@@ -12,25 +12,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.common.endpoints import data_uri
+from fusion_hf.serving.api_errors import CHAT, ApiError, no_such_path, wrong_value
 from fusion_hf.serving.app import (
     HEALTH,
     MODELS,
     KeyCheck,
-    Places,
+    RequestSlots,
     Uploads,
     check_content_type,
     error_reply,
     read_body,
     unless_gone,
 )
-from fusion_hf.serving.errors import CHAT, ApiError, no_such_path, wrong_value
-from fusion_hf.serving.fetch import HostPolicy, fetch_picture
+from fusion_hf.serving.chat_requests import load_json, parse_max_tokens
+from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
 from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
+from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
 from fusion_hf.serving.image_workers import ImageWorkers
-from fusion_hf.serving.images import decode_data_uri, is_data_uri
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
-from fusion_hf.serving.requests import load_json, parse_max_tokens
 from fusion_hf.serving.server import announce
 
 VARIABLE = "FUSION_HF_GATE"
@@ -38,7 +38,7 @@ COMPLETIONS = "/v1/completions"
 READABLE = (HEALTH, MODELS, "/metrics", "/version")
 PROCESSOR_ARGUMENTS = "mm_processor_kwargs"
 BUDGET = ("query_len", "image_token_grid")
-# they would change how pictures are read, or name files and templates
+# they would change how images are read, or name files and templates
 REFUSED = ("media_io_kwargs", "chat_template", "mm_uuids")
 # FUSION's renderer shows a model no tools, and vLLM refuses to choose from none
 TOOLS = Fields(known=(), neutral=WITHOUT_TOOLS)
@@ -46,7 +46,7 @@ LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass(frozen=True)
-class GateSettings:
+class MiddlewareSettings:
     """
     What the gate lets pass; travels to vLLM's server in an environment variable.
 
@@ -70,22 +70,22 @@ class GateSettings:
         os.environ[VARIABLE] = json.dumps(asdict(self))
 
     @classmethod
-    def from_environment(cls) -> "GateSettings":
+    def from_environment(cls) -> "MiddlewareSettings":
         """The settings that were left; the defaults where there are none."""
         values = json.loads(os.environ.get(VARIABLE, "{}"))
         return cls(**values | {"limits": Limits(**values.get("limits", {}))})
 
 
-class Gate:
+class RequestMiddleware:
     """An ASGI application around vLLM's, which makes it by its option `--middleware`."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
-        self.settings = GateSettings.from_environment()
+        self.settings = MiddlewareSettings.from_environment()
         self.hosts = HostPolicy.parse(self.settings.public_hosts, self.settings.private_hosts)
         variable = self.settings.api_key_env
         self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
-        self.places = Places(self.settings.limits)
+        self.slots = RequestSlots(self.settings.limits)
         self.uploads = Uploads(self.settings.limits)
         self.images = ImageWorkers(None, self.settings.limits)
 
@@ -119,9 +119,9 @@ class Gate:
         """
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in (CHAT, COMPLETIONS):
-            self.places.check()  # who would find none need not send anything
+            self.slots.check()  # who would find none need not send anything
             content = await self._read(Request(scope, receive))
-            with self.places.take():
+            with self.slots.take():
                 body = await unless_gone(receive, self._checked_body(content, is_chat=path == CHAT))
                 if body is None:
                     return
@@ -156,7 +156,7 @@ class Gate:
         chat = parse_messages(content.get("messages"), content.get("continue_final_message") is True)
         if chat.image is None:
             return chat.messages
-        image = {"type": "image_url", "image_url": {"url": await self._checked_picture(chat.image)}}
+        image = {"type": "image_url", "image_url": {"url": await self._checked_image(chat.image)}}
         return [
             {**message, "content": [image if block["type"] == "image" else block for block in message["content"]]}
             for message in chat.messages
@@ -182,11 +182,11 @@ class Gate:
             chosen[name] = arguments.get(name, chosen[name] if given is None else given)
         content[PROCESSOR_ARGUMENTS] = arguments | {name: x for name, x in chosen.items() if x is not None}
 
-    async def _checked_picture(self, url: str) -> str:
+    async def _checked_image(self, url: str) -> str:
         """A data URI of an image that vLLM may decode."""
         limits = self.settings.limits
         is_inline = is_data_uri(url)
-        content = decode_data_uri(url, limits) if is_inline else await fetch_picture(url, self.hosts, limits)
+        content = decode_data_uri(url, limits) if is_inline else await fetch_image(url, self.hosts, limits)
         kind, vetted = await self.images.vet(content)
         return url if is_inline and vetted is content else data_uri(vetted, kind)
 

@@ -1,4 +1,4 @@
-"""Pictures at http(s) addresses, fetched without becoming a way into the network where the server is.
+"""Images at http(s) addresses, fetched without becoming a way into the network where the server is.
 
 A host has to be on the operator's list. Its name is resolved once, all its addresses are checked, and the connection
 goes to a checked address, never to the name again. Redirects are followed by the same rules; proxies are not used.
@@ -15,13 +15,13 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import h11
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.serving.errors import BAD_REQUEST, ApiError
-from fusion_hf.serving.images import PARAM, too_large
+from fusion_hf.serving.api_errors import BAD_REQUEST, ApiError
+from fusion_hf.serving.client_images import PARAM, too_large
 from fusion_hf.serving.limits import Limits
 
 PORTS = {"http": 80, "https": 443}
 MAX_REDIRECTS = 3
-SECONDS = 15.0  # for a picture, redirects included
+SECONDS = 15.0  # for an image, redirects included
 CHUNK = 2**16
 MAX_HEADER_BYTES = 2**14
 OK, REDIRECTS = 200, (301, 302, 303, 307, 308)
@@ -64,7 +64,7 @@ class Host:
 
 @dataclass(frozen=True)
 class HostPolicy:
-    """Hosts whose pictures are fetched: `public` ones, and `private` ones that may have private addresses."""
+    """Hosts whose images are fetched: `public` ones, and `private` ones that may have private addresses."""
 
     public: tuple[Host, ...] = ()
     private: tuple[Host, ...] = ()
@@ -96,7 +96,7 @@ class _Reply:
     location: str | None
 
 
-async def fetch_picture(url: str, policy: HostPolicy, limits: Limits) -> bytes:
+async def fetch_image(url: str, policy: HostPolicy, limits: Limits) -> bytes:
     """
     The content at an http(s) address.
 
@@ -123,7 +123,7 @@ async def _follow(url: str, policy: HostPolicy, limits: Limits) -> bytes:
 
 
 def _refused(url: str, reason: str) -> ApiError:
-    return ApiError(BAD_REQUEST, f"The picture {short_name(url)!r}: {reason}.", PARAM, "image_not_allowed")
+    return ApiError(BAD_REQUEST, f"The image {short_name(url)!r}: {reason}.", PARAM, "image_not_allowed")
 
 
 def check_url(url: str, policy: HostPolicy) -> _Target:

@@ -13,9 +13,9 @@ from tests.helpers.client_requests import read_recordings
 from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
 from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
 
-from fusion_hf.serving.errors import CHAT
+from fusion_hf.serving.api_errors import CHAT
 from fusion_hf.serving.limits import Limits
-from fusion_hf.vllm.gate import COMPLETIONS, VARIABLE, Gate, GateSettings
+from fusion_hf.vllm.request_middleware import COMPLETIONS, VARIABLE, MiddlewareSettings, RequestMiddleware
 
 KEY = "a secret"
 JSON_TYPE = (b"content-type", b"application/json")
@@ -51,12 +51,14 @@ def pictures() -> Iterator[PictureHost]:
         yield host
 
 
-def make_gate(**settings: Any) -> Gate:
-    GateSettings(**settings).to_environment()
-    return Gate(Recorder())
+def make_middleware(**settings: Any) -> RequestMiddleware:
+    MiddlewareSettings(**settings).to_environment()
+    return RequestMiddleware(Recorder())
 
 
-async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POST", headers: Any = (JSON_TYPE,)):
+async def request(
+    middleware: RequestMiddleware, content: Any, path: str = CHAT, method: str = "POST", headers: Any = (JSON_TYPE,)
+):
     """Status and JSON of the reply."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": b""}
@@ -72,41 +74,41 @@ async def request(gate: Gate, content: Any, path: str = CHAT, method: str = "POS
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await gate(scope, receive, send)
+    await middleware(scope, receive, send)
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
-def ask(gate: Gate, content: Any, **more: Any) -> tuple[int, dict[str, Any]]:
+def ask(middleware: RequestMiddleware, content: Any, **more: Any) -> tuple[int, dict[str, Any]]:
     async def ask_and_end() -> tuple[int, dict[str, Any]]:
         try:
-            return await request(gate, content, **more)
+            return await request(middleware, content, **more)
         finally:
-            await gate.images.close()
+            await middleware.images.close()
 
     return asyncio.run(ask_and_end())
 
 
 def test_the_budget_goes_to_where_vllm_has_it():
-    gate = make_gate(image_token_grid=3)
+    middleware = make_middleware(image_token_grid=3)
     content = {"messages": [user(QUESTION, red_circle())], "query_len": 4, "temperature": 0.5}
-    assert ask(gate, content)[0] == 200
-    (body,) = gate.app.bodies
+    assert ask(middleware, content)[0] == 200
+    (body,) = middleware.app.bodies
     assert body == {
         "messages": content["messages"],
         "temperature": 0.5,
         "mm_processor_kwargs": {"query_len": 4, "image_token_grid": 3},
     }
-    assert gate.app.headers[0][b"content-length"] == str(len(json.dumps(body))).encode()
-    ask(gate, {"messages": [user(QUESTION)], "mm_processor_kwargs": {"image_token_grid": 2}})
-    assert gate.app.bodies[1]["mm_processor_kwargs"] == {"image_token_grid": 2}
+    assert middleware.app.headers[0][b"content-length"] == str(len(json.dumps(body))).encode()
+    ask(middleware, {"messages": [user(QUESTION)], "mm_processor_kwargs": {"image_token_grid": 2}})
+    assert middleware.app.bodies[1]["mm_processor_kwargs"] == {"image_token_grid": 2}
 
 
 def test_addresses_become_data_uris_and_only_of_listed_hosts(pictures):
-    gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
-    assert ask(gate, {"messages": [user(QUESTION, f"{pictures.url}/picture")]})[0] == 200
-    (part,) = (part for part in gate.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
+    middleware = make_middleware(private_hosts=[f"127.0.0.1:{pictures.port}"])
+    assert ask(middleware, {"messages": [user(QUESTION, f"{pictures.url}/picture")]})[0] == 200
+    (part,) = (part for part in middleware.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
     assert part["image_url"]["url"] == data_uri(PICTURE.read_bytes())
-    status, reply = ask(make_gate(), {"messages": [user(QUESTION, f"{pictures.url}/picture")]})
+    status, reply = ask(make_middleware(), {"messages": [user(QUESTION, f"{pictures.url}/picture")]})
     assert (status, reply["error"]["code"]) == (400, "image_not_allowed")
 
 
@@ -115,11 +117,13 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def test_neighbours_are_joined_and_the_same_image_counts_once(pictures):
-    gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
+    middleware = make_middleware(private_hosts=[f"127.0.0.1:{pictures.port}"])
     asked = user(QUESTION, f"{pictures.url}/one")
     developer = {"role": "developer", "content": "Be short."}
-    assert ask(gate, {"messages": [SYSTEM, developer, asked, asked, {**ANSWER, "content": None}, asked]})[0] == 200
-    messages = gate.app.bodies[0]["messages"]
+    assert (
+        ask(middleware, {"messages": [SYSTEM, developer, asked, asked, {**ANSWER, "content": None}, asked]})[0] == 200
+    )
+    messages = middleware.app.bodies[0]["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     texts = ["Be kind.\n\nBe short.", f"{QUESTION}\n\n{QUESTION}", "", QUESTION]
     assert [text_of(message) for message in messages] == texts
@@ -128,30 +132,30 @@ def test_neighbours_are_joined_and_the_same_image_counts_once(pictures):
 
 
 def test_an_answer_is_continued_where_the_request_says_so():
-    gate = make_gate()
+    middleware = make_middleware()
     content = {"messages": [user(QUESTION), ANSWER], "continue_final_message": True, "add_generation_prompt": False}
-    assert ask(gate, content)[0] == 200
-    assert gate.app.bodies[0]["messages"][1]["role"] == "assistant"
-    assert gate.app.bodies[0]["continue_final_message"] is True
+    assert ask(middleware, content)[0] == 200
+    assert middleware.app.bodies[0]["messages"][1]["role"] == "assistant"
+    assert middleware.app.bodies[0]["continue_final_message"] is True
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_longer_answers_than_the_server_gives_are_left_to_its_default(name):
-    gate = make_gate(limits=Limits(answer_tokens=64))
+    middleware = make_middleware(limits=Limits(answer_tokens=64))
     for length in (1, 63, 64, 65, 10**9):
-        assert ask(gate, {"messages": [user(QUESTION)], name: length})[0] == 200
-    assert [body.get("max_tokens") for body in gate.app.bodies] == [1, 63, None, None, None]
-    assert all("max_completion_tokens" not in body for body in gate.app.bodies)
+        assert ask(middleware, {"messages": [user(QUESTION)], name: length})[0] == 200
+    assert [body.get("max_tokens") for body in middleware.app.bodies] == [1, 63, None, None, None]
+    assert all("max_completion_tokens" not in body for body in middleware.app.bodies)
 
 
 def test_what_asks_for_nothing_does_not_reach_vllm_where_vllm_refuses_it():
-    gate = make_gate()
+    middleware = make_middleware()
     nothing = {
         "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
         "media_io_kwargs": {}, "user": {"name": "ann"}, "n": None, "stop": None, "logit_bias": None,
     }  # fmt: skip
-    assert ask(gate, {"messages": [user(QUESTION)], "top_k": -1, **nothing, "seed": 3})[0] == 200
-    assert gate.app.bodies[0].keys() == {"messages", "top_k", "seed", "mm_processor_kwargs"}
+    assert ask(middleware, {"messages": [user(QUESTION)], "top_k": -1, **nothing, "seed": 3})[0] == 200
+    assert middleware.app.bodies[0].keys() == {"messages", "top_k", "seed", "mm_processor_kwargs"}
 
 
 ACCEPTED = [recording for recording in read_recordings() if recording.refused is None]
@@ -159,66 +163,68 @@ ACCEPTED = [recording for recording in read_recordings() if recording.refused is
 
 @pytest.mark.parametrize("recording", ACCEPTED, ids=str)
 def test_requests_of_clients_come_through(recording):
-    gate = make_gate()
-    status, reply = ask(gate, json.loads(recording.content))
+    middleware = make_middleware()
+    status, reply = ask(middleware, json.loads(recording.content))
     assert status == 200, reply
-    (body,) = gate.app.bodies
+    (body,) = middleware.app.bodies
     roles = [message["role"] for message in body["messages"]]
     turns = roles[roles[0] == "system" :]
     assert turns == (["user", "assistant"] * len(turns))[: len(turns)]
 
 
 def test_pictures_are_counted_before_one_is_fetched(pictures):
-    gate = make_gate(private_hosts=[f"127.0.0.1:{pictures.port}"])
-    status, reply = ask(gate, {"messages": [user(QUESTION, f"{pictures.url}/{name}") for name in ("one", "two")]})
+    middleware = make_middleware(private_hosts=[f"127.0.0.1:{pictures.port}"])
+    status, reply = ask(
+        middleware, {"messages": [user(QUESTION, f"{pictures.url}/{name}") for name in ("one", "two")]}
+    )
     assert status == 400
     assert "messages have 2 images; allowed: 1" in reply["error"]["message"]
     assert pictures.requested == []
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_request_gets_its_place_back():
-    async def leave(gate: Gate) -> None:
+    async def leave(middleware: RequestMiddleware) -> None:
         async def receive() -> dict[str, Any]:
             return {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:
             raise AssertionError(message)
 
-        await gate({"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}, receive, send)
+        await middleware({"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}, receive, send)
 
-    gate = make_gate(limits=Limits(parallel=1, queue_length=1))
+    middleware = make_middleware(limits=Limits(parallel=1, queue_length=1))
     for _ in range(4):
-        asyncio.run(leave(gate))
-    assert ask(gate, {"messages": [user(QUESTION)]})[0] == 200
+        asyncio.run(leave(middleware))
+    assert ask(middleware, {"messages": [user(QUESTION)]})[0] == 200
 
 
-def sent_image(gate: Gate) -> bytes:
-    (part,) = (part for part in gate.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
+def sent_image(middleware: RequestMiddleware) -> bytes:
+    (part,) = (part for part in middleware.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
     return base64.b64decode(part["image_url"]["url"].partition(",")[2])
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "JPEG2000"])
 def test_images_whose_decoders_keep_the_lock_become_png(kind: str):
     """vLLM decodes in its server's process; meanwhile nothing else would be answered."""
-    gate, file = make_gate(), flat(kind, 100)
-    assert ask(gate, {"messages": [user(QUESTION, data_uri(file, "webp"))]})[0] == 200
-    with Image.open(BytesIO(sent_image(gate))) as sent, Image.open(BytesIO(file)) as original:
+    middleware, file = make_middleware(), flat(kind, 100)
+    assert ask(middleware, {"messages": [user(QUESTION, data_uri(file, "webp"))]})[0] == 200
+    with Image.open(BytesIO(sent_image(middleware))) as sent, Image.open(BytesIO(file)) as original:
         assert sent.format == "PNG"
         assert sent.tobytes() == original.convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("name", ["png", "scans"])
 def test_images_that_take_long(name: str):
-    gate = make_gate(limits=Limits(image_pixels=2**28, image_seconds=0.2))
+    middleware = make_middleware(limits=Limits(image_pixels=2**28, image_seconds=0.2))
     file = one_bit_png(8000) if name == "png" else jpeg_of_many_scans(2048, 100_000)
-    status, reply = ask(gate, {"messages": [user(QUESTION, data_uri(file))]})
+    status, reply = ask(middleware, {"messages": [user(QUESTION, data_uri(file))]})
     assert status == 400
     assert "allowed: 0.2 s" in reply["error"]["message"] or "scans" in reply["error"]["message"]
-    assert gate.app.bodies == []
+    assert middleware.app.bodies == []
 
 
 def test_a_client_that_leaves_while_its_image_is_decoded():
-    async def leave(gate: Gate) -> None:
+    async def leave(middleware: RequestMiddleware) -> None:
         content = {"messages": [user(QUESTION, data_uri(one_bit_png(8000)))]}
         messages = [{"type": "http.request", "body": json.dumps(content).encode()}, {"type": "http.disconnect"}]
 
@@ -229,18 +235,18 @@ def test_a_client_that_leaves_while_its_image_is_decoded():
         async def send(message: dict[str, Any]) -> None:
             raise AssertionError(message)
 
-        await gate.images.start()
+        await middleware.images.start()
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}
-        await asyncio.wait_for(gate(scope, receive, send), 2)
-        assert gate.places.taken == 0 and gate.app.bodies == []
-        await gate.images.close()
+        await asyncio.wait_for(middleware(scope, receive, send), 2)
+        assert middleware.slots.taken == 0 and middleware.app.bodies == []
+        await middleware.images.close()
 
-    asyncio.run(leave(make_gate(limits=Limits(image_pixels=2**28, image_seconds=60))))
+    asyncio.run(leave(make_middleware(limits=Limits(image_pixels=2**28, image_seconds=60))))
 
 
 def test_slow_uploads_take_no_places_and_are_bounded_together():
     async def crowd() -> None:
-        gate = make_gate(limits=Limits(parallel=1, queue_length=0, body_bytes=100, upload_bytes=250))
+        middleware = make_middleware(limits=Limits(parallel=1, queue_length=0, body_bytes=100, upload_bytes=250))
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}
 
         async def slowly(size: int, sent: list[Any]) -> None:
@@ -254,19 +260,19 @@ def test_slow_uploads_take_no_places_and_are_bounded_together():
             async def send(message: dict[str, Any]) -> None:
                 sent.append(message)
 
-            await gate(scope, receive, send)
+            await middleware(scope, receive, send)
 
         answers: list[list[Any]] = [[] for _ in range(4)]
         tasks = [asyncio.create_task(slowly(100, answer)) for answer in answers[:2]]
         await asyncio.sleep(0.05)
-        assert (await request(gate, {"messages": [user("hi")]}))[0] == 200
+        assert (await request(middleware, {"messages": [user("hi")]}))[0] == 200
         await slowly(100, answers[2])
         assert answers[2][0]["status"] == 503
         assert "hold 200 bytes; allowed: 250" in json.loads(answers[2][1]["body"])["error"]["message"]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert gate.uploads.held == 0
+        assert middleware.uploads.held == 0
 
     asyncio.run(crowd())
 
@@ -307,49 +313,49 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_does_not_come_through(words):
     status, content = REFUSED[words]
-    gate = make_gate(limits=Limits(image_bytes=2_000, image_pixels=1_000_000, body_bytes=100_000))
-    answer = ask(gate, content)
+    middleware = make_middleware(limits=Limits(image_bytes=2_000, image_pixels=1_000_000, body_bytes=100_000))
+    answer = ask(middleware, content)
     assert answer[0] == status, answer
     assert words in answer[1]["error"]["message"]
-    assert gate.app.bodies == []
+    assert middleware.app.bodies == []
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/tokenize", "/pooling", "/v1/load_lora_adapter", "/invocations"])
 def test_other_paths_are_closed(path):
-    gate = make_gate()
-    status, reply = ask(gate, {}, path=path)
+    middleware = make_middleware()
+    status, reply = ask(middleware, {}, path=path)
     assert status == 404
     assert f"POST {CHAT}" in reply["error"]["message"]
     assert ("set_default_openai_api('chat_completions')" in reply["error"]["message"]) == (path == "/v1/responses")
-    assert ask(gate, {}, path=path, method="GET")[0] == 404
-    assert ask(gate, {"prompt": "x"}, path=COMPLETIONS)[0] == 200
-    assert ask(gate, {}, path="/metrics", method="GET")[0] == 200
-    assert len(gate.app.bodies) == 2
+    assert ask(middleware, {}, path=path, method="GET")[0] == 404
+    assert ask(middleware, {"prompt": "x"}, path=COMPLETIONS)[0] == 200
+    assert ask(middleware, {}, path="/metrics", method="GET")[0] == 200
+    assert len(middleware.app.bodies) == 2
 
 
 def test_a_form_of_a_web_page_is_refused():
-    assert ask(make_gate(), {"messages": []}, headers=((b"content-type", b"text/plain"),))[0] == 415
+    assert ask(make_middleware(), {"messages": []}, headers=((b"content-type", b"text/plain"),))[0] == 415
 
 
 def test_the_key(monkeypatch):
     monkeypatch.setenv("FUSION_KEY", KEY)
-    gate = make_gate(api_key_env="FUSION_KEY")
+    middleware = make_middleware(api_key_env="FUSION_KEY")
     content = {"messages": [user(QUESTION)]}
-    assert ask(gate, content)[0] == 401
-    assert ask(gate, {}, path="/metrics", method="GET")[0] == 401
-    assert ask(gate, {}, path="/health", method="GET")[0] == 200
-    assert ask(gate, content, headers=(JSON_TYPE, (b"authorization", f"Bearer {KEY}".encode())))[0] == 200
+    assert ask(middleware, content)[0] == 401
+    assert ask(middleware, {}, path="/metrics", method="GET")[0] == 401
+    assert ask(middleware, {}, path="/health", method="GET")[0] == 200
+    assert ask(middleware, content, headers=(JSON_TYPE, (b"authorization", f"Bearer {KEY}".encode())))[0] == 200
 
 
 def test_a_full_queue():
     async def crowd() -> list[int]:
-        gate = make_gate(limits=Limits(parallel=1, queue_length=1))
-        gate.app.may_answer.clear()
-        tasks = [asyncio.create_task(request(gate, {"messages": [user(QUESTION)]})) for _ in range(4)]
+        middleware = make_middleware(limits=Limits(parallel=1, queue_length=1))
+        middleware.app.may_answer.clear()
+        tasks = [asyncio.create_task(request(middleware, {"messages": [user(QUESTION)]})) for _ in range(4)]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        gate.app.may_answer.set()
+        middleware.app.may_answer.set()
         statuses = [status for status, _ in await asyncio.gather(*tasks)]
-        assert (await request(gate, {"messages": [user(QUESTION)]}))[0] == 200
+        assert (await request(middleware, {"messages": [user(QUESTION)]}))[0] == 200
         return statuses
 
     assert sorted(asyncio.run(crowd())) == [200, 200, 429, 429]

@@ -27,7 +27,7 @@ from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import load_image
 
 QUESTION_KEYS = ("question", "messages", "conversations")
-IN_MEMORY = "<picture in memory>"  # stands for a PIL image while a record's shape is checked
+IN_MEMORY = "<image in memory>"  # stands for a PIL image while a record's shape is checked
 
 Records: TypeAlias = Iterable[dict[str, Any]] | str | os.PathLike[str]
 
@@ -41,13 +41,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A conversation that ends with a question; `picture` is a path, an http(s) address, bytes or an image."""
+    """A conversation that ends with a question; `image` is a path, an http(s) address, bytes or an image."""
 
     id: str | int
     messages: Messages
-    picture: str | bytes | Image.Image | None
+    image: str | bytes | Image.Image | None
 
-    def with_picture(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def with_image(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The chat messages; an image block, if one is given, is in the questions with a mark, or in the first one."""
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
         if block is not None:
@@ -86,7 +86,7 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
     The question of a record, which gets `identity` as its id.
 
     Raises:
-        RecordProblem: for what no picture must be opened for.
+        RecordProblem: for what no image must be opened for.
     """
     fields = parse_json_object(entry.raw)
     images_in_memory: list[Image.Image] = []
@@ -101,17 +101,17 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
             kind = type(fields["question"]).__name__
             raise RecordProblem("shape", f"question is {kind}; allowed: a text")
         fields = {**fields, "messages": [{"role": "user", "content": fields["question"]}]}
-    turns, pictures = parse_turns(fields)
-    check_images(turns, pictures)
+    turns, images = parse_turns(fields)
+    check_images(turns, images)
     messages = without_marks(turns)
     _check_order(messages)
-    picture = pictures[0] if pictures else None
-    if picture is not None and not isinstance(picture, (str, bytes)):
-        kind = type(picture).__name__
+    image = images[0] if images else None
+    if image is not None and not isinstance(image, (str, bytes)):
+        kind = type(image).__name__
         raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address, bytes or a PIL image")
-    if picture == IN_MEMORY and images_in_memory:
+    if image == IN_MEMORY and images_in_memory:
         return Question(identity, messages, images_in_memory[0])
-    return Question(identity, messages, picture)
+    return Question(identity, messages, image)
 
 
 def entry_id(entry: Entry, index: int) -> str | int:
@@ -142,7 +142,7 @@ def digest_entries(entries: list[Entry]) -> str:
 
 
 def _describe(value: Any) -> str:
-    """What is no JSON: a picture by its pixels or, if they are still to be read, by its file; bytes by a digest."""
+    """What is no JSON: an image by its pixels or, if they are still to be read, by its file; bytes by a digest."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if not isinstance(value, Image.Image):

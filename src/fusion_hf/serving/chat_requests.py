@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fusion_hf.model.configuration_fusion import is_perfect_square
-from fusion_hf.serving.errors import BAD_REQUEST, NOT_FOUND, ApiError, wrong_value
+from fusion_hf.serving.api_errors import BAD_REQUEST, NOT_FOUND, ApiError, wrong_value
 from fusion_hf.serving.fields import REQUEST, STREAM_OPTIONS
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
@@ -28,15 +28,15 @@ class Sampling:
 @dataclass(frozen=True)
 class ChatRequest:
     """
-    messages: of the ecosystem, with a block `{"type": "image"}` in the picture's place.
-    picture: its data URI or address, or its bytes.
+    messages: of the ecosystem, with a block `{"type": "image"}` in the image's place.
+    image: its data URI or address, or its bytes.
     max_tokens: of the answer.
     stop: the answer ends before the first of them.
     query_len, image_token_grid: see `ChatModel.answer`.
     """
 
     messages: list[dict[str, Any]]
-    picture: str | bytes | None
+    image: str | bytes | None
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
@@ -82,7 +82,7 @@ def parse_chat_request(content: dict[str, Any], model: str, limits: Limits) -> C
     stream = _flag(given, "stream")
     return ChatRequest(
         messages=chat.messages,
-        picture=chat.image,
+        image=chat.image,
         max_tokens=parse_max_tokens(given, limits.answer_tokens),
         sampling=_sampling(given),
         stop=_stops(given.get("stop")),

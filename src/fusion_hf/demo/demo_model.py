@@ -1,4 +1,4 @@
-"""One visitor's picture and conversation, and the one model that answers all visitors in turn."""
+"""One visitor's image and conversation, and the one model that answers all visitors in turn."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.demo.timing import AnswerStream, AnswerTimes, PictureTimes, now
+from fusion_hf.demo.timing import AnswerStream, AnswerTimes, ImageTimes, now
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.conversation import Conversation
 from fusion_hf.inference.image_features import ImageFeatures
-from fusion_hf.maps.tap import AttentionTap
+from fusion_hf.maps.attention_recorder import AttentionRecorder
 from fusion_hf.maps.view import Maps, View, Word, find_words
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
@@ -23,12 +23,12 @@ MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # of an upload: 150 megabytes while it is read
 MAX_QUESTION = 2_000  # characters
 MESSAGES_PER_TURN = 2
-MAX_SHOWN_SIDE = 1_024  # pixels of the picture that a session keeps
+MAX_SHOWN_SIDE = 1_024  # pixels of the image that a session keeps
 
 Result = TypeVar("Result")
 
 
-class Turn(NamedTuple):
+class DemoTurn(NamedTuple):
     """A question, its answer with the places of its words among its tokens, and what the answer took."""
 
     question: str
@@ -40,14 +40,14 @@ class Turn(NamedTuple):
 
 @dataclass(eq=False)
 class Session:
-    """What one visitor sees: `picture` at most MAX_SHOWN_SIDE pixels wide and high, `tiles` `(5, H, W, 3)` bytes."""
+    """What one visitor sees: `image` at most MAX_SHOWN_SIDE pixels wide and high, `tiles` `(5, H, W, 3)` bytes."""
 
-    picture: Image.Image
+    image: Image.Image
     tiles: np.ndarray
-    seen: ImageFeatures
+    image_features: ImageFeatures
     conversation: Conversation
-    times: PictureTimes
-    turns: list[Turn] = field(default_factory=list)
+    times: ImageTimes
+    turns: list[DemoTurn] = field(default_factory=list)
     maps: dict[int, Maps] = field(default_factory=dict)  # of answers, as they are wanted
 
     def reset(self) -> None:
@@ -56,7 +56,7 @@ class Session:
         self.turns, self.maps = [], {}
 
 
-class Answerer:
+class DemoModel:
     """
     A model that serves any number of sessions. Its calls run in one thread, one after the other, whatever calls it.
 
@@ -85,26 +85,26 @@ class Answerer:
         """`work(*arguments)` when it is its turn."""
         return self._worker.submit(work, *arguments).result()
 
-    def look(self, path: Path) -> Session:
-        """A session about the picture in a file.
+    def open_session(self, path: Path) -> Session:
+        """A session about the image in a file.
 
         Raises:
             InputError: if it cannot be read or is too large.
         """
-        return self.run(self._look, open_upload(self.chat_model, path))
+        return self.run(self._open_session, open_upload(self.chat_model, path))
 
-    def _look(self, picture: Image.Image) -> Session:
+    def _open_session(self, image: Image.Image) -> Session:
         begin = now()
-        pixel_values = self.chat_model.preprocess([picture])
+        pixel_values = self.chat_model.preprocess([image])
         cut = now()
-        (seen,) = self.chat_model.encode_tiles(pixel_values)
-        times = PictureTimes(cut - begin, now() - cut)
+        (image_features,) = self.chat_model.encode_tiles(pixel_values)
+        times = ImageTimes(cut - begin, now() - cut)
         processor = self.chat_model.processor.image_processor
-        tiles = processor([picture], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-        picture.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
-        settings = {**self.budget._asdict(), "image_features": seen}
-        conversation = Conversation(self.chat_model, picture, self.max_new_tokens, **settings)
-        return Session(picture, tiles.transpose(0, 2, 3, 1), seen, conversation, times)
+        tiles = processor([image], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        image.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
+        settings = {**self.budget._asdict(), "image_features": image_features}
+        conversation = Conversation(self.chat_model, image, self.max_new_tokens, **settings)
+        return Session(image, tiles.transpose(0, 2, 3, 1), image_features, conversation, times)
 
     def ask(self, session: Session, question: str, query_len: int) -> Iterator[str]:
         """
@@ -136,31 +136,31 @@ class Answerer:
             if not future.cancel():
                 wait([future])  # the next question must not meet this one
         words = find_words(self.chat_model.processor.tokenizer, stream.ids)
-        session.turns.append(Turn(question, answer, words, session.conversation.budget.query_len, stream.times()))
+        session.turns.append(DemoTurn(question, answer, words, session.conversation.budget.query_len, stream.times()))
         yield answer
 
     def word_map(self, session: Session, turn: int, word: int) -> np.ndarray:
         """
-        Where a word of an answer looked in `session.picture`: `(H, W)`, a mean over layers and heads. For the first
+        Where a word of an answer looked in `session.image`: `(H, W)`, a mean over layers and heads. For the first
         word of an answer the model answers once more.
         """
         if turn not in session.maps:
             session.maps[turn] = self.run(self._read_attention, session, turn)
-        return session.maps[turn].on_picture(session.turns[turn].words[word], session.picture.size).mean(0)
+        return session.maps[turn].on_image(session.turns[turn].words[word], session.image.size).mean(0)
 
     def _read_attention(self, session: Session, turn: int) -> Maps:
         chat_model, config = self.chat_model, self.chat_model.model.config
         messages = session.conversation.messages[: MESSAGES_PER_TURN * turn + 1]
         budget = self.budget._replace(query_len=session.turns[turn].query_len)
-        inputs = chat_model.prepare(messages, image_features=session.seen, **budget._asdict())
-        with AttentionTap(chat_model.model, inputs["input_ids"], layer_groups=1) as tap:
+        inputs = chat_model.prepare(messages, image_features=session.image_features, **budget._asdict())
+        with AttentionRecorder(chat_model.model, inputs["input_ids"], layer_groups=1) as recorder:
             chat_model.generate(inputs, self.max_new_tokens)
-        view = View.of(config, 1, session.picture.size)
-        return Maps(tap.rows().answer.float().numpy(), tap.language_groups, session.turns[turn].words, view)
+        view = View.of(config, 1, session.image.size)
+        return Maps(recorder.rows().answer.float().numpy(), recorder.language_groups, session.turns[turn].words, view)
 
 
 def open_upload(chat_model: ChatModel, path: Path) -> Image.Image:
-    """The picture in an uploaded file, as upright RGB.
+    """The image in an uploaded file, as upright RGB.
 
     Raises:
         InputError: if it cannot be read or is too large.

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from fusion_hf.common.errors import InputError
 
-PICTURE, LANGUAGE, SETTINGS = "picture.onnx", "language.onnx", "export.json"
-PICTURE_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")
-PICTURE_OUTPUTS = ("image_features", "latents", "windows")
-LANGUAGE_INPUTS = ("input_ids", "attention_mask", *PICTURE_OUTPUTS, "prompt_end_positions")
+IMAGE_GRAPH, LANGUAGE, SETTINGS = "picture.onnx", "language.onnx", "export.json"
+IMAGE_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")
+IMAGE_OUTPUTS = ("image_features", "latents", "windows")
+LANGUAGE_INPUTS = ("input_ids", "attention_mask", *IMAGE_OUTPUTS, "prompt_end_positions")
 PACKAGES = ("onnx", "onnxscript")  # that write graphs
 LOGITS, PAST, PRESENT = "logits", "past", "present"
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportSettings:
     """
     query_len, image_token_grid: those of the graphs.
     max_length: tokens of prompt and answer together.
@@ -33,7 +33,7 @@ class Settings:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> "Settings":
+    def read(cls, folder: Path) -> "ExportSettings":
         """
         Raises:
             InputError: if the folder is none that was exported.

@@ -24,7 +24,7 @@ EAGER = "eager"  # the one implementation that is no entry of transformers' tabl
 _TABLE = threading.RLock()  # the table is the process's: one thread reads at a time
 
 
-class TappedRows(NamedTuple):
+class RecordedRows(NamedTuple):
     """What was read: weights as they are, means over heads and, but for `latents`, over a group's layers."""
 
     question: torch.Tensor  # (G, T, P, P): of each question token, over the patches of the overview
@@ -33,7 +33,7 @@ class TappedRows(NamedTuple):
 
 
 # how many queries and keys an attention has, and a function that gives rows of its weights, mean over heads
-LayerTap = Callable[[int, int, Callable[[slice], torch.Tensor]], None]
+LayerRecorder = Callable[[int, int, Callable[[slice], torch.Tensor]], None]
 
 
 def split_layers(layers: range, groups: int) -> tuple[range, ...]:
@@ -43,7 +43,7 @@ def split_layers(layers: range, groups: int) -> tuple[range, ...]:
     return tuple(range(begin, end) for begin, end in pairwise(bounds))
 
 
-class AttentionTap:
+class AttentionRecorder:
     """
     As a context, reads the attention of everything that `model` computes in this thread: one `generate` of one prompt.
 
@@ -68,16 +68,16 @@ class AttentionTap:
         self._answer: list[list[torch.Tensor]] = [[] for _ in self.language_groups]  # sums (g * g) by new token
         self._latents: dict[int, torch.Tensor] = {}  # by layer, (R, q, w * w)
         self._lengths: dict[int, int] = defaultdict(int)  # of the sequence, by layer
-        self._taps: dict[nn.Module, LayerTap] = {}
+        self._recorders: dict[nn.Module, LayerRecorder] = {}
         for group, layers in enumerate(self.tower_groups):
             for layer in layers:
-                self._taps[parts.vision_tower.layers[layer].self_attn] = partial(
+                self._recorders[parts.vision_tower.layers[layer].self_attn] = partial(
                     self._read_tower, group, layer == layers.start
                 )
         for group, layers in enumerate(self.language_groups):
             for layer in layers:
-                tap = partial(self._read_language, group, layer, layer == layers.start)
-                self._taps[parts.language_model.layers[layer].self_attn] = tap
+                recorder = partial(self._read_language, group, layer, layer == layers.start)
+                self._recorders[parts.language_model.layers[layer].self_attn] = recorder
         self._samplers: dict[int, FusionSampler] = {
             layer: parts.language_model.layers[layer].vision_sampler for layer in sorted(config.sampler_layers)
         }
@@ -86,12 +86,12 @@ class AttentionTap:
         self._eager: list[nn.Module] = []
         for part in (parts.vision_tower, parts.language_model):
             if part.config._attn_implementation == EAGER:
-                self._eager += [module for module in part.modules() if module in self._taps]
+                self._eager += [module for module in part.modules() if module in self._recorders]
             else:
                 self._functions.add(part.config._attn_implementation)
         self._stack = ExitStack()
 
-    def __enter__(self) -> "AttentionTap":
+    def __enter__(self) -> "AttentionRecorder":
         with ExitStack() as stack:
             stack.enter_context(_TABLE)
             self._thread = threading.get_ident()
@@ -109,8 +109,8 @@ class AttentionTap:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def rows(self) -> TappedRows:
-        """What was read so far; call it after the pass over a prompt with a picture."""
+    def rows(self) -> RecordedRows:
+        """What was read so far; call it after the pass over a prompt with an image."""
         patches, grid = isqrt(self.num_patches), isqrt(len(self.image_places))
         question = [
             total.unflatten(-1, (patches, patches)) / len(layers)
@@ -122,7 +122,7 @@ class AttentionTap:
             for totals, layers in zip(self._answer, self.language_groups, strict=True)
         ]
         latents = [lay_out(self._latents[layer], self.window).cpu() for layer in self._samplers]
-        return TappedRows(
+        return RecordedRows(
             question=torch.stack([rows.cpu() for rows in question]),
             latents=torch.stack(latents) if latents else torch.zeros(0, 0, 1, 1),
             answer=torch.stack([rows.cpu() for rows in answer]),
@@ -166,9 +166,11 @@ class AttentionTap:
         **kwargs: Any,
     ) -> Any:
         """Stands for an attention function, and calls it."""
-        if module in self._taps and self._is_here():
+        if module in self._recorders and self._is_here():
             options = (kwargs.get("scaling"), kwargs.get("sliding_window"))
-            self._taps[module](query.shape[2], key.shape[2], partial(mean_rows, query, key, attention_mask, *options))
+            self._recorders[module](
+                query.shape[2], key.shape[2], partial(mean_rows, query, key, attention_mask, *options)
+            )
         return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     def _after_eager(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -176,7 +178,7 @@ class AttentionTap:
         if self._is_here():
             weights = output[1].detach()
             queries, keys = weights.shape[2:]
-            self._taps[module](queries, keys, lambda rows: weights[0, :, rows].float().mean(0))
+            self._recorders[module](queries, keys, lambda rows: weights[0, :, rows].float().mean(0))
 
     def _after_query(self, layer: int, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if self._is_here():
@@ -248,7 +250,7 @@ def window_weights(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.
 
 
 def lay_out(weights: torch.Tensor, window: int) -> torch.Tensor:
-    """Windows `(R, q, w * w)` where they are in the picture: `(R, s * w, s * w)`."""
+    """Windows `(R, q, w * w)` where they are in the image: `(R, s * w, s * w)`."""
     side = isqrt(weights.shape[1])
     grid = weights.unflatten(2, (window, window)).unflatten(1, (side, side))  # (R, s, s, w, w)
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -12,18 +12,18 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler, LatentUpdates
-from fusion_hf.vllm.prompts import PromptReader, Turns
+from fusion_hf.vllm.prompt_layout import PromptLayout, PromptParser
 from fusion_hf.vllm.settings import REASON
 
 
-class Prompt(NamedTuple):
+class StepPrompt(NamedTuple):
     """A whole prompt with questions, and where it begins among the tokens of a step."""
 
     start: int
-    turns: Turns
+    layout: PromptLayout
 
 
-class LatentEdit(NamedTuple):
+class LatentUpdate(NamedTuple):
     """
     latents (`(P, q, D)`): what the latent tokens of each turn start from.
     updates ([`LatentUpdates`]): their positions count from the beginning of the step.
@@ -48,7 +48,7 @@ class LatentEdit(NamedTuple):
         hidden_states.index_add_(0, positions.flatten(), change.flatten(0, 2).to(hidden_states.dtype))
 
 
-def find_prompts(reader: PromptReader, input_ids: torch.Tensor | None) -> list[Prompt]:
+def find_prompts(parser: PromptParser, input_ids: torch.Tensor | None) -> list[StepPrompt]:
     """
     The prompts with questions in the present step. A step of decoding alone is not looked at.
 
@@ -70,50 +70,50 @@ def find_prompts(reader: PromptReader, input_ids: torch.Tensor | None) -> list[P
             raise RuntimeError(f"A prompt arrives in pieces: {length} of its first {total} tokens. {REASON}.")
         if length == total:
             try:
-                turns = reader.read(ids[start:stop])
+                layout = parser.read(ids[start:stop])
             except ValueError as error:
                 raise RuntimeError(f"A prompt arrives in pieces, or is no chat: {error} {REASON}.") from error
-            if turns.query_len:
-                prompts.append(Prompt(start, turns))
+            if layout.query_len:
+                prompts.append(StepPrompt(start, layout))
     return prompts
 
 
-def make_edits(
-    prompts: list[Prompt],
+def make_updates(
+    prompts: list[StepPrompt],
     contexts: list[torch.Tensor],
     window_size: int,
     grey_windows: Callable[[int], torch.Tensor],
-) -> list[LatentEdit]:
+) -> list[LatentUpdate]:
     """
-    One edit for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each picture, in order.
+    One edit for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each image, in order.
 
     Raises:
-        RuntimeError: if there are more or fewer pictures than prompts with one.
+        RuntimeError: if there are more or fewer images than prompts with one.
     """
-    with_picture = [prompt for prompt in prompts if prompt.turns.num_image_tokens]
-    if len(with_picture) != len(contexts):
-        raise RuntimeError(f"A step has {len(contexts)} pictures for {len(with_picture)} prompts with one. {REASON}.")
+    with_image = [prompt for prompt in prompts if prompt.layout.num_image_tokens]
+    if len(with_image) != len(contexts):
+        raise RuntimeError(f"A step has {len(contexts)} images for {len(with_image)} prompts with one. {REASON}.")
     remaining = iter(contexts)
     windows: dict[int, list[torch.Tensor]] = {}
-    members: dict[int, list[Prompt]] = {}
+    members: dict[int, list[StepPrompt]] = {}
     for prompt in prompts:
-        length = prompt.turns.query_len
+        length = prompt.layout.query_len
         shape = (length, window_size**2)
         own = (
             next(remaining)[: length * window_size**2].unflatten(0, shape)
-            if prompt.turns.num_image_tokens
+            if prompt.layout.num_image_tokens
             else grey_windows(length)
         )
         windows.setdefault(length, []).append(own)
         members.setdefault(length, []).append(prompt)
-    return [_make_edit(members[length], torch.stack(windows[length])) for length in members]
+    return [_make_update(members[length], torch.stack(windows[length])) for length in members]
 
 
-def _make_edit(prompts: list[Prompt], windows: torch.Tensor) -> LatentEdit:
+def _make_update(prompts: list[StepPrompt], windows: torch.Tensor) -> LatentUpdate:
     """`windows`: `(P, q, w * w, D)`."""
     pad, device = nn.utils.rnn.pad_sequence, windows.device
-    positions = [torch.from_numpy(prompt.turns.latent_positions + prompt.start) for prompt in prompts]
-    ends = [torch.from_numpy(prompt.turns.prompt_end_positions + prompt.start) for prompt in prompts]
+    positions = [torch.from_numpy(prompt.layout.latent_positions + prompt.start) for prompt in prompts]
+    ends = [torch.from_numpy(prompt.layout.prompt_end_positions + prompt.start) for prompt in prompts]
     valid = pad([torch.ones(len(row), dtype=torch.bool) for row in ends], batch_first=True)
     updates = LatentUpdates(
         windows,
@@ -121,7 +121,7 @@ def _make_edit(prompts: list[Prompt], windows: torch.Tensor) -> LatentEdit:
         pad(ends, batch_first=True).to(device),  # (P, R)
         valid.to(device),
     )
-    has_picture = torch.tensor([prompt.turns.num_image_tokens > 0 for prompt in prompts], device=device)
+    has_image = torch.tensor([prompt.layout.num_image_tokens > 0 for prompt in prompts], device=device)
     # a latent token's cell of the map is that of its window, so its maximum is the window's
-    latents = torch.where(has_picture[:, None, None], windows.amax(2), 0)
-    return LatentEdit(latents, updates)
+    latents = torch.where(has_image[:, None, None], windows.amax(2), 0)
+    return LatentUpdate(latents, updates)

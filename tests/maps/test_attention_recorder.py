@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.maps.tap import AttentionTap, TappedRows, lay_out, mean_rows, split_layers
+from fusion_hf.maps.attention_recorder import AttentionRecorder, RecordedRows, lay_out, mean_rows, split_layers
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler, LatentUpdates
 from fusion_hf.model.modeling_fusion_vision import adaptive_max_pool, pool_context
 
@@ -28,17 +28,19 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 TALK = Sample([5, 4], [3], seed=2)
 
 
-def tap_of(model: FusionForConditionalGeneration, inputs: dict[str, Any], groups: int = GROUPS) -> AttentionTap:
-    return AttentionTap(model, inputs["input_ids"], groups)
+def recorder_of(
+    model: FusionForConditionalGeneration, inputs: dict[str, Any], groups: int = GROUPS
+) -> AttentionRecorder:
+    return AttentionRecorder(model, inputs["input_ids"], groups)
 
 
 def read(
     model: FusionForConditionalGeneration, inputs: dict[str, Any], groups: int = GROUPS, **options: Any
-) -> tuple[torch.Tensor, TappedRows]:
+) -> tuple[torch.Tensor, RecordedRows]:
     """The generated ids and what was read."""
-    with tap_of(model, inputs, groups) as tap:
+    with recorder_of(model, inputs, groups) as recorder:
         ids = model.generate(**inputs, **(GREEDY | options))
-    return ids, tap.rows()
+    return ids, recorder.rows()
 
 
 def expected_question(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -> torch.Tensor:
@@ -78,10 +80,10 @@ def check_rows(model: FusionForConditionalGeneration, inputs: dict[str, Any], im
     plain = model.generate(**inputs, **GREEDY)
     for name in implementations:
         model.set_attn_implementation(name)
-        tap = tap_of(model, inputs)
+        recorder = recorder_of(model, inputs)
         ids, rows = read(model, inputs)
-        torch.testing.assert_close(rows.question, grouped(question, tap.tower_groups), **CLOSE)
-        torch.testing.assert_close(rows.answer, grouped(answer, tap.language_groups), **CLOSE)
+        torch.testing.assert_close(rows.question, grouped(question, recorder.tower_groups), **CLOSE)
+        torch.testing.assert_close(rows.answer, grouped(answer, recorder.language_groups), **CLOSE)
         assert torch.equal(ids, plain), name
 
 
@@ -143,10 +145,10 @@ def test_padding_of_the_question_is_not_seen(name: str, monkeypatch: pytest.Monk
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = expected_question(model, inputs)
-    tap = tap_of(model, inputs)
+    recorder = recorder_of(model, inputs)
     model.set_attn_implementation(stand_in if name == "flash" else name)
     _, rows = read(model, inputs)
-    expected = grouped(expected, tap.tower_groups)
+    expected = grouped(expected, recorder.tower_groups)
     valid = inputs["instruct_input_ids"][0] != config.instruct_pad_token_id
     torch.testing.assert_close(rows.question[:, valid], expected[:, valid], **CLOSE)
 
@@ -165,8 +167,8 @@ def test_both_parts_may_have_their_own_implementation():
 def test_early_layers_are_read_unless_they_are_uniform(early: str):
     config = tiny_config(early_text_attention=early)
     model, inputs = tiny_model(config), make_inputs(config, [TALK])
-    tap = tap_of(model, inputs)
-    layers = [layer for group in tap.tower_groups for layer in group]
+    recorder = recorder_of(model, inputs)
+    layers = [layer for group in recorder.tower_groups for layer in group]
     assert layers == (list(range(4)) if early == "masked" else [2, 3])
     check_rows(model, inputs, IMPLEMENTATIONS)
 
@@ -245,7 +247,7 @@ def test_nothing_is_left_behind(name: str):
     before = state_of(model)
     read(model, inputs)
     assert state_of(model) == before
-    with pytest.raises(RuntimeError, match="stop"), tap_of(model, inputs):
+    with pytest.raises(RuntimeError, match="stop"), recorder_of(model, inputs):
         raise RuntimeError("stop")
     assert state_of(model) == before
 
@@ -262,7 +264,7 @@ def test_a_function_of_the_callers_own_is_put_back(monkeypatch: pytest.MonkeyPat
         return theirs(*args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", counted)
-    with tap_of(model, inputs) as outer:
+    with recorder_of(model, inputs) as outer:
         _, inner = read(model, inputs)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is counted and calls
     for mine, other in zip(outer.rows(), inner, strict=True):
@@ -276,13 +278,13 @@ def test_other_threads_are_neither_read_nor_changed():
     expected_ids, expected = read(model, inputs)
     plain = model.generate(**others, **GREEDY)
     results: list[torch.Tensor] = []
-    with tap_of(model, inputs) as tap:
+    with recorder_of(model, inputs) as recorder:
         thread = threading.Thread(target=lambda: results.append(model.generate(**others, **GREEDY)))
         thread.start()
         thread.join()
         ids = model.generate(**inputs, **GREEDY)
     assert torch.equal(results[0], plain) and torch.equal(ids, expected_ids)
-    for mine, other in zip(tap.rows(), expected, strict=True):
+    for mine, other in zip(recorder.rows(), expected, strict=True):
         assert torch.equal(mine, other)
 
 
@@ -291,7 +293,7 @@ def test_taps_of_two_threads_do_not_mix():
     model = tiny_model(config)
     prompts = [make_inputs(config, [Sample([5], seed=seed)]) for seed in range(2)]
     expected = [read(model, inputs)[1] for inputs in prompts]
-    rows: dict[int, TappedRows] = {}
+    rows: dict[int, RecordedRows] = {}
 
     def work(index: int) -> None:
         for _ in range(3):
@@ -352,8 +354,8 @@ def test_memory_does_not_grow_with_layers():
         growth["plain"].append(peak(partial(model.generate, **inputs, **options)))
         growth["tap"].append(peak(partial(read, model, inputs, **options)))
         growth["stored"].append(peak(partial(model.generate, **inputs, **options, **stored)))
-    plain, tap, stored = (most - least for least, most in growth.values())
+    plain, recorder, stored = (most - least for least, most in growth.values())
     length, heads = inputs["input_ids"].shape[1], config.text_config.num_attention_heads
     one_layer = 4 * heads * length**2  # bytes of its weights
     assert stored - plain > (many - few - 1) * one_layer
-    assert tap - plain < one_layer / 10
+    assert recorder - plain < one_layer / 10
