@@ -186,14 +186,14 @@ class TestModel:
 
 
 def test_what_nobody_foresaw_ends_in_one_line_as_well(run_here, picture, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr(ChatModel, "answer", fail)
     check_one_line(run_here("ask", picture, QUESTION), "RuntimeError: out of luck", "--debug", status=1)
 
 
-def test_debug_shows_the_traceback(run, picture):
-    result = run("ask", "nowhere.png", QUESTION, "--debug")
+def test_debug_shows_the_traceback(run_cold, picture):
+    result = run_cold("ask", "nowhere.png", QUESTION, "--debug")
     assert result.stderr.startswith("Traceback")
     assert result.returncode == 1
