@@ -49,7 +49,7 @@ def test_commands_and_errors_do_not_end_it(run, picture, answers):
 def test_history_is_kept_and_forgotten(chat_model, picture, monkeypatch):
     seen = []
 
-    def answer(self, messages, max_new_tokens, query_len, streamer, *_):
+    def answer(self, messages, *_, **__):
         seen.append([(message["role"], message["content"]) for message in messages])
         return f"answer {len(seen)}"
 

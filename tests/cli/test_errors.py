@@ -128,9 +128,9 @@ class TestModel:
     def test_file(self, run_here, picture):
         check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "README.md is a file")
 
-    def test_no_network(self, run, picture, tmp_path):
+    def test_no_network(self, run_cold, picture, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}
-        result = run("ask", picture, QUESTION, "--model", "someone/something", **variables)
+        result = run_cold("ask", picture, QUESTION, "--model", "someone/something", **variables)
         check_one_line(result, "someone/something is no folder", "the Hub cannot be reached")
 
     def test_folder_without_a_model(self, run_here, picture):
@@ -186,14 +186,14 @@ class TestModel:
 
 
 def test_what_nobody_foresaw_ends_in_one_line_as_well(run_here, picture, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr(ChatModel, "answer", fail)
     check_one_line(run_here("ask", picture, QUESTION), "RuntimeError: out of luck", "--debug", status=1)
 
 
-def test_debug_shows_the_traceback(run, picture):
-    result = run("ask", "nowhere.png", QUESTION, "--debug")
+def test_debug_shows_the_traceback(run_cold, picture):
+    result = run_cold("ask", "nowhere.png", QUESTION, "--debug")
     assert result.stderr.startswith("Traceback")
     assert result.returncode == 1

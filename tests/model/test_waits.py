@@ -96,7 +96,7 @@ def test_reads_of_a_training_step(monkeypatch: pytest.MonkeyPatch, samples: list
     assert read_counts(monkeypatch, model, inputs) == of_masks + Counter({SCALAR: 2})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_is_waited_for_by_masks_alone() -> None:
     model = tiny_model(tiny_config()).cuda().train()
     inputs = make_inputs(model.config, BATCHES["padded"])

@@ -207,7 +207,7 @@ def test_sources_without_an_image(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
-    with pytest.raises(InputError, match="Give another picture"):
+    with pytest.raises(InputError, match="Give another image"):
         ChatModel(None, processor).open_image(source)  # type: ignore[arg-type]
 
 

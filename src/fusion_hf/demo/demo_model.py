@@ -61,7 +61,7 @@ class DemoModel:
     A model that serves any number of sessions. Its calls run in one thread, one after the other, whatever calls it.
 
     Args:
-        assistant: who answers.
+        chat_model: Who answers.
         max_new_tokens, query_len, image_token_grid: see `ChatModel.answer`; a question can have another `query_len`.
 
     Raises:

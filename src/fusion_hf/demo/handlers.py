@@ -22,7 +22,7 @@ class Handlers:
     Most give new values of the same components: session, chat, question, times, answer, word, overlay.
 
     Args:
-        answerer: who answers all visitors.
+        demo_model: Who answers all visitors.
         uploads: the folder in which gradio puts what visitors upload.
     """
 

@@ -31,7 +31,7 @@ class LocalModel:
     A model that is loaded; see `answering.Model`.
 
     Args:
-        assistant: the model.
+        chat_model: The model.
         batch_size: prompts answered together; the answers do not depend on it.
         query_len, image_token_grid: see `ChatModel.answer`.
         name: for the record; None: fusion-nano.

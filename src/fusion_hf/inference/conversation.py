@@ -22,7 +22,7 @@ class Conversation:
     and only what was said since the last answer is processed.
 
     Args:
-        assistant: who answers.
+        chat_model: Who answers.
         image: what the questions are about.
         max_new_tokens, query_len, image_token_grid: see `ChatModel.answer`.
         fast: keep the language model's cache from question to question.

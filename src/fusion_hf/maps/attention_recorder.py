@@ -47,7 +47,7 @@ class AttentionRecorder:
     """
     As a context, reads the attention of everything that `model` computes in this thread: one `generate` of one prompt.
 
-    Nothing in the model changes. What other threads compute meanwhile is not read; another tap waits.
+    Nothing in the model changes. What other threads compute meanwhile is not read; another recorder waits.
 
     Args:
         model: any attention implementation.

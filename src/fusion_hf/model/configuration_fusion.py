@@ -76,6 +76,16 @@ class FusionConfig(PreTrainedConfig):
 
     Raises:
         ValueError: for an impossible value; names the field, the value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from fusion_hf import FusionConfig, nano_path
+    >>> config = FusionConfig.from_pretrained(nano_path())
+    >>> config.query_len, config.num_image_tokens
+    (16, 36)
+
+    ```
     """
 
     model_type = "fusion"

@@ -144,7 +144,7 @@ def export_onnx(
     Write both graphs, in float32, with processor and settings, as `onnx_export.runtime` reads them.
 
     Args:
-        assistant: a model on the CPU, in float32.
+        chat_model: A model on the CPU, in float32.
         output: a new or an empty folder; it appears only when all of it is there.
         query_len, image_token_grid: fixed in the graphs; None: the model's.
 

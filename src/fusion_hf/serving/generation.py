@@ -16,7 +16,7 @@ HALF_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are no chara
 
 class AnswerText(BaseStreamer):
     """
-    Turns tokens into text as they come; all pieces together are what `ChatModel.read` gives, up to a stop string.
+    Turns tokens into text as they come; all pieces together are what `ChatModel.decode` gives, up to a stop string.
 
     Args:
         tokenizer: of the model.

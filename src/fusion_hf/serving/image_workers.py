@@ -176,7 +176,7 @@ class _Worker:
             process.stdin.write(content)
             await process.stdin.drain()
             is_usable, length = REPLY_HEAD.unpack(await process.stdout.readexactly(REPLY_HEAD.size))
-            if length > (most if is_usable else MAX_MESSAGE_BYTES):  # whoever writes it has read a stranger's image
+            if length > (most if is_usable else MAX_MESSAGE_BYTES):  # whoever writes it has read a client's image
                 process.kill()
             result = await process.stdout.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError) as error:

@@ -85,7 +85,7 @@ def make_updates(
     grey_windows: Callable[[int], torch.Tensor],
 ) -> list[LatentUpdate]:
     """
-    One edit for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each image, in order.
+    One update for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each image, in order.
 
     Raises:
         RuntimeError: if there are more or fewer images than prompts with one.

@@ -48,7 +48,7 @@ LENGTHS = ("max_completion_tokens", "max_tokens")
 @dataclass(frozen=True)
 class MiddlewareSettings:
     """
-    What the gate lets pass; travels to vLLM's server in an environment variable.
+    What the middleware lets pass; travels to vLLM's server in an environment variable.
 
     address, name: told on the standard output as soon as the server answers; no address: nothing is.
     api_key_env: the environment variable with the key; None: everybody may ask.

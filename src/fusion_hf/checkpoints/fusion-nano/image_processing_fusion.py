@@ -70,6 +70,18 @@ class FusionImageProcessor(PilBackend):
     Raises:
         ValueError: for an image that cannot be read, has more than `max_image_pixels` pixels, or would decode slowly,
             and for arguments that the tiles leave no room for.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from fusion_hf import FusionImageProcessor, nano_path
+    >>> image_processor = FusionImageProcessor.from_pretrained(nano_path())
+    >>> inputs = image_processor(Image.new("RGB", (64, 48), "red"), return_tensors="pt")
+    >>> tuple(inputs["pixel_values"].shape)
+    (1, 5, 3, 48, 48)
+
+    ```
     """
 
     valid_kwargs = FusionImageProcessorKwargs

@@ -370,7 +370,31 @@ class FusionModel(FusionPreTrainedModel):
 
 
 class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixin):
-    """FUSION with its language head: answers questions about images, and trains."""
+    """
+    FUSION with its language head: answers questions about images, and trains.
+
+    Args:
+        config ([`FusionConfig`]): of the model.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image, ImageDraw
+    >>> from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
+    >>> processor = FusionProcessor.from_pretrained(nano_path())
+    >>> model = FusionForConditionalGeneration.from_pretrained(nano_path())
+    >>> image = Image.new("RGB", (64, 64), (240, 240, 240))
+    >>> ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=(220, 30, 30))
+    >>> question = {"type": "text", "text": "what color is the shape?"}
+    >>> messages = [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
+    >>> options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    >>> inputs = processor.apply_chat_template(messages, **options).to(model.device, model.dtype)
+    >>> output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    'red'
+
+    ```
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -60,6 +60,24 @@ class FusionProcessor(ProcessorMixin):
             tiles of 384 pixels only.
         query_len (`int`): default number of latent tokens per turn.
         instruct_pad_token_id (`int`): padding of the question, and ignored in it.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from fusion_hf import FusionProcessor, nano_path
+    >>> processor = FusionProcessor.from_pretrained(nano_path())
+    >>> image = {"type": "image", "image": Image.new("RGB", (64, 48), "red")}
+    >>> messages = [{"role": "user", "content": [image, {"type": "text", "text": "what color is the image?"}]}]
+    >>> options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    >>> inputs = processor.apply_chat_template(messages, **options)
+    >>> tuple(inputs["pixel_values"].shape)
+    (1, 5, 3, 48, 48)
+    >>> # of a later question about the image, whose features are kept
+    >>> sorted(processor.apply_chat_template(messages, process_images=False, **options))
+    ['attention_mask', 'input_ids', 'instruct_attention_mask', 'instruct_input_ids', 'prompt_end_positions']
+
+    ```
     """
 
     def __init__(
