@@ -25,6 +25,9 @@ MODELS = (*FORMATS, "nano")
 SLOW_CHATML = pytest.param("chatml", marks=pytest.mark.slow)
 FORMAT_PARAMETERS = tuple(SLOW_CHATML if name == "chatml" else name for name in FORMATS)
 MODEL_PARAMETERS = (*FORMAT_PARAMETERS, "nano")
+# where the vocabulary is not the subject: Llama 3's takes seconds to read
+SLOW_LLAMA3 = pytest.param("llama3", marks=pytest.mark.slow)
+SMALL_PARAMETERS = ("phi3", SLOW_LLAMA3, SLOW_CHATML, "nano")
 MAX_LENGTH = 1024
 IMAGE = Image.new("RGB", (40, 30), "red")
 # what a caller may lose, and the model finds in the ids

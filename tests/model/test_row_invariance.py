@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.chat_models import MODEL_PARAMETERS, load_chat_model, write_chat_model
+from tests.helpers.chat_models import SMALL_PARAMETERS, load_chat_model, write_chat_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
@@ -84,7 +84,7 @@ def reorder(rows: Rows, pad: int, draw: random.Random) -> Rows:
 CHANGES = (pad_left, pad_right, flush_left, flush_right, repeat_interleave, reorder)
 
 
-@pytest.fixture(scope="module", params=MODEL_PARAMETERS)
+@pytest.fixture(scope="module", params=SMALL_PARAMETERS)
 def pair(request, tmp_path_factory) -> tuple[FusionForConditionalGeneration, FusionProcessor]:
     if request.param == "nano":
         return load_chat_model(nano_path())

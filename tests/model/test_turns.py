@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.chat_models import MODELS, TURNS, bare, chat, encode, make_chat_model
+from tests.helpers.chat_models import MODEL_PARAMETERS, TURNS, bare, chat, encode, make_chat_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.model.turns_fusion import SAMPLES, describe_turns, find_prompt_ends, find_questions
@@ -19,7 +19,7 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=MODEL_PARAMETERS)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: Any
 ) -> tuple[FusionForConditionalGeneration, FusionProcessor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.chat_models import MODEL_PARAMETERS, load_chat_model, write_chat_model
+from tests.helpers.chat_models import SMALL_PARAMETERS, load_chat_model, write_chat_model
 from tests.helpers.gradients import KeepGradients, assert_same_gradients, gradients_of
 from transformers import Trainer, TrainingArguments
 
@@ -62,7 +62,7 @@ class NotebookCollator:
 COLLATORS = (FusionDataCollator, NotebookCollator)
 
 
-@pytest.fixture(scope="module", params=MODEL_PARAMETERS)
+@pytest.fixture(scope="module", params=SMALL_PARAMETERS)
 def folder(request, tmp_path_factory):
     if request.param == "nano":
         return nano_path()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.training import run
 from fusion_hf.training.recipe import changed_keys, load_recipe, make_arguments, split_batch
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
@@ -178,3 +179,11 @@ def test_fusion_nano_is_trained_by_recipes_on_two_processes(stage):
     assert arguments.get_warmup_steps(arguments.max_steps) == round(0.03 * arguments.max_steps)
     before = {"stage1": "start", "stage1.5": "stage1", "stage2": "stage1.5"}
     assert values["model"] == f"runs/fusion-nano/{before[stage]}"
+
+
+def test_a_broken_recipe_of_a_begun_run_is_named(tmp_path, monkeypatch):
+    (tmp_path / run.RECIPE_FILE).write_text("model: [")
+    monkeypatch.setattr(run, "find_last", lambda folder: folder)
+    values = {"model": "m", "data": "d", "output_dir": str(tmp_path), "report_to": "none"}
+    with pytest.raises(InputError, match=r"The recipe .*recipe\.yaml is no YAML"):
+        run._begin(tmp_path, values, make_arguments(values, 1))

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
+from fusion_hf.common.yaml_config import read_yaml_keys
 from fusion_hf.data import load_records
 from fusion_hf.hub.folders import find_folder
 from fusion_hf.inference.loading import load_model
@@ -79,7 +80,7 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
     recipe = output / RECIPE_FILE
     goes_on = find_last(output) is not None and arguments.resume_from_checkpoint != NONE
     if goes_on and recipe.is_file():
-        began = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        began = read_yaml_keys(recipe, "The recipe")
         if changed := changed_keys(began, values):
             found = ", and ".join(
                 f"{output} was begun with {key} = {before!r}, and {key} is {now!r} now"
