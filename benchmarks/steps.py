@@ -15,7 +15,7 @@ from workload import TrainingSize, build_eager, make_batch, make_shallow, make_w
 
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.training.collator import labelled_positions
-from fusion_hf.training.flops import BatchShape, training_flops
+from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 TOLERANCE = 1e-4  # relative, of loss and gradient in float32: all variants are one function
@@ -154,7 +154,7 @@ class StepBenchmark:
         batch, sequence = self.tokens
         instruct_tokens = self.batches[name]["instruct_input_ids"].shape[1]
         shape = BatchShape(batch, sequence, instruct_tokens, self.size.turns, self.size.query_len)
-        flops = training_flops(self.config, shape)
+        flops = step_flops(self.config, shape).training
         text = self.config.text_config
         spared = 0 if "reference" in name else batch * sequence - self.num_logits
         return flops - FLOPS_OF_TRAINED_PRODUCT * spared * text.hidden_size * text.vocab_size

@@ -17,7 +17,7 @@ from training import PARTS, parse_arguments, run
 from workload import TRAINING_SIZES, make_batch
 
 from fusion_hf.training.collator import IGNORE_INDEX
-from fusion_hf.training.flops import BatchShape, training_flops
+from fusion_hf.training.flops import BatchShape, step_flops
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training.py"
 SECONDS = 120
@@ -73,7 +73,9 @@ def test_checkpointing_needs_less_memory_and_every_step_the_gradients(result):
 def test_work_is_what_the_variant_computes(result):
     work, (batch, sequence) = result["step"]["work_flops"], result["step"]["tokens"]
     config = SIZE.config()
-    assert work["reference"] == training_flops(config, BatchShape(batch, sequence, 40, SIZE.turns, SIZE.query_len))
+    assert (
+        work["reference"] == step_flops(config, BatchShape(batch, sequence, 40, SIZE.turns, SIZE.query_len)).training
+    )
     unlabelled = sequence - 2 * 20  # both samples have their answers at the same places
     head = 6 * config.text_config.hidden_size * config.text_config.vocab_size
     assert work["reference"] - work[OURS] == batch * unlabelled * head

@@ -62,7 +62,7 @@ def test_the_range_is_the_same_everywhere() -> None:
     assert f"OLDEST_TRANSFORMERS := {OLDEST}.0\n" in (ROOT / "Makefile").read_text()
     assert re.search(rf"^transformers=={NEWEST}\.\d", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert f"{OLDEST} to {NEWEST}" == TESTED
-    assert all("transformers {releases}" in text for text in (USAGE, USAGE_WITHOUT_TOKENIZER, CARD))
+    assert all("transformers {releases}" in text for text in (USAGE, USAGE_WITHOUT_TOKENIZER, CARD.read_text()))
     assert f"transformers {OLDEST} to {NEWEST}" in (Path(nano_path()) / "README.md").read_text().replace("\n", " ")
     minors = [release.rpartition(".")[0] for release in RELEASES]
     assert minors == [f"{NEWEST_TESTED[0]}.{minor}" for minor in range(OLDEST_TESTED[1], NEWEST_TESTED[1] + 1)]

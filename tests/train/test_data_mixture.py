@@ -54,9 +54,9 @@ def ids(folder: Path, *entries: dict, **arguments) -> list[str]:
 def test_published_mixtures(stage: str):
     entries = read_entries(CONFIGS / f"{stage}.yaml")
     names = [f"{name}.json" for name in PUBLISHED[stage].split()]
-    assert [entry.path for entry in entries] == names
-    assert {entry.strategy for entry in entries} == {Strategy()}
-    sizes = [int(re.fullmatch(r".*-(\d+)k\.json", entry.path)[1]) * 1000 for entry in entries]
+    assert [entry.json_path for entry in entries] == names
+    assert {entry.sampling_strategy for entry in entries} == {Strategy()}
+    sizes = [int(re.fullmatch(r".*-(\d+)k\.json", entry.json_path)[1]) * 1000 for entry in entries]
     assert (len(sizes), sum(sizes)) == TOTALS[stage]
     stages = yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8"))
     assert all(set(entry) == {"json_path", "sampling_strategy"} for entry in stages["datasets"])

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_hf import FusionConfig
-from fusion_hf.training.flops import BatchShape, forward_flops, step_flops, training_flops
+from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 from fusion_hf.training.parameter_groups import PARTS, freeze_except
 
@@ -47,7 +47,7 @@ def test_forward(backbone, early):
     text = {"head_dim": 16} if backbone == "qwen3" else None  # heads wider than the model, as Qwen3 has them
     config = tiny_config(backbone, text, early_text_attention=early)
     counted, shape = run(config)
-    assert forward_flops(config, shape) == pytest.approx(counted, rel=FORWARD_TOLERANCE)
+    assert step_flops(config, shape, ()).forward == pytest.approx(counted, rel=FORWARD_TOLERANCE)
 
 
 @pytest.mark.parametrize("backbone", ["llama", "phi3"])
@@ -67,7 +67,7 @@ def test_forward(backbone, early):
 def test_backward(backbone, trained):
     config = tiny_config(backbone, sampler_layers=[1, 2])
     counted, shape = run(config, trained, backward=True)
-    assert training_flops(config, shape, trained) == pytest.approx(counted, rel=BACKWARD_TOLERANCE)
+    assert step_flops(config, shape, trained).training == pytest.approx(counted, rel=BACKWARD_TOLERANCE)
 
 
 @pytest.mark.parametrize("trained", [PARTS, ("projectors",)], ids="+".join)

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         from fusion_hf.cli.model_loading import silence_libraries
 
         silence_libraries()
-    from fusion_hf.training.merging import merge
+    from fusion_hf.training.adapters import merge
 
     merge(adapter, output, base, arguments.dtype)
     sys.stdout.write(f"{wrote(output)}\n")

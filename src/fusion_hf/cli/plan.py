@@ -130,10 +130,10 @@ def count_records(data: str) -> int | None:
         return None
     total = 0
     for entry in read_entries(data):
-        match = THOUSANDS.search(entry.path)
+        match = THOUSANDS.search(entry.json_path)
         if match is None:
             return None
-        total += entry.strategy.count(1000 * int(match[1]), entry.where)
+        total += entry.sampling_strategy.count(1000 * int(match[1]), entry.name)
     return total
 
 

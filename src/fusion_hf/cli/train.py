@@ -22,8 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; returns the exit status: STOPPED after a signal, when a checkpoint was written."""
-    from fusion_hf.training.recipe import load_recipe
-    from fusion_hf.training.recipe_files import check_files
+    from fusion_hf.training.recipe import check_files, load_recipe
 
     values = load_recipe(arguments.recipe, arguments.overrides)
     check_files(values)

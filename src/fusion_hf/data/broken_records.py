@@ -11,6 +11,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.result_log import encode_line
 from fusion_hf.data.record_parsing import ON_BROKEN, RecordProblem
 
 OnBroken = Literal["error", "skip"]
@@ -101,14 +102,9 @@ class BrokenRecords:
 
     def _append(self, file: str, index: int, problem: RecordProblem) -> None:
         entry = {"file": file, "index": index, "id": problem.identity, "reason": str(problem)}
-        line = f"{json.dumps(entry)}\n".encode()
-        handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            if os.fstat(handle).st_size > self.read_bytes:  # half a line is at the end
-                line = b"\n" + line
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+        with self.file.open("ab") as stream:
+            is_torn = stream.tell() > self.read_bytes  # half a line is at the end
+            stream.write((b"\n" if is_torn else b"") + encode_line(entry, ascii_only=True))
         self._read()
 
     def __getstate__(self) -> dict[str, Any]:

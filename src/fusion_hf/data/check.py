@@ -78,7 +78,7 @@ def check_entry(
         cache: of the indexes that are made on the way; training uses them too.
         progress: show a bar on the standard error, if that is a terminal.
     """
-    report = EntryReport(entry.path, entry.strategy.text)
+    report = EntryReport(entry.json_path, entry.sampling_strategy.text)
     try:
         sources = entry.locate().sources(cache)
         report.files = len(sources)
@@ -90,7 +90,7 @@ def check_entry(
             report.problems.update(_structure(source, index))
             if images != "none":
                 report.problems.update(_image_problems(source, len(index), images, max_image_pixels, progress))
-        report.taken = entry.strategy.count(report.records, entry.where)
+        report.taken = entry.sampling_strategy.count(report.records, entry.name)
     except InputError as error:
         report.error = str(error)
     return report

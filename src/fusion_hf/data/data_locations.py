@@ -1,7 +1,9 @@
 """What a name stands for: a file, a folder or a data set of the Hub, by its suffix and by what lies in it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fusion_hf.common.errors import InputError, short_name
@@ -32,35 +34,33 @@ class DataLocation:
 
     def sources(self, cache: Path) -> list[RecordSource]:
         """What has random access; Parquet and CSV are written to `cache` for it."""
+        if self._has_spans:
+            return self._spans()
+        from fusion_hf.data.tables import Table, load_hub, load_table  # which take a second to import
+
         if self.hub is not None:
-            from fusion_hf.data.tables import Table, load_hub  # which take a second to import
+            tables = {":".join(self.hub): load_hub(*self.hub)}
+        else:
+            tables = {str(file): load_table(file, cache / TABLES_FOLDER) for file in self.files}
+        return [Table(table, name, self.root, self.image_key) for name, table in tables.items()]
 
-            return [Table(load_hub(*self.hub), ":".join(self.hub), self.root)]
-        return [self._source(file, cache / TABLES_FOLDER) for file in self.files]
-
-    def _source(self, file: Path, cache: Path) -> RecordSource:
-        if file.suffix in FILE_SOURCES:
-            return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
-        from fusion_hf.data.tables import Table, load_csv, load_parquet
-
-        load = load_parquet if file.suffix == ".parquet" else load_csv
-        return Table(load(file, cache), str(file), self.root, self.image_key)
-
-    def streams(self) -> list[RecordStream]:
+    def streams(self) -> Sequence[RecordStream]:
         """What is read from beginning to end."""
+        if self._has_spans:
+            return self._spans()
+        from fusion_hf.data.tables import RowStream, hub_rows, table_rows
+
         if self.hub is not None:
-            from fusion_hf.data.tables import HubRows, RowStream
+            return [RowStream(partial(hub_rows, *self.hub), ":".join(self.hub), self.root)]
+        return [RowStream(table_rows(file), str(file), self.root, self.image_key) for file in self.files]
 
-            return [RowStream(HubRows(*self.hub), ":".join(self.hub), self.root)]
-        return [self._stream(file) for file in self.files]
+    @property
+    def _has_spans(self) -> bool:
+        return all(file.suffix in FILE_SOURCES for file in self.files) and self.hub is None
 
-    def _stream(self, file: Path) -> RecordStream:
-        if file.suffix in FILE_SOURCES:
-            return FILE_SOURCES[file.suffix](file, self.root, self.image_key)
-        from fusion_hf.data.tables import CsvRows, ParquetRows, RowStream
-
-        rows = ParquetRows(file) if file.suffix == ".parquet" else CsvRows(file)
-        return RowStream(rows, str(file), self.root, self.image_key)
+    def _spans(self) -> list[RecordSource]:
+        """Files whose records are read where they lie."""
+        return [FILE_SOURCES[file.suffix](file, self.root, self.image_key) for file in self.files]
 
 
 def exists(path: Path) -> bool:

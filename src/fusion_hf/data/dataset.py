@@ -78,22 +78,18 @@ def load_records(
     return RecordDataset(parts, reader)
 
 
+@dataclass(frozen=True)
 class RecordReader:
-    """Makes what a data set gives from a stored record."""
+    """Makes what a data set gives from a stored record; see [`load_records`] for the settings."""
 
-    def __init__(
-        self,
-        broken: BrokenRecords,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
-        exif_transpose: bool = True,
-        on_truncated: OnTruncated = "error",
-    ):
-        if on_truncated not in ON_TRUNCATED:
-            raise InputError(f"on_truncated: {on_truncated!r}; allowed: {', '.join(ON_TRUNCATED)}.")
-        self.broken = broken
-        self.max_image_pixels = max_image_pixels
-        self.exif_transpose = exif_transpose
-        self.on_truncated = on_truncated
+    broken: BrokenRecords
+    max_image_pixels: int
+    exif_transpose: bool
+    on_truncated: OnTruncated
+
+    def __post_init__(self) -> None:
+        if self.on_truncated not in ON_TRUNCATED:
+            raise InputError(f"on_truncated: {self.on_truncated!r}; allowed: {', '.join(ON_TRUNCATED)}.")
 
     def __call__(self, stream: RecordStream, index: int, raw: Raw) -> dict[str, Any]:
         """
@@ -106,14 +102,13 @@ class RecordReader:
         try:
             record = parse_record(raw, index, stream.image_key)
             identity = record.id
-            image = record.image
             settings = (stream.root, self.max_image_pixels, self.exif_transpose, self.on_truncated)
-            opened = None if image is None else open_record_image(image, *settings)
+            image = None if record.image is None else open_record_image(record.image, *settings)
         except RecordProblem as problem:
             problem.identity = identity if identity is not None else problem.identity
             self.broken.handle([(stream.name, index, problem)])
             return {"id": problem.identity, "skipped": str(problem)}
-        return {"id": record.id, "image": opened, "messages": record.messages}
+        return {"id": record.id, "image": image, "messages": record.messages}
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[
         sources = entry.locate().sources(cache)
         indexes = [open_index(source, cache) for source in sources]
         ends = np.cumsum([len(index) for index in indexes])
-        rows = entry.strategy.rows(int(ends[-1]), (seed, number), entry.where)
+        rows = entry.sampling_strategy.rows(int(ends[-1]), (seed, number), entry.name)
         for source, index, end in zip(sources, indexes, ends.tolist(), strict=True):
             inside = _inside(rows, end - len(index), end)
             if len(inside):
@@ -218,28 +213,21 @@ class StreamedRecords(IterableDataset):
     the order does not depend on their number. A broken record keeps its place under `skip`: it is an item with
     `skipped`, so that ranks need not read the records of others.
 
-    Args:
-        epochs: passes; default: without end.
-        start: micro-batches of this rank to pass over, for resuming.
+    Attributes:
+        rank, world_size, batch_size: of the part that this is; see `split`.
+        epochs: passes; None: without end.
+        start: micro-batches of this rank that are passed over, for resuming.
     """
 
-    def __init__(
-        self,
-        entries: Iterable[MixtureEntry],
-        reader: RecordReader,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        batch_size: int = 1,
-        epochs: int | None = None,
-        start: int = 0,
-    ):
+    rank, world_size, batch_size = 0, 1, 1
+    epochs: int | None = None
+    start = 0
+
+    def __init__(self, entries: Iterable[MixtureEntry], reader: RecordReader):
         self.reader = reader
         self.streams: list[tuple[RecordStream, int | None]] = []  # and how many of its records
         for entry in entries:
             self.streams += _streams(entry)
-        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self.epochs, self.start = epochs, start
 
     def split(
         self, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, epochs: int | None = None, start: int = 0
@@ -248,13 +236,8 @@ class StreamedRecords(IterableDataset):
         if not 0 <= rank < world_size or batch_size < 1 or start < 0:
             raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, start {start}")
         other = copy.copy(self)
-        other.rank, other.world_size, other.batch_size, other.epochs, other.start = (
-            rank,
-            world_size,
-            batch_size,
-            epochs,
-            start,
-        )
+        other.rank, other.world_size, other.batch_size = rank, world_size, batch_size
+        other.epochs, other.start = epochs, start
         return other
 
     @property
@@ -287,10 +270,10 @@ class StreamedRecords(IterableDataset):
 def _streams(entry: MixtureEntry) -> list[tuple[RecordStream, int | None]]:
     """What can be streamed: of files whose number of records is not known, all or the first ones."""
     streams = entry.locate().streams()
-    strategy: Strategy = entry.strategy
+    strategy: Strategy = entry.sampling_strategy
     if strategy.amount is None:
         return [(stream, None) for stream in streams]
     if strategy.kind != "first" or not isinstance(strategy.amount, int) or len(streams) > 1:
         allowed = "all, or first:N of one file"
-        raise InputError(f"{entry.where}: sampling_strategy {strategy.text!r}; allowed when streaming: {allowed}.")
+        raise InputError(f"{entry.name}: sampling_strategy {strategy.text!r}; allowed when streaming: {allowed}.")
     return [(streams[0], strategy.amount)]

@@ -24,14 +24,10 @@ def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
         ValueError: if `part` is unknown or a question names an image that does not exist.
     """
     package = _import_package()
-    if part == "train":
-        texts, answers, image_ids = package.get_train_questions()
-        paths = package.get_train_image_paths()
-    elif part == "test":
-        texts, answers, image_ids = package.get_test_questions()
-        paths = package.get_test_image_paths()
-    else:
+    if part not in ("train", "test"):
         raise ValueError(f"part is {part!r}, allowed are train, test")
+    texts, answers, image_ids = getattr(package, f"get_{part}_questions")()
+    paths = getattr(package, f"get_{part}_image_paths")()
     questions: dict[int, list[tuple[str, str]]] = {image_id: [] for image_id in sorted(paths)}
     for text, answer, image_id in zip(texts, answers, image_ids, strict=True):
         if image_id not in questions:

@@ -73,33 +73,32 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class WrittenEntry:
-    """The keys of an entry in a mixture file."""
+class MixtureEntry:
+    """
+    One file, folder or Hub data set of a mixture.
+
+    Attributes:
+        json_path, sampling_strategy, image_root: the keys of an entry in a mixture file.
+        folder: that paths are relative to.
+        name: where the entry stands, for errors.
+    """
 
     json_path: str
+    folder: Path
     sampling_strategy: Strategy = Strategy()
     image_root: str | None = None
-
-
-@dataclass(frozen=True)
-class MixtureEntry:
-    """One file, folder or Hub data set of a mixture. `where` it stands is for errors."""
-
-    path: str
-    folder: Path
-    image_root: Path | None = None
-    strategy: Strategy = Strategy()
-    where: str = "data"
+    name: str = "data"
 
     def locate(self) -> DataLocation:
         """
         Raises:
             InputError: if it does not exist.
         """
+        image_root = None if self.image_root is None else self.folder / self.image_root
         try:
-            return locate(self.path, self.folder, self.image_root)
+            return locate(self.json_path, self.folder, image_root)
         except InputError as error:
-            raise InputError(f"{self.where}: {error}") from error
+            raise InputError(f"{self.name}: {error}") from error
 
 
 def read_entries(source: str | Path, root: str | Path | None = None, key: str = "data") -> list[MixtureEntry]:
@@ -118,18 +117,16 @@ def read_entries(source: str | Path, root: str | Path | None = None, key: str = 
         content = read_yaml(path, f"{key}:", MAX_MIXTURE_BYTES)
         return _mixture(content, path, data_root if data_root is not None else path.parent.resolve(), key)
     if exists(path):
-        return [MixtureEntry(str(path.absolute()), data_root if data_root is not None else path.parent, where=key)]
-    return [MixtureEntry(str(source), data_root if data_root is not None else Path(), where=key)]
+        return [MixtureEntry(str(path.absolute()), data_root if data_root is not None else path.parent, name=key)]
+    return [MixtureEntry(str(source), data_root if data_root is not None else Path(), name=key)]
 
 
 def _mixture(content: Any, path: Path, root: Path, key: str) -> list[MixtureEntry]:
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"datasets"}:
         raise InputError(f"{key}: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
-    return [_entry(values, root, f"{path}, entry {number}") for number, values in enumerate(entries, start=1)]
-
-
-def _entry(values: Any, root: Path, where: str) -> MixtureEntry:
-    written = make_dataclass(WrittenEntry, values, where)
-    image_root = None if written.image_root is None else root / written.image_root
-    return MixtureEntry(written.json_path, root, image_root, written.sampling_strategy, where)
+    names = [f"{path}, entry {number}" for number in range(1, len(entries) + 1)]
+    return [
+        make_dataclass(MixtureEntry, values, name, folder=root, name=name)
+        for values, name in zip(entries, names, strict=True)
+    ]

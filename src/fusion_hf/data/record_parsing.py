@@ -104,11 +104,7 @@ def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> ParsedReco
         raise
     messages = without_marks(turns)
     words = max(sum(len(text.split()) for _, text in turns), 1)
-    return (
-        ParsedRecord(identity, images[0], messages, words)
-        if images
-        else ParsedRecord(identity, None, messages, -words)
-    )
+    return ParsedRecord(identity, images[0] if images else None, messages, words if images else -words)
 
 
 def parse_turns(

@@ -2,10 +2,11 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -22,6 +23,9 @@ COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
 TURNS = ("conversations", "messages")
 HUB_SECONDS = 10.0  # until the Hub answers
 ROWS = 64  # read at once: they may hold images
+PARQUET = ".parquet"
+
+Row: TypeAlias = dict[str, Any]
 
 
 class Table(RecordSource):
@@ -56,71 +60,71 @@ class Table(RecordSource):
 
 
 class RowStream(RecordStream):
-    """Rows of a Parquet or CSV file or of a data set of the Hub, from beginning to end and without a copy."""
+    """
+    Rows of a Parquet or CSV file or of a data set of the Hub, from beginning to end and without a copy.
 
-    def __init__(self, rows: "ParquetRows | CsvRows | HubRows", name: str, root: Path, image_key: str = IMAGE_KEY):
-        self.rows, self.name, self.root, self.image_key = rows, name, root, image_key
+    Args:
+        begin: gives the rows, each time that it is called.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Row]], name: str, root: Path, image_key: str = IMAGE_KEY):
+        self.begin, self.name, self.root, self.image_key = begin, name, root, image_key
 
     def scan(self) -> Iterator[SourceItem]:
-        return _items(self.rows)
+        return _items(self.begin())
 
 
-class ParquetRows:
-    """The rows of a Parquet file."""
+def table_rows(path: Path) -> Callable[[], Iterator[Row]]:
+    """
+    What gives the rows of a Parquet or CSV file.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.columns = parquet_columns(path)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(batch_size=ROWS, columns=self.columns):
-                yield from batch.to_pylist()
+    Raises:
+        InputError: if it is no such file, or none of records.
+    """
+    columns = table_columns(path)
+    return partial(_parquet_rows, path, columns) if path.suffix == PARQUET else partial(_csv_rows, path)
 
 
-class CsvRows:
-    """The rows of a CSV file, all columns texts."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.columns = known_columns(next(self._reader(), ()), str(path))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        reader = self._reader()
-        header = next(reader)
-        for row in reader:
-            fields = dict(zip(header, row, strict=False))  # what a short row lacks is missing
-            yield {name: fields.get(name) for name in self.columns}
-
-    def _reader(self) -> Iterator[list[str]]:
-        csv.field_size_limit(MAX_RECORD_BYTES)
-        try:
-            with self.path.open(encoding="utf-8-sig", newline="") as stream:
-                yield from csv.reader(stream)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"data: {self.path} is no CSV in UTF-8 ({error}).") from error
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+            yield from batch.to_pylist()
 
 
-class HubRows:
+def _csv_rows(path: Path, state: str = "") -> Iterator[Row]:
+    """All columns are texts. `state` is among the names of what `datasets` caches."""
+    reader = _csv_lines(path)
+    header = next(reader)
+    columns = known_columns(header, str(path))
+    for row in reader:
+        fields = dict(zip(header, row, strict=False))  # what a short row lacks is missing
+        yield {name: fields.get(name) for name in columns}
+
+
+def _csv_lines(path: Path) -> Iterator[list[str]]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            yield from csv.reader(stream)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"data: {path} is no CSV in UTF-8 ({error}).") from error
+
+
+def hub_rows(repository: str, split: str) -> Iterator[Row]:
     """The rows of a split of a data set of the Hub, read over the network."""
-
-    def __init__(self, repository: str, split: str):
-        self.repository, self.split = repository, split
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        dataset = load_hub(self.repository, self.split, streaming=True)
-        for column, feature in (dataset.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        return iter(dataset)
+    dataset = load_hub(repository, split, streaming=True)
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return iter(dataset)
 
 
-def _items(rows: Iterable[dict[str, Any]]) -> Iterator[SourceItem]:
+def _items(rows: Iterable[Row]) -> Iterator[SourceItem]:
     for number, row in enumerate(rows):
         yield SourceItem(_row(row), (), number + 1)
 
 
-def _row(row: dict[str, Any]) -> Raw:
+def _row(row: Row) -> Raw:
     """Where a column cannot hold objects, the turns are JSON text, and what is missing is empty."""
     fields = {name: None if value == "" else value for name, value in row.items()}
     for name in TURNS:
@@ -145,11 +149,13 @@ def known_columns(names: Iterable[str], where: str) -> list[str]:
     return known
 
 
-def parquet_columns(path: Path) -> list[str]:
+def table_columns(path: Path) -> list[str]:
     """
     Raises:
-        InputError: if it is no Parquet file, or none of records.
+        InputError: if it is no Parquet or CSV file, or none of records.
     """
+    if path.suffix != PARQUET:
+        return known_columns(next(_csv_lines(path), ()), str(path))
     file_state(path)
     try:
         names = pyarrow.parquet.read_schema(path).names
@@ -158,29 +164,23 @@ def parquet_columns(path: Path) -> list[str]:
     return known_columns(names, str(path))
 
 
-def load_parquet(path: Path, cache: Path) -> datasets.Dataset:
-    """A Parquet file, written to `cache` as Arrow: what is compressed cannot be read at any place."""
-    columns = parquet_columns(path)
+def load_table(path: Path, cache: Path) -> datasets.Dataset:
+    """
+    A Parquet or CSV file, written to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    columns, settings = table_columns(path), {"cache_dir": str(cache), "keep_in_memory": False}
     try:
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache), columns=columns, keep_in_memory=False)
+        if path.suffix == PARQUET:
+            return datasets.Dataset.from_parquet(str(path), columns=columns, **settings)
+        features = datasets.Features({name: datasets.Value("string") for name in columns})
+        arguments = {"path": path, "state": file_state(path)}  # the cache knows them again
+        return datasets.Dataset.from_generator(_csv_rows, features=features, gen_kwargs=arguments, **settings)
     except DatasetGenerationError as error:
-        raise InputError(f"data: {path} cannot be read as Parquet ({error.__cause__ or error}).") from error
-
-
-def load_csv(path: Path, cache: Path) -> datasets.Dataset:
-    """A CSV file, written to `cache` as Arrow; all columns are texts."""
-    features = datasets.Features({name: datasets.Value("string") for name in CsvRows(path).columns})
-    arguments = {"path": path, "state": file_state(path)}  # the cache knows them again
-    try:
-        return datasets.Dataset.from_generator(
-            _csv_rows, features=features, cache_dir=str(cache), gen_kwargs=arguments, keep_in_memory=False
-        )
-    except DatasetGenerationError as error:
-        raise InputError(f"data: {path} cannot be read as CSV ({error.__cause__ or error}).") from error
-
-
-def _csv_rows(path: Path, state: str) -> Iterator[dict[str, Any]]:
-    yield from CsvRows(path)
+        kind = "Parquet" if path.suffix == PARQUET else "CSV"
+        raise InputError(f"data: {path} cannot be read as {kind} ({error.__cause__ or error}).") from error
 
 
 def load_hub(repository: str, split: str, streaming: bool = False) -> Any:

@@ -8,12 +8,11 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fusion_hf.drawing.drawn_images import DrawnImage
+from fusion_hf.drawing.drawn_images import CATEGORIES, DrawnImage
 from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, Stage, evaluation_records, stage_records
 
 DATA = "data"
@@ -21,32 +20,18 @@ VALIDATION_SAMPLE = 300  # questions of each category, asked after each stage
 CHUNK = 256  # images that a process draws at a time
 
 
-@dataclass(frozen=True)
-class StageData:
-    """Which images one of FUSION's stages uses; to count one kind or colour among others takes longest."""
-
-    name: str
-    stage: Stage
-    mixture: DrawnMixture
-
-
-STAGE_DATA = (
-    StageData("stage1", "1", DrawnMixture(single=3000, count=5000, spatial=8000, text=6000)),
-    StageData("stage1.5", "1.5", DrawnMixture(single=2000, count=8000, spatial=8000, text=4000)),
-    StageData("stage2", "2", DrawnMixture(single=1000, count=18000, spatial=7000, text=6000, easy_vqa=0.7)),
-)
+# images of FUSION's stages; to count one kind or colour among others takes longest
+MIXTURES: dict[Stage, DrawnMixture] = {
+    "1": DrawnMixture(single=3000, count=5000, spatial=8000, text=6000),
+    "1.5": DrawnMixture(single=2000, count=8000, spatial=8000, text=4000),
+    "2": DrawnMixture(single=1000, count=18000, spatial=7000, text=6000, easy_vqa=0.7),
+}
 
 
 def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
     """A share of each kind of image, for a trial."""
-    return replace(
-        mixture,
-        single=round(share * mixture.single),
-        count=round(share * mixture.count),
-        spatial=round(share * mixture.spatial),
-        text=round(share * mixture.text),
-        easy_vqa=share * mixture.easy_vqa,
-    )
+    drawn = {category: round(share * getattr(mixture, category)) for category in CATEGORIES}
+    return DrawnMixture(**drawn, easy_vqa=share * mixture.easy_vqa)
 
 
 def validation_sample(seed: int) -> list[NanoRecord]:
@@ -85,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the images, for a trial")
     arguments = parser.parse_args(argv)
     folder = arguments.output / DATA
-    for data in STAGE_DATA:
-        mixture = scaled(data.mixture, arguments.share)
-        records = stage_records(data.stage, "train", f"{data.name}/{arguments.seed}", mixture)
-        write_records(folder, data.name, records)
+    for stage, mixture in MIXTURES.items():
+        name = f"stage{stage}"
+        records = stage_records(stage, "train", f"{name}/{arguments.seed}", scaled(mixture, arguments.share))
+        write_records(folder, name, records)
     held_out = validation_sample(arguments.seed)
     write_records(folder, "validation", held_out[:: max(1, round(1 / arguments.share))])
 

@@ -140,14 +140,10 @@ def easy_vqa_images(split: Literal["train", "validation"]) -> list[DescribedImag
 
 def draw_images(split: Split, mixture: DrawnMixture, seed: int | str) -> list[DescribedImage]:
     """The drawn images of a split; other seeds give other images."""
-    amounts: dict[Category, int] = {
-        "single": mixture.single,
-        "count": mixture.count,
-        "spatial": mixture.spatial,
-        "text": mixture.text,
-    }
     return [
-        _drawn_image(category, split, index, seed) for category in CATEGORIES for index in range(amounts[category])
+        _drawn_image(category, split, index, seed)
+        for category in CATEGORIES
+        for index in range(getattr(mixture, category))
     ]
 
 

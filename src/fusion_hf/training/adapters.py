@@ -17,19 +17,18 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.hub.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from fusion_hf.common.outputs import new_folder
+from fusion_hf.hub.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, read_adapter
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.devices import DTYPES
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
+from fusion_hf.training.cast_dtype import cast_weights
 from fusion_hf.training.gradient_checkpointing import hide_peft_deprecation
-from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, part_of
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, MODULES_OF_PART, part_of
 
 HEAD = "lm_head"
-MODULES_OF_PART = {
-    VISION_TOWER: ("vision_tower",),
-    PROJECTORS: ("vision_projector", "vision_projector_back"),
-    SAMPLERS: ("vision_sampler",),
-}
 WHOLE_MODULES = tuple(name for names in MODULES_OF_PART.values() for name in names)
 # What an adapter's configuration may say; of all other fields only PEFT's default is understood.
 USED = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
@@ -140,6 +139,30 @@ def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> P
     for parameter in adapted.parameters():
         parameter.requires_grad_(False)
     return adapted.eval()
+
+
+def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:
+    """
+    Write base + adapter as a complete model folder: weights, configurations, code files, processor.
+
+    Args:
+        adapter: `output_dir` of a LoRA run.
+        output: a new or an empty folder; it appears only when all of it is there.
+        base: folder or Hub repository; None: the one that the adapter names.
+        dtype: of the written weights, a key of `DTYPES`. They are added up as float32.
+
+    Raises:
+        InputError: if the adapter is none of this base, or `output` is not empty.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    named = base_of(adapter, base)
+    with new_folder(output) as folder:
+        start = ChatModel.load(named, device="cpu", dtype="float32")
+        merged = load_adapter(start.model, adapter).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
+        start.processor.save_pretrained(folder)
+        cast_weights(folder, dtype)
 
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> None:

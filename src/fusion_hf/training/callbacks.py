@@ -1,5 +1,6 @@
 """What happens at moments of a step: the loss is checked, the speed is measured, a signal ends the run."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.training.checkpoints import StopSignal
+from fusion_hf.common.outputs import write_atomically
+from fusion_hf.training.checkpoints import StopSignal, writing
 from fusion_hf.training.distributed import any_rank
 from fusion_hf.training.parameter_groups import count_by_part
-from fusion_hf.training.run_log import LOG_FILE, forget_after
 from fusion_hf.training.throughput import ThroughputMeter, matrix_rate
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "log.jsonl"  # what each log of the trainer says, a line each
 FLOPS_PER_TERAFLOP = 1e12
 
 
@@ -140,3 +142,33 @@ class StopCallback(TrainerCallback):
             self.stopped = state.global_step < state.max_steps
         if control.should_save:  # or the first mean after a resume would lack the steps before the checkpoint
             control.should_log = True
+
+
+def append_log(run_dir: Path, values: dict[str, Any]) -> None:
+    """
+    Add a line to the log of a run.
+
+    Args:
+        run_dir: the run's folder.
+        values: of the line.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    with writing(run_dir, LOG_FILE), (run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, default=float) + "\n")
+
+
+def forget_after(log: Path, step: int) -> None:
+    """Take out what a run logged after the checkpoint from which it now goes on: it is going to be logged again."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last one, cut by a kill
+            continue
+        if isinstance(entry, dict) and entry.get("step", 0) <= step:
+            kept.append(line)
+    write_atomically(log, "".join(f"{line}\n" for line in kept).encode())

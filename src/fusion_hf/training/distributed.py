@@ -120,22 +120,13 @@ def plain_class(model: nn.Module) -> Iterator[None]:
 
 def sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`values` of any shape, added over all processes, on `device`; as they are, where there is one process."""
-    return _reduce(values, device, dist.ReduceOp.SUM)
-
-
-def max_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values` of any shape, the largest of all processes, on `device`; as they are, where there is one process."""
-    return _reduce(values, device, dist.ReduceOp.MAX)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    reduced = values.to(device, copy=True)
+    dist.all_reduce(reduced)
+    return reduced
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true in at least one process. All processes must ask."""
-    return bool(max_over_ranks(torch.tensor(int(flag)), device))
-
-
-def _reduce(values: torch.Tensor, device: torch.device, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    reduced = values.to(device, copy=True)
-    dist.all_reduce(reduced, operation)
-    return reduced
+    return bool(sum_over_ranks(torch.tensor(int(flag)), device))

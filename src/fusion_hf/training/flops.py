@@ -9,7 +9,6 @@ input of a layer's last product.
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PARTS, PROJECTORS, SAMPLERS, VISION_TOWER
@@ -31,14 +30,6 @@ class BatchShape:
     query_len: int
 
 
-class _Product(NamedTuple):
-    flops: int  # forward
-    part: str  # whose product it is
-    has_weight: bool  # False: both sides are activations
-    input_gradient: bool  # whether the gradient of its input is needed
-    in_layer: bool  # whether gradient checkpointing computes it a second time
-
-
 @dataclass
 class StepFlops:
     """FLOPs of one forward and backward pass of a micro-batch.
@@ -53,27 +44,6 @@ class StepFlops:
     training: int = 0
     recomputed: int = 0
     by_part: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
-
-    def add(self, product: _Product, trained: Collection[str]) -> None:
-        """Count one product."""
-        gradients = product.part in trained if product.has_weight else product.input_gradient
-        self.forward += product.flops
-        self.by_part[product.part] += product.flops
-        self.training += product.flops * (1 + gradients + product.input_gradient)
-        if product.in_layer and (gradients or product.input_gradient):
-            self.recomputed += product.flops
-
-
-def forward_flops(config: FusionConfig, shape: BatchShape) -> int:
-    """FLOPs of the forward pass with labels of one micro-batch."""
-    return step_flops(config, shape, ()).forward
-
-
-def training_flops(
-    config: FusionConfig, shape: BatchShape, trained: Collection[str] = PARTS, lora: bool = False
-) -> int:
-    """FLOPs of forward and backward pass of one micro-batch, without recomputation; see [`step_flops`]."""
-    return step_flops(config, shape, trained, lora).training
 
 
 def step_flops(
@@ -100,14 +70,31 @@ class _Counter:
         self.patches = config.num_patches_per_side**2
         self.total = StepFlops()
 
+    def product(self, part: str, flops: int, gradient: bool, in_layer: bool = True, weighs: bool = False) -> None:
+        """
+        A product of a part.
+
+        Args:
+            flops: forward.
+            gradient: whether the gradient of its input is needed.
+            in_layer: whether gradient checkpointing computes it a second time.
+            weighs: whether one side is a weight; else both are activations.
+        """
+        second = part in self.trained if weighs else gradient
+        self.total.forward += flops
+        self.total.by_part[part] += flops
+        self.total.training += flops * (1 + second + gradient)
+        if in_layer and (second or gradient):
+            self.total.recomputed += flops
+
     def linear(self, part: str, rows: int, size: tuple[int, int], gradient: bool, in_layer: bool = False) -> bool:
         """A weight of `size` on `rows` rows; returns whether its output requires a gradient."""
-        self.total.add(_Product(2 * rows * size[0] * size[1], part, True, gradient, in_layer), self.trained)
+        self.product(part, 2 * rows * size[0] * size[1], gradient, in_layer, weighs=True)
         return gradient or part in self.trained
 
     def attention(self, part: str, count: int, rows: int, keys: int, width: int, gradient: bool) -> None:
         """`count` attentions: scores and weighted sums, all heads together `width` wide."""
-        self.total.add(_Product(2 * 2 * count * rows * keys * width, part, False, gradient, True), self.trained)
+        self.product(part, 2 * 2 * count * rows * keys * width, gradient)
 
     def count(self) -> None:
         batch, questions = self.shape.batch, self.shape.instruct_tokens
@@ -156,8 +143,7 @@ class _Counter:
             gradient |= VISION_TOWER in self.trained
             self.attention(VISION_TOWER, count, self.patches, self.patches, width, gradient)
             return
-        mean = _Product(2 * count * length * width, VISION_TOWER, False, False, True)  # weights need no gradient
-        self.total.add(mean, self.trained)
+        self.product(VISION_TOWER, 2 * count * length * width, gradient=False)  # the mean's weights need none
         for _ in range(2):  # value, output
             self.linear(VISION_TOWER, count, (width, width), gradient, True)
 

@@ -1,6 +1,5 @@
 """The four parts of a FUSION that are frozen, trained and given learning rates apart."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +10,17 @@ from fusion_hf.training.recipe_keys import LANGUAGE_MODEL, PARTS, PROJECTORS, SA
 
 # Wrappers (PEFT, DDP, compilation) put names in front. A sampler lies inside a layer of the language model, whose
 # part is whatever is left.
-_MODULE_OF_PART = {
-    SAMPLERS: re.compile(r"(?:^|\.)vision_sampler\."),
-    VISION_TOWER: re.compile(r"(?:^|\.)vision_tower\."),
-    PROJECTORS: re.compile(r"(?:^|\.)vision_projector(?:_back)?\."),
+MODULES_OF_PART = {
+    VISION_TOWER: ("vision_tower",),
+    PROJECTORS: ("vision_projector", "vision_projector_back"),
+    SAMPLERS: ("vision_sampler",),
 }
 
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to, by its name."""
-    return next((part for part, module in _MODULE_OF_PART.items() if module.search(name)), LANGUAGE_MODEL)
+    modules = set(name.split(".")[:-1])
+    return next((part for part, own in MODULES_OF_PART.items() if modules.intersection(own)), LANGUAGE_MODEL)
 
 
 def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:

@@ -266,10 +266,21 @@ class Planner:
         states = self.states(sharding, gpus, run)
         waiting = (accumulation - 1) * batch * self.image_bytes  # a step's batches arrive together
         held = states.gradients if sharded else peak.gradients
-        parts = (states.parameters, states.optimizer, states.communication)
-        if peak.activations + waiting + held >= states.gradients + states.step:
-            return _memory(sharding, batch, accumulation, parts, held, peak.activations + waiting, peak.phase)
-        return _memory(sharding, batch, accumulation, parts, states.gradients, states.step, OPTIMIZER_STEP)
+        worst = (held, peak.activations + waiting, peak.phase)
+        if sum(worst[:2]) < states.gradients + states.step:
+            worst = (states.gradients, states.step, OPTIMIZER_STEP)
+        gradients_held, activations, moment = worst
+        return GpuMemory(
+            sharding=sharding,
+            batch=batch,
+            accumulation=accumulation,
+            parameters=states.parameters,
+            gradients=gradients_held,
+            optimizer=states.optimizer,
+            communication=states.communication,
+            activations=activations,
+            moment=moment,
+        )
 
     def states(self, sharding: str, gpus: int, run: PlannedRun | None = None) -> StateBytes:
         """What lasts through a step, without a simulation."""
@@ -373,21 +384,6 @@ class Planner:
             frozen = tuple(part for part in run.trained if part != LANGUAGE_MODEL)
             tried("lora_rank=16", replace(run, trained=frozen, lora_rank=16))
         return changes
-
-
-def _memory(
-    sharding: str,
-    batch: int,
-    accumulation: int,
-    parts: tuple[int, int, int],
-    gradients: int,
-    activations: int,
-    moment: str,
-) -> GpuMemory:
-    parameters, optimizer, communication = parts
-    return GpuMemory(
-        sharding, batch, accumulation, parameters, gradients, optimizer, communication, activations, moment
-    )
 
 
 def count_weights(config: FusionConfig, setting: StepSetting) -> WeightCounts:

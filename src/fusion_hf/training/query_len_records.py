@@ -39,36 +39,6 @@ class QueryLenRecords(Dataset):
         return np.array([_words(record) for record in self.records], dtype=np.int32)
 
 
-class QueryLenStream(IterableDataset):
-    """
-    A stream's records with the number of latent tokens of their step.
-
-    Args:
-        records: of one process, from one of its micro-batches on.
-        accumulation: micro-batches per step.
-        query_lens, seed: see `query_len_of_step`.
-        per_micro_batch: draw from `query_lens` for each micro-batch of a step.
-    """
-
-    def __init__(
-        self,
-        records: StreamedRecords,
-        accumulation: int,
-        query_lens: Sequence[int],
-        seed: int,
-        per_micro_batch: bool = False,
-    ):
-        self.records, self.accumulation, self.query_lens, self.seed = records, accumulation, query_lens, seed
-        self.per_micro_batch = per_micro_batch
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        world_size, rank = self.records.world_size, self.records.rank
-        for batch, record in _with_batches(self.records, self.records.batch_size):
-            step, place = divmod(self.records.start + batch, self.accumulation)
-            micro_batch = place * world_size + rank if self.per_micro_batch else None
-            yield {**record, "query_len": query_len_of_step(step, self.query_lens, self.seed, micro_batch)}
-
-
 class QueryLenIterable(IterableDataset):
     """
     Records of any iterable data set with the number of latent tokens of their step, for one process.
@@ -88,6 +58,7 @@ class QueryLenIterable(IterableDataset):
         self.records, self.layout, self.query_lens, self.seed = records, layout, query_lens, seed
         self.per_micro_batch = per_micro_batch
         self.epoch = 0
+        self.rank = 0  # a loader deals the records to processes
 
     def __len__(self) -> int:
         """That of the records; a `TypeError` where they have none."""
@@ -103,12 +74,17 @@ class QueryLenIterable(IterableDataset):
         return isinstance(self.records, Sized)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        layout, start = self.layout, self._start
+        for batch, record in _with_batches(self._passes(), layout.batch_size):
+            step, place = divmod(start + batch, layout.accumulation)
+            micro_batch = place * layout.world_size + self.rank if self.per_micro_batch else None
+            yield {**record, "query_len": query_len_of_step(step, self.query_lens, self.seed, micro_batch)}
+
+    @property
+    def _start(self) -> int:
+        """Micro-batches of the epochs before; the last step of an epoch may lack some."""
         steps = -(-len(self) // self.layout.global_batch_size) if self._has_length else 0
-        for batch, record in _with_batches(self._passes(), self.layout.batch_size):
-            step, micro_batch = divmod(batch, self.layout.accumulation)
-            number = micro_batch if self.per_micro_batch else None
-            query_len = query_len_of_step(self.epoch * steps + step, self.query_lens, self.seed, number)
-            yield {**record, "query_len": query_len}
+        return self.epoch * steps * self.layout.accumulation
 
     def _passes(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count(self.epoch):
@@ -120,6 +96,29 @@ class QueryLenIterable(IterableDataset):
                 yield record
             if is_empty or self._has_length:
                 return
+
+
+class QueryLenStream(QueryLenIterable):
+    """
+    A stream's records, which it deals to processes itself, from one of their micro-batches on.
+
+    Args:
+        records: of one process.
+        accumulation: micro-batches per step.
+        query_lens, seed, per_micro_batch: see [`QueryLenIterable`].
+    """
+
+    def __init__(self, records: StreamedRecords, accumulation: int, *drawing: Any, **settings: Any):
+        layout = StepLayout(records.batch_size, records.world_size, accumulation)
+        super().__init__(records, layout, *drawing, **settings)
+        self.rank = records.rank
+
+    @property
+    def _start(self) -> int:
+        return self.records.start
+
+    def _passes(self) -> Iterator[dict[str, Any]]:
+        return iter(self.records)
 
 
 @runtime_checkable

@@ -1,4 +1,7 @@
-"""A recipe: one YAML file that is a whole training run, and what the command line changes in it."""
+"""A recipe: one YAML file that is a whole training run, what the command line changes in it, and the files it names.
+
+A wrong one is told before a run imports what takes seconds, so this imports nothing heavy.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -6,12 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import check_place
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
+from fusion_hf.data.mixture import read_entries
+from fusion_hf.hub.folders import find_folder
 from fusion_hf.training.recipe_keys import OwnArguments, all_keys, own_keys
 
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
 
+FINISHED_FILE = "finished.json"  # in `output_dir`, when the model is there
+CHECKPOINT_CHOICES = ("auto", "none")
 REQUIRED = ("model", "data", "output_dir")
 PATHS = ("data", "data_root", "eval_data")  # a recipe's own are relative to its folder
 # What a run computes. A checkpoint goes on only under the same of these; the others may change between two starts.
@@ -57,6 +65,27 @@ def _relative_to(folder: Path, name: str) -> str:
     """Where a path of the recipe leads; a Hub id, which is no path there, stays as it is."""
     is_path = name.startswith(".") or (folder / name).exists()
     return str(folder / name) if is_path and not Path(name).is_absolute() else name
+
+
+def check_files(values: Mapping[str, Any]) -> None:
+    """
+    What a run reads is there, and its folder can be written. A finished run reads nothing.
+
+    Raises:
+        InputError: for the first thing that is missing; names the key.
+    """
+    output = Path(values["output_dir"])
+    if (output / FINISHED_FILE).is_file():
+        return
+    for key, root in (("data", values.get("data_root")), ("eval_data", None)):
+        if values.get(key) is not None:
+            for entry in read_entries(values[key], root, key):
+                entry.locate()  # data sets of the Hub are taken as given
+    given = values.get("resume_from_checkpoint")
+    if given not in (None, *CHECKPOINT_CHOICES) and not Path(str(given)).is_dir():
+        raise InputError(f"resume_from_checkpoint is {given!r}; allowed: auto, none, or a checkpoint's folder.")
+    check_place(output, "output_dir")
+    find_folder(values["model"])  # last: one of the Hub is fetched
 
 
 def convert(key: str, value: Any) -> Any:

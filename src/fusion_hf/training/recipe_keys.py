@@ -25,6 +25,7 @@ PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
 GROUP_BY = ("modality_length", "none")
+LEAST = {"max_skipped": 0, "eval_samples": 0, "eval_max_new_tokens": 1, "lora_rank": 0, "max_image_pixels": 1}
 FULL = 4  # bytes of a float32
 # bytes per trained weight that an optimizer keeps
 OPTIMIZER_BYTES = {
@@ -40,9 +41,9 @@ SOURCE, CLASS = "training_args.py", "TrainingArguments"
 BUILT_IN: Mapping[str, type] = {kind.__name__: kind for kind in (int, float, bool, str, list, dict)}
 
 
-def _key(default: Any, text: str) -> Any:
-    """A field with its line in the table of docs/training.md."""
-    return field(default=default, metadata={"help": text})
+def _key(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its line in the table of docs/training.md, and what it may be if that is one of some texts."""
+    return field(default=default, metadata={"help": text} if choices is None else {"help": text, "choices": choices})
 
 
 @dataclass
@@ -54,9 +55,13 @@ class OwnArguments:
     data_root: str | None = _key(None, "folder of the files and images that `data` names; default: that of `data`")
     data_cache: str | None = _key(None, "folder of the index of `data`; default: in the Hugging Face cache")
     streaming: bool = _key(False, "read `data` in its own order, without an index")
-    on_broken: str = _key("error", "`error` ends the run at a broken record, `skip` leaves it out and counts it")
+    on_broken: str = _key(
+        "error", "`error` ends the run at a broken record, `skip` leaves it out and counts it", ON_BROKEN
+    )
     max_skipped: int = _key(100, "so many records may be skipped; one more ends the run")
-    on_truncated: str = _key("error", "`error`: images that end too early are broken; `load`: they are trained on")
+    on_truncated: str = _key(
+        "error", "`error`: images that end too early are broken; `load`: they are trained on", ON_TRUNCATED
+    )
     max_image_pixels: int | None = _key(None, "images with more are broken; default: the image processor's number")
     eval_data: str | None = _key(None, "held-out records, as `data`")
     eval_samples: int = _key(0, "so many records of `eval_data` are answered at each evaluation, and compared exactly")
@@ -75,13 +80,15 @@ class OwnArguments:
         default=None, metadata={"help": "latent tokens, drawn for each step; default: the model's list"}
     )
     query_len_draw: str = _key(
-        "step", "`step`: all of a step has one of `query_lens`; `micro_batch`: a part of it has"
+        "step", "`step`: all of a step has one of `query_lens`; `micro_batch`: a part of it has", QUERY_LEN_DRAWS
     )
     loss_average: str = _key(
-        "tokens", "`tokens`: mean over a step's tokens; `micro_batches`: mean of its parts' means"
+        "tokens", "`tokens`: mean over a step's tokens; `micro_batches`: mean of its parts' means", LOSS_AVERAGES
     )
     max_length: int | None = _key(None, "longer conversations are cut on the right; default: the tokenizer's maximum")
-    group_by: str = _key("modality_length", "`modality_length`: steps of like records, as upstream; or `none`")
+    group_by: str = _key(
+        "modality_length", "`modality_length`: steps of like records, as upstream; or `none`", GROUP_BY
+    )
     lora_rank: int = _key(0, "rank of LoRA in the language model; 0: no LoRA")
     lora_alpha: float | None = _key(None, "scale of LoRA; default: twice the rank")
     lora_dropout: float = _key(0.05, "dropout before LoRA")
@@ -89,7 +96,9 @@ class OwnArguments:
         default=None, metadata={"help": "names of linear layers; default: all of the language model's"}
     )
     load_in_4bit: bool = _key(False, "keep the frozen language model in 4 bits (bitsandbytes)")
-    save_dtype: str = _key("float32", "type of the finished model's weights; checkpoints are always exact")
+    save_dtype: str = _key(
+        "float32", "type of the finished model's weights; checkpoints are always exact", DTYPE_NAMES
+    )
     peak_tflops: float | None = _key(None, "of one device, for the utilisation; default: a matrix product's, measured")
 
     def check(self) -> None:
@@ -97,12 +106,9 @@ class OwnArguments:
         Raises:
             InputError: for an impossible value; names the key, the value and what is allowed.
         """
-        _allow("on_broken", self.on_broken, ON_BROKEN)
-        _allow("group_by", self.group_by, GROUP_BY)
-        _allow("on_truncated", self.on_truncated, ON_TRUNCATED)
-        _allow("query_len_draw", self.query_len_draw, QUERY_LEN_DRAWS)
-        _allow("loss_average", self.loss_average, LOSS_AVERAGES)
-        _allow("save_dtype", self.save_dtype, DTYPE_NAMES)
+        for each in fields(OwnArguments):
+            if "choices" in each.metadata:
+                _allow(each.name, getattr(self, each.name), each.metadata["choices"])
         for part in PARTS if self.train is None else self.train:
             _allow("train", part, PARTS)
         if self.train == []:
@@ -112,11 +118,9 @@ class OwnArguments:
                 raise InputError(f"query_lens holds {length}; allowed: perfect squares (1, 4, 9, 16, ...).")
         if self.query_lens == []:
             raise InputError("query_lens is empty; allowed: at least one perfect square.")
-        for name, least in (("max_skipped", 0), ("eval_samples", 0), ("eval_max_new_tokens", 1), ("lora_rank", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: {least} or more.")
-        if self.max_image_pixels is not None and self.max_image_pixels < 1:
-            raise InputError(f"max_image_pixels is {self.max_image_pixels}; allowed: 1 or more.")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"{name} is {value}; allowed: {least} or more.")
         if self.load_in_4bit and not self.lora_rank:
             raise InputError("load_in_4bit is true, but lora_rank is 0; 4-bit weights do not train: set lora_rank.")
 
@@ -136,8 +140,7 @@ class KeyTypes:
 
 def own_keys() -> dict[str, KeyTypes]:
     """Ours, by name."""
-    hints = typing.get_type_hints(OwnArguments)
-    return {own.name: _key_of(hints[own.name], own.default is None) for own in fields(OwnArguments)}
+    return keys_of(OwnArguments)
 
 
 @cache

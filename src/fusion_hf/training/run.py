@@ -25,8 +25,7 @@ from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_a
 from fusion_hf.training.collator import FusionDataCollator
 from fusion_hf.training.distributed import keep_names
 from fusion_hf.training.parameter_groups import freeze_except
-from fusion_hf.training.recipe import changed_keys, make_arguments
-from fusion_hf.training.recipe_files import FINISHED_FILE
+from fusion_hf.training.recipe import FINISHED_FILE, changed_keys, make_arguments
 from fusion_hf.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ how many workers load data, and a resumed run goes on exactly where it was.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -39,6 +39,7 @@ class StepLayout:
         return self.batch_size * self.world_size * self.accumulation
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler[SampleKey]):
     """
     The keys of an epoch's records, step by step.
@@ -58,19 +59,14 @@ class StepSampler(Sampler[SampleKey]):
         drop_last: the loader leaves out micro-batches that are not full.
     """
 
-    def __init__(
-        self,
-        num_records: int,
-        layout: StepLayout,
-        query_lens: Sequence[int],
-        seed: int,
-        lengths: np.ndarray | None = None,
-        per_micro_batch: bool = False,
-        drop_last: bool = False,
-    ):
-        self.num_records, self.layout, self.query_lens, self.seed = num_records, layout, list(query_lens), seed
-        self.lengths, self.per_micro_batch, self.drop_last = lengths, per_micro_batch, drop_last
-        self.epoch = 0
+    num_records: int
+    layout: StepLayout
+    query_lens: Sequence[int]
+    seed: int
+    lengths: np.ndarray | None = None
+    per_micro_batch: bool = False
+    drop_last: bool = False
+    epoch: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -59,15 +59,8 @@ class ThroughputMeter:
         Means per step of the losses (parts of the whole batch's, so processes add up), rates over all processes, and
         shares of one: of `peak_flops` (FLOP/s of one device) in use, and of the time spent waiting for data.
         """
-        own = (
-            self.language_loss,
-            self.mapping_loss,
-            self.tokens,
-            self.images,
-            self.flops,
-            self.seconds,
-            self.waiting,
-        )
+        counts = (self.tokens, self.images, self.flops)
+        own = (self.language_loss, self.mapping_loss, *counts, self.seconds, self.waiting)
         sums = sum_over_ranks(torch.tensor([*map(float, own), 1.0], dtype=torch.float64), device).tolist()
         language, mapping, tokens, images, flops, seconds, waiting, processes = sums
         wall = max(seconds / processes, 1e-9)

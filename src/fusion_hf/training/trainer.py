@@ -17,12 +17,12 @@ from fusion_hf.data import StreamedRecords
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, LossCounts
 from fusion_hf.training.arguments import FusionTrainingArguments
-from fusion_hf.training.callbacks import FiniteLossCallback, StopCallback, ThroughputCallback
+from fusion_hf.training.callbacks import FiniteLossCallback, StopCallback, ThroughputCallback, append_log
 from fusion_hf.training.checkpoints import StopSignal
 from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
 from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
-from fusion_hf.training.flops import BatchShape, training_flops
+from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.memory_fitting import MemoryFitting
 from fusion_hf.training.parameter_groups import (
     LANGUAGE_MODEL,
@@ -34,7 +34,6 @@ from fusion_hf.training.parameter_groups import (
 from fusion_hf.training.query_len_records import with_query_lens
 from fusion_hf.training.recipe_keys import MICRO_BATCHES
 from fusion_hf.training.record_loading import EpochCallback, RecordLoading
-from fusion_hf.training.run_log import append_log
 from fusion_hf.training.sealed_checkpoints import SealedCheckpoints
 from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 
@@ -210,7 +209,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
             mapping_loss=outputs.mapping_loss.detach() * share,
             tokens=inputs["attention_mask"].sum(),
             images=(ids == self.fusion_config.image_token_id).any(1).sum(),
-            flops=training_flops(
+            flops=step_flops(
                 self.fusion_config,
                 BatchShape(
                     batch=ids.shape[0],
@@ -221,7 +220,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
                 ),
                 self.trained_parts,
                 lora=self.args.lora_rank > 0,
-            ),
+            ).training,
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
