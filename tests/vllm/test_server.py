@@ -163,7 +163,7 @@ def hostile(pictures: PictureHost) -> dict[str, dict[str, Any]]:
         "allowed: a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
         "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_of_claimed_size(20_000)))]},
         "truncated": {"messages": [user(QUESTION, data_uri(PICTURE.read_bytes()[:300]))]},
-        "no known kind": {"messages": [user(QUESTION, data_uri(b"no picture"))]},
+        "it is none of": {"messages": [user(QUESTION, data_uri(b"no picture"))]},
         "tokens; allowed": {"messages": [user("word " * 5_000)]},
         "query_len is 9; allowed: 4, 16": {"messages": [user(QUESTION, red_circle())], "query_len": 9},
         "image_token_grid is 99": {"messages": [user(QUESTION, red_circle())], "image_token_grid": 99},
