@@ -48,7 +48,7 @@ for number, snippet in enumerate(re.findall(r"```python\\n(.*?)```", card, re.DO
 
 
 def run_stranger(folder: Path) -> subprocess.CompletedProcess[str]:
-    Image.new("RGB", (90, 60), "red").save(folder.parent / "picture.jpg")
+    Image.new("RGB", (90, 60), "red").save(folder.parent / "image.jpg")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "home"), "OMP_NUM_THREADS": "1"}
     # 5.17 hides AutoImageProcessor where torchvision is missing

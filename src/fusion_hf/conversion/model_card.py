@@ -41,8 +41,8 @@ messages = [
     {{
         "role": "user",
         "content": [
-            {{"type": "image", "path": "picture.jpg"}},
-            {{"type": "text", "text": "What is in the picture?"}},
+            {{"type": "image", "path": "image.jpg"}},
+            {{"type": "text", "text": "What is in the image?"}},
         ],
     }}
 ]
@@ -64,8 +64,8 @@ messages = [
     {{
         "role": "user",
         "content": [
-            {{"type": "image", "path": "picture.jpg"}},
-            {{"type": "text", "text": "What is in the picture?"}},
+            {{"type": "image", "path": "image.jpg"}},
+            {{"type": "text", "text": "What is in the image?"}},
         ],
     }}
 ]
@@ -84,7 +84,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 model_id = "{model_id}"
 image_processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=True)
-pixel_values = image_processor(Image.open("picture.jpg"), return_tensors="pt").pixel_values.to(model.dtype)
+pixel_values = image_processor(Image.open("image.jpg"), return_tensors="pt").pixel_values.to(model.dtype)
 print(model.get_image_features(pixel_values).pooler_output.shape)
 ```
 """
