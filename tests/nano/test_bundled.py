@@ -34,7 +34,7 @@ def figures() -> Figures:
 def test_figures_are_as_required(figures: Figures) -> None:
     assert figures.questions == 9673
     assert figures.accuracy["easy-vqa"] >= 0.985 and figures.accuracy["easy-vqa not yes/no"] >= 0.99
-    assert figures.wrong_pictures["easy-vqa"] < 0.65
+    assert figures.wrong_images["easy-vqa"] < 0.65
     assert all(figures.accuracy[category] >= 0.9 for category in DRAWN)
     assert round(100 * figures.question_only["easy-vqa"], 1) == 67.0
     assert round(100 * figures.question_only["easy-vqa not yes/no"], 1) == 23.3
@@ -61,5 +61,5 @@ def test_the_figures_come_out_again(
     again = measure(model, processor, figures.seed, figures.steps)
     assert again.accuracy == pytest.approx(figures.accuracy, abs=2e-3)  # another processor may round another way
     assert again.fewest_latents == pytest.approx(figures.fewest_latents, abs=2e-3)
-    assert again.wrong_pictures == pytest.approx(figures.wrong_pictures, abs=2e-3)
+    assert again.wrong_images == pytest.approx(figures.wrong_images, abs=2e-3)
     assert again.question_only == figures.question_only

@@ -39,7 +39,7 @@ class Figures:
     questions: int
     seed: int
     accuracy: dict[str, float]
-    wrong_pictures: dict[str, float]  # as figures.json has it
+    wrong_images: dict[str, float]
     question_only: dict[str, float]
     fewest_latents: dict[str, float]
     steps: dict[str, int]
@@ -58,7 +58,7 @@ def measure(
         questions=len(easy_vqa),
         seed=seed,
         accuracy=accuracies(records, answers),
-        wrong_pictures=accuracies(easy_vqa, wrong),
+        wrong_images=accuracies(easy_vqa, wrong),
         question_only=accuracies(easy_vqa, most_frequent_answers(easy_vqa)),
         fewest_latents=accuracies(records, fewest),
         steps=steps,
@@ -109,7 +109,7 @@ def card_text(figures: Figures, parameters: int) -> str:
     easy_vqa = {"easy-vqa": "all questions", "easy-vqa not yes/no": "not yes/no", "easy-vqa yes/no": "yes/no"}
     table = [
         f"| easy-vqa test, {title} | {percent(figures.accuracy, name)} | {percent(figures.fewest_latents, name)} | "
-        f"{percent(figures.wrong_pictures, name)} | {percent(figures.question_only, name)} |"
+        f"{percent(figures.wrong_images, name)} | {percent(figures.question_only, name)} |"
         for name, title in easy_vqa.items()
     ]
     table += [
