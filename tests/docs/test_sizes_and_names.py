@@ -9,6 +9,7 @@ SOURCES = Path(__file__).parents[2] / "src" / "fusion_hf"
 COPIES = SOURCES / "checkpoints"
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 600
 
+
 def sources() -> Iterator[tuple[Path, ast.Module]]:
     for path in sorted(SOURCES.rglob("*.py")):
         if COPIES not in path.parents:

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.yaml_config import make_dataclass, read_yaml_keys
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+from fusion_hf.common.yaml_config import allow, make_dataclass, read_yaml_keys
 
 FOLDER = Path(__file__).parent / "categories"
 DESCRIBE_NAMES = frozenset({"caption"})
@@ -28,14 +25,11 @@ def _text(value: str) -> str:
     return value.strip()
 
 
-def _share(value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError("a number above 0 and up to 1")
-    return value
-
-
 Text: TypeAlias = Annotated[str, _text]
-Share: TypeAlias = Annotated[float, _share]
+Share: TypeAlias = Annotated[float, allow("a number above 0 and up to 1", lambda value: 0 < value <= 1)]
+Score: TypeAlias = Annotated[
+    int, allow(f"a whole number from 1 to {MOST_SCORE}", range(1, MOST_SCORE + 1).__contains__)
+]
 
 
 def _prompt(names: frozenset[str]) -> Callable[[str], str]:
@@ -65,18 +59,6 @@ def _schema(value: str) -> str:
 
     if value not in SCHEMAS:
         raise ValueError(", ".join(map(repr, SCHEMAS)))
-    return value
-
-
-def _score(value: int) -> int:
-    if not 1 <= value <= MOST_SCORE:
-        raise ValueError(f"a whole number from 1 to {MOST_SCORE}")
-    return value
-
-
-def _at_least_one(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not value:
-        raise ValueError("a list of mappings with text and share")
     return value
 
 
@@ -120,7 +102,7 @@ class ModelCheck:
     """
 
     prompt: Annotated[str, _prompt(CHECK_NAMES)]
-    least_score: Annotated[int, _score]
+    least_score: Score
 
 
 @dataclass(frozen=True)
@@ -149,7 +131,7 @@ class Category:
     turns: TurnRange
     describe_prompt: Annotated[str, _prompt(DESCRIBE_NAMES)]
     qa_prompt: Text
-    styles: Annotated[tuple[Style, ...], _at_least_one]
+    styles: Annotated[tuple[Style, ...], allow("a list of mappings with text and share", bool)]
     rules: dict[str, dict[str, Any]]  # `build_filters` checks them
     judge: ModelCheck
     image_check: ModelCheck
@@ -179,18 +161,6 @@ class Category:
         """The one of this seed."""
         shares = [style.share for style in self.styles]
         return random.Random(f"{self.name}/style/{seed}").choices(self.styles, shares)[0]
-
-    def describe_model(self) -> "type[BaseModel]":
-        """The pydantic model of a description, or of a pair of them."""
-        from fusion_hf.synthesis.schemas import DESCRIBE_SCHEMAS  # pydantic is of an extra
-
-        return DESCRIBE_SCHEMAS[self.pictures]
-
-    def answer_model(self) -> "type[BaseModel]":
-        """The pydantic model of questions and answers, with as many turns as the category has."""
-        from fusion_hf.synthesis.schemas import answer_model
-
-        return answer_model(self.schema, self.turns.least, self.turns.most)
 
     @property
     def prompts_hash(self) -> str:

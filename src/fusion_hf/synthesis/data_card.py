@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageOps
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data.record_parsing import HUMAN
 from fusion_hf.synthesis.balance import LONGER
-from fusion_hf.synthesis.drawing_step import BACKEND
 from fusion_hf.synthesis.png_files import encode_png
-from fusion_hf.synthesis.run_config import DRAWN_LICENSE
+from fusion_hf.synthesis.run_config import DRAWN_LICENSE, PROCEDURAL
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
 from fusion_hf.synthesis.synth_record import IMAGE_MARK
@@ -145,7 +144,7 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     lines += ["", "## Yield of each step", "", "| category | step | came | rejected | kept |", "|---|---|---|---|---|"]
     for name, counts in report["categories"].items():
         lines += [f"| {name} | {step['step']} | {_yield(step)} |" for step in counts["yields"]]
-    if report["backend"] == BACKEND:
+    if report["backend"] == PROCEDURAL:
         return "\n".join([*lines, "", "No model was asked, so no prompt was used."]) + "\n"
     lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", "| category | hash |", "|---|---|"]
     lines += [f"| {name} | `{counts['prompts_sha256']}` |" for name, counts in report["categories"].items()]
@@ -156,7 +155,7 @@ def _license(report: dict[str, Any]) -> str:
     if report["license"] is None:
         terms = "it depends on the captions and on the terms of the models below"
         return f"To be stated by you: {terms}. The key `license` of the config sets it."
-    if report["backend"] == BACKEND and report["license"] == DRAWN_LICENSE:
+    if report["backend"] == PROCEDURAL and report["license"] == DRAWN_LICENSE:
         source = "the license of fusion_hf, whose templates all images and texts are drawn from"
         return f"`{DRAWN_LICENSE}`, {source}. The key `license` of the config sets another one."
     return f"`{report['license']}`, as the config of the run states."

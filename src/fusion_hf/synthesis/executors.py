@@ -1,19 +1,20 @@
-"""datatrove's executors for the stages of a run: processes of this machine, Slurm, Ray."""
+"""The stages of a run, and datatrove's executors for them: processes of this machine, Slurm, Ray."""
 
 import inspect
 import io
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import check_keys
-from fusion_hf.synthesis.run_config import ExecutorSettings
-from fusion_hf.synthesis.stages import RunFolders, Stage
+from fusion_hf.synthesis.run_config import ExecutorSettings, RunFolders
 
 JOB = "synth-{}"
 # a stage whose predecessor failed would wait in Slurm's queue for ever
@@ -21,6 +22,15 @@ SLURM_DEFAULTS = {"kill-on-invalid-dep": "yes"}
 # loguru writes the values of variables into its traces; no key is in one, but nothing else need be either
 WITHOUT_VALUES = "export LOGURU_DIAGNOSE=NO"
 OURS = ("self", "pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that run together, in as many tasks; a stage begins when all tasks of the one before are done."""
+
+    name: str
+    steps: list[PipelineStep]
+    tasks: int
 
 
 class TaskFailed(RuntimeError):

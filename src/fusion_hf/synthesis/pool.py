@@ -1,8 +1,9 @@
-"""The first stage: which caption becomes which record of which task. Everything after it is decided here."""
+"""Where records begin: captions that are given to tasks, which decides everything after it, or drawn records."""
 
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,9 +13,11 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.common.outputs import atomic_file, json_bytes, write_atomically
 from fusion_hf.synthesis.filters.minhash import NearDuplicatesFilter
+from fusion_hf.synthesis.image_generation import MODEL, SEED
+from fusion_hf.synthesis.png_files import compose_pair, encode_png
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record_documents import document_line, plan_file, task_file, to_document
-from fusion_hf.synthesis.run_config import CaptionPool
+from fusion_hf.synthesis.run_config import PROCEDURAL, CaptionPool
 from fusion_hf.synthesis.structured_answers import MAX_SEED
 from fusion_hf.synthesis.synth_record import SynthRecord
 
@@ -105,3 +108,34 @@ class PlanRecords(PipelineStep):
                 continue
             self.stat_update("unusable")
             unusable.write(json_bytes({"caption": number, "reason": problem}))
+
+
+class DrawRecords(PipelineStep):
+    """
+    Draws the records of a task, each with its image in the document.
+
+    Args:
+        records: of all tasks.
+    """
+
+    name = "Draw records"
+    type = "Reader"
+
+    def __init__(self, shares: Mapping[str, float], records: int, seed: int):
+        super().__init__()
+        self.shares, self.records, self.seed = dict(shares), records, seed
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        from fusion_hf.synthesis.procedural import draw
+
+        first = sum(task_size(self.records, world_size, task) for task in range(rank))
+        count = task_size(self.records, world_size, rank)
+        # of all tasks together: a task of a few records has not all categories
+        categories = islice(spread_categories(self.shares), first, first + count)
+        for position, category in enumerate(categories):
+            with self.track_time():
+                drawn = draw(category, self.seed, first + position)
+                image = drawn.images[0] if len(drawn.images) == 1 else compose_pair(*drawn.images)
+                content = encode_png(image, {MODEL: PROCEDURAL, SEED: str(self.seed)})
+            record = replace(drawn.record, images=(f"{drawn.record.id}.png",))
+            yield to_document(record, position, rank, [content])

@@ -12,9 +12,8 @@ from datatrove.pipeline.base import PipelineStep
 from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.data_card import write_card
-from fusion_hf.synthesis.drawing_step import BACKEND
 from fusion_hf.synthesis.filtering import filters_of
-from fusion_hf.synthesis.run_config import SynthesisConfig
+from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
 from fusion_hf.synthesis.summary import CategorySummary, Summary
 from fusion_hf.synthesis.write_records import REJECTED, SUMMARIES, stage_folder
 
@@ -39,7 +38,7 @@ class StepYield(NamedTuple):
 
 def idle_steps(config: SynthesisConfig) -> set[str]:
     """Return the steps that a run with this config does not have: nothing is known of what they would have kept."""
-    drawn = config.backend == BACKEND
+    drawn = config.backend == PROCEDURAL
     idle = {*BEFORE_RULES, "make_image"} if drawn else set()
     if drawn or config.judge is None:
         idle.add("judge")
