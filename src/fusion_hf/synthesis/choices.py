@@ -67,7 +67,8 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
     if not said:
         return Choice(stem, options, index, with_text=False)
     others = [plain(option) for number, option in enumerate(options) if number != index]
-    if not _same_start(said, options[index]) or (plain(said) in others and plain(said) != plain(options[index])):
+    words = plain(options[index]).split()
+    if plain(said).split()[: len(words)] != words or (plain(said) in others and plain(said) != plain(options[index])):
         return f"the answer says {said[:40]!r}, but option {LETTERS[index]} is {options[index][:40]!r}"
     rest = said[len(options[index]) :] if said.lower().startswith(options[index].lower()) else ""
     return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")
@@ -97,8 +98,3 @@ def _index_of(text: str, options: tuple[str, ...]) -> int | None:
     """An answer that repeats an option without its letter."""
     found = [index for index, option in enumerate(options) if plain(option) == plain(text)]
     return found[0] if len(found) == 1 else None
-
-
-def _same_start(said: str, option: str) -> bool:
-    words, expected = plain(said).split(), plain(option).split()
-    return words[: len(expected)] == expected

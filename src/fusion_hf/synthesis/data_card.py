@@ -4,6 +4,7 @@ import html
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,14 +58,11 @@ def _samples(data: Path, summary: Summary, kind: str) -> Iterator[Sample]:
     """In the order of categories; shards are read until all are found."""
     wanted = {identity for category in summary.categories.values() for identity in category.samples}
     found: dict[str, Sample] = {}
-    for shard in sorted(data.glob(f"stage*/*.{kind}")):
+    for record, image in chain.from_iterable(map(read_records, sorted(data.glob(f"stage*/*.{kind}")))):
+        if record["id"] in wanted:
+            found[record["id"]] = Sample(record["category"], record, _thumbnail(image))
         if len(found) == len(wanted):
             break
-        for record, image in read_records(shard):
-            if record["id"] in wanted:
-                found[record["id"]] = Sample(record["category"], record, _thumbnail(image))
-            if len(found) == len(wanted):
-                break
     for _, category in sorted(summary.categories.items()):
         yield from (found[identity] for identity in category.samples if identity in found)
 
@@ -131,24 +129,35 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     ]
     if has_sheet:
         lines += [f"![Sample pictures by category]({SHEET})", "", f"Their questions are in `{PAGE}`.", ""]
-    lines += ["## License", "", _license(report), ""]
-    lines += ["## Composition", "", "| category | stage | begun | written | turns | words of answers |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for name, counts in report["categories"].items():
-        numbers = " | ".join(f"{counts[key]:,}" for key in ("records", "written", "turns", "words"))
-        lines.append(f"| {name} | {counts['stage']} | {numbers} |")
-    lines += ["", "## Models", "", "| step | model | records |", "|---|---|---|"]
-    for step, models in report["models"].items():
-        lines += [f"| {step} | {_cell(model)} | {number:,} |" for model, number in models.items()]
-    lines += _balance(report)
-    lines += ["", "## Yield of each step", "", "| category | step | came | rejected | kept |", "|---|---|---|---|---|"]
-    for name, counts in report["categories"].items():
-        lines += [f"| {name} | {step['step']} | {_yield(step)} |" for step in counts["yields"]]
+    lines += ["## License", "", _license(report), "", "## Composition", ""]
+    categories = report["categories"].items()
+    keys = ("records", "written", "turns", "words")
+    counts = [[name, each["stage"], *(f"{each[key]:,}" for key in keys)] for name, each in categories]
+    lines += _table("category | stage | begun | written | turns | words of answers", counts)
+    models = [
+        [step, _cell(name), f"{number:,}"] for step, used in report["models"].items() for name, number in used.items()
+    ]
+    lines += ["", "## Models", "", *_table("step | model | records", models)]
+    # how often each answer of each form of question is right, the most frequent answers first
+    answers = [
+        [name, _cell(form), f"{sum(found.values()):,}", _shares(found)]
+        for name, each in categories
+        for form, found in each["answers"].items()
+    ]
+    lines += ["", "## Balance of the answers", ""]
+    lines += _table("category | question begins | answers | shares of short answers", answers)
+    yields = [[name, step["step"], *_yield(step)] for name, each in categories for step in each["yields"]]
+    lines += ["", "## Yield of each step", "", *_table("category | step | came | rejected | kept", yields)]
     if report["backend"] == PROCEDURAL:
         return "\n".join([*lines, "", "No model was asked, so no prompt was used."]) + "\n"
-    lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", "| category | hash |", "|---|---|"]
-    lines += [f"| {name} | `{counts['prompts_sha256']}` |" for name, counts in report["categories"].items()]
+    hashes = [[name, f"`{each['prompts_sha256']}`"] for name, each in categories]
+    lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", *_table("category | hash", hashes)]
     return "\n".join(lines) + "\n"
+
+
+def _table(head: str, rows: list[list[str]]) -> list[str]:
+    """A table of Markdown; its names stand between bars in `head`."""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _license(report: dict[str, Any]) -> str:
@@ -161,16 +170,6 @@ def _license(report: dict[str, Any]) -> str:
     return f"`{report['license']}`, as the config of the run states."
 
 
-def _balance(report: dict[str, Any]) -> list[str]:
-    """How often each answer of each form of question is right, the most frequent answers first."""
-    head = "| category | question begins | answers | shares of short answers |"
-    lines = ["", "## Balance of the answers", "", head, "|---|---|---|---|"]
-    for name, counts in report["categories"].items():
-        for form, answers in counts["answers"].items():
-            lines.append(f"| {name} | {_cell(form)} | {sum(answers.values()):,} | {_shares(answers)} |")
-    return lines
-
-
 def _shares(answers: Mapping[str, int]) -> str:
     short = sorted(((-count, value) for value, count in answers.items() if value != LONGER))
     total = -sum(count for count, _ in short)
@@ -180,11 +179,11 @@ def _shares(answers: Mapping[str, int]) -> str:
     return ", ".join(shown) or "none"
 
 
-def _yield(step: dict[str, Any]) -> str:
+def _yield(step: dict[str, Any]) -> list[str]:
     if not step["ran"]:
-        return f" |  | {NOT_RUN}"
+        return ["", "", NOT_RUN]
     kept = NONE_CAME if step["kept_share"] is None else f"{step['kept_share']:.1%}"
-    return f"{step['came']:,} | {step['rejected']:,} | {kept}"
+    return [f"{step['came']:,}", f"{step['rejected']:,}", kept]
 
 
 def _cell(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
@@ -35,6 +35,7 @@ MAX_PIXELS = 4096 * 4096
 MAX_RESPONSE_BYTES = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP")
 INSTALL = "pip install 'fusion_hf[synth]'"
+MadeImage: TypeAlias = Image.Image | str  # or why there is none
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,6 @@ class ImageRequest:
         size = f"{settings.width}x{settings.height}, {settings.steps} steps, guidance {settings.guidance:g}"
         extra = "".join(f", {name}={value!r}" for name, value in sorted(settings.arguments.items()))
         return {MODEL: settings.model, PROMPT: self.prompt, SEED: str(self.seed), SETTINGS: size + extra}
-
-
-class ImageGenerator(Protocol):
-    """What makes images; None in place of one that it refuses, with the reason beside it."""
-
-    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]": ...
 
 
 def file_names(record: SynthRecord) -> tuple[str, ...]:
@@ -109,7 +104,7 @@ class DiffusersGenerator:
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.settings, self.torch = pipeline, settings, torch
 
-    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+    def generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
         """Generate the images of a batch; a seed is that of one image, not of the batch."""
         generators = [self.torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         made = self.pipeline(
@@ -141,17 +136,17 @@ class EndpointGenerator:
             alive_since_begin=True,
         )
 
-    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+    def generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
         """Send one request for each, all at a time."""
         return asyncio.run(self._generate(requests))
 
-    async def _generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+    async def _generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
         try:
             return list(await asyncio.gather(*map(self._one, requests)))
         finally:
             await self.client.close()
 
-    async def _one(self, request: ImageRequest) -> "Image.Image | str":
+    async def _one(self, request: ImageRequest) -> MadeImage:
         payload = {
             "model": self.settings.model,
             "prompt": request.prompt,
@@ -167,16 +162,15 @@ class EndpointGenerator:
         except RequestRejected as error:
             return f"refused: {error}"
         try:
-            return _decode(base64.b64decode(answer["data"][0]["b64_json"], validate=True))
+            content = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+            return open_image(content, MAX_PIXELS, formats=FORMATS, exif_transpose=False)
+        except ImageError as error:
+            return f"the image cannot be used: {error.reason}"
         except (KeyError, IndexError, TypeError, binascii.Error) as error:
             return f"the response holds no picture as b64_json ({type(error).__name__})"
 
 
-def _decode(content: bytes) -> "Image.Image | str":
-    try:
-        return open_image(content, MAX_PIXELS, formats=FORMATS, exif_transpose=False)
-    except ImageError as error:
-        return f"the image cannot be used: {error.reason}"
+ImageGenerator: TypeAlias = DiffusersGenerator | EndpointGenerator
 
 
 def make_generator(settings: ImageSettings, task: int = 0) -> ImageGenerator:
@@ -229,10 +223,13 @@ class MakeImages(PipelineStep):
         for begin in range(0, len(requests), self.settings.batch_size):
             part = requests[begin : begin + self.settings.batch_size]
             for request, made in zip(part, generator.generate(part), strict=True):
-                self._save(request, _checked(made))
+                self._save(request, made)
 
-    def _save(self, request: ImageRequest, made: "Image.Image | str") -> None:
+    def _save(self, request: ImageRequest, made: MadeImage) -> None:
         path = self.folder / request.file
+        # what has numbers that are none ends as black
+        if not isinstance(made, str) and all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
+            made = "the picture has one colour alone"
         if isinstance(made, str):
             write_atomically(path.with_suffix(".txt"), made.encode())
         elif not self._is_there(request):
@@ -266,12 +263,3 @@ class MakeImages(PipelineStep):
             with left, right:
                 write_atomically(self.folder / name, encode_png(compose_pair(left, right), texts))
         return name
-
-
-def _checked(made: "Image.Image | str") -> "Image.Image | str":
-    if isinstance(made, str):
-        return made
-    # what has numbers that are none ends as black
-    if all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
-        return "the picture has one colour alone"
-    return made

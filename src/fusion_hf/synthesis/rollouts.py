@@ -12,7 +12,7 @@ from datatrove.pipeline.inference.types import InferenceError
 from fusion_hf.common.endpoints import data_uri
 from fusion_hf.synthesis.category import ModelCheck, load_categories
 from fusion_hf.synthesis.progress import Progress
-from fusion_hf.synthesis.record_documents import TASK, add_usage, put_record, record_of
+from fusion_hf.synthesis.record_documents import TASK, USAGE, put_record, record_of
 from fusion_hf.synthesis.run_config import EndpointSettings, ImageCheckSettings
 from fusion_hf.synthesis.schemas import DESCRIBE_SCHEMAS, AnswerModel, answer_model
 from fusion_hf.synthesis.structured_answers import Generate, ask_structured, hash_prompt, make_payload, usage_of
@@ -44,7 +44,7 @@ class RecordRollout:
         if record.rejection is None:
             record, usage = await self.ask(record, generate)
             put_record(document, record)
-            add_usage(document, self.step, usage)
+            document.metadata[USAGE][self.step] = usage
         self.progress.count(document.metadata[TASK], record)
         return usage
 

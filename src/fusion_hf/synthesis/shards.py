@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, TypeAlias
 
 from fusion_hf.common.outputs import json_bytes
 from fusion_hf.synthesis.synth_record import SynthRecord
@@ -13,16 +13,6 @@ from fusion_hf.synthesis.synth_record import SynthRecord
 IMAGE_SUFFIX, RECORD_SUFFIX = ".png", ".json"
 MODE = 0o644
 ROWS = 256  # of a row group, whose images are in memory together
-
-
-class RecordShard(Protocol):
-    """A file of records that is being written; the same records give the same bytes."""
-
-    def add(self, record: SynthRecord, image: bytes) -> None:
-        """Add a record and the bytes of its PNG."""
-
-    def close(self) -> None:
-        """Write what is left."""
 
 
 class TarShard:
@@ -55,12 +45,7 @@ class ParquetShard:
 
         turn = pa.struct([("from", pa.string()), ("value", pa.string())])
         image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        columns = [
-            ("id", pa.string()),
-            ("category", pa.string()),
-            ("image", image),
-            ("conversations", pa.list_(turn)),
-        ]
+        columns = {"id": pa.string(), "category": pa.string(), "image": image, "conversations": pa.list_(turn)}
         self.schema = pa.schema(columns)
         self.writer = pyarrow.parquet.ParquetWriter(stream, self.schema, compression="zstd")
         self.rows: list[dict[str, Any]] = []
@@ -83,7 +68,8 @@ class ParquetShard:
         self.rows = []
 
 
-SHARDS: dict[str, type[TarShard | ParquetShard]] = {"tar": TarShard, "parquet": ParquetShard}
+RecordShard: TypeAlias = TarShard | ParquetShard  # the same records give the same bytes
+SHARDS: dict[str, type[RecordShard]] = {"tar": TarShard, "parquet": ParquetShard}
 
 
 def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -31,9 +31,8 @@ def parse_verdict(answer: str) -> Verdict | None:
             values = None
         if isinstance(values, dict):
             score = values.get("score")
-            score = (
-                int(score) if isinstance(score, str) and score.strip().isascii() and score.strip().isdigit() else score
-            )
+            if isinstance(score, str) and score.strip().isascii() and score.strip().isdigit():
+                score = int(score)
             if isinstance(score, (int, float)) and not isinstance(score, bool) and score in range(1, MOST_SCORE + 1):
                 return Verdict(int(score), str(values.get("reason", "")))
             return None
@@ -41,11 +40,6 @@ def parse_verdict(answer: str) -> Verdict | None:
     if found is None:
         return None
     return Verdict(int(next(group for group in found.groups() if group)), answer.strip())
-
-
-def conversation_text(record: SynthRecord) -> str:
-    """Write the turns as a judge reads them."""
-    return "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
 
 
 def description_text(record: SynthRecord) -> str:
@@ -58,8 +52,8 @@ def description_text(record: SynthRecord) -> str:
 
 def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
     """Write the prompt of a rubric about a record."""
-    texts = {"description": description_text(record), "conversation": conversation_text(record)}
-    return Template(rubric.prompt).substitute(texts)
+    turns = "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
+    return Template(rubric.prompt).substitute(description=description_text(record), conversation=turns)
 
 
 def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:

@@ -23,11 +23,6 @@ def stage_folder(stage: str) -> str:
     return f"stage{stage}"
 
 
-def shard_name(task: int, kind: str) -> str:
-    """Name a task's shard in each stage."""
-    return f"{task:05d}.{kind}"
-
-
 class WriteRecords(PipelineStep):
     """
     Writes the records of a task in their order; all files get their names together at the end, so that a task that was
@@ -73,7 +68,7 @@ class WriteRecords(PipelineStep):
         write_atomically(self.work / SUMMARIES / f"{rank:05d}.json", json_bytes(summary.to_dict()))
 
     def _open(self, files: ExitStack, stage: str, rank: int) -> RecordShard:
-        path = self.data / stage_folder(stage) / shard_name(rank, self.kind)
+        path = self.data / stage_folder(stage) / f"{rank:05d}.{self.kind}"
         stream: BinaryIO = files.enter_context(atomic_file(path))
         return SHARDS[self.kind](stream)
 
