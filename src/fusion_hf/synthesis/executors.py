@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -77,39 +77,30 @@ def make_executors(
         InputError: for an option that the executor does not have, or a stage that there is not.
     """
     check_keys(settings.stages, [stage.name for stage in stages], "executor.stages")
-    kinds: dict[str, Callable[..., PipelineExecutor]]
-    kinds = {"local": partial(_local, quiet=quiet), "slurm": _slurm, "ray": _ray}
     executors: list[PipelineExecutor] = []
     for stage in stages:
-        executors.append(kinds[settings.kind](settings, stage, folders, executors[-1] if executors else None))
+        before = executors[-1] if executors else None
+        executors.append(_executor(settings, stage, folders.logs(stage.name), before, quiet))
     return executors
 
 
-def _local(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any, *, quiet: bool) -> PipelineExecutor:
-    workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
-    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)), quiet=quiet)
-
-
-def _slurm(settings: ExecutorSettings, stage: Stage, folders: RunFolders, before: Any) -> PipelineExecutor:
+def _executor(
+    settings: ExecutorSettings, stage: Stage, logs: Path, before: PipelineExecutor | None, quiet: bool
+) -> PipelineExecutor:
+    if settings.kind == "local":
+        workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
+        return LocalExecutor(stage.steps, stage.tasks, workers, str(logs), quiet=quiet)
+    place = str(logs.absolute())
+    if settings.kind == "ray":
+        options = _options(RayPipelineExecutor, settings, stage)
+        return RayPipelineExecutor(stage.steps, stage.tasks, settings.workers, logging_dir=place, **options)
     options = _options(SlurmPipelineExecutor, settings, stage)
     options["sbatch_args"] = {**SLURM_DEFAULTS, **options.get("sbatch_args", {})}
     if "env_command" in options or not {"condaenv", "venv_path"} & options.keys():
         options["env_command"] = "\n".join([WITHOUT_VALUES, options.get("env_command") or ""]).strip()
-    return SlurmPipelineExecutor(
-        stage.steps,
-        stage.tasks,
-        workers=settings.workers,
-        depends=before,
-        job_name=JOB.format(stage.name),
-        logging_dir=str(folders.logs(stage.name).absolute()),
-        **options,
-    )
-
-
-def _ray(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any) -> PipelineExecutor:
-    options = _options(RayPipelineExecutor, settings, stage)
-    logs = str(folders.logs(stage.name).absolute())
-    return RayPipelineExecutor(stage.steps, stage.tasks, settings.workers, logging_dir=logs, **options)
+    job = JOB.format(stage.name)
+    given = {"workers": settings.workers, "depends": before, "job_name": job, "logging_dir": place}
+    return SlurmPipelineExecutor(stage.steps, stage.tasks, **given, **options)
 
 
 def _options(kind: Callable[..., Any], settings: ExecutorSettings, stage: Stage) -> dict[str, Any]:

@@ -185,11 +185,9 @@ class _StageBuilder:
         self, name: str, steps: list[PipelineStep], kind: type[RecordRollout], endpoint: EndpointSettings, *more: Path
     ) -> None:
         """Add a stage that ends with requests."""
-        progress = self._progress(name, resumes=True)
         folder, checkpoints = self.folders.stage(name), self.folders.work / "checkpoints" / name
-        rollout = kind(endpoint, progress, *more)
-        ask = RequestStep(name, rollout, endpoint, folder, checkpoints, self.config.chunk, progress)
-        self._add(name, [*steps, ask])
+        rollout = kind(endpoint, self._progress(name, resumes=True), *more)
+        self._add(name, [*steps, RequestStep(name, rollout, folder, checkpoints, self.config.chunk)])
 
     def _write(self) -> list[PipelineStep]:
         write = WriteRecords(self.folders.data, self.folders.work, self.folders.images, self.config.format)

@@ -14,7 +14,7 @@ from fusion_hf.synthesis.procedural.scenes import (
     shapes_scene,
     sign_scene,
     sign_text,
-    text_scene,
+    writing_scene,
     written_text,
 )
 
@@ -58,7 +58,7 @@ def draw_pair(rng: random.Random) -> ScenePair:
     if change is change_count:
         scene = _countable(rng)
     elif change is change_text:
-        scene = sign_scene(rng) if rng.random() < 1 / 2 else text_scene(rng)
+        scene = writing_scene(rng)
     else:
         scene = shapes_scene(rng)
     pair = change(scene, rng)
@@ -141,11 +141,7 @@ CHANGES = (change_color, change_kind, change_place, change_count, change_text)
 
 
 def _in_free_cell(scene: Scene, shape: DrawnShape, rng: random.Random) -> DrawnShape:
-    def cell_of(other: DrawnShape) -> tuple[int, int]:
-        column, row = (int(middle / CELL) for middle in other.center)
-        return column, row
-
-    taken = {cell_of(other) for other in scene.shapes}
+    taken = {tuple(int(middle / CELL) for middle in other.center) for other in scene.shapes}
     cells = [(column, row) for column in range(COUNT_GRID) for row in range(COUNT_GRID)]
     column, row = rng.choice([cell for cell in cells if cell not in taken])
     left, top = column * CELL + (CELL - shape.width) / 2, row * CELL + (CELL - shape.height) / 2

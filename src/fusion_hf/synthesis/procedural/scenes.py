@@ -238,6 +238,11 @@ def sign_scene(rng: random.Random) -> Scene:
     return Scene(DrawnImage("text", single_spec(rng).background, tuple(shapes), word))
 
 
+def writing_scene(rng: random.Random) -> Scene:
+    """Draw a word or a number, alone or with shapes."""
+    return sign_scene(rng) if rng.random() < 1 / 2 else text_scene(rng)
+
+
 def sign_text(text: str, color: str, rng: random.Random, below: bool) -> DrawnWord:
     """Place the text of a sign in the half of the image that its shapes leave free."""
     top, bottom = (BAND, CANVAS_SIDE) if below else (0, BAND)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from fusion_hf.drawing.drawn_questions import plural
 from fusion_hf.synthesis.category import Category
@@ -33,7 +34,7 @@ from fusion_hf.synthesis.procedural.scenes import (
     shapes_scene,
     sign_scene,
     spoken,
-    text_scene,
+    writing_scene,
 )
 from fusion_hf.synthesis.synth_record import RecordTurn
 
@@ -70,24 +71,12 @@ def any_scene(rng: random.Random) -> Scene:
     return maker(rng)
 
 
-def _several(rng: random.Random) -> Scene:
-    return shapes_scene(rng, least=3)
-
-
-def _colorful(rng: random.Random) -> Scene:
-    return shapes_scene(rng, least=2, colors=2)
-
-
-def _written(rng: random.Random) -> Scene:
-    return sign_scene(rng) if rng.random() < 1 / 2 else text_scene(rng)
-
-
 SCENES: dict[str, Callable[[random.Random], Scene]] = {
-    "SynthColor": _colorful,
+    "SynthColor": partial(shapes_scene, least=2, colors=2),
     "SynthCount": counted_scene,
     "SynthSpatial": pair_scene,
-    "SynthText": _written,
-    "SynthConvLong": _several,
+    "SynthText": writing_scene,
+    "SynthConvLong": partial(shapes_scene, least=3),
     "SynthReasoning": reasoning_scene,
     "SynthTextQA": sign_scene,
 }  # any scene for others
