@@ -9,10 +9,10 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
-from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
 from fusion_hf.synthesis.filters.options import OptionsBalance
+from fusion_hf.synthesis.filters.text import DuplicateQuestionsFilter
+from fusion_hf.synthesis.rollouts import fill_rubric, parse_verdict, verdict_problem
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
-from fusion_hf.synthesis.verdicts import fill_rubric, parse_verdict, verdict_problem
 
 SCENE = (
     "Three red apples and a green pear lie on a white plate. Two dogs, one brown and one black, sit left of the dark "

@@ -57,7 +57,8 @@ def answer_value(turn: RecordTurn) -> str:
     Returns:
         "yes" or "no", a number in digits, a colour, a short answer in lower case, or `LONGER`.
     """
-    question, answer = plain_turn(turn)
+    plain_text = plain_turn(turn)
+    question, answer = plain_text.question, plain_text.answer
     parts = tokens(answer)
     if parts[:1] in (("yes",), ("no",)) and not asked_counts(question):
         return parts[0]

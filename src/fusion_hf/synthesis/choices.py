@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fusion_hf.synthesis.synth_record import RecordTurn
 
@@ -74,19 +73,12 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
     return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")
 
 
-class PlainTurn(NamedTuple):
-    """A question without its options, and what is answered without an option's letter."""
-
-    question: str
-    answer: str
-
-
-def plain_turn(turn: RecordTurn) -> PlainTurn:
+def plain_turn(turn: RecordTurn) -> RecordTurn:
     """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
     choice = parse_choice(turn)
     if isinstance(choice, Choice):
-        return PlainTurn(choice.stem, choice.options[choice.answer] + choice.rest)
-    return PlainTurn(turn.question, turn.answer)
+        return RecordTurn(choice.stem, choice.options[choice.answer] + choice.rest)
+    return turn
 
 
 def plain(text: str) -> str:

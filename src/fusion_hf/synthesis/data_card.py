@@ -4,7 +4,7 @@ import html
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,11 +73,8 @@ def _thumbnail(content: bytes) -> Image.Image:
 
 
 def _sheet(samples: list[Sample]) -> bytes:
-    rows: list[list[Sample]] = []
-    for sample in samples:
-        if not rows or rows[-1][0].category != sample.category or len(rows[-1]) == COLUMNS:
-            rows.append([])
-        rows[-1].append(sample)
+    groups = [list(group) for _, group in groupby(samples, lambda sample: sample.category)]
+    rows = [group[begin : begin + COLUMNS] for group in groups for begin in range(0, len(group), COLUMNS)]
     height = SIDE + LABEL + GAP
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(rows) * height + GAP), WHITE)
     draw = ImageDraw.Draw(sheet)

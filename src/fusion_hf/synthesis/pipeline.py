@@ -30,14 +30,18 @@ from fusion_hf.synthesis.rollouts import (
 )
 from fusion_hf.synthesis.run_config import PROCEDURAL, EndpointSettings, RunFolders, SynthesisConfig
 from fusion_hf.synthesis.run_report import MakeReport
-from fusion_hf.synthesis.write_records import WriteRecords
+from fusion_hf.synthesis.shards import WriteRecords
 
 SETTINGS, MODELS = "settings.json", "models"
 # what changes no record: an endpoint may move, and be asked faster, slower or for another price
-FREE_ENDPOINT = ("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments")
-FREE_PRICES = ("price_per_million_input", "price_per_million_output", "tokens_per_second")
-FREE_IMAGES = ("url", "key_variable", "patience", "timeout", "device", "offload")
-FREE_IMAGE_PRICES = ("price_per_picture", "seconds_per_picture")
+FREE_OF_ENDPOINT = (
+    *("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments"),
+    *("price_per_million_input", "price_per_million_output", "tokens_per_second"),
+)
+FREE_OF_IMAGES = (
+    *("url", "key_variable", "patience", "timeout", "device", "offload"),
+    *("price_per_picture", "seconds_per_picture"),
+)
 
 
 def run(config: SynthesisConfig, quiet: bool = True) -> bool:
@@ -103,11 +107,10 @@ def decisive(config: SynthesisConfig) -> dict[str, Any]:
     """List what decides about the bytes of the result, as JSON values."""
     values = asdict(config)
     for name in ("writer", "judge"):
-        values[name] = _without(values[name], FREE_ENDPOINT + FREE_PRICES)
-    values["images"] = _without(values["images"], FREE_IMAGES + FREE_IMAGE_PRICES)
-    if values["image_check"] is not None:
-        check = values["image_check"]
-        values["image_check"] = {**check, "endpoint": _without(check["endpoint"], FREE_ENDPOINT + FREE_PRICES)}
+        values[name] = _without(values[name], FREE_OF_ENDPOINT)
+    values["images"] = _without(values["images"], FREE_OF_IMAGES)
+    if (check := values["image_check"]) is not None:
+        check["endpoint"] = _without(check["endpoint"], FREE_OF_ENDPOINT)
     values["executor"] = {"tasks": config.executor.tasks}
     values["output"] = None
     del values["license"]  # is in the data card alone

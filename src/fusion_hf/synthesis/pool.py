@@ -78,23 +78,18 @@ class PlanRecords(PipelineStep):
         folder = self.work / STAGE
         counts = [0] * self.tasks
         with atomic_file(folder / UNUSABLE) as unusable:
-            documents = self._documents(unusable)
+            categories, captions = spread_categories(self.shares), enumerate(self._captions(unusable))
             for task in range(self.tasks):
                 with atomic_file(task_file(folder, task)) as stream:
-                    for document in islice(documents, task_size(self.records, self.tasks, task)):
+                    some = islice(captions, task_size(self.records, self.tasks, task))
+                    for position, (number, caption) in enumerate(some):
+                        record = new_record(caption, next(categories), self.seed, number)
+                        document = to_document(record, position, task)
                         stream.write(document_line(document))
                         counts[task] += 1
                         self.stat_update("records")
                         yield document
         write_atomically(plan_file(self.work), json_bytes({"records": counts}))
-
-    def _documents(self, unusable: BinaryIO) -> Iterator[Document]:
-        categories = spread_categories(self.shares)
-        captions = enumerate(self._captions(unusable))
-        for task in range(self.tasks):
-            size = task_size(self.records, self.tasks, task)
-            for position, (number, caption) in enumerate(islice(captions, size)):
-                yield to_document(new_record(caption, next(categories), self.seed, number), position, task)
 
     def _captions(self, unusable: BinaryIO) -> Iterator[str]:
         duplicates = NearDuplicatesFilter() if self.pool.near_duplicates else None

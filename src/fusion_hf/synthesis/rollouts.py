@@ -1,24 +1,31 @@
-"""What models are asked about a record: to describe, to write questions and answers, to judge text and image."""
+"""What models are asked about a record (to describe, to write, to judge), and what their answers mean."""
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from string import Template
+from typing import Any, NamedTuple
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.inference.types import InferenceError
 
 from fusion_hf.common.endpoints import data_uri
-from fusion_hf.synthesis.category import ModelCheck, load_categories
+from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck, load_categories
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, USAGE, put_record, record_of
 from fusion_hf.synthesis.run_config import EndpointSettings, ImageCheckSettings
 from fusion_hf.synthesis.schemas import DESCRIBE_SCHEMAS, AnswerModel, answer_model
 from fusion_hf.synthesis.structured_answers import Generate, ask_structured, hash_prompt, make_payload, usage_of
 from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
-from fusion_hf.synthesis.verdicts import fill_rubric, verdict_problem
 
+_JSON = re.compile(r"\{.*\}", re.DOTALL)
+_SCORE = re.compile(
+    rf"\bscore\b\W*([1-{MOST_SCORE}])(?!\d|\.\d)|\b([1-{MOST_SCORE}])\s*(?:/|out of)\s*{MOST_SCORE}\b", re.I
+)
+_ALONE = re.compile(rf"\W*([1-{MOST_SCORE}])\W*")
 NANO = "nano"  # stands for the bundled model
 ANSWER_TOKENS = 256  # of FUSION as a judge
 
@@ -96,6 +103,57 @@ class WriteTurnsRollout(WriterRollout):
         return category.ask(record.descriptions, record.seed), model
 
 
+class Verdict(NamedTuple):
+    """A score from 1 to 5, and why."""
+
+    score: int
+    reason: str
+
+
+def parse_verdict(answer: str) -> Verdict | None:
+    """Find the score in a judge's answer: its JSON object, "score: 4", "4/5", or a digit alone; else None."""
+    if (found := _JSON.search(answer)) is not None:
+        try:
+            values = json.loads(found.group())
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict):
+            score = values.get("score")
+            if isinstance(score, str) and score.strip().isascii() and score.strip().isdigit():
+                score = int(score)
+            if isinstance(score, (int, float)) and not isinstance(score, bool) and score in range(1, MOST_SCORE + 1):
+                return Verdict(int(score), str(values.get("reason", "")))
+            return None
+    found = _SCORE.search(answer) or _ALONE.fullmatch(answer)
+    if found is None:
+        return None
+    return Verdict(int(next(group for group in found.groups() if group)), answer.strip())
+
+
+def description_text(record: SynthRecord) -> str:
+    """Write the descriptions as a judge reads them: of a pair, which is which."""
+    if len(record.descriptions) == 1:
+        return record.descriptions[0]
+    names = ("The left picture", "The right picture")
+    return "\n".join(f"{name}: {text}" for name, text in zip(names, record.descriptions, strict=True))
+
+
+def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
+    """Write the prompt of a rubric about a record."""
+    turns = "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
+    return Template(rubric.prompt).substitute(description=description_text(record), conversation=turns)
+
+
+def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:
+    """Say why an answer to a rubric rejects the record: its score is too low, or it has none; None if it does not."""
+    verdict = parse_verdict(answer)
+    if verdict is None:
+        return f"the answer has no score: {answer.strip()[:80]!r}"
+    if verdict.score < rubric.least_score:
+        return f"score {verdict.score}; allowed: {rubric.least_score} or more ({verdict.reason[:200]})"
+    return None
+
+
 class JudgeRollout(RecordRollout):
     """Asks for a score of the record, and rejects it if that is too low, or if the answer holds none."""
 
@@ -112,8 +170,9 @@ class JudgeRollout(RecordRollout):
         return record if reason is None else record.rejected(self.step, reason), usage
 
     def rubric(self, record: SynthRecord) -> ModelCheck:
-        """Find what is scored."""
-        return load_categories()[record.category].judge
+        """Find what is scored, which a category has under the step's name."""
+        rubric: ModelCheck = getattr(load_categories()[record.category], self.step)
+        return rubric
 
     def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
         """Make the content of the message."""
@@ -133,9 +192,6 @@ class ImageJudgeRollout(JudgeRollout):
     def __init__(self, endpoint: EndpointSettings, progress: Progress, images: Path):
         super().__init__(endpoint, progress)
         self.images = images
-
-    def rubric(self, record: SynthRecord) -> ModelCheck:
-        return load_categories()[record.category].image_check
 
     def content(self, record: SynthRecord) -> list[dict[str, Any]]:
         uri = data_uri((self.images / record.images[0]).read_bytes(), "image/png")

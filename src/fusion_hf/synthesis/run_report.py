@@ -14,8 +14,8 @@ from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.data_card import write_card
 from fusion_hf.synthesis.filtering import filters_of
 from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
+from fusion_hf.synthesis.shards import REJECTED, SUMMARIES, stage_folder
 from fusion_hf.synthesis.summary import CategorySummary, Summary
-from fusion_hf.synthesis.write_records import REJECTED, SUMMARIES, stage_folder
 
 REPORT = "report.json"
 DECIMALS = 4  # of shares

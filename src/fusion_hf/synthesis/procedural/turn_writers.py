@@ -164,19 +164,16 @@ def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) ->
     """Write turns about two images side by side."""
     difference = _difference(pair)
     if category.name == "SynthContrastLong":
-        left, right = (_lower(replace(scene, wording=0).description()) for scene in (pair.first, pair.second))
+        texts = (replace(scene, wording=0).description() for scene in (pair.first, pair.second))
+        left, right = (text[:1].lower() + text[1:] for text in texts)
         answer = f"{difference} In the left picture, {left} In the right picture, {right}"
         return (RecordTurn(rng.choice(COMPARISON_FORMS), answer),)
     # As many pairs with equal numbers as with others are asked for them: else the question would tell the answer.
     counted = pair.difference.what == "count" or rng.random() < 1 / (len(CHANGES) - 1)
-    turns = [*_count_sides(pair), _same_count(pair)] if counted else _sides(pair)
+    turns = _count_turns(pair) if counted else _sides(pair)
     amount = rng.randint(category.turns.least, category.turns.most)
     rest = rng.sample(turns, min(len(turns), amount - 1))
     return (RecordTurn("What differs between the two pictures?", difference), *rest)
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _difference(pair: ScenePair) -> str:
@@ -203,7 +200,7 @@ _SIDE_FORMS = {
 
 
 def _sides(pair: ScenePair) -> list[RecordTurn]:
-    """How the thing that differs is in either image; numbers have `_count_sides`."""
+    """How the thing that differs is in either image; numbers have `_count_turns`."""
     found = pair.difference
     form = _SIDE_FORMS[found.what]
     return [
@@ -212,14 +209,11 @@ def _sides(pair: ScenePair) -> list[RecordTurn]:
     ]
 
 
-def _count_sides(pair: ScenePair) -> list[RecordTurn]:
-    """How many shapes either image has."""
+def _count_turns(pair: ScenePair) -> list[RecordTurn]:
+    """How many shapes either image has, and whether these are as many."""
+    counts = [len(scene.shapes) for scene in (pair.first, pair.second)]
+    asked = "How many shapes are there in the {} picture?"
     return [
-        RecordTurn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes)))
-        for side, scene in (("left", pair.first), ("right", pair.second))
+        *(RecordTurn(asked.format(side), str(count)) for side, count in zip(("left", "right"), counts, strict=True)),
+        RecordTurn("Do both pictures have the same number of shapes?", "Yes" if counts[0] == counts[1] else "No"),
     ]
-
-
-def _same_count(pair: ScenePair) -> RecordTurn:
-    same = len(pair.first.shapes) == len(pair.second.shapes)
-    return RecordTurn("Do both pictures have the same number of shapes?", "Yes" if same else "No")
