@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data.record_parsing import HUMAN
 from fusion_hf.synthesis.balance import LONGER
-from fusion_hf.synthesis.png_files import encode_png
+from fusion_hf.synthesis.image_generation import encode_png
 from fusion_hf.synthesis.run_config import DRAWN_LICENSE, PROCEDURAL
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary

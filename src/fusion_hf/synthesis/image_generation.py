@@ -4,15 +4,16 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import IMAGES, RequestRejected, endpoint_url
@@ -20,7 +21,6 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
-from fusion_hf.synthesis.png_files import compose_pair, encode_png, read_texts
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
 from fusion_hf.synthesis.run_config import ImageSettings
@@ -31,6 +31,9 @@ STEP = "make_image"
 RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 SPREAD = 2  # last characters of an id that name its subfolder: a folder of millions of files is slow
 MODEL, PROMPT, SEED, SETTINGS = "model", "prompt", "seed", "settings"  # keys of a PNG's texts
+GAP = 16  # pixels between the two of a pair, at a height of 512
+GAP_HEIGHT = 512
+WHITE = (255, 255, 255)
 MAX_PIXELS = 4096 * 4096
 MAX_RESPONSE_BYTES = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -263,3 +266,34 @@ class MakeImages(PipelineStep):
             with left, right:
                 write_atomically(self.folder / name, encode_png(compose_pair(left, right), texts))
         return name
+
+
+def compose_pair(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Put two images side by side, the right one in the left one's height, with a white gap between them."""
+    left, right = left.convert("RGB"), right.convert("RGB")
+    if right.height != left.height:
+        width = max(round(right.width * left.height / right.height), 1)
+        right = right.resize((width, left.height), Image.Resampling.BICUBIC)
+    gap = max(round(GAP * left.height / GAP_HEIGHT), 1)
+    whole = Image.new("RGB", (left.width + gap + right.width, left.height), WHITE)
+    whole.paste(left, (0, 0))
+    whole.paste(right, (left.width + gap, 0))
+    return whole
+
+
+def encode_png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """Write a PNG with texts about itself."""
+    info = PngImagePlugin.PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_itxt(name, text)
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_texts(path: Path) -> dict[str, str] | None:
+    """Read the texts in a PNG; None if there is no such file."""
+    if not path.exists():
+        return None
+    with Image.open(path, formats=("PNG",)) as image:
+        return {name: str(text) for name, text in image.info.items()}

@@ -13,8 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.common.outputs import atomic_file, json_bytes, write_atomically
 from fusion_hf.synthesis.filters.minhash import NearDuplicatesFilter
-from fusion_hf.synthesis.image_generation import MODEL, SEED
-from fusion_hf.synthesis.png_files import compose_pair, encode_png
+from fusion_hf.synthesis.image_generation import MODEL, SEED, compose_pair, encode_png
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record_documents import document_line, plan_file, task_file, to_document
 from fusion_hf.synthesis.run_config import PROCEDURAL, CaptionPool

@@ -89,7 +89,7 @@ class SynthRecord:
 
         Raises:
             ValueError: if the record was rejected, has no turn, or has not exactly one image: those of a pair are
-                composed into one before (`png_files.compose_pair`).
+                composed into one before (`image_generation.compose_pair`).
         """
         if self.rejection is not None:
             raise ValueError(f"record {self.id} was rejected by {self.rejection.step}: {self.rejection.reason}")

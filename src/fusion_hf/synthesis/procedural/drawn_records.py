@@ -8,8 +8,7 @@ from PIL import Image
 
 from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.procedural.scene_pairs import draw_pair
-from fusion_hf.synthesis.procedural.scenes import WORDINGS
+from fusion_hf.synthesis.procedural.scenes import WORDINGS, draw_pair
 from fusion_hf.synthesis.procedural.turn_writers import SCENES, any_scene, write_pair_turns, write_turns
 from fusion_hf.synthesis.run_config import PROCEDURAL
 from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
