@@ -114,7 +114,7 @@ def test_no_yaml(tmp_path: Path):
 def test_a_new_category_is_one_file(broken_file):
     path = broken_file(turns=[2, 2])
     category = load_categories(path.parent)["Mine"]
-    model = answer_model(category.schema, category.turns.least, category.turns.most)
+    model = answer_model(category.schema, *category.turns)
     pair = {"question": "What color is the bus?", "answer": "Red"}
     assert model.model_validate({"turns": [pair, pair]}).content() == (RecordTurn(**pair), RecordTurn(**pair))
     for turns in ([pair], [pair] * 3):

@@ -27,6 +27,13 @@ def _text(value: str) -> str:
 
 Text: TypeAlias = Annotated[str, _text]
 Share: TypeAlias = Annotated[float, allow("a number above 0 and up to 1", lambda value: 0 < value <= 1)]
+Turns: TypeAlias = Annotated[
+    tuple[int, ...],
+    allow(
+        "a list of the least and the most turns, whole numbers from 1",
+        lambda turns: len(turns) == 2 and 1 <= turns[0] <= turns[1],
+    ),
+]
 Score: TypeAlias = Annotated[
     int, allow(f"a whole number from 1 to {MOST_SCORE}", range(1, MOST_SCORE + 1).__contains__)
 ]
@@ -71,27 +78,6 @@ class Style:
 
 
 @dataclass(frozen=True)
-class TurnRange:
-    """Least and most turns of a record; written as a list of both."""
-
-    least: int
-    most: int
-
-    @classmethod
-    def from_yaml(cls, value: Any) -> "TurnRange":
-        """
-        Make one of a list.
-
-        Raises:
-            ValueError: with what is allowed.
-        """
-        is_pair = isinstance(value, list) and [type(each) for each in value] == [int, int]
-        if not is_pair or not 1 <= value[0] <= value[1]:
-            raise ValueError("a list of the least and the most turns, whole numbers from 1")
-        return cls(*value)
-
-
-@dataclass(frozen=True)
 class ModelCheck:
     """
     What a model is asked about a finished record.
@@ -116,6 +102,7 @@ class Category:
         share: of the records of the mix of all categories.
         schema: name of the writer's answer in `synthesis.schemas`.
         describe_prompt: of the scene description; has `$caption`.
+        turns: the least and the most of a record.
         qa_prompt: of questions and answers; has `$description` (or `$first` and `$second`) and `$style`.
         styles: one of them is drawn for each record.
         rules: settings of filters by their name.
@@ -128,7 +115,7 @@ class Category:
     pictures: Literal[1, 2]
     share: Share
     schema: Annotated[str, _schema]
-    turns: TurnRange
+    turns: Turns
     describe_prompt: Annotated[str, _prompt(DESCRIBE_NAMES)]
     qa_prompt: Text
     styles: Annotated[tuple[Style, ...], allow("a list of mappings with text and share", bool)]

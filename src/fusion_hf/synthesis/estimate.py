@@ -100,7 +100,7 @@ def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 def _per_record(category: Category) -> tuple[float, float, int]:
     """Tokens in, tokens out, images."""
     words = {name: _words(category, name) for name in DEFAULT_WORDS}
-    turns = (category.turns.least + category.turns.most) / 2
+    turns = sum(category.turns) / 2
     described = words["description"] * TOKENS_PER_WORD * category.pictures
     prompts = (len(category.describe_prompt) + len(category.qa_prompt)) / CHARACTERS_PER_TOKEN
     written = turns * ((words["question"] + words["answer"]) * TOKENS_PER_WORD + JSON_TOKENS)

@@ -1,7 +1,7 @@
 """Caption pools: text, JSON Lines, Parquet and Hub data sets, read as a stream. Files of strangers are bounded."""
 
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -52,12 +52,12 @@ def check_pool(pool: CaptionPool) -> None:
 
 def _read(pool: CaptionPool) -> Iterator[Caption]:
     if pool.kind == "hub":
-        yield from _column(_hub_rows(pool), pool.column)
+        yield from (clean_caption(row.get(pool.column)) for row in _hub_rows(pool))
         return
     for path in _files(pool):
         try:
             if pool.kind == "parquet":
-                yield from _column(_parquet_rows(path, pool.column), pool.column)
+                yield from (clean_caption(row[pool.column]) for row in _parquet_rows(path, pool.column))
                 continue
             with path.open("rb") as stream:
                 column = pool.column if pool.kind == "jsonl" else None
@@ -102,11 +102,6 @@ def _line_caption(line: bytes | None, column: str | None) -> Caption:
     if column is not None:
         value = value.get(column) if isinstance(value, dict) else None
     return clean_caption(value)
-
-
-def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Caption]:
-    for row in rows:
-        yield clean_caption(row.get(column))
 
 
 def clean_caption(value: Any) -> Caption:

@@ -70,8 +70,10 @@ class ReadStage(PipelineStep):
         self.folder = folder
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        whole, chunks = task_file(self.folder, rank), (self.folder / f"{rank:05d}").glob(f"*{SUFFIX}")
+        files = [whole] if whole.exists() else sorted(chunks, key=lambda path: int(path.stem))
         position = 0
-        for path in self._files(rank):
+        for path in files:
             for document in sorted(map(_parse, path.open("rb")), key=lambda document: document.metadata[POSITION]):
                 if document.metadata[POSITION] != position:
                     raise RuntimeError(f"record {position} of task {rank} is not where it belongs in {path}")
@@ -81,13 +83,6 @@ class ReadStage(PipelineStep):
         expected = json.loads(plan_file(self.folder.parent).read_bytes())["records"][rank]
         if position != expected:
             raise RuntimeError(f"task {rank} has {position} records in {self.folder}, but {expected} were planned")
-
-    def _files(self, rank: int) -> list[Path]:
-        whole = task_file(self.folder, rank)
-        if whole.exists():
-            return [whole]
-        chunks = (self.folder / f"{rank:05d}").glob(f"*{SUFFIX}")
-        return sorted(chunks, key=lambda path: int(path.stem))
 
 
 def document_line(document: Document) -> bytes:

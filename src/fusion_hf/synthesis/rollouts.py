@@ -99,7 +99,7 @@ class WriteTurnsRollout(WriterRollout):
 
     def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         category = load_categories()[record.category]
-        model = answer_model(category.schema, category.turns.least, category.turns.most)
+        model = answer_model(category.schema, *category.turns)
         return category.ask(record.descriptions, record.seed), model
 
 

@@ -24,13 +24,9 @@ BEFORE_RULES, AFTER_RULES = ("describe", "write_qa"), ("duplicate_questions", "j
 
 def idle_steps(config: SynthesisConfig) -> set[str]:
     """Return the steps that a run with this config does not have: nothing is known of what they would have kept."""
-    drawn = config.backend == PROCEDURAL
-    idle = {*BEFORE_RULES, "make_image"} if drawn else set()
-    if drawn or config.judge is None:
-        idle.add("judge")
-    if drawn or config.image_check is None:
-        idle.add("image_check")
-    return idle
+    if config.backend == PROCEDURAL:
+        return {*BEFORE_RULES, "make_image", "judge", "image_check"}
+    return {name for name in ("judge", "image_check") if getattr(config, name) is None}
 
 
 def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[dict[str, Any]]:

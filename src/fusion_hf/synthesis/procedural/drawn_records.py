@@ -62,10 +62,10 @@ def plan(category: str, seed: int, index: int) -> PlannedRecord:
             scene = SCENES.get(category, any_scene)(rng)
             scenes = [replace(scene, wording=rng.randrange(WORDINGS))]
             turns = write_turns(settings, scenes[0], rng)
-        if len(turns) >= settings.turns.least:
+        if len(turns) >= settings.turns[0]:
             break
     else:
-        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns.least} questions")
+        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns[0]} questions")
     origin = StepOrigin(PROCEDURAL, settings.prompts_hash, seed)
     record = SynthRecord(
         id=f"{category}-{seed}-{index}",

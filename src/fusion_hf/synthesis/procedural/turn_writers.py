@@ -191,9 +191,8 @@ def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
         members = scene.members(group)
         attribute = "color" if group.split()[0] in COLORS else "kind"
         count = len(members)
-        verb, amount = "is" if count == 1 else "are", spoken(count) if count else "no"
         text = sentence_case(rng.choice(COUNT_FORMS).format(plural=group))
-        sentence = f"There {verb} {amount} {plural(group.removesuffix('s'), count)}."
+        sentence = _there_are(count, group.removesuffix("s"))
         tells = frozenset(f"{attribute}/{number}" for number in members if group != EVERYTHING)
         found.append(SceneQuestion(text, str(count), sentence, "count", f"count/{group}", tells))
     return found
@@ -330,7 +329,7 @@ def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[R
     candidates = FOCUS.get(category.name, everything)(scene, rng)
     if category.name == "SynthMultiChoice":
         candidates = [asked for asked in candidates if asked.about]
-    amount = rng.randint(category.turns.least, category.turns.most)
+    amount = rng.randint(*category.turns)
     chosen = choose(candidates, amount, rng, preferred=counts(scene, rng))
     if category.name == "SynthMultiChoice":
         return tuple(_choice(asked, scene, rng) for asked in chosen)
@@ -400,7 +399,7 @@ def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) ->
     # As many pairs with equal numbers as with others are asked for them: else the question would tell the answer.
     counted = pair.difference.what == "count" or rng.random() < 1 / (len(CHANGES) - 1)
     turns = _count_turns(pair) if counted else _sides(pair)
-    amount = rng.randint(category.turns.least, category.turns.most)
+    amount = rng.randint(*category.turns)
     rest = rng.sample(turns, min(len(turns), amount - 1))
     return (RecordTurn("What differs between the two pictures?", difference), *rest)
 
