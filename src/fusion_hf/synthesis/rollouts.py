@@ -130,18 +130,14 @@ def parse_verdict(answer: str) -> Verdict | None:
     return Verdict(int(next(group for group in found.groups() if group)), answer.strip())
 
 
-def description_text(record: SynthRecord) -> str:
-    """Write the descriptions as a judge reads them: of a pair, which is which."""
-    if len(record.descriptions) == 1:
-        return record.descriptions[0]
-    names = ("The left picture", "The right picture")
-    return "\n".join(f"{name}: {text}" for name, text in zip(names, record.descriptions, strict=True))
-
-
 def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
-    """Write the prompt of a rubric about a record."""
+    """Write the prompt of a rubric about a record; of a pair of descriptions it says which is which."""
+    descriptions = "\n".join(record.descriptions)
+    if len(record.descriptions) > 1:
+        sides = zip(("left", "right"), record.descriptions, strict=True)
+        descriptions = "\n".join(f"The {side} picture: {text}" for side, text in sides)
     turns = "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
-    return Template(rubric.prompt).substitute(description=description_text(record), conversation=turns)
+    return Template(rubric.prompt).substitute(description=descriptions, conversation=turns)
 
 
 def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:

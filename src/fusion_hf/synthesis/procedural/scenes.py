@@ -149,10 +149,6 @@ class Scene:
         """Whether the text of a sign is below its shapes."""
         return self.spec.word is not None and self.spec.word.top >= BAND
 
-    def described_groups(self) -> list[str]:
-        """ "two red circles", "one blue triangle"."""
-        return [f"{spoken(count)} {plural(name, count)}" for name, count in self.names.items()]
-
     def places_told(self) -> list[str]:
         """A sentence for each name whose shapes have places of their own."""
         told = []
@@ -185,7 +181,8 @@ class Scene:
         if self.shapes:
             verb, noun = "is" if total == 1 else "are", plural("shape", total)
             begin = OPENINGS[opening].format(verb=verb, count=spoken(total), noun=noun)
-            sentences.append(f"{begin}: {listing(self.described_groups())}.")
+            groups = [f"{spoken(count)} {plural(name, count)}" for name, count in self.names.items()]
+            sentences.append(f"{begin}: {listing(groups)}.")
             sentences += self.places_told()
         if (relation := self.relation()) is not None:
             first, second = self.shapes
