@@ -13,7 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.inference.types import InferenceError
 
 from fusion_hf.common.endpoints import data_uri
-from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck, load_categories
+from fusion_hf.synthesis.category import MOST_SCORE, Category, ModelCheck, load_categories
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, USAGE, put_record, record_of
 from fusion_hf.synthesis.run_config import EndpointSettings, ImageCheckSettings
@@ -69,7 +69,7 @@ class WriterRollout(RecordRollout):
     fills: str  # field of the record
 
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
-        prompt, model = self.request(record)
+        prompt, model = self.request(load_categories()[record.category], record)
         made = await ask_structured(generate, self.endpoint, prompt, model, record.seed)
         if made.reason is not None:
             return record.rejected(self.step, made.reason), made.usage
@@ -77,7 +77,7 @@ class WriterRollout(RecordRollout):
         made_fields = {self.fills: made.answer.content(), "origins": {**record.origins, self.step: origin}}
         return replace(record, **made_fields), made.usage
 
-    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
+    def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         """Make the prompt, and the model of its answer."""
         raise NotImplementedError
 
@@ -87,8 +87,7 @@ class DescribeRollout(WriterRollout):
 
     step, fills = "describe", "descriptions"
 
-    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
-        category = load_categories()[record.category]
+    def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         return category.describe(record.caption), DESCRIBE_SCHEMAS[category.pictures]
 
 
@@ -97,8 +96,7 @@ class WriteTurnsRollout(WriterRollout):
 
     step, fills = "write_qa", "turns"
 
-    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
-        category = load_categories()[record.category]
+    def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         model = answer_model(category.schema, *category.turns)
         return category.ask(record.descriptions, record.seed), model
 
