@@ -8,8 +8,9 @@ import pytest
 from fusion_hf.cli import main
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
-from fusion_hf.evaluation.results_table import make_table, published_rows
+from fusion_hf.evaluation.results_table import make_table
 from fusion_hf.evaluation.run_record import Metric, ModelRecord, RunRecord, TaskRecord
+from fusion_hf.hub.family import published_rows
 
 PUBLISHED = published_rows()["FUSION 3B"]
 MODEL = ModelRecord("my|model", "my@1", "bfloat16", "cuda:0", 36, 27, "FUSION 3B")

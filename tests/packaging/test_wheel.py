@@ -39,9 +39,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path):
 def test_published_table_is_found_in_the_wheel(wheel: Path, tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = (
-        "from fusion_hf.evaluation import results_table as table; print(table.__file__, len(table.published_rows()))"
-    )
+    code = "from fusion_hf.hub import family; print(family.__file__, len(family.published_rows()))"
     own = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=own, capture_output=True, encoding="utf-8")
-    assert done.stdout.split() == [str(tmp_path / PACKAGE / "evaluation/results_table.py"), "19"], done.stderr
+    assert done.stdout.split() == [str(tmp_path / PACKAGE / "hub/family.py"), "19"], done.stderr

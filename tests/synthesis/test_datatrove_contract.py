@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 
@@ -17,7 +18,7 @@ from packaging.requirements import Requirement
 
 from fusion_hf.synthesis import request_step
 from fusion_hf.synthesis.executors import LocalExecutor
-from fusion_hf.synthesis.filters.minhash import MinHash, NearDuplicatesFilter, _WhitespaceTokenizer
+from fusion_hf.synthesis.filters.minhash import NEARLY, NearDuplicatesFilter, _WhitespaceTokenizer
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.request_step import RequestStep
 from fusion_hf.synthesis.run_config import EndpointSettings
@@ -96,7 +97,7 @@ def test_what_is_read_of_a_server_is_there(tmp_path: Path):
 
 
 def test_what_is_read_of_minhash_is_there():
-    signer = NearDuplicatesFilter(MinHash(buckets=3, hashes=2)).signer
+    signer = NearDuplicatesFilter(replace(NEARLY, num_buckets=3, hashes_per_bucket=2)).signer
     signature = signer.get_signature(signer.get_shingles("two red birds on a wire"))
     assert [len(hashes) for hashes in signature] == [2, 2, 2]
 

@@ -10,7 +10,7 @@ from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
 from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
-from fusion_hf.synthesis.filters.options import balance_options
+from fusion_hf.synthesis.filters.options import OptionsBalance
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 from fusion_hf.synthesis.verdicts import fill_rubric, parse_verdict, verdict_problem
 
@@ -381,10 +381,14 @@ def choice_records(count: int, options: int) -> list[SynthRecord]:
 def test_letters_are_balanced():
     records = [*choice_records(101, 3), *choice_records(203, 4), record(("What color is it?", "Red"))]
     assert letter_shares(records) == {3: {"A": 1, "B": 0, "C": 0}, 4: {"A": 1, "B": 0, "C": 0, "D": 0}}
-    balanced = list(balance_options(records, seed=5))
+    balanced = list(map(OptionsBalance(seed=5).balanced, records))
     for options, shares in letter_shares(balanced).items():
         assert all(share == pytest.approx(1 / options, abs=0.03) for share in shares.values()), shares
-    assert balanced == list(balance_options(records, seed=5)) != list(balance_options(records, seed=6))
+    assert (
+        balanced
+        == list(map(OptionsBalance(seed=5).balanced, records))
+        != list(map(OptionsBalance(seed=6).balanced, records))
+    )
     assert balanced[-1] == records[-1]
     for before, after in zip(records[:-1], balanced[:-1], strict=True):
         first, second = parse_choice(before.turns[0]), parse_choice(after.turns[0])
@@ -396,7 +400,7 @@ def test_letters_are_balanced():
 def test_rejected_records_do_not_count_for_the_balance():
     records = choice_records(40, 4)
     rejected = [item.rejected("length", "x") if index % 2 else item for index, item in enumerate(records)]
-    balanced = [item for item in balance_options(rejected) if item.rejection is None]
+    balanced = [item for item in map(OptionsBalance().balanced, rejected) if item.rejection is None]
     assert set(letter_shares(balanced)[4].values()) == {0.25}
 
 

@@ -1,6 +1,8 @@
 """Near-duplicates of captions."""
 
-from fusion_hf.synthesis.filters.minhash import MinHash, NearDuplicatesFilter
+from dataclasses import replace
+
+from fusion_hf.synthesis.filters.minhash import NEARLY, NearDuplicatesFilter
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 FIRST = "A brown dog runs across a green field under a blue sky"
@@ -25,6 +27,6 @@ def test_in_memory():
 
 
 def test_stricter():
-    rule = NearDuplicatesFilter(MinHash(n_grams=1, buckets=1, hashes=64))
+    rule = NearDuplicatesFilter(replace(NEARLY, n_grams=1, num_buckets=1, hashes_per_bucket=64))
     for caption in CAPTIONS:
         assert rule.check(SynthRecord("1", "SynthColor", caption, 0)) is None or caption == "Dog."

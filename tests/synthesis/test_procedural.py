@@ -12,7 +12,7 @@ from fusion_hf.drawing.drawn_images import COLORS, MAX_COUNT
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters import build_filters, first_problem
-from fusion_hf.synthesis.filters.options import balance_options
+from fusion_hf.synthesis.filters.options import OptionsBalance
 from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.procedural import draw
 from fusion_hf.synthesis.procedural.drawn_records import plan
@@ -106,7 +106,7 @@ def test_the_right_option_is_the_only_right_one():
 
 
 def test_options_of_drawn_records_can_be_balanced():
-    balanced = list(balance_options(records("SynthMultiChoice", 100)))
+    balanced = list(map(OptionsBalance().balanced, records("SynthMultiChoice", 100)))
     for options, shares in letter_shares(balanced).items():
         assert max(shares.values()) - min(shares.values()) <= 0.03, (options, shares)
 

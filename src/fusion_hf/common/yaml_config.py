@@ -41,20 +41,25 @@ class FromYaml(Protocol):
         """
 
 
-def positive(value: float) -> float:
+def allow(allowed: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     """
-    Check that a number is more than 0.
+    Make a check for `Annotated` hints of [`make_dataclass`].
 
-    Raises:
-        ValueError: with what is allowed.
+    Args:
+        allowed: values, in words, for the error.
+        holds: whether a value is one of them.
     """
-    if value <= 0:
-        raise ValueError("more than 0")
-    return value
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(allowed)
+        return value
+
+    return check
 
 
-PositiveInt: TypeAlias = Annotated[int, positive]
-PositiveFloat: TypeAlias = Annotated[float, positive]
+PositiveInt: TypeAlias = Annotated[int, allow("more than 0", lambda value: value > 0)]
+PositiveFloat: TypeAlias = Annotated[float, allow("more than 0", lambda value: value > 0)]
 
 
 def read_yaml(path: Path, what: str, max_bytes: int = MAX_YAML_BYTES) -> Any:

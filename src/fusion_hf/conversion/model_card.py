@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 from fusion_hf.common.values import dtype_name
-from fusion_hf.hub.family import BENCHMARKS, DATASETS, LAST_STAGE, PAPER, REPOSITORY, FamilyMember, find_member
+from fusion_hf.hub.family import DATASETS, LAST_STAGE, PAPER, REPOSITORY, FamilyMember, find_member
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.configuration_fusion import FusionConfig
 
@@ -41,8 +41,8 @@ messages = [
     {{
         "role": "user",
         "content": [
-            {{"type": "image", "path": "picture.jpg"}},
-            {{"type": "text", "text": "What is in the picture?"}},
+            {{"type": "image", "path": "image.jpg"}},
+            {{"type": "text", "text": "What is in the image?"}},
         ],
     }}
 ]
@@ -64,8 +64,8 @@ messages = [
     {{
         "role": "user",
         "content": [
-            {{"type": "image", "path": "picture.jpg"}},
-            {{"type": "text", "text": "What is in the picture?"}},
+            {{"type": "image", "path": "image.jpg"}},
+            {{"type": "text", "text": "What is in the image?"}},
         ],
     }}
 ]
@@ -84,7 +84,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 model_id = "{model_id}"
 image_processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=True)
-pixel_values = image_processor(Image.open("picture.jpg"), return_tensors="pt").pixel_values.to(model.dtype)
+pixel_values = image_processor(Image.open("image.jpg"), return_tensors="pt").pixel_values.to(model.dtype)
 print(model.get_image_features(pixel_values).pooler_output.shape)
 ```
 """
@@ -181,7 +181,7 @@ def _token_budget(config: FusionConfig, member: FamilyMember | None) -> str:
     mean = sum(config.query_lens) / len(config.query_lens)
     lines = ["| latent tokens | image tokens | together |", "|---|---|---|", *rows, ""]
     lines.append(f"Each further question adds its latent tokens. On average over these lengths: {image + mean:.1f}")
-    lines[-1] += f" (published as {member.vision_tokens})." if member else "."
+    lines[-1] += f" (published as {member.row.vision_tokens})." if member else "."
     return "\n".join(lines)
 
 
@@ -191,12 +191,12 @@ def _results(provenance: Provenance, member: FamilyMember | None) -> str:
     if member is None or provenance.stage != LAST_STAGE:
         reason = f"this is the checkpoint after {provenance.stage}" if member else "this is no published size"
         return f"No figures are published for these weights ({reason}). For the family's, see the [paper]({PAPER})."
-    scores = member.scores
+    scores = list(member.row.values.items())
     blocks = []
-    for start in range(0, len(BENCHMARKS), BENCHMARKS_PER_LINE):
-        names = BENCHMARKS[start : start + BENCHMARKS_PER_LINE]
-        header = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
-        blocks.append(f"{header}\n| {' | '.join(scores[name] for name in names)} |")
+    for start in range(0, len(scores), BENCHMARKS_PER_LINE):
+        names, figures = zip(*scores[start : start + BENCHMARKS_PER_LINE], strict=True)
+        header = f"| {' | '.join(names).replace('^', '-')} |\n|{'---|' * len(names)}"
+        blocks.append(f"{header}\n| {' | '.join(map(str, figures))} |")
     intro = (
         f"Published by the authors for {member.name} ([{member.checkpoint}]({HUB}{member.checkpoint})) in their "
         f"[repository]({REPOSITORY}); measured with their code, not on this folder:"

@@ -2,28 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-
-import yaml
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import AUTHORS, BENCHMARKS, Benchmark, find_benchmark
 from fusion_hf.evaluation.run_record import FAILED, ModelRecord, RunRecord, TaskRecord
+from fusion_hf.hub.family import PublishedRow, published_rows
 
-PUBLISHED_FILE = Path(__file__).parent / "published_results.yaml"
 NOTHING = "—"  # in a cell without a figure
 DECIMALS = 1  # as published
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """A model's row of the published table: `values` by column, None where there is none."""
-
-    name: str
-    group: str
-    vision_tokens: int | None
-    values: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -57,22 +43,6 @@ class _Done:
         if self.task.judge is not None:
             parts.append(f"judged by {self.task.judge}")
         return "; ".join(parts)
-
-
-@cache
-def published_rows() -> dict[str, PublishedRow]:
-    """The published table by models' names, in its order."""
-    content = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
-    columns = content["columns"]
-    return {
-        model["name"]: PublishedRow(
-            model["name"],
-            model["group"],
-            model["vision_tokens"],
-            dict(zip(columns, model["values"], strict=True)),
-        )
-        for model in content["models"]
-    }
 
 
 def find_published(name: str) -> PublishedRow:

@@ -28,8 +28,8 @@ from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.evaluation.answer_cache import Answer
 from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Messages, RequestReader
-from fusion_hf.evaluation.results_table import published_rows
 from fusion_hf.evaluation.run_record import ModelRecord
+from fusion_hf.hub.family import published_rows
 from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelInfo
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT, read_orientation
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor

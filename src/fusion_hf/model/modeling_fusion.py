@@ -274,6 +274,17 @@ class FusionModel(FusionPreTrainedModel):
         ends = turns.prompt_end_positions
         return turns if ends is None else turns._replace(prompt_end_positions=order_prompt_ends(ends, input_ids))
 
+    def _add_mapping_loss(
+        self, hidden_states: torch.Tensor, mapping_loss: torch.Tensor, receiver: MappingLossReceiver | None
+    ) -> torch.Tensor:
+        """Hand it to its receiver, or return hidden states (B, S, H) whose gradient it is added to."""
+        if receiver is not None:
+            receiver.mapping_loss = mapping_loss
+            return hidden_states
+        if not torch.compiler.is_compiling():
+            logger.warning_once(HIDDEN_MAPPING_LOSS)
+        return MappingLossGradient.apply(hidden_states, self.config.mapping_loss_weight * mapping_loss)
+
     @can_return_tuple
     def forward(
         self,
@@ -350,13 +361,7 @@ class FusionModel(FusionPreTrainedModel):
         )
         hidden_states, mapping_loss = outputs.last_hidden_state, prompt.mapping_loss
         if adds_gradient and mapping_loss is not None:
-            if mapping_loss_receiver is not None:
-                mapping_loss_receiver.mapping_loss = mapping_loss
-            else:
-                if not torch.compiler.is_compiling():
-                    logger.warning_once(HIDDEN_MAPPING_LOSS)
-                weighted = self.config.mapping_loss_weight * mapping_loss
-                hidden_states = MappingLossGradient.apply(hidden_states, weighted)
+            hidden_states = self._add_mapping_loss(hidden_states, mapping_loss, mapping_loss_receiver)
             mapping_loss = None
         return FusionModelOutputWithPast(
             last_hidden_state=hidden_states,

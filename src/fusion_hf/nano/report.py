@@ -139,7 +139,7 @@ CARD = """\
 
 A FUSION of {parameters} million parameters with every mechanism of the large ones (five tiles, a tower guided by the
 question, connector, both projectors, latent tokens of several lengths, samplers, mapping losses), trained from scratch
-in FUSION's three stages on one CPU. It answers questions about simple drawn pictures. It shows that the whole path
+in FUSION's three stages on one CPU. It answers questions about simple drawn images. It shows that the whole path
 works, in seconds and without a download. **It is no evidence for FUSION's mechanisms**: nothing was measured that
 shows whether they help at this size and task.
 
@@ -152,32 +152,32 @@ that it was not tested.
 from PIL import Image, ImageDraw
 from transformers import pipeline
 
-picture = Image.new("RGB", (64, 64), (240, 240, 240))
-ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
+image = Image.new("RGB", (64, 64), (240, 240, 240))
+ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
 pipe = pipeline("image-text-to-text", model="path/to/fusion-nano", trust_remote_code=True)
-question = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "what color is the shape?"}}]
+question = [{{"type": "image", "image": image}}, {{"type": "text", "text": "what color is the shape?"}}]
 print(pipe(text=[{{"role": "user", "content": question}}], max_new_tokens=4, return_full_text=False))
 ```
 
 ## Figures
 
-Exact match of greedy answers. easy-vqa: all {questions} questions of the test split. Drawn categories: 1,000 pictures
+Exact match of greedy answers. easy-vqa: all {questions} questions of the test split. Drawn categories: 1,000 images
 each, drawn from seeds that training and validation do not use.
 
-| questions | accuracy | with 4 latent tokens | with another picture | question only |
+| questions | accuracy | with 4 latent tokens | with another image | question only |
 |---|---|---|---|---|
 {table}
 
-"With another picture": the same questions about randomly exchanged pictures. "Question only": the training split's
+"With another image": the same questions about randomly exchanged images. "Question only": the training split's
 most frequent answer to the question.
 
 ## Training
 
-Pictures: easy-vqa's training split (a tenth of its pictures held out for validation) and pictures drawn by the
+Images: easy-vqa's training split (a tenth of its images held out for validation) and images drawn by the
 project: single shapes, one to five shapes, two shapes apart, and one of {words} written words in one font.
 
-A large FUSION begins with a tower that knows pictures by their words. This one begins with noise, so its tower and
-projector first learn, for {grounding} steps of {batch} drawn pictures and with SigLIP's sigmoid loss, which words each
+A large FUSION begins with a tower that knows images by their words. This one begins with noise, so its tower and
+projector first learn, for {grounding} steps of {batch} drawn images and with SigLIP's sigmoid loss, which words each
 patch shows: colour, kind, letter, word, and where a shape is from the other one. Then follow FUSION's three stages
 with the whole model; optimiser steps of {batch} conversations: {steps}. Seed {seed}. The
 recipe's settings were chosen on the validation split. It was revised, though, because an earlier recipe's weights had
@@ -187,7 +187,7 @@ missed 90 % on the drawn categories of the test split, so that split was measure
 
 ## Limits
 
-Pictures of coloured circles, rectangles and triangles and of the {words} words it was trained on, on a light
+Images of coloured circles, rectangles and triangles and of the {words} words it was trained on, on a light
 background; short questions in the forms of its training data, in English. Anything else is answered with confidence
 and at random.
 """

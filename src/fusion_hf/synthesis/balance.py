@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from fusion_hf.synthesis.choices import plain
-from fusion_hf.synthesis.filters.base import plain_turn
+from fusion_hf.synthesis.choices import plain, plain_turn
 from fusion_hf.synthesis.filters.mentions import (
     asked_color,
     asked_counts,

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fusion_hf.synthesis.synth_record import RecordTurn
 
@@ -70,6 +71,21 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
         return f"the answer says {said[:40]!r}, but option {LETTERS[index]} is {options[index][:40]!r}"
     rest = said[len(options[index]) :] if said.lower().startswith(options[index].lower()) else ""
     return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")
+
+
+class PlainTurn(NamedTuple):
+    """A question without its options, and what is answered without an option's letter."""
+
+    question: str
+    answer: str
+
+
+def plain_turn(turn: RecordTurn) -> PlainTurn:
+    """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
+    choice = parse_choice(turn)
+    if isinstance(choice, Choice):
+        return PlainTurn(choice.stem, choice.options[choice.answer] + choice.rest)
+    return PlainTurn(turn.question, turn.answer)
 
 
 def plain(text: str) -> str:

@@ -1,6 +1,5 @@
 """The step that takes records out by the rules of their category; each keeps the name of the filter and its reason."""
 
-from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -11,10 +10,9 @@ from datatrove.pipeline.base import PipelineStep
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.filters import Filter, build_filters, first_problem
 from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
-from fusion_hf.synthesis.filters.options import balance_options
+from fusion_hf.synthesis.filters.options import OptionsBalance
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
-from fusion_hf.synthesis.synth_record import SynthRecord
 
 
 @cache
@@ -60,14 +58,7 @@ class BalanceOptions(PipelineStep):
         self.seed = seed
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        waiting: deque[Document] = deque()
-
-        def records() -> Iterator[SynthRecord]:
-            for document in data:
-                waiting.append(document)
-                yield record_of(document)
-
-        for record in balance_options(records(), self.seed + rank):
-            document = waiting.popleft()
-            put_record(document, record)
+        balance = OptionsBalance(self.seed + rank)
+        for document in data:
+            put_record(document, balance.balanced(record_of(document)))
             yield document

@@ -1,20 +1,18 @@
 """Filters of the data engine: what is wrong with a record, in words."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import make_dataclass
 from fusion_hf.synthesis.category import Category
-from fusion_hf.synthesis.filters.base import Filter
 from fusion_hf.synthesis.filters.contrast import ContrastFilter
-from fusion_hf.synthesis.filters.grounded import ColorsFilter, CountsFilter
+from fusion_hf.synthesis.filters.grounded import ColorsFilter, CountsFilter, WrittenTextFilter
 from fusion_hf.synthesis.filters.leakage import LeakageFilter
 from fusion_hf.synthesis.filters.meta import MetaTalkFilter
 from fusion_hf.synthesis.filters.options import OptionsFilter
 from fusion_hf.synthesis.filters.safety import PersonalDataFilter, UnsafeFilter
 from fusion_hf.synthesis.filters.text import LanguageFilter, LengthFilter, RepeatedQuestionsFilter, TurnCountFilter
-from fusion_hf.synthesis.filters.written import WrittenTextFilter
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 # In the order in which they are applied: cheap ones and those whose reasons say most come first.
@@ -23,6 +21,15 @@ _MORE_RULES = (RepeatedQuestionsFilter, LeakageFilter, ContrastFilter, WrittenTe
 RULES: dict[str, Any] = {rule.name: rule for rule in (*_RULES, *_MORE_RULES)}
 
 __all__ = ["RULES", "Filter", "build_filter", "build_filters", "first_problem"]
+
+
+class Filter(Protocol):
+    """Looks at one record; its settings are the fields of its dataclass."""
+
+    name: ClassVar[str]
+
+    def check(self, record: SynthRecord) -> str | None:
+        """Give the reason to reject the record, or None to keep it."""
 
 
 def build_filters(category: Category) -> list[Filter]:

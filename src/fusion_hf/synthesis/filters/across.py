@@ -31,8 +31,8 @@ class DuplicateQuestionsFilter:
         """Give the reason to reject the record, or None. A kept record counts from now on."""
         scene = plain("\n".join(record.descriptions) or record.caption)
         pairs = [text_key(scene, question_key(turn)) for turn in record.turns]
-        for index, pair in enumerate(pairs):
+        for number, pair in enumerate(pairs, 1):
             if pair in self.asked:
-                return f"turn {index + 1}: the question was asked about the same scene"
+                return f"turn {number}: the question was asked about the same scene"
         self.asked.update(pairs)
         return None

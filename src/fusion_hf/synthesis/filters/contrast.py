@@ -5,16 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from fusion_hf.common.yaml_config import allow
 from fusion_hf.synthesis.filters.words import content
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-
-
-def _share(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError("a number from 0 to 1")
-    return value
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class ContrastFilter:
     """
 
     name: ClassVar[str] = "contrast"
-    least_alike: Annotated[float, _share] = 0.5
+    least_alike: Annotated[float, allow("a number from 0 to 1", lambda value: 0 <= value <= 1)] = 0.5
 
     def check(self, record: SynthRecord) -> str | None:
         if len(record.descriptions) != 2:

@@ -1,12 +1,13 @@
-"""Numbers and colours of the answers that the descriptions do not contain."""
+"""Numbers, colours and written text of the answers that the descriptions do not contain."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar, NamedTuple
 
-from fusion_hf.synthesis.filters.base import PlainTurn, plain_turn, where
+from fusion_hf.synthesis.choices import PlainTurn, plain_turn
 from fusion_hf.synthesis.filters.mentions import (
     ColorMention,
     CountMention,
@@ -25,6 +26,7 @@ WRITING = frozenset({"word", "text", "writing", "lettering", "letter", "number"}
 WHOLES, PAIR = frozenset({"picture", "image"}), 2  # "both pictures" are those that the two descriptions are of
 GENERIC = frozenset({"shape", "thing", "object", "item", "figure", "one"})  # words for whatever there is
 _SIDES = re.compile(r"\b(left|right|first|second) (?:picture|image)\b", re.IGNORECASE)
+_EDGES = " .,;:!?"  # of written text
 DENIALS = ("no", "not", "none", "neither")
 
 
@@ -44,7 +46,7 @@ class CountsFilter:
     derived: bool = False
 
     def check(self, record: SynthRecord) -> str | None:
-        for index, turn in enumerate(map(plain_turn, record.turns)):
+        for number, turn in enumerate(map(plain_turn, record.turns), 1):
             texts = _texts_for(record, turn)
             for claim in _count_claims(turn, last=self.derived):
                 if claim.value == PAIR == len(record.descriptions) and any(
@@ -54,7 +56,7 @@ class CountsFilter:
                 if not any(self._supported(claim, count_mentions(text, articles=True), text) for text in texts):
                     things = " and ".join(" ".join(words) for words in claim.things)
                     said_of = f"{claim.value:g} {things}".rstrip()
-                    return f"{where(index)}: the description does not contain {said_of}"
+                    return f"turn {number}: the description does not contain {said_of}"
         return None
 
     def _supported(self, claim: "_CountClaim", known: Sequence[CountMention], text: str) -> bool:
@@ -171,12 +173,12 @@ class ColorsFilter:
     name: ClassVar[str] = "colors"
 
     def check(self, record: SynthRecord) -> str | None:
-        for index, turn in enumerate(map(plain_turn, record.turns)):
+        for number, turn in enumerate(map(plain_turn, record.turns), 1):
             known = [mention for text in _texts_for(record, turn) for mention in color_mentions(text)]
             for claim in _color_claims(turn):
                 if not _color_supported(claim, known):
                     things = f" for {' '.join(claim.words)}" if claim.words else ""
-                    return f"{where(index)}: the description does not contain {claim.word}{things}"
+                    return f"turn {number}: the description does not contain {claim.word}{things}"
         return None
 
 
@@ -203,3 +205,33 @@ def _color_supported(claim: ColorMention, known: Sequence[ColorMention]) -> bool
         claim.colors & mention.colors and not (claim.tone and mention.tone and claim.tone != mention.tone)
         for mention in about or known
     )
+
+
+@dataclass(frozen=True)
+class WrittenTextFilter:
+    """
+    What answers have in quotation marks is written in the image, letter by letter.
+
+    Args:
+        same_case: capitals have to agree too.
+    """
+
+    name: ClassVar[str] = "written"
+    same_case: bool = True
+
+    def check(self, record: SynthRecord) -> str | None:
+        known = [self._plain(text) for description in record.descriptions for text in quoted(description)]
+        if not known:
+            return "the description has no text in quotation marks"
+        # a text may be given in parts, or several as one
+        together = " ".join(known)
+        for number, turn in enumerate(map(plain_turn, record.turns), 1):
+            for text in quoted(turn.answer):
+                plain = self._plain(text)
+                if plain and f" {plain} " not in f" {together} ":
+                    return f"turn {number}: the description does not contain the text {text[:60]!r}"
+        return None
+
+    def _plain(self, text: str) -> str:
+        normal = " ".join(unicodedata.normalize("NFKC", text).replace("’", "'").split()).strip(_EDGES)
+        return normal if self.same_case else normal.lower()

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusion_hf.synthesis.filters.base import PlainTurn, plain_turn, where
+from fusion_hf.synthesis.choices import PlainTurn, plain_turn
 from fusion_hf.synthesis.filters.mentions import asked_color, asked_counts
 from fusion_hf.synthesis.filters.words import color_of, content, tokens
 from fusion_hf.synthesis.synth_record import SynthRecord
@@ -32,14 +32,14 @@ class LeakageFilter:
 
     def check(self, record: SynthRecord) -> str | None:
         turns = [plain_turn(turn) for turn in record.turns]
-        for index, turn in enumerate(turns):
+        for number, turn in enumerate(turns, 1):
             if _contains_answer(turn):
-                return f"{where(index)}: the question contains the answer {turn.answer[:40]!r}"
+                return f"turn {number}: the question contains the answer {turn.answer[:40]!r}"
             if not self.between:
                 continue
-            for other, second in enumerate(turns):
-                if other != index and _gives_away(second.question, turn):
-                    return f"{where(other)}: the question contains the answer of {where(index)}"
+            for other, second in enumerate(turns, 1):
+                if other != number and _gives_away(second.question, turn):
+                    return f"turn {other}: the question contains the answer of turn {number}"
         return None
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.mentions import unquoted
 from fusion_hf.synthesis.synth_record import IMAGE_MARK, SynthRecord
 
@@ -60,15 +59,15 @@ class MetaTalkFilter:
     name: ClassVar[str] = "meta"
 
     def check(self, record: SynthRecord) -> str | None:
-        for index, turn in enumerate(record.turns):
+        for number, turn in enumerate(record.turns, 1):
             for name, text in (("question", turn.question), ("answer", turn.answer)):
                 if IMAGE_MARK in text:
-                    return f"{where(index)}: the {name} has an {IMAGE_MARK} mark"
+                    return f"turn {number}: the {name} has an {IMAGE_MARK} mark"
                 if problem := _problem(text):
-                    return f"{where(index)}: the {name} {problem}"
-        for number, text in enumerate(record.descriptions):
+                    return f"turn {number}: the {name} {problem}"
+        for number, text in enumerate(record.descriptions, 1):
             if problem := _problem(text, _OF_DESCRIPTIONS):
-                return f"description {number + 1} {problem}"
+                return f"description {number} {problem}"
         return None
 
 

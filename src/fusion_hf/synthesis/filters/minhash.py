@@ -1,6 +1,5 @@
 """Captions that are nearly alike, by datatrove's MinHash; needs the extra `synth`."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from fusion_hf.synthesis.choices import plain
@@ -28,29 +27,9 @@ class _WhitespaceTokenizer(WordTokenizer):
         return [(0, len(text))]
 
 
-@dataclass(frozen=True)
-class MinHash:
-    """
-    How alike two captions have to be.
-
-    Two texts that share a part s of their n-grams agree in a bucket with probability 1 - (1 - s^hashes)^buckets: with
-    these, 92 % at s = 0.8 and 4 % at s = 0.5.
-
-    Args:
-        n_grams: words that are compared at a time; captions are short.
-    """
-
-    n_grams: int = 2
-    buckets: int = 14
-    hashes: int = 8
-    seed: int = 1
-
-    def config(self) -> MinhashConfig:
-        """Write the settings as datatrove takes them."""
-        # datatrove 0.10.1's other hash, xxhash, fails with xxhash 4, which takes bytes only
-        return MinhashConfig(
-            self.n_grams, self.buckets, self.hashes, self.seed, hash_config=HashConfig(hash_fc="sha1")
-        )
+# Two texts that share a part s of their pairs of words agree in a bucket with probability 1 - (1 - s^hashes)^buckets:
+# 92 % at s = 0.8 and 4 % at s = 0.5. datatrove 0.10.1's other hash, xxhash, fails with xxhash 4, which takes bytes.
+NEARLY = MinhashConfig(n_grams=2, num_buckets=14, hashes_per_bucket=8, seed=1, hash_config=HashConfig(hash_fc="sha1"))
 
 
 class NearDuplicatesFilter:
@@ -62,10 +41,9 @@ class NearDuplicatesFilter:
 
     name: ClassVar[str] = "near_duplicates"
 
-    def __init__(self, settings: MinHash | None = None):
-        self.settings = settings if settings is not None else MinHash()
+    def __init__(self, config: MinhashConfig = NEARLY):
         # its folder is written by pipelines alone
-        self.signer = MinhashDedupSignature(".", self.settings.config(), language=_WhitespaceTokenizer())
+        self.signer = MinhashDedupSignature(".", config, language=_WhitespaceTokenizer())
         self.seen: dict[bytes, str] = {}
 
     def check(self, record: SynthRecord) -> str | None:

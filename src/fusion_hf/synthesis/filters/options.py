@@ -2,12 +2,12 @@
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
+from fusion_hf.common.yaml_config import allow
 from fusion_hf.synthesis.choices import parse_choice, plain
-from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.words import content
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
@@ -19,16 +19,7 @@ _REFERENCE = re.compile(
 )
 
 
-def _several(value: int) -> int:
-    if value < 2:
-        raise ValueError("a whole number from 2")
-    return value
-
-
-def _factor(value: float) -> float:
-    if value < 1:
-        raise ValueError("a number from 1")
-    return value
+Several: TypeAlias = Annotated[int, allow("a whole number from 2", lambda value: value >= 2)]
 
 
 @dataclass(frozen=True)
@@ -43,14 +34,14 @@ class OptionsFilter:
     """
 
     name: ClassVar[str] = "options"
-    least: Annotated[int, _several] = 2
-    most: Annotated[int, _several] = 6
-    longest: Annotated[float, _factor] = 3.0
+    least: Several = 2
+    most: Several = 6
+    longest: Annotated[float, allow("a number from 1", lambda value: value >= 1)] = 3.0
 
     def check(self, record: SynthRecord) -> str | None:
-        for index, turn in enumerate(record.turns):
+        for number, turn in enumerate(record.turns, 1):
             if problem := self._problem(turn):
-                return f"{where(index)}: {problem}"
+                return f"turn {number}: {problem}"
         return None
 
     def _problem(self, turn: RecordTurn) -> str | None:
@@ -79,34 +70,35 @@ def _meaning(option: str) -> str:
     return " ".join(content(option)) or plain(option)
 
 
-def balance_options(records: Iterable[SynthRecord], seed: int = 0) -> Iterator[SynthRecord]:
+class OptionsBalance:
     """
-    Put the options of all choices in another order, so that all letters are right equally often.
+    Puts the options of all choices in another order, so that all letters are right equally often.
 
     Of k questions with k options each letter is right once, in an order drawn by the seed; the counts of two letters
-    never differ by more than one among questions of one number of options. Wrong options are shuffled. Records without
-    choices, and rejected ones, pass unchanged. The same records in the same order give the same result.
+    never differ by more than one among questions of one number of options. Wrong options are shuffled. The same
+    records in the same order give the same result.
     """
-    places: dict[int, list[int]] = {}
-    rng = random.Random(f"options/{seed}")
-    for record in records:
+
+    def __init__(self, seed: int = 0):
+        self.places: defaultdict[int, list[int]] = defaultdict(list)  # by number of options, that wait to be right
+        self.rng = random.Random(f"options/{seed}")
+
+    def balanced(self, record: SynthRecord) -> SynthRecord:
+        """Give the record's choices their order; without choices, or rejected, it stays as it is."""
         if record.rejection is not None:
-            yield record
-            continue
-        turns = tuple(_balanced(turn, places, rng) for turn in record.turns)
-        yield replace(record, turns=turns) if turns != record.turns else record
+            return record
+        return replace(record, turns=tuple(map(self._balanced_turn, record.turns)))
 
-
-def _balanced(turn: RecordTurn, places: dict[int, list[int]], rng: random.Random) -> RecordTurn:
-    choice = parse_choice(turn)
-    if isinstance(choice, str):
-        return turn
-    count = len(choice.options)
-    waiting = places.setdefault(count, [])
-    if not waiting:
-        waiting += rng.sample(range(count), count)
-    place = waiting.pop()
-    wrong = [option for number, option in enumerate(choice.options) if number != choice.answer]
-    rng.shuffle(wrong)
-    options = (*wrong[:place], choice.options[choice.answer], *wrong[place:])
-    return replace(choice, options=options, answer=place).turn()
+    def _balanced_turn(self, turn: RecordTurn) -> RecordTurn:
+        choice = parse_choice(turn)
+        if isinstance(choice, str):
+            return turn
+        count = len(choice.options)
+        waiting = self.places[count]
+        if not waiting:
+            waiting += self.rng.sample(range(count), count)
+        place = waiting.pop()
+        wrong = [option for number, option in enumerate(choice.options) if number != choice.answer]
+        self.rng.shuffle(wrong)
+        options = (*wrong[:place], choice.options[choice.answer], *wrong[place:])
+        return replace(choice, options=options, answer=place).turn()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from fusion_hf.common.yaml_config import allow
 from fusion_hf.synthesis.filters.words import singular, tokens
 from fusion_hf.synthesis.synth_record import SynthRecord
 
@@ -49,12 +50,6 @@ _PHONE_DIGITS = range(9, 16)  # a shorter number is a date, a score or a price
 _LUHN_FROM, _IBAN_REST, _IBAN_MODULUS = 13, 1, 97
 
 
-def _known_kind(kind: str) -> str:
-    if kind not in TERMS:
-        raise ValueError(", ".join(TERMS))
-    return kind
-
-
 @dataclass(frozen=True)
 class UnsafeFilter:
     """
@@ -67,7 +62,7 @@ class UnsafeFilter:
     """
 
     name: ClassVar[str] = "unsafe"
-    kinds: tuple[Annotated[str, _known_kind], ...] = ()
+    kinds: tuple[Annotated[str, allow(", ".join(TERMS), TERMS.__contains__)], ...] = ()
     more: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
 
@@ -106,11 +101,11 @@ class PersonalDataFilter:
 
 def _texts(record: SynthRecord) -> Iterator[tuple[str, str]]:
     yield "the caption", record.caption
-    for number, text in enumerate(record.descriptions):
-        yield f"description {number + 1}", text
-    for index, turn in enumerate(record.turns):
-        yield f"the question of turn {index + 1}", turn.question
-        yield f"the answer of turn {index + 1}", turn.answer
+    for number, text in enumerate(record.descriptions, 1):
+        yield f"description {number}", text
+    for number, turn in enumerate(record.turns, 1):
+        yield f"the question of turn {number}", turn.question
+        yield f"the answer of turn {number}", turn.answer
 
 
 def _personal(text: str) -> Iterator[tuple[str, str]]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeAlias
 
+from fusion_hf.common.yaml_config import allow
 from fusion_hf.synthesis.choices import plain, split_options
-from fusion_hf.synthesis.filters.base import where
 from fusion_hf.synthesis.filters.mentions import unquoted
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
@@ -28,19 +28,11 @@ LEAST_FUNCTION_WORDS = 3  # of another language, before they say something
 LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of its language's function words
 
 
-def _known_language(name: str) -> str:
-    if name not in FUNCTION_WORDS:
-        raise ValueError(", ".join(FUNCTION_WORDS))
-    return name
-
-
-def _range(bounds: tuple[int, ...]) -> tuple[int, ...]:
-    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
-        raise ValueError("a list of the least and the most words")
-    return bounds
-
-
-WordRange: TypeAlias = Annotated[tuple[int, ...], _range]
+Language: TypeAlias = Annotated[str, allow(", ".join(FUNCTION_WORDS), FUNCTION_WORDS.__contains__)]
+WordRange: TypeAlias = Annotated[
+    tuple[int, ...],
+    allow("a list of the least and the most words", lambda words: len(words) == 2 and 0 <= words[0] <= words[1]),
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class LanguageFilter:
     """
 
     name: ClassVar[str] = "language"
-    language: Annotated[str, _known_language] = "english"
+    language: Language = "english"
 
     def check(self, record: SynthRecord) -> str | None:
         turns = "\n".join(f"{turn.question}\n{turn.answer}" for turn in record.turns)
@@ -92,13 +84,13 @@ class LengthFilter:
     description: WordRange = (1, 300)
 
     def check(self, record: SynthRecord) -> str | None:
-        for number, text in enumerate(record.descriptions):
+        for number, text in enumerate(record.descriptions, 1):
             if problem := _outside(text, self.description):
-                return f"description {number + 1} {problem}"
-        for index, turn in enumerate(record.turns):
+                return f"description {number} {problem}"
+        for number, turn in enumerate(record.turns, 1):
             for name, bounds in (("question", self.question), ("answer", self.answer)):
                 if problem := _outside(getattr(turn, name), bounds):
-                    return f"{where(index)}: the {name} {problem}"
+                    return f"turn {number}: the {name} {problem}"
         return None
 
 
@@ -133,11 +125,10 @@ class RepeatedQuestionsFilter:
 
     def check(self, record: SynthRecord) -> str | None:
         seen: dict[str, int] = {}
-        for index, turn in enumerate(record.turns):
-            key = question_key(turn)
-            if key in seen:
-                return f"{where(index)} asks what {where(seen[key])} asks"
-            seen[key] = index
+        for number, turn in enumerate(record.turns, 1):
+            first = seen.setdefault(question_key(turn), number)
+            if first != number:
+                return f"turn {number} asks what turn {first} asks"
         return None
 
 
