@@ -101,7 +101,7 @@ def build_app(service: Service) -> Starlette:
             Route(CHAT, chat, methods=["POST"]),
         ],
         middleware=[Middleware(KeyCheck, api_key=service.api_key)],
-        exception_handlers={ApiError: _reply_to_error, HTTPException: _reply_to_http, Exception: _reply_to_failure},
+        exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), _reply_to_error),
         lifespan=lifespan,
     )
     app.state.engine = engine
@@ -114,21 +114,14 @@ def error_reply(error: ApiError) -> JSONResponse:
 
 
 def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
+    method, path = request.method, request.url.path
+    if isinstance(error, HTTPException) and error.status_code == NOT_FOUND:
+        error = no_such_path(method, path, f"POST {CHAT}, GET {MODELS}, GET {HEALTH}")
+    elif isinstance(error, HTTPException):
+        error = ApiError(error.status_code, f"{method} {short_name(path)}: {error.detail}", headers=error.headers)
+    elif not isinstance(error, ApiError):
+        error = ApiError(INTERNAL, "The request failed; the server's log says why.")
     return error_reply(error)
-
-
-def _reply_to_http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    if error.status_code == NOT_FOUND:
-        allowed = f"POST {CHAT}, GET {MODELS}, GET {HEALTH}"
-        return error_reply(no_such_path(request.method, request.url.path, allowed))
-    message = f"{request.method} {short_name(request.url.path)}: {error.detail}"
-    return error_reply(ApiError(error.status_code, message, headers=error.headers))
-
-
-def _reply_to_failure(request: Request, error: Exception) -> JSONResponse:
-    return error_reply(ApiError(INTERNAL, "The request failed; the server's log says why."))
 
 
 class KeyCheck:
