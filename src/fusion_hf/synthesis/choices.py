@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fusion_hf.synthesis.synth_record import RecordTurn
 
@@ -58,47 +57,31 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
         return "there are options, but no question before them"
     text = turn.answer.strip()
     match = _ANSWER.match(text)
-    index = LETTERS.index(match[1].upper()) if match else _index_of(text, options)
-    if index is None:
+    repeated = [number for number, option in enumerate(options) if plain(option) == plain(text)]
+    if match is None and len(repeated) != 1:  # an answer without a letter repeats an option
         return f"the answer {text[:40]!r} is none of the options"
+    index = LETTERS.index(match[1].upper()) if match else repeated[0]
     if index >= len(options):
         return f"the answer is {LETTERS[index]}, but the last option is {LETTERS[len(options) - 1]}"
     said = match[2].strip() if match else text
     if not said:
         return Choice(stem, options, index, with_text=False)
     others = [plain(option) for number, option in enumerate(options) if number != index]
-    if not _same_start(said, options[index]) or (plain(said) in others and plain(said) != plain(options[index])):
+    words = plain(options[index]).split()
+    if plain(said).split()[: len(words)] != words or (plain(said) in others and plain(said) != plain(options[index])):
         return f"the answer says {said[:40]!r}, but option {LETTERS[index]} is {options[index][:40]!r}"
     rest = said[len(options[index]) :] if said.lower().startswith(options[index].lower()) else ""
     return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")
 
 
-class PlainTurn(NamedTuple):
-    """A question without its options, and what is answered without an option's letter."""
-
-    question: str
-    answer: str
-
-
-def plain_turn(turn: RecordTurn) -> PlainTurn:
+def plain_turn(turn: RecordTurn) -> RecordTurn:
     """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
     choice = parse_choice(turn)
     if isinstance(choice, Choice):
-        return PlainTurn(choice.stem, choice.options[choice.answer] + choice.rest)
-    return PlainTurn(turn.question, turn.answer)
+        return RecordTurn(choice.stem, choice.options[choice.answer] + choice.rest)
+    return turn
 
 
 def plain(text: str) -> str:
     """Write in lower case, without punctuation and repeated spaces."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
-
-
-def _index_of(text: str, options: tuple[str, ...]) -> int | None:
-    """An answer that repeats an option without its letter."""
-    found = [index for index, option in enumerate(options) if plain(option) == plain(text)]
-    return found[0] if len(found) == 1 else None
-
-
-def _same_start(said: str, option: str) -> bool:
-    words, expected = plain(said).split(), plain(option).split()
-    return words[: len(expected)] == expected
