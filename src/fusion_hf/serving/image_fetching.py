@@ -175,9 +175,10 @@ async def _get(target: _Target, address: Address, limits: Limits) -> bytes | str
     path = (target.url.path or "/") + (f"?{target.url.query}" if target.url.query else "")
     url = httpcore.URL(scheme=target.url.scheme, host=str(address), port=target.port, target=path)
     headers = [("Host", target.url.netloc), *HEADERS.items()]
+    certificates = ssl.create_default_context() if target.url.scheme == "https" else None  # slow to load
     content = bytearray()
     async with (
-        httpcore.AsyncConnectionPool(ssl_context=ssl.create_default_context()) as pool,
+        httpcore.AsyncConnectionPool(ssl_context=certificates) as pool,
         pool.stream("GET", url, headers=headers, extensions={"sni_hostname": target.host}) as response,
     ):
         given = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
