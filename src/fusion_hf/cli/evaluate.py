@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.argument_types import AUTO, device, dtype, positive
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model, make_options
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.endpoints import check_key
 from fusion_hf.common.errors import InputError
@@ -99,22 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.evaluation import runner
     from fusion_hf.evaluation.results_table import make_table
 
-    options = runner.EvaluationOptions(
-        tasks=names,
-        output=Path(arguments.output),
-        model=arguments.model,
-        data_root=data_root,
-        prompts=arguments.prompts,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        url=arguments.url,
-        api_key_env=arguments.api_key_env,
-        parallel=arguments.parallel,
-        command=sys.argv,
-        debug=arguments.debug,
-    )
+    given = {"tasks": names, "output": Path(arguments.output), "data_root": data_root, "command": sys.argv}
+    options = make_options(runner.EvaluationOptions, argparse.Namespace(**vars(arguments) | given))
     record = runner.run(options)
     if int(os.environ.get("RANK", 0)) == 0:
         path = record.write(options.output)
