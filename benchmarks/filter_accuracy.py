@@ -10,8 +10,7 @@ from filter_lookalikes import LOOKALIKES
 
 from fusion_hf.synthesis.category import Category, load_categories
 from fusion_hf.synthesis.filters import RULES, Filter, build_filters
-from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
-from fusion_hf.synthesis.filters.text import TurnCountFilter
+from fusion_hf.synthesis.filters.text import DuplicateQuestionsFilter, TurnCountFilter
 from fusion_hf.synthesis.procedural.drawn_records import plan
 from fusion_hf.synthesis.synth_record import SynthRecord
 

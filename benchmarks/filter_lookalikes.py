@@ -17,7 +17,7 @@ from filter_faults import (
 
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.filters.words import UNITS
-from fusion_hf.synthesis.procedural.scene_questions import sentence_case
+from fusion_hf.synthesis.procedural.turn_writers import sentence_case
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 SYNONYMS = {

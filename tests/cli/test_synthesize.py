@@ -13,10 +13,9 @@ from tests.helpers.light_runs import run_light
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.estimate import make_estimate
-from fusion_hf.synthesis.executors import make_executors
+from fusion_hf.synthesis.executors import Stage, make_executors
 from fusion_hf.synthesis.pool import spread_categories
-from fusion_hf.synthesis.run_config import ExecutorSettings, SynthesisConfig
-from fusion_hf.synthesis.stages import RunFolders, Stage
+from fusion_hf.synthesis.run_config import ExecutorSettings, RunFolders, SynthesisConfig
 
 MODELS = """
 output: made

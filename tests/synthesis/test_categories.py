@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.category import FOLDER, load_categories, read_category
 from fusion_hf.synthesis.choices import Choice, parse_choice, split_options
-from fusion_hf.synthesis.schemas import DescriptionPair, SceneDescription, answer_model, descriptions_of, turns_of
+from fusion_hf.synthesis.schemas import DESCRIBE_SCHEMAS, DescriptionPair, SceneDescription, answer_model
 from fusion_hf.synthesis.synth_record import RecordTurn
 
 ALIGNMENT = {"SynthColor", "SynthCount", "SynthSpatial", "SynthScene", "SynthText"}
@@ -114,32 +114,28 @@ def test_no_yaml(tmp_path: Path):
 def test_a_new_category_is_one_file(broken_file):
     path = broken_file(turns=[2, 2])
     category = load_categories(path.parent)["Mine"]
-    model = category.answer_model()
+    model = answer_model(category.schema, *category.turns)
     pair = {"question": "What color is the bus?", "answer": "Red"}
-    assert turns_of(model.model_validate({"turns": [pair, pair]})) == (RecordTurn(**pair), RecordTurn(**pair))
+    assert model.model_validate({"turns": [pair, pair]}).content() == (RecordTurn(**pair), RecordTurn(**pair))
     for turns in ([pair], [pair] * 3):
         with pytest.raises(ValidationError):
             model.model_validate({"turns": turns})
-    assert category.describe_model() is SceneDescription
+    assert DESCRIBE_SCHEMAS[category.pictures] is SceneDescription
 
 
 def test_answers_become_turns():
     reasoned = answer_model("ReasonedAnswer", 1, 1).model_validate(
         {"question": "Will it rain?", "reasoning": ["The sky is dark.", "People open umbrellas."], "answer": "Yes"}
     )
-    assert turns_of(reasoned) == (
+    assert reasoned.content() == (
         RecordTurn("Will it rain?", "The sky is dark.\nPeople open umbrellas.\nAnswer: Yes"),
     )
     choice = answer_model("ChoiceConversation", 1, 3).model_validate(
         {"turns": [{"question": "What is red?", "options": ["a bus", "a cat", "a hat"], "answer": "C"}]}
     )
-    assert turns_of(choice) == (RecordTurn("What is red?\nA. a bus\nB. a cat\nC. a hat", "C. a hat"),)
+    assert choice.content() == (RecordTurn("What is red?\nA. a bus\nB. a cat\nC. a hat", "C. a hat"),)
     pair = DescriptionPair(first="A cat.", second="A dog.", difference="The animal.")
-    assert descriptions_of(pair) == ("A cat.", "A dog.")
-    with pytest.raises(TypeError, match="DescriptionPair has no turns"):
-        turns_of(pair)
-    with pytest.raises(TypeError, match="is no description"):
-        descriptions_of(reasoned)
+    assert pair.content() == ("A cat.", "A dog.")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fusion_hf.synthesis.executors import LocalExecutor
 from fusion_hf.synthesis.filters.minhash import NEARLY, NearDuplicatesFilter, _WhitespaceTokenizer
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.request_step import RequestStep
+from fusion_hf.synthesis.rollouts import DescribeRollout
 from fusion_hf.synthesis.run_config import EndpointSettings
 
 # ours -> datatrove's, and every name of datatrove's that ours defines as well
@@ -68,8 +69,8 @@ def test_what_is_overridden_takes_the_same_arguments(ours: type):
 
 def make_step(folder: Path) -> RequestStep:
     endpoint = EndpointSettings("a-model", "http://localhost:1")
-    progress = Progress(folder, "describe")
-    return RequestStep("describe", lambda *given: None, endpoint, folder / "out", folder / "marks", 5, progress)
+    rollout = DescribeRollout(endpoint, Progress(folder, "describe"))
+    return RequestStep("describe", rollout, folder / "out", folder / "marks", 5)
 
 
 def test_what_is_read_of_a_runner_and_its_checkpoints_is_there(tmp_path: Path):

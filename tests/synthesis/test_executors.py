@@ -14,9 +14,8 @@ from tests.synthesis.server import Scripted
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.executors import make_executors
 from fusion_hf.synthesis.pipeline import make_stages, run
-from fusion_hf.synthesis.run_config import SynthesisConfig
+from fusion_hf.synthesis.run_config import RunFolders, SynthesisConfig
 from fusion_hf.synthesis.run_report import finished_report
-from fusion_hf.synthesis.stages import RunFolders
 
 STAGES = ["pool", "describe", "write_qa", "images", "write", "report"]
 SECONDS = 300

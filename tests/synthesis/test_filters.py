@@ -6,13 +6,14 @@ import pytest
 from tests.synthesis.runs import letter_shares
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.yaml_config import make_dataclass
 from fusion_hf.synthesis.category import FOLDER, ModelCheck, load_categories
 from fusion_hf.synthesis.choices import Choice, parse_choice
-from fusion_hf.synthesis.filters import RULES, build_filter, build_filters, first_problem
-from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
+from fusion_hf.synthesis.filters import RULES, build_filters, first_problem
 from fusion_hf.synthesis.filters.options import OptionsBalance
+from fusion_hf.synthesis.filters.text import DuplicateQuestionsFilter
+from fusion_hf.synthesis.rollouts import fill_rubric, parse_verdict, verdict_problem
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
-from fusion_hf.synthesis.verdicts import fill_rubric, parse_verdict, verdict_problem
 
 SCENE = (
     "Three red apples and a green pear lie on a white plate. Two dogs, one brown and one black, sit left of the dark "
@@ -28,7 +29,7 @@ def record(*turns: tuple[str, str], descriptions: tuple[str, ...] = (SCENE,), **
 
 
 def check(name: str, subject: SynthRecord, **settings) -> str | None:
-    return build_filter(name, settings, "test").check(subject)
+    return make_dataclass(RULES[name], settings, "test").check(subject)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +446,7 @@ def test_every_category_has_its_filters(name: str):
 )
 def test_settings_are_checked(name, settings, message):
     with pytest.raises(InputError, match=message):
-        build_filter(name, settings, "test")
+        make_dataclass(RULES[name], settings, f"test: {name}")
 
 
 def test_unknown_rule(tmp_path: Path):
@@ -457,7 +458,7 @@ def test_unknown_rule(tmp_path: Path):
 
 
 def test_the_first_reason_counts():
-    filters = [build_filter(name, {}, "test") for name in RULES if name in ("meta", "colors")]
+    filters = [make_dataclass(RULES[name], {}, "test") for name in RULES if name in ("meta", "colors")]
     bad = record(("What color is the plate?", "Sure, purple"))
     rejected = first_problem(bad, filters)
     assert rejected.rejection is not None and rejected.rejection.step == "meta"

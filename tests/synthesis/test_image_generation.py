@@ -16,9 +16,9 @@ from fusion_hf.synthesis.image_generation import (
     EndpointGenerator,
     ImageRequest,
     MakeImages,
+    compose_pair,
     file_names,
 )
-from fusion_hf.synthesis.png_files import compose_pair
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import record_of, to_document
 from fusion_hf.synthesis.run_config import ImageSettings

@@ -29,13 +29,13 @@ def test_json_and_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": 1}, "has the field 'colour'; allowed: .*caption"),
-        ({"id": 5}, "id of a record is int; allowed: str"),
-        ({"turns": "no"}, "turns of a record is str; allowed: list"),
+        ({"colour": 1}, "has the key 'colour'; .*caption"),
+        ({"id": 5}, "id is 5; allowed: text"),
+        ({"turns": "no"}, "turns is 'no'; allowed: a list"),
         ({"turns": [{"question": "What?"}]}, "answer"),
-        ({"facts": []}, "facts of a record is list"),
+        ({"facts": []}, r"facts is \[\]; allowed: keys with values"),
         ({"rejection": {"step": "x"}}, "reason"),
-        ({"descriptions": [1]}, "descriptions of a record is .*int.*; allowed: texts"),
+        ({"descriptions": [1]}, r"descriptions\[0\] is 1; allowed: text"),
     ],
 )
 def test_other_shapes_are_named(change, message):

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _synthesize(config: "SynthesisConfig", quiet: bool) -> int:
     from fusion_hf.synthesis.executors import TaskFailed
     from fusion_hf.synthesis.pipeline import run
-    from fusion_hf.synthesis.stages import RunFolders
+    from fusion_hf.synthesis.run_config import RunFolders
 
     try:
         with _Watch(RunFolders(config.output).progress):
@@ -80,8 +80,8 @@ def _synthesize(config: "SynthesisConfig", quiet: bool) -> int:
 
 def _tell_status(config: "SynthesisConfig") -> int:
     from fusion_hf.synthesis.progress import read_progress
+    from fusion_hf.synthesis.run_config import RunFolders
     from fusion_hf.synthesis.run_report import finished_report, table
-    from fusion_hf.synthesis.stages import RunFolders
 
     folders = RunFolders(config.output)
     report = finished_report(folders.data)

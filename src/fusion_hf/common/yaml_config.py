@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -183,7 +184,7 @@ def _make(kind: type[T], values: Any, where: str, separator: str, given: Mapping
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise wrong_value(where, values, NAMES[dict])
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)  # type: ignore[arg-type]
     known = {each.name: each for each in fields(kind) if each.name not in given}  # type: ignore[arg-type]
     check_keys(values, known, where)
     for name, each in known.items():
@@ -194,6 +195,11 @@ def _make(kind: type[T], values: Any, where: str, separator: str, given: Mapping
         return kind(**made, **given)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{where}: {error}") from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def convert_value(kinds: Iterable[type], value: Any, where: str) -> Any:
@@ -245,7 +251,7 @@ def _passed(check: Callable[[Any], Any], value: Any, written: Any, where: str) -
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint is Any or type(value) is hint:
         return value
     if origin is Annotated:
         kind, check = inside

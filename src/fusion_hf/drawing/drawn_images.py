@@ -94,6 +94,12 @@ class DrawnWord:
     left: int
     top: int
 
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Where Pillow begins to write: the ink has bearings."""
+        left, top, _, _ = _ink_box(self.text, self.size)
+        return self.left - left, self.top - top
+
 
 @dataclass(frozen=True)
 class DrawnElement:
@@ -115,7 +121,17 @@ class DrawnImage:
 
     def parts(self) -> list[DrawnElement]:
         """The shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE."""
-        return [_shape_part(shape) for shape in self.shapes] + _letter_parts(self.word)
+        parts = []
+        for shape in self.shapes:
+            parts.append(DrawnElement(shape.color, shape.kind, Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))))
+            _draw_shape(ImageDraw.Draw(parts[-1].mask), shape, WHITE)
+        if self.word is not None:
+            font, (left, top) = _font(self.word.size), self.word.origin
+            for index, letter in enumerate(self.word.text):
+                parts.append(DrawnElement(self.word.color, letter, Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))))
+                corner = left + font.getlength(self.word.text[:index]), top
+                ImageDraw.Draw(parts[-1].mask).text(corner, letter, WHITE, font=font)
+        return parts
 
     def render(self) -> Image.Image:
         """Draw the image: RGB, IMAGE_SIDE x IMAGE_SIDE."""
@@ -124,7 +140,7 @@ class DrawnImage:
         for shape in self.shapes:
             _draw_shape(draw, shape, COLORS[shape.color])
         if self.word is not None:
-            _draw_word(draw, self.word)
+            draw.text(self.word.origin, self.word.text, COLORS[self.word.color], font=_font(self.word.size))
         return canvas.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BILINEAR)
 
 
@@ -263,30 +279,6 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: Ink) -> Non
         draw.rectangle((left, top, right, bottom), fill=color)
     else:
         draw.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=color)
-
-
-def _draw_word(draw: ImageDraw.ImageDraw, word: DrawnWord) -> None:
-    ink_left, ink_top, _, _ = _ink_box(word.text, word.size)
-    draw.text((word.left - ink_left, word.top - ink_top), word.text, COLORS[word.color], font=_font(word.size))
-
-
-def _shape_part(shape: DrawnShape) -> DrawnElement:
-    mask = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
-    _draw_shape(ImageDraw.Draw(mask), shape, WHITE)
-    return DrawnElement(shape.color, shape.kind, mask)
-
-
-def _letter_parts(word: DrawnWord | None) -> list[DrawnElement]:
-    if word is None:
-        return []
-    parts, font = [], _font(word.size)
-    ink_left, ink_top, _, _ = _ink_box(word.text, word.size)
-    for index, letter in enumerate(word.text):
-        mask = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
-        corner = word.left - ink_left + font.getlength(word.text[:index]), word.top - ink_top
-        ImageDraw.Draw(mask).text(corner, letter, WHITE, font=font)
-        parts.append(DrawnElement(word.color, letter, mask))
-    return parts
 
 
 @cache

@@ -132,16 +132,11 @@ def casual(text: str, rng: random.Random, share: float) -> str:
 
 def _single_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuestion, ...]:
     """Questions in easy-vqa's forms about its kind of image."""
-    named_shape = DrawnQuestion(
-        SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", names=frozenset({"color"})
-    )
-    named_color = DrawnQuestion(
-        rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", names=frozenset({"shape"})
-    )
+    named = _named_questions(shape, rng)
     questions = [
         DrawnQuestion(rng.choice(SHAPE_FORMS), shape.kind, "shape"),
         DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="shape"), shape.color, "color"),
-        rng.choice((named_shape, named_color)),
+        rng.choice(named[::-1]),
     ]
     for _ in range(YES_NO_QUESTIONS):
         questions.append(_yes_no_question(shape, rng))
@@ -191,10 +186,14 @@ def _spatial_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tu
         )
         text = RELATION_FORM.format(seen=seen, reference=reference)
         questions.append(DrawnQuestion(text, _relation(first, second), "relation", names))
-    shape = rng.choice(shapes)
+    return (*questions, rng.choice(_named_questions(rng.choice(shapes), rng)))
+
+
+def _named_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuestion, DrawnQuestion]:
+    """Its colour, asked by its kind, and its kind, asked by its colour."""
     color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
     kind = DrawnQuestion(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"}))
-    return (*questions, rng.choice((color, kind)))
+    return color, kind
 
 
 def _relation(seen: DrawnShape, reference: DrawnShape) -> str:

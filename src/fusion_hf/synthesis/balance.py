@@ -57,7 +57,8 @@ def answer_value(turn: RecordTurn) -> str:
     Returns:
         "yes" or "no", a number in digits, a colour, a short answer in lower case, or `LONGER`.
     """
-    question, answer = plain_turn(turn)
+    plain_text = plain_turn(turn)
+    question, answer = plain_text.question, plain_text.answer
     parts = tokens(answer)
     if parts[:1] in (("yes",), ("no",)) and not asked_counts(question):
         return parts[0]
@@ -77,20 +78,16 @@ def answer_value(turn: RecordTurn) -> str:
 
 def count_answers(found: Answers, turn: RecordTurn) -> None:
     """Add the answer of a turn to the counts of its form."""
-    question, _ = plain_turn(turn)
-    _add(found, question_form(question), answer_value(turn), 1)
+    merge_answers(found, {question_form(plain_turn(turn).question): {answer_value(turn): 1}})
 
 
 def merge_answers(found: Answers, more: Mapping[str, Mapping[str, int]]) -> None:
-    """Add the counts of another task."""
-    for form, counts in more.items():
-        for value, count in counts.items():
-            _add(found, form, value, count)
+    """
+    Add the counts of another task.
 
-
-def _add(found: Answers, form: str, value: str, count: int) -> None:
-    """What is one too many counts as `OTHER`, so that a summary stays as small as it is for drawn records."""
-    form = form if form in found or len(found) < MOST_FORMS else OTHER
-    counts = found.setdefault(form, Counter())
-    value = value if value in counts or len(counts) < MOST_ANSWERS else OTHER
-    counts[value] += count
+    What is one too many counts as `OTHER`, so that a summary stays as small as it is for drawn records.
+    """
+    for form, values in more.items():
+        for value, count in values.items():
+            counts = found.setdefault(form if form in found or len(found) < MOST_FORMS else OTHER, Counter())
+            counts[value if value in counts or len(counts) < MOST_ANSWERS else OTHER] += count

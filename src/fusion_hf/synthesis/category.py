@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.yaml_config import make_dataclass, read_yaml_keys
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+from fusion_hf.common.yaml_config import allow, make_dataclass, read_yaml_keys
 
 FOLDER = Path(__file__).parent / "categories"
 DESCRIBE_NAMES = frozenset({"caption"})
@@ -28,14 +25,18 @@ def _text(value: str) -> str:
     return value.strip()
 
 
-def _share(value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError("a number above 0 and up to 1")
-    return value
-
-
 Text: TypeAlias = Annotated[str, _text]
-Share: TypeAlias = Annotated[float, _share]
+Share: TypeAlias = Annotated[float, allow("a number above 0 and up to 1", lambda value: 0 < value <= 1)]
+Turns: TypeAlias = Annotated[
+    tuple[int, ...],
+    allow(
+        "a list of the least and the most turns, whole numbers from 1",
+        lambda turns: len(turns) == 2 and 1 <= turns[0] <= turns[1],
+    ),
+]
+Score: TypeAlias = Annotated[
+    int, allow(f"a whole number from 1 to {MOST_SCORE}", range(1, MOST_SCORE + 1).__contains__)
+]
 
 
 def _prompt(names: frozenset[str]) -> Callable[[str], str]:
@@ -68,45 +69,12 @@ def _schema(value: str) -> str:
     return value
 
 
-def _score(value: int) -> int:
-    if not 1 <= value <= MOST_SCORE:
-        raise ValueError(f"a whole number from 1 to {MOST_SCORE}")
-    return value
-
-
-def _at_least_one(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not value:
-        raise ValueError("a list of mappings with text and share")
-    return value
-
-
 @dataclass(frozen=True)
 class Style:
     """One way of asking, and the share of records that get it."""
 
     text: Text
     share: Share
-
-
-@dataclass(frozen=True)
-class TurnRange:
-    """Least and most turns of a record; written as a list of both."""
-
-    least: int
-    most: int
-
-    @classmethod
-    def from_yaml(cls, value: Any) -> "TurnRange":
-        """
-        Make one of a list.
-
-        Raises:
-            ValueError: with what is allowed.
-        """
-        is_pair = isinstance(value, list) and [type(each) for each in value] == [int, int]
-        if not is_pair or not 1 <= value[0] <= value[1]:
-            raise ValueError("a list of the least and the most turns, whole numbers from 1")
-        return cls(*value)
 
 
 @dataclass(frozen=True)
@@ -120,7 +88,7 @@ class ModelCheck:
     """
 
     prompt: Annotated[str, _prompt(CHECK_NAMES)]
-    least_score: Annotated[int, _score]
+    least_score: Score
 
 
 @dataclass(frozen=True)
@@ -134,6 +102,7 @@ class Category:
         share: of the records of the mix of all categories.
         schema: name of the writer's answer in `synthesis.schemas`.
         describe_prompt: of the scene description; has `$caption`.
+        turns: the least and the most of a record.
         qa_prompt: of questions and answers; has `$description` (or `$first` and `$second`) and `$style`.
         styles: one of them is drawn for each record.
         rules: settings of filters by their name.
@@ -146,10 +115,10 @@ class Category:
     pictures: Literal[1, 2]
     share: Share
     schema: Annotated[str, _schema]
-    turns: TurnRange
+    turns: Turns
     describe_prompt: Annotated[str, _prompt(DESCRIBE_NAMES)]
     qa_prompt: Text
-    styles: Annotated[tuple[Style, ...], _at_least_one]
+    styles: Annotated[tuple[Style, ...], allow("a list of mappings with text and share", bool)]
     rules: dict[str, dict[str, Any]]  # `build_filters` checks them
     judge: ModelCheck
     image_check: ModelCheck
@@ -179,18 +148,6 @@ class Category:
         """The one of this seed."""
         shares = [style.share for style in self.styles]
         return random.Random(f"{self.name}/style/{seed}").choices(self.styles, shares)[0]
-
-    def describe_model(self) -> "type[BaseModel]":
-        """The pydantic model of a description, or of a pair of them."""
-        from fusion_hf.synthesis.schemas import DESCRIBE_SCHEMAS  # pydantic is of an extra
-
-        return DESCRIBE_SCHEMAS[self.pictures]
-
-    def answer_model(self) -> "type[BaseModel]":
-        """The pydantic model of questions and answers, with as many turns as the category has."""
-        from fusion_hf.synthesis.schemas import answer_model
-
-        return answer_model(self.schema, self.turns.least, self.turns.most)
 
     @property
     def prompts_hash(self) -> str:

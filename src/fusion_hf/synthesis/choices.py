@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fusion_hf.synthesis.synth_record import RecordTurn
 
@@ -67,25 +66,19 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
     if not said:
         return Choice(stem, options, index, with_text=False)
     others = [plain(option) for number, option in enumerate(options) if number != index]
-    if not _same_start(said, options[index]) or (plain(said) in others and plain(said) != plain(options[index])):
+    words = plain(options[index]).split()
+    if plain(said).split()[: len(words)] != words or (plain(said) in others and plain(said) != plain(options[index])):
         return f"the answer says {said[:40]!r}, but option {LETTERS[index]} is {options[index][:40]!r}"
     rest = said[len(options[index]) :] if said.lower().startswith(options[index].lower()) else ""
     return Choice(stem, options, index, rest=rest if rest.strip(" .") else "")
 
 
-class PlainTurn(NamedTuple):
-    """A question without its options, and what is answered without an option's letter."""
-
-    question: str
-    answer: str
-
-
-def plain_turn(turn: RecordTurn) -> PlainTurn:
+def plain_turn(turn: RecordTurn) -> RecordTurn:
     """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
     choice = parse_choice(turn)
     if isinstance(choice, Choice):
-        return PlainTurn(choice.stem, choice.options[choice.answer] + choice.rest)
-    return PlainTurn(turn.question, turn.answer)
+        return RecordTurn(choice.stem, choice.options[choice.answer] + choice.rest)
+    return turn
 
 
 def plain(text: str) -> str:
@@ -97,8 +90,3 @@ def _index_of(text: str, options: tuple[str, ...]) -> int | None:
     """An answer that repeats an option without its letter."""
     found = [index for index, option in enumerate(options) if plain(option) == plain(text)]
     return found[0] if len(found) == 1 else None
-
-
-def _same_start(said: str, option: str) -> bool:
-    words, expected = plain(said).split(), plain(option).split()
-    return words[: len(expected)] == expected

@@ -4,6 +4,7 @@ import html
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from PIL import Image, ImageDraw, ImageOps
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.data.record_parsing import HUMAN
 from fusion_hf.synthesis.balance import LONGER
-from fusion_hf.synthesis.drawing_step import BACKEND
-from fusion_hf.synthesis.png_files import encode_png
-from fusion_hf.synthesis.run_config import DRAWN_LICENSE
+from fusion_hf.synthesis.image_generation import encode_png
+from fusion_hf.synthesis.run_config import DRAWN_LICENSE, PROCEDURAL
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
 from fusion_hf.synthesis.synth_record import IMAGE_MARK
@@ -58,14 +58,11 @@ def _samples(data: Path, summary: Summary, kind: str) -> Iterator[Sample]:
     """In the order of categories; shards are read until all are found."""
     wanted = {identity for category in summary.categories.values() for identity in category.samples}
     found: dict[str, Sample] = {}
-    for shard in sorted(data.glob(f"stage*/*.{kind}")):
+    for record, image in chain.from_iterable(map(read_records, sorted(data.glob(f"stage*/*.{kind}")))):
+        if record["id"] in wanted:
+            found[record["id"]] = Sample(record["category"], record, _thumbnail(image))
         if len(found) == len(wanted):
             break
-        for record, image in read_records(shard):
-            if record["id"] in wanted:
-                found[record["id"]] = Sample(record["category"], record, _thumbnail(image))
-            if len(found) == len(wanted):
-                break
     for _, category in sorted(summary.categories.items()):
         yield from (found[identity] for identity in category.samples if identity in found)
 
@@ -76,11 +73,8 @@ def _thumbnail(content: bytes) -> Image.Image:
 
 
 def _sheet(samples: list[Sample]) -> bytes:
-    rows: list[list[Sample]] = []
-    for sample in samples:
-        if not rows or rows[-1][0].category != sample.category or len(rows[-1]) == COLUMNS:
-            rows.append([])
-        rows[-1].append(sample)
+    groups = [list(group) for _, group in groupby(samples, lambda sample: sample.category)]
+    rows = [group[begin : begin + COLUMNS] for group in groups for begin in range(0, len(group), COLUMNS)]
     height = SIDE + LABEL + GAP
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(rows) * height + GAP), WHITE)
     draw = ImageDraw.Draw(sheet)
@@ -132,44 +126,45 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     ]
     if has_sheet:
         lines += [f"![Sample pictures by category]({SHEET})", "", f"Their questions are in `{PAGE}`.", ""]
-    lines += ["## License", "", _license(report), ""]
-    lines += ["## Composition", "", "| category | stage | begun | written | turns | words of answers |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for name, counts in report["categories"].items():
-        numbers = " | ".join(f"{counts[key]:,}" for key in ("records", "written", "turns", "words"))
-        lines.append(f"| {name} | {counts['stage']} | {numbers} |")
-    lines += ["", "## Models", "", "| step | model | records |", "|---|---|---|"]
-    for step, models in report["models"].items():
-        lines += [f"| {step} | {_cell(model)} | {number:,} |" for model, number in models.items()]
-    lines += _balance(report)
-    lines += ["", "## Yield of each step", "", "| category | step | came | rejected | kept |", "|---|---|---|---|---|"]
-    for name, counts in report["categories"].items():
-        lines += [f"| {name} | {step['step']} | {_yield(step)} |" for step in counts["yields"]]
-    if report["backend"] == BACKEND:
+    lines += ["## License", "", _license(report), "", "## Composition", ""]
+    categories = report["categories"].items()
+    keys = ("records", "written", "turns", "words")
+    counts = [[name, each["stage"], *(f"{each[key]:,}" for key in keys)] for name, each in categories]
+    lines += _table("category | stage | begun | written | turns | words of answers", counts)
+    models = [
+        [step, _cell(name), f"{number:,}"] for step, used in report["models"].items() for name, number in used.items()
+    ]
+    lines += ["", "## Models", "", *_table("step | model | records", models)]
+    # how often each answer of each form of question is right, the most frequent answers first
+    answers = [
+        [name, _cell(form), f"{sum(found.values()):,}", _shares(found)]
+        for name, each in categories
+        for form, found in each["answers"].items()
+    ]
+    lines += ["", "## Balance of the answers", ""]
+    lines += _table("category | question begins | answers | shares of short answers", answers)
+    yields = [[name, step["step"], *_yield(step)] for name, each in categories for step in each["yields"]]
+    lines += ["", "## Yield of each step", "", *_table("category | step | came | rejected | kept", yields)]
+    if report["backend"] == PROCEDURAL:
         return "\n".join([*lines, "", "No model was asked, so no prompt was used."]) + "\n"
-    lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", "| category | hash |", "|---|---|"]
-    lines += [f"| {name} | `{counts['prompts_sha256']}` |" for name, counts in report["categories"].items()]
+    hashes = [[name, f"`{each['prompts_sha256']}`"] for name, each in categories]
+    lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", *_table("category | hash", hashes)]
     return "\n".join(lines) + "\n"
+
+
+def _table(head: str, rows: list[list[str]]) -> list[str]:
+    """A table of Markdown; its names stand between bars in `head`."""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _license(report: dict[str, Any]) -> str:
     if report["license"] is None:
         terms = "it depends on the captions and on the terms of the models below"
         return f"To be stated by you: {terms}. The key `license` of the config sets it."
-    if report["backend"] == BACKEND and report["license"] == DRAWN_LICENSE:
+    if report["backend"] == PROCEDURAL and report["license"] == DRAWN_LICENSE:
         source = "the license of fusion_hf, whose templates all images and texts are drawn from"
         return f"`{DRAWN_LICENSE}`, {source}. The key `license` of the config sets another one."
     return f"`{report['license']}`, as the config of the run states."
-
-
-def _balance(report: dict[str, Any]) -> list[str]:
-    """How often each answer of each form of question is right, the most frequent answers first."""
-    head = "| category | question begins | answers | shares of short answers |"
-    lines = ["", "## Balance of the answers", "", head, "|---|---|---|---|"]
-    for name, counts in report["categories"].items():
-        for form, answers in counts["answers"].items():
-            lines.append(f"| {name} | {_cell(form)} | {sum(answers.values()):,} | {_shares(answers)} |")
-    return lines
 
 
 def _shares(answers: Mapping[str, int]) -> str:
@@ -181,11 +176,11 @@ def _shares(answers: Mapping[str, int]) -> str:
     return ", ".join(shown) or "none"
 
 
-def _yield(step: dict[str, Any]) -> str:
+def _yield(step: dict[str, Any]) -> list[str]:
     if not step["ran"]:
-        return f" |  | {NOT_RUN}"
+        return ["", "", NOT_RUN]
     kept = NONE_CAME if step["kept_share"] is None else f"{step['kept_share']:.1%}"
-    return f"{step['came']:,} | {step['rejected']:,} | {kept}"
+    return [f"{step['came']:,}", f"{step['rejected']:,}", kept]
 
 
 def _cell(text: str) -> str:

@@ -6,7 +6,7 @@ from math import floor
 from typing import Any
 
 from fusion_hf.synthesis.category import Category, load_categories
-from fusion_hf.synthesis.run_config import EndpointSettings, SynthesisConfig
+from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
 
 CHARACTERS_PER_TOKEN = 4  # of English in the vocabularies of large models
 TOKENS_PER_WORD = 1.35
@@ -54,20 +54,38 @@ class Estimate:
 def make_estimate(config: SynthesisConfig) -> Estimate:
     """Estimate the whole run, from its beginning."""
     records = split_records(config.records, config.shares)
-    if config.backend == "procedural":
+    if config.backend == PROCEDURAL:
         return Estimate(records, 0, 0, 0, 0, 0.0, None, ())
+    writer, images, executor = config.writer, config.images, config.executor
+    assert writer is not None and images is not None, "checked by SynthesisConfig"
     known = load_categories()
-    totals = [0, 0, 0]
-    for name, number in records.items():
-        for place, amount in enumerate(_per_record(known[name])):
-            totals[place] += round(number * amount)
-    input_tokens, output_tokens, images = totals
-    cost, cost_missing = _cost(config, input_tokens, output_tokens, images)
-    hours, time_missing = _hours(config, output_tokens, images)
-    requests = 2 * sum(records.values())
-    return Estimate(
-        records, requests, input_tokens, output_tokens, images, cost, hours, (*cost_missing, *time_missing)
-    )
+    amounts = [[round(number * each) for each in _per_record(known[name])] for name, number in records.items()]
+    tokens_in, tokens_out, drawn = map(sum, zip(*amounts, strict=True))
+    prices = {
+        "writer.price_per_million_input": writer.price_per_million_input,
+        "writer.price_per_million_output": writer.price_per_million_output,
+        "images.price_per_picture": images.price_per_picture,
+    }
+    rates = {
+        "writer.tokens_per_second": writer.tokens_per_second,
+        "images.seconds_per_picture": images.seconds_per_picture,
+    }
+    cost = hours = None
+    if given := _all_given(prices):
+        reading, writing, drawing = given
+        cost = (tokens_in * reading + tokens_out * writing) / MILLION + drawn * drawing
+    if given := _all_given(rates):
+        tokens_per_second, seconds_per_picture = given
+        at_a_time = executor.tasks if executor.workers == -1 else min(executor.workers, executor.tasks)
+        hours = (tokens_out / tokens_per_second + drawn * seconds_per_picture / at_a_time) / SECONDS_PER_HOUR
+    missing = tuple(name for name, value in {**prices, **rates}.items() if value is None)
+    return Estimate(records, 2 * sum(records.values()), tokens_in, tokens_out, drawn, cost, hours, missing)
+
+
+def _all_given(settings: Mapping[str, float | None]) -> list[float]:
+    """Their values, or none of them if one is missing."""
+    given = [value for value in settings.values() if value is not None]
+    return given if len(given) == len(settings) else []
 
 
 def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
@@ -82,7 +100,7 @@ def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 def _per_record(category: Category) -> tuple[float, float, int]:
     """Tokens in, tokens out, images."""
     words = {name: _words(category, name) for name in DEFAULT_WORDS}
-    turns = (category.turns.least + category.turns.most) / 2
+    turns = sum(category.turns) / 2
     described = words["description"] * TOKENS_PER_WORD * category.pictures
     prompts = (len(category.describe_prompt) + len(category.qa_prompt)) / CHARACTERS_PER_TOKEN
     written = turns * ((words["question"] + words["answer"]) * TOKENS_PER_WORD + JSON_TOKENS)
@@ -93,34 +111,3 @@ def _words(category: Category, name: str) -> float:
     """The middle of what the category's rule on length allows."""
     settings: Mapping[str, Any] = category.rules.get("length", {})
     return sum(settings[name]) / 2 if name in settings else DEFAULT_WORDS[name]
-
-
-def _cost(
-    config: SynthesisConfig, input_tokens: int, output_tokens: int, drawn: int
-) -> tuple[float | None, tuple[str, ...]]:
-    writer, images = config.writer, config.images
-    assert isinstance(writer, EndpointSettings) and images is not None, "checked by SynthesisConfig"
-    prices = {
-        "writer.price_per_million_input": writer.price_per_million_input,
-        "writer.price_per_million_output": writer.price_per_million_output,
-        "images.price_per_picture": images.price_per_picture,
-    }
-    if missing := tuple(name for name, price in prices.items() if price is None):
-        return None, missing
-    reading, writing, image = (price or 0.0 for price in prices.values())
-    return (input_tokens * reading + output_tokens * writing) / MILLION + drawn * image, ()
-
-
-def _hours(config: SynthesisConfig, output_tokens: int, drawn: int) -> tuple[float | None, tuple[str, ...]]:
-    writer, images, executor = config.writer, config.images, config.executor
-    assert isinstance(writer, EndpointSettings) and images is not None, "checked by SynthesisConfig"
-    rates = {
-        "writer.tokens_per_second": writer.tokens_per_second,
-        "images.seconds_per_picture": images.seconds_per_picture,
-    }
-    if missing := tuple(name for name, rate in rates.items() if rate is None):
-        return None, missing
-    tokens_per_second, seconds_per_picture = (rate or 0.0 for rate in rates.values())
-    at_a_time = executor.tasks if executor.workers == -1 else min(executor.workers, executor.tasks)
-    seconds = output_tokens / tokens_per_second + drawn * seconds_per_picture / at_a_time
-    return seconds / SECONDS_PER_HOUR, ()

@@ -1,19 +1,20 @@
-"""datatrove's executors for the stages of a run: processes of this machine, Slurm, Ray."""
+"""The stages of a run, and datatrove's executors for them: processes of this machine, Slurm, Ray."""
 
 import inspect
 import io
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import check_keys
-from fusion_hf.synthesis.run_config import ExecutorSettings
-from fusion_hf.synthesis.stages import RunFolders, Stage
+from fusion_hf.synthesis.run_config import ExecutorSettings, RunFolders
 
 JOB = "synth-{}"
 # a stage whose predecessor failed would wait in Slurm's queue for ever
@@ -21,6 +22,15 @@ SLURM_DEFAULTS = {"kill-on-invalid-dep": "yes"}
 # loguru writes the values of variables into its traces; no key is in one, but nothing else need be either
 WITHOUT_VALUES = "export LOGURU_DIAGNOSE=NO"
 OURS = ("self", "pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that run together, in as many tasks; a stage begins when all tasks of the one before are done."""
+
+    name: str
+    steps: list[PipelineStep]
+    tasks: int
 
 
 class TaskFailed(RuntimeError):
@@ -67,39 +77,30 @@ def make_executors(
         InputError: for an option that the executor does not have, or a stage that there is not.
     """
     check_keys(settings.stages, [stage.name for stage in stages], "executor.stages")
-    kinds: dict[str, Callable[..., PipelineExecutor]]
-    kinds = {"local": partial(_local, quiet=quiet), "slurm": _slurm, "ray": _ray}
     executors: list[PipelineExecutor] = []
     for stage in stages:
-        executors.append(kinds[settings.kind](settings, stage, folders, executors[-1] if executors else None))
+        before = executors[-1] if executors else None
+        executors.append(_executor(settings, stage, folders.logs(stage.name), before, quiet))
     return executors
 
 
-def _local(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any, *, quiet: bool) -> PipelineExecutor:
-    workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
-    return LocalExecutor(stage.steps, stage.tasks, workers, str(folders.logs(stage.name)), quiet=quiet)
-
-
-def _slurm(settings: ExecutorSettings, stage: Stage, folders: RunFolders, before: Any) -> PipelineExecutor:
+def _executor(
+    settings: ExecutorSettings, stage: Stage, logs: Path, before: PipelineExecutor | None, quiet: bool
+) -> PipelineExecutor:
+    if settings.kind == "local":
+        workers = stage.tasks if settings.workers == -1 else min(settings.workers, stage.tasks)
+        return LocalExecutor(stage.steps, stage.tasks, workers, str(logs), quiet=quiet)
+    place = str(logs.absolute())
+    if settings.kind == "ray":
+        options = _options(RayPipelineExecutor, settings, stage)
+        return RayPipelineExecutor(stage.steps, stage.tasks, settings.workers, logging_dir=place, **options)
     options = _options(SlurmPipelineExecutor, settings, stage)
     options["sbatch_args"] = {**SLURM_DEFAULTS, **options.get("sbatch_args", {})}
     if "env_command" in options or not {"condaenv", "venv_path"} & options.keys():
         options["env_command"] = "\n".join([WITHOUT_VALUES, options.get("env_command") or ""]).strip()
-    return SlurmPipelineExecutor(
-        stage.steps,
-        stage.tasks,
-        workers=settings.workers,
-        depends=before,
-        job_name=JOB.format(stage.name),
-        logging_dir=str(folders.logs(stage.name).absolute()),
-        **options,
-    )
-
-
-def _ray(settings: ExecutorSettings, stage: Stage, folders: RunFolders, _: Any) -> PipelineExecutor:
-    options = _options(RayPipelineExecutor, settings, stage)
-    logs = str(folders.logs(stage.name).absolute())
-    return RayPipelineExecutor(stage.steps, stage.tasks, settings.workers, logging_dir=logs, **options)
+    job = JOB.format(stage.name)
+    given = {"workers": settings.workers, "depends": before, "job_name": job, "logging_dir": place}
+    return SlurmPipelineExecutor(stage.steps, stage.tasks, **given, **options)
 
 
 def _options(kind: Callable[..., Any], settings: ExecutorSettings, stage: Stage) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.filters import Filter, build_filters, first_problem
-from fusion_hf.synthesis.filters.across import DuplicateQuestionsFilter
 from fusion_hf.synthesis.filters.options import OptionsBalance
+from fusion_hf.synthesis.filters.text import DuplicateQuestionsFilter
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
 

@@ -4,15 +4,16 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import IMAGES, RequestRejected, endpoint_url
@@ -20,7 +21,6 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
-from fusion_hf.synthesis.png_files import compose_pair, encode_png, read_texts
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
 from fusion_hf.synthesis.run_config import ImageSettings
@@ -31,10 +31,14 @@ STEP = "make_image"
 RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 SPREAD = 2  # last characters of an id that name its subfolder: a folder of millions of files is slow
 MODEL, PROMPT, SEED, SETTINGS = "model", "prompt", "seed", "settings"  # keys of a PNG's texts
+GAP = 16  # pixels between the two of a pair, at a height of 512
+GAP_HEIGHT = 512
+WHITE = (255, 255, 255)
 MAX_PIXELS = 4096 * 4096
 MAX_RESPONSE_BYTES = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP")
 INSTALL = "pip install 'fusion_hf[synth]'"
+MadeImage: TypeAlias = Image.Image | str  # or why there is none
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,6 @@ class ImageRequest:
         size = f"{settings.width}x{settings.height}, {settings.steps} steps, guidance {settings.guidance:g}"
         extra = "".join(f", {name}={value!r}" for name, value in sorted(settings.arguments.items()))
         return {MODEL: settings.model, PROMPT: self.prompt, SEED: str(self.seed), SETTINGS: size + extra}
-
-
-class ImageGenerator(Protocol):
-    """What makes images; None in place of one that it refuses, with the reason beside it."""
-
-    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]": ...
 
 
 def file_names(record: SynthRecord) -> tuple[str, ...]:
@@ -109,7 +107,7 @@ class DiffusersGenerator:
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.settings, self.torch = pipeline, settings, torch
 
-    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+    def generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
         """Generate the images of a batch; a seed is that of one image, not of the batch."""
         generators = [self.torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         made = self.pipeline(
@@ -141,17 +139,17 @@ class EndpointGenerator:
             alive_since_begin=True,
         )
 
-    def generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+    def generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
         """Send one request for each, all at a time."""
         return asyncio.run(self._generate(requests))
 
-    async def _generate(self, requests: Sequence[ImageRequest]) -> "list[Image.Image | str]":
+    async def _generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
         try:
             return list(await asyncio.gather(*map(self._one, requests)))
         finally:
             await self.client.close()
 
-    async def _one(self, request: ImageRequest) -> "Image.Image | str":
+    async def _one(self, request: ImageRequest) -> MadeImage:
         payload = {
             "model": self.settings.model,
             "prompt": request.prompt,
@@ -167,16 +165,15 @@ class EndpointGenerator:
         except RequestRejected as error:
             return f"refused: {error}"
         try:
-            return _decode(base64.b64decode(answer["data"][0]["b64_json"], validate=True))
+            content = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+            return open_image(content, MAX_PIXELS, formats=FORMATS, exif_transpose=False)
+        except ImageError as error:
+            return f"the image cannot be used: {error.reason}"
         except (KeyError, IndexError, TypeError, binascii.Error) as error:
             return f"the response holds no picture as b64_json ({type(error).__name__})"
 
 
-def _decode(content: bytes) -> "Image.Image | str":
-    try:
-        return open_image(content, MAX_PIXELS, formats=FORMATS, exif_transpose=False)
-    except ImageError as error:
-        return f"the image cannot be used: {error.reason}"
+ImageGenerator: TypeAlias = DiffusersGenerator | EndpointGenerator
 
 
 def make_generator(settings: ImageSettings, task: int = 0) -> ImageGenerator:
@@ -229,10 +226,13 @@ class MakeImages(PipelineStep):
         for begin in range(0, len(requests), self.settings.batch_size):
             part = requests[begin : begin + self.settings.batch_size]
             for request, made in zip(part, generator.generate(part), strict=True):
-                self._save(request, _checked(made))
+                self._save(request, made)
 
-    def _save(self, request: ImageRequest, made: "Image.Image | str") -> None:
+    def _save(self, request: ImageRequest, made: MadeImage) -> None:
         path = self.folder / request.file
+        # what has numbers that are none ends as black
+        if not isinstance(made, str) and all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
+            made = "the picture has one colour alone"
         if isinstance(made, str):
             write_atomically(path.with_suffix(".txt"), made.encode())
         elif not self._is_there(request):
@@ -268,10 +268,32 @@ class MakeImages(PipelineStep):
         return name
 
 
-def _checked(made: "Image.Image | str") -> "Image.Image | str":
-    if isinstance(made, str):
-        return made
-    # what has numbers that are none ends as black
-    if all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
-        return "the picture has one colour alone"
-    return made
+def compose_pair(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Put two images side by side, the right one in the left one's height, with a white gap between them."""
+    left, right = left.convert("RGB"), right.convert("RGB")
+    if right.height != left.height:
+        width = max(round(right.width * left.height / right.height), 1)
+        right = right.resize((width, left.height), Image.Resampling.BICUBIC)
+    gap = max(round(GAP * left.height / GAP_HEIGHT), 1)
+    whole = Image.new("RGB", (left.width + gap + right.width, left.height), WHITE)
+    whole.paste(left, (0, 0))
+    whole.paste(right, (left.width + gap, 0))
+    return whole
+
+
+def encode_png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """Write a PNG with texts about itself."""
+    info = PngImagePlugin.PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_itxt(name, text)
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_texts(path: Path) -> dict[str, str] | None:
+    """Read the texts in a PNG; None if there is no such file."""
+    if not path.exists():
+        return None
+    with Image.open(path, formats=("PNG",)) as image:
+        return {name: str(text) for name, text in image.info.items()}

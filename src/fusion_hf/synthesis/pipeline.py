@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
@@ -10,35 +11,37 @@ from fusion_hf.common.endpoints import check_key
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.drawing_step import DrawRecords
-from fusion_hf.synthesis.executors import make_executors
+from fusion_hf.synthesis.executors import Stage, make_executors
 from fusion_hf.synthesis.filtering import BalanceOptions, FilterRecords
-from fusion_hf.synthesis.fusion_image_check import FusionImageCheck
 from fusion_hf.synthesis.image_generation import MakeImages
 from fusion_hf.synthesis.pool import STAGE as POOL
-from fusion_hf.synthesis.pool import PlanRecords
+from fusion_hf.synthesis.pool import DrawRecords, PlanRecords
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.readers import check_pool
 from fusion_hf.synthesis.record_documents import ReadStage, SaveStage, plan_file
 from fusion_hf.synthesis.request_step import RequestStep
 from fusion_hf.synthesis.rollouts import (
     DescribeRollout,
+    FusionImageCheck,
     ImageJudgeRollout,
     JudgeRollout,
     RecordRollout,
     WriteTurnsRollout,
 )
-from fusion_hf.synthesis.run_config import SynthesisConfig
+from fusion_hf.synthesis.run_config import PROCEDURAL, EndpointSettings, RunFolders, SynthesisConfig
 from fusion_hf.synthesis.run_report import MakeReport
-from fusion_hf.synthesis.stages import RunFolders, Stage
-from fusion_hf.synthesis.write_records import WriteRecords
+from fusion_hf.synthesis.shards import WriteRecords
 
 SETTINGS, MODELS = "settings.json", "models"
 # what changes no record: an endpoint may move, and be asked faster, slower or for another price
-FREE_ENDPOINT = ("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments")
-FREE_PRICES = ("price_per_million_input", "price_per_million_output", "tokens_per_second")
-FREE_IMAGES = ("url", "key_variable", "patience", "timeout", "device", "offload")
-FREE_IMAGE_PRICES = ("price_per_picture", "seconds_per_picture")
+FREE_OF_ENDPOINT = (
+    *("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments"),
+    *("price_per_million_input", "price_per_million_output", "tokens_per_second"),
+)
+FREE_OF_IMAGES = (
+    *("url", "key_variable", "patience", "timeout", "device", "offload"),
+    *("price_per_picture", "seconds_per_picture"),
+)
 
 
 def run(config: SynthesisConfig, quiet: bool = True) -> bool:
@@ -104,11 +107,10 @@ def decisive(config: SynthesisConfig) -> dict[str, Any]:
     """List what decides about the bytes of the result, as JSON values."""
     values = asdict(config)
     for name in ("writer", "judge"):
-        values[name] = _without(values[name], FREE_ENDPOINT + FREE_PRICES)
-    values["images"] = _without(values["images"], FREE_IMAGES + FREE_IMAGE_PRICES)
-    if values["image_check"] is not None:
-        check = values["image_check"]
-        values["image_check"] = {**check, "endpoint": _without(check["endpoint"], FREE_ENDPOINT + FREE_PRICES)}
+        values[name] = _without(values[name], FREE_OF_ENDPOINT)
+    values["images"] = _without(values["images"], FREE_OF_IMAGES)
+    if (check := values["image_check"]) is not None:
+        check["endpoint"] = _without(check["endpoint"], FREE_OF_ENDPOINT)
     values["executor"] = {"tasks": config.executor.tasks}
     values["output"] = None
     del values["license"]  # is in the data card alone
@@ -136,7 +138,7 @@ class _StageBuilder:
         self.made: list[Stage] = []
 
     def all(self) -> list[Stage]:
-        if self.config.backend == "procedural":
+        if self.config.backend == PROCEDURAL:
             draw = DrawRecords(self.config.shares, self.config.records, self.config.seed)
             self._add("write", [draw, FilterRecords(self._progress("write")), *self._write()])
         else:
@@ -152,15 +154,12 @@ class _StageBuilder:
         )
         plan = PlanRecords(config.pool, self.folders.work, config.shares, config.records, tasks, config.seed)
         self.made.append(Stage(POOL, [plan], 1))
-        describe = DescribeRollout(config.writer, self._progress("describe", resumes=True))
-        self._add("describe", [self._read(), self._ask("describe", describe)])
-        write = WriteTurnsRollout(config.writer, self._progress("write_qa", resumes=True))
-        self._add("write_qa", [self._read(), self._ask("write_qa", write)])
+        self._ask("describe", [self._read()], DescribeRollout, config.writer)
+        self._ask("write_qa", [self._read()], WriteTurnsRollout, config.writer)
         # before any image is made: they are what costs most
         steps = [self._read(), FilterRecords(self._progress("filter"))]
         if config.judge is not None:
-            judge = JudgeRollout(config.judge, self._progress("judge", resumes=True))
-            self._add("judge", [*steps, self._ask("judge", judge)])
+            self._ask("judge", steps, JudgeRollout, config.judge)
             steps = [self._read()]
         make = MakeImages(config.images, self.folders.images, self._progress("images"))
         self._add("images", [*steps, make, SaveStage(self.folders.stage("images"))])
@@ -172,10 +171,8 @@ class _StageBuilder:
         if check is None:
             return [self._read()]
         if check.endpoint is None:
-            progress = self._progress("look")
-            return [self._read(), FusionImageCheck(check, self.folders.images, progress)]
-        viewer = ImageJudgeRollout(check.endpoint, self._progress("look", resumes=True), self.folders.images)
-        self._add("look", [self._read(), self._ask("look", viewer)])
+            return [self._read(), FusionImageCheck(check, self.folders.images, self._progress("look"))]
+        self._ask("look", [self._read()], ImageJudgeRollout, check.endpoint, self.folders.images)
         return [self._read()]
 
     def _add(self, name: str, steps: list[PipelineStep]) -> None:
@@ -187,9 +184,13 @@ class _StageBuilder:
     def _read(self) -> ReadStage:
         return ReadStage(self.folders.stage(self.made[-1].name))
 
-    def _ask(self, name: str, rollout: RecordRollout) -> RequestStep:
+    def _ask(
+        self, name: str, steps: list[PipelineStep], kind: type[RecordRollout], endpoint: EndpointSettings, *more: Path
+    ) -> None:
+        """Add a stage that ends with requests."""
         folder, checkpoints = self.folders.stage(name), self.folders.work / "checkpoints" / name
-        return RequestStep(name, rollout, rollout.endpoint, folder, checkpoints, self.config.chunk, rollout.progress)
+        rollout = kind(endpoint, self._progress(name, resumes=True), *more)
+        self._add(name, [*steps, RequestStep(name, rollout, folder, checkpoints, self.config.chunk)])
 
     def _write(self) -> list[PipelineStep]:
         write = WriteRecords(self.folders.data, self.folders.work, self.folders.images, self.config.format)

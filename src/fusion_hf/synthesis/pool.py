@@ -1,8 +1,9 @@
-"""The first stage: which caption becomes which record of which task. Everything after it is decided here."""
+"""Where records begin: captions that are given to tasks, which decides everything after it, or drawn records."""
 
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,9 +13,10 @@ from datatrove.pipeline.base import PipelineStep
 
 from fusion_hf.common.outputs import atomic_file, json_bytes, write_atomically
 from fusion_hf.synthesis.filters.minhash import NearDuplicatesFilter
+from fusion_hf.synthesis.image_generation import MODEL, SEED, compose_pair, encode_png
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record_documents import document_line, plan_file, task_file, to_document
-from fusion_hf.synthesis.run_config import CaptionPool
+from fusion_hf.synthesis.run_config import PROCEDURAL, CaptionPool
 from fusion_hf.synthesis.structured_answers import MAX_SEED
 from fusion_hf.synthesis.synth_record import SynthRecord
 
@@ -75,23 +77,18 @@ class PlanRecords(PipelineStep):
         folder = self.work / STAGE
         counts = [0] * self.tasks
         with atomic_file(folder / UNUSABLE) as unusable:
-            documents = self._documents(unusable)
+            categories, captions = spread_categories(self.shares), enumerate(self._captions(unusable))
             for task in range(self.tasks):
                 with atomic_file(task_file(folder, task)) as stream:
-                    for document in islice(documents, task_size(self.records, self.tasks, task)):
+                    some = islice(captions, task_size(self.records, self.tasks, task))
+                    for position, (number, caption) in enumerate(some):
+                        record = new_record(caption, next(categories), self.seed, number)
+                        document = to_document(record, position, task)
                         stream.write(document_line(document))
                         counts[task] += 1
                         self.stat_update("records")
                         yield document
         write_atomically(plan_file(self.work), json_bytes({"records": counts}))
-
-    def _documents(self, unusable: BinaryIO) -> Iterator[Document]:
-        categories = spread_categories(self.shares)
-        captions = enumerate(self._captions(unusable))
-        for task in range(self.tasks):
-            size = task_size(self.records, self.tasks, task)
-            for position, (number, caption) in enumerate(islice(captions, size)):
-                yield to_document(new_record(caption, next(categories), self.seed, number), position, task)
 
     def _captions(self, unusable: BinaryIO) -> Iterator[str]:
         duplicates = NearDuplicatesFilter() if self.pool.near_duplicates else None
@@ -105,3 +102,34 @@ class PlanRecords(PipelineStep):
                 continue
             self.stat_update("unusable")
             unusable.write(json_bytes({"caption": number, "reason": problem}))
+
+
+class DrawRecords(PipelineStep):
+    """
+    Draws the records of a task, each with its image in the document.
+
+    Args:
+        records: of all tasks.
+    """
+
+    name = "Draw records"
+    type = "Reader"
+
+    def __init__(self, shares: Mapping[str, float], records: int, seed: int):
+        super().__init__()
+        self.shares, self.records, self.seed = dict(shares), records, seed
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        from fusion_hf.synthesis.procedural import draw
+
+        first = sum(task_size(self.records, world_size, task) for task in range(rank))
+        count = task_size(self.records, world_size, rank)
+        # of all tasks together: a task of a few records has not all categories
+        categories = islice(spread_categories(self.shares), first, first + count)
+        for position, category in enumerate(categories):
+            with self.track_time():
+                drawn = draw(category, self.seed, first + position)
+                image = drawn.images[0] if len(drawn.images) == 1 else compose_pair(*drawn.images)
+                content = encode_png(image, {MODEL: PROCEDURAL, SEED: str(self.seed)})
+            record = replace(drawn.record, images=(f"{drawn.record.id}.png",))
+            yield to_document(record, position, rank, [content])

@@ -57,11 +57,8 @@ def _read(path: Path) -> dict[tuple[str, str], int]:
 
 def read_progress(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
     """Add up stage -> (category, kept or rejected) -> records so far, in the order in which stages began."""
-    if not folder.is_dir():
-        return {}
-    stages = [path for path in folder.iterdir() if path.is_dir()]
     found: dict[str, Counter[tuple[str, str]]] = {}
-    for stage in sorted(stages, key=lambda path: path.name):
+    for stage in sorted(path for path in folder.glob("*") if path.is_dir()):
         found[stage.name] = Counter()
         for path in sorted(stage.glob("*.json")):
             found[stage.name].update(_read(path))

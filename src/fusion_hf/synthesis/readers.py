@@ -1,7 +1,7 @@
 """Caption pools: text, JSON Lines, Parquet and Hub data sets, read as a stream. Files of strangers are bounded."""
 
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -52,16 +52,16 @@ def check_pool(pool: CaptionPool) -> None:
 
 def _read(pool: CaptionPool) -> Iterator[Caption]:
     if pool.kind == "hub":
-        yield from _column(_hub_rows(pool), pool.column)
+        yield from (clean_caption(row.get(pool.column)) for row in _hub_rows(pool))
         return
     for path in _files(pool):
         try:
             if pool.kind == "parquet":
-                yield from _column(_parquet_rows(path, pool.column), pool.column)
+                yield from (clean_caption(row[pool.column]) for row in _parquet_rows(path, pool.column))
                 continue
             with path.open("rb") as stream:
-                lines = _lines(stream)
-                yield from map(_text_caption, lines) if pool.kind == "text" else _json_captions(lines, pool.column)
+                column = pool.column if pool.kind == "jsonl" else None
+                yield from (_line_caption(line, column) for line in _lines(stream))
         except OSError as error:
             raise InputError(f"pool: {path} cannot be read ({error.strerror}).") from error
 
@@ -90,31 +90,18 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def _text_caption(line: bytes | None) -> Caption:
+def _line_caption(line: bytes | None, column: str | None) -> Caption:
+    """The caption in a line of text, or in a column of a line of JSON."""
     if line is None:
         return Caption("", f"a line has more than {MAX_LINE_BYTES} bytes")
     try:
-        return clean_caption(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Caption("", "a line is no UTF-8")
-
-
-def _json_captions(lines: Iterable[bytes | None], column: str) -> Iterator[Caption]:
-    for line in lines:
-        if line is None:
-            yield Caption("", f"a line has more than {MAX_LINE_BYTES} bytes")
-            continue
-        try:
-            fields = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            yield Caption("", "a line is no JSON")
-            continue
-        yield clean_caption(fields.get(column) if isinstance(fields, dict) else None)
-
-
-def _column(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Caption]:
-    for row in rows:
-        yield clean_caption(row.get(column))
+        text = line.decode("utf-8-sig")
+        value = text if column is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return Caption("", "a line is no UTF-8" if column is None else "a line is no JSON")
+    if column is not None:
+        value = value.get(column) if isinstance(value, dict) else None
+    return clean_caption(value)
 
 
 def clean_caption(value: Any) -> Caption:

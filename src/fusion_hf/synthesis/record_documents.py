@@ -41,9 +41,9 @@ def put_record(document: Document, record: SynthRecord) -> None:
     document.metadata[RECORD] = record.to_dict()
 
 
-def add_usage(document: Document, step: str, usage: dict[str, int]) -> None:
-    """Note the requests and tokens that a step has spent on a document."""
-    document.metadata[USAGE][step] = usage
+def plan_file(work: Path) -> Path:
+    """Name the file with the number of records of each task."""
+    return work / "plan.json"
 
 
 def task_file(folder: Path, task: int) -> Path:
@@ -70,32 +70,19 @@ class ReadStage(PipelineStep):
         self.folder = folder
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        whole, chunks = task_file(self.folder, rank), (self.folder / f"{rank:05d}").glob(f"*{SUFFIX}")
+        files = [whole] if whole.exists() else sorted(chunks, key=lambda path: int(path.stem))
         position = 0
-        for path in self._files(rank):
+        for path in files:
             for document in sorted(map(_parse, path.open("rb")), key=lambda document: document.metadata[POSITION]):
                 if document.metadata[POSITION] != position:
                     raise RuntimeError(f"record {position} of task {rank} is not where it belongs in {path}")
                 position += 1
                 self.stat_update("records")
                 yield document
-        self._check_end(rank, position)
-
-    def _files(self, rank: int) -> list[Path]:
-        whole = task_file(self.folder, rank)
-        if whole.exists():
-            return [whole]
-        chunks = (self.folder / f"{rank:05d}").glob(f"*{SUFFIX}")
-        return sorted(chunks, key=lambda path: int(path.stem))
-
-    def _check_end(self, rank: int, count: int) -> None:
         expected = json.loads(plan_file(self.folder.parent).read_bytes())["records"][rank]
-        if count != expected:
-            raise RuntimeError(f"task {rank} has {count} records in {self.folder}, but {expected} were planned")
-
-
-def plan_file(work: Path) -> Path:
-    """Name the file with the number of records of each task."""
-    return work / "plan.json"
+        if position != expected:
+            raise RuntimeError(f"task {rank} has {position} records in {self.folder}, but {expected} were planned")
 
 
 def document_line(document: Document) -> bytes:

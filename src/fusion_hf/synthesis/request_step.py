@@ -1,7 +1,6 @@
 """Requests to a language model as a step of datatrove: answers are on disk as soon as they are there."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, EndpointUnavailable, RequestRejected, endpoint_url
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.synthesis.progress import Progress
+from fusion_hf.synthesis.rollouts import RecordRollout
 from fusion_hf.synthesis.run_config import EndpointSettings
-from fusion_hf.synthesis.structured_answers import TOKENS, Generate
-
-Rollout = Callable[[Document, Generate], Awaitable[Any]]
+from fusion_hf.synthesis.structured_answers import TOKENS
 
 
 class _ChatServer(InferenceServer):
@@ -130,19 +127,10 @@ class RequestStep(InferenceRunner):
         name: of the stage, for datatrove's tables.
         checkpoints: a folder that this step alone uses.
         chunk: documents of one output file; the same in every start.
-        progress: which the rollout counts in.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rollout: Rollout,
-        endpoint: EndpointSettings,
-        folder: Path,
-        checkpoints: Path,
-        chunk: int,
-        progress: Progress,
-    ):
+    def __init__(self, name: str, rollout: RecordRollout, folder: Path, checkpoints: Path, chunk: int):
+        endpoint = rollout.endpoint
         config = InferenceConfig(
             server_type=endpoint.server,
             model_name_or_path=endpoint.model,
@@ -155,7 +143,7 @@ class RequestStep(InferenceRunner):
         self.name = name
         self.endpoint = endpoint
         self.folder = folder
-        self.progress = progress
+        self.progress = rollout.progress
         self.checkpoint_manager = _Checkpoints(str(checkpoints), chunk, request_cache=self.request_cache)
 
     def _init_server(self, rank: int) -> InferenceServer:

@@ -1,21 +1,33 @@
-"""What models are asked about a record: to describe, to write questions and answers, to judge text and image."""
+"""What models are asked about a record (to describe, to write, to judge), and what their answers mean."""
 
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from string import Template
+from typing import Any, NamedTuple
 
 from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.inference.types import InferenceError
 
 from fusion_hf.common.endpoints import data_uri
-from fusion_hf.synthesis.category import ModelCheck, load_categories
+from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck, load_categories
 from fusion_hf.synthesis.progress import Progress
-from fusion_hf.synthesis.record_documents import TASK, add_usage, put_record, record_of
-from fusion_hf.synthesis.run_config import EndpointSettings
-from fusion_hf.synthesis.schemas import descriptions_of, turns_of
+from fusion_hf.synthesis.record_documents import TASK, USAGE, put_record, record_of
+from fusion_hf.synthesis.run_config import EndpointSettings, ImageCheckSettings
+from fusion_hf.synthesis.schemas import DESCRIBE_SCHEMAS, AnswerModel, answer_model
 from fusion_hf.synthesis.structured_answers import Generate, ask_structured, hash_prompt, make_payload, usage_of
 from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
-from fusion_hf.synthesis.verdicts import fill_rubric, verdict_problem
+
+_JSON = re.compile(r"\{.*\}", re.DOTALL)
+_SCORE = re.compile(
+    rf"\bscore\b\W*([1-{MOST_SCORE}])(?!\d|\.\d)|\b([1-{MOST_SCORE}])\s*(?:/|out of)\s*{MOST_SCORE}\b", re.I
+)
+_ALONE = re.compile(rf"\W*([1-{MOST_SCORE}])\W*")
+NANO = "nano"  # stands for the bundled model
+ANSWER_TOKENS = 256  # of FUSION as a judge
 
 
 class RecordRollout:
@@ -39,7 +51,7 @@ class RecordRollout:
         if record.rejection is None:
             record, usage = await self.ask(record, generate)
             put_record(document, record)
-            add_usage(document, self.step, usage)
+            document.metadata[USAGE][self.step] = usage
         self.progress.count(document.metadata[TASK], record)
         return usage
 
@@ -54,47 +66,92 @@ class WriterRollout(RecordRollout):
     the reason.
     """
 
+    fills: str  # field of the record
+
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
         prompt, model = self.request(record)
         made = await ask_structured(generate, self.endpoint, prompt, model, record.seed)
         if made.reason is not None:
             return record.rejected(self.step, made.reason), made.usage
         origin = StepOrigin(self.endpoint.model, hash_prompt(prompt), made.seed)
-        return replace(self.take(record, made.answer), origins={**record.origins, self.step: origin}), made.usage
+        made_fields = {self.fills: made.answer.content(), "origins": {**record.origins, self.step: origin}}
+        return replace(record, **made_fields), made.usage
 
-    def request(self, record: SynthRecord) -> tuple[str, Any]:
-        """Make the prompt, and the pydantic model of its answer."""
-        raise NotImplementedError
-
-    def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
-        """Put what was answered into the record."""
+    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
+        """Make the prompt, and the model of its answer."""
         raise NotImplementedError
 
 
 class DescribeRollout(WriterRollout):
     """Expands a caption to what the image is to show: one description for each image."""
 
-    step = "describe"
+    step, fills = "describe", "descriptions"
 
-    def request(self, record: SynthRecord) -> tuple[str, Any]:
+    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         category = load_categories()[record.category]
-        return category.describe(record.caption), category.describe_model()
-
-    def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
-        return replace(record, descriptions=descriptions_of(answer))
+        return category.describe(record.caption), DESCRIBE_SCHEMAS[category.pictures]
 
 
 class WriteTurnsRollout(WriterRollout):
     """Asks for the turns of a conversation about the descriptions."""
 
-    step = "write_qa"
+    step, fills = "write_qa", "turns"
 
-    def request(self, record: SynthRecord) -> tuple[str, Any]:
+    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         category = load_categories()[record.category]
-        return category.ask(record.descriptions, record.seed), category.answer_model()
+        model = answer_model(category.schema, *category.turns)
+        return category.ask(record.descriptions, record.seed), model
 
-    def take(self, record: SynthRecord, answer: Any) -> SynthRecord:
-        return replace(record, turns=turns_of(answer))
+
+class Verdict(NamedTuple):
+    """A score from 1 to 5, and why."""
+
+    score: int
+    reason: str
+
+
+def parse_verdict(answer: str) -> Verdict | None:
+    """Find the score in a judge's answer: its JSON object, "score: 4", "4/5", or a digit alone; else None."""
+    if (found := _JSON.search(answer)) is not None:
+        try:
+            values = json.loads(found.group())
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict):
+            score = values.get("score")
+            if isinstance(score, str) and score.strip().isascii() and score.strip().isdigit():
+                score = int(score)
+            if isinstance(score, (int, float)) and not isinstance(score, bool) and score in range(1, MOST_SCORE + 1):
+                return Verdict(int(score), str(values.get("reason", "")))
+            return None
+    found = _SCORE.search(answer) or _ALONE.fullmatch(answer)
+    if found is None:
+        return None
+    return Verdict(int(next(group for group in found.groups() if group)), answer.strip())
+
+
+def description_text(record: SynthRecord) -> str:
+    """Write the descriptions as a judge reads them: of a pair, which is which."""
+    if len(record.descriptions) == 1:
+        return record.descriptions[0]
+    names = ("The left picture", "The right picture")
+    return "\n".join(f"{name}: {text}" for name, text in zip(names, record.descriptions, strict=True))
+
+
+def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
+    """Write the prompt of a rubric about a record."""
+    turns = "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
+    return Template(rubric.prompt).substitute(description=description_text(record), conversation=turns)
+
+
+def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:
+    """Say why an answer to a rubric rejects the record: its score is too low, or it has none; None if it does not."""
+    verdict = parse_verdict(answer)
+    if verdict is None:
+        return f"the answer has no score: {answer.strip()[:80]!r}"
+    if verdict.score < rubric.least_score:
+        return f"score {verdict.score}; allowed: {rubric.least_score} or more ({verdict.reason[:200]})"
+    return None
 
 
 class JudgeRollout(RecordRollout):
@@ -113,8 +170,9 @@ class JudgeRollout(RecordRollout):
         return record if reason is None else record.rejected(self.step, reason), usage
 
     def rubric(self, record: SynthRecord) -> ModelCheck:
-        """Find what is scored."""
-        return load_categories()[record.category].judge
+        """Find what is scored, which a category has under the step's name."""
+        rubric: ModelCheck = getattr(load_categories()[record.category], self.step)
+        return rubric
 
     def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
         """Make the content of the message."""
@@ -135,10 +193,43 @@ class ImageJudgeRollout(JudgeRollout):
         super().__init__(endpoint, progress)
         self.images = images
 
-    def rubric(self, record: SynthRecord) -> ModelCheck:
-        return load_categories()[record.category].image_check
-
     def content(self, record: SynthRecord) -> list[dict[str, Any]]:
         uri = data_uri((self.images / record.images[0]).read_bytes(), "image/png")
         image = {"type": "image_url", "image_url": {"url": uri}}
         return [image, {"type": "text", "text": fill_rubric(self.rubric(record), record)}]
+
+
+class FusionImageCheck(PipelineStep):
+    """
+    As `ImageJudgeRollout`, by a FUSION model of this process.
+
+    Args:
+        images: the folder that the records' file names are relative to.
+    """
+
+    name = "Look with FUSION"
+    type = "Filter"
+
+    def __init__(self, settings: ImageCheckSettings, images: Path, progress: Progress):
+        super().__init__()
+        self.settings, self.images, self.progress = settings, images, progress
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        from fusion_hf.inference.chat_model import ChatModel
+        from fusion_hf.inference.conversation import Conversation
+
+        name = None if self.settings.fusion == NANO else self.settings.fusion
+        chat_model = ChatModel.load(name, self.settings.device, self.settings.dtype)
+        for document in data:
+            record = record_of(document)
+            if record.rejection is None:
+                rubric = load_categories()[record.category].image_check
+                with self.track_time():
+                    image = chat_model.open_image(str(self.images / record.images[0]))
+                    conversation = Conversation(chat_model, image, max_new_tokens=ANSWER_TOKENS)
+                    reason = verdict_problem(rubric, conversation.ask(fill_rubric(rubric, record)))
+                record = record if reason is None else record.rejected(ImageJudgeRollout.step, reason)
+                put_record(document, record)
+            self.progress.count(document.metadata[TASK], record)
+            yield document
+        self.progress.flush()

@@ -12,6 +12,7 @@ from fusion_hf.common.yaml_config import PositiveFloat, PositiveInt, make_datacl
 from fusion_hf.synthesis.category import load_categories
 
 MOST_RECORDS = 10**9
+PROCEDURAL = "procedural"  # the backend that draws everything, and the model of what it draws
 DRAWN_LICENSE = "apache-2.0"  # this project's
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the Hub names them
 SLURM_NEEDS = ("time", "partition")
@@ -208,7 +209,7 @@ class SynthesisConfig:
     @property
     def license_name(self) -> str | None:
         """The licence that the data card states; None if whoever publishes the data has to."""
-        return DRAWN_LICENSE if self.license is None and self.backend == "procedural" else self.license
+        return DRAWN_LICENSE if self.license is None and self.backend == PROCEDURAL else self.license
 
     @property
     def shares(self) -> dict[str, float]:
@@ -216,6 +217,37 @@ class SynthesisConfig:
         known = load_categories()
         shares = self.categories or {name: category.share for name, category in known.items()}
         return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where a run keeps what. `data` is the result; `work` can be removed when it is there."""
+
+    output: Path
+
+    @property
+    def data(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def work(self) -> Path:
+        return self.output / "work"
+
+    @property
+    def images(self) -> Path:
+        return self.work / "pictures"
+
+    @property
+    def progress(self) -> Path:
+        return self.work / "progress"
+
+    def stage(self, name: str) -> Path:
+        """The records as a stage leaves them."""
+        return self.work / name
+
+    def logs(self, stage: str) -> Path:
+        """datatrove's own: logs, completed tasks, scripts for Slurm."""
+        return self.work / "logs" / stage
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> SynthesisConfig:

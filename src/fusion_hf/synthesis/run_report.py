@@ -3,7 +3,7 @@
 import json
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from datatrove.data import Document
@@ -12,66 +12,44 @@ from datatrove.pipeline.base import PipelineStep
 from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.data_card import write_card
-from fusion_hf.synthesis.drawing_step import BACKEND
 from fusion_hf.synthesis.filtering import filters_of
-from fusion_hf.synthesis.run_config import SynthesisConfig
+from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
+from fusion_hf.synthesis.shards import REJECTED, SUMMARIES, stage_folder
 from fusion_hf.synthesis.summary import CategorySummary, Summary
-from fusion_hf.synthesis.write_records import REJECTED, SUMMARIES, stage_folder
 
 REPORT = "report.json"
 DECIMALS = 4  # of shares
 BEFORE_RULES, AFTER_RULES = ("describe", "write_qa"), ("duplicate_questions", "judge", "make_image", "image_check")
 
 
-class StepYield(NamedTuple):
-    """What one step kept of the records that came to it; none came to one that was not run."""
-
-    step: str
-    came: int
-    rejected: int
-    ran: bool = True
-
-    @property
-    def kept_share(self) -> float | None:
-        """From 0 to 1, with four decimals; None if no record came."""
-        return round(1 - self.rejected / self.came, DECIMALS) if self.came else None
-
-
 def idle_steps(config: SynthesisConfig) -> set[str]:
     """Return the steps that a run with this config does not have: nothing is known of what they would have kept."""
-    drawn = config.backend == BACKEND
-    idle = {*BEFORE_RULES, "make_image"} if drawn else set()
-    if drawn or config.judge is None:
-        idle.add("judge")
-    if drawn or config.image_check is None:
-        idle.add("image_check")
-    return idle
+    if config.backend == PROCEDURAL:
+        return {*BEFORE_RULES, "make_image", "judge", "image_check"}
+    return {name for name in ("judge", "image_check") if getattr(config, name) is None}
 
 
-def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[StepYield]:
+def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[dict[str, Any]]:
     """
-    Count what each step kept, in the order in which they look; steps that rejected nothing are among them.
+    Count what each step kept of the records that came to it, in the order in which they look; steps that rejected
+    nothing are among them. None came to one that was not run.
 
     Args:
         rules: names of the category's filters in their order.
         idle: steps that were not run.
+
+    Returns:
+        JSON values; `kept_share` is None if no record came.
     """
     known = [*BEFORE_RULES, *rules, *AFTER_RULES]
     steps = [*known, *sorted(set(summary.rejected) - set(known))]
     found, came = [], summary.records
     for step in steps:
-        ran = step not in idle
-        found.append(StepYield(step, came if ran else 0, summary.rejected[step], ran))
-        came -= summary.rejected[step]
+        rejected, ran = summary.rejected[step], step not in idle
+        share = round(1 - rejected / came, DECIMALS) if ran and came else None
+        found.append({"step": step, "came": came if ran else 0, "rejected": rejected, "ran": ran, "kept_share": share})
+        came -= rejected
     return found
-
-
-def read_summary(work: Path) -> Summary:
-    """Add up the summaries of all tasks that are done."""
-    total = Summary()
-    for path in sorted((work / SUMMARIES).glob("*.json")):
-        total.merge(Summary.from_dict(json.loads(path.read_bytes())))
-    return total
 
 
 def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
@@ -79,7 +57,6 @@ def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
     known, idle = load_categories(), idle_steps(config)
     categories = {}
     for name, counts in sorted(summary.categories.items()):
-        steps = yields(counts, [rule.name for rule in filters_of(name)], idle)
         categories[name] = {
             "stage": known[name].stage,
             "records": counts.records,
@@ -89,7 +66,7 @@ def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
             "answer_letters": dict(sorted(counts.letters.items())),
             "answers": {form: dict(values.most_common()) for form, values in sorted(counts.answers.items())},
             "prompts_sha256": known[name].prompts_hash,
-            "yields": [{**step._asdict(), "kept_share": step.kept_share} for step in steps],
+            "yields": yields(counts, [rule.name for rule in filters_of(name)], idle),
             "examples": counts.examples,
         }
     return {
@@ -116,13 +93,6 @@ def write_mixtures(data: Path) -> list[Path]:
     return paths
 
 
-def remove_empty(folder: Path) -> None:
-    """Remove the files without a record, which tasks of earlier versions have left."""
-    for path in folder.glob("*"):
-        if path.stat().st_size == 0:
-            path.unlink()
-
-
 class MakeReport(PipelineStep):
     """Adds up what the tasks have counted, once all of them are done."""
 
@@ -134,8 +104,12 @@ class MakeReport(PipelineStep):
         self.config, self.data, self.work = config, data, work
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        summary = read_summary(self.work)
-        remove_empty(self.data / REJECTED)
+        summary = Summary()
+        for path in sorted((self.work / SUMMARIES).glob("*.json")):
+            summary.merge(Summary.from_dict(json.loads(path.read_bytes())))
+        for path in (self.data / REJECTED).glob("*"):
+            if path.stat().st_size == 0:  # tasks of earlier versions have left files without a record
+                path.unlink()
         report = make_report(self.config, summary)
         write_atomically(self.data / REPORT, json_bytes(report, indent=1))
         mixtures = write_mixtures(self.data)

@@ -21,11 +21,18 @@ class AnswerModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def content(self) -> tuple[Any, ...]:
+        """Return what becomes part of the record: a description for each picture, or turns as they are trained on."""
+        raise NotImplementedError
+
 
 class SceneDescription(AnswerModel):
     """What the picture is to show."""
 
     description: Text
+
+    def content(self) -> tuple[str, ...]:
+        return (self.description,)
 
 
 class DescriptionPair(AnswerModel):
@@ -41,12 +48,18 @@ class DescriptionPair(AnswerModel):
             raise ValueError("first and second are the same text")
         return self
 
+    def content(self) -> tuple[str, ...]:
+        return (self.first, self.second)
+
 
 class QuestionAnswer(AnswerModel):
     """One turn."""
 
     question: Text
     answer: Text
+
+    def content(self) -> tuple[RecordTurn, ...]:
+        return (RecordTurn(self.question, self.answer),)
 
 
 class ChoiceQuestion(AnswerModel):
@@ -62,14 +75,26 @@ class ChoiceQuestion(AnswerModel):
             raise ValueError(f"answer is {self.answer}, but there are {len(self.options)} options")
         return self
 
+    def content(self) -> tuple[RecordTurn, ...]:
+        return (Choice(self.question, tuple(self.options), LETTERS.index(self.answer)).turn(),)
 
-class ConversationAnswer(AnswerModel):
+
+class SeveralTurns(AnswerModel):
+    """Turns about one picture, or about a pair."""
+
+    turns: list[QuestionAnswer] | list[ChoiceQuestion]
+
+    def content(self) -> tuple[RecordTurn, ...]:
+        return tuple(turn for asked in self.turns for turn in asked.content())
+
+
+class ConversationAnswer(SeveralTurns):
     """Several turns about one picture, or about a pair."""
 
     turns: list[QuestionAnswer]
 
 
-class ChoiceConversation(AnswerModel):
+class ChoiceConversation(SeveralTurns):
     """Several turns of multiple choice."""
 
     turns: list[ChoiceQuestion]
@@ -81,6 +106,9 @@ class ReasonedAnswer(AnswerModel):
     question: Text
     reasoning: Annotated[list[Text], Field(min_length=2, max_length=8)]
     answer: Text
+
+    def content(self) -> tuple[RecordTurn, ...]:
+        return (RecordTurn(self.question, "\n".join([*self.reasoning, f"Answer: {self.answer}"])),)
 
 
 SCHEMAS: dict[str, type[AnswerModel]] = {  # by the names that categories have for them
@@ -104,35 +132,3 @@ def answer_model(name: str, least: int, most: int) -> type[AnswerModel]:
         return model
     kind: Any = model.model_fields["turns"].annotation
     return create_model(name, __base__=model, turns=(kind, Field(min_length=least, max_length=most)))
-
-
-def turns_of(answer: BaseModel) -> tuple[RecordTurn, ...]:
-    """
-    The turns of an answer as they are trained on.
-
-    Raises:
-        TypeError: for a description, which has none.
-    """
-    if isinstance(answer, ConversationAnswer):
-        return tuple(RecordTurn(turn.question, turn.answer) for turn in answer.turns)
-    if isinstance(answer, ChoiceConversation):
-        return tuple(
-            Choice(turn.question, tuple(turn.options), LETTERS.index(turn.answer)).turn() for turn in answer.turns
-        )
-    if isinstance(answer, ReasonedAnswer):
-        return (RecordTurn(answer.question, "\n".join([*answer.reasoning, f"Answer: {answer.answer}"])),)
-    raise TypeError(f"{type(answer).__name__} has no turns")
-
-
-def descriptions_of(answer: BaseModel) -> tuple[str, ...]:
-    """
-    One description for each picture.
-
-    Raises:
-        TypeError: for what describes no picture.
-    """
-    if isinstance(answer, SceneDescription):
-        return (answer.description,)
-    if isinstance(answer, DescriptionPair):
-        return (answer.first, answer.second)
-    raise TypeError(f"{type(answer).__name__} is no description")

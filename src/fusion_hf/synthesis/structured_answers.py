@@ -71,10 +71,8 @@ async def ask_structured(
     usage: Counter[str] = Counter()
     for attempt in range(endpoint.tries):
         tried = (seed + attempt * SEED_STEP) % MAX_SEED
-        payload = make_payload(endpoint, _with_shape(endpoint, prompt, schema), tried)
-        payload |= _response_format(endpoint, model.__name__, schema)
         try:
-            result = await generate(payload)
+            result = await generate(_shaped(endpoint, prompt, model.__name__, schema, tried))
         except InferenceError as error:
             return StructuredAnswer(None, f"refused: {error.error}", tried, dict(usage))
         usage.update(usage_of(result))
@@ -88,20 +86,17 @@ async def ask_structured(
     return StructuredAnswer(None, f"no valid answer in {endpoint.tries} tries: {reason}", tried, dict(usage))
 
 
-def _response_format(endpoint: EndpointSettings, name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    if endpoint.structured == "prompt":
-        return {}
-    if endpoint.structured == "json_object":
-        return {"response_format": {"type": "json_object"}}
-    return {
-        "response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
-    }
-
-
-def _with_shape(endpoint: EndpointSettings, prompt: str, schema: dict[str, Any]) -> str:
+def _shaped(endpoint: EndpointSettings, prompt: str, name: str, schema: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A request that asks for the shape of its answer: by `response_format`, in the prompt, or by both."""
+    if endpoint.structured != "json_schema":
+        prompt += f"\n\nAnswer with one JSON object of this schema and nothing else:\n{json.dumps(schema)}"
+    payload = make_payload(endpoint, prompt, seed)
     if endpoint.structured == "json_schema":
-        return prompt
-    return f"{prompt}\n\nAnswer with one JSON object of this schema and nothing else:\n{json.dumps(schema)}"
+        json_schema = {"name": name, "schema": schema, "strict": True}
+        payload["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+    elif endpoint.structured == "json_object":
+        payload["response_format"] = {"type": "json_object"}
+    return payload
 
 
 def _json_part(text: str) -> str:

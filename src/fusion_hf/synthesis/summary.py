@@ -95,10 +95,9 @@ class Summary:
         """Add what another task counted."""
         for name, category in other.categories.items():
             self.categories[name].merge(category)
-        for step, models in other.models.items():
-            self.models[step].update(models)
-        for step, amounts in other.usage.items():
-            self.usage[step].update(amounts)
+        for own, more in ((self.models, other.models), (self.usage, other.usage)):
+            for step, counts in more.items():
+                own[step].update(counts)
 
     @property
     def records(self) -> int:

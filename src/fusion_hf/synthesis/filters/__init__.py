@@ -1,6 +1,5 @@
 """Filters of the data engine: what is wrong with a record, in words."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from fusion_hf.common.errors import InputError
@@ -20,7 +19,7 @@ _RULES = (LengthFilter, LanguageFilter, MetaTalkFilter, UnsafeFilter, PersonalDa
 _MORE_RULES = (RepeatedQuestionsFilter, LeakageFilter, ContrastFilter, WrittenTextFilter, CountsFilter, ColorsFilter)
 RULES: dict[str, Any] = {rule.name: rule for rule in (*_RULES, *_MORE_RULES)}
 
-__all__ = ["RULES", "Filter", "build_filter", "build_filters", "first_problem"]
+__all__ = ["RULES", "Filter", "build_filters", "first_problem"]
 
 
 class Filter(Protocol):
@@ -42,19 +41,10 @@ def build_filters(category: Category) -> list[Filter]:
     for name in category.rules:
         if name not in RULES:
             raise InputError(f"{category.name}: a rule is {name!r}; allowed: {', '.join(RULES)}.")
-    turns = TurnCountFilter(category.turns.least, category.turns.most, category.pictures)
+    least, most = category.turns
+    turns = TurnCountFilter(least, most, category.pictures)
     chosen = [name for name in RULES if name in category.rules]
-    return [turns, *(build_filter(name, category.rules[name], category.name) for name in chosen)]
-
-
-def build_filter(name: str, settings: Mapping[str, Any], where: str) -> Filter:
-    """
-    Build one rule with its settings; `where` they stand begins an error.
-
-    Raises:
-        InputError: for an unknown setting, or a value that is not allowed.
-    """
-    return make_dataclass(RULES[name], settings, f"{where}: {name}")
+    return [turns, *(make_dataclass(RULES[name], category.rules[name], f"{category.name}: {name}") for name in chosen)]
 
 
 def first_problem(record: SynthRecord, filters: list[Filter]) -> SynthRecord:

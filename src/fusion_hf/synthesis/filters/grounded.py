@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar, NamedTuple
 
-from fusion_hf.synthesis.choices import PlainTurn, plain_turn
+from fusion_hf.synthesis.choices import plain_turn
 from fusion_hf.synthesis.filters.mentions import (
     ColorMention,
     CountMention,
@@ -19,7 +19,7 @@ from fusion_hf.synthesis.filters.mentions import (
     quoted,
 )
 from fusion_hf.synthesis.filters.words import content, singular, tokens
-from fusion_hf.synthesis.synth_record import SynthRecord
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 MOST_SUMMED = 12  # mentions of which all sums are made
 WRITING = frozenset({"word", "text", "writing", "lettering", "letter", "number"})
@@ -97,7 +97,7 @@ class _CountClaim(NamedTuple):
     condition: frozenset[str]
 
 
-def _count_claims(turn: PlainTurn, last: bool) -> Iterator[_CountClaim]:
+def _count_claims(turn: RecordTurn, last: bool) -> Iterator[_CountClaim]:
     """`last`: the number that the question asks for comes behind the steps to it, else it comes first."""
     asked = asked_counts(turn.question)
     parts = tokens(turn.answer)
@@ -121,7 +121,7 @@ def _count_claims(turn: PlainTurn, last: bool) -> Iterator[_CountClaim]:
             yield _CountClaim(claim.value, things, False, frozenset())
 
 
-def _texts_for(record: SynthRecord, turn: PlainTurn) -> list[str]:
+def _texts_for(record: SynthRecord, turn: RecordTurn) -> list[str]:
     """What a turn can rest on: of a pair the side that it names, or either."""
     if len(record.descriptions) < 2:
         return list(record.descriptions)
@@ -182,7 +182,7 @@ class ColorsFilter:
         return None
 
 
-def _color_claims(turn: PlainTurn) -> Iterator[ColorMention]:
+def _color_claims(turn: RecordTurn) -> Iterator[ColorMention]:
     asked = asked_color(turn.question)
     parts = tokens(turn.answer)
     claims = list(color_mentions(turn.answer, plain=True))

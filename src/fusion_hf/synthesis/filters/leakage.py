@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusion_hf.synthesis.choices import PlainTurn, plain_turn
+from fusion_hf.synthesis.choices import plain_turn
 from fusion_hf.synthesis.filters.mentions import asked_color, asked_counts
 from fusion_hf.synthesis.filters.words import color_of, content, tokens
-from fusion_hf.synthesis.synth_record import SynthRecord
+from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 YES_NO = frozenset({"yes", "no", "true", "false"})
 VERBS_FIRST = frozenset(  # of a question to be answered with yes or no
@@ -43,7 +43,7 @@ class LeakageFilter:
         return None
 
 
-def _contains_answer(turn: PlainTurn) -> bool:
+def _contains_answer(turn: RecordTurn) -> bool:
     question = _SIDE.sub("picture", turn.question)
     parts = tokens(question)
     if not parts or parts[0] in VERBS_FIRST or "or" in parts:
@@ -56,7 +56,7 @@ def _contains_answer(turn: PlainTurn) -> bool:
     return set(answer) <= set(content(question))
 
 
-def _gives_away(question: str, turn: PlainTurn) -> bool:
+def _gives_away(question: str, turn: RecordTurn) -> bool:
     """Whether it has the answer right before the thing whose colour or number the turn asks for."""
     color, counts = asked_color(turn.question), asked_counts(turn.question)
     answer = content(turn.answer)

@@ -105,8 +105,7 @@ def color_mentions(text: str, plain: bool = False) -> tuple[ColorMention, ...]:
     Args:
         plain: only words that say a colour wherever they stand, for what is claimed.
     """
-    parts = tokens(unquoted(text))
-    return tuple(_color_mentions(parts, plain))
+    return tuple(_color_mentions(tokens(unquoted(text)), plain))
 
 
 def _color_mentions(parts: tuple[str, ...], plain: bool) -> Iterator[ColorMention]:

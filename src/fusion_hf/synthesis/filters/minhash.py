@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from fusion_hf.synthesis.choices import plain
-from fusion_hf.synthesis.filters.across import text_key
+from fusion_hf.synthesis.filters.text import text_key
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 try:

@@ -1,5 +1,6 @@
-"""Language, length, number of turns, and questions that are asked twice."""
+"""Language, length, number of turns, and questions that are asked twice or were asked before."""
 
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ FUNCTION_WORDS: dict[str, frozenset[str]] = {
         "dutch": "het een zijn van op welke hoeveel met er wat kleur deze niet aan naar bij twee staat ook de",
     }.items()
 }
+KEY_BYTES = 8  # of a hash that stands for a text: two of a billion texts agree with a chance of 3 %
 LEAST_LETTERS = 0.9  # share of Latin letters among the letters
 LEAST_FUNCTION_WORDS = 3  # of another language, before they say something
 LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of its language's function words
@@ -141,3 +143,31 @@ def question_key(turn: RecordTurn) -> str:
 def _without_articles(text: str) -> str:
     words = plain(text.replace("colour", "color")).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def text_key(*texts: str) -> bytes:
+    """Hash texts to a few bytes."""
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+
+
+class DuplicateQuestionsFilter:
+    """
+    Rejects a record that asks what was asked before about the same scene.
+
+    Holds a hash of each question, so a task needs memory for its own records. The order of records decides.
+    """
+
+    name: ClassVar[str] = "duplicate_questions"
+
+    def __init__(self) -> None:
+        self.asked: set[bytes] = set()
+
+    def check(self, record: SynthRecord) -> str | None:
+        """Give the reason to reject the record, or None. A kept record counts from now on."""
+        scene = plain("\n".join(record.descriptions) or record.caption)
+        pairs = [text_key(scene, question_key(turn)) for turn in record.turns]
+        for number, pair in enumerate(pairs, 1):
+            if pair in self.asked:
+                return f"turn {number}: the question was asked about the same scene"
+        self.asked.update(pairs)
+        return None

@@ -8,12 +8,11 @@ from PIL import Image
 
 from fusion_hf.drawing.drawn_images import DrawnImage
 from fusion_hf.synthesis.category import load_categories
-from fusion_hf.synthesis.procedural.scene_pairs import draw_pair
-from fusion_hf.synthesis.procedural.scenes import WORDINGS
+from fusion_hf.synthesis.procedural.scenes import WORDINGS, draw_pair
 from fusion_hf.synthesis.procedural.turn_writers import SCENES, any_scene, write_pair_turns, write_turns
+from fusion_hf.synthesis.run_config import PROCEDURAL
 from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
 
-MODEL = "procedural"  # stands in the origins for the name of a model
 MOST_TRIES = 100  # of drawing a scene that has enough questions
 
 
@@ -63,11 +62,11 @@ def plan(category: str, seed: int, index: int) -> PlannedRecord:
             scene = SCENES.get(category, any_scene)(rng)
             scenes = [replace(scene, wording=rng.randrange(WORDINGS))]
             turns = write_turns(settings, scenes[0], rng)
-        if len(turns) >= settings.turns.least:
+        if len(turns) >= settings.turns[0]:
             break
     else:
-        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns.least} questions")
-    origin = StepOrigin(MODEL, settings.prompts_hash, seed)
+        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns[0]} questions")
+    origin = StepOrigin(PROCEDURAL, settings.prompts_hash, seed)
     record = SynthRecord(
         id=f"{category}-{seed}-{index}",
         category=category,

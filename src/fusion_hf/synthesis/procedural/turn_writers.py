@@ -1,30 +1,28 @@
-"""Turns of each category about a drawn scene: what a language model would write."""
+"""Turns of each category about a drawn scene, from templates with exact answers: what a language model would write."""
 
 import random
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from fusion_hf.drawing.drawn_questions import plural
+from fusion_hf.drawing.drawn_images import COLORS, DIRECTIONS, MAX_COUNT, SHAPES, WORD_COLORS, WORDS
+from fusion_hf.drawing.drawn_questions import (
+    COLOR_FORMS,
+    COUNT_FORMS,
+    RELATION_FORM,
+    RELATION_PHRASES,
+    WORD_FORMS,
+    plural,
+)
 from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.choices import Choice
-from fusion_hf.synthesis.procedural.scene_pairs import CHANGES, ScenePair
-from fusion_hf.synthesis.procedural.scene_questions import (
-    SceneQuestion,
-    choose,
-    colors,
-    counts,
-    distractors,
-    everything,
-    kinds,
-    places,
-    presences,
-    relations,
-    sentence_case,
-    text_colors,
-    texts,
-)
 from fusion_hf.synthesis.procedural.scenes import (
+    CHANGES,
+    EVERYTHING,
+    LARGEST_NUMBER,
+    PLACES,
     Scene,
+    ScenePair,
     counted_scene,
     listing,
     pair_scene,
@@ -33,7 +31,7 @@ from fusion_hf.synthesis.procedural.scenes import (
     shapes_scene,
     sign_scene,
     spoken,
-    text_scene,
+    writing_scene,
 )
 from fusion_hf.synthesis.synth_record import RecordTurn
 
@@ -63,6 +61,237 @@ ARRANGEMENTS = (
 )
 ARRANGEMENT_FORMS = ("How is the picture arranged?", "Explain where everything is in the picture.")
 
+TRUE_SHARE = 1 / 2  # of questions of yes or no have the answer yes
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "kind": SHAPES,
+    "count": tuple(str(count) for count in range(MAX_COUNT + 1)),  # those that can be right, and no others
+    "place": tuple(PLACES.values()),
+    "relation": tuple(RELATION_PHRASES.values()),
+    "word": WORDS,
+    "text color": WORD_COLORS,
+    "number": tuple(str(number) for number in range(1, LARGEST_NUMBER + 1)),
+}
+
+
+@dataclass(frozen=True)
+class SceneQuestion:
+    """
+    A question with its answer.
+
+    Attributes:
+        short, sentence: the answer in a word or a phrase, and as a sentence.
+        about: key of `VALUES`, or "" for a question of yes or no.
+        asks: the fact that it asks for; `tells`: the facts that it gives away.
+    """
+
+    text: str
+    short: str
+    sentence: str
+    about: str
+    asks: str
+    tells: frozenset[str] = field(default_factory=frozenset)
+
+
+def compatible(first: SceneQuestion, second: SceneQuestion) -> bool:
+    """Check that neither asks for what the other one asks for or gives away."""
+    return first.asks != second.asks and first.asks not in second.tells and second.asks not in first.tells
+
+
+def choose(
+    candidates: Sequence[SceneQuestion], count: int, rng: random.Random, preferred: Sequence[SceneQuestion] = ()
+) -> list[SceneQuestion]:
+    """
+    Choose up to `count` of them in random order, none of which gives away another one's answer.
+
+    Args:
+        preferred: questions that are taken before the candidates. Their answers are spread evenly, which would end if
+            scenes with many candidates left them out.
+    """
+    chosen: list[SceneQuestion] = []
+    for asked in (*rng.sample(preferred, len(preferred)), *rng.sample(candidates, len(candidates))):
+        if len(chosen) == count:
+            break
+        if all(compatible(asked, other) for other in chosen):
+            chosen.append(asked)
+    return rng.sample(chosen, len(chosen))
+
+
+def sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask for colours of shapes that are named by kind or by place, and of what is written."""
+    found = []
+    for number, shape in enumerate(scene.shapes):
+        key, place = f"color/{number}", place_of(shape)
+        if scene.kinds[shape.kind] == 1:
+            text = rng.choice(COLOR_FORMS).format(kind=shape.kind)
+            answer = f"The {shape.kind} is {shape.color}."
+            found.append(_color(text, shape.color, answer, key, {f"kind/{number}"}))
+        if scene.places[place] == 1:
+            answer = f"The shape {place} is {shape.color}."
+            found.append(_color(f"what color is the shape {place}?", shape.color, answer, key, {f"place/{number}"}))
+    return [*found, *text_colors(scene, rng)]
+
+
+def text_colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask for the colour of what is written."""
+    if scene.spec.word is None:
+        return []
+    color = scene.spec.word.color
+    text = rng.choice(COLOR_FORMS).format(kind=scene.text_kind)
+    asked = _color(text, color, f"The {scene.text_kind} is {color}.", "word color", {"written"})
+    return [replace(asked, about="text color")]
+
+
+def _color(text: str, color: str, sentence: str, asks: str, tells: set[str]) -> SceneQuestion:
+    return SceneQuestion(sentence_case(text), sentence_case(color), sentence, "color", asks, frozenset(tells))
+
+
+def kinds(scene: Scene) -> list[SceneQuestion]:
+    """Ask for kinds of shapes that are named by colour or by place."""
+    found = []
+    for number, shape in enumerate(scene.shapes):
+        key, place = f"kind/{number}", place_of(shape)
+        named = []
+        if scene.colors[shape.color] == 1:
+            named.append((f"Which shape is {shape.color}?", f"color/{number}", f"The {shape.kind} is {shape.color}."))
+        if scene.places[place] == 1:
+            named.append((f"What shape is {place}?", f"place/{number}", f"A {shape.kind} is {place}."))
+        found += [
+            SceneQuestion(text, f"A {shape.kind}", sentence, "kind", key, frozenset({told}))
+            for text, told, sentence in named
+        ]
+    return found
+
+
+def places(scene: Scene) -> list[SceneQuestion]:
+    """Ask for places of shapes whose name and place are their own."""
+    return [
+        SceneQuestion(
+            f"Where in the picture is the {shape.name}?",
+            sentence_case(place_of(shape)),
+            f"The {shape.name} is {place_of(shape)}.",
+            "place",
+            f"place/{number}",
+            frozenset({f"color/{number}", f"kind/{number}"}),
+        )
+        for number, shape in enumerate(scene.shapes)
+        if scene.names[shape.name] == 1 and scene.places[place_of(shape)] == 1
+    ]
+
+
+def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask for numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
+    found = []
+    for group in scene.counted:
+        members = scene.members(group)
+        attribute = "color" if group.split()[0] in COLORS else "kind"
+        count = len(members)
+        text = sentence_case(rng.choice(COUNT_FORMS).format(plural=group))
+        sentence = _there_are(count, group.removesuffix("s"))
+        tells = frozenset(f"{attribute}/{number}" for number in members if group != EVERYTHING)
+        found.append(SceneQuestion(text, str(count), sentence, "count", f"count/{group}", tells))
+    return found
+
+
+def relations(scene: Scene) -> list[SceneQuestion]:
+    """Ask where each of two shapes is from the other one, and which one is there."""
+    relation = scene.relation()
+    if relation is None:
+        return []
+    first, second = scene.shapes
+    opposite = DIRECTIONS[DIRECTIONS.index(relation) ^ 1]  # pairs stand together
+    found = []
+    for seen, reference, where in ((first, second, relation), (second, first, opposite)):
+        phrase = RELATION_PHRASES[where]
+        text = sentence_case(RELATION_FORM.format(seen=seen.name, reference=reference.name))
+        sentence = f"The {seen.name} is {phrase} the {reference.name}."
+        answer = sentence_case(f"{phrase} it")
+        tells = frozenset(f"{what}/{number}" for what in ("color", "kind") for number in range(2))
+        found.append(SceneQuestion(text, answer, sentence, "relation", "relation", tells))
+        number = scene.shapes.index(seen)
+        text = f"Which shape is {phrase} the {reference.name}?"
+        tells = frozenset({"relation", f"color/{1 - number}", f"kind/{1 - number}"})
+        found.append(SceneQuestion(text, f"The {seen.kind}", sentence, "kind", f"kind/{number}", tells))
+    return found
+
+
+def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask what is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
+    word = scene.spec.word
+    if word is None:
+        return []
+    kind, read = scene.text_kind, f'"{word.text}"'
+    form = rng.choice(WORD_FORMS)
+    if rng.random() < TRUE_SHARE:
+        said, short, sentence = word.text, "Yes", f"Yes, the picture says {read}."
+    else:
+        said = rng.choice([text for text in VALUES[kind] if text != word.text])
+        short, sentence = f"No, it says {read}.", f"No, the picture says {read}."
+    tells = frozenset({"written"})
+    return [
+        SceneQuestion(
+            sentence_case(form.replace("word", kind)),
+            read,
+            f"It says {read}.",
+            kind,
+            "word",
+            tells if "word" in form else frozenset(),
+        ),
+        SceneQuestion(
+            "Is a number or a word written in the picture?",
+            sentence_case(f"a {kind}"),
+            f"A {kind} is written in the picture.",
+            "",
+            "written",
+        ),
+        SceneQuestion(f'Does the picture say "{said}"?', short, sentence, "", "word", tells),
+    ]
+
+
+def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """
+    Ask whether a shape is there: one that is, or one that has its kind or its colour from one that is.
+
+    Both answers are as likely, and what the question gives away does not depend on the answer: else one of the two
+    would be chosen more often.
+    """
+    if not scene.shapes:
+        return []
+    number = rng.randrange(len(scene.shapes))
+    shape = scene.shapes[number]
+    tells = frozenset({f"color/{number}", f"kind/{number}"})
+    if rng.random() < TRUE_SHARE:
+        name, short, sentence = shape.name, "Yes", f"Yes, there is a {shape.name}."
+    else:
+        alike = [f"{shape.color} {kind}" for kind in SHAPES] + [f"{color} {shape.kind}" for color in COLORS]
+        name = rng.choice([other for other in alike if other not in scene.names])
+        short, sentence = "No", f"No, there is no {name}."
+    return [SceneQuestion(f"Is there a {name}?", short, sentence, "", "presence", tells)]
+
+
+def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Random) -> list[str]:
+    """Choose wrong answers of the right one's kind; those that are somewhere in the image come first."""
+    values = [value for value in VALUES[asked.about] if value.lower() not in asked.short.lower()]
+    in_image = {*scene.colors, *scene.kinds, *scene.places}
+    near = [value for value in values if value in in_image]
+    far = [value for value in values if value not in in_image]
+    chosen = rng.sample(near, min(len(near), 2))
+    chosen += rng.sample(far, min(len(far), count - len(chosen)))
+    return chosen[:count]
+
+
+def everything(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
+    """Ask questions of all kinds but for numbers, which `choose` takes as `preferred`."""
+    lists: Iterable[list[SceneQuestion]] = (
+        colors(scene, rng), kinds(scene), places(scene), relations(scene), texts(scene, rng), presences(scene, rng),
+    )  # fmt: skip
+    return [asked for found in lists for asked in found]
+
 
 def any_scene(rng: random.Random) -> Scene:
     """Draw shapes to be counted, a pair, or a sign."""
@@ -70,24 +299,12 @@ def any_scene(rng: random.Random) -> Scene:
     return maker(rng)
 
 
-def _several(rng: random.Random) -> Scene:
-    return shapes_scene(rng, least=3)
-
-
-def _colorful(rng: random.Random) -> Scene:
-    return shapes_scene(rng, least=2, colors=2)
-
-
-def _written(rng: random.Random) -> Scene:
-    return sign_scene(rng) if rng.random() < 1 / 2 else text_scene(rng)
-
-
 SCENES: dict[str, Callable[[random.Random], Scene]] = {
-    "SynthColor": _colorful,
+    "SynthColor": partial(shapes_scene, least=2, colors=2),
     "SynthCount": counted_scene,
     "SynthSpatial": pair_scene,
-    "SynthText": _written,
-    "SynthConvLong": _several,
+    "SynthText": writing_scene,
+    "SynthConvLong": partial(shapes_scene, least=3),
     "SynthReasoning": reasoning_scene,
     "SynthTextQA": sign_scene,
 }  # any scene for others
@@ -112,7 +329,7 @@ def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[R
     candidates = FOCUS.get(category.name, everything)(scene, rng)
     if category.name == "SynthMultiChoice":
         candidates = [asked for asked in candidates if asked.about]
-    amount = rng.randint(category.turns.least, category.turns.most)
+    amount = rng.randint(*category.turns)
     chosen = choose(candidates, amount, rng, preferred=counts(scene, rng))
     if category.name == "SynthMultiChoice":
         return tuple(_choice(asked, scene, rng) for asked in chosen)
@@ -175,19 +392,16 @@ def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) ->
     """Write turns about two images side by side."""
     difference = _difference(pair)
     if category.name == "SynthContrastLong":
-        left, right = (_lower(replace(scene, wording=0).description()) for scene in (pair.first, pair.second))
+        texts = (replace(scene, wording=0).description() for scene in (pair.first, pair.second))
+        left, right = (text[:1].lower() + text[1:] for text in texts)
         answer = f"{difference} In the left picture, {left} In the right picture, {right}"
         return (RecordTurn(rng.choice(COMPARISON_FORMS), answer),)
     # As many pairs with equal numbers as with others are asked for them: else the question would tell the answer.
     counted = pair.difference.what == "count" or rng.random() < 1 / (len(CHANGES) - 1)
-    turns = [*_count_sides(pair), _same_count(pair)] if counted else _sides(pair)
-    amount = rng.randint(category.turns.least, category.turns.most)
+    turns = _count_turns(pair) if counted else _sides(pair)
+    amount = rng.randint(*category.turns)
     rest = rng.sample(turns, min(len(turns), amount - 1))
     return (RecordTurn("What differs between the two pictures?", difference), *rest)
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _difference(pair: ScenePair) -> str:
@@ -214,7 +428,7 @@ _SIDE_FORMS = {
 
 
 def _sides(pair: ScenePair) -> list[RecordTurn]:
-    """How the thing that differs is in either image; numbers have `_count_sides`."""
+    """How the thing that differs is in either image; numbers have `_count_turns`."""
     found = pair.difference
     form = _SIDE_FORMS[found.what]
     return [
@@ -223,14 +437,11 @@ def _sides(pair: ScenePair) -> list[RecordTurn]:
     ]
 
 
-def _count_sides(pair: ScenePair) -> list[RecordTurn]:
-    """How many shapes either image has."""
+def _count_turns(pair: ScenePair) -> list[RecordTurn]:
+    """How many shapes either image has, and whether these are as many."""
+    counts = [len(scene.shapes) for scene in (pair.first, pair.second)]
+    asked = "How many shapes are there in the {} picture?"
     return [
-        RecordTurn(f"How many shapes are there in the {side} picture?", str(len(scene.shapes)))
-        for side, scene in (("left", pair.first), ("right", pair.second))
+        *(RecordTurn(asked.format(side), str(count)) for side, count in zip(("left", "right"), counts, strict=True)),
+        RecordTurn("Do both pictures have the same number of shapes?", "Yes" if counts[0] == counts[1] else "No"),
     ]
-
-
-def _same_count(pair: ScenePair) -> RecordTurn:
-    same = len(pair.first.shapes) == len(pair.second.shapes)
-    return RecordTurn("Do both pictures have the same number of shapes?", "Yes" if same else "No")
