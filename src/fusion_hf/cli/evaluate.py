@@ -123,10 +123,7 @@ def _make_table(arguments: argparse.Namespace) -> int:
 
 
 def _task_names(given: str | None) -> list[str]:
-    """
-    Raises:
-        InputError: for a name that is no benchmark's, or if there is none.
-    """
+    """The benchmarks asked for; an InputError for a name that is no benchmark's, or if there is none."""
     from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 
     known = (*BENCHMARKS, *VARIANTS)
@@ -142,10 +139,7 @@ def _task_names(given: str | None) -> list[str]:
 
 
 def _check_place(arguments: argparse.Namespace) -> None:
-    """
-    Raises:
-        InputError: for an option of the other place where answers can be made, this process or a server.
-    """
+    """Refuse an option of the other place where answers can be made, this process or a server."""
     if arguments.url is None:
         for option, value in (("--api-key-env", arguments.api_key_env), ("--parallel", arguments.parallel)):
             if value is not None:
@@ -166,10 +160,7 @@ def _check_place(arguments: argparse.Namespace) -> None:
 
 
 def _check_limit(names: list[str]) -> None:
-    """
-    Raises:
-        InputError: if a task is answered for a server, which takes nothing but all answers.
-    """
+    """Refuse a limit if a task is answered for a server, which takes nothing but all answers."""
     from fusion_hf.evaluation.benchmarks import find_benchmark
 
     for name in names:
@@ -178,10 +169,7 @@ def _check_limit(names: list[str]) -> None:
 
 
 def _require_lmms_eval(debug: bool) -> None:
-    """
-    Raises:
-        InputError: if it is not installed, or something that it needs.
-    """
+    """Import lmms-eval; an InputError if it is not installed, or something that it needs."""
     from fusion_hf.cli.model_loading import silence_libraries
 
     if not debug:

@@ -131,10 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_vllm(arguments: argparse.Namespace) -> None:
-    """
-    Raises:
-        InputError: for options that vLLM decides by itself, or without vLLM.
-    """
+    """Serve by vLLM; an InputError for options that vLLM decides by itself, or without vLLM."""
     decided = {"--device": (arguments.device, "auto"), "--max-seconds": (arguments.max_seconds, None)}
     for option, (value, allowed) in decided.items():
         if value != allowed:
