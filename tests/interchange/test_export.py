@@ -19,7 +19,6 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.drawing.drawn_images import draw_spec
 from fusion_hf.inference import ChatModel, nano_path, question_message
 from fusion_hf.model.configuration_fusion import TokenBudget
-from fusion_hf.onnx_export import export
 from fusion_hf.onnx_export.export import max_pool, write_graphs
 from fusion_hf.onnx_export.exported_folder import IMAGE_GRAPH, LANGUAGE, ExportSettings
 from fusion_hf.onnx_export.runtime import CPU, NO_TURN, ExportedFusion
@@ -126,7 +125,7 @@ def test_longest_sequence(backbone: str, text: dict, limit: int):
     """Of long RoPE, beside the model's own."""
     processor = ChatModel.load(device="cpu").processor
     assert processor.tokenizer.model_max_length > 512
-    assert export.max_length(ChatModel(tiny_model(tiny_config(backbone, text)), processor)) == limit
+    assert ChatModel(tiny_model(tiny_config(backbone, text)), processor).short_rope_length == limit
 
 
 @pytest.mark.slow

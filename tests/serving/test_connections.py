@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from tests.helpers.serving import MODEL, QUESTION, SECONDS, Server, ask, receive, red_circle, run_server, user
 
-from fusion_hf.serving.connections import HEAD_SECONDS, BoundedProtocol
+from fusion_hf.serving.server import HEAD_SECONDS, BoundedProtocol
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY_BYTES = 100_000
@@ -113,7 +113,7 @@ class Client:
 @pytest.fixture
 def connected(monkeypatch: pytest.MonkeyPatch):
     """Runs a coroutine function with a client."""
-    monkeypatch.setattr("fusion_hf.serving.connections.HEAD_SECONDS", SHORT)
+    monkeypatch.setattr("fusion_hf.serving.server.HEAD_SECONDS", SHORT)
 
     async def run(work) -> None:
         config = uvicorn.Config(_hello, http=BoundedProtocol, ws="none", lifespan="off", log_level="error")

@@ -238,7 +238,7 @@ def test_a_client_that_leaves_while_its_image_is_decoded():
         await middleware.images.start()
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [JSON_TYPE]}
         await asyncio.wait_for(middleware(scope, receive, send), 2)
-        assert middleware.slots.taken == 0 and middleware.app.bodies == []
+        assert middleware.intake.taken == 0 and middleware.app.bodies == []
         await middleware.images.close()
 
     asyncio.run(leave(make_middleware(limits=Limits(image_pixels=2**28, image_seconds=60))))
@@ -272,7 +272,7 @@ def test_slow_uploads_take_no_places_and_are_bounded_together():
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert middleware.uploads.held == 0
+        assert middleware.intake.held == 0
 
     asyncio.run(crowd())
 

@@ -127,7 +127,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path):
     (data / "rejected").mkdir(parents=True)
     (data / "rejected" / "00000.jsonl").touch()
     (data / "rejected" / "00001.jsonl").write_text("{}\n")
-    assert list(MakeReport(config, data, work).run()) == []
+    assert list(MakeReport(config).run()) == []
     report = finished_report(data)
     assert report["written"] == 2 and report["license"] == "cc0-1.0"
     assert report["categories"]["SynthColor"]["answers"] == {"what color is": {"red": 1}}

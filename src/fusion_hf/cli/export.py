@@ -8,9 +8,8 @@ from pathlib import Path
 from fusion_hf.cli.argument_types import positive, square
 from fusion_hf.cli.model_options import find_model
 from fusion_hf.cli.terminal import wrote
-from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
-from fusion_hf.onnx_export.exported_folder import PACKAGES
+from fusion_hf.onnx_export.exported_folder import check_packages
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; returns the exit status."""
-    require(PACKAGES, "Export to ONNX", "onnx")
+    check_packages()
     output: Path = arguments.output
     check_output(output)
     model = find_model(arguments)

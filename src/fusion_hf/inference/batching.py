@@ -188,13 +188,8 @@ class _Run:
         return [answer.strip() for answer in answers]
 
     def _open(self, image: str | bytes | Image.Image) -> Image.Image:
-        """
-        Raises:
-            InputError, ValueError or OSError: if it cannot be opened.
-        """
-        if not isinstance(image, str):
-            return self.chat_model.open_image(image)
-        if is_address(image):
+        """Open an image of a record; a broken one makes an `InputError`, `ValueError` or `OSError`."""
+        if not isinstance(image, str) or is_address(image):
             return self.chat_model.open_image(image)
         path = self.root / image
         if not path.is_file():
@@ -218,12 +213,7 @@ def count_tokens(chat_model: ChatModel, text: str, budget: TokenBudget) -> int:
 
 def longest_together(chat_model: ChatModel, max_new_tokens: int) -> int:
     """Tokens of the longest prompt whose answer does not depend on whether it is answered alone or in a batch."""
-    limit = chat_model.max_length
-    text_config = chat_model.model.config.text_config
-    if text_config.rope_parameters.get("rope_type") == "longrope":
-        # one row beyond this changes the positions of all rows in its batch
-        limit = min(limit, text_config.original_max_position_embeddings)
-    return limit - max_new_tokens
+    return chat_model.short_rope_length - max_new_tokens
 
 
 def _answered(prompt: _Prompt, answer: str) -> Result:

@@ -63,6 +63,14 @@ class ChatModel:
         """Tokens that the model can read and write together."""
         return min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
+    @property
+    def short_rope_length(self) -> int:
+        """The same, as far as Phi-3's long RoPE does not change the positions of all tokens, and of a whole batch."""
+        text_config = self.model.config.text_config
+        if text_config.rope_parameters.get("rope_type") == "longrope":
+            return min(self.max_length, text_config.original_max_position_embeddings)
+        return self.max_length
+
     def open_image(self, source: Any) -> Image.Image:
         """The image in a file, at an http(s) address, or of any other kind that the image processor takes, as
         upright RGB.

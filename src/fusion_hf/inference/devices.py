@@ -15,15 +15,15 @@ def choose_device(name: str = AUTO) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == AUTO:
         return torch.device(next(kind for kind, there in available.items() if there))
-    allowed = ", ".join([AUTO, *(kind for kind, there in available.items() if there)])
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; allowed here: {allowed}.") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not available.get(device.type, False) or (device.index or 0) >= count:
-        raise InputError(f"device is {name!r}; allowed here: {allowed}.")
-    return device
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+        if available.get(device.type, False) and (device.index or 0) < count:
+            return device
+    except RuntimeError:  # torch has no such device
+        pass
+    allowed = ", ".join([AUTO, *(kind for kind, there in available.items() if there)])
+    raise InputError(f"device is {name!r}; allowed here: {allowed}.")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -61,10 +61,7 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
 
 @contextmanager
 def _name_folder(folder: Path) -> Iterator[None]:
-    """
-    Raises:
-        InputError: For what the folder's files make the libraries raise.
-    """
+    """Make an `InputError` of what the folder's files make the libraries raise."""
     try:
         yield
     except InputError:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -104,23 +102,19 @@ def _lay_on_image(
     size: tuple[int, int],
 ) -> AttentionMaps:
     """What was recorded while an answer was made, with the words and the places on an image of `size`."""
-    rows = recorder.rows()
+    question, latents, answer = (rows.float().numpy() for rows in recorder.rows())
     config, tokenizer = chat_model.model.config, chat_model.processor.tokenizer
     overview, tiles = (View.of(config, count, size) for count in (1, TILES_PER_SIDE))
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     asked = inputs["instruct_input_ids"][0].tolist()
-    turns = tuple(Word(f"turn {turn + 1}", turn, turn + 1) for turn in range(rows.latents.shape[1]))
+    turns = tuple(Word(f"turn {turn + 1}", turn, turn + 1) for turn in range(latents.shape[1]))
     return AttentionMaps(
         answer=chat_model.decode(inputs, output),
         answer_ids=tuple(ids),
-        question=Maps(_array(rows.question), recorder.tower_groups, find_words(tokenizer, asked), overview),
-        latents=Maps(_array(rows.latents), recorder.sampler_layers, turns, tiles),
-        answer_tokens=Maps(_array(rows.answer), recorder.language_groups, find_words(tokenizer, ids), overview),
+        question=Maps(question, recorder.tower_groups, find_words(tokenizer, asked), overview),
+        latents=Maps(latents, recorder.sampler_layers, turns, tiles),
+        answer_tokens=Maps(answer, recorder.language_groups, find_words(tokenizer, ids), overview),
     )
-
-
-def _array(rows: torch.Tensor) -> np.ndarray:
-    return rows.float().numpy()
 
 
 def _with_image(messages: list[dict[str, Any]], image: Image.Image) -> list[dict[str, Any]]:

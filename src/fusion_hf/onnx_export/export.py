@@ -18,7 +18,6 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.model.configuration_fusion import NUM_TILES, TokenBudget
@@ -33,11 +32,11 @@ from fusion_hf.onnx_export.exported_folder import (
     LANGUAGE,
     LANGUAGE_INPUTS,
     LOGITS,
-    PACKAGES,
     PAST,
     PRESENT,
     ExportSettings,
     cache_names,
+    check_packages,
 )
 
 # Lengths of the example that is traced: zero and one would be taken for constants, equal ones for the same length.
@@ -129,14 +128,6 @@ def max_pool(feature_map: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, 
     return feature_map, torch.zeros_like(feature_map, dtype=torch.long)
 
 
-def check_packages() -> None:
-    """
-    Raises:
-        InputError: if what writes ONNX is not installed; names the extra that has it.
-    """
-    require(PACKAGES, "Export to ONNX", "onnx")
-
-
 def export_onnx(
     chat_model: ChatModel, output: Path, query_len: int | None = None, image_token_grid: int | None = None
 ) -> None:
@@ -161,7 +152,8 @@ def export_onnx(
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     settings = ExportSettings(
         **budget._asdict(),
-        max_length=max_length(chat_model),
+        # long RoPE changes all keys at its limit, and a graph cannot make its cache anew
+        max_length=chat_model.short_rope_length,
         eos_token_ids=ends,
         suppressed_ids=generation.suppress_tokens or [],
     )
@@ -170,14 +162,6 @@ def export_onnx(
         write_graphs(model, budget, folder)
         chat_model.processor.save_pretrained(folder)
         settings.write(folder)
-
-
-def max_length(chat_model: ChatModel) -> int:
-    """Of prompt and answer. Long RoPE changes all keys at its limit, and a graph cannot make its cache anew."""
-    text = chat_model.model.config.text_config
-    if text.rope_parameters.get("rope_type") == LONG_ROPE:
-        return min(chat_model.max_length, text.original_max_position_embeddings)
-    return chat_model.max_length
 
 
 def write_graphs(model: FusionForConditionalGeneration, budget: TokenBudget, folder: Path) -> None:

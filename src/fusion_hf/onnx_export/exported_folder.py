@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.extras import require
 
 IMAGE_GRAPH, LANGUAGE, SETTINGS = "picture.onnx", "language.onnx", "export.json"
 IMAGE_INPUTS = ("pixel_values", "instruct_input_ids", "instruct_attention_mask")
 IMAGE_OUTPUTS = ("image_features", "latents", "windows")
 LANGUAGE_INPUTS = ("input_ids", "attention_mask", *IMAGE_OUTPUTS, "prompt_end_positions")
-PACKAGES = ("onnx", "onnxscript")  # that write graphs
 LOGITS, PAST, PRESENT = "logits", "past", "present"
 
 
@@ -42,6 +42,14 @@ class ExportSettings:
             return cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{folder} is no exported folder: {error}") from error
+
+
+def check_packages() -> None:
+    """
+    Raises:
+        InputError: if what writes ONNX is not installed; names the extra that has it.
+    """
+    require(("onnx", "onnxscript"), "Export to ONNX", "onnx")
 
 
 def cache_names(prefix: str, layers: int) -> list[str]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.extras import require
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.onnx_export.exported_folder import (
     IMAGE_GRAPH,
@@ -50,8 +50,7 @@ class ExportedFusion:
             InputError: if it is no such folder, or onnxruntime is not installed.
         """
         settings = ExportSettings.read(Path(folder))
-        if find_spec("onnxruntime") is None:
-            raise InputError("The graphs run in onnxruntime, which is not installed: pip install fusion_hf[onnx].")
+        require(("onnxruntime",), "Running the graphs", "onnx")
         from onnxruntime import InferenceSession
 
         image, language = (

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fusion_hf.common.errors import short_name
@@ -14,6 +15,7 @@ CHAT_ADVICE = "Set your client to chat completions; openai-agents: `set_default_
 RETRY_SECONDS = 1  # what a client that is sent away is told to wait
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """
     What a client is told instead of an answer.
@@ -26,20 +28,14 @@ class ApiError(Exception):
         headers: of the reply.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def content(self) -> dict[str, Any]:
@@ -55,7 +51,7 @@ def wrong_value(param: str, value: object, allowed: str, code: str | None = None
     return ApiError(BAD_REQUEST, f"{param} is {reprlib.repr(value)}; allowed: {allowed}.", param, code)
 
 
-def overloaded(message: str, status: int) -> ApiError:
+def overloaded(message: str, status: int = OVERLOADED) -> ApiError:
     """The error of a request that may be sent again soon."""
     return ApiError(status, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
 

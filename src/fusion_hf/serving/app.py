@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.common.errors import short_name
 from fusion_hf.inference.chat_model import ChatModel
@@ -29,7 +29,6 @@ from fusion_hf.serving.api_errors import (
     CHAT,
     INTERNAL,
     NOT_FOUND,
-    OVERLOADED,
     TIMEOUT,
     TOO_LARGE,
     TOO_MANY,
@@ -75,7 +74,7 @@ def build_app(service: Service) -> Starlette:
     model = model_object(service.name, int(time.time()), info)
 
     async def health(request: Request) -> JSONResponse:
-        waiting = chat.slots.taken - engine.running
+        waiting = chat.intake.taken - engine.running
         return JSONResponse({"status": "ok", "running": engine.running, "waiting": max(waiting, 0)})
 
     async def list_models(request: Request) -> JSONResponse:
@@ -102,7 +101,7 @@ def build_app(service: Service) -> Starlette:
             Route(CHAT, chat, methods=["POST"]),
         ],
         middleware=[Middleware(KeyCheck, api_key=service.api_key)],
-        exception_handlers={ApiError: _reply_to_error, HTTPException: _reply_to_http, Exception: _reply_to_failure},
+        exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), _reply_to_error),
         lifespan=lifespan,
     )
     app.state.engine = engine
@@ -115,21 +114,14 @@ def error_reply(error: ApiError) -> JSONResponse:
 
 
 def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
+    method, path = request.method, request.url.path
+    if isinstance(error, HTTPException) and error.status_code == NOT_FOUND:
+        error = no_such_path(method, path, f"POST {CHAT}, GET {MODELS}, GET {HEALTH}")
+    elif isinstance(error, HTTPException):
+        error = ApiError(error.status_code, f"{method} {short_name(path)}: {error.detail}", headers=error.headers)
+    elif not isinstance(error, ApiError):
+        error = ApiError(INTERNAL, "The request failed; the server's log says why.")
     return error_reply(error)
-
-
-def _reply_to_http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    if error.status_code == NOT_FOUND:
-        allowed = f"POST {CHAT}, GET {MODELS}, GET {HEALTH}"
-        return error_reply(no_such_path(request.method, request.url.path, allowed))
-    message = f"{request.method} {short_name(request.url.path)}: {error.detail}"
-    return error_reply(ApiError(error.status_code, message, headers=error.headers))
-
-
-def _reply_to_failure(request: Request, error: Exception) -> JSONResponse:
-    return error_reply(ApiError(INTERNAL, "The request failed; the server's log says why."))
 
 
 class KeyCheck:
@@ -156,31 +148,33 @@ class KeyCheck:
         return self.expected is None or hmac.compare_digest(given, self.expected)
 
 
-class RequestSlots:
-    """How many whole requests are here at once: those that are answered, and those that wait."""
+class Intake:
+    """
+    Bounds on what clients send: whole requests that are here at once, those that are answered and those that wait, and
+    bytes of bodies that are still arriving. Bytes are counted as they come, not connections: who sends slowly keeps
+    nobody out.
+    """
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self.taken = 0
+        self.taken = 0  # requests
+        self.most_held = max(limits.upload_bytes, limits.body_bytes)
+        self.held = 0  # bytes
 
     @contextmanager
-    def take(self) -> Iterator[None]:
+    def take_slot(self) -> Iterator[None]:
         """
         Raises:
-            ApiError: see `check`.
+            ApiError: if as many requests are here as may be.
         """
-        self.check()
+        self._check_slots()
         self.taken += 1
         try:
             yield
         finally:
             self.taken -= 1
 
-    def check(self) -> None:
-        """
-        Raises:
-            ApiError: if as many requests are here as may be.
-        """
+    def _check_slots(self) -> None:
         limits = self.limits
         if self.taken >= limits.parallel + limits.queue_length:
             raise overloaded(
@@ -189,45 +183,45 @@ class RequestSlots:
                 TOO_MANY,
             )
 
-
-class Uploads:
-    """
-    How many bytes of bodies that are still arriving are held. Bytes are counted as they come, not connections: who
-    sends slowly keeps nobody out.
-    """
-
-    def __init__(self, limits: Limits):
-        self.most = max(limits.upload_bytes, limits.body_bytes)
-        self.held = 0
-
-    def take(self, count: int) -> None:
-        """Count further bytes.
+    async def read(self, request: Request) -> dict[str, Any]:
+        """
+        Read the JSON of a request.
 
         Raises:
-            ApiError: if they are more than may be held.
+            ApiError: if it is not called JSON (else any web page could make its visitor's browser ask) or is none, if
+                as many requests are here as may be, or if the body has more than `body_bytes`, by its header or in
+                truth, does not come, or comes with too many others.
         """
-        if self.held + count > self.most:
-            raise overloaded(
-                f"Requests that are still arriving hold {self.held} bytes; allowed: {self.most}; try again soon.",
-                OVERLOADED,
-            )
-        self.held += count
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
+        self._check_slots()  # who would find none need not send anything
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.limits.body_bytes:
+            raise self._too_large()
+        content = bytearray()
+        try:
+            await asyncio.wait_for(self._receive(request, content), BODY_SECONDS)
+            return load_json(bytes(content))
+        except asyncio.TimeoutError as late:
+            raise ApiError(TIMEOUT, f"The body did not arrive within {BODY_SECONDS:g} s.") from late
+        finally:
+            self.held -= len(content)
 
-    def release(self, count: int) -> None:
-        """Forget bytes that were taken."""
-        self.held -= count
+    async def _receive(self, request: Request, content: bytearray) -> None:
+        async for chunk in request.stream():
+            if len(content) + len(chunk) > self.limits.body_bytes:
+                raise self._too_large()
+            if self.held + len(chunk) > self.most_held:
+                raise overloaded(
+                    f"Requests that are still arriving hold {self.held} bytes; allowed: {self.most_held}; "
+                    "try again soon."
+                )
+            self.held += len(chunk)
+            content.extend(chunk)
 
-
-def check_content_type(request: Request) -> None:
-    """
-    Without this any web page could make its visitor's browser ask.
-
-    Raises:
-        ApiError: unless it is JSON.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != JSON:
-        raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
+    def _too_large(self) -> ApiError:
+        return ApiError(TOO_LARGE, f"The body is too large; allowed: {self.limits.body_bytes} bytes.")
 
 
 class ChatEndpoint:
@@ -237,24 +231,20 @@ class ChatEndpoint:
         self.service = service
         self.engine = engine
         self.fingerprint = fingerprint
-        self.slots = RequestSlots(service.limits)
-        self.uploads = Uploads(service.limits)
+        self.intake = Intake(service.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        check_content_type(request)
-        self.slots.check()  # who would find none need not send anything
         deadline = time.monotonic() + self.service.limits.seconds
         with suppress(ClientDisconnect, asyncio.TimeoutError):  # a client that is gone, or does not read
             asked = await self._read(request)
-            with self.slots.take():
+            with self.intake.take_slot():
                 await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
 
     async def _read(self, request: Request) -> ChatRequest:
         """The request with its image's bytes or address; the body, which may be large, is forgotten."""
         limits = self.service.limits
-        body = await read_body(request, limits.body_bytes, self.uploads)
-        asked = parse_chat_request(load_json(body), self.service.name, limits)
+        asked = parse_chat_request(await self.intake.read(request), self.service.name, limits)
         if isinstance(asked.image, str) and is_data_uri(asked.image):
             return replace(asked, image=decode_data_uri(asked.image, limits))
         return asked
@@ -297,41 +287,19 @@ class ChatEndpoint:
 
 
 async def _send_piece(send: Send, body: bytes, is_last: bool = False) -> None:
-    """
-    Raises:
-        asyncio.TimeoutError: if the client does not take it.
-    """
+    """Send a piece of a body; a client that does not take it makes an `asyncio.TimeoutError`."""
     message = {"type": "http.response.body", "body": body, "more_body": not is_last}
     await asyncio.wait_for(send(message), SEND_SECONDS)
 
 
-async def read_body(request: Request, most: int, uploads: Uploads) -> bytes:
-    """
-    Raises:
-        ApiError: if it has more than `most` bytes, by its header or in truth, does not come, or comes with too many
-            others.
-    """
-    error = ApiError(TOO_LARGE, f"The body is too large; allowed: {most} bytes.")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > most:
-        raise error
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Give a body that was read once more, then what the client does."""
+    remaining: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    content = bytearray()
+    async def receive_again() -> Message:
+        return remaining.pop() if remaining else await receive()
 
-    async def read() -> None:
-        async for chunk in request.stream():
-            if len(content) + len(chunk) > most:
-                raise error
-            uploads.take(len(chunk))
-            content.extend(chunk)
-
-    try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
-        return bytes(content)
-    except asyncio.TimeoutError as late:
-        raise ApiError(TIMEOUT, f"The body did not arrive within {BODY_SECONDS:g} s.") from late
-    finally:
-        uploads.release(len(content))
+    return receive_again
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:

@@ -1,6 +1,7 @@
 """The JSON of a chat request, checked: what is unknown or cannot be done is refused, never passed over in silence."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -89,7 +90,7 @@ def parse_chat_request(content: dict[str, Any], model: str, limits: Limits) -> C
         stream=stream,
         include_usage=_include_usage(given.get("stream_options"), stream),
         query_len=_query_len(given),
-        image_token_grid=_whole(given, "image_token_grid", 1, None),
+        image_token_grid=_whole(given, "image_token_grid"),
     )
 
 
@@ -108,17 +109,13 @@ def _flag(given: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _whole(given: dict[str, Any], name: str, least: int, most: int | None) -> int | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        raise wrong_value(name, value, f"a whole number from {least}" + ("" if most is None else f" to {most}"))
-    return value
+def _whole(given: dict[str, Any], name: str, least: int = 1, most: float = math.inf) -> int | None:
+    allowed = f"a whole number from {least}" + ("" if most == math.inf else f" to {most}")
+    return _number(given, name, allowed, least, most, kinds=(int,))
 
 
 def _query_len(given: dict[str, Any]) -> int | None:
-    length = _whole(given, "query_len", 1, None)
+    length = _whole(given, "query_len")
     if length is not None and not is_perfect_square(length):
         raise wrong_value("query_len", length, "a perfect square (1, 4, 9, 16, ...)")
     return length
@@ -138,31 +135,31 @@ def parse_max_tokens(given: dict[str, Any], most: int) -> int:
     Raises:
         ApiError: For anything but a whole number from 1, and for two different ones.
     """
-    lengths = [_whole(given, name, 1, None) for name in ("max_completion_tokens", "max_tokens")]
+    lengths = [_whole(given, name) for name in ("max_completion_tokens", "max_tokens")]
     known = [length for length in lengths if length is not None]
     if len(set(known)) > 1:
         raise wrong_value("max_tokens", known[1], f"{known[0]}, as max_completion_tokens, or only one of the two")
     return min(known[0], most) if known else most
 
 
-def _number(given: dict[str, Any], name: str, allowed: str, least: float, most: float) -> float | None:
+def _number(
+    given: dict[str, Any], name: str, allowed: str, least: float, most: float, kinds: tuple[type, ...] = (int, float)
+) -> Any:
     value = given.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+    if value is not None and (type(value) not in kinds or not least <= value <= most):
         raise wrong_value(name, value, allowed)
-    return float(value)
+    return value
 
 
 def _sampling(given: dict[str, Any]) -> Sampling:
     temperature = _number(given, "temperature", f"a number from 0 to {MAX_TEMPERATURE:g}", 0.0, MAX_TEMPERATURE)
     top_p = _number(given, "top_p", "a number above 0, up to 1", 0.0, 1.0)
-    if top_p == 0.0:
+    if top_p == 0:
         raise wrong_value("top_p", top_p, "a number above 0, up to 1")
     if temperature is None and top_p not in (None, 1.0):
         raise wrong_value("top_p", top_p, "1, or give a temperature: it is 0 where there is none")
     seed = _whole(given, "seed", -(2 ** (SEED_BITS - 1)), 2 ** (SEED_BITS - 1) - 1)
-    return Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed)
+    return Sampling(float(temperature or 0), 1.0 if top_p is None else float(top_p), seed)
 
 
 def _stops(given: Any) -> tuple[str, ...]:

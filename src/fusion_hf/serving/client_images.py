@@ -63,9 +63,4 @@ def decode_client_image(content: bytes, processor: FusionImageProcessor, max_pix
     except ImageError as error:
         if isinstance(error.__cause__, MemoryError):
             raise error.__cause__ from error
-        raise not_usable(error) from error
-
-
-def not_usable(error: ImageError) -> ApiError:
-    """The error of an image that cannot be opened or decoded."""
-    return ApiError(BAD_REQUEST, f"The image cannot be used: {error.reason}.", PARAM)
+        raise ApiError(BAD_REQUEST, f"The image cannot be used: {error.reason}.", PARAM) from error

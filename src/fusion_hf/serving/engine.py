@@ -19,7 +19,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
-from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
+from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, ApiError, overloaded
 from fusion_hf.serving.chat_requests import ChatRequest
 from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor, StopCondition
 from fusion_hf.serving.image_workers import ImageWorkers
@@ -199,7 +199,7 @@ class Engine:
             job.emit(ApiError(BAD_REQUEST, str(error)))
         except torch.OutOfMemoryError:
             logger.exception("a request needs too much memory")
-            job.emit(overloaded("The model has too little memory for this request now.", OVERLOADED))
+            job.emit(overloaded("The model has too little memory for this request now."))
         except Exception:  # the last resort: the client gets an answer, the log gets the reason
             logger.exception("a request failed")
             job.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
@@ -246,11 +246,7 @@ class Engine:
         return self.chat_model.token_budget(**self.budget._asdict() | chosen)
 
     def _check_length_roughly(self, messages: list[dict[str, Any]], budget: TokenBudget) -> None:
-        """Refuse at once what would take long to tokenise only to be refused.
-
-        Raises:
-            ApiError: if the prompt surely has too many tokens.
-        """
+        """Refuse at once what would take long to tokenise only to be refused: surely too long prompts."""
         questions = sum(message["role"] == "user" for message in messages)
         blocks = [block for message in messages for block in message["content"]]
         characters = sum(len(block["text"]) for block in blocks if block["type"] == "text")
@@ -266,10 +262,7 @@ class Engine:
 
 
 async def _first_event(job: _Job) -> Piece | Finished | ApiError:
-    """
-    Raises:
-        ApiError: if there is none until the deadline.
-    """
+    """The first event; an `ApiError` if there is none until the deadline."""
     try:
         return await asyncio.wait_for(job.events.get(), job.deadline - time.monotonic())
     except asyncio.TimeoutError as error:
@@ -278,7 +271,7 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 
 def too_late() -> ApiError:
     """The error of a request whose turn did not come in time."""
-    return overloaded("No answer began within the time that a request may take.", OVERLOADED)
+    return overloaded("No answer began within the time that a request may take.")
 
 
 def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:

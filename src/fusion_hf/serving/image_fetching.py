@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-import h11
+import httpcore
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.serving.api_errors import BAD_REQUEST, ApiError
@@ -22,12 +22,10 @@ from fusion_hf.serving.limits import Limits
 PORTS = {"http": 80, "https": 443}
 MAX_REDIRECTS = 3
 SECONDS = 15.0  # for an image, redirects included
-CHUNK = 2**16
-MAX_HEADER_BYTES = 2**14
 OK, REDIRECTS = 200, (301, 302, 303, 307, 308)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 IPV4_BITS = 32
-AGENT = b"fusion-hf"
+HEADERS = {"User-Agent": "fusion-hf", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -88,14 +86,6 @@ class _Target:
     may_be_private: bool
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """The content, or where else it is."""
-
-    content: bytes
-    location: str | None
-
-
 async def fetch_image(url: str, policy: HostPolicy, limits: Limits) -> bytes:
     """
     The content at an http(s) address.
@@ -107,18 +97,18 @@ async def fetch_image(url: str, policy: HostPolicy, limits: Limits) -> bytes:
         return await asyncio.wait_for(_follow(url, policy, limits), SECONDS)
     except asyncio.TimeoutError as error:
         raise _refused(url, f"it took longer than {SECONDS:g} s") from error
-    except (OSError, h11.ProtocolError) as error:
-        # what is wrong inside a network is not for clients
-        raise _refused(url, f"it cannot be fetched ({type(error).__name__})") from error
+    except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
+        # what is wrong inside a network is not for clients; httpcore raises its own errors in the context of others
+        raise _refused(url, f"it cannot be fetched ({type(error.__context__ or error).__name__})") from error
 
 
 async def _follow(url: str, policy: HostPolicy, limits: Limits) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         target = check_url(url, policy)
         reply = await _get(target, await _resolve(target), limits)
-        if reply.location is None:
-            return reply.content
-        url = urljoin(url, reply.location)
+        if isinstance(reply, bytes):
+            return reply
+        url = urljoin(url, reply)
     raise _refused(url, f"it is redirected more than {MAX_REDIRECTS} times")
 
 
@@ -180,55 +170,26 @@ def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | No
     return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
 
 
-async def _get(target: _Target, address: Address, limits: Limits) -> _Reply:
-    is_https = target.url.scheme == "https"
-    reader, writer = await asyncio.open_connection(
-        str(address),
-        target.port,
-        ssl=ssl.create_default_context() if is_https else None,
-        server_hostname=target.host if is_https else None,
-    )
-    try:
-        connection = h11.Connection(our_role=h11.CLIENT, max_incomplete_event_size=MAX_HEADER_BYTES)
-        writer.write(connection.send(_request(target)) or b"")
-        writer.write(connection.send(h11.EndOfMessage()) or b"")
-        await writer.drain()
-        return await _read(connection, reader, target, limits)
-    finally:
-        writer.close()
-
-
-def _request(target: _Target) -> h11.Request:
+async def _get(target: _Target, address: Address, limits: Limits) -> bytes | str:
+    """The content, or at which other address it is. The host's name serves the header, TLS and the certificate."""
     path = (target.url.path or "/") + (f"?{target.url.query}" if target.url.query else "")
-    headers = [
-        (b"Host", target.url.netloc.encode("ascii")),
-        (b"User-Agent", AGENT),
-        (b"Accept", b"image/*"),
-        (b"Accept-Encoding", b"identity"),
-        (b"Connection", b"close"),
-    ]
-    return h11.Request(method=b"GET", target=path.encode("ascii"), headers=headers)
-
-
-async def _read(connection: h11.Connection, reader: asyncio.StreamReader, target: _Target, limits: Limits) -> _Reply:
+    url = httpcore.URL(scheme=target.url.scheme, host=str(address), port=target.port, target=path)
+    headers = [("Host", target.url.netloc), *HEADERS.items()]
+    certificates = ssl.create_default_context() if target.url.scheme == "https" else None  # slow to load
     content = bytearray()
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            connection.receive_data(await reader.read(CHUNK))
-        elif isinstance(event, h11.Response):
-            headers = {name.decode("ascii"): value.decode("latin-1") for name, value in event.headers}
-            if event.status_code in REDIRECTS and "location" in headers:
-                return _Reply(b"", headers["location"])
-            if event.status_code != OK:
-                raise _refused(target.url.geturl(), f"its server answers {event.status_code}")
-            if headers.get("content-encoding", "identity") != "identity":
-                raise _refused(target.url.geturl(), "its server sends it compressed")
-        elif isinstance(event, h11.Data):
-            content += event.data
+    async with (
+        httpcore.AsyncConnectionPool(ssl_context=certificates) as pool,
+        pool.stream("GET", url, headers=headers, extensions={"sni_hostname": target.host}) as response,
+    ):
+        given = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
+        if response.status in REDIRECTS and "location" in given:
+            return given["location"]
+        if response.status != OK:
+            raise _refused(target.url.geturl(), f"its server answers {response.status}")
+        if given.get("content-encoding", "identity") != "identity":
+            raise _refused(target.url.geturl(), "its server sends it compressed")
+        async for chunk in response.aiter_stream():
+            content += chunk
             if len(content) > limits.image_bytes:
                 raise too_large(limits)
-        elif isinstance(event, h11.EndOfMessage):
-            return _Reply(bytes(content), None)
-        elif isinstance(event, h11.ConnectionClosed):
-            raise _refused(target.url.geturl(), "its server sends nothing")
+    return bytes(content)

@@ -57,9 +57,8 @@ def main(settings_json: str) -> None:
 
     from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
-    Image.MAX_IMAGE_PIXELS = (
-        settings.max_pixels
-    )  # instead of PIL's own, which may be lower; the processor refuses more
+    # instead of PIL's own, which may be lower; the processor refuses more
+    Image.MAX_IMAGE_PIXELS = settings.max_pixels
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     processor = FusionImageProcessor.from_dict(settings.processor)
     if sys.platform != "win32":
@@ -106,11 +105,15 @@ def _bounded_time(seconds: float) -> Iterator[None]:
 
 
 def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[bool, bytes]:
+    """The image as bytes `(5, 3, height, width)`, or what `vet` gives; False and a message if it cannot be used."""
     from fusion_hf.serving.api_errors import ApiError
+    from fusion_hf.serving.client_images import decode_client_image
 
     try:
-        make = cut_tiles if settings.tiles else vet
-        return True, make(content, processor, settings.max_pixels)
+        image = decode_client_image(content, processor, settings.max_pixels)
+        if settings.tiles:
+            return True, processor.cut(image, processor.size, processor.resample).tobytes()
+        return True, vet(content, image)
     except ApiError as error:
         return False, error.message.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]
     except MemoryError:
@@ -118,32 +121,15 @@ def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[b
         return False, message.encode()
 
 
-def cut_tiles(content: bytes, processor: Any, max_pixels: int) -> bytes:
-    """The image as bytes `(5, 3, height, width)`.
-
-    Raises:
-        ApiError: if it cannot be used.
+def vet(content: bytes, image: Any) -> bytes:
     """
-    from fusion_hf.serving.client_images import decode_client_image
-
-    image = decode_client_image(content, processor, max_pixels)
-    return processor.cut(image, processor.size, processor.resample).tobytes()
-
-
-def vet(content: bytes, processor: Any, max_pixels: int) -> bytes:
-    """
-    The image's MIME type and a line break; then a PNG file of the same pixels, if whoever decodes the image itself
-    could do nothing else meanwhile.
-
-    Raises:
-        ApiError: if it cannot be used.
+    The MIME type of a file whose image was decoded, and a line break; then a PNG file of the same pixels, if whoever
+    decodes the image itself could do nothing else meanwhile.
     """
     from PIL import Image
 
     from fusion_hf.model.image_opening_fusion import identify_image
-    from fusion_hf.serving.client_images import decode_client_image
 
-    image = decode_client_image(content, processor, max_pixels)
     opened = identify_image(content)
     kind, exif = str(opened.format), opened.info.get("exif", b"")
     if kind in UNLOCKED_FORMATS:

@@ -20,7 +20,7 @@ import numpy as np
 
 from fusion_hf.model.configuration_fusion import NUM_TILES
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
-from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, OVERLOADED, ApiError, overloaded
+from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, ApiError, overloaded
 from fusion_hf.serving.client_images import PARAM
 from fusion_hf.serving.image_worker import MAX_MESSAGE_BYTES, REPLY_HEAD, REQUEST_HEAD, WorkerSettings
 from fusion_hf.serving.limits import MEGABYTE, Limits
@@ -95,7 +95,7 @@ class ImageWorkers:
 
     async def _ask(self, content: bytes, most: int) -> bytes:
         if self._is_closed:
-            raise overloaded("The server is about to end.", OVERLOADED)
+            raise overloaded("The server is about to end.")
         await self._free.acquire()
         worker = self._idle.pop()
         asking = asyncio.create_task(worker.ask(content, most))
@@ -104,7 +104,7 @@ class ImageWorkers:
             done, _ = await asyncio.wait({asking}, timeout=self._limits.image_seconds + WAIT_SECONDS)
             if not done:
                 grace = 0.0
-                raise overloaded("The server had no time to decode the image.", OVERLOADED)
+                raise overloaded("The server had no time to decode the image.")
             return asking.result()
         finally:
             if asking.done() and worker.is_alive:
@@ -168,7 +168,7 @@ class _Worker:
                 await self.start()
         except OSError as error:
             logger.exception("no process for images can be started")
-            raise overloaded("The server has no room for a process that decodes the image.", OVERLOADED) from error
+            raise overloaded("The server has no room for a process that decodes the image.") from error
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
@@ -195,6 +195,6 @@ class _Worker:
             message = f"The image takes more than {seconds:g} s of processor time to decode; allowed: {seconds:g} s."
             return ApiError(BAD_REQUEST, message, PARAM)
         if status == -signal.SIGKILL:  # this server's doing, or that of a system without memory
-            return overloaded("The process that decodes the image was ended.", OVERLOADED)
+            return overloaded("The process that decodes the image was ended.")
         message = f"The image cannot be used: its decoder crashed ({signal.Signals(-status).name})."
         return ApiError(BAD_REQUEST, message, PARAM)

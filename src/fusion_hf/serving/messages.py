@@ -74,14 +74,10 @@ def parse_messages(given: Any, ends_with_answer: bool = False) -> Chat:
             turns[-1].last = index
         else:
             turns.append(_Turn(role, index, index, [blocks]))
-    _check_count(len(urls))
+    if len(urls) > MAX_IMAGES:
+        raise ApiError(BAD_REQUEST, f"messages have {len(urls)} images; allowed: {MAX_IMAGES}.", "messages")
     _check_order(turns, given, ASSISTANT if ends_with_answer else USER)
     return Chat([turn.join() for turn in turns], next(iter(urls), None))
-
-
-def _check_count(images: int) -> None:
-    if images > MAX_IMAGES:
-        raise ApiError(BAD_REQUEST, f"messages have {images} images; allowed: {MAX_IMAGES}.", "messages")
 
 
 def _check_order(turns: list[_Turn], given: list[dict[str, Any]], last_role: str) -> None:

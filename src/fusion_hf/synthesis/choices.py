@@ -57,9 +57,10 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
         return "there are options, but no question before them"
     text = turn.answer.strip()
     match = _ANSWER.match(text)
-    index = LETTERS.index(match[1].upper()) if match else _index_of(text, options)
-    if index is None:
+    repeated = [number for number, option in enumerate(options) if plain(option) == plain(text)]
+    if match is None and len(repeated) != 1:  # an answer without a letter repeats an option
         return f"the answer {text[:40]!r} is none of the options"
+    index = LETTERS.index(match[1].upper()) if match else repeated[0]
     if index >= len(options):
         return f"the answer is {LETTERS[index]}, but the last option is {LETTERS[len(options) - 1]}"
     said = match[2].strip() if match else text
@@ -84,9 +85,3 @@ def plain_turn(turn: RecordTurn) -> RecordTurn:
 def plain(text: str) -> str:
     """Write in lower case, without punctuation and repeated spaces."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
-
-
-def _index_of(text: str, options: tuple[str, ...]) -> int | None:
-    """An answer that repeats an option without its letter."""
-    found = [index for index, option in enumerate(options) if plain(option) == plain(text)]
-    return found[0] if len(found) == 1 else None

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor
-from typing import Any
 
 from fusion_hf.synthesis.category import Category, load_categories
 from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
@@ -99,15 +98,10 @@ def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 def _per_record(category: Category) -> tuple[float, float, int]:
     """Tokens in, tokens out, images."""
-    words = {name: _words(category, name) for name in DEFAULT_WORDS}
+    length = category.rules.get("length", {})  # the middle of what the rule allows
+    words = {name: sum(length[name]) / 2 if name in length else usual for name, usual in DEFAULT_WORDS.items()}
     turns = sum(category.turns) / 2
     described = words["description"] * TOKENS_PER_WORD * category.pictures
     prompts = (len(category.describe_prompt) + len(category.qa_prompt)) / CHARACTERS_PER_TOKEN
     written = turns * ((words["question"] + words["answer"]) * TOKENS_PER_WORD + JSON_TOKENS)
     return prompts + CAPTION_WORDS * TOKENS_PER_WORD + described, described + written, category.pictures
-
-
-def _words(category: Category, name: str) -> float:
-    """The middle of what the category's rule on length allows."""
-    settings: Mapping[str, Any] = category.rules.get("length", {})
-    return sum(settings[name]) / 2 if name in settings else DEFAULT_WORDS[name]

@@ -139,21 +139,16 @@ class _StageBuilder:
 
     def all(self) -> list[Stage]:
         if self.config.backend == PROCEDURAL:
-            draw = DrawRecords(self.config.shares, self.config.records, self.config.seed)
-            self._add("write", [draw, FilterRecords(self._progress("write")), *self._write()])
+            self._add("write", [DrawRecords(self.config), FilterRecords(self._progress("write")), *self._write()])
         else:
             self._add_models()
-        report = MakeReport(self.config, self.folders.data, self.folders.work)
-        self.made.append(Stage("report", [report], 1))
+        self.made.append(Stage("report", [MakeReport(self.config)], 1))
         return self.made
 
     def _add_models(self) -> None:
-        config, tasks = self.config, self.config.executor.tasks
-        assert config.pool is not None and config.writer is not None and config.images is not None, (
-            "checked by SynthesisConfig"
-        )
-        plan = PlanRecords(config.pool, self.folders.work, config.shares, config.records, tasks, config.seed)
-        self.made.append(Stage(POOL, [plan], 1))
+        config = self.config
+        assert config.writer is not None and config.images is not None, "checked by SynthesisConfig"
+        self.made.append(Stage(POOL, [PlanRecords(config)], 1))
         self._ask("describe", [self._read()], DescribeRollout, config.writer)
         self._ask("write_qa", [self._read()], WriteTurnsRollout, config.writer)
         # before any image is made: they are what costs most
@@ -193,5 +188,4 @@ class _StageBuilder:
         self._add(name, [*steps, RequestStep(name, rollout, folder, checkpoints, self.config.chunk)])
 
     def _write(self) -> list[PipelineStep]:
-        write = WriteRecords(self.folders.data, self.folders.work, self.folders.images, self.config.format)
-        return [BalanceOptions(self.config.seed), write]
+        return [BalanceOptions(self.config.seed), WriteRecords(self.folders, self.config.format)]

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from datatrove.data import Document
@@ -16,7 +15,7 @@ from fusion_hf.synthesis.filters.minhash import NearDuplicatesFilter
 from fusion_hf.synthesis.image_generation import MODEL, SEED, compose_pair, encode_png
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record_documents import document_line, plan_file, task_file, to_document
-from fusion_hf.synthesis.run_config import PROCEDURAL, CaptionPool
+from fusion_hf.synthesis.run_config import PROCEDURAL, RunFolders, SynthesisConfig
 from fusion_hf.synthesis.structured_answers import MAX_SEED
 from fusion_hf.synthesis.synth_record import SynthRecord
 
@@ -57,46 +56,43 @@ class PlanRecords(PipelineStep):
     """
     Reads the pool and gives its records to the tasks, a file for each. One task does this for all.
 
-    Args:
-        work: of the run; the plan comes into it when all files are there.
-        records: at most; a pool with fewer captions gives fewer.
-        tasks: of the other stages.
+    A pool with fewer captions than the run's records gives fewer. The plan is there when all files are.
     """
 
     name = "Plan records"
     type = "Reader"
 
-    def __init__(
-        self, pool: CaptionPool, work: Path, shares: Mapping[str, float], records: int, tasks: int, seed: int
-    ):
+    def __init__(self, config: SynthesisConfig):
         super().__init__()
-        self.pool, self.work, self.shares = pool, work, dict(shares)
-        self.records, self.tasks, self.seed = records, tasks, seed
+        self.config = config
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        folder = self.work / STAGE
-        counts = [0] * self.tasks
+        config, folders = self.config, RunFolders(self.config.output)
+        folder, tasks = folders.stage(STAGE), config.executor.tasks
+        counts = [0] * tasks
         with atomic_file(folder / UNUSABLE) as unusable:
-            categories, captions = spread_categories(self.shares), enumerate(self._captions(unusable))
-            for task in range(self.tasks):
+            categories, captions = spread_categories(config.shares), enumerate(self._captions(unusable))
+            for task in range(tasks):
                 with atomic_file(task_file(folder, task)) as stream:
-                    some = islice(captions, task_size(self.records, self.tasks, task))
+                    some = islice(captions, task_size(config.records, tasks, task))
                     for position, (number, caption) in enumerate(some):
-                        record = new_record(caption, next(categories), self.seed, number)
+                        record = new_record(caption, next(categories), config.seed, number)
                         document = to_document(record, position, task)
                         stream.write(document_line(document))
                         counts[task] += 1
                         self.stat_update("records")
                         yield document
-        write_atomically(plan_file(self.work), json_bytes({"records": counts}))
+        write_atomically(plan_file(folders.work), json_bytes({"records": counts}))
 
     def _captions(self, unusable: BinaryIO) -> Iterator[str]:
-        duplicates = NearDuplicatesFilter() if self.pool.near_duplicates else None
-        for number, caption in enumerate(read_captions(self.pool)):
+        pool = self.config.pool
+        assert pool is not None, "checked by SynthesisConfig"
+        duplicates = NearDuplicatesFilter() if pool.near_duplicates else None
+        for number, caption in enumerate(read_captions(pool)):
             problem = caption.problem
             if problem is None and duplicates is not None:
                 # the filter looks at the caption and names the one before by its id
-                problem = duplicates.check(SynthRecord(f"caption {number}", "", caption.text, self.seed))
+                problem = duplicates.check(SynthRecord(f"caption {number}", "", caption.text, self.config.seed))
             if problem is None:
                 yield caption.text
                 continue
@@ -105,31 +101,27 @@ class PlanRecords(PipelineStep):
 
 
 class DrawRecords(PipelineStep):
-    """
-    Draws the records of a task, each with its image in the document.
-
-    Args:
-        records: of all tasks.
-    """
+    """Draws the records of a task, each with its image in the document."""
 
     name = "Draw records"
     type = "Reader"
 
-    def __init__(self, shares: Mapping[str, float], records: int, seed: int):
+    def __init__(self, config: SynthesisConfig):
         super().__init__()
-        self.shares, self.records, self.seed = dict(shares), records, seed
+        self.config = config
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         from fusion_hf.synthesis.procedural import draw
 
-        first = sum(task_size(self.records, world_size, task) for task in range(rank))
-        count = task_size(self.records, world_size, rank)
+        config = self.config
+        first = sum(task_size(config.records, world_size, task) for task in range(rank))
+        count = task_size(config.records, world_size, rank)
         # of all tasks together: a task of a few records has not all categories
-        categories = islice(spread_categories(self.shares), first, first + count)
+        categories = islice(spread_categories(config.shares), first, first + count)
         for position, category in enumerate(categories):
             with self.track_time():
-                drawn = draw(category, self.seed, first + position)
+                drawn = draw(category, config.seed, first + position)
                 image = drawn.images[0] if len(drawn.images) == 1 else compose_pair(*drawn.images)
-                content = encode_png(image, {MODEL: PROCEDURAL, SEED: str(self.seed)})
+                content = encode_png(image, {MODEL: PROCEDURAL, SEED: str(config.seed)})
             record = replace(drawn.record, images=(f"{drawn.record.id}.png",))
             yield to_document(record, position, rank, [content])

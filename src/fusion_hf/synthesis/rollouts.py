@@ -13,7 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.inference.types import InferenceError
 
 from fusion_hf.common.endpoints import data_uri
-from fusion_hf.synthesis.category import MOST_SCORE, ModelCheck, load_categories
+from fusion_hf.synthesis.category import MOST_SCORE, Category, ModelCheck, load_categories
 from fusion_hf.synthesis.progress import Progress
 from fusion_hf.synthesis.record_documents import TASK, USAGE, put_record, record_of
 from fusion_hf.synthesis.run_config import EndpointSettings, ImageCheckSettings
@@ -69,7 +69,7 @@ class WriterRollout(RecordRollout):
     fills: str  # field of the record
 
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
-        prompt, model = self.request(record)
+        prompt, model = self.request(load_categories()[record.category], record)
         made = await ask_structured(generate, self.endpoint, prompt, model, record.seed)
         if made.reason is not None:
             return record.rejected(self.step, made.reason), made.usage
@@ -77,7 +77,7 @@ class WriterRollout(RecordRollout):
         made_fields = {self.fills: made.answer.content(), "origins": {**record.origins, self.step: origin}}
         return replace(record, **made_fields), made.usage
 
-    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
+    def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         """Make the prompt, and the model of its answer."""
         raise NotImplementedError
 
@@ -87,8 +87,7 @@ class DescribeRollout(WriterRollout):
 
     step, fills = "describe", "descriptions"
 
-    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
-        category = load_categories()[record.category]
+    def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         return category.describe(record.caption), DESCRIBE_SCHEMAS[category.pictures]
 
 
@@ -97,8 +96,7 @@ class WriteTurnsRollout(WriterRollout):
 
     step, fills = "write_qa", "turns"
 
-    def request(self, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
-        category = load_categories()[record.category]
+    def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
         model = answer_model(category.schema, *category.turns)
         return category.ask(record.descriptions, record.seed), model
 
@@ -130,18 +128,14 @@ def parse_verdict(answer: str) -> Verdict | None:
     return Verdict(int(next(group for group in found.groups() if group)), answer.strip())
 
 
-def description_text(record: SynthRecord) -> str:
-    """Write the descriptions as a judge reads them: of a pair, which is which."""
-    if len(record.descriptions) == 1:
-        return record.descriptions[0]
-    names = ("The left picture", "The right picture")
-    return "\n".join(f"{name}: {text}" for name, text in zip(names, record.descriptions, strict=True))
-
-
 def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
-    """Write the prompt of a rubric about a record."""
+    """Write the prompt of a rubric about a record; of a pair of descriptions it says which is which."""
+    descriptions = "\n".join(record.descriptions)
+    if len(record.descriptions) > 1:
+        sides = zip(("left", "right"), record.descriptions, strict=True)
+        descriptions = "\n".join(f"The {side} picture: {text}" for side, text in sides)
     turns = "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in record.turns)
-    return Template(rubric.prompt).substitute(description=description_text(record), conversation=turns)
+    return Template(rubric.prompt).substitute(description=descriptions, conversation=turns)
 
 
 def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:

@@ -219,27 +219,12 @@ class SynthesisConfig:
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
-@dataclass(frozen=True)
 class RunFolders:
     """Where a run keeps what. `data` is the result; `work` can be removed when it is there."""
 
-    output: Path
-
-    @property
-    def data(self) -> Path:
-        return self.output / "data"
-
-    @property
-    def work(self) -> Path:
-        return self.output / "work"
-
-    @property
-    def images(self) -> Path:
-        return self.work / "pictures"
-
-    @property
-    def progress(self) -> Path:
-        return self.work / "progress"
+    def __init__(self, output: Path):
+        self.data, self.work = output / "data", output / "work"
+        self.images, self.progress = self.work / "pictures", self.work / "progress"
 
     def stage(self, name: str) -> Path:
         """The records as a stage leaves them."""

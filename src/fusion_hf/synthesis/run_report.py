@@ -13,7 +13,7 @@ from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.data_card import write_card
 from fusion_hf.synthesis.filtering import filters_of
-from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
+from fusion_hf.synthesis.run_config import PROCEDURAL, RunFolders, SynthesisConfig
 from fusion_hf.synthesis.shards import REJECTED, SUMMARIES, stage_folder
 from fusion_hf.synthesis.summary import CategorySummary, Summary
 
@@ -99,21 +99,21 @@ class MakeReport(PipelineStep):
     name = "Make report"
     type = "Report"
 
-    def __init__(self, config: SynthesisConfig, data: Path, work: Path):
+    def __init__(self, config: SynthesisConfig):
         super().__init__()
-        self.config, self.data, self.work = config, data, work
+        self.config = config
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        summary = Summary()
-        for path in sorted((self.work / SUMMARIES).glob("*.json")):
+        folders, summary = RunFolders(self.config.output), Summary()
+        for path in sorted((folders.work / SUMMARIES).glob("*.json")):
             summary.merge(Summary.from_dict(json.loads(path.read_bytes())))
-        for path in (self.data / REJECTED).glob("*"):
+        for path in (folders.data / REJECTED).glob("*"):
             if path.stat().st_size == 0:  # tasks of earlier versions have left files without a record
                 path.unlink()
         report = make_report(self.config, summary)
-        write_atomically(self.data / REPORT, json_bytes(report, indent=1))
-        mixtures = write_mixtures(self.data)
-        write_card(self.data, report, summary, mixtures, self.config.format)
+        write_atomically(folders.data / REPORT, json_bytes(report, indent=1))
+        mixtures = write_mixtures(folders.data)
+        write_card(folders.data, report, summary, mixtures, self.config.format)
         yield from ()
 
 

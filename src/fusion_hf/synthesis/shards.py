@@ -14,6 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 from fusion_hf.common.outputs import atomic_file, json_bytes, remove_draft, write_atomically
 from fusion_hf.synthesis.category import load_categories
 from fusion_hf.synthesis.record_documents import USAGE, record_of, task_file
+from fusion_hf.synthesis.run_config import RunFolders
 from fusion_hf.synthesis.summary import Summary
 from fusion_hf.synthesis.synth_record import SynthRecord
 
@@ -112,23 +113,20 @@ class WriteRecords(PipelineStep):
     killed begins anew.
 
     Args:
-        data: folder of the finished data.
-        work: folder of the run.
-        images: folder of the images that are not in the documents.
         kind: `tar` or `parquet`.
     """
 
     name = "Write records"
     type = "Writer"
 
-    def __init__(self, data: Path, work: Path, images: Path, kind: str):
+    def __init__(self, folders: RunFolders, kind: str):
         super().__init__()
-        self.data, self.work, self.images, self.kind = data, work, images, kind
+        self.folders, self.kind = folders, kind
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         summary = Summary()
         shards: dict[str, RecordShard] = {}
-        rejects = task_file(self.data / REJECTED, rank)
+        rejects = task_file(self.folders.data / REJECTED, rank)
         remove_draft(rejects)
         with ExitStack() as files:
             rejected: BinaryIO | None = None  # a task that rejects nothing leaves no file
@@ -148,14 +146,14 @@ class WriteRecords(PipelineStep):
                 yield document
             for shard in shards.values():
                 shard.close()
-        write_atomically(self.work / SUMMARIES / f"{rank:05d}.json", json_bytes(summary.to_dict()))
+        write_atomically(self.folders.work / SUMMARIES / f"{rank:05d}.json", json_bytes(summary.to_dict()))
 
     def _open(self, files: ExitStack, stage: str, rank: int) -> RecordShard:
-        path = self.data / stage_folder(stage) / f"{rank:05d}.{self.kind}"
+        path = self.folders.data / stage_folder(stage) / f"{rank:05d}.{self.kind}"
         stream: BinaryIO = files.enter_context(atomic_file(path))
         return SHARDS[self.kind](stream)
 
     def _image(self, document: Document, record: SynthRecord) -> bytes:
         if document.media:
             return document.media[0].media_bytes
-        return (self.images / record.images[0]).read_bytes()
+        return (self.folders.images / record.images[0]).read_bytes()

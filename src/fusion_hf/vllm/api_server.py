@@ -14,8 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.model.configuration_fusion import FusionConfig
-from fusion_hf.serving.connections import BoundedProtocol
-from fusion_hf.serving.server import address_of, listen
+from fusion_hf.serving.server import BoundedProtocol, address_of, listen
 from fusion_hf.vllm.request_middleware import MiddlewareSettings, RequestMiddleware
 from fusion_hf.vllm.settings import ENGINE_ARGUMENTS
 

@@ -6,6 +6,7 @@ width.
 
 import re
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
                 architectures=[_backbone(config.text_config)],
             )
         # windows (q * w * w, D): vLLM's own cache is of images with their questions, and has nothing for the next one
-        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(CACHE_BYTES, _num_bytes)
+        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(CACHE_BYTES, attrgetter("nbytes"))
         # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
         self.contexts: list[torch.Tensor] = []
         self.grey: torch.Tensor | None = None
@@ -217,10 +218,6 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         logits = nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
         logits[:, self.suppressed] = -torch.inf
         return logits
-
-
-def _num_bytes(windows: torch.Tensor) -> int:
-    return windows.nbytes
 
 
 def _backbone(text_config: PreTrainedConfig) -> str:

@@ -76,13 +76,9 @@ class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        return {
-            "pixel_values": MultiModalFieldConfig.batched(IMAGE),
-            "image_digest": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
-            "instruct_input_ids": MultiModalFieldConfig.batched(IMAGE),
-            "query_len": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
-            "image_token_grid": MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True),
-        }
+        fields = {name: MultiModalFieldConfig.batched(IMAGE) for name in ("pixel_values", "instruct_input_ids")}
+        numbers = ("image_digest", "query_len", "image_token_grid")  # which the host reads
+        return fields | {name: MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True) for name in numbers}
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """One image token for the image, which `_get_prompt_updates` expands again."""

@@ -1,14 +1,16 @@
 """Where the turns of a prompt are, found by ids alone: vLLM gives a model nothing else of a prompt without image."""
 
+import copy
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from fusion_hf.model.chat_fusion import BETWEEN_BLOCKS
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget, is_perfect_square
-from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
+from fusion_hf.model.processing_fusion import FusionProcessor
+from fusion_hf.model.turns_fusion import ABSENT, describe_turns, find_prompt_ends, number_turns
 
 
 class PromptLayout(NamedTuple):
@@ -30,22 +32,17 @@ class PromptLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptParser:
-    """
-    image_token_id, latent_token_id: the placeholders.
-    header: what marks an assistant header: its ids without the last, which may be joined with what follows.
-    header_length: ids of a whole header.
-    """
+    """Finds turns as the model itself does; `config` says how they are written in ids."""
 
-    image_token_id: int
-    latent_token_id: int
-    header: tuple[int, ...]
-    header_length: int
+    config: FusionConfig
 
     @classmethod
     def of(cls, config: FusionConfig, processor: FusionProcessor) -> "PromptParser":
-        header = CHAT_FORMATS[processor.chat_format].assistant_header
-        ids = processor.tokenizer(header, add_special_tokens=False)["input_ids"]
-        return cls(config.image_token_id, config.latent_token_id, tuple(ids[:-1] or ids), len(ids))
+        """For a model and its processor: folders of older releases do not say how turns are written."""
+        config = copy.copy(config)
+        for name, value in describe_turns(processor).items():
+            setattr(config, name, value)
+        return cls(config)
 
     def read(self, ids: list[int]) -> PromptLayout:
         """The turns of a whole prompt: its latent blocks and the ends of its assistant headers, in order.
@@ -55,8 +52,8 @@ class PromptParser:
                 blocks: such a prompt is cut, or was never one that FUSION was trained on.
         """
         array = np.asarray(ids)
-        image = np.flatnonzero(array == self.image_token_id)
-        latent = np.flatnonzero(array == self.latent_token_id)
+        image = np.flatnonzero(array == self.config.image_token_id)
+        latent = np.flatnonzero(array == self.config.latent_token_id)
         if len(latent) == 0:
             if len(image):
                 raise ValueError(f"A prompt has {len(image)} image tokens, but no latent block.")
@@ -67,28 +64,19 @@ class PromptParser:
         lengths = sorted({len(block) for block in blocks})
         if len(lengths) > 1 or not is_perfect_square(lengths[0]):
             raise ValueError(f"Latent blocks have {lengths} tokens; allowed: one perfect square for all.")
-        ends = self._ends(array, np.concatenate([image, latent]))
-        if len(ends) != len(blocks):
-            raise ValueError(f"A prompt has {len(blocks)} latent blocks for {len(ends)} turns.")
+        prompt = torch.tensor([ids], device="cpu")
+        ends = find_prompt_ends(prompt, None, self.config)[0].numpy()
+        if ABSENT in ends:
+            number = int((ends == ABSENT).argmax())
+            raise ValueError(
+                f"The blocks of turn {number} have no assistant header behind them: the prompt is cut, or lacks "
+                "its end."
+            )
+        is_block = (prompt == self.config.image_token_id) | (prompt == self.config.latent_token_id)
+        turns = int(number_turns(is_block)[0, -1])
+        if turns != len(blocks):
+            raise ValueError(f"A prompt has {len(blocks)} latent blocks for {turns} turns.")
         return PromptLayout(len(image), lengths[0], np.stack(blocks), ends)
-
-    def _ends(self, ids: np.ndarray, marks: np.ndarray) -> np.ndarray:
-        """The end of the first header behind the blocks of each turn, (R); `marks`: where image and latents are."""
-        windows = np.lib.stride_tricks.sliding_window_view(ids, min(len(self.header), len(ids)))
-        headers = np.flatnonzero((windows == np.array(self.header)).all(-1)) + self.header_length - 1
-        headers = headers[headers < len(ids)]
-        turns = np.split(marks, np.flatnonzero(np.diff(marks) > BETWEEN_BLOCKS + 1) + 1)
-        limits = [*(turn[0] for turn in turns[1:]), len(ids)]
-        ends = []
-        for number, (turn, limit) in enumerate(zip(turns, limits, strict=True)):
-            behind = headers[(headers > turn[-1]) & (headers < limit)]
-            if len(behind) == 0:
-                raise ValueError(
-                    f"The blocks of turn {number} have no assistant header behind them: the prompt is cut, or lacks "
-                    "its end."
-                )
-            ends.append(behind[0])
-        return np.array(ends)
 
 
 def request_budget(config: FusionConfig, query_len: Any = None, image_token_grid: Any = None) -> TokenBudget:

@@ -57,7 +57,7 @@ class FusionRenderer(HfRenderer):
         options = {name: given[name] for name in TEMPLATE_ARGUMENTS if name in given}
         options.setdefault("add_generation_prompt", not options.get("continue_final_message"))
         text = self._fusion_processor.apply_chat_template(
-            [_with_marks(message) for message in conversation],
+            [{"role": message["role"], "content": message.get("content") or ""} for message in conversation],
             chat_template=params.chat_template,
             **budget._asdict(),
             tokenize=False,
@@ -120,8 +120,3 @@ def _as_list(images: Any) -> list[Any]:
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
-
-
-def _with_marks(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of vLLM's parser as FUSION's processor takes it."""
-    return {"role": message["role"], "content": message.get("content") or ""}

@@ -13,18 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.common.endpoints import data_uri
 from fusion_hf.serving.api_errors import CHAT, ApiError, no_such_path, wrong_value
-from fusion_hf.serving.app import (
-    HEALTH,
-    MODELS,
-    KeyCheck,
-    RequestSlots,
-    Uploads,
-    check_content_type,
-    error_reply,
-    read_body,
-    unless_gone,
-)
-from fusion_hf.serving.chat_requests import load_json, parse_max_tokens
+from fusion_hf.serving.app import HEALTH, MODELS, Intake, KeyCheck, error_reply, replay, unless_gone
+from fusion_hf.serving.chat_requests import parse_max_tokens
 from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
 from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
 from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
@@ -85,8 +75,7 @@ class RequestMiddleware:
         self.hosts = HostPolicy.parse(self.settings.public_hosts, self.settings.private_hosts)
         variable = self.settings.api_key_env
         self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
-        self.slots = RequestSlots(self.settings.limits)
-        self.uploads = Uploads(self.settings.limits)
+        self.intake = Intake(self.settings.limits)
         self.images = ImageWorkers(None, self.settings.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,30 +102,22 @@ class RequestMiddleware:
         return send_and_tell
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """
-        Raises:
-            ApiError: if the request may not pass.
-        """
+        """Let a request pass, or raise an `ApiError`."""
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in (CHAT, COMPLETIONS):
-            self.slots.check()  # who would find none need not send anything
-            content = await self._read(Request(scope, receive))
-            with self.slots.take():
+            content = await self.intake.read(Request(scope, receive))
+            with self.intake.take_slot():
                 body = await unless_gone(receive, self._checked_body(content, is_chat=path == CHAT))
                 if body is None:
                     return
                 headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
                 headers.append((b"content-length", str(len(body)).encode()))
-                await self.app({**scope, "headers": headers}, _replay(body, receive), send)
+                await self.app({**scope, "headers": headers}, replay(body, receive), send)
         elif method == "GET" and (path in READABLE or path.startswith(f"{MODELS}/")):
             await self.app(scope, receive, send)
         else:
             allowed = ", ".join((f"POST {CHAT}", f"POST {COMPLETIONS}", *(f"GET {name}" for name in READABLE)))
             raise no_such_path(method, path, allowed)
-
-    async def _read(self, request: Request) -> dict[str, Any]:
-        check_content_type(request)
-        return load_json(await read_body(request, self.settings.limits.body_bytes, self.uploads))
 
     async def _checked_body(self, given: dict[str, Any], is_chat: bool) -> bytes:
         # vLLM checks the types of fields that change no answer
@@ -189,13 +170,3 @@ class RequestMiddleware:
         content = decode_data_uri(url, limits) if is_inline else await fetch_image(url, self.hosts, limits)
         kind, vetted = await self.images.vet(content)
         return url if is_inline and vetted is content else data_uri(vetted, kind)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body once, then what the client does."""
-    remaining: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return remaining.pop() if remaining else await receive()
-
-    return replay

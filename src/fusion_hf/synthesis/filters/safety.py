@@ -30,22 +30,26 @@ TERMS: dict[str, str] = {
     "snort,snorting,drug dealer",
     "weapons": "pipe bomb,molotov,molotov cocktail,nail bomb,build a bomb,make a bomb,explosive vest,ghost gun",
 }
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
-_PHONE = re.compile(
-    r"(?<![\w.,/-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,5}\)[ .-]?|\d{2,5}[ .-])\d{3,4}[ .-]?\d{2,4}(?:[ .-]?\d{2,4})?"
-    r"(?![\w/-])"
-    r"|(?<![\w.,/-])\+\d{8,14}(?!\d)|(?<![\w.,/-])\d{10,11}(?![\w.,/-]*\d)"
-)
+_PERSONAL = {  # in the order in which they are looked for
+    "an e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE),
+    "a social security number": re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"),
+    "a network address": re.compile(
+        r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])"
+    ),
+    "a street address": re.compile(
+        r"\b\d{1,5}[a-z]? +(?:[NSEW]\.? +)?(?:[A-Z][\w'.-]+ +){1,3}"
+        r"(?:Street|St\.?|Avenue|Ave\.?|Road|Rd\.?|Lane|Ln\.?|Drive|Dr\.?|Boulevard|Blvd\.?|Court|Ct\.?|Way|Terrace|Close)\b"
+    ),
+    "coordinates": re.compile(r"(?<![\d.])-?\d{1,2}\.\d{4,}\s*°?\s*[NS]?\s*,\s*-?\d{1,3}\.\d{4,}"),
+    "a card number": re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d-])"),
+    "an account number": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"),
+    "a telephone number": re.compile(
+        r"(?<![\w.,/-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,5}\)[ .-]?|\d{2,5}[ .-])\d{3,4}[ .-]?\d{2,4}(?:[ .-]?\d{2,4})?"
+        r"(?![\w/-])"
+        r"|(?<![\w.,/-])\+\d{8,14}(?!\d)|(?<![\w.,/-])\d{10,11}(?![\w.,/-]*\d)"
+    ),
+}
 _FICTIONAL_PHONE = re.compile(r"555[ .-]?01\d\d")  # set aside for stories
-_SSN = re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])")
-_CARD = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d-])")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-_IP = re.compile(r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])")
-_ADDRESS = re.compile(
-    r"\b\d{1,5}[a-z]? +(?:[NSEW]\.? +)?(?:[A-Z][\w'.-]+ +){1,3}"
-    r"(?:Street|St\.?|Avenue|Ave\.?|Road|Rd\.?|Lane|Ln\.?|Drive|Dr\.?|Boulevard|Blvd\.?|Court|Ct\.?|Way|Terrace|Close)\b"
-)
-_COORDINATES = re.compile(r"(?<![\d.])-?\d{1,2}\.\d{4,}\s*°?\s*[NS]?\s*,\s*-?\d{1,3}\.\d{4,}")
 _PHONE_DIGITS = range(9, 16)  # a shorter number is a date, a score or a price
 _LUHN_FROM, _IBAN_REST, _IBAN_MODULUS = 13, 1, 97
 
@@ -94,8 +98,10 @@ class PersonalDataFilter:
 
     def check(self, record: SynthRecord) -> str | None:
         for place, text in _texts(record):
-            for what, found in _personal(text):
-                return f"{place}: {what} ({found[:4]}...)"
+            for what, pattern in _PERSONAL.items():
+                for found in map(re.Match.group, pattern.finditer(text)):
+                    if what not in _CHECKS or _CHECKS[what](found):
+                        return f"{place}: {what} ({found[:4]}...)"
         return None
 
 
@@ -106,28 +112,6 @@ def _texts(record: SynthRecord) -> Iterator[tuple[str, str]]:
     for number, turn in enumerate(record.turns, 1):
         yield f"the question of turn {number}", turn.question
         yield f"the answer of turn {number}", turn.answer
-
-
-def _personal(text: str) -> Iterator[tuple[str, str]]:
-    for what, pattern in (
-        ("an e-mail address", _EMAIL),
-        ("a social security number", _SSN),
-        ("a network address", _IP),
-        ("a street address", _ADDRESS),
-        ("coordinates", _COORDINATES),
-    ):
-        if found := pattern.search(text):
-            yield what, found.group()
-    for found in _CARD.finditer(text):
-        if _is_card(found.group()):
-            yield "a card number", found.group()
-    for found in _IBAN.finditer(text):
-        if _is_iban(found.group()):
-            yield "an account number", found.group()
-    for found in _PHONE.finditer(text):
-        digits = re.sub(r"\D", "", found.group())
-        if len(digits) in _PHONE_DIGITS and not _FICTIONAL_PHONE.search(found.group()):
-            yield "a telephone number", found.group()
 
 
 def _is_card(text: str) -> bool:
@@ -143,3 +127,11 @@ def _is_iban(text: str) -> bool:
     plain = text.replace(" ", "")
     turned = plain[4:] + plain[:4]
     return int("".join(str(int(character, 36)) for character in turned)) % _IBAN_MODULUS == _IBAN_REST
+
+
+def _is_phone(text: str) -> bool:
+    return len(re.sub(r"\D", "", text)) in _PHONE_DIGITS and not _FICTIONAL_PHONE.search(text)
+
+
+# What tells some of them from other text of their form.
+_CHECKS = {"a card number": _is_card, "an account number": _is_iban, "a telephone number": _is_phone}

@@ -149,10 +149,6 @@ class Scene:
         """Whether the text of a sign is below its shapes."""
         return self.spec.word is not None and self.spec.word.top >= BAND
 
-    def described_groups(self) -> list[str]:
-        """ "two red circles", "one blue triangle"."""
-        return [f"{spoken(count)} {plural(name, count)}" for name, count in self.names.items()]
-
     def places_told(self) -> list[str]:
         """A sentence for each name whose shapes have places of their own."""
         told = []
@@ -185,7 +181,8 @@ class Scene:
         if self.shapes:
             verb, noun = "is" if total == 1 else "are", plural("shape", total)
             begin = OPENINGS[opening].format(verb=verb, count=spoken(total), noun=noun)
-            sentences.append(f"{begin}: {listing(self.described_groups())}.")
+            groups = [f"{spoken(count)} {plural(name, count)}" for name, count in self.names.items()]
+            sentences.append(f"{begin}: {listing(groups)}.")
             sentences += self.places_told()
         if (relation := self.relation()) is not None:
             first, second = self.shapes
@@ -399,9 +396,10 @@ def _countable(rng: random.Random) -> Scene:
     return replace(scene, spec=replace(scene.spec, shapes=scene.shapes[:total]))
 
 
-def _with_shape(scene: Scene, index: int, shape: DrawnShape) -> Scene:
+def _changed(scene: Scene, index: int, shape: DrawnShape, difference: SceneDifference) -> ScenePair:
+    """The scene, and the same with another shape in one's place."""
     shapes = (*scene.shapes[:index], shape, *scene.shapes[index + 1 :])
-    return Scene(replace(scene.spec, shapes=shapes))
+    return ScenePair(scene, Scene(replace(scene.spec, shapes=shapes)), difference)
 
 
 def change_color(scene: Scene, rng: random.Random) -> ScenePair:
@@ -409,9 +407,8 @@ def change_color(scene: Scene, rng: random.Random) -> ScenePair:
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     color = rng.choice([color for color in COLORS if color != shape.color])
-    second = _with_shape(scene, index, replace(shape, color=color))
     difference = SceneDifference("color", f"the {shape.kind} {place_of(shape)}", shape.color, color)
-    return ScenePair(scene, second, difference)
+    return _changed(scene, index, replace(shape, color=color), difference)
 
 
 def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
@@ -419,9 +416,8 @@ def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     kind = rng.choice([kind for kind in SHAPES if kind != shape.kind])
-    second = _with_shape(scene, index, reshaped(shape, kind, rng))
     difference = SceneDifference("kind", f"the {shape.color} shape {place_of(shape)}", f"a {shape.kind}", f"a {kind}")
-    return ScenePair(scene, second, difference)
+    return _changed(scene, index, reshaped(shape, kind, rng), difference)
 
 
 def change_place(scene: Scene, rng: random.Random) -> ScenePair:
@@ -431,9 +427,9 @@ def change_place(scene: Scene, rng: random.Random) -> ScenePair:
         return change_color(scene, rng)
     index = rng.choice(single)
     shape = scene.shapes[index]
-    second = _with_shape(scene, index, _in_free_cell(scene, shape, rng))
-    places = place_of(shape), place_of(second.shapes[index])
-    return ScenePair(scene, second, SceneDifference("place", f"the {shape.name}", *places))
+    moved = _in_free_cell(scene, shape, rng)
+    difference = SceneDifference("place", f"the {shape.name}", place_of(shape), place_of(moved))
+    return _changed(scene, index, moved, difference)
 
 
 def change_count(scene: Scene, rng: random.Random) -> ScenePair:

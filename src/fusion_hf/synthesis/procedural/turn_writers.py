@@ -122,6 +122,10 @@ def sentence_case(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _question(text: str, short: str, sentence: str, about: str, asks: str, *tells: str) -> SceneQuestion:
+    return SceneQuestion(sentence_case(text), sentence_case(short), sentence, about, asks, frozenset(tells))
+
+
 def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
     """Ask for colours of shapes that are named by kind or by place, and of what is written."""
     found = []
@@ -130,10 +134,11 @@ def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
         if scene.kinds[shape.kind] == 1:
             text = rng.choice(COLOR_FORMS).format(kind=shape.kind)
             answer = f"The {shape.kind} is {shape.color}."
-            found.append(_color(text, shape.color, answer, key, {f"kind/{number}"}))
+            found.append(_question(text, shape.color, answer, "color", key, f"kind/{number}"))
         if scene.places[place] == 1:
             answer = f"The shape {place} is {shape.color}."
-            found.append(_color(f"what color is the shape {place}?", shape.color, answer, key, {f"place/{number}"}))
+            text = f"what color is the shape {place}?"
+            found.append(_question(text, shape.color, answer, "color", key, f"place/{number}"))
     return [*found, *text_colors(scene, rng)]
 
 
@@ -143,45 +148,33 @@ def text_colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
         return []
     color = scene.spec.word.color
     text = rng.choice(COLOR_FORMS).format(kind=scene.text_kind)
-    asked = _color(text, color, f"The {scene.text_kind} is {color}.", "word color", {"written"})
-    return [replace(asked, about="text color")]
-
-
-def _color(text: str, color: str, sentence: str, asks: str, tells: set[str]) -> SceneQuestion:
-    return SceneQuestion(sentence_case(text), sentence_case(color), sentence, "color", asks, frozenset(tells))
+    return [_question(text, color, f"The {scene.text_kind} is {color}.", "text color", "word color", "written")]
 
 
 def kinds(scene: Scene) -> list[SceneQuestion]:
     """Ask for kinds of shapes that are named by colour or by place."""
     found = []
     for number, shape in enumerate(scene.shapes):
-        key, place = f"kind/{number}", place_of(shape)
-        named = []
+        key, place, short = f"kind/{number}", place_of(shape), f"a {shape.kind}"
         if scene.colors[shape.color] == 1:
-            named.append((f"Which shape is {shape.color}?", f"color/{number}", f"The {shape.kind} is {shape.color}."))
+            answer = f"The {shape.kind} is {shape.color}."
+            found.append(_question(f"which shape is {shape.color}?", short, answer, "kind", key, f"color/{number}"))
         if scene.places[place] == 1:
-            named.append((f"What shape is {place}?", f"place/{number}", f"A {shape.kind} is {place}."))
-        found += [
-            SceneQuestion(text, f"A {shape.kind}", sentence, "kind", key, frozenset({told}))
-            for text, told, sentence in named
-        ]
+            answer = f"A {shape.kind} is {place}."
+            found.append(_question(f"what shape is {place}?", short, answer, "kind", key, f"place/{number}"))
     return found
 
 
 def places(scene: Scene) -> list[SceneQuestion]:
     """Ask for places of shapes whose name and place are their own."""
-    return [
-        SceneQuestion(
-            f"Where in the picture is the {shape.name}?",
-            sentence_case(place_of(shape)),
-            f"The {shape.name} is {place_of(shape)}.",
-            "place",
-            f"place/{number}",
-            frozenset({f"color/{number}", f"kind/{number}"}),
-        )
-        for number, shape in enumerate(scene.shapes)
-        if scene.names[shape.name] == 1 and scene.places[place_of(shape)] == 1
-    ]
+    found = []
+    for number, shape in enumerate(scene.shapes):
+        name, place = shape.name, place_of(shape)
+        if scene.names[name] == 1 and scene.places[place] == 1:
+            text, answer = f"where in the picture is the {name}?", f"The {name} is {place}."
+            tells = f"color/{number}", f"kind/{number}"
+            found.append(_question(text, place, answer, "place", f"place/{number}", *tells))
+    return found
 
 
 def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
@@ -191,10 +184,10 @@ def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
         members = scene.members(group)
         attribute = "color" if group.split()[0] in COLORS else "kind"
         count = len(members)
-        text = sentence_case(rng.choice(COUNT_FORMS).format(plural=group))
+        text = rng.choice(COUNT_FORMS).format(plural=group)
         sentence = _there_are(count, group.removesuffix("s"))
-        tells = frozenset(f"{attribute}/{number}" for number in members if group != EVERYTHING)
-        found.append(SceneQuestion(text, str(count), sentence, "count", f"count/{group}", tells))
+        tells = [f"{attribute}/{number}" for number in members if group != EVERYTHING]
+        found.append(_question(text, str(count), sentence, "count", f"count/{group}", *tells))
     return found
 
 
@@ -208,15 +201,13 @@ def relations(scene: Scene) -> list[SceneQuestion]:
     found = []
     for seen, reference, where in ((first, second, relation), (second, first, opposite)):
         phrase = RELATION_PHRASES[where]
-        text = sentence_case(RELATION_FORM.format(seen=seen.name, reference=reference.name))
+        text = RELATION_FORM.format(seen=seen.name, reference=reference.name)
         sentence = f"The {seen.name} is {phrase} the {reference.name}."
-        answer = sentence_case(f"{phrase} it")
-        tells = frozenset(f"{what}/{number}" for what in ("color", "kind") for number in range(2))
-        found.append(SceneQuestion(text, answer, sentence, "relation", "relation", tells))
+        tells = [f"{what}/{number}" for what in ("color", "kind") for number in range(2)]
+        found.append(_question(text, f"{phrase} it", sentence, "relation", "relation", *tells))
         number = scene.shapes.index(seen)
-        text = f"Which shape is {phrase} the {reference.name}?"
-        tells = frozenset({"relation", f"color/{1 - number}", f"kind/{1 - number}"})
-        found.append(SceneQuestion(text, f"The {seen.kind}", sentence, "kind", f"kind/{number}", tells))
+        text, tells = f"which shape is {phrase} the {reference.name}?", [f"color/{1 - number}", f"kind/{1 - number}"]
+        found.append(_question(text, f"the {seen.kind}", sentence, "kind", f"kind/{number}", "relation", *tells))
     return found
 
 
@@ -232,24 +223,12 @@ def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
     else:
         said = rng.choice([text for text in VALUES[kind] if text != word.text])
         short, sentence = f"No, it says {read}.", f"No, the picture says {read}."
-    tells = frozenset({"written"})
+    which, answer = "is a number or a word written in the picture?", f"A {kind} is written in the picture."
+    tells = ["written"] if "word" in form else []
     return [
-        SceneQuestion(
-            sentence_case(form.replace("word", kind)),
-            read,
-            f"It says {read}.",
-            kind,
-            "word",
-            tells if "word" in form else frozenset(),
-        ),
-        SceneQuestion(
-            "Is a number or a word written in the picture?",
-            sentence_case(f"a {kind}"),
-            f"A {kind} is written in the picture.",
-            "",
-            "written",
-        ),
-        SceneQuestion(f'Does the picture say "{said}"?', short, sentence, "", "word", tells),
+        _question(form.replace("word", kind), read, f"It says {read}.", kind, "word", *tells),
+        _question(which, f"a {kind}", answer, "", "written"),
+        _question(f'does the picture say "{said}"?', short, sentence, "", "word", "written"),
     ]
 
 
@@ -264,14 +243,14 @@ def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
         return []
     number = rng.randrange(len(scene.shapes))
     shape = scene.shapes[number]
-    tells = frozenset({f"color/{number}", f"kind/{number}"})
+    tells = f"color/{number}", f"kind/{number}"
     if rng.random() < TRUE_SHARE:
         name, short, sentence = shape.name, "Yes", f"Yes, there is a {shape.name}."
     else:
         alike = [f"{shape.color} {kind}" for kind in SHAPES] + [f"{color} {shape.kind}" for color in COLORS]
         name = rng.choice([other for other in alike if other not in scene.names])
         short, sentence = "No", f"No, there is no {name}."
-    return [SceneQuestion(f"Is there a {name}?", short, sentence, "", "presence", tells)]
+    return [_question(f"is there a {name}?", short, sentence, "", "presence", *tells)]
 
 
 def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Random) -> list[str]:
