@@ -14,7 +14,7 @@ from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub import publishing
-from fusion_hf.hub.publishing import check_folder
+from fusion_hf.hub.publishing import check_files
 
 REPOSITORY = "somebody/fusion"
 ROOT = Path(__file__).parents[2]
@@ -251,12 +251,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_named(name: str, folder: Path, answers: None):
-    check_folder(folder)
+def test_a_broken_folder_is_named(name: str, folder: Path):
+    check_files(folder)
     break_it, message = BROKEN[name]
     break_it(folder)
     with pytest.raises(InputError) as error:
-        check_folder(folder)
+        check_files(folder)
     assert message in str(error.value)
 
 

@@ -17,7 +17,7 @@ from tests.helpers.tokenizers import write_phi3_tokenizer
 from fusion_hf import FusionConfig
 from fusion_hf.conversion.model_card import Provenance, write_card
 from fusion_hf.hub.family import DATASETS, MEMBERS, find_member
-from fusion_hf.hub.publishing import check_folder
+from fusion_hf.hub.publishing import check_alone, check_files
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 FAMILY_FILES = {"FUSION 3B": "fusion-3b", "FUSION-X 3B": "fusion-x-3b", "FUSION-L 3B": "fusion-l-3b"}
@@ -73,7 +73,8 @@ def test_it_can_be_published(tmp_path, convert):
     write_checkpoint(tmp_path / "checkpoint", vocab_size=32_013)
     write_phi3_tokenizer(tmp_path / "checkpoint")
     output = convert("--dtype", "bfloat16")
-    assert sorted(file.name for file in check_folder(output)) == sorted(path.name for path in output.iterdir())
+    check_alone(output)
+    assert sorted(file.name for file in check_files(output)) == sorted(path.name for path in output.iterdir())
 
 
 def test_card_of_a_checkpoint(tmp_path, convert):

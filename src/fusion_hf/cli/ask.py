@@ -3,13 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from fusion_hf.cli import ask_file
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import model_options
-from fusion_hf.cli.models import find_model
-from fusion_hf.cli.terminal import USER_ERROR, check_image_exists, check_question, one_line, printable
+from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
 
 
@@ -59,9 +58,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status. An image that cannot be read does not keep the others from being answered."""
-    ask_file.check_arguments(arguments)
+    _check_arguments(arguments)
     if arguments.input is not None:
-        return ask_file.run(arguments)
+        return _answer_file(arguments)
     questions = [arguments.question, *arguments.also]
     for question in questions:
         check_question(question)
@@ -75,11 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.inference.conversation import Conversation
 
     chat_model = load_chat_model(arguments)
-    settings = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "query_len": arguments.query_len,
-        "image_token_grid": arguments.image_token_grid,
-    }
+    settings = _settings(arguments)
     if len(arguments.images) == len(questions) == 1:
         conversation = Conversation(chat_model, chat_model.open_image(arguments.images[0]), **settings)
         conversation.ask(arguments.question, AnswerStreamer(chat_model.processor.tokenizer))
@@ -99,3 +94,55 @@ def run(arguments: argparse.Namespace) -> int:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
     return status
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What an answer depends on beside the model."""
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "query_len", "image_token_grid")}
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse, with an InputError, what does not go together."""
+    if arguments.input is None:
+        for name, value in (("--output", arguments.output), ("--batch-size", arguments.batch_size)):
+            if value is not None:
+                raise InputError(f"{name} is {value}; allowed only with --input.")
+        return
+    if arguments.images:
+        raise InputError(f"An image or a question is given, {arguments.images[0]!r}; allowed with --input: none.")
+    if arguments.also:
+        raise InputError(f"--also is {arguments.also[0]!r}; allowed only without --input.")
+    if arguments.output is None:
+        raise InputError("--output is not given; allowed with --input: a new file for the answers.")
+
+
+def _answer_file(arguments: argparse.Namespace) -> int:
+    """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
+    from fusion_hf.inference.answer_file import check_output
+    from fusion_hf.inference.question_records import read_entries
+
+    read_entries(arguments.input)
+    check_output(Path(arguments.output))
+    arguments.model = find_model(arguments)
+
+    from fusion_hf.cli.model_loading import silence_libraries
+    from fusion_hf.inference.batching import BATCH_SIZE, batch_generate
+
+    if not arguments.debug:
+        silence_libraries()
+    results = batch_generate(
+        arguments.input,
+        arguments.model,
+        arguments.output,
+        batch_size=BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        **_settings(arguments),
+    )
+    errors = sum("error" in result for result in results)
+    sys.stdout.write(f"{arguments.output}: {len(results) - errors} answers\n")
+    if errors:
+        sys.stderr.write(
+            f"error: {errors} of {len(results)} records could not be answered; {arguments.output} says why.\n"
+        )
+    return FAILED if errors else 0

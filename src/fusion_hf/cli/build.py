@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_hf.cli.convert import add_shared_arguments, run_command
+from fusion_hf.cli.model_options import make_options
 from fusion_hf.cli.parser import Parser
 from fusion_hf.conversion.inputs import DECODER_TYPES, NO_TOKENIZER, BuildOptions, find_build_inputs
 from fusion_hf.conversion.model_files import ConversionError, parse_query_lens
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> str:
-    values = {name: value for name, value in vars(arguments).items() if name != "debug"}
-    options = BuildOptions(**values)
+    options = make_options(BuildOptions, arguments)
     inputs = find_build_inputs(options)
     from fusion_hf.conversion.from_backbones import build
 

@@ -5,8 +5,7 @@ import contextlib
 import sys
 from typing import Any
 
-from fusion_hf.cli.model_options import model_options
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.cli.terminal import check_image_exists, one_line
 from fusion_hf.common.errors import InputError
 

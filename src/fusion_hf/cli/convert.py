@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import DEBUG
+from fusion_hf.cli.model_options import DEBUG, make_options
 from fusion_hf.cli.parser import Parser
 from fusion_hf.cli.terminal import guarded
 from fusion_hf.common.values import DTYPE_NAMES
@@ -114,18 +114,7 @@ def convert(arguments: argparse.Namespace) -> str:
     """
     if arguments.output is None and not arguments.dry_run:
         raise ConversionError("--output is needed unless --dry-run is given.")
-    options = ConversionOptions(
-        checkpoint=arguments.checkpoint,
-        output=arguments.output,
-        vision_config=arguments.vision_config,
-        tokenizer=arguments.tokenizer,
-        base=arguments.base,
-        dtype=arguments.dtype,
-        image_token_grid=arguments.image_token_grid,
-        push_to_hub=arguments.push_to_hub,
-        private=arguments.private,
-        dry_run=arguments.dry_run,
-    )
+    options = make_options(ConversionOptions, arguments)
     inputs = find_conversion_inputs(options)
     from fusion_hf.conversion.from_authors import convert
 

@@ -9,8 +9,7 @@ import tempfile
 import threading
 from typing import Any
 
-from fusion_hf.cli.model_options import model_options
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.common.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.argument_types import AUTO, device, dtype, positive
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model, make_options
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.endpoints import check_key
 from fusion_hf.common.errors import InputError
@@ -99,22 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.evaluation import runner
     from fusion_hf.evaluation.results_table import make_table
 
-    options = runner.EvaluationOptions(
-        tasks=names,
-        output=Path(arguments.output),
-        model=arguments.model,
-        data_root=data_root,
-        prompts=arguments.prompts,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        url=arguments.url,
-        api_key_env=arguments.api_key_env,
-        parallel=arguments.parallel,
-        command=sys.argv,
-        debug=arguments.debug,
-    )
+    given = {"tasks": names, "output": Path(arguments.output), "data_root": data_root, "command": sys.argv}
+    options = make_options(runner.EvaluationOptions, argparse.Namespace(**vars(arguments) | given))
     record = runner.run(options)
     if int(os.environ.get("RANK", 0)) == 0:
         path = record.write(options.output)
@@ -137,10 +123,7 @@ def _make_table(arguments: argparse.Namespace) -> int:
 
 
 def _task_names(given: str | None) -> list[str]:
-    """
-    Raises:
-        InputError: for a name that is no benchmark's, or if there is none.
-    """
+    """The benchmarks asked for; an InputError for a name that is no benchmark's, or if there is none."""
     from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 
     known = (*BENCHMARKS, *VARIANTS)
@@ -156,10 +139,7 @@ def _task_names(given: str | None) -> list[str]:
 
 
 def _check_place(arguments: argparse.Namespace) -> None:
-    """
-    Raises:
-        InputError: for an option of the other place where answers can be made, this process or a server.
-    """
+    """Refuse an option of the other place where answers can be made, this process or a server."""
     if arguments.url is None:
         for option, value in (("--api-key-env", arguments.api_key_env), ("--parallel", arguments.parallel)):
             if value is not None:
@@ -180,10 +160,7 @@ def _check_place(arguments: argparse.Namespace) -> None:
 
 
 def _check_limit(names: list[str]) -> None:
-    """
-    Raises:
-        InputError: if a task is answered for a server, which takes nothing but all answers.
-    """
+    """Refuse a limit if a task is answered for a server, which takes nothing but all answers."""
     from fusion_hf.evaluation.benchmarks import find_benchmark
 
     for name in names:
@@ -192,10 +169,7 @@ def _check_limit(names: list[str]) -> None:
 
 
 def _require_lmms_eval(debug: bool) -> None:
-    """
-    Raises:
-        InputError: if it is not installed, or something that it needs.
-    """
+    """Import lmms-eval; an InputError if it is not installed, or something that it needs."""
     from fusion_hf.cli.model_loading import silence_libraries
 
     if not debug:

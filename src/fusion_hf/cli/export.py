@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fusion_hf.cli.argument_types import positive, square
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.common.outputs import check_output
 from fusion_hf.onnx_export.exported_folder import check_packages

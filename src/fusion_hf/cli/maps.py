@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import model_options
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.cli.terminal import check_image_exists, check_question, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder

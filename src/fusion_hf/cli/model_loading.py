@@ -8,7 +8,7 @@ import huggingface_hub
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from fusion_hf.cli.models import silence_hub
+from fusion_hf.cli.model_options import silence_hub
 from fusion_hf.cli.terminal import printable
 from fusion_hf.inference.chat_model import ChatModel
 

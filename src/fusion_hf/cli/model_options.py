@@ -1,8 +1,15 @@
-"""The options of every command that asks a model; imports nothing heavy."""
+"""The options of commands that ask a model, and the model that they name; imports nothing heavy before it must."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
 
 from fusion_hf.cli.argument_types import AUTO, device, dtype, positive, square
 from fusion_hf.cli.parser import Parser
+from fusion_hf.hub.folders import find_folder, nano_path
 
+Options = TypeVar("Options")
 DEBUG = "--debug"
 MAX_NEW_TOKENS = 256
 
@@ -50,3 +57,29 @@ def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     )
     shared.add_argument(DEBUG, action="store_true", help="show where an error comes from, and the libraries' notes")
     return shared
+
+
+def find_model(arguments: argparse.Namespace) -> str:
+    """
+    The folder of the model that `--model` names, fetched if it is on the Hub.
+
+    Raises:
+        InputError: if there is no such FUSION.
+    """
+    name = nano_path() if arguments.model is None else arguments.model
+    if not arguments.debug and not Path(name).is_dir():
+        silence_hub()
+    return str(find_folder(name))
+
+
+def silence_hub() -> None:
+    """No advice of the Hub's client; downloads keep their bars."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
+
+
+def make_options(kind: type[Options], arguments: argparse.Namespace) -> Options:
+    """A dataclass of options, from the arguments that are named as its fields."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(arguments).items() if name in names})

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import MODEL_TYPE, read_config
@@ -32,21 +33,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="one of configs/recipes, or your own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as per_device_train_batch_size=2")
-    parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="of all nodes; default: %(default)s")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="of all nodes; default: %(default)s")
     parser.add_argument("--gpu-memory", type=_amount, default=80.0, metavar="GIB", help="default: %(default)g")
     parser.add_argument("--sharding", choices=SHARDINGS, default="auto", help="default: the first that fits")
     parser.add_argument("--config", metavar="FILE", help="the model's config.json; default: the recipe's model")
-    parser.add_argument("--records", type=_count, metavar="N", help="default: from the names of the mixture's files")
-    parser.add_argument("--tokens-per-record", type=_count, metavar="N", help="on average, image and latents too")
+    parser.add_argument("--records", type=positive, metavar="N", help="default: from the names of the mixture's files")
+    parser.add_argument("--tokens-per-record", type=positive, metavar="N", help="on average, image and latents too")
     parser.add_argument("--tflops", type=_amount, metavar="N", help="that a GPU reaches, for the time")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes, as JSON")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
-    return int(text)
 
 
 def _amount(text: str) -> float:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fusion_hf.cli.models import silence_hub
+from fusion_hf.cli.model_options import silence_hub
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import model_options
-from fusion_hf.cli.models import find_model
+from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.serving.limits import Limits
@@ -17,6 +16,14 @@ INSTALL = "pip install 'fusion_hf[serve]'"
 INSTALL_VLLM = "pip install 'fusion_hf[serve,vllm]'"
 DEFAULTS = Limits()
 ENGINES = ("transformers", "vllm")
+MAXIMA = {  # the limits that have an option `--max-...`
+    "image_bytes": "largest image file",
+    "image_pixels": "largest image",
+    "image_seconds": "processor time for decoding an image",
+    "body_bytes": "largest request",
+    "upload_bytes": "requests that are still arriving, together",
+    "prompt_tokens": "longest prompt, with image and latent tokens",
+}
 PARALLEL = {"transformers": DEFAULTS.parallel, "vllm": 64}
 
 
@@ -64,9 +71,9 @@ def add_parser(commands: Any) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     """What requests may cost."""
-    for option, value, text in _limit_options():
-        help_text = f"{text}; default: %(default)s"
-        parser.add_argument(option, type=positive, default=value, metavar="N", help=help_text)
+    for name, text in MAXIMA.items():
+        option, value = f"--max-{name.replace('_', '-')}", getattr(DEFAULTS, name)
+        parser.add_argument(option, type=positive, default=value, metavar="N", help=f"{text}; default: %(default)s")
     parser.add_argument(
         "--parallel",
         type=positive,
@@ -124,10 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_vllm(arguments: argparse.Namespace) -> None:
-    """
-    Raises:
-        InputError: for options that vLLM decides by itself, or without vLLM.
-    """
+    """Serve by vLLM; an InputError for options that vLLM decides by itself, or without vLLM."""
     decided = {"--device": (arguments.device, "auto"), "--max-seconds": (arguments.max_seconds, None)}
     for option, (value, allowed) in decided.items():
         if value != allowed:
@@ -167,27 +171,11 @@ def _name(model: str) -> str:
 
 def _limits(arguments: argparse.Namespace) -> Limits:
     return Limits(
-        image_bytes=arguments.max_image_bytes,
-        image_pixels=arguments.max_image_pixels,
-        image_seconds=arguments.max_image_seconds,
-        body_bytes=arguments.max_body_bytes,
-        upload_bytes=arguments.max_upload_bytes,
-        prompt_tokens=arguments.max_prompt_tokens,
+        **{name: getattr(arguments, f"max_{name}") for name in MAXIMA},
         answer_tokens=arguments.max_new_tokens,
         parallel=arguments.parallel or PARALLEL[arguments.engine],
         queue_length=arguments.queue_length,
         seconds=arguments.max_seconds or DEFAULTS.seconds,
-    )
-
-
-def _limit_options() -> tuple[tuple[str, float, str], ...]:
-    return (
-        ("--max-image-bytes", DEFAULTS.image_bytes, "largest image file"),
-        ("--max-image-pixels", DEFAULTS.image_pixels, "largest image"),
-        ("--max-image-seconds", DEFAULTS.image_seconds, "processor time for decoding an image"),
-        ("--max-body-bytes", DEFAULTS.body_bytes, "largest request"),
-        ("--max-upload-bytes", DEFAULTS.upload_bytes, "requests that are still arriving, together"),
-        ("--max-prompt-tokens", DEFAULTS.prompt_tokens, "longest prompt, with image and latent tokens"),
     )
 
 

@@ -58,12 +58,7 @@ class _Response:
         self.status, self.retry_after = head.status_code, head.headers.get("Retry-After")
 
     def collect(self, part: bytes) -> None:
-        """
-        Add a part of the body.
-
-        Raises:
-            RequestRejected: for a body of more bytes.
-        """
+        """Add a part of the body; RequestRejected for a body of more bytes."""
         self.body += part
         if len(self.body) > self.most:
             raise RequestRejected(f"the response has more than {self.most} bytes")
@@ -229,12 +224,7 @@ class _Attempts:
         return self.url
 
     def pause_after(self, error: RetryableError) -> float:
-        """
-        Tell the seconds until the next try.
-
-        Raises:
-            RequestRejected, EndpointUnavailable: if there is none.
-        """
+        """Tell the seconds until the next try; RequestRejected or EndpointUnavailable if there is none."""
         is_late = isinstance(error, _TimedOut)
         if self.failed == 0:
             # who is answered while this request has no answer shows that the endpoint is alive

@@ -17,10 +17,11 @@ from fusion_hf.conversion.inputs import (
     TEXT_MODEL_TYPES,
     ConversionInputs,
     ConversionOptions,
+    InputLocation,
+    describe,
     find_conversion_inputs,
 )
 from fusion_hf.conversion.key_tables import CHECKPOINT_TABLE, TOWER_TABLE
-from fusion_hf.conversion.locations import InputLocation, describe
 from fusion_hf.conversion.marked_tokenizer import add_marks, choose_tokenizer
 from fusion_hf.conversion.model_card import Provenance, write_card
 from fusion_hf.conversion.model_files import find_weight_files, read_json

@@ -8,9 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
 from fusion_hf.conversion import repositories
-from fusion_hf.conversion.inputs import BuildInputs, BuildOptions, find_build_inputs
+from fusion_hf.conversion.inputs import BuildInputs, BuildOptions, InputLocation, describe, find_build_inputs
 from fusion_hf.conversion.key_tables import LANGUAGE_MODEL_ROWS, TOWER_TABLE, Row
-from fusion_hf.conversion.locations import InputLocation, describe
 from fusion_hf.conversion.marked_tokenizer import add_marks, choose_tokenizer, vocabulary_size
 from fusion_hf.conversion.model_card import Provenance, write_card
 from fusion_hf.conversion.model_files import ConversionError

@@ -1,15 +1,19 @@
 """What a conversion or an assembly reads and writes, checked as far as it can be without torch."""
 
+import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusion_hf.common.errors import short_name
 from fusion_hf.common.outputs import check_output
-from fusion_hf.conversion.locations import InputLocation, Wanted, local_revision
 from fusion_hf.conversion.model_files import ConversionError, find_weight_files, read_json
 from fusion_hf.hub.folders import REPOSITORY
 
+Wanted = Literal["all", "headers", "configuration"]
+REVISION = re.compile(r"[0-9a-f]{40}")
+FINGERPRINT_DIGITS = 16
 TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
 # as `DECODER_LAYERS` has them, which imports torch
 DECODER_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
@@ -24,6 +28,23 @@ ADAPTER_CONFIG, PROJECTOR = "adapter_config.json", "mm_projector.bin"
 NO_TOKENIZER = "none"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class InputLocation:
+    """A folder or file on disk.
+
+    Attributes:
+        path: where it is.
+        name: the repository, or the folder's own name (never its full path: it goes into the model card).
+        revision: commit of the repository, as far as it is known.
+        is_remote: whether the weights are in a repository and only their headers are to be read.
+    """
+
+    path: Path
+    name: str
+    revision: str | None
+    is_remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +169,27 @@ def locate(source: str, flag: str, wanted: Wanted = "all") -> InputLocation:
 
     path, is_remote = download(source, flag, wanted)
     return InputLocation(path, source, local_revision(path), is_remote)
+
+
+def local_revision(path: Path) -> str | None:
+    """The commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
+    if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
+        return path.name
+    trace = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    if trace.is_file():
+        lines = trace.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines and REVISION.fullmatch(lines[0]):
+            return lines[0]
+    return None
+
+
+def describe(location: InputLocation) -> str:
+    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    if location.revision is not None:
+        return f"`{location.name}`, revision `{location.revision}`"
+    file = location.path / "config.json" if location.path.is_dir() else location.path
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:FINGERPRINT_DIGITS]
+    return f"`{location.name}`, local, revision unknown (SHA-256 of `{file.name}` begins with `{digest}`)"
 
 
 def _check_result(options: ConversionOptions | BuildOptions) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusion_hf.conversion.locations import InputLocation
+from fusion_hf.conversion.inputs import InputLocation
 from fusion_hf.conversion.model_files import ConversionError, first_line, read_json
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, VISION_MARKS
 

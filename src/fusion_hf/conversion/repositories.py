@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.conversion.locations import InputLocation, Wanted
+from fusion_hf.conversion.inputs import InputLocation, Wanted
 from fusion_hf.conversion.model_files import ConversionError, first_line
 from fusion_hf.hub.publishing import check_remote, check_repository, upload
 

@@ -164,12 +164,7 @@ def _local_data(benchmark: Benchmark, data_root: Path) -> dict[str, Any]:
 
 
 def _files(benchmark: Benchmark, split: str, data_root: Path) -> list[Path]:
-    """
-    A split's files in their order.
-
-    Raises:
-        _Broken: if there is none, or one has an unsafe name or leads out of the data root.
-    """
+    """A split's files in order; `_Broken` for none, an unsafe name, or a file that leads out of the data root."""
     root = data_root.resolve()
     folder = root / folder_of(benchmark)
     if UNSAFE.search(str(root)):
@@ -226,10 +221,7 @@ def _problems(benchmark: Benchmark, data_root: Path) -> Iterator[DataProblem]:
 
 
 def _head(file: Path) -> pyarrow.parquet.FileMetaData:
-    """
-    Raises:
-        _Broken: if the file is no Parquet.
-    """
+    """What a file says of its columns; `_Broken` if it is no Parquet."""
     try:
         return pyarrow.parquet.read_metadata(file)
     except (pa.ArrowException, OSError) as error:

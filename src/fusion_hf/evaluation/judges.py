@@ -55,10 +55,7 @@ def _ask_for_a_word(model: str, url: str) -> None:
 
 
 def _base_url() -> str:
-    """
-    Raises:
-        InputError: for what is no address of the web.
-    """
+    """The address before `/chat/completions`; an InputError for what is no address of the web."""
     given = os.environ.get(URL, PUBLIC_URL)
     if not given.startswith(("http://", "https://")):
         raise InputError(f"{URL} is {given!r}; allowed: an address with http:// or https://.")

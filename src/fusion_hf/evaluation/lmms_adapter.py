@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
-from torch import distributed
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answer_cache import Answer, AnswerCache
 from fusion_hf.evaluation.answering import Failure, Model, RequestAnswerer
 from fusion_hf.evaluation.local import BATCH_SIZE, LocalModel
+from fusion_hf.evaluation.processes import Processes
 from fusion_hf.evaluation.prompting import Continuation, Generation, Messages, Request
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.inference.devices import AUTO, choose_device
@@ -134,8 +134,9 @@ class FusionChat(lmms):
     def _answer(self, requests: Sequence[Instance]) -> list[Answer]:
         first = len(self.answerer.failures)
         answers = self.answerer.answer(self.translate(requests))
-        failures = _of_all_processes(self.answerer.failures[first:]) if self.world_size > 1 else None
-        failures = self.answerer.failures[first:] if failures is None else failures
+        # all processes fail together: one that went on alone would wait for the others for ever
+        gathered = Processes(self.rank, self.world_size).gather(self.answerer.failures[first:])
+        failures = [failure for part in gathered for failure in part]
         if failures:
             raise RequestsFailed(failures)
         return [answer for answer in answers if answer is not None]
@@ -187,10 +188,3 @@ def _with_visuals(context: str, doc_to_visual: Any, doc: dict[str, Any]) -> Mess
             raise InputError(f"A request shows a {type(visual).__name__}; allowed: images.")
     content = [*({"type": "image", "url": visual} for visual in visuals), {"type": "text", "text": context}]
     return [{"role": "user", "content": content}]
-
-
-def _of_all_processes(failures: list[Failure]) -> list[Failure]:
-    """All processes fail together: one that went on alone would wait for the others for ever."""
-    gathered: list[list[Failure]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(gathered, failures)
-    return [failure for part in gathered for failure in part]

@@ -73,16 +73,9 @@ class ModelRecord:
     @classmethod
     def of(cls, name: str, info: ModelInfo, url: str | None = None) -> "ModelRecord":
         """Of a model that is known."""
-        return cls(
-            name=name,
-            revision=info.revision,
-            dtype=info.dtype,
-            device=info.device,
-            query_len=info.query_len,
-            image_token_grid=info.image_token_grid,
-            published=info.published,
-            url=url,
-        )
+        known = asdict(info)
+        del known["max_length"]
+        return cls(name, **known, url=url)
 
 
 @dataclass(frozen=True)

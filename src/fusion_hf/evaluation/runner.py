@@ -181,10 +181,7 @@ class _Evaluation:
             raise RuntimeError(f"in another process: {first.reason}")
 
     def _prepare(self) -> PreparedTask:
-        """
-        Raises:
-            InputError: if there is no judge or no data.
-        """
+        """Write the task for lmms-eval; an InputError if there is no judge or no data."""
         folder = self.options.output / TASKS
         folder.mkdir(parents=True, exist_ok=True)
         problems = check_data([self.name], self.options.data_root) if self.options.data_root is not None else []

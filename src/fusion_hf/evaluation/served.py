@@ -164,11 +164,7 @@ class ServedModel:
             raise unavailable
 
     def _outcome(self, prompt: EvaluationPrompt, future: "Future[Answer | None]") -> Outcome | None:
-        """None for a prompt that was not asked any more.
-
-        Raises:
-            EndpointUnavailable: see `answer`.
-        """
+        """None for a prompt that was not asked any more; EndpointUnavailable is raised, see `answer`."""
         try:
             answer = future.result()
         except (RequestRejected, InputError, OSError) as error:  # the latter of an image's file
@@ -176,10 +172,7 @@ class ServedModel:
         return None if answer is None else Outcome([prompt], [answer])
 
     def _ask(self, prompt: EvaluationPrompt, stop: threading.Event) -> Answer | None:
-        """
-        Raises:
-            InputError, RequestRejected, EndpointUnavailable: if there is no answer.
-        """
+        """None if nobody waits any more; InputError, RequestRejected or EndpointUnavailable if there is no answer."""
         if stop.is_set():
             return None
         if not isinstance(prompt.wanted, Generation):
@@ -212,20 +205,13 @@ class ServedModel:
         return payload
 
     def _check_model(self, fingerprint: Any) -> None:
-        """
-        Raises:
-            EndpointUnavailable: if the server has another model by now, or another dtype or token budget.
-        """
+        """Raise EndpointUnavailable if the server has another model by now, or another dtype or token budget."""
         if self.fingerprint is not None and fingerprint != self.fingerprint:
             change = f"from {self.fingerprint!r} to {fingerprint!r}"
             raise EndpointUnavailable(f"{self.url} has changed its model {change} since the run began")
 
     def _read(self, reply: dict[str, Any], wanted: Generation) -> str:
-        """The text of an answer.
-
-        Raises:
-            RequestRejected: if there is none, or the server has ended it where this package would not.
-        """
+        """The text of an answer; RequestRejected for none, or if the server ended it where this package would not."""
         try:
             choice = reply["choices"][0]
             content, reason, usage = choice["message"]["content"], choice.get("finish_reason"), reply.get("usage")
@@ -239,10 +225,7 @@ class ServedModel:
         return content
 
     def _check_length(self, read: Any, written: Any, most: int) -> None:
-        """
-        Raises:
-            RequestRejected: if an answer has ended before its most tokens, and the model's maximum is not why.
-        """
+        """Raise RequestRejected if an answer ends before its most tokens, and not for the model's maximum."""
         if not isinstance(read, int) or not isinstance(written, int) or written >= most:
             return
         if self.max_length is None or read + written < self.max_length:

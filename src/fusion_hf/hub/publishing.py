@@ -51,18 +51,6 @@ class SentFile(NamedTuple):
     size: int  # bytes
 
 
-def check_folder(folder: Path) -> list[SentFile]:
-    """
-    Everything that can be wrong with a model folder, before any of it is sent; returns its files.
-
-    Raises:
-        InputError: names the file and what is wrong with it.
-    """
-    files = check_files(folder)
-    check_alone(folder)
-    return files
-
-
 def check_files(folder: Path) -> list[SentFile]:
     """
     What can be wrong with the files of a model folder without running its model; returns them.
