@@ -10,7 +10,8 @@ from tests.helpers.transformers_releases import RELEASES, install_release, suppo
 
 from fusion_hf import nano_path
 from fusion_hf.conversion.model_card import TEMPLATE
-from fusion_hf.model.compatibility_fusion import NEWEST_TESTED, OLDEST_TESTED, TESTED, as_dicts, check_transformers
+from fusion_hf.model.chat_fusion import as_dicts
+from fusion_hf.model.compatibility_fusion import NEWEST_TESTED, OLDEST_TESTED, TESTED, check_transformers
 from fusion_hf.nano.report import CARD
 
 ROOT = Path(__file__).parents[2]

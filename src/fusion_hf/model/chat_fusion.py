@@ -4,10 +4,9 @@ Source of the sequence: FUSION, arXiv 2504.09925, and its authors' code.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
-
-from .compatibility_fusion import as_dicts
 
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
@@ -312,6 +311,25 @@ class TextProtector:
         if isinstance(value, list):
             return [self.protect_all(item) for item in value]
         return value
+
+
+def as_dicts(message: Any) -> Any:
+    """
+    Turn a chat message, and the blocks in it, into dicts; images stay as they are.
+
+    Since 5.24 transformers takes dataclasses and pydantic models, such as the messages of the OpenAI package. As
+    there, a message's fields that are None are left out.
+    """
+    if isinstance(message, (list, tuple)):
+        return [as_dicts(item) for item in message]
+    if callable(getattr(message, "model_dump", None)):
+        message = message.model_dump()
+    elif is_dataclass(message) and not isinstance(message, type):
+        # not `dataclasses.asdict`, which would copy images
+        message = {field.name: getattr(message, field.name) for field in fields(message)}
+    if not isinstance(message, Mapping):
+        return message
+    return {name: as_dicts(value) for name, value in message.items() if value is not None}
 
 
 def prepare_messages(messages: Any, protector: TextProtector, where: str, keep_images: bool) -> list[dict[str, Any]]:

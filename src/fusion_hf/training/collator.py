@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
-from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, check_messages
-from fusion_hf.model.compatibility_fusion import as_dicts
+from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, as_dicts, check_messages
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
 from fusion_hf.model.input_checks_fusion import check_prompt

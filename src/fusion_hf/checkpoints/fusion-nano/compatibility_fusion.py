@@ -3,10 +3,6 @@
 No other Hub file contains a version. The two names of the cache are handled in `modeling_fusion_base.py`.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 import transformers
 from transformers.utils import logging
 
@@ -35,25 +31,6 @@ def check_transformers(version: str) -> None:
     if release > NEWEST_TESTED:
         advice = "If something fails, install a tested release."
         logger.warning_once(f"FUSION was tested with transformers {TESTED}, got {version}. {advice}")
-
-
-def as_dicts(message: Any) -> Any:
-    """
-    Turn a chat message, and the blocks in it, into dicts; images stay as they are.
-
-    Since 5.24 transformers takes dataclasses and pydantic models, such as the messages of the OpenAI package. As
-    there, a message's fields that are None are left out.
-    """
-    if isinstance(message, (list, tuple)):
-        return [as_dicts(item) for item in message]
-    if callable(getattr(message, "model_dump", None)):
-        message = message.model_dump()
-    elif dataclasses.is_dataclass(message) and not isinstance(message, type):
-        # not `dataclasses.asdict`, which would copy images
-        message = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    if not isinstance(message, Mapping):
-        return message
-    return {name: as_dicts(value) for name, value in message.items() if value is not None}
 
 
 check_transformers(transformers.__version__)
