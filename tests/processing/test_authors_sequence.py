@@ -182,7 +182,7 @@ def test_questions_of_a_file_and_a_server(pair: tuple[Model, FusionProcessor]) -
         if not turns[-1][1].replace("<image>", "").strip():
             continue  # such files are asked nothing
         question = parse_question(Entry(record | ({"image": "a.png"} if has_mark(turns) else {}), None), 0)
-        messages = question.with_picture({"type": "image", "image": PICTURE} if has_mark(turns) else None)
+        messages = question.with_image({"type": "image", "image": PICTURE} if has_mark(turns) else None)
         seen = chat_model.encode_image(PICTURE) if has_mark(turns) else None
         inputs = chat_model.prepare(messages, QUERY_LEN, seen)
         check(inputs, 0, expected_of(pair, turns, add_header=True), processor, has_mark(turns))
