@@ -67,7 +67,7 @@ def test_a_process_of_its_own(folder: Path, command: list[str]):
 
 def test_data_of_the_hub(folder: Path):
     """`datasets` tries for half a minute as well; what it has in its cache it still gives."""
-    code = "from fusion_hf.data import tables; tables.load_hub('some/data', 'train')"
+    code = "from fusion_hf.data import table_sources; table_sources.load_hub('some/data', 'train')"
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
 from fusion_hf.data.record_parsing import parse_record
 from fusion_hf.inference import ChatModel
-from fusion_hf.inference.question_records import Entry, parse_question
+from fusion_hf.inference.question_files import Entry, parse_question
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
 from fusion_hf.training import FusionDataCollator

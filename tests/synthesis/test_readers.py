@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data import tables
+from fusion_hf.data import table_sources
 from fusion_hf.synthesis import readers
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.run_config import CaptionPool
@@ -50,7 +50,7 @@ def test_files_and_folders(kind: str, tmp_path: Path):
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch):
     rows = datasets.Dataset.from_dict({"caption": CAPTIONS, "image": ["x"] * 3}).to_iterable_dataset()
     asked = []
-    monkeypatch.setattr(tables, "load_hub", lambda *given, streaming: asked.append((*given, streaming)) or rows)
+    monkeypatch.setattr(table_sources, "load_hub", lambda *given, streaming: asked.append((*given, streaming)) or rows)
     assert texts(CaptionPool("owner/captions", "hub", split="validation")) == CAPTIONS
     assert asked == [("owner/captions", "validation", True)]
     with pytest.raises(InputError, match=r"pool.column is 'text'; owner/captions has: caption, image"):

@@ -16,7 +16,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.data import index as index_module
 from fusion_hf.data import load_records
 from fusion_hf.data.sources import JsonArray, JsonLines
-from fusion_hf.data.tables import Table
+from fusion_hf.data.table_sources import Table
 from fusion_hf.data.tar_shards import TarRecords
 
 RECORDS_TO_KILL, ROWS = 50_000, 1000

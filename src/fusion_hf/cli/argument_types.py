@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from fusion_hf.common.values import DTYPE_NAMES, is_square
+from fusion_hf.common.user_values import DTYPE_NAMES, is_square
 
 AUTO = "auto"
 DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)

@@ -119,7 +119,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 def _answer_file(arguments: argparse.Namespace) -> int:
     """Answer; returns the exit status, which tells whether a record has an error instead of an answer."""
     from fusion_hf.inference.answer_file import check_output
-    from fusion_hf.inference.question_records import read_entries
+    from fusion_hf.inference.question_files import read_entries
 
     read_entries(arguments.input)
     check_output(Path(arguments.output))

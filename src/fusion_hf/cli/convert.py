@@ -10,7 +10,7 @@ from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import DEBUG, make_options
 from fusion_hf.cli.parser import Parser
 from fusion_hf.cli.terminal import guarded
-from fusion_hf.common.values import DTYPE_NAMES
+from fusion_hf.common.user_values import DTYPE_NAMES
 from fusion_hf.conversion.inputs import NO_TOKENIZER, ConversionOptions, find_conversion_inputs
 from fusion_hf.conversion.model_files import ConversionError
 

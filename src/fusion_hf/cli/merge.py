@@ -8,7 +8,7 @@ from fusion_hf.cli.terminal import wrote
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
-from fusion_hf.common.values import DTYPE_NAMES
+from fusion_hf.common.user_values import DTYPE_NAMES
 from fusion_hf.hub.folders import base_of, find_folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.common.values import is_address
+from fusion_hf.common.user_values import is_address
 
 FAILED, USER_ERROR, INTERRUPTED, STOPPED = 1, 2, 130, 143  # exit statuses; the last one after SIGTERM
 ADVICE = 200  # characters at the end of an error that is cut: they say what to do

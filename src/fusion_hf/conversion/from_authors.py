@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fusion_hf.common.outputs import new_folder
-from fusion_hf.common.values import dtype_name
+from fusion_hf.common.user_values import dtype_name
 from fusion_hf.conversion import lora_updates, repositories
 from fusion_hf.conversion.inputs import (
     ADAPTER_CONFIG,
@@ -32,10 +32,10 @@ from fusion_hf.conversion.model_folder import (
     set_dtype,
     write_files,
 )
+from fusion_hf.conversion.shard_writer import write_weights
 from fusion_hf.conversion.stored_tensors import StoredTensor, read_folder, read_headers
 from fusion_hf.conversion.upstream_config import convert_config, named_tower, read_tower_config
 from fusion_hf.conversion.weight_plan import TensorSource, WeightPlan, WeightReader, make_plan
-from fusion_hf.conversion.writer import write_weights
 from fusion_hf.hub.family import LAST_STAGE
 from fusion_hf.model.configuration_fusion import FusionConfig
 

@@ -20,10 +20,10 @@ from fusion_hf.conversion.model_folder import (
     set_dtype,
     write_files,
 )
+from fusion_hf.conversion.shard_writer import DTYPE_CODES, write_weights
 from fusion_hf.conversion.stored_tensors import read_folder
 from fusion_hf.conversion.upstream_config import convert_text_config, fusion_config, read_tower_config, sampler_layers
 from fusion_hf.conversion.weight_plan import HEAD, NUM_MARKS, TensorSource, WeightPlan, WeightReader, make_plan
-from fusion_hf.conversion.writer import DTYPE_CODES, write_weights
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 

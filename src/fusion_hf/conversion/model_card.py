@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCardData
 from jinja2 import StrictUndefined, Template
 
-from fusion_hf.common.values import dtype_name
+from fusion_hf.common.user_values import dtype_name
 from fusion_hf.hub.family import DATASETS, LAST_STAGE, PAPER, REPOSITORY, FamilyMember, find_member
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.configuration_fusion import FusionConfig

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusion_hf.common.values import torch_dtype
+from fusion_hf.common.user_values import torch_dtype
 from fusion_hf.conversion.key_tables import KeyMap, Row
 from fusion_hf.conversion.lora_updates import LoraPair
 from fusion_hf.conversion.model_files import ConversionError, first_line
+from fusion_hf.conversion.shard_writer import DTYPE_CODES
 from fusion_hf.conversion.stored_tensors import StoredTensor, TensorReader
-from fusion_hf.conversion.writer import DTYPE_CODES
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 

@@ -36,7 +36,7 @@ class DataLocation:
         """What has random access; Parquet and CSV are written to `cache` for it."""
         if self._has_spans:
             return self._spans()
-        from fusion_hf.data.tables import Table, load_hub, load_table  # which take a second to import
+        from fusion_hf.data.table_sources import Table, load_hub, load_table  # which take a second to import
 
         if self.hub is not None:
             tables = {":".join(self.hub): load_hub(*self.hub)}
@@ -48,7 +48,7 @@ class DataLocation:
         """What is read from beginning to end."""
         if self._has_spans:
             return self._spans()
-        from fusion_hf.data.tables import RowStream, hub_rows, table_rows
+        from fusion_hf.data.table_sources import RowStream, hub_rows, table_rows
 
         if self.hub is not None:
             return [RowStream(partial(hub_rows, *self.hub), ":".join(self.hub), self.root)]

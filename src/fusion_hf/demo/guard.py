@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fusion_hf.common.values import is_address
+from fusion_hf.common.user_values import is_address
 from fusion_hf.serving.app import replay
 
 MAX_JSON_BYTES = 2**20

@@ -14,13 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.common.values import dtype_name, is_address
+from fusion_hf.common.user_values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.inference.answer_file import AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
-from fusion_hf.inference.question_records import (
+from fusion_hf.inference.question_files import (
     Entry,
     Question,
     Records,

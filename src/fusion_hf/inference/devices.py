@@ -3,7 +3,7 @@
 import torch
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.values import DTYPE_NAMES, torch_dtype
+from fusion_hf.common.user_values import DTYPE_NAMES, torch_dtype
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 AUTO = "auto"

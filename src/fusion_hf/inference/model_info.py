@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.common.values import dtype_name
+from fusion_hf.common.user_values import dtype_name
 
 if TYPE_CHECKING:
     from fusion_hf.inference.chat_model import ChatModel

@@ -130,7 +130,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 
 def _hub_rows(pool: CaptionPool) -> Iterator[dict[str, Any]]:
-    from fusion_hf.data.tables import load_hub
+    from fusion_hf.data.table_sources import load_hub
 
     dataset = load_hub(pool.source, pool.split, streaming=True)
     if dataset.column_names is not None and pool.column not in dataset.column_names:

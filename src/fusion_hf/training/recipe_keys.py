@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.values import DTYPE_NAMES, is_square
+from fusion_hf.common.user_values import DTYPE_NAMES, is_square
 from fusion_hf.data.record_parsing import ON_BROKEN, ON_TRUNCATED
 
 VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors", "samplers", "language_model"

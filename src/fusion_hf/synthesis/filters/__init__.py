@@ -8,9 +8,9 @@ from fusion_hf.synthesis.category import Category
 from fusion_hf.synthesis.filters.contrast import ContrastFilter
 from fusion_hf.synthesis.filters.grounded import ColorsFilter, CountsFilter, WrittenTextFilter
 from fusion_hf.synthesis.filters.leakage import LeakageFilter
-from fusion_hf.synthesis.filters.meta import MetaTalkFilter
 from fusion_hf.synthesis.filters.options import OptionsFilter
 from fusion_hf.synthesis.filters.safety import PersonalDataFilter, UnsafeFilter
+from fusion_hf.synthesis.filters.self_reference import MetaTalkFilter
 from fusion_hf.synthesis.filters.text import LanguageFilter, LengthFilter, RepeatedQuestionsFilter, TurnCountFilter
 from fusion_hf.synthesis.synth_record import SynthRecord
 
