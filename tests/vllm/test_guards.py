@@ -88,9 +88,15 @@ def without_check(monkeypatch: pytest.MonkeyPatch) -> None:
                 found.append(latent_updates.StepPrompt(start, layout))
         return found
 
-    def make(prompts, contexts, *others):
-        pictures = [prompt for prompt in prompts if prompt.layout.num_image_tokens]
-        return latent_updates.make_updates([] if len(pictures) != len(contexts) else prompts, contexts, *others)
+    def make(prompts, contexts, window_size, *others):
+        images = [prompt for prompt in prompts if prompt.layout.num_image_tokens]
+        # a piece may hold a part of an image's features
+        is_whole = len(images) == len(contexts) and all(
+            len(context) >= prompt.layout.query_len * window_size**2
+            for prompt, context in zip(images, contexts, strict=True)
+        )
+        given = (prompts, contexts) if is_whole else ([], [])
+        return latent_updates.make_updates(*given, window_size, *others)
 
     monkeypatch.setattr(modeling, "find_prompts", find)
     monkeypatch.setattr(modeling, "make_updates", make)
@@ -197,7 +203,7 @@ def test_a_preempted_prompt_is_processed_again_as_a_whole(load, folder, referenc
         return preempt(scheduler, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", count)
-    engine = load(folder, num_gpu_blocks_override=25, block_size=32)
+    engine = load(folder, num_gpu_blocks_override=20, block_size=32)
     settings = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True, logprobs=0, detokenize=False)
     prompts = [reference.prompt(CASES[number]) for number in (0, 2, 9, 10)]
     together = engine.generate(prompts, settings, use_tqdm=False)
