@@ -68,6 +68,6 @@ def test_training_record_is_what_training_reads():
 def test_a_training_record_has_one_picture_and_a_turn():
     pair = SynthRecord.from_dict({**FULL.to_dict(), "images": ["a.png", "b.png"]})
     silent = SynthRecord.from_dict({**FULL.to_dict(), "turns": []})
-    for record, amounts in ((pair, "2 turns and 2 pictures"), (silent, "0 turns and 1 pictures")):
+    for record, amounts in ((pair, "2 turns and 2 images"), (silent, "0 turns and 1 images")):
         with pytest.raises(ValueError, match=amounts):
             record.training_record()

@@ -125,7 +125,7 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
         "",
     ]
     if has_sheet:
-        lines += [f"![Sample pictures by category]({SHEET})", "", f"Their questions are in `{PAGE}`.", ""]
+        lines += [f"![Sample images by category]({SHEET})", "", f"Their questions are in `{PAGE}`.", ""]
     lines += ["## License", "", _license(report), "", "## Composition", ""]
     categories = report["categories"].items()
     keys = ("records", "written", "turns", "words")

@@ -85,7 +85,7 @@ class DiffusersGenerator:
             import torch
             from diffusers import DiffusionPipeline
         except ImportError as error:
-            raise InputError(f"Pictures by diffusers need the extra `synth` ({error}): {INSTALL}") from error
+            raise InputError(f"Images by diffusers need the extra `synth` ({error}): {INSTALL}") from error
         from fusion_hf.inference.devices import choose_device, choose_dtype
 
         device = choose_device(settings.device)

@@ -94,8 +94,8 @@ class SynthRecord:
         if self.rejection is not None:
             raise ValueError(f"record {self.id} was rejected by {self.rejection.step}: {self.rejection.reason}")
         if not self.turns or len(self.images) != 1:
-            amounts = f"{len(self.turns)} turns and {len(self.images)} pictures"
-            raise ValueError(f"record {self.id} has {amounts}; allowed: one picture, and one turn or more")
+            amounts = f"{len(self.turns)} turns and {len(self.images)} images"
+            raise ValueError(f"record {self.id} has {amounts}; allowed: one image, and one turn or more")
         conversations = []
         for index, turn in enumerate(self.turns):
             mark = f"{IMAGE_MARK}\n" if index == 0 else ""
