@@ -14,9 +14,11 @@ AUTHORS_MODEL_TYPES = ("fusion_phi", "fusion_llama")
 CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# what tells a training run's folder, and that its model is there
+RECIPE_FILE, FINISHED_FILE = "recipe.yaml", "finished.json"
 MAX_CONFIG_BYTES = 2**20
 # a folder of the Hub without its code, which is not needed, and without weights in formats that can hold code
-HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md")  # the card names the licence
 IN_FOLDERS = "*/*"
 PART = r"\w(?:[\w.-]*\w)?"
 REPOSITORY = re.compile(rf"{PART}(?:/{PART})?", re.ASCII)  # what the Hub's own rules allow, and a little more

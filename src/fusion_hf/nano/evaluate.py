@@ -37,7 +37,7 @@ def generate_answers(
     model.eval()
     budget: dict[str, Any] = {"query_len": query_len, "image_token_grid": image_token_grid}
     answers: list[str] = []
-    for start in tqdm(range(0, len(records), batch_size), desc="evaluate", unit="batch"):
+    for start in tqdm(range(0, len(records), batch_size), desc="evaluate", unit="batch", disable=None):
         batch = records[start : start + batch_size]
         chosen = images[start : start + batch_size] if images is not None else [r.open_image() for r in batch]
         messages = [

@@ -12,13 +12,13 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import check_place
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
 from fusion_hf.data.mixture import read_entries
-from fusion_hf.hub.folders import find_folder
+from fusion_hf.hub.folders import FINISHED_FILE, find_folder
 from fusion_hf.training.recipe_keys import OwnArguments, all_keys, own_keys
+from fusion_hf.training.reporters import check_reporters
 
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
 
-FINISHED_FILE = "finished.json"  # in `output_dir`, when the model is there
 CHECKPOINT_CHOICES = ("auto", "none")
 REQUIRED = ("model", "data", "output_dir")
 PATHS = ("data", "data_root", "eval_data")  # a recipe's own are relative to its folder
@@ -77,6 +77,7 @@ def check_files(values: Mapping[str, Any]) -> None:
     output = Path(values["output_dir"])
     if (output / FINISHED_FILE).is_file():
         return
+    check_reporters(values.get("report_to"))
     for key, root in (("data", values.get("data_root")), ("eval_data", None)):
         if values.get(key) is not None:
             for entry in read_entries(values[key], root, key):

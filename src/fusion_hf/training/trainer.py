@@ -34,6 +34,7 @@ from fusion_hf.training.parameter_groups import (
 from fusion_hf.training.query_len_records import with_query_lens
 from fusion_hf.training.recipe_keys import MICRO_BATCHES
 from fusion_hf.training.record_loading import EpochCallback, RecordLoading
+from fusion_hf.training.run_report import RunReportCallback
 from fusion_hf.training.sealed_checkpoints import SealedCheckpoints
 from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 
@@ -117,7 +118,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         self.finite_loss = FiniteLossCallback()
         self.throughput = ThroughputCallback(args.peak_tflops)
         self.stop = StopCallback(stop)
-        for callback in (EpochCallback(self), self.finite_loss, self.throughput, self.stop):
+        for callback in (EpochCallback(self), self.finite_loss, self.throughput, self.stop, RunReportCallback(self)):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -125,6 +126,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
+        if isinstance(resume_from_checkpoint, str) and self.args.should_save:
+            logger.info("goes on from %s", resume_from_checkpoint)
         warn_of_half_weights(self.model, keeps_float32=self.is_deepspeed_enabled)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
