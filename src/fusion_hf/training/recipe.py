@@ -29,6 +29,7 @@ DECISIVE = (
     *("sampler_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs"),
     *("max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"),
     *("data_seed", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "load_in_4bit"),
+    *("lora_parts", "lora_dora", "lora_rslora", "lora_bias", "load_in_8bit"),
     *("on_truncated", "max_image_pixels", "query_len_draw", "loss_average"),
 )
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import yaml
 from transformers import set_seed
@@ -86,6 +87,7 @@ def _hide_bars(arguments: FusionTrainingArguments) -> None:
     """What is written to a file or a pipe has no bars, whose control characters nobody interprets there."""
     arguments.disable_tqdm = True
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArguments) -> None:
@@ -148,7 +150,7 @@ def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, tor
     """
     folder = find_folder(str(arguments.model))
     options: dict[str, Any] = {}
-    if arguments.load_in_4bit:
+    if arguments.load_in_4bit or arguments.load_in_8bit:
         from fusion_hf.training.adapters import quantization_config
 
         options["quantization_config"] = quantization_config(arguments)
@@ -225,6 +227,7 @@ def _finish(trainer: FusionTrainer, output: Path) -> None:
             "steps": trainer.state.global_step,
             "records": count_records(trainer.train_dataset),
             "skipped": count_skipped(trainer.train_dataset),
+            "best_step": trainer.state.best_global_step if arguments.load_best_model_at_end else None,
         }
         write_atomically(output / FINISHED_FILE, f"{json.dumps(facts)}\n".encode())
         _write_card(arguments, output)

@@ -174,4 +174,4 @@ def _finished(run: Path) -> dict[str, Any]:
     """What a run wrote when it ended; without what an older version did not write."""
     path = run / FINISHED_FILE
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: content.get(name) for name in ("steps", "records", "skipped")}
+    return {name: content.get(name) for name in ("steps", "records", "skipped", "best_step")}

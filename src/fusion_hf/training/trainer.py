@@ -138,8 +138,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
 
     @property
     def trained_parts(self) -> list[str]:
-        """Parts whose own weights get gradients; adapters take the language model's place."""
-        return [part for part in self.args.train if part != LANGUAGE_MODEL or not self.args.lora_rank]
+        """Parts whose own weights get gradients; adapters take the place of the others'."""
+        return [part for part in self.args.train if part not in self.args.adapted_parts]
 
     def forget_step(self) -> None:
         """Forget what was measured of a step that was broken off."""
@@ -222,7 +222,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
                     query_len=inputs["query_len"],
                 ),
                 self.trained_parts,
-                lora=self.args.lora_rank > 0,
+                self.args.adapted_parts,
             ).training,
         )
 
