@@ -8,7 +8,7 @@ from fusion_hf.cli.terminal import printable
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_new_file
-from fusion_hf.hub.folders import find_folder, nano_path
+from fusion_hf.hub.folders import REPOSITORY, find_folder, nano_path
 
 METHODS = ("lora", "qlora", "full")
 SUFFIXES = (".yaml", ".yml")
@@ -46,13 +46,16 @@ def run(arguments: argparse.Namespace) -> int:
     if output.suffix not in SUFFIXES:
         raise InputError(f"--output is {output}; allowed: a name that ends in {' or '.join(SUFFIXES)}.")
     check_new_file(output, "--output")
+    if output.exists():
+        raise InputError(f"--output: {output} exists; give another one, or remove it.")
     model = nano_path() if arguments.model is None else arguments.model
-    if Path(model).expanduser().exists():  # one of the Hub is fetched by the training
-        find_folder(model)
-    import datasets
+    if Path(model).expanduser().exists() or not REPOSITORY.fullmatch(model):
+        find_folder(model)  # one of the Hub is fetched by the training
+    from fusion_hf.data.mixture import read_entries
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    for source, root in ((arguments.data, arguments.data_root), (arguments.eval_data, None)):
+        for entry in read_entries(source, root) if source is not None else ():
+            entry.locate()
     from fusion_hf.training.recipe_writing import RecipeRequest, write_recipe
 
     request = RecipeRequest(arguments.data, output, arguments.method, model, arguments.data_root, arguments.eval_data)

@@ -15,6 +15,7 @@ FAILED, USER_ERROR, INTERRUPTED, STOPPED = 1, 2, 130, 143  # exit statuses; the 
 ADVICE = 200  # characters at the end of an error that is cut: they say what to do
 MEGABYTE = 10**6
 NAMED_SHARE = 0.05  # of a folder's size, from which on a file of it is named
+BAR_VARIABLES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read when they are imported
 STREAMS = (0, 1, 2)  # input, output, errors
 
 
@@ -74,6 +75,11 @@ def prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    if (
+        not sys.stderr or not sys.stderr.isatty()
+    ):  # a file or a pipe gets no bars, whose control characters nobody reads
+        for variable in BAR_VARIABLES:
+            os.environ.setdefault(variable, "1")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (it lasts as long as the process)
     if sys.stdout is None:

@@ -96,8 +96,6 @@ def write_recipe(request: RecipeRequest) -> Written:
         InputError: for records that cannot be read, or a file that is there already.
     """
     entries = read_entries(request.source, request.data_root)
-    for entry in entries:
-        entry.locate()
     records = load_records(request.source, root=request.data_root, on_broken="skip", max_skipped=2**63)
     if not isinstance(records, RecordDataset):
         raise TypeError(f"{type(records).__name__} has no length")

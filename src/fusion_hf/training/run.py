@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import yaml
 from transformers import set_seed
@@ -38,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped.jsonl"
 AUTO, NONE = "auto", "none"  # of `resume_from_checkpoint`
+SECRET = "hub_token"  # which no file in a folder that may be published says
 
 
 def run(values: Mapping[str, Any]) -> bool:
@@ -87,7 +87,6 @@ def _hide_bars(arguments: FusionTrainingArguments) -> None:
     """What is written to a file or a pipe has no bars, whose control characters nobody interprets there."""
     arguments.disable_tqdm = True
     transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArguments) -> None:
@@ -110,7 +109,8 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
                 "begin anew."
             )
     with writing(output, RECIPE_FILE):
-        write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).encode())
+        written = {key: value for key, value in values.items() if key != SECRET}
+        write_atomically(recipe, yaml.safe_dump(written, sort_keys=False, allow_unicode=True).encode())
     given = arguments.resume_from_checkpoint
     if given not in (None, AUTO):
         supersede(output, _step_in(output, given))
