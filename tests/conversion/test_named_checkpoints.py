@@ -262,8 +262,9 @@ def test_a_tower_that_the_checkpoint_names(tmp_path, capsys):
         assert all(part in error for part in parts), error
 
 
-def test_what_vllm_is_given(tmp_path, assets):
+def test_what_vllm_is_given(tmp_path, assets, monkeypatch):
     """It loads folders and repositories by itself, but no checkpoint of the authors and no revision behind `@`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     checkpoint = write_named_checkpoint(tmp_path / "FUSION-tiny")
     assert model_of_vllm(nano_path()) == nano_path() and model_of_vllm("some/model") == "some/model"
     assert Path(model_of_vllm(str(checkpoint))) == find_folder(str(checkpoint)) != checkpoint
