@@ -12,6 +12,9 @@ from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check
 from fusion_hf.common.errors import InputError
 
 
+OUTPUT_FORMATS = ("answers", "llava")  # of `batch_generate`, whose module imports torch
+
+
 class InsteadOf(argparse.Action):
     """An option whose value makes required arguments unnecessary."""
 
@@ -41,9 +44,18 @@ def add_parser(commands: Any) -> None:
         action=InsteadOf,
         others=(images, question),
         metavar="JSONL",
-        help='instead of both, a file with a record per line: {"question", "image" (optional), "id" (optional)}',
+        help='instead of both, a file with a record per line: {"question", "image" (optional), "id" (optional)}, '
+        "or LLaVA's question.jsonl",
     )
     parser.add_argument("--output", metavar="JSONL", help='with --input: a new file for {"id", "answer" or "error"}')
+    parser.add_argument(
+        "--output-format",
+        choices=OUTPUT_FORMATS,
+        help="with --input: llava for the lines of LLaVA's answers.jsonl; default: answers",
+    )
+    parser.add_argument(
+        "--image-root", metavar="DIR", help="with --input: folder of the images; default: that of the file"
+    )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="with --input: questions answered together; default: 8"
     )
@@ -104,7 +116,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse, with an InputError, what does not go together."""
     if arguments.input is None:
-        for name, value in (("--output", arguments.output), ("--batch-size", arguments.batch_size)):
+        for name in ("--output", "--output-format", "--image-root", "--batch-size"):
+            value = getattr(arguments, name.removeprefix("--").replace("-", "_"))
             if value is not None:
                 raise InputError(f"{name} is {value}; allowed only with --input.")
         return
@@ -114,6 +127,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise InputError(f"--also is {arguments.also[0]!r}; allowed only without --input.")
     if arguments.output is None:
         raise InputError("--output is not given; allowed with --input: a new file for the answers.")
+    if arguments.image_root is not None and not Path(arguments.image_root).is_dir():
+        raise InputError(f"--image-root is {arguments.image_root}; allowed: a folder of images.")
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
@@ -137,6 +152,8 @@ def _answer_file(arguments: argparse.Namespace) -> int:
         batch_size=BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
         device=arguments.device,
         dtype=arguments.dtype,
+        image_root=arguments.image_root,
+        output_format=arguments.output_format or OUTPUT_FORMATS[0],
         **_settings(arguments),
     )
     errors = sum("error" in result for result in results)
