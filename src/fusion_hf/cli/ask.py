@@ -10,9 +10,7 @@ from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
-
-
-OUTPUT_FORMATS = ("answers", "llava")  # of `batch_generate`, whose module imports torch
+from fusion_hf.inference.answer_file import ANSWERS, OUTPUT_FORMATS
 
 
 class InsteadOf(argparse.Action):
@@ -153,7 +151,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
         image_root=arguments.image_root,
-        output_format=arguments.output_format or OUTPUT_FORMATS[0],
+        output_format=arguments.output_format or ANSWERS,
         **_settings(arguments),
     )
     errors = sum("error" in result for result in results)

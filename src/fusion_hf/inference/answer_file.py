@@ -10,6 +10,7 @@ from fusion_hf.common.outputs import atomic_file, check_new_file
 from fusion_hf.common.result_log import ResultLog, damaged_line, encode_line
 
 FORMAT = 1
+ANSWERS, LLAVA = OUTPUT_FORMATS = ("answers", "llava")  # of the lines of an output
 PARTIAL, LOCK = ".partial", ".lock"  # put behind the output's name
 
 Result: TypeAlias = dict[str, Any]  # {"id", "answer"} or {"id", "error"}

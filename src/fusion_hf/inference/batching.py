@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.user_values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
-from fusion_hf.inference.answer_file import AnswerFile, Result
+from fusion_hf.inference.answer_file import ANSWERS, LLAVA, OUTPUT_FORMATS, AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
@@ -34,7 +34,6 @@ from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.model.quantization_fusion import plain_tensors
 
-ANSWERS, LLAVA = OUTPUT_FORMATS = ("answers", "llava")
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
 DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
