@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,6 @@ def as_finevision(root: Path, images: list[Path]) -> Path:
 
 
 def as_webdataset(root: Path, images: list[Path]) -> Path:
-    import tarfile
-
     (root / "shards").mkdir()
     with tarfile.open(root / "shards" / "000.tar", "w") as tar:
         for number, path in enumerate(images):
@@ -106,9 +105,18 @@ def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def write_recipe(folder: Path, data: Path, **keys: Any) -> Path:
     values = {
-        "model": nano_path(), "data": str(data), "output_dir": "run", "global_batch_size": BATCH,
-        "max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "query_lens": [4],
-        "learning_rate": 1e-4, "train": ["projectors"], "disable_tqdm": True,
+        "model": nano_path(),
+        "data": str(data),
+        "output_dir": "run",
+        "global_batch_size": BATCH,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "query_lens": [4],
+        "learning_rate": 1e-4,
+        "train": ["projectors"],
+        "disable_tqdm": True,
         **keys,
     }
     path = folder / "recipe.yaml"
