@@ -8,6 +8,7 @@ from typing import Any
 from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.image_hosts import HostPolicy
 from fusion_hf.hub.folders import find_folder, nano_path, split_revision
 from fusion_hf.serving.limits import Limits
 
@@ -109,7 +110,6 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
-        from fusion_hf.serving.image_fetching import HostPolicy
         from fusion_hf.serving.server import listen, serve
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
