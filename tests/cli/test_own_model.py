@@ -1,10 +1,13 @@
 """From own images to the Hub, by commands alone: a recipe, a training, a merged model, a push to a stand-in."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from tests.train.conftest import make_records
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600  # a hung process fails its test
+TERMINAL_SIZE = (24, 100)
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 OF_THE_RUN = ("recipe.yaml", "log.jsonl", "training_args.bin", "trainer_state.json", "finished.json", "skipped.jsonl")
 
@@ -115,6 +119,7 @@ def test_lora_merged_and_published(tmp_path: Path, environment: dict[str, str], 
 def merge_in_a_terminal(folder: Path, environment: dict[str, str]) -> str:
     """What `merge` writes on a standard error that is a terminal."""
     terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", *TERMINAL_SIZE, 0, 0))  # bars are as wide as it is
     command = [sys.executable, "-m", "fusion_hf", "merge", "runs/records-lora", "--output", "merged-again"]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=end)
     os.close(end)
