@@ -8,6 +8,7 @@ from fusion_hf import __version__
 from fusion_hf.cli import (
     ask,
     chat,
+    compare,
     convert,
     data,
     demo,
@@ -38,6 +39,7 @@ COMMANDS: Mapping[str, Any] = {
     "push": push,
     "export": export,
     "evaluate": evaluate,
+    "compare": compare,
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
