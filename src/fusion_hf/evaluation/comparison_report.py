@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion_hf.evaluation.paired_statistics import CONFIDENCE, POWER, PairedTest
 from fusion_hf.evaluation.run_answers import RunAnswers
@@ -13,6 +13,9 @@ from fusion_hf.evaluation.run_comparison import (
     TaskComparison,
     missing_tasks,
 )
+
+if TYPE_CHECKING:
+    from fusion_hf.evaluation.run_stages import QuestionStages, StageReport
 
 SHARE = f"{CONFIDENCE:.0%}"
 
@@ -121,3 +124,56 @@ def _power_lines(test: PairedTest) -> Iterator[str]:
         f"    fewer than {test.least_changed} changed scores ({test.least_changed / test.questions:.4f} of the "
         "questions) can never be significant"
     )
+
+
+def describe_stages(report: "StageReport") -> dict[str, Any]:
+    """Describe as JSON where two runs begin to differ."""
+    first = report.first
+    return {
+        "task": report.task,
+        "first": None if first is None else first.stage,
+        "differing": report.differing,
+        "settings": [
+            {"name": each.name, "values": [each.first, each.second], "stages": list(each.stages)}
+            for each in report.settings
+        ],
+        "questions": [
+            {
+                "doc_id": each.doc_id,
+                "recorded": list(each.recorded),
+                "rebuilt": list(each.rebuilt),
+                "stages": [asdict(stage) for stage in each.stages],
+                "exchanged": dict(each.exchanged),
+            }
+            for each in report.questions
+        ],
+        "scoring": asdict(report.scoring),
+        "notes": list(report.notes),
+    }
+
+
+def write_stages(report: "StageReport") -> str:
+    """Write for a terminal where two runs begin to differ; see `describe_stages`."""
+    first = report.first
+    if first is None:
+        lines = [f"{report.task}: no stage differs in {len(report.questions)} questions"]
+    else:
+        lines = [f"{report.task}: the first stage that differs is {first.stage}: {first.detail}"]
+    for stage in report.differing:
+        acting = [str(each) for each in report.settings if stage in each.stages]
+        lines.append(
+            f"  {stage} differs by itself; settings that act on it: {'; '.join(acting) or 'none is recorded'}"
+        )
+    for question in report.questions:
+        lines += _question_lines(question)
+    return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)]) + "\n"
+
+
+def _question_lines(question: "QuestionStages") -> Iterator[str]:
+    answers = " and ".join(map(repr, question.recorded))
+    yield f"  question {question.doc_id}: {answers}"
+    for stage in question.stages:
+        told = stage.detail if stage.differs else "equal"
+        if stage.stage in question.exchanged:
+            told += f"; exchanged alone, the answer is {question.exchanged[stage.stage]!r}"
+        yield f"    {stage.stage}: {told}"

@@ -1,5 +1,6 @@
 """A model in this process: answers in batches, tiles of repeated images encoded once."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -83,14 +84,14 @@ class LocalModel:
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """What became of prompts, batch by batch."""
-        return run_halving(self._plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
+        return run_halving(self.plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
 
     def _identity(self) -> str:
         image_processor = self.chat_model.processor.image_processor.to_dict()
         parts = [self.info.revision, str(self.chat_model.model.dtype), self.budget, image_processor]
         return json.dumps(parts, sort_keys=True, default=str)
 
-    def _plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
+    def plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
         """Batches of one kind and similar length, the longest first."""
         kinds: dict[Any, list[EvaluationPrompt]] = {}
         for prompt in prompts:
@@ -191,6 +192,7 @@ def describe_settings(chat_model: ChatModel, folder: str | None) -> dict[str, An
         "folder": folder,
         "chat_template": str(processor.chat_template),
         "image_processor": {name: value for name, value in image_processor.items() if name not in NO_SETTINGS},
+        "tokenizer_sha256": hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "generation_config": {name: value for name, value in generation.items() if name not in NO_SETTINGS},
         "attn_implementation": model.config.text_config._attn_implementation,
         "torch_threads": torch.get_num_threads(),
