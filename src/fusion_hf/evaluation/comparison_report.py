@@ -87,7 +87,8 @@ def _name(run: RunAnswers) -> str:
 
 def _task_lines(task: TaskComparison) -> Iterator[str]:
     clusters = task.metrics[0].test.clusters if task.metrics else len({pair.cluster for pair in task.pairs})
-    yield f"{task.task}: {len(task.pairs)} questions, {clusters} independent groups (images)"
+    grouped = "" if clusters == len(task.pairs) else f", in {clusters} groups by their images"
+    yield f"{task.task}: {len(task.pairs)} questions{grouped}"
     for metric in task.metrics:
         yield from _metric_lines(metric)
     counts = ", ".join(f"{count} {direction}" for direction, count in task.directions.items())
@@ -110,7 +111,7 @@ def _metric_lines(metric: MetricComparison) -> Iterator[str]:
             f"(bootstrap {test.bootstrap.low:+.4f} to {test.bootstrap.high:+.4f})"
         )
     by_clusters = "unknown: all questions are about one image" if test.p_value is None else f"{test.p_value:.3g}"
-    yield f"    p by images {by_clusters}; {test.method} {test.method_p_value:.3g}"
+    yield f"    p by groups {by_clusters}; {test.method} {test.method_p_value:.3g}"
     yield f"    {test.won} questions score more, {test.lost} less"
     yield from _power_lines(test)
 

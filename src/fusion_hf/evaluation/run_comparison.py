@@ -113,10 +113,11 @@ def compare_runs(first: RunAnswers, second: RunAnswers, names: Sequence[str] | N
     Raises:
         InputError: If they have no task in common, or a task has other questions in the second run.
     """
-    pairs = [(name, a, b) for name, a, b in _pair_tasks(first, second) if names is None or name in names]
+    common = {name: (a, b) for name, a, b in _pair_tasks(first, second)}
     for name in names or ():
-        if name not in [pair[0] for pair in pairs]:
-            raise InputError(f"--tasks has {name!r}; allowed: {', '.join(pair[0] for pair in pairs) or 'none'}.")
+        if name not in common:
+            raise InputError(f"--tasks has {name!r}; allowed: {', '.join(common) or 'none'}.")
+    pairs = [(name, *common[name]) for name in (common if names is None else names)]
     compared = []
     for name, a, b in pairs:
         if a.reason is None and b.reason is None:
