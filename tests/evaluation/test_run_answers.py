@@ -10,8 +10,8 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.run_answers import check_ids, find_task, read_run
 from fusion_hf.evaluation.run_record import Metric, ModelRecord, RunRecord, TaskRecord
 from fusion_hf.evaluation.sample_log import (
+    AnsweredQuestion,
     AskedQuestion,
-    Sample,
     make_samples,
     read_samples,
     samples_file,
@@ -23,8 +23,8 @@ ASKED = AskedQuestion(
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], "<image> what?", "abc", {}
 )
 SAMPLES = [
-    Sample(0, "red", target="red", scores={"exact_match": 1.0}, asked=ASKED),
-    Sample(1, "bl\ud800ue", question_id="q1", target="red", scores={"exact_match": 0.0}, image="/a.png"),
+    AnsweredQuestion(0, "red", target="red", scores={"exact_match": 1.0}, asked=ASKED),
+    AnsweredQuestion(1, "bl\ud800ue", question_id="q1", target="red", scores={"exact_match": 0.0}, image="/a.png"),
 ]
 LMMS = [
     {"doc_id": 0, "target": "red", "filtered_resps": "red", "input": "what?", "doc_hash": "1", "exact_match": 1.0},
@@ -41,7 +41,7 @@ def _no_lmms_eval(monkeypatch) -> None:
     monkeypatch.setattr("fusion_hf.evaluation.run_record.PACKAGES", ("transformers",))
 
 
-def write_record(folder: Path, written: list[Sample] | None = SAMPLES, **others) -> Path:
+def write_record(folder: Path, written: list[AnsweredQuestion] | None = SAMPLES, **others) -> Path:
     task = TaskRecord("easy_vqa", "fusion_easy_vqa", "scored", 2, 2, metrics=(Metric("exact_match,none", 0.5, None),))
     record = RunRecord(["fusion-hf"], MODEL, "authors", None, 1, 1, None, [task], samples="samples/now")
     if written is not None:
@@ -81,7 +81,7 @@ def test_a_record_without_samples_has_its_kept_answers(tmp_path):
     kept += [{"key": "a", "task": "fusion_easy_vqa", "doc_id": 0, "answer": "red"}]
     kept += [{"key": "c", "task": "pope", "doc_id": 0, "answer": "yes"}]
     file = write_lines(tmp_path / "answers" / "00000.jsonl", kept)
-    assert read_run(path).tasks["easy_vqa"].samples == [Sample(0, "red"), Sample(1, "blue")]
+    assert read_run(path).tasks["easy_vqa"].samples == [AnsweredQuestion(0, "red"), AnsweredQuestion(1, "blue")]
 
     write_lines(file, [*kept, {**kept[0], "key": "d", "answer": "green"}])
     with pytest.raises(InputError, match="several answers to question 1 of easy_vqa"):
@@ -190,9 +190,9 @@ def test_logged_samples_become_ours(tmp_path):
         {"doc_id": 0, "doc": {}, "target": "b", "filtered_resps": ["of another filter"], "acc": 1.0},
     ]
     first, second = make_samples(logged, {1: [ASKED, ASKED], 0: [ASKED, replace(ASKED, prompt="other")]})
-    assert first == Sample(0, "['x', 'y']", target="b", scores={"acc": 0.0})
+    assert first == AnsweredQuestion(0, "['x', 'y']", target="b", scores={"acc": 0.0})
     scores = {"pope_accuracy": 1.0, "passed": 1.0}
-    assert second == Sample(1, "yes", "q1", "['a', 'b']", scores, str(image), ASKED)
+    assert second == AnsweredQuestion(1, "yes", "q1", "['a', 'b']", scores, str(image), ASKED)
     write_samples(tmp_path / "t.jsonl", [first, second])
     assert read_samples(tmp_path / "t.jsonl") == [first, second]
 

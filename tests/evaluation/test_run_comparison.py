@@ -12,7 +12,7 @@ from fusion_hf.evaluation.comparison_report import describe_comparison, write_te
 from fusion_hf.evaluation.run_answers import AUTHORS, LMMS_EVAL, OURS, RunAnswers, TaskAnswers
 from fusion_hf.evaluation.run_comparison import TaskComparison, compare_runs, missing_tasks
 from fusion_hf.evaluation.run_record import ModelRecord, RunRecord, TaskRecord
-from fusion_hf.evaluation.sample_log import AskedQuestion, Sample
+from fusion_hf.evaluation.sample_log import AnsweredQuestion, AskedQuestion
 
 METRIC = "exact_match"
 TARGETS = ["red", "blue", "yes", "no", "red", "circle", "blue", "yes"]
@@ -24,10 +24,10 @@ def asked(text: str, image: str | None) -> AskedQuestion:
     return AskedQuestion([{"role": "user", "content": blocks}], text, image, {})
 
 
-def samples(correct: list[int] = CORRECT, metric: str | None = METRIC, **others) -> list[Sample]:
+def samples(correct: list[int] = CORRECT, metric: str | None = METRIC, **others) -> list[AnsweredQuestion]:
     """One question after the other; two are about the same image."""
     return [
-        Sample(
+        AnsweredQuestion(
             number,
             TARGETS[number] if right else "wrong",
             target=TARGETS[number],
@@ -39,13 +39,13 @@ def samples(correct: list[int] = CORRECT, metric: str | None = METRIC, **others)
     ]
 
 
-def make(first: list[Sample], task: str = "easy_vqa", kind=OURS, **figures: float) -> RunAnswers:
+def make(first: list[AnsweredQuestion], task: str = "easy_vqa", kind=OURS, **figures: float) -> RunAnswers:
     return RunAnswers(Path("run"), kind, {task: TaskAnswers(task, first, figures)})
 
 
 def authors(texts: list[str], ids: list | None = None, prompts: list[str] | None = None) -> RunAnswers:
     found = [
-        Sample(i, text, question_id=ids[i] if ids else i, asked=asked(prompts[i], None) if prompts else None)
+        AnsweredQuestion(i, text, question_id=ids[i] if ids else i, asked=asked(prompts[i], None) if prompts else None)
         for i, text in enumerate(texts)
     ]
     return RunAnswers(Path("answers.jsonl"), AUTHORS, {"": TaskAnswers("", found)})
@@ -90,7 +90,7 @@ def test_other_questions_are_refused():
         InputError, match="other questions of easy_vqa: question 5 has the target 'circle' and 'square'"
     ):
         compare(make(samples()), make(other))
-    shifted = [Sample(sample.doc_id + 100, sample.answer) for sample in samples()]
+    shifted = [AnsweredQuestion(sample.doc_id + 100, sample.answer) for sample in samples()]
     with pytest.raises(InputError, match="no question of easy_vqa in common"):
         compare(make(samples()), make(shifted))
 
@@ -131,7 +131,9 @@ def test_what_records_say_is_noted():
 
 
 def test_samples_of_lmms_eval_are_one_side():
-    theirs = [Sample(s.doc_id, s.answer, target=s.target, scores={METRIC: s.scores[METRIC]}) for s in samples()]
+    theirs = [
+        AnsweredQuestion(s.doc_id, s.answer, target=s.target, scores={METRIC: s.scores[METRIC]}) for s in samples()
+    ]
     task = compare(make(samples([1] * 8)), make(theirs, kind=LMMS_EVAL))
     assert task.metrics[0].test.clusters == 4  # the images are those of the other run
     assert task.metrics[0].test.lost == 3
@@ -170,8 +172,8 @@ def test_answers_to_other_questions_are_refused():
         compare(authors(TARGETS, prompts=prompts), make(without_targets()))
 
 
-def without_targets() -> list[Sample]:
-    return [Sample(**{**vars(sample), "target": None}) for sample in samples()]
+def without_targets() -> list[AnsweredQuestion]:
+    return [AnsweredQuestion(**{**vars(sample), "target": None}) for sample in samples()]
 
 
 def test_answers_of_the_authors_on_both_sides():
@@ -214,8 +216,8 @@ def test_the_page_shows_what_changed_and_is_escaped(tmp_path):
 
 def test_the_page_is_bounded():
     count = MOST + 5
-    first = [Sample(i, "yes", target="yes", scores={METRIC: 1.0}) for i in range(count)]
-    second = [Sample(i, "no", target="yes", scores={METRIC: 0.0}) for i in range(count)]
+    first = [AnsweredQuestion(i, "yes", target="yes", scores={METRIC: 1.0}) for i in range(count)]
+    second = [AnsweredQuestion(i, "no", target="yes", scores={METRIC: 0.0}) for i in range(count)]
     runs = make(first), make(second)
     page = write_page(*runs, compare_runs(*runs))
     assert page.count("<article>") == MOST

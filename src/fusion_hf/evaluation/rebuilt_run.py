@@ -10,8 +10,8 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Messages, Request, hash_image
 from fusion_hf.evaluation.run_answers import RunAnswers
-from fusion_hf.evaluation.sample_log import AskedQuestion, Sample
-from fusion_hf.evaluation.staged_model import Decoding, Row, StagedModel
+from fusion_hf.evaluation.sample_log import AnsweredQuestion, AskedQuestion
+from fusion_hf.evaluation.staged_model import Decoding, StagedModel, StagedQuestion
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.devices import AUTO, DTYPES, choose_device
 
@@ -84,11 +84,11 @@ class RebuiltRun:
     def staged(self) -> StagedModel:
         return StagedModel(self.model.chat_model, self.model.budget)
 
-    def decoding_of(self, sample: Sample) -> Decoding:
+    def decoding_of(self, sample: AnsweredQuestion) -> Decoding:
         """How the tokens of an answer are chosen."""
         return Decoding(self.model.chat_model.model.generation_config, wanted_of(sample))
 
-    def open_image(self, sample: Sample, other: Sample | None = None) -> Image.Image | None:
+    def open_image(self, sample: AnsweredQuestion, other: AnsweredQuestion | None = None) -> Image.Image | None:
         """
         Open the image of a question.
 
@@ -125,7 +125,7 @@ class RebuiltRun:
         """Whether the run had its model in its own process: servers open images otherwise."""
         return self.run.record is not None and self.run.record.model.url is None
 
-    def batch_of(self, task: str, sample: Sample) -> list[EvaluationPrompt]:
+    def batch_of(self, task: str, sample: AnsweredQuestion) -> list[EvaluationPrompt]:
         """The other questions that the run answered together with one; empty without batches."""
         if self.model.batch_size == 1 or not self.is_local:
             return []
@@ -143,16 +143,16 @@ class RebuiltRun:
         together = next(batch for batch in batches if own in [prompt.key for prompt in batch])
         return [prompt for prompt in together if prompt.key != own]
 
-    def _prompt(self, task: str, sample: Sample) -> EvaluationPrompt:
+    def _prompt(self, task: str, sample: AnsweredQuestion) -> EvaluationPrompt:
         assert sample.asked is not None
         messages = conversation(sample.asked, self.open_image(sample), "url")
         return self.model.reader.prompt(Request(task, sample.doc_id, lambda: messages, wanted_of(sample)))
 
-    def rows(self, prompts: Sequence[EvaluationPrompt]) -> list[Row]:
+    def rows(self, prompts: Sequence[EvaluationPrompt]) -> list[StagedQuestion]:
         """Questions as the model computes them."""
         staged = self.staged
         return [
-            Row(
+            StagedQuestion(
                 staged.tokenize(staged.write_prompt(prompt.messages)),
                 None if prompt.image is None else staged.preprocess(prompt.image),
             )
@@ -182,7 +182,7 @@ def conversation(asked: AskedQuestion, image: Image.Image | None, key: str = "im
     ]
 
 
-def wanted_of(sample: Sample) -> Generation:
+def wanted_of(sample: AnsweredQuestion) -> Generation:
     """How a question is to be answered."""
     assert sample.asked is not None and sample.asked.generation is not None
     settings = dict(sample.asked.generation)

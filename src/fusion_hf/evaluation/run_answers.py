@@ -10,8 +10,8 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 from fusion_hf.evaluation.run_record import FAILED, RunRecord, TaskRecord, read_metrics
 from fusion_hf.evaluation.sample_log import (
+    AnsweredQuestion,
     AskedQuestion,
-    Sample,
     read_answer,
     read_lines,
     read_samples,
@@ -43,7 +43,7 @@ class TaskAnswers:
     """
 
     task: str
-    samples: Sequence[Sample] = ()
+    samples: Sequence[AnsweredQuestion] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
 
@@ -118,7 +118,7 @@ def _inside(path: Path, name: str) -> Path:
     return folder / name
 
 
-def _kept_answers(folder: Path, task: TaskRecord) -> list[Sample]:
+def _kept_answers(folder: Path, task: TaskRecord) -> list[AnsweredQuestion]:
     """The answers that a run kept, without scores; an InputError where they are of several models or prompts."""
     found: dict[int, str] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -134,7 +134,7 @@ def _kept_answers(folder: Path, task: TaskRecord) -> list[Sample]:
     kept = {number: answer for number, answer in found.items() if number < task.n}
     if len(kept) < task.n:
         raise InputError(f"{folder} has {len(kept)} of the {task.n} answers to {task.task}; run the evaluation again.")
-    return [Sample(number, answer) for number, answer in sorted(kept.items())]
+    return [AnsweredQuestion(number, answer) for number, answer in sorted(kept.items())]
 
 
 def _read_lmms_eval(paths: Sequence[Path], given: Path) -> RunAnswers:
@@ -152,11 +152,11 @@ def _read_lmms_eval(paths: Sequence[Path], given: Path) -> RunAnswers:
     return RunAnswers(given, LMMS_EVAL, tasks)
 
 
-def _lmms_sample(path: Path, number: int, entry: dict[str, Any]) -> Sample:
+def _lmms_sample(path: Path, number: int, entry: dict[str, Any]) -> AnsweredQuestion:
     if not isinstance(entry.get("doc_id"), int) or "filtered_resps" not in entry:
         raise InputError(f"{path} has no doc_id and filtered_resps in line {number}, as lmms-eval's samples have.")
     text, target = entry.get("input"), entry.get("target")
-    return Sample(
+    return AnsweredQuestion(
         doc_id=entry["doc_id"],
         answer=read_answer(entry),
         target=None if target is None else str(target),
@@ -187,7 +187,7 @@ def _read_authors(path: Path) -> RunAnswers:
         if not isinstance(identity, str | int) or not isinstance(text, str):
             raise InputError(f"{path} has no question_id and text in line {number}, as the authors' answers have.")
         asked = _asked_text(prompt) if isinstance(prompt, str) else None
-        samples.append(Sample(number - 1, text, question_id=identity, asked=asked))
+        samples.append(AnsweredQuestion(number - 1, text, question_id=identity, asked=asked))
     check_ids([sample.question_id for sample in samples], path)
     return RunAnswers(path, AUTHORS, {"": TaskAnswers("", samples)})
 

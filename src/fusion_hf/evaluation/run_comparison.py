@@ -10,7 +10,7 @@ from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
 from fusion_hf.evaluation.paired_statistics import PairedTest, compare_scores
 from fusion_hf.evaluation.run_answers import RunAnswers, TaskAnswers
 from fusion_hf.evaluation.run_record import TaskRecord
-from fusion_hf.evaluation.sample_log import Sample
+from fusion_hf.evaluation.sample_log import AnsweredQuestion
 
 BETTER: Final = "better"
 WORSE: Final = "worse"
@@ -24,8 +24,8 @@ SIDES = ("RUN_A", "RUN_B")
 class Pair:
     """The same question in both runs."""
 
-    first: Sample
-    second: Sample
+    first: AnsweredQuestion
+    second: AnsweredQuestion
 
     @property
     def question(self) -> str | None:
@@ -232,7 +232,9 @@ def _align(name: str, first: TaskAnswers, second: TaskAnswers) -> tuple[list[Pai
     return pairs, (len(keys[0]) - len(common), len(keys[1]) - len(common))
 
 
-def _key_choices(first: TaskAnswers, second: TaskAnswers) -> Iterator[tuple[dict[str, Sample], dict[str, Sample]]]:
+def _key_choices(
+    first: TaskAnswers, second: TaskAnswers
+) -> Iterator[tuple[dict[str, AnsweredQuestion], dict[str, AnsweredQuestion]]]:
     """Samples by what identifies a question: its number or, where the authors give ids, the benchmark's id first."""
     if first.task and second.task:
         yield _by_number(first), _by_number(second)
@@ -243,11 +245,11 @@ def _key_choices(first: TaskAnswers, second: TaskAnswers) -> Iterator[tuple[dict
         yield (theirs, own) if ours is second else (own, theirs)
 
 
-def _by_number(task: TaskAnswers) -> dict[str, Sample]:
+def _by_number(task: TaskAnswers) -> dict[str, AnsweredQuestion]:
     return {str(sample.doc_id): sample for sample in task.samples}
 
 
-def _by_id(task: TaskAnswers) -> dict[str, Sample]:
+def _by_id(task: TaskAnswers) -> dict[str, AnsweredQuestion]:
     """Empty if questions have no ids of their own."""
     found = {str(sample.question_id): sample for sample in task.samples if sample.question_id is not None}
     return found if len(found) == len(task.samples) else {}
@@ -277,7 +279,7 @@ def _has_other_words(pair: Pair) -> bool:
     return None not in texts and texts[0] != texts[1]
 
 
-def question_text(sample: Sample) -> str | None:
+def question_text(sample: AnsweredQuestion) -> str | None:
     """The user's words; None where a run does not know them."""
     if sample.asked is None:
         return None
@@ -299,13 +301,13 @@ def _with_scores(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
     made = []
     for pair, sample in zip(pairs, known, strict=True):
         other = pair.second if scored[0] else pair.first
-        mended = Sample(**{**vars(other), "scores": {metric: _exact_match(other.answer, sample.target)}})
+        mended = AnsweredQuestion(**{**vars(other), "scores": {metric: _exact_match(other.answer, sample.target)}})
         made.append(Pair(pair.first, mended) if scored[0] else Pair(mended, pair.second))
     side = SIDES[1] if scored[0] else SIDES[0]
     return made, [f"{side} is scored here by exact match, which gives every {metric} of the other run."]
 
 
-def _is_exact_match(metric: str, samples: Sequence[Sample]) -> bool:
+def _is_exact_match(metric: str, samples: Sequence[AnsweredQuestion]) -> bool:
     return all(
         metric in sample.scores and sample.scores[metric] == _exact_match(sample.answer, sample.target)
         for sample in samples

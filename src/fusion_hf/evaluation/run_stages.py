@@ -24,7 +24,7 @@ from fusion_hf.evaluation.stage_comparison import (
     compare_stage,
     first_difference,
 )
-from fusion_hf.evaluation.staged_model import Features, Row, WrittenPrompt
+from fusion_hf.evaluation.staged_model import Features, StagedQuestion, WrittenPrompt
 
 QUESTIONS = 3  # that are rebuilt
 EXCHANGED = (PROMPT, IDS, PIXELS, FEATURES, LOGITS, DECODING)
@@ -161,7 +161,7 @@ class _Made:
     """What the stages gave; a question without image has neither pixels nor features."""
 
     prompt: WrittenPrompt
-    row: Row
+    row: StagedQuestion
     features: Features | None
     tokens: list[int]
     answer: str
@@ -199,7 +199,7 @@ class _Exchange:
     def _make(self, by: Mapping[str, int]) -> _Made:
         """Answer the question, each stage by the run that `by` names."""
         prompt = self._write(by[PROMPT])
-        row = Row(self.staged[by[IDS]].tokenize(prompt), self._preprocess(by[PIXELS]))
+        row = StagedQuestion(self.staged[by[IDS]].tokenize(prompt), self._preprocess(by[PIXELS]))
         features = self._encode(by[FEATURES], row)
         decoding, model = self.decodings[by[DECODING]], by[LOGITS]
         tokens = self.staged[model].generate(row, features, decoding, self.batches[model])
@@ -213,7 +213,7 @@ class _Exchange:
         image = self.images[run]
         return None if image is None else self.staged[run].preprocess(image)
 
-    def _encode(self, run: int, row: Row) -> Features | None:
+    def _encode(self, run: int, row: StagedQuestion) -> Features | None:
         return None if row.pixels is None else self.staged[run].encode(row, self.batches[run])
 
     def _compare(self, stage: str, base: _Made) -> StageComparison:

@@ -45,7 +45,7 @@ class AskedQuestion:
 
 
 @dataclass(frozen=True)
-class Sample:
+class AnsweredQuestion:
     """
     A question, its answer and what it scored.
 
@@ -68,7 +68,9 @@ class Sample:
     asked: AskedQuestion | None = None
 
 
-def make_samples(logged: Iterable[Mapping[str, Any]], asked: Mapping[int, list[AskedQuestion]]) -> list[Sample]:
+def make_samples(
+    logged: Iterable[Mapping[str, Any]], asked: Mapping[int, list[AskedQuestion]]
+) -> list[AnsweredQuestion]:
     """
     Take samples from what lmms-eval logs of a task; of a question that it scores by several filters, the first.
 
@@ -76,7 +78,7 @@ def make_samples(logged: Iterable[Mapping[str, Any]], asked: Mapping[int, list[A
         logged: lmms-eval's samples.
         asked: How each question was asked, by its number.
     """
-    samples: dict[int, Sample] = {}
+    samples: dict[int, AnsweredQuestion] = {}
     for entry in logged:
         number = entry["doc_id"]
         if number not in samples:
@@ -85,10 +87,10 @@ def make_samples(logged: Iterable[Mapping[str, Any]], asked: Mapping[int, list[A
     return [samples[number] for number in sorted(samples)]
 
 
-def _make_sample(entry: Mapping[str, Any], asked: AskedQuestion | None) -> Sample:
+def _make_sample(entry: Mapping[str, Any], asked: AskedQuestion | None) -> AnsweredQuestion:
     row = entry.get("doc") or {}
     identity = next((row[name] for name in QUESTION_IDS if isinstance(row.get(name), str | int)), None)
-    return Sample(
+    return AnsweredQuestion(
         doc_id=entry["doc_id"],
         answer=read_answer(entry),
         question_id=identity,
@@ -132,12 +134,12 @@ def samples_file(folder: Path, task: str) -> Path:
     return folder / f"{task}.jsonl"
 
 
-def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+def write_samples(path: Path, samples: Iterable[AnsweredQuestion]) -> None:
     """Write a task's samples as a whole file."""
     write_atomically(path, b"".join(encode_line(asdict(sample)) for sample in samples))
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[AnsweredQuestion]:
     """
     Read what `write_samples` wrote.
 
@@ -148,7 +150,7 @@ def read_samples(path: Path) -> list[Sample]:
     for number, entry in enumerate(read_lines(path), start=1):
         try:
             asked = entry.pop("asked")
-            sample = Sample(asked=None if asked is None else AskedQuestion(**asked), **entry)
+            sample = AnsweredQuestion(asked=None if asked is None else AskedQuestion(**asked), **entry)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} has no sample in line {number} ({error}); {ADVICE}.") from error
         if not _is_sound(sample):
@@ -157,7 +159,7 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def _is_sound(sample: Sample) -> bool:
+def _is_sound(sample: AnsweredQuestion) -> bool:
     """Whether the values that are compared and shown are of their kinds."""
     asked = sample.asked
     texts = (sample.target, sample.image, asked.image_sha256 if asked else None)

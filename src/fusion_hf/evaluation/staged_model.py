@@ -71,7 +71,7 @@ class Decoding:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class StagedQuestion:
     """A question in a batch; without `pixels` it shows no image."""
 
     ids: PromptIds
@@ -114,7 +114,7 @@ class StagedModel:
         return self.chat_model.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
-    def encode(self, row: Row, batch: Sequence[Row] = ()) -> Features:
+    def encode(self, row: StagedQuestion, batch: Sequence[StagedQuestion] = ()) -> Features:
         """
         Encode the image of a question.
 
@@ -136,7 +136,11 @@ class StagedModel:
 
     @torch.inference_mode()
     def compute_logits(
-        self, row: Row, features: Features | None, answer: Sequence[int], batch: Sequence[Row] = ()
+        self,
+        row: StagedQuestion,
+        features: Features | None,
+        answer: Sequence[int],
+        batch: Sequence[StagedQuestion] = (),
     ) -> dict[str, torch.Tensor]:
         """
         Read a prompt and an answer to it.
@@ -151,7 +155,7 @@ class StagedModel:
             What enters the layers of the language model `(S, D)` and the logits `(S, V)`, by name.
         """
         ids = PromptIds([*row.ids.input_ids, *answer], row.ids.instruct_ids, row.ids.prompt_ends)
-        rows = [Row(ids, row.pixels), *batch]
+        rows = [StagedQuestion(ids, row.pixels), *batch]
         with self._given(features, len(rows)):
             outputs = self.chat_model.model(**self._pad(rows), **self.budget._asdict(), output_hidden_states=True)
         count = len(ids.input_ids)
@@ -160,7 +164,7 @@ class StagedModel:
 
     @torch.inference_mode()
     def generate(
-        self, row: Row, features: Features | None, decoding: Decoding, batch: Sequence[Row] = ()
+        self, row: StagedQuestion, features: Features | None, decoding: Decoding, batch: Sequence[StagedQuestion] = ()
     ) -> list[int]:
         """Choose the ids of an answer, its end included; arguments as of `compute_logits`."""
         inputs = self._pad([row, *batch])
@@ -201,7 +205,7 @@ class StagedModel:
         finally:
             del model.__dict__["encode_image"]
 
-    def _pad(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    def _pad(self, rows: Sequence[StagedQuestion]) -> dict[str, torch.Tensor]:
         """The inputs of the model for rows, padded on the left as an evaluation pads them."""
         processor, device = self.chat_model.processor, self.chat_model.model.device
         longest = max(len(row.ids.input_ids) for row in rows)
