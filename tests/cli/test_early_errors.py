@@ -24,7 +24,7 @@ HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
 REPEATS = 3
 COMMANDS = (
     *("ask", "chat", "maps", "demo", "train", "plan", "merge", "push", "export", "data", "evaluate", "synthesize"),
-    *("serve", "convert", "compare"),
+    *("serve", "convert", "compare", "cache"),
 )
 # the command line, and what its error says; `run.yaml` and `mix.yaml` name files that are missing
 ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from tests.helpers.serving import PICTURE, PictureHost
 
+from fusion_hf.common import image_fetching
 from fusion_hf.common.errors import InputError
-from fusion_hf.serving import image_fetching
+from fusion_hf.common.image_hosts import Host, HostPolicy, is_allowed
 from fusion_hf.serving.api_errors import ApiError
-from fusion_hf.serving.image_fetching import Host, HostPolicy, fetch_image, is_allowed
+from fusion_hf.serving.image_fetching import fetch_image
 from fusion_hf.serving.limits import Limits
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"

@@ -159,7 +159,7 @@ def hostile(pictures: PictureHost) -> dict[str, dict[str, Any]]:
     """Requests by what is said of them."""
     elsewhere = f"http://127.0.0.1:{pictures.port + 1}/picture"
     return {
-        "not on this server's list": {"messages": [user(QUESTION, elsewhere)]},
+        "not on the list": {"messages": [user(QUESTION, elsewhere)]},
         "allowed: a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
         "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_of_claimed_size(20_000)))]},
         "truncated": {"messages": [user(QUESTION, data_uri(PICTURE.read_bytes()[:300]))]},

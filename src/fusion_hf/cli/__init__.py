@@ -7,6 +7,7 @@ from typing import Any
 from fusion_hf import __version__
 from fusion_hf.cli import (
     ask,
+    cache,
     chat,
     compare,
     convert,
@@ -43,6 +44,7 @@ COMMANDS: Mapping[str, Any] = {
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
+    "cache": cache,
 }
 
 

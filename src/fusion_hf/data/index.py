@@ -21,6 +21,7 @@ from fusion_hf.common.outputs import atomic_file
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
+READING, READING_VERSION = b"reading", b"2"  # in an index: which layouts were known when it was made
 FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
 ROWS_PER_BATCH = 65_536
 SUFFIX = ".arrow"
@@ -61,6 +62,11 @@ class Index:
     def num_broken(self) -> int:
         return len(self) - self.table.column("problem").null_count
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether an earlier version made it, which did not read all layouts, and something is broken in it."""
+        return self.num_broken > 0 and (self.table.schema.metadata or {}).get(READING) != READING_VERSION
+
     def broken(self) -> np.ndarray:
         """Which records are broken, in increasing order."""
         chunks = self.table.column("problem").chunks
@@ -89,12 +95,13 @@ def open_index(source: RecordSource, cache: Path) -> Index:
         InputError: if the source cannot be read or has no records, or nothing can be written to `cache`.
     """
     file = cache / f"{source.fingerprint(FORMAT_VERSION)}{SUFFIX}"
-    if (index := _existing(file)) is not None:
+    if (index := _existing(file)) is not None and not index.is_outdated:
         return index
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            if (index := _existing(file)) is not None:  # another process wrote it while this one waited
+            index = _existing(file)  # which another process may have written while this one waited
+            if index is not None and not index.is_outdated:
                 return index
             _write(source, file)
     except OSError as error:
@@ -124,7 +131,7 @@ def _write(source: RecordSource, file: Path) -> None:
 def _schema(source: RecordSource) -> pa.Schema:
     places = [(f"place_{name}", pa.int64()) for name in source.place_names]
     problems = [(name, pa.string()) for name in ("problem", "detail", "id")]
-    return pa.schema([*places, ("length", pa.int32()), *problems])
+    return pa.schema([*places, ("length", pa.int32()), *problems], metadata={READING: READING_VERSION})
 
 
 def _batches(source: RecordSource) -> Iterator[pa.RecordBatch]:

@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fusion_hf.common.errors import short_name
+from fusion_hf.data.record_layouts import (
+    TURN_KEYS,
+    describe_missing_turns,
+    image_rename,
+    name_of_list,
+    with_known_turns,
+)
 
 HUMAN, MODEL = "human", "gpt"  # speakers of LLaVA's conversations
-ROLE_OF_SPEAKER = {HUMAN: "user", MODEL: "assistant", "system": "system"}
-ROLES = tuple(ROLE_OF_SPEAKER.values())
+ROLES = ("user", "assistant", "system")
+ROLE_OF_SPEAKER = {HUMAN: "user", MODEL: "assistant", **{role: role for role in ROLES}}
 IMAGE_KEY = "image"
 FILE_NAME = "file_name"  # the image's column in the metadata of an image folder
 IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
+# image blocks of messages, and where they have the image
+IMAGE_BLOCKS, BLOCK_FIELDS = ("image", "image_url"), ("image", "path", "url", "image_url")
 SHOWN_ROLES = 6  # of a conversation, in an error
 # what is done about broken records, and about images whose file ends too early
 ON_BROKEN = ("error", "skip")
@@ -29,6 +38,7 @@ ProblemKind = Literal[
     "several images",
     "path escape",
     "missing image",
+    "remote image",  # at an address that is not allowed, or gives none
     "broken image",
     "oversized image",
 ]
@@ -117,9 +127,17 @@ def parse_turns(
         RecordProblem: if a field is missing or has another shape.
     """
     images = _top_level_images(fields, image_key)
-    if fields.get("messages") is not None:
-        return list(_chat_turns(fields["messages"], images)), images
-    return list(_llava_turns(fields.get("conversations"))), images
+    known = with_known_turns(fields)
+    if known.get("messages") is not None:
+        turns = list(_chat_turns(known["messages"], images, image_rename(fields, image_key, is_certain=True)))
+    elif known.get("conversations") is not None:
+        turns = list(_llava_turns(known["conversations"]))
+    else:
+        raise RecordProblem("shape", describe_missing_turns(fields))
+    is_marked = any(IMAGE_TOKEN in text for _, text in turns)
+    if not images and (rename := image_rename(fields, image_key, is_marked)) is not None:
+        raise RecordProblem("shape", f"its image is in a field that is not read; {rename}")
+    return turns, images
 
 
 def without_marks(turns: list[tuple[str, str]]) -> Messages:
@@ -173,8 +191,6 @@ def _image(value: Any, key: str) -> ImageReference:
 
 
 def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
-    if conversations is None:
-        raise RecordProblem("shape", "it has neither conversations nor messages")
     for turn in _list_of_objects(conversations, "conversations"):
         speaker = turn.get("from")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
@@ -183,8 +199,8 @@ def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
         yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), "value")
 
 
-def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[str, str]]:
-    """Roles and texts; images inside of the first question go to `images`."""
+def _chat_turns(messages: Any, images: list[ImageReference], rename: str | None) -> Iterator[tuple[str, str]]:
+    """Roles and texts; images inside of the first question go to `images`. `rename` says where one may be instead."""
     questions = 0
     for message in _list_of_objects(messages, "messages"):
         role, content = message.get("role"), message.get("content")
@@ -198,22 +214,30 @@ def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[s
         for block in _list_of_objects(content, "content"):
             if block.get("type") == "text":
                 texts.append(_text(block.get("text"), "text"))
-            elif block.get("type") != "image":
+            elif block.get("type") not in IMAGE_BLOCKS:
                 kind = _repeat(block.get("type"))
-                raise RecordProblem("shape", f"a block has the type {kind}; allowed: text, image")
+                raise RecordProblem("shape", f"a block has the type {kind}; allowed: text, {', '.join(IMAGE_BLOCKS)}")
             elif role != "user" or questions > 1:
                 raise RecordProblem("several images", "a later message has an image; allowed: in the first question")
             else:
-                inside = [block[key] for key in ("image", "path", "url") if block.get(key) is not None]
-                images += [_image(value, "image") for value in inside]
+                inside = [block[key] for key in BLOCK_FIELDS if block.get(key) is not None]
+                images += [_image(_unwrap_url(value), "image") for value in inside]
                 if not images:
-                    raise RecordProblem("mark without image", "it has an image block, but no image")
+                    advice = "" if rename is None else f"; {rename}"
+                    raise RecordProblem("mark without image", f"it has an image block, but no image{advice}")
         yield role, "".join(texts)
+
+
+def _unwrap_url(value: Any) -> Any:
+    """The address in OpenAI's `{"url": ...}`."""
+    return value["url"] if isinstance(value, dict) and "url" in value else value
 
 
 def _list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a list of objects")
+    if name in TURN_KEYS and value and (known := name_of_list(value[0], name)) not in (None, name):
+        raise RecordProblem("shape", f"{name} holds objects with {', '.join(value[0])}; rename {name!r} to {known!r}")
     return value
 
 

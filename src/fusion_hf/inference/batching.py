@@ -16,10 +16,11 @@ from tqdm import tqdm
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.user_values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
-from fusion_hf.inference.answer_file import AnswerFile, Result
+from fusion_hf.inference.answer_file import ANSWERS, LLAVA, OUTPUT_FORMATS, AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
+from fusion_hf.inference.llava_answers import llava_answers
 from fusion_hf.inference.question_files import (
     Entry,
     Question,
@@ -58,6 +59,8 @@ def batch_generate(
     device: str = AUTO,
     dtype: str = AUTO,
     progress: bool = True,
+    image_root: str | os.PathLike[str] | None = None,
+    output_format: str = ANSWERS,
 ) -> list[Result]:
     """
     The most likely answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
@@ -67,7 +70,8 @@ def batch_generate(
     Args:
         records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
             path, an http(s) address, bytes of a file or a PIL image) and `id` (default: the index). Or a JSONL file of
-            them, to whose folder paths are relative.
+            them, to whose folder paths are relative. `text` and `question_id` of LLaVA's `question.jsonl` stand for
+            `question` and `id`.
         model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
         output: a JSONL file for the results. A run that was killed goes on when it is called again with the same
             arguments (`batch_size` and `device` may differ).
@@ -76,6 +80,8 @@ def batch_generate(
         max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
         device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
         progress: whether to show a bar, if there is a terminal.
+        image_root: folder that paths of images are relative to.
+        output_format: `answers`: lines of `output` are what this returns; `llava`: those of LLaVA's `answers.jsonl`.
 
     Raises:
         InputError: for wrong arguments, an output that exists, or one that was begun with others.
@@ -86,9 +92,14 @@ def batch_generate(
         [{'id': 0, 'answer': 'red'}]
     """
     check_call(model, device, dtype, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if output_format not in OUTPUT_FORMATS:
+        raise InputError(f"output_format is {output_format!r}; allowed: {', '.join(OUTPUT_FORMATS)}.")
     entries, root = read_entries(records)
+    root = root if image_root is None else Path(image_root)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
         chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
+        if answer_file is not None and output_format == LLAVA:
+            answer_file.as_line = llava_answers(entries, Path(chat_model.model.config.name_or_path).name)
         budget = chat_model.token_budget(query_len, image_token_grid)
         results: dict[int, Result] = {}
         if answer_file is not None:
@@ -189,7 +200,7 @@ class _Run:
 
     def _open(self, image: str | bytes | Image.Image) -> Image.Image:
         """Open an image of a record; a broken one makes an `InputError`, `ValueError` or `OSError`."""
-        if not isinstance(image, str) or is_address(image):
+        if not isinstance(image, str) or is_address(image) or image.startswith("data:"):
             return self.chat_model.open_image(image)
         path = self.root / image
         if not path.is_file():

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.common.errors import short_name
+from fusion_hf.common.image_hosts import HostPolicy
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.model_info import ModelInfo
 from fusion_hf.model.configuration_fusion import TokenBudget
@@ -41,7 +42,7 @@ from fusion_hf.serving.api_errors import (
 from fusion_hf.serving.chat_requests import ChatRequest, load_json, parse_chat_request
 from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
 from fusion_hf.serving.engine import Engine, Finished, Piece
-from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
+from fusion_hf.serving.image_fetching import fetch_image
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.replies import END, Completion, model_object, sse
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusion_hf.data.record_layouts import describe_missing_turns, with_known_turns
 from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, as_dicts, check_messages
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
@@ -33,7 +34,8 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     code writes a block for each message with a mark, further ones get an image block that repeats the first.
 
     Args:
-        record: `conversations` (`[{"from", "value"}]`) or `messages` (`[{"role", "content"}]`), and an image or none.
+        record: `conversations` (`[{"from", "value"}]`), `messages` (`[{"role", "content"}]`), TRL's `prompt` and
+            `completion` or FineVision's `texts` (`[{"user", "assistant"}]`), and an image or none.
 
     Returns:
         The messages, without the record's other fields.
@@ -43,12 +45,13 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
             the record, the message and the block.
     """
     name = f"Record {record.get('id')!r}"
-    if record.get("messages") is not None:
-        given = as_dicts(record["messages"])
-    elif record.get("conversations") is not None:
-        given = _read_turns(record["conversations"], name)
+    known = with_known_turns(record)
+    if known.get("messages") is not None:
+        given = as_dicts(known["messages"])
+    elif known.get("conversations") is not None:
+        given = _read_turns(known["conversations"], name)
     else:
-        raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
+        raise ValueError(f"{name}: {describe_missing_turns(record)}.")
     images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
     is_marked, marked = False, []
     messages = [dict(message) for message in given] if all(isinstance(each, dict) for each in given) else []

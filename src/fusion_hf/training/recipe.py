@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import check_place
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
+from fusion_hf.data.image_places import ImagePlaces
 from fusion_hf.data.mixture import read_entries
 from fusion_hf.hub.folders import find_folder
 from fusion_hf.training.recipe_keys import OwnArguments, all_keys, own_keys
@@ -50,6 +51,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     for key in PATHS:
         if isinstance(values.get(key), str):
             values[key] = _relative_to(path.parent, values[key])
+    if isinstance(values.get("image_roots"), list):
+        values["image_roots"] = [
+            _relative_to(path.parent, name) if isinstance(name, str) else name for name in values["image_roots"]
+        ]
     overridden = dict(parse_override(text, "learning_rate=1e-5") for text in overrides)
     check_keys(overridden, all_keys(), "The command line")
     values |= overridden
@@ -81,6 +86,7 @@ def check_files(values: Mapping[str, Any]) -> None:
         if values.get(key) is not None:
             for entry in read_entries(values[key], root, key):
                 entry.locate()  # data sets of the Hub are taken as given
+    ImagePlaces.named(*(values.get(key) for key in ("image_roots", "image_hosts", "private_image_hosts")))
     given = values.get("resume_from_checkpoint")
     if given not in (None, *CHECKPOINT_CHOICES) and not Path(str(given)).is_dir():
         raise InputError(f"resume_from_checkpoint is {given!r}; allowed: auto, none, or a checkpoint's folder.")

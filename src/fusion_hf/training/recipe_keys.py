@@ -63,6 +63,15 @@ class OwnArguments:
         "error", "`error`: images that end too early are broken; `load`: they are trained on", ON_TRUNCATED
     )
     max_image_pixels: int | None = _key(None, "images with more are broken; default: the image processor's number")
+    image_roots: list[str] | None = field(
+        default=None, metadata={"help": "further folders of images: absolute paths and links may lead there"}
+    )
+    image_hosts: list[str] | None = field(
+        default=None, metadata={"help": "hosts that images at http(s) addresses are fetched from"}
+    )
+    private_image_hosts: list[str] | None = field(
+        default=None, metadata={"help": "the same for hosts of a private network or of this machine"}
+    )
     eval_data: str | None = _key(None, "held-out records, as `data`")
     eval_samples: int = _key(0, "so many records of `eval_data` are answered at each evaluation, and compared exactly")
     eval_max_new_tokens: int = _key(32, "longest answer there")

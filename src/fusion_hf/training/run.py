@@ -190,6 +190,9 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
             ),
             exif_transpose=processor.image_processor.exif_transpose,
             on_truncated=arguments.on_truncated,  # type: ignore[arg-type]
+            image_roots=arguments.image_roots,
+            image_hosts=arguments.image_hosts,
+            private_image_hosts=arguments.private_image_hosts,
         )
 
 

@@ -12,12 +12,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.common.endpoints import data_uri
+from fusion_hf.common.image_hosts import HostPolicy
 from fusion_hf.serving.api_errors import CHAT, ApiError, no_such_path, wrong_value
 from fusion_hf.serving.app import HEALTH, MODELS, Intake, KeyCheck, error_reply, replay, unless_gone
 from fusion_hf.serving.chat_requests import parse_max_tokens
 from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
 from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
-from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
+from fusion_hf.serving.image_fetching import fetch_image
 from fusion_hf.serving.image_workers import ImageWorkers
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
