@@ -1,7 +1,7 @@
 """One record, LLaVA-shaped or chat-shaped, as normalised messages; what is wrong with it by name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -133,6 +133,15 @@ def without_marks(turns: list[tuple[str, str]]) -> Messages:
         {"role": role, "content": text if is_late and role == "user" else text.replace(IMAGE_TOKEN, "")}
         for role, text in turns
     ]
+
+
+def llava_record(identity: str, image: Any, turns: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Write questions and answers about an image in LLaVA's shape, with the image's mark in the first question."""
+    conversations: list[dict[str, str]] = []
+    for question, answer in turns:
+        mark = "" if conversations else f"{IMAGE_TOKEN}\n"
+        conversations += [{"from": HUMAN, "value": mark + question}, {"from": MODEL, "value": answer}]
+    return {"id": identity, "image": image, "conversations": conversations}
 
 
 def parse_json_object(raw: Raw) -> dict[str, Any]:

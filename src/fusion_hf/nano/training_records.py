@@ -9,7 +9,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from fusion_hf.data.easy_vqa import EasyVqaImage, read_easy_vqa
-from fusion_hf.data.record_parsing import HUMAN, MODEL
+from fusion_hf.data.record_parsing import llava_record
 from fusion_hf.drawing.drawn_images import CATEGORIES, Category, DrawnImage, Split, draw_spec
 from fusion_hf.drawing.drawn_questions import (
     DrawnQuestion,
@@ -62,12 +62,7 @@ class NanoRecord:
 
     def to_llava(self, image: str | None = None) -> dict[str, Any]:
         """The record as the training data of LLaVA is shaped, with a file's name or a PIL image as the image."""
-        conversations = []
-        for index, (question, answer) in enumerate(self.turns):
-            mark = "<image>\n" if index == 0 else ""
-            conversations.append({"from": HUMAN, "value": mark + question})
-            conversations.append({"from": MODEL, "value": answer})
-        return {"id": self.key, "image": self.open_image() if image is None else image, "conversations": conversations}
+        return llava_record(self.key, self.open_image() if image is None else image, self.turns)
 
 
 @dataclass(frozen=True)
