@@ -1,7 +1,7 @@
 """FUSION as a model of lmms-eval: `lmms-eval --model fusion --model_args pretrained=DIR`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,21 +144,19 @@ class FusionChat(lmms):
     def _translate(self, request: Instance) -> Request:
         *_, doc_id, task, split = request.args
 
+        def doc() -> dict[str, Any]:
+            return self.task_dict[task][split][doc_id]
+
         def read() -> Messages:
-            return self._messages(request, self.task_dict[task][split][doc_id])
+            if _is_chat(request):
+                return request.args[1](doc())
+            return _with_visuals(request.args[0], request.args[2], doc())
 
-        return Request(task, doc_id, read, self._wanted(request, lambda: self.task_dict[task][split][doc_id]))
-
-    def _messages(self, request: Instance, doc: dict[str, Any]) -> Messages:
-        if _is_chat(request):
-            return request.args[1](doc)
-        return _with_visuals(request.args[0], request.args[2], doc)
-
-    def _wanted(self, request: Instance, doc: Callable[[], dict[str, Any]]) -> Generation | Continuation:
-        if request.request_type == "loglikelihood":
-            continuation = request.args[1]
-            return Continuation(continuation if isinstance(continuation, str) else continuation(doc()))
-        return Generation.of(request.args[2 if _is_chat(request) else 1])
+        if request.request_type != "loglikelihood":
+            return Request(task, doc_id, read, Generation.of(request.args[2 if _is_chat(request) else 1]))
+        continuation = request.args[1]
+        text = continuation if isinstance(continuation, str) else continuation(doc())
+        return Request(task, doc_id, read, Continuation(text))
 
 
 class FusionSimple(FusionChat):
