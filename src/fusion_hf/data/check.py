@@ -1,15 +1,15 @@
 """What is there of a data set and what is wrong with it, before a run finds out."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.broken_records import describe
 from fusion_hf.data.image_files import open_record_image, record_image_path
-from fusion_hf.data.index import Index, open_index
+from fusion_hf.data.index import open_index
 from fusion_hf.data.mixture import MixtureEntry
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
@@ -29,12 +29,6 @@ class Problems:
         """Count one record."""
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         self.first.setdefault(problem.kind, describe(file, index, problem))
-
-    def update(self, others: "Problems") -> None:
-        """Count those of another part too."""
-        for kind, count in others.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-        self.first = {**others.first, **self.first}
 
 
 @dataclass
@@ -63,10 +57,6 @@ class EntryReport:
     def fine(self) -> bool:
         return self.error is None and not self.problems.counts
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def check_entry(
     entry: MixtureEntry, cache: Path, max_image_pixels: int, images: Images = "exist", progress: bool = True
@@ -87,26 +77,19 @@ def check_entry(
             index = open_index(source, cache)
             report.records += len(index)
             report.without_image += int((index.lengths(range(len(index))) < 0).sum())
-            report.problems.update(_structure(source, index))
+            for number in index.broken().tolist() if index.num_broken else ():
+                report.problems.add(source.name, number, index.problem(number))
             if images != "none":
-                report.problems.update(_image_problems(source, len(index), images, max_image_pixels, progress))
+                _check_images(report.problems, source, len(index), images, max_image_pixels, progress)
         report.taken = entry.sampling_strategy.count(report.records, entry.name)
     except InputError as error:
         report.error = str(error)
     return report
 
 
-def _structure(source: RecordSource, index: Index) -> Problems:
-    problems = Problems()
-    for number in index.broken().tolist() if index.num_broken else ():
-        problems.add(source.name, number, index.problem(number))
-    return problems
-
-
-def _image_problems(
-    source: RecordSource, total: int, images: Images, max_image_pixels: int, progress: bool
-) -> Problems:
-    problems = Problems()
+def _check_images(
+    problems: Problems, source: RecordSource, total: int, images: Images, max_image_pixels: int, progress: bool
+) -> None:
     items = tqdm(
         source.scan(),
         desc=f"images of {source.name}",
@@ -119,7 +102,7 @@ def _image_problems(
     for number, item in enumerate(items):
         try:
             record = parse_record(item.raw, number, source.image_key)
-        except RecordProblem:  # counted by `_structure`
+        except RecordProblem:  # counted already, by the index
             continue
         try:
             if images == "decode" and record.image is not None:
@@ -129,4 +112,3 @@ def _image_problems(
         except RecordProblem as problem:
             problem.identity = record.id
             problems.add(source.name, number, problem)
-    return problems

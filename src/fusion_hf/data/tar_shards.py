@@ -74,10 +74,7 @@ class TarRecords(FileSource):
         return fields
 
     def _members(self) -> Iterator[TarMember]:
-        """
-        Raises:
-            InputError: for what is no tar, or not a whole one.
-        """
+        """Its files, in their order; an InputError for what is no tar, or not a whole one."""
         try:
             with tarfile.open(self.path, "r:", errors="surrogateescape") as tar:
                 while (info := tar.next()) is not None:
