@@ -79,25 +79,19 @@ class ChoiceQuestion(AnswerModel):
         return (Choice(self.question, tuple(self.options), LETTERS.index(self.answer)).turn(),)
 
 
-class SeveralTurns(AnswerModel):
-    """Turns about one picture, or about a pair."""
+class ConversationAnswer(AnswerModel):
+    """Several turns about one picture, or about a pair."""
 
-    turns: list[QuestionAnswer] | list[ChoiceQuestion]
+    turns: list[QuestionAnswer]
 
     def content(self) -> tuple[RecordTurn, ...]:
         return tuple(turn for asked in self.turns for turn in asked.content())
 
 
-class ConversationAnswer(SeveralTurns):
-    """Several turns about one picture, or about a pair."""
-
-    turns: list[QuestionAnswer]
-
-
-class ChoiceConversation(SeveralTurns):
+class ChoiceConversation(ConversationAnswer):
     """Several turns of multiple choice."""
 
-    turns: list[ChoiceQuestion]
+    turns: list[ChoiceQuestion]  # type: ignore[assignment]
 
 
 class ReasonedAnswer(AnswerModel):
