@@ -15,12 +15,7 @@ from fusion_hf.drawing.drawn_images import COLORS, SHAPES, DrawnImage, DrawnShap
 SHAPE_FORMS = ("what shape is in the image?", "what shape does the image contain?", "what shape is present?")
 SHAPE_OF_FORM = "what is the {color} shape?"
 COLOR_FORMS = ("what color is the {kind}?", "what is the color of the {kind}?")
-PRESENCE_FORMS = (
-    "is there {a} in the image?",
-    "is there {a}?",
-    "does the image contain {a}?",
-    "is {a} present?",
-)
+PRESENCE_FORMS = ("is there {a} in the image?", "is there {a}?", "does the image contain {a}?", "is {a} present?")
 ABSENCE_FORMS = (
     "is there not {a} in the image?",
     "is there not {a}?",

@@ -13,15 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 PAD_TOKEN = "<pad>"  # id 0: the value that FUSION treats as padding in the instruct ids
 END_TOKEN = "<|im_end|>"
-SPECIAL_TOKENS = (
-    PAD_TOKEN,
-    "<|im_start|>",
-    END_TOKEN,
-    "<vision_start>",
-    "<vision_end>",
-    "<image>",
-    "<latent_image>",
-)
+SPECIAL_TOKENS = (PAD_TOKEN, "<|im_start|>", END_TOKEN, "<vision_start>", "<vision_end>", "<image>", "<latent_image>")
 MAX_VOCABULARY = 512
 MODEL_MAX_LENGTH = 1024
 # What the chat template writes around the questions and answers.

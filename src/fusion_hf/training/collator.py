@@ -278,12 +278,7 @@ class FusionDataCollator:
         return given.pop() if given else self.draw(conversations)
 
     def _check_answers(self, conversations: list[list[dict[str, Any]]], texts: list[str]) -> None:
-        """
-        Check that a chat template of your own says where answers are.
-
-        Raises:
-            ValueError: if it does not write the chat format's headers and ends around them.
-        """
+        """Refuse a chat template of your own that does not write the chat format's headers and ends around answers."""
         for messages, text in zip(conversations, texts, strict=True):
             expected = sum(message["role"] == "assistant" for message in messages)
             found = len(self.answer.findall(text))
@@ -295,12 +290,7 @@ class FusionDataCollator:
                 )
 
     def _check_prompts(self, batch: Batch) -> None:
-        """
-        Check here, in a data worker, what the model would refuse: its own check is of all samples at once.
-
-        Raises:
-            ValueError: for what disagrees; names the sample and both counts.
-        """
+        """Check here, in a data worker, what the model would refuse: its own check is of all samples at once."""
         pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
         budget = TokenBudget(batch["query_len"], isqrt(self.processor.num_image_tokens))
         check_prompt(

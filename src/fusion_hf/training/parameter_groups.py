@@ -50,12 +50,7 @@ def parameter_groups(
         part, decays = part_of(name), name in decayed
         group = groups.setdefault(
             (part, decays),
-            {
-                "params": [],
-                "lr": learning_rates[part],
-                "weight_decay": weight_decay if decays else 0.0,
-                "part": part,
-            },
+            {"params": [], "lr": learning_rates[part], "weight_decay": weight_decay if decays else 0.0, "part": part},
         )
         group["params"].append(parameter)
     return list(groups.values())

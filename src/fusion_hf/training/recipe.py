@@ -13,7 +13,7 @@ from fusion_hf.common.outputs import check_place
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
 from fusion_hf.data.mixture import read_entries
 from fusion_hf.hub.folders import find_folder
-from fusion_hf.training.recipe_keys import OwnArguments, all_keys, own_keys
+from fusion_hf.training.recipe_keys import OwnArguments, all_keys, keys_of
 
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
@@ -57,7 +57,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     for key in REQUIRED:
         if values.get(key) is None:
             raise InputError(f"{path} gives no {key}; add it, or say {key}=... on the command line.")
-    OwnArguments(**{key: values[key] for key in own_keys() if key in values}).check()
+    OwnArguments(**{key: values[key] for key in keys_of(OwnArguments) if key in values}).check()
     return values
 
 

@@ -138,15 +138,10 @@ class KeyTypes:
     takes_none: bool
 
 
-def own_keys() -> dict[str, KeyTypes]:
-    """Ours, by name."""
-    return keys_of(OwnArguments)
-
-
 @cache
 def all_keys() -> Mapping[str, KeyTypes]:
     """All keys that a recipe can have, by name."""
-    return {**transformers_keys(), **own_keys()}
+    return {**transformers_keys(), **keys_of(OwnArguments)}
 
 
 def transformers_keys() -> dict[str, KeyTypes]:

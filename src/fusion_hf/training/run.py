@@ -162,12 +162,7 @@ def make_trainer(
     records = _records(arguments, str(arguments.data), processor)
     held_out = None if arguments.eval_data is None else _records(arguments, arguments.eval_data, processor)
     return FusionTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=records,
-        eval_dataset=held_out,
-        stop=stop,
+        model=model, args=arguments, data_collator=collator, train_dataset=records, eval_dataset=held_out, stop=stop
     )
 
 

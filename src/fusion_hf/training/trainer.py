@@ -24,13 +24,7 @@ from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.memory_fitting import MemoryFitting
-from fusion_hf.training.parameter_groups import (
-    LANGUAGE_MODEL,
-    PROJECTORS,
-    SAMPLERS,
-    VISION_TOWER,
-    parameter_groups,
-)
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, parameter_groups
 from fusion_hf.training.query_len_records import with_query_lens
 from fusion_hf.training.recipe_keys import MICRO_BATCHES
 from fusion_hf.training.record_loading import EpochCallback, RecordLoading
