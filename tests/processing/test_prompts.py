@@ -260,11 +260,11 @@ def test_what_a_message_lacks_is_named_in_the_collator_too(
 @pytest.mark.parametrize(
     ("turns", "error"),
     [
-        ([{"from": "human"}], r"conversations\[0\].value must be a string, got None"),
-        ([{"from": "human", "value": 3}], r"conversations\[0\].value must be a string, got 3"),
-        ([{"value": "a"}], r"conversations\[0\] has a speaker None; allowed: human, gpt, system"),
-        (["a"], "conversations must be a list of turns"),
-        ({}, "conversations must be a list of turns"),
+        ([{"from": "human"}], r"conversations\[0\].value is null; allowed: a text"),
+        ([{"from": "human", "value": 3}], r"conversations\[0\].value is int; allowed: a text"),
+        ([{"value": "a"}], r"conversations\[0\] is from None; allowed: human, gpt, system"),
+        (["a"], "conversations is list; allowed: a list of objects"),
+        ({}, "conversations is dict; allowed: a list of objects"),
         ([{"from": "human", "value": "a"}] * 2, r"messages\[1\].role must be 'assistant'"),
         ([{"from": "gpt", "value": "a"}], r"messages\[0\].role must be 'user'"),
     ],

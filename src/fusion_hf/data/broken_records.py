@@ -6,15 +6,13 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.result_log import encode_line
-from fusion_hf.data.record_parsing import ON_BROKEN, RecordProblem
-
-OnBroken = Literal["error", "skip"]
+from fusion_hf.data.record_parsing import ON_BROKEN, OnBroken, RecordProblem
 
 
 class BrokenRecords:

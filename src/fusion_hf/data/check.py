@@ -15,7 +15,6 @@ from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
 Images = Literal["exist", "decode", "none"]
-IMAGES = ("exist", "decode", "none")
 
 
 @dataclass

@@ -12,11 +12,19 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.broken_records import BrokenRecords, OnBroken
-from fusion_hf.data.image_files import OnTruncated, open_record_image
+from fusion_hf.data.broken_records import BrokenRecords
+from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.index import Index, default_cache, open_index
 from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
-from fusion_hf.data.record_parsing import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
+from fusion_hf.data.record_parsing import (
+    ON_TRUNCATED,
+    OnBroken,
+    OnTruncated,
+    Raw,
+    RecordProblem,
+    SampleKey,
+    parse_record,
+)
 from fusion_hf.data.sources import RecordSource, RecordStream
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
 

@@ -5,16 +5,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image, ImageFile
 
 from fusion_hf.common.errors import short_name
-from fusion_hf.data.record_parsing import FileSpan, ImageReference, RecordProblem
+from fusion_hf.data.record_parsing import FileSpan, ImageReference, OnTruncated, RecordProblem
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_opening_fusion import open_image
 
-OnTruncated = Literal["error", "load"]
 PIL_SETTINGS = threading.RLock()
 MAX_IMAGE_BYTES = 2**28  # of an encoded image inside a file: it is read before its size in pixels is known
 

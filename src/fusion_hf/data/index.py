@@ -38,8 +38,7 @@ class Index:
         self.file = file
         with pa.memory_map(str(file)) as stream:
             self.table = pa.ipc.open_file(stream).read_all()
-        self.place_names = [name for name in self.table.column_names if name.startswith("place_")]
-        self.places = [self.table.column(name) for name in self.place_names]
+        self.places = [self.table.column(name) for name in self.table.column_names if name.startswith("place_")]
 
     def __len__(self) -> int:
         return self.table.num_rows

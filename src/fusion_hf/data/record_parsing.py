@@ -1,10 +1,10 @@
 """One record, LLaVA-shaped or chat-shaped, as normalised messages; what is wrong with it by name."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from fusion_hf.common.errors import short_name
 
@@ -16,8 +16,9 @@ FILE_NAME = "file_name"  # the image's column in the metadata of an image folder
 IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
 SHOWN_ROLES = 6  # of a conversation, in an error
 # what is done about broken records, and about images whose file ends too early
-ON_BROKEN = ("error", "skip")
-ON_TRUNCATED = ("error", "load")
+OnBroken: TypeAlias = Literal["error", "skip"]
+OnTruncated: TypeAlias = Literal["error", "load"]
+ON_BROKEN, ON_TRUNCATED = get_args(OnBroken), get_args(OnTruncated)
 
 ProblemKind = Literal[
     "unreadable",  # no JSON, no UTF-8, no text
@@ -119,7 +120,9 @@ def parse_turns(
     images = _top_level_images(fields, image_key)
     if fields.get("messages") is not None:
         return list(_chat_turns(fields["messages"], images)), images
-    return list(_llava_turns(fields.get("conversations"))), images
+    if fields.get("conversations") is None:
+        raise RecordProblem("shape", "it has neither conversations nor messages")
+    return list(llava_turns(fields["conversations"])), images
 
 
 def without_marks(turns: list[tuple[str, str]]) -> Messages:
@@ -181,15 +184,19 @@ def _image(value: Any, key: str) -> ImageReference:
     raise RecordProblem("shape", f"{key} is {_type_name(value)}; allowed: a path, or an object with bytes and path")
 
 
-def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
-    if conversations is None:
-        raise RecordProblem("shape", "it has neither conversations nor messages")
-    for turn in _list_of_objects(conversations, "conversations"):
-        speaker = turn.get("from")
+def llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
+    """
+    Read roles and texts of LLaVA's turns `{"from", "value"}`.
+
+    Raises:
+        RecordProblem: for what is no list of such turns; names the turn.
+    """
+    for number, turn in enumerate(_list_of_objects(conversations, "conversations")):
+        name, speaker = f"conversations[{number}]", turn.get("from")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
             allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise RecordProblem("wrong role", f"a turn is from {_repeat(speaker)}; allowed: {allowed}")
-        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), "value")
+            raise RecordProblem("wrong role", f"{name} is from {_repeat(speaker)}; allowed: {allowed}")
+        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), f"{name}.value")
 
 
 def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[str, str]]:
@@ -220,8 +227,8 @@ def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[s
         yield role, "".join(texts)
 
 
-def _list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+def _list_of_objects(value: Any, name: str) -> Sequence[dict[str, Any]]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a list of objects")
     return value
 

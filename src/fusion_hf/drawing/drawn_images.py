@@ -57,7 +57,6 @@ SAME_COLOR_SHARE = 0.5  # ... one colour only
 
 TRIANGLE_ASPECT = 3**0.5 / 2  # height of an equilateral triangle of side 1
 
-Ink = int | tuple[int, int, int]
 Category = Literal["single", "count", "spatial", "text"]
 Split = Literal["train", "validation", "test"]
 CATEGORIES: tuple[Category, ...] = ("single", "count", "spatial", "text")
@@ -271,7 +270,7 @@ def _whole_shape(kind: str, color: str, left: float, top: float, width: float, h
     return DrawnShape(kind, color, round(left), round(top), width, height)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: Ink) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: int | tuple[int, int, int]) -> None:
     left, top, right, bottom = shape.left, shape.top, shape.left + shape.width, shape.top + shape.height
     if shape.kind == "circle":
         draw.ellipse((left, top, right, bottom), fill=color)

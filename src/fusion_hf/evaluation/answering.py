@@ -53,8 +53,7 @@ class Model(Protocol):
     device: torch.device
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
-        ...
+        """Describe the model for a run's record."""
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
@@ -63,7 +62,6 @@ class Model(Protocol):
         Raises:
             EndpointUnavailable: if nothing further will be answered.
         """
-        ...
 
 
 class RequestAnswerer:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
+from fusion_hf.data.record_parsing import RecordProblem, llava_turns
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, as_dicts, check_messages
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
@@ -46,7 +46,10 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     if record.get("messages") is not None:
         given = as_dicts(record["messages"])
     elif record.get("conversations") is not None:
-        given = _read_turns(record["conversations"], name)
+        try:
+            given = [{"role": role, "content": text} for role, text in llava_turns(record["conversations"])]
+        except RecordProblem as problem:
+            raise ValueError(f"{name}: {problem.detail}.") from problem
     else:
         raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
     images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
@@ -73,21 +76,6 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
             image = {"type": "image", REPEATED: True} if number else {"type": "image", "image": images[0]}
             message["content"] = [image, *blocks]
     return messages
-
-
-def _read_turns(turns: Any, name: str) -> list[dict[str, Any]]:
-    """Messages of LLaVA's turns `{"from", "value"}`."""
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{name}: conversations must be a list of turns, got {turns!r}.")
-    for number, turn in enumerate(turns):
-        if turn.get("from") not in ROLE_OF_SPEAKER:
-            allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise ValueError(
-                f"{name}: conversations[{number}] has a speaker {turn.get('from')!r}; allowed: {allowed}."
-            )
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"{name}: conversations[{number}].value must be a string, got {turn.get('value')!r}.")
-    return [{"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -137,10 +137,8 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     if total is None:
         from transformers import TrainingArguments
 
-        return (
-            TrainingArguments.per_device_train_batch_size if batch is None else batch,
-            1 if passes is None else passes,
-        )
+        batch = TrainingArguments.per_device_train_batch_size if batch is None else batch
+        return batch, 1 if passes is None else passes
     for key in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(key) is not None and values[key] < 1:
             raise InputError(f"{key} is {values[key]}; allowed: 1 or more.")

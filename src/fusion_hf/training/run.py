@@ -167,7 +167,7 @@ def make_trainer(
 
 
 def _records(arguments: FusionTrainingArguments, source: str, processor: FusionProcessor) -> Any:
-    is_training = source == arguments.data
+    is_training, images, most_pixels = source == arguments.data, processor.image_processor, arguments.max_image_pixels
     with arguments.main_process_first(desc="index of the records"):  # the others find it made
         return load_records(
             source,
@@ -178,12 +178,8 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
             cache=arguments.data_cache,
             streaming=arguments.streaming and is_training,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            max_image_pixels=(
-                processor.image_processor.max_image_pixels
-                if arguments.max_image_pixels is None
-                else arguments.max_image_pixels
-            ),
-            exif_transpose=processor.image_processor.exif_transpose,
+            max_image_pixels=images.max_image_pixels if most_pixels is None else most_pixels,
+            exif_transpose=images.exif_transpose,
             on_truncated=arguments.on_truncated,  # type: ignore[arg-type]
         )
 
