@@ -78,7 +78,7 @@ class BrokenRecords:
             raise InputError(f"max_skipped: over {self.max_skipped} records are broken, see {self.file}; {advice}.")
 
     def lock_file(self) -> Path:
-        """Held by who writes."""
+        """Name the lock that a writer holds."""
         return self.file.with_name(f"{self.file.name}.lock")
 
     def _read(self) -> None:
@@ -110,7 +110,7 @@ class BrokenRecords:
 
 
 def describe(file: str, index: int, problem: RecordProblem) -> str:
-    """Which record it is and what is wrong with it."""
+    """Say which record it is and what is wrong with it."""
     identity = "" if problem.identity is None else f" (id {problem.identity!r})"
     return f"{file}, record {index}{identity}: {problem}"
 

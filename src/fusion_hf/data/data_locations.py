@@ -33,7 +33,7 @@ class DataLocation:
     hub: tuple[str, str] | None = None  # repository and split
 
     def sources(self, cache: Path) -> list[RecordSource]:
-        """What has random access; Parquet and CSV are written to `cache` for it."""
+        """List what has random access; Parquet and CSV are written to `cache` for it."""
         if self._has_spans:
             return self._spans()
         from fusion_hf.data.table_sources import Table, load_hub, load_table  # which take a second to import
@@ -45,7 +45,7 @@ class DataLocation:
         return [Table(table, name, self.root, self.image_key) for name, table in tables.items()]
 
     def streams(self) -> Sequence[RecordStream]:
-        """What is read from beginning to end."""
+        """List what is read from beginning to end."""
         if self._has_spans:
             return self._spans()
         from fusion_hf.data.table_sources import RowStream, hub_rows, table_rows
@@ -64,7 +64,7 @@ class DataLocation:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; a name that no file can have has none."""
+    """Return whether there is such a file or folder; a name that no file can have has none."""
     try:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a null character
@@ -102,7 +102,7 @@ def locate(name: str, folder: Path, image_root: Path | None = None) -> DataLocat
 
 def existing_folder(folder: Path, key: str = "data_root") -> Path:
     """
-    The folder, resolved; `key` names it.
+    Resolve a folder; `key` names it.
 
     Raises:
         InputError: if it is none.

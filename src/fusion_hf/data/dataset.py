@@ -130,7 +130,7 @@ class MixturePart:
 
 def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[MixturePart]:
     """
-    What the entries of a mixture take from their files, in their order; broken records are still among it.
+    Read what the entries of a mixture take from their files, in order; broken records are still among it.
 
     Raises:
         InputError: for a file that cannot be read, or has fewer records than are to be taken.
@@ -240,7 +240,7 @@ class StreamedRecords(IterableDataset):
     def split(
         self, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, epochs: int | None = None, start: int = 0
     ) -> "StreamedRecords":
-        """The same records for a rank of many, from a micro-batch on."""
+        """Return the same records for a rank of many, from a micro-batch on."""
         if not 0 <= rank < world_size or batch_size < 1 or start < 0:
             raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, start {start}")
         other = copy.copy(self)

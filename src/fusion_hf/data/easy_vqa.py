@@ -16,7 +16,7 @@ class EasyVqaImage:
 
 
 def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
-    """All images of one part of the data set, ordered by id.
+    """Read all images of one part of the data set, ordered by id.
 
     Raises:
         ImportError: if the package `easy-vqa` is not installed.

@@ -69,7 +69,7 @@ def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
 
 def record_image_path(name: str, root: Path) -> Path:
     """
-    The resolved path of an existing file under `root`, which is resolved itself.
+    Resolve the path of an existing file under `root`, which is resolved itself.
 
     Raises:
         RecordProblem: if there is none.

@@ -112,7 +112,7 @@ def parse_turns(
     fields: dict[str, Any], image_key: str = IMAGE_KEY
 ) -> tuple[list[tuple[str, str]], list[ImageReference]]:
     """
-    Roles and texts as they were written, and all images; neither order nor number is checked.
+    Read roles and texts as they were written, and all images; neither order nor number is checked.
 
     Raises:
         RecordProblem: if a field is missing or has another shape.
@@ -127,7 +127,7 @@ def parse_turns(
 
 def without_marks(turns: list[tuple[str, str]]) -> Messages:
     """
-    Turns as messages. Marks are left out in the first question, where an image stands anyway, and in answers. Where
+    Make messages of turns. Marks are left out in the first question, where an image stands, and in answers. Where
     later questions have some, all questions keep theirs, since upstream writes another sequence then.
     """
     questions = [text for role, text in turns if role == "user"]
@@ -257,7 +257,7 @@ def _check_turns(turns: list[tuple[str, str]]) -> None:
 
 
 def shown_roles(roles: list[str]) -> str:
-    """The first ones, for an error."""
+    """Write the first roles, for an error."""
     return ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
 
 

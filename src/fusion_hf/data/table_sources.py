@@ -76,7 +76,7 @@ class RowStream(RecordStream):
 
 def table_rows(path: Path) -> Callable[[], Iterator[Row]]:
     """
-    What gives the rows of a Parquet or CSV file.
+    Make what gives the rows of a Parquet or CSV file.
 
     Raises:
         InputError: if it is no such file, or none of records.
@@ -111,7 +111,7 @@ def _csv_lines(path: Path) -> Iterator[list[str]]:
 
 
 def hub_rows(repository: str, split: str) -> Iterator[Row]:
-    """The rows of a split of a data set of the Hub, read over the network."""
+    """Read the rows of a split of a data set of the Hub over the network."""
     dataset = load_hub(repository, split, streaming=True)
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
@@ -166,7 +166,7 @@ def table_columns(path: Path) -> list[str]:
 
 def load_table(path: Path, cache: Path) -> datasets.Dataset:
     """
-    A Parquet or CSV file, written to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
+    Write a Parquet or CSV file to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
 
     Raises:
         InputError: if it cannot be read.
@@ -185,7 +185,7 @@ def load_table(path: Path, cache: Path) -> datasets.Dataset:
 
 def load_hub(repository: str, split: str, streaming: bool = False) -> Any:
     """
-    A split of a data set of the Hub, in the cache of `datasets`.
+    Load a split of a data set of the Hub, in the cache of `datasets`.
 
     Raises:
         InputError: if there is none, or the Hub cannot be reached.

@@ -103,5 +103,5 @@ def _count_problem(name: str, records: list[TarMember], images: list[TarMember])
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The tars of a folder, in the order of their names."""
+    """List the tars of a folder, in the order of their names."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())

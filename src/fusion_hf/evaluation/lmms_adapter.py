@@ -85,7 +85,7 @@ class FusionChat(lmms):
 
     @classmethod
     def around(cls, answerer: RequestAnswerer) -> "FusionChat":
-        """An adapter of a model that is loaded or asked, for a process that evaluates by itself."""
+        """Make an adapter of a model that is loaded or asked, for a process that evaluates by itself."""
         adapter = cls.__new__(cls)
         adapter._begin(answerer, None)
         return adapter
@@ -114,7 +114,7 @@ class FusionChat(lmms):
         return [answer["answer"] for answer in self._answer(requests)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The losses of continuations, which are their negated log-probabilities, and whether each is the greedy one.
+        """Give the losses of continuations, their negated log-probabilities, and whether each is the greedy one.
 
         lmms-eval 0.7.3 takes the smallest for the model's choice, whatever the method is called.
 
@@ -171,7 +171,7 @@ def _is_chat(request: Instance) -> bool:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: with several on a machine, each has a GPU of its own."""
+    """Choose the device of this process: with several on a machine, each has a GPU of its own."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and choose_device(name) == torch.device("cuda"):

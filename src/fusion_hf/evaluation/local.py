@@ -66,7 +66,7 @@ class LocalModel:
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
         """
-        The model called `name`; see `ChatModel.load`, and `settings` above.
+        Load the model called `name`; see `ChatModel.load`, and `settings` above.
 
         Raises:
             InputError: if it cannot be loaded.
@@ -74,11 +74,11 @@ class LocalModel:
         return cls(ChatModel.load(name, device, dtype), name=name, **settings)
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
+        """Describe the model for a run's record."""
         return ModelRecord.of(self.name, self.info)
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
-        """What became of prompts, batch by batch."""
+        """Say what became of prompts, batch by batch."""
         return run_halving(self._plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
 
     def _identity(self) -> str:

@@ -32,7 +32,7 @@ class Processes:
         return cls(rank, count)
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks; waits for all."""
+        """Gather everybody's value, in the order of ranks; waits for all."""
         if self.count == 1:
             return [value]
         values: list[T] = [value] * self.count

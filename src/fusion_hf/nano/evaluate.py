@@ -25,7 +25,7 @@ def generate_answers(
     image_token_grid: int | None = None,
 ) -> list[str]:
     """
-    The answers to each record's first question.
+    Answer each record's first question.
 
     Args:
         images: other images to ask about, one per record; default: the records' own.
@@ -46,7 +46,7 @@ def generate_answers(
 
 
 def accuracies(records: Sequence[NanoRecord], answers: Sequence[str]) -> dict[str, float]:
-    """Share of exact matches per category, and for easy-vqa also of yes/no and of other questions."""
+    """Count the share of exact matches per category, and for easy-vqa also of yes/no and of other questions."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
         expected = record.turns[0][1]

@@ -29,7 +29,7 @@ MIXTURES: dict[Stage, DrawnMixture] = {
 
 
 def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
-    """A share of each kind of image, for a trial."""
+    """Take a share of each kind of image, for a trial."""
     drawn = {category: round(share * getattr(mixture, category)) for category in CATEGORIES}
     return DrawnMixture(**drawn, easy_vqa=share * mixture.easy_vqa)
 

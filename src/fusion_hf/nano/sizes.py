@@ -26,7 +26,7 @@ def area(shape: DrawnShape) -> float:
 
 
 def smaller(spec: DrawnImage) -> DrawnShape | None:
-    """The smaller one of two shapes; None if that is not clear."""
+    """Find the smaller one of two shapes; None if that is not clear."""
     small, large = sorted(spec.shapes, key=area)
     return small if area(large) >= CLEARLY * area(small) else None
 

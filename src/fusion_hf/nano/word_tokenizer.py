@@ -23,7 +23,7 @@ TEMPLATE_TEXTS = ("system\nYou are a helpful AI assistant.", "user\n", "assistan
 def build_tokenizer(
     texts: Iterable[str], max_vocabulary: int = MAX_VOCABULARY, model_max_length: int = MODEL_MAX_LENGTH
 ) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer from the most frequent words of `texts`.
+    """Build the tokenizer from the most frequent words of `texts`.
 
     Args:
         texts: questions, answers and captions of the training records.

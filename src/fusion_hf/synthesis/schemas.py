@@ -114,7 +114,7 @@ DESCRIBE_SCHEMAS: dict[int, type[AnswerModel]] = {1: SceneDescription, 2: Descri
 @cache
 def answer_model(name: str, least: int, most: int) -> type[AnswerModel]:
     """
-    The model called `name`, with bounds on its turns if it has several.
+    Make the model called `name`, with bounds on its turns if it has several.
 
     Raises:
         ValueError: for an unknown name.

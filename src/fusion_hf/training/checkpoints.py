@@ -66,7 +66,7 @@ def unseal(folder: Path) -> None:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a checkpoint is not complete, in a few words; None if it is."""
+    """Say why a checkpoint is not complete, in a few words; None if it is."""
     manifest = folder / MANIFEST
     try:
         found = manifest.stat()
@@ -106,12 +106,12 @@ def _problem_of_file(folder: Path, name: str, size: object) -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint's manifest is there and agrees with its files' sizes."""
+    """Return whether a checkpoint's manifest is there and agrees with its files' sizes."""
     return problem(folder) is None
 
 
 def find_last(run_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step; None if there is none."""
+    """Find the complete checkpoint of the highest step; None if there is none."""
     return next((folder for folder in reversed(_checkpoints(run_dir)) if is_complete(folder)), None)
 
 

@@ -106,7 +106,7 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
 
 
 def images_of_block(block: dict[str, Any]) -> list[Any]:
-    """The images of an image block; one in most cases, and none where the block only says that there is one."""
+    """List the images of an image block; one in most cases, and none where the block only says that there is one."""
     if block.get("bytes") is not None:  # as the library datasets has it, whose `path` only names the bytes
         return [block["bytes"]]
     return [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
@@ -191,7 +191,7 @@ class FusionDataCollator:
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> Batch:
         """
-        Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
+        Make model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
 
@@ -240,7 +240,7 @@ class FusionDataCollator:
         return all(getattr(self.processor, name) == getattr(config, name) for name in names)
 
     def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's inputs of a compact batch, on the device where it is; others as they are."""
+        """Make the model's inputs of a compact batch, on the device where it is; others stay as they are."""
         inputs = dict(batch)
         if "pixel_bytes" not in inputs:
             return inputs
@@ -300,7 +300,7 @@ class FusionDataCollator:
 
 
 def images_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """The images of messages, as `record_to_messages` gives them."""
+    """List the images of messages, as `record_to_messages` gives them."""
     blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
     return [block["image"] for block in blocks if block["type"] == "image" and not block.get(REPEATED)]
 

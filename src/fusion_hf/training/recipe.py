@@ -35,7 +35,7 @@ DECISIVE = (
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
-    The keys and values of a recipe, checked and converted.
+    Read the keys and values of a recipe, checked and converted.
 
     Args:
         path: a YAML file of keys and values. Its relative `data` paths are relative to its folder.
@@ -69,7 +69,7 @@ def _relative_to(folder: Path, name: str) -> str:
 
 def check_files(values: Mapping[str, Any]) -> None:
     """
-    What a run reads is there, and its folder can be written. A finished run reads nothing.
+    Check that what a run reads is there, and its folder can be written. A finished run reads nothing.
 
     Raises:
         InputError: for the first thing that is missing; names the key.
@@ -90,7 +90,7 @@ def check_files(values: Mapping[str, Any]) -> None:
 
 def convert(key: str, value: Any) -> Any:
     """
-    A YAML value as the type that the key has: YAML reads `1e-5` as text, and `1` where 1.0 is meant.
+    Convert a YAML value to the type that the key has: YAML reads `1e-5` as text, and `1` where 1.0 is meant.
 
     Raises:
         InputError: if it cannot be one; names the key, the value and the type.
@@ -106,7 +106,7 @@ def convert(key: str, value: Any) -> Any:
 
 
 def default_of(key: str) -> Any:
-    """The value of a key that a recipe does not give; None where it follows from others."""
+    """Find the value of a key that a recipe does not give; None where it follows from others."""
     from fusion_hf.training.arguments import FusionTrainingArguments
 
     (field,) = [field for field in fields(FusionTrainingArguments) if field.name == key]
@@ -124,7 +124,7 @@ def changed_keys(began: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
 
 def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     """
-    Records per process and pass, and passes per step: together with the processes they make the global batch.
+    Count records per process and pass, and passes per step: with the processes they make the global batch.
 
     `per_device_train_batch_size` and `gradient_accumulation_steps` follow from one another; without either, a process
     takes its share in one pass.
@@ -158,7 +158,7 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
 
 
 def make_arguments(values: Mapping[str, Any], world_size: int) -> "FusionTrainingArguments":
-    """The arguments of a run of `world_size` processes."""
+    """Make the arguments of a run of `world_size` processes."""
     from fusion_hf.training.arguments import FusionTrainingArguments
     from fusion_hf.training.gradient_checkpointing import RENAMED_KEYS
 

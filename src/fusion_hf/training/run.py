@@ -124,7 +124,7 @@ def _checkpoint(arguments: FusionTrainingArguments) -> str | None:
 
 def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, torch.nn.Module]:
     """
-    The processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
+    Load the processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
 
     Raises:
         InputError: if there is no complete FUSION.
@@ -151,7 +151,7 @@ def make_trainer(
     arguments: FusionTrainingArguments,
     stop: StopSignal | None = None,
 ) -> FusionTrainer:
-    """The trainer of a run, with its records."""
+    """Make the trainer of a run, with its records."""
     collator = FusionDataCollator(
         processor,
         query_lens=arguments.query_lens,

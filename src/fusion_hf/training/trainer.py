@@ -145,7 +145,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, "LossCounts | None"]:
-        """The batches of a step, and what its losses are means over, in all of them and all processes."""
+        """Get the batches of a step, and what its losses are means over, in all of them and all processes."""
         self.throughput.meter.begin_step()
         batches = []
         for _ in range(num_batches):
@@ -246,7 +246,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         return self.optimizer
 
     def learning_rates(self) -> dict[str, float]:
-        """The peak learning rate of each part."""
+        """Choose the peak learning rate of each part."""
         args = self.args
         given = {
             VISION_TOWER: args.vision_tower_learning_rate,
