@@ -133,9 +133,7 @@ def _single_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuest
         DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="shape"), shape.color, "color"),
         rng.choice(named[::-1]),
     ]
-    for _ in range(YES_NO_QUESTIONS):
-        questions.append(_yes_no_question(shape, rng))
-    return tuple(questions)
+    return (*questions, *(_yes_no_question(shape, rng) for _ in range(YES_NO_QUESTIONS)))
 
 
 def _yes_no_question(shape: DrawnShape, rng: random.Random) -> DrawnQuestion:

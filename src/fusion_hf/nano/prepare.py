@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fusion_hf.drawing.drawn_images import CATEGORIES, DrawnImage
+from fusion_hf.drawing.drawn_images import CATEGORIES
 from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, Stage, evaluation_records, stage_records
 
 DATA = "data"
@@ -44,11 +44,9 @@ def validation_sample(seed: int) -> list[NanoRecord]:
 
 def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Path:
     """`folder/name.json` and, under `folder/name`, each record's image, once."""
-    files: dict[Path | DrawnImage, str] = {}
-    for record in records:
-        files.setdefault(record.image, f"{name}/{len(files)}.png")
     (folder / name).mkdir(parents=True, exist_ok=True)
     first = {record.image: record for record in records}
+    files = {image: f"{name}/{number}.png" for number, image in enumerate(first)}
     jobs = [(first[image], folder / file) for image, file in files.items()]
     with ProcessPoolExecutor() as pool:
         list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="image"))
