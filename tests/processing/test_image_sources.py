@@ -411,7 +411,7 @@ def test_no_thread_stays_behind(seconds: float) -> None:
             with pytest.raises(ValueError, match="did not arrive"):
                 processor.image_processor(url)
             deadline = time.monotonic() + 5
-            while any("_Download" in type(thread).__name__ for thread in set(threading.enumerate()) - before):
+            while any("_DownloadThread" in type(thread).__name__ for thread in set(threading.enumerate()) - before):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
 

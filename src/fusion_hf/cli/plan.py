@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import positive
+from fusion_hf.cli.argument_types import positive, wrong_argument
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:
-    from fusion_hf.model.configuration_fusion import FusionConfig
     from fusion_hf.training.planning import GpuMemory, TrainingPlan
 
 GIB = 2**30
@@ -50,7 +49,7 @@ def _amount(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a number above 0")
+        raise wrong_argument(text, "a number above 0")
     return number
 
 
@@ -65,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if values.get("global_batch_size") is not None:
         split_batch(values, arguments.gpus)
     records = arguments.records if arguments.records is not None else count_records(values["data"])
+    from fusion_hf.inference.loading import load_config
     from fusion_hf.training.planning import Machine, Planner
 
     config = load_config(file)
@@ -100,21 +100,6 @@ def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path
         shown = short_name(repr(model_type))
         raise InputError(f"{file} is of a {shown} model; allowed: {MODEL_TYPE!r}.")
     return file
-
-
-def load_config(file: Path) -> "FusionConfig":
-    """
-    A configuration from its file.
-
-    Raises:
-        InputError: if its values are impossible.
-    """
-    from fusion_hf.model.configuration_fusion import FusionConfig
-
-    try:
-        return FusionConfig.from_pretrained(str(file))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file} is no configuration of a FUSION: {error}") from error
 
 
 def count_records(data: str) -> int | None:

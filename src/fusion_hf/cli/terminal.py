@@ -173,10 +173,7 @@ def check_image_exists(source: str) -> None:
 
 
 def check_question(question: str) -> None:
-    """
-    Raises:
-        InputError: if there is none, or it is no text.
-    """
+    """Raise an `InputError` if there is no question, or if it is no text."""
     if not question.strip():
         raise InputError("The question is empty; ask something.")
     try:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -147,8 +147,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         draft.replace(path)
         sync(path.parent)
     finally:
-        with suppress(FileNotFoundError):
-            draft.unlink()
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -171,8 +170,7 @@ def sync(path: Path) -> None:
 
 def remove_draft(path: Path) -> None:
     """Remove what a killed process has left of a file that may not be written this time."""
-    with suppress(FileNotFoundError):
-        path.with_name(path.name + DRAFT).unlink()
+    path.with_name(path.name + DRAFT).unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

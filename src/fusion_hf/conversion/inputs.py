@@ -204,10 +204,7 @@ def _check_result(options: ConversionOptions | BuildOptions) -> None:
 
 
 def check_upstream(upstream: dict[str, Any]) -> None:
-    """
-    Raises:
-        ConversionError: for missing fields and impossible values of the authors' `config.json`.
-    """
+    """Raise a `ConversionError` for missing fields and impossible values of the authors' `config.json`."""
     model_type = upstream.get("model_type")
     if model_type not in TEXT_MODEL_TYPES:
         allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
@@ -229,10 +226,7 @@ def is_adapter(checkpoint: InputLocation) -> bool:
 
 
 def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_type: str) -> None:
-    """
-    Raises:
-        ConversionError: if the checkpoint needs a `--base` that is not there, or another one, or the other way round.
-    """
+    """Raise a `ConversionError` if the checkpoint needs a `--base` that is not there, another one, or none."""
     if not is_adapter(checkpoint):
         if base is not None:
             reason = f"{checkpoint.name} is a full checkpoint"
@@ -249,10 +243,7 @@ def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_typ
 
 
 def check_weights(location: InputLocation) -> None:
-    """
-    Raises:
-        ConversionError: if a folder has no weights.
-    """
+    """Raise a `ConversionError` if a folder has no weights."""
     if not location.is_remote and not (location.path.is_dir() and find_weight_files(location.path)):
         raise ConversionError(
             f"{location.name} has no weights; allowed: model.safetensors or pytorch_model.bin, in one file or in "

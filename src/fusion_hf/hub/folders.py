@@ -98,14 +98,10 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; it is no adapter's configuration.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give the output_dir of a LoRA run.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON; copy the adapter again.") from error
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        content = read_config(path)
+    except InputError as error:
+        raise InputError(f"{error} Give the output_dir of a LoRA run, or copy the adapter again.") from error
+    if content.get("peft_type") != "LORA":
         raise InputError(f"{path} describes no LoRA; give the output_dir of a LoRA run.")
     return content
 

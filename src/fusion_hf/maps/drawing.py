@@ -22,10 +22,7 @@ LONGEST_NAME = 24  # characters of a word in a file's name
 
 
 def check_matplotlib() -> None:
-    """
-    Raises:
-        InputError: if matplotlib is not installed; names the extra that has it.
-    """
+    """Raise an `InputError` that names the extra if matplotlib is not installed."""
     require(("matplotlib",), "Drawing maps", "maps")
 
 

@@ -163,10 +163,7 @@ class Intake:
 
     @contextmanager
     def take_slot(self) -> Iterator[None]:
-        """
-        Raises:
-            ApiError: if as many requests are here as may be.
-        """
+        """Count a request as here, or raise an `ApiError` if as many are here as may be."""
         self._check_slots()
         self.taken += 1
         try:

@@ -69,10 +69,7 @@ class HostPolicy:
 
     @classmethod
     def parse(cls, public: Iterable[str], private: Iterable[str]) -> "HostPolicy":
-        """
-        Raises:
-            InputError: see `Host.parse`.
-        """
+        """Read lists of hosts as `Host.parse` does."""
         return cls(tuple(map(Host.parse, public)), tuple(map(Host.parse, private)))
 
 
@@ -117,10 +114,7 @@ def _refused(url: str, reason: str) -> ApiError:
 
 
 def check_url(url: str, policy: HostPolicy) -> _Target:
-    """
-    Raises:
-        ApiError: if it is no http(s) address, or its host and port are not on the list.
-    """
+    """Split an address, or raise an `ApiError` if it is no http(s) address, or its host and port are not listed."""
     if not url.isascii() or not url.isprintable() or " " in url:
         raise _refused(url, "it has characters that an address has not; quote them")
     try:

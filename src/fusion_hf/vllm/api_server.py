@@ -92,10 +92,7 @@ def model_length(model: str, wanted: int) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """
-    Raises:
-        InputError: for what vLLM does not know.
-    """
+    """Parse a command line as vLLM does, or raise an `InputError` for what it does not know."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="fusion-hf serve --engine vllm --"))
     try:
         parsed = parser.parse_args(list(arguments))

@@ -188,12 +188,12 @@ def _download(url: str) -> bytes:
         is_address = False
     if not is_address:
         raise OSError("this is no address")
-    download = _Download(url, MAX_DOWNLOAD_BYTES, MAX_DOWNLOAD_SECONDS)
+    download = _DownloadThread(url, MAX_DOWNLOAD_BYTES, MAX_DOWNLOAD_SECONDS)
     download.start()
     return download.result()
 
 
-class _Download(threading.Thread):
+class _DownloadThread(threading.Thread):
     """
     A download in a thread of its own: no setting of an HTTP client bounds its whole time, since each byte that
     arrives, of the headers too, begins the waiting anew.
