@@ -68,7 +68,7 @@ def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
 
 def find_model(arguments: argparse.Namespace) -> str:
     """
-    The folder of the model that `--model` names, fetched if it is on the Hub.
+    Find the folder of the model that `--model` names, fetched if it is on the Hub.
 
     Raises:
         InputError: if there is no such FUSION.
@@ -80,7 +80,7 @@ def find_model(arguments: argparse.Namespace) -> str:
 
 
 def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What an answer depends on beside the model."""
+    """Return what an answer depends on beside the model."""
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "query_len", "image_token_grid")}
 
 
@@ -92,6 +92,6 @@ def silence_hub() -> None:
 
 
 def make_options(kind: type[Options], arguments: argparse.Namespace) -> Options:
-    """A dataclass of options, from the arguments that are named as its fields."""
+    """Make a dataclass of options, from the arguments that are named as its fields."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in vars(arguments).items() if name in names})

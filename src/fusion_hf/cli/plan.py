@@ -118,7 +118,7 @@ def count_records(data: str) -> int | None:
 
 
 def as_json(plan: "TrainingPlan", tflops: float | None) -> dict[str, Any]:
-    """All numbers of a plan."""
+    """Return all numbers of a plan."""
     return {
         **asdict(plan),
         "memory": {**asdict(plan.memory), "total": plan.memory.total, "usable": plan.machine.usable},
@@ -133,7 +133,7 @@ def _seconds(plan: "TrainingPlan", tflops: float | None) -> float | None:
 
 
 def table(plan: "TrainingPlan", tflops: float | None) -> str:
-    """A plan for people."""
+    """Return a plan for people."""
     lines = [f"{'weights':24}{'all':>12}{'trained':>12}"]
     for part, count in plan.weights.by_part.items():
         lines.append(f"  {part:22}{_millions(count):>12}{_millions(plan.weights.trained[part]):>12}")

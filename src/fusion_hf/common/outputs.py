@@ -23,7 +23,7 @@ WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # among which `write_pr
 
 def write_problem(error: BaseException, folder: Path) -> str | None:
     """
-    What the disk has against a write; None if the error is not the disk's.
+    Return what the disk has against a write; None if the error is not the disk's.
 
     Args:
         error: one of `WRITE_ERRORS`, from writing into `folder`.
@@ -79,7 +79,7 @@ def check_place(folder: Path, flag: str, shown: Path | None = None) -> None:
 @contextmanager
 def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
     """
-    A temporary folder beside `output` that takes its name if all goes well, and else disappears.
+    Give a temporary folder beside `output` that takes its name if all goes well, and else disappears.
 
     Raises:
         InputError: if `output` exists and is not an empty folder, or cannot be written.

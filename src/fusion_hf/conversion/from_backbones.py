@@ -94,7 +94,7 @@ def _vocab_size(text: TensorSource, tokenizer: PreTrainedTokenizerFast | None) -
 
 
 def make_weights(config: FusionConfig, plan: WeightPlan, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """All weights of the model: the backbones' as they are, the new parts as the model initialises them."""
+    """Make all weights of the model: the backbones' as they are, the new parts as the model initialises them."""
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration._from_config(config, dtype=dtype)
     weights = model.state_dict()

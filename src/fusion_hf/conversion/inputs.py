@@ -144,7 +144,7 @@ def find_build_inputs(options: BuildOptions) -> BuildInputs:
 
 
 def locate(source: str, flag: str, wanted: Wanted = "all") -> InputLocation:
-    """A local path, or a repository that is downloaded into the cache.
+    """Locate a local path, or a repository that is downloaded into the cache.
 
     Args:
         source: what the user gave.
@@ -172,7 +172,7 @@ def locate(source: str, flag: str, wanted: Wanted = "all") -> InputLocation:
 
 
 def local_revision(path: Path) -> str | None:
-    """The commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
+    """Return the commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
     if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
         return path.name
     trace = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
@@ -184,7 +184,7 @@ def local_revision(path: Path) -> str | None:
 
 
 def describe(location: InputLocation) -> str:
-    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    """Tell name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
     if location.revision is not None:
         return f"`{location.name}`, revision `{location.revision}`"
     file = location.path / "config.json" if location.path.is_dir() else location.path
@@ -219,7 +219,7 @@ def check_upstream(upstream: dict[str, Any]) -> None:
 
 
 def is_adapter(checkpoint: InputLocation) -> bool:
-    """Whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
+    """Return whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
     folder = checkpoint.path
     parts = any((folder / name).is_file() for name in (ADAPTER_CONFIG, PROJECTOR))
     return parts and not checkpoint.is_remote and not find_weight_files(folder)
@@ -273,5 +273,5 @@ def find_tokenizer(wanted: str | None, *locations: InputLocation | None) -> Inpu
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's files."""
+    """Return whether a folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)

@@ -33,7 +33,7 @@ HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, S
 
 def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
     """
-    A repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
+    Return a repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
 
     Raises:
         ConversionError: if there is no such repository, or the Hub cannot be reached.
@@ -58,7 +58,7 @@ def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
 
 
 def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
-    """What a repository's safetensors hold, from their headers alone: nothing else is downloaded.
+    """Read what a repository's safetensors hold, from their headers alone: nothing else is downloaded.
 
     Raises:
         ConversionError: if the repository has no safetensors, or cannot be reached.

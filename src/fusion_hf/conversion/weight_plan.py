@@ -245,7 +245,7 @@ class WeightReader:
         self._shards, self._adapters = TensorReader(), TensorReader()
 
     def load(self, recipe: WeightRecipe, dtype: torch.dtype) -> torch.Tensor:
-        """The weight on the CPU, contiguous, in the type `dtype`."""
+        """Load the weight on the CPU, contiguous, in the type `dtype`."""
         tensor = self._shards.load(recipe.stored)
         if recipe.rows is not None:
             kept = tensor[: recipe.rows - NUM_MARKS]

@@ -28,7 +28,7 @@ def nano_path() -> str:
 
 
 def find_folder(name: str) -> Path:
-    """The folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's.
+    """Find the folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's.
 
     Raises:
         InputError: if there is no such model, or it is no FUSION.
@@ -72,7 +72,7 @@ def _impossible(name: str) -> InputError:
 
 def read_config(path: Path) -> dict[str, Any]:
     """
-    A model's configuration, unchecked.
+    Read a model's configuration, unchecked.
 
     Raises:
         InputError: if the file holds none.
@@ -91,7 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """What an adapter's configuration says, unchecked.
+    """Read what an adapter's configuration says, unchecked.
 
     Raises:
         InputError: if `folder` holds none.
@@ -108,7 +108,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 def base_of(adapter: Path, given: str | None = None) -> str:
     """
-    The model that an adapter belongs to: the one given, or the one that the adapter names.
+    Return the model that an adapter belongs to: the one given, or the one that the adapter names.
 
     Raises:
         InputError: if there is no adapter, or none is named.

@@ -200,7 +200,7 @@ class _Run:
 
 
 def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
-    """The prompt of a conversation that ends with a question, as text with one mark for the image."""
+    """Render the prompt of a conversation that ends with a question, as text with one mark for the image."""
     return chat_model.processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
     )
@@ -265,7 +265,7 @@ def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, 
 
 
 def digest_model(chat_model: ChatModel) -> str:
-    """The name of the model's folder, and what changes with its configuration, its template or a training."""
+    """Return the name of the model's folder, and what changes with its configuration, its template or a training."""
     config = chat_model.model.config.to_dict()
     name = config.pop("_name_or_path", "")
     config.pop("transformers_version", None)

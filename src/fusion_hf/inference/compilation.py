@@ -101,7 +101,7 @@ class CompiledGenerator:
     @torch.inference_mode()
     def generate(self, max_new_tokens: int | None = None, **inputs: Any) -> torch.Tensor:
         """
-        What the model's `generate` returns for the same arguments: prompts and answers `(B, S + n)`.
+        Return what the model's `generate` returns for the same arguments: prompts and answers `(B, S + n)`.
 
         Args:
             max_new_tokens: n at most; None: as many as this generator allows.

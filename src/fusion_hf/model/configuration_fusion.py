@@ -28,7 +28,7 @@ NUM_CONNECTOR_GROUPS = 2  # the connector averages two groups of hidden states, 
 
 
 def is_perfect_square(number: int) -> bool:
-    """Whether `number` latents can be laid out as a square of at least one."""
+    """Return whether `number` latents can be laid out as a square of at least one."""
     return number > 0 and isqrt(number) ** 2 == number
 
 

@@ -229,7 +229,7 @@ def _check_border(config: FusionConfig, cached_ids: torch.Tensor, ends: torch.Te
 
 
 def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
+    """Return ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
     return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
 
 

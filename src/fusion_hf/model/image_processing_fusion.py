@@ -108,7 +108,7 @@ class FusionImageProcessor(PilBackend):
         return open_source(image_url_or_urls)
 
     def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """One image, array or tensor as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
+        """Return one image, array or tensor as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
         return self._to_rgb(image, **kwargs).image
 
     def _to_rgb(

@@ -214,7 +214,7 @@ def _one_by_one(tiles: torch.Tensor) -> bool:
 
 
 def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
-    """Features `(4 B, N, D)` of images' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
+    """Return features `(4 B, N, D)` of images' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
     features = features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, features.shape[-1])
     # (B, row, column, y, x, D) -> (B, D, row, y, column, x)
     return features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

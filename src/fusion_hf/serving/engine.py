@@ -269,7 +269,7 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 
 
 def too_late() -> ApiError:
-    """The error of a request whose turn did not come in time."""
+    """Return the error of a request whose turn did not come in time."""
     return overloaded("No answer began within the time that a request may take.")
 
 

@@ -56,7 +56,7 @@ class Host:
         return cls(name, port)
 
     def covers(self, name: str, port: int) -> bool:
-        """Whether it is the host and port of an address."""
+        """Return whether it is the host and port of an address."""
         return self.name == name and (port in PORTS.values() if self.port is None else port == self.port)
 
 
@@ -85,7 +85,7 @@ class _Target:
 
 async def fetch_image(url: str, policy: HostPolicy, limits: Limits) -> bytes:
     """
-    The content at an http(s) address.
+    Fetch the content at an http(s) address.
 
     Raises:
         ApiError: if the address is not allowed, or gives no content within the limits.

@@ -61,7 +61,7 @@ def serve(options: ServerOptions) -> None:
 
 
 def server_arguments(options: ServerOptions) -> list[str]:
-    """The command line for vLLM's server; the user's own arguments come last, and win."""
+    """Return the command line for vLLM's server; the user's own arguments come last, and win."""
     limits = options.middleware.limits
     # the same answers as of FUSION's own server: the most likely one, unless a client asks for another
     defaults = {"temperature": 0.0, "max_new_tokens": limits.answer_tokens}

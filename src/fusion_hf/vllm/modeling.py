@@ -170,7 +170,7 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings `(S, D)` with image tokens in place; zeros for latent tokens, which `forward` fills in."""
+        """Return embeddings `(S, D)` with image tokens in place; zeros for latent tokens, which `forward` fills in."""
         free = (input_ids == self.config.image_token_id) | (input_ids == self.config.latent_token_id)
         embeds = self.language_model.embed_input_ids(torch.where(free, 0, input_ids))
         embeds = torch.where(free.unsqueeze(-1), 0, embeds)

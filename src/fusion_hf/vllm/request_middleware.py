@@ -61,7 +61,7 @@ class MiddlewareSettings:
 
     @classmethod
     def from_environment(cls) -> "MiddlewareSettings":
-        """The settings that were left; the defaults where there are none."""
+        """Return the settings that were left; the defaults where there are none."""
         values = json.loads(os.environ.get(VARIABLE, "{}"))
         return cls(**values | {"limits": Limits(**values.get("limits", {}))})
 
