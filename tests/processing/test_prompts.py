@@ -306,8 +306,11 @@ def test_parts_alone_say_what_is_missing(processor: FusionProcessor, loader: Any
         loader.from_pretrained(tmp_path, **known)
     found = loader.from_pretrained(tmp_path, **known, num_image_tokens=processor.num_image_tokens)
     assert found.chat_format == processor.chat_format and found.chat_template == processor.chat_template
-    with pytest.raises(ValueError, match="`num_image_tokens` is missing"):
-        FusionProcessor(found.image_processor, found.tokenizer)
+    made = FusionProcessor(found.image_processor, found.tokenizer)  # transformers' suite makes one like this
+    assert made.num_image_tokens is None
+    for call in (made, made.apply_chat_template):
+        with pytest.raises(ValueError, match="`num_image_tokens` is missing"):
+            call(text="<image>") if call is made else call([{"role": "user", "content": "what?"}])
 
 
 def test_a_tokenizer_by_itself_has_fusions_template(own_processor: FusionProcessor, tmp_path: Path) -> None:

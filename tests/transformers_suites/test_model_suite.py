@@ -15,7 +15,11 @@ from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionModel
 from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # one of the suite's tests gives the older name, and looks for the warning
+    pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning"),
+]
 
 # Placeholders lie behind the vocabulary, so they have no embedding that could be given in place of their ids.
 TEXT_ONLY = ("test_inputs_embeds", "test_inputs_embeds_matches_input_ids")

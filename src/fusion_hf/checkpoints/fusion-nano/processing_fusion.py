@@ -57,7 +57,7 @@ class FusionProcessor(ProcessorMixin):
         chat_format (`str`, *optional*): headers and separators of the backbone, a key of `CHAT_FORMATS`; default: the
             one whose tokens the tokenizer knows.
         num_image_tokens (`int`, *optional*): image tokens that the LLM reads per image. There is a default, 729, for
-            tiles of 384 pixels only.
+            tiles of 384 pixels only. Without either, calls need `image_token_grid`.
         query_len (`int`): default number of latent tokens per turn.
         instruct_pad_token_id (`int`): padding of the question, and ignored in it.
 
@@ -97,8 +97,8 @@ class FusionProcessor(ProcessorMixin):
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(map(repr, CHAT_FORMATS))}.")
         check_tokenizer(tokenizer, chat_format)
         self.chat_format = chat_format
-        if num_image_tokens is None:
-            num_image_tokens = _default_image_tokens(image_processor)
+        if num_image_tokens is None and image_processor.size["height"] == DEFAULT_SIDE:
+            num_image_tokens = DEFAULT_IMAGE_TOKENS
         self.num_image_tokens = num_image_tokens
         self.query_len = _checked_query_len(query_len)
         self.instruct_pad_token_id = instruct_pad_token_id
@@ -242,7 +242,7 @@ class FusionProcessor(ProcessorMixin):
         query_len: int | None = None,
         image_token_grid: int | None = None,
         questions: str | list[str] | None = None,
-        process_images: bool = True,
+        process_images: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -252,7 +252,7 @@ class FusionProcessor(ProcessorMixin):
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
         swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
         default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
-        behind its image. `process_images=False` is for prompts whose images the model gets in another way, such as
+        behind its image. `process_images=False` (default: True) is for prompts whose images the model gets in another way, such as
         `global_features` that were computed for an earlier question: `<image>` is written as for an image, but none is
         taken, opened or resized, and there are no `pixel_values`.
 
@@ -267,6 +267,7 @@ class FusionProcessor(ProcessorMixin):
             raise ValueError(
                 "`questions` must be None for a processor `without_turns()`: the model finds them in ids."
             )
+        process_images = process_images is not False
         if images is not None and not process_images:
             raise ValueError("`images` must be None with `process_images=False`, which is for images that you keep.")
         if text is None:
@@ -374,9 +375,15 @@ class FusionProcessor(ProcessorMixin):
         """Image tokens of one image: of the given grid, or `num_image_tokens`. The model knows how many it can give.
 
         Raises:
-            ValueError: if what is given is no whole number from 1.
+            ValueError: if what is given is no whole number from 1, or if nothing is given and there is no default.
         """
         if image_token_grid is None:
+            if self.num_image_tokens is None:
+                side = self.image_processor.size["height"]
+                raise ValueError(
+                    f"`num_image_tokens` is missing, and tiles have {side} pixels a side. Pass the `num_image_tokens` "
+                    "of the model's configuration to the processor."
+                )
             return self.num_image_tokens
         if not isinstance(image_token_grid, int) or image_token_grid < 1:
             raise ValueError(f"image_token_grid is {image_token_grid!r}; allowed: a whole number from 1.")
@@ -398,7 +405,7 @@ class FusionProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=without_marks, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        return IMAGE_TOKEN * self.num_image_tokens
+        return IMAGE_TOKEN * self.count_image_tokens()
 
     def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_ArrangedText":
         """Image mark first, latent marks as whole blocks of the call's length, the family's prefix in front."""
@@ -513,16 +520,6 @@ def _order_marks(text: str) -> str:
     marks = sorted(MARKS.findall(text), key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
     ordered = iter(marks)
     return MARKS.sub(lambda _: next(ordered), text)
-
-
-def _default_image_tokens(image_processor: Any) -> int:
-    side = image_processor.size["height"]
-    if side != DEFAULT_SIDE:
-        raise ValueError(
-            f"`num_image_tokens` is missing, and tiles have {side} pixels a side. Pass the `num_image_tokens` of the "
-            "model's configuration."
-        )
-    return DEFAULT_IMAGE_TOKENS
 
 
 def _checked_query_len(query_len: int) -> int:
