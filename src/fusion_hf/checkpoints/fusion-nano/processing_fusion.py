@@ -253,8 +253,8 @@ class FusionProcessor(ProcessorMixin):
         swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
         default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
         behind its image. `process_images=False` (default: True) is for prompts whose images the model gets in another
-        way, such as `global_features` that were computed for an earlier question: `<image>` is written as for an image,
-        but none is taken, opened or resized, and there are no `pixel_values`.
+        way, such as `global_features` that were computed for an earlier question: `<image>` is written as for an
+        image, but none is taken, opened or resized, and there are no `pixel_values`.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is an image, `pixel_values` `(B, 5, 3, H, W)`.
