@@ -2,9 +2,7 @@
 
 import base64
 import io
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import skimage.data
 import torch
 from PIL import Image
 from tests.helpers.hostile_images import png_claiming
+from tests.helpers.http_server import HttpServer, Request, Response
 
 from fusion_hf import FusionImageProcessor
 from fusion_hf.model import image_sources_fusion
@@ -159,20 +158,15 @@ def test_a_missing_file(processor: FusionImageProcessor) -> None:
 def address(tmp_path: Path) -> Iterator[str]:
     """Where the files of `tmp_path` are served."""
 
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(tmp_path))
+    def respond(request: Request) -> Response:
+        path = tmp_path / request.path[1:]
+        return Response(path.read_bytes()) if path.is_file() else Response(status=404)
 
-        def log_message(self, *args: object) -> None:
-            """Be quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with HttpServer(respond) as server:
+        yield server.url
 
 
-def test_pictures_at_addresses(
+def test_images_at_addresses(
     processor: FusionImageProcessor,
     photo: Image.Image,
     tmp_path: Path,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from datatrove.executor import RayPipelineExecutor
 from datatrove.pipeline.inference.servers import VLLMServer, vllm_server
+from tests.helpers.openai_server import Scripted
 from tests.synthesis.runs import all_bytes, check_complete
-from tests.synthesis.server import Scripted
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.executors import make_executors
@@ -131,7 +131,7 @@ def test_wrong_options_are_named(changes: dict, message: str, server: Scripted, 
 VLLM = f"""#!{sys.executable}
 import sys, time
 from tests.synthesis.author import write
-from tests.synthesis.server import Scripted, serve
+from tests.helpers.openai_server import Scripted, serve
 with serve(Scripted(write), int(sys.argv[sys.argv.index("--port") + 1])):
     time.sleep({SECONDS})
 """

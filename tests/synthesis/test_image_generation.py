@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.synthesis.server import Scripted
+from tests.helpers.openai_server import Scripted
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis import image_generation
