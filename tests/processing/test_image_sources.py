@@ -383,7 +383,7 @@ def test_a_server_that_never_answers(
 
 
 def downloads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if "_Download" in type(thread).__name__}
+    return {thread for thread in threading.enumerate() if "_DownloadThread" in type(thread).__name__}
 
 
 def test_no_thread_stays_behind(seconds: float) -> None:

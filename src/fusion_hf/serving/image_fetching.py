@@ -56,7 +56,7 @@ class Host:
         return cls(name, port)
 
     def covers(self, name: str, port: int) -> bool:
-        """Whether it is the host and port of an address."""
+        """Return whether it is the host and port of an address."""
         return self.name == name and (port in PORTS.values() if self.port is None else port == self.port)
 
 
@@ -69,10 +69,7 @@ class HostPolicy:
 
     @classmethod
     def parse(cls, public: Iterable[str], private: Iterable[str]) -> "HostPolicy":
-        """
-        Raises:
-            InputError: see `Host.parse`.
-        """
+        """Read lists of hosts as `Host.parse` does."""
         return cls(tuple(map(Host.parse, public)), tuple(map(Host.parse, private)))
 
 
@@ -88,7 +85,7 @@ class _Target:
 
 async def fetch_image(url: str, policy: HostPolicy, limits: Limits) -> bytes:
     """
-    The content at an http(s) address.
+    Fetch the content at an http(s) address.
 
     Raises:
         ApiError: if the address is not allowed, or gives no content within the limits.
@@ -117,10 +114,7 @@ def _refused(url: str, reason: str) -> ApiError:
 
 
 def check_url(url: str, policy: HostPolicy) -> _Target:
-    """
-    Raises:
-        ApiError: if it is no http(s) address, or its host and port are not on the list.
-    """
+    """Split an address, or raise an `ApiError` if it is no http(s) address, or its host and port are not listed."""
     if not url.isascii() or not url.isprintable() or " " in url:
         raise _refused(url, "it has characters that an address has not; quote them")
     try:

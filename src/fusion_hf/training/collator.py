@@ -302,7 +302,7 @@ class FusionDataCollator:
             ValueError: for what disagrees; names the sample and both counts.
         """
         pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
-        budget = TokenBudget(batch["query_len"], isqrt(self.processor.num_image_tokens))
+        budget = TokenBudget(batch["query_len"], isqrt(self.processor.count_image_tokens()))
         check_prompt(
             self.processor,
             batch["input_ids"],
@@ -314,7 +314,7 @@ class FusionDataCollator:
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
-        expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.num_image_tokens)
+        expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.count_image_tokens())
         answers = [match.span() for match in self.answer.finditer(expanded)]
         first, last = np.array([(-1, -1), *answers]).T  # an empty one, for what begins before any answer
         starts, ends = offsets.T

@@ -220,12 +220,7 @@ class FusionProcessor(ProcessorMixin):
     def _check_headers(
         self, prepared: list[list[dict[str, Any]]], chat_template: str | None, template: str, kwargs: dict[str, Any]
     ) -> None:
-        """
-        Check that a template of the caller's own says where answers begin.
-
-        Raises:
-            ValueError: if it does not write the chat format's assistant header.
-        """
+        """Check that a template of the caller's own says where answers begin: writes the format's assistant header."""
         header = self._format.assistant_header
         if header.replace("\n", "\\n") in template:
             return
@@ -257,9 +252,9 @@ class FusionProcessor(ProcessorMixin):
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
         swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
         default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
-        behind its image. `process_images=False` (default: True) is for prompts whose images the model gets in another way, such as
-        `global_features` that were computed for an earlier question: `<image>` is written as for an image, but none is
-        taken, opened or resized, and there are no `pixel_values`.
+        behind its image. `process_images=False` (default: True) is for prompts whose images the model gets in another
+        way, such as `global_features` that were computed for an earlier question: `<image>` is written as for an
+        image, but none is taken, opened or resized, and there are no `pixel_values`.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is an image, `pixel_values` `(B, 5, 3, H, W)`.
@@ -301,11 +296,7 @@ class FusionProcessor(ProcessorMixin):
     def _without_first_token(
         self, texts: list[Any], text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[list[tuple[Any, bool]], dict[str, Any]]:
-        """
-        Texts without the tokenizer's first token, each with whether it had one, and the arguments to tokenize them.
-
-        The tokenizer puts it before the ids, once, as that of the authors does.
-        """
+        """Texts without the tokenizer's first token, each with whether it had one: it is put before the ids, once."""
         begins = [bool(self.begin) and isinstance(text, str) and text.startswith(self.begin) for text in texts]
         if not all(begins) and not (any(begins) and text_kwargs.get("add_special_tokens", True)):
             return [(text, False) for text in texts], kwargs
@@ -316,12 +307,7 @@ class FusionProcessor(ProcessorMixin):
     def _tokenize(
         self, prompts: list["_ArrangedText"], needs_padding: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> list[PromptTokens]:
-        """
-        Tokens of prompts, padded as the arguments say, or where they become tensors.
-
-        Raises:
-            ValueError: for a prompt that is longer than the tokenizer's maximum.
-        """
+        """Tokens of prompts, padded as the arguments say, or where they become tensors."""
         if needs_padding and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
             kwargs = kwargs | {"padding": True}
         kwargs = kwargs | {"return_offsets_mapping": True}
@@ -422,12 +408,7 @@ class FusionProcessor(ProcessorMixin):
         return IMAGE_TOKEN * self.count_image_tokens()
 
     def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_ArrangedText":
-        """
-        Image mark first, latent marks as whole blocks, the family's prefix in front.
-
-        Raises:
-            ValueError: for what is no text, several image marks, and blocks that are not of the length of the call.
-        """
+        """Image mark first, latent marks as whole blocks of the call's length, the family's prefix in front."""
         if not isinstance(text, str):
             raise ValueError(f"text holds a {type(text).__name__}; allowed: a string or a list of strings.")
         length = self.query_len if query_len is None else _checked_query_len(query_len)
@@ -549,13 +530,7 @@ def _checked_query_len(query_len: int) -> int:
 
 
 def _check_images(images: Any, texts: list[str]) -> None:
-    """
-    Check that prompts have as many image marks as there are images. Images in one list per prompt must be those of the
-    prompt's marks: flattened, they could go to another one.
-
-    Raises:
-        ValueError: names both numbers.
-    """
+    """Compare prompts' image marks with images, prompt by prompt where lists say which images are whose."""
     parts = list(images) if is_group(images) else [images]
     total, marks = len(defer_images(images)), sum(text.count(IMAGE_TOKEN) for text in texts)
     is_nested = total > 0 and any(part is None or is_group(part) for part in parts)
