@@ -108,8 +108,12 @@ def test_the_limit_is_a_setting(processor: FusionImageProcessor, photo: Image.Im
         pixels(processor, photo, max_image_pixels=1000)
 
 
-@pytest.mark.parametrize("content", [b"", b"just text", png_claiming(20, pixels=bytes(1000))[:60]], ids=["empty", "text", "truncated"])
-def test_files_that_are_no_pictures(processor: FusionImageProcessor, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"just text", png_claiming(20, pixels=bytes(1000))[:60]],
+    ids=["empty", "text", "truncated"],
+)
+def test_files_that_are_no_images(processor: FusionImageProcessor, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot be (opened|decoded)"):
