@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from typing import Any
 
 from PIL import Image
 from tests.helpers.http_server import HttpServer, Request, Response
+from tests.helpers.image_files import encoded
 
 CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
 TOKENS = 7  # of each answer
@@ -129,9 +129,7 @@ def draw_image(payload: Payload) -> bytes:
     number = draw_number(payload, 2**24)
     image = Image.new("RGB", (width, height), (number % 256, number // 256 % 256, number // 65536))
     image.putpixel((0, 0), (255 - number % 256, 0, 0))
-    stream = BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
+    return encoded(image)
 
 
 @contextmanager

@@ -6,13 +6,11 @@ import os
 import re
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -150,9 +148,9 @@ def user(text: str, url: str | None = None) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "text", "text": text}, image]}
 
 
-def chat_request(*messages: dict[str, Any]) -> bytes:
+def chat_request(*messages: dict[str, Any], **settings: Any) -> bytes:
     """A request for an answer, as it goes over the wire."""
-    body = json.dumps({"model": MODEL, "messages": messages}).encode()
+    body = json.dumps({"model": MODEL, "messages": messages, **settings}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
     return f"{head}{len(body)}\r\n\r\n".encode() + body
 
@@ -168,18 +166,6 @@ def ask(client: openai.OpenAI, *messages: dict[str, Any], **settings: Any) -> An
 
 def stream_text(chunks: Any) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-
-
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    body = name + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-def png_of_claimed_size(side: int, rows: bytes = b"") -> bytes:
-    """A file that says it is an image of side x side pixels, and holds what `rows` is, compressed."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 class ImageHost(HttpServer):

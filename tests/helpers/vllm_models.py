@@ -1,7 +1,6 @@
 """Small models as folders that vLLM loads, prompts for them, and what transformers says to the same prompts."""
 
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +74,6 @@ def draw_image(color: str) -> Image.Image:
     image = Image.new("RGB", (64, 48), "white")
     ImageDraw.Draw(image).ellipse((12, 8, 44, 40), fill=color)
     return image
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write_random_model(folder: Path, backbone: str, text: dict[str, Any] | None = None, **changes: Any) -> Path:

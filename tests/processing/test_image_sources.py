@@ -21,8 +21,8 @@ import skimage.data
 import torch
 from PIL import Image
 from tests.helpers.chat_models import load_chat_model, write_chat_model
-from tests.helpers.hostile_images import encoded, png_claiming
 from tests.helpers.http_server import HttpServer, Request, Response, serve_connections
+from tests.helpers.image_files import encoded, png_claiming
 from tests.helpers.waiting import wait_until
 from transformers import pipeline
 
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "datasets, broken": ({"bytes": b"text", "path": "a.png"}, r"of 4 bytes cannot be opened"),
     "another dict": ({"uri": "a.png"}, r"'uri'; allowed: 'bytes' and 'path'"),
     "truncated": (CONTENT[:20_000], r"of 20000 bytes cannot be used: it cannot be decoded"),
-    "bomb": (png_claiming(50_000, 50_000), r"cannot be opened.*exceeds limit"),
+    "bomb": (png_claiming(50_000), r"cannot be opened.*exceeds limit"),
     "number": (3, r"of type int cannot be opened: allowed are a path"),
     "set": ({"a.png"}, r"of type set cannot be opened: allowed are a path"),
     "directory": (Path("/"), r"'/' is neither a file"),

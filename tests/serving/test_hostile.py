@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+from tests.helpers.image_files import encoded, png_claiming
 from tests.helpers.serving import (
     IMAGE_FILE,
     MODEL,
@@ -20,7 +21,6 @@ from tests.helpers.serving import (
     Server,
     ask,
     data_uri,
-    png_of_claimed_size,
     red_circle,
     user,
 )
@@ -73,9 +73,7 @@ def refused(server: Server, *parts: str, status: int = 400, **changes: Any) -> d
 
 
 def png(side: int) -> bytes:
-    content = io.BytesIO()
-    Image.new("1", (side, side)).save(content, "PNG")
-    return content.getvalue()
+    return encoded(Image.new("1", (side, side)))
 
 
 # bodies
@@ -276,8 +274,8 @@ def broken_pictures() -> dict[str, bytes]:
     Image.open(IMAGE_FILE).convert("RGB").save(jpeg, "JPEG")
     return {
         "nothing": b"",
-        "claimed": png_of_claimed_size(BOMB_SIDE),
-        "zip_bomb": png_of_claimed_size(BOMB_SIDE, bytes(10 * MEGABYTE)),
+        "claimed": png_claiming(BOMB_SIDE),
+        "zip_bomb": png_claiming(BOMB_SIDE, pixels=bytes(10 * MEGABYTE)),
         "grey_bomb": png(GREY_BOMB_SIDE),
         "truncated": whole[: len(whole) // 2],
         "head": whole[:20],

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
+from tests.helpers.costly_images import flat, one_bit_png
+from tests.helpers.image_files import jpeg_of_many_scans
 from tests.helpers.serving import IMAGE_FILE, POLL_SECONDS, STOP_SECONDS
 
 from fusion_hf.model.image_opening_fusion import FORMATS, ORIENTATION_TAG
@@ -196,7 +197,7 @@ def test_images_that_cannot_be_used(content: bytes, part: str):
 
 
 @pytest.mark.parametrize(
-    "content", [one_bit_png(COSTLY_SIDE), flat("WEBP", 4096), jpeg_of_many_scans(2048, 100_000)],
+    "content", [one_bit_png(COSTLY_SIDE), flat("WEBP", 4096), jpeg_of_many_scans(2048, size=100_000)],
     ids=["png", "webp", "scans"],
 )  # fmt: skip
 def test_an_image_that_takes_long(content: bytes):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.helpers.client_requests import read_recordings
-from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
-from tests.helpers.serving import IMAGE_FILE, QUESTION, ImageHost, data_uri, png_of_claimed_size, red_circle, user
+from tests.helpers.costly_images import flat, one_bit_png
+from tests.helpers.image_files import jpeg_of_many_scans, png_claiming
+from tests.helpers.serving import IMAGE_FILE, QUESTION, ImageHost, data_uri, red_circle, user
 
 from fusion_hf.serving.api_errors import CHAT
 from fusion_hf.serving.limits import Limits
@@ -216,7 +217,7 @@ def test_images_whose_decoders_keep_the_lock_become_png(kind: str):
 @pytest.mark.parametrize("name", ["png", "scans"])
 def test_images_that_take_long(name: str):
     middleware = make_middleware(limits=Limits(image_pixels=2**28, image_seconds=0.2))
-    file = one_bit_png(8000) if name == "png" else jpeg_of_many_scans(2048, 100_000)
+    file = one_bit_png(8000) if name == "png" else jpeg_of_many_scans(2048, size=100_000)
     status, reply = ask(middleware, {"messages": [user(QUESTION, data_uri(file))]})
     assert status == 400
     assert "allowed: 0.2 s" in reply["error"]["message"] or "scans" in reply["error"]["message"]
@@ -278,7 +279,7 @@ def test_slow_uploads_take_no_places_and_are_bounded_together():
 
 
 REFUSED = {
-    "pixels": (400, {"messages": [user(QUESTION, data_uri(png_of_claimed_size(6_000)))]}),
+    "pixels": (400, {"messages": [user(QUESTION, data_uri(png_claiming(6_000)))]}),
     "none of BMP, GIF": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),
     "too large": (413, {"messages": [user(QUESTION, data_uri(bytes(3_000)))]}),
     "list of allowed image hosts": (400, {"messages": [user(QUESTION, "http://169.254.169.254/latest")]}),

@@ -10,6 +10,7 @@ import openai
 import pytest
 from PIL import Image
 from tests.helpers.client_requests import answer_to, read_recordings
+from tests.helpers.image_files import encoded, png_claiming
 from tests.helpers.serving import (
     IMAGE_FILE,
     MODEL,
@@ -18,14 +19,13 @@ from tests.helpers.serving import (
     Server,
     ask,
     data_uri,
-    png_of_claimed_size,
     red_circle,
     run_server,
     start_server,
     stream_text,
     user,
 )
-from tests.helpers.vllm_models import CASES, Case, Reference, draw_image, png_bytes, write_random_model
+from tests.helpers.vllm_models import CASES, Case, Reference, draw_image, write_random_model
 
 from fusion_hf import FusionConfig, nano_path
 from fusion_hf.inference import ChatModel, question_message
@@ -46,7 +46,7 @@ def messages_of(case: Case) -> list[dict[str, Any]]:
         content = message["content"]
         if not isinstance(content, str):
             content = [
-                {"type": "image_url", "image_url": {"url": data_uri(png_bytes(draw_image(str(case.color))))}}
+                {"type": "image_url", "image_url": {"url": data_uri(encoded(draw_image(str(case.color))))}}
                 if part["type"] == "image"
                 else part
                 for part in content
@@ -161,7 +161,7 @@ def hostile(image_host: ImageHost) -> dict[str, dict[str, Any]]:
     return {
         "not on this server's list": {"messages": [user(QUESTION, elsewhere)]},
         "allowed: a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
-        "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_of_claimed_size(20_000)))]},
+        "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_claiming(20_000)))]},
         "truncated": {"messages": [user(QUESTION, data_uri(IMAGE_FILE.read_bytes()[:300]))]},
         "it is none of": {"messages": [user(QUESTION, data_uri(b"no picture"))]},
         "tokens; allowed": {"messages": [user("word " * 5_000)]},
