@@ -48,7 +48,7 @@ class Provenance:
 
 
 def write_card(config: FusionConfig, provenance: Provenance) -> str:
-    """The whole text of `README.md`."""
+    """Write the whole text of `README.md`."""
     member = None if provenance.is_untrained else find_member(config)
     template = Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True)
     return template.render(
