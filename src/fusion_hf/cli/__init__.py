@@ -7,12 +7,15 @@ from typing import Any
 from fusion_hf import __version__
 from fusion_hf.cli import (
     ask,
+    cache,
     chat,
+    compare,
     convert,
     data,
     demo,
     evaluate,
     export,
+    init_recipe,
     maps,
     merge,
     plan,
@@ -31,6 +34,7 @@ COMMANDS: Mapping[str, Any] = {
     "chat": chat,
     "maps": maps,
     "demo": demo,
+    "init-recipe": init_recipe,
     "train": train,
     "plan": plan,
     "merge": merge,
@@ -38,9 +42,11 @@ COMMANDS: Mapping[str, Any] = {
     "push": push,
     "export": export,
     "evaluate": evaluate,
+    "compare": compare,
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
+    "cache": cache,
 }
 
 

@@ -49,7 +49,7 @@ def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Pat
     files = {image: f"{name}/{number}.png" for number, image in enumerate(first)}
     jobs = [(first[image], folder / file) for image, file in files.items()]
     with ProcessPoolExecutor() as pool:
-        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="image"))
+        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="image", disable=None))
     path = folder / f"{name}.json"
     lines = [json.dumps(record.to_llava(files[record.image])) for record in records]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def write_split(folder: Path, split: Split, count: int) -> Path:
     (folder / split).mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     index = 0
-    with tqdm(total=count, desc=split, unit="image") as bar:
+    with tqdm(total=count, desc=split, unit="image", disable=None) as bar:
         while len(records) < count:
             spec = draw_spec("spatial", split, index, seed="sizes")
             index += 1

@@ -59,7 +59,8 @@ def exact_matches(
     was_training = model.training
     model.eval()
     hits = asked = 0
-    for start in tqdm(range(0, rounds, batch_size), desc="answer", unit="batch", disable=rank > 0, leave=False):
+    is_hidden = True if rank > 0 else None  # None: shown where there is a terminal
+    for start in tqdm(range(0, rounds, batch_size), desc="answer", unit="batch", disable=is_hidden, leave=False):
         taken = padded[start : start + batch_size]
         pairs = [first_question(records[index]) for index in taken]
         dialogs = [pair if pair is not None else ([{"role": "user", "content": ""}], "") for pair in pairs]

@@ -15,7 +15,14 @@ from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
 from fusion_hf.training.flops import BatchShape, StepFlops, step_flops
 from fusion_hf.training.parameter_groups import count_by_part
 from fusion_hf.training.recipe import split_batch
-from fusion_hf.training.recipe_keys import FULL, LANGUAGE_MODEL, OPTIMIZER_BYTES, PARTS, check_optimizer
+from fusion_hf.training.recipe_keys import (
+    FULL,
+    LANGUAGE_MODEL,
+    OPTIMIZER_BYTES,
+    OwnArguments,
+    check_optimizer,
+    keys_of,
+)
 from fusion_hf.training.simulation import (
     ACCUMULATED,
     KEPT,
@@ -37,6 +44,7 @@ HALF = 2  # bytes of a bfloat16 or float16
 UNFUSED = "adamw_torch"  # makes one float32 copy of all trained weights while it steps
 # NF4 with an 8-bit scale for each 64 weights, and a float32 for each 256 of those
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + FULL / (64 * 256)
+EIGHT_BIT_BYTES = 1.0  # and a scale for each row, which is not counted
 LIVE_WEIGHTS = 10**9  # ZeRO-3 keeps as many gathered at a time (`stage3_max_live_parameters`)
 BUCKETS = 2  # ZeRO sends one while it fills the other; each holds `hidden_size ** 2` gradients
 # FSDP2: the layer that computes, the one that arrives, the gradients of one, and what is being sent of them
@@ -71,7 +79,8 @@ class WeightCounts:
     """Numbers of weights, adapters among them.
 
     Args:
-        by_part, trained: of each part. quantized: frozen ones kept in 4 bits. largest_quantized: of one such layer.
+        by_part, trained: of each part. quantized: frozen ones kept in 4 or 8 bits, in `quantized_bytes` each.
+        largest_quantized: of one such layer.
         originals: copies of parts trained beside adapters, which PEFT keeps as they were.
         largest_layer: of the largest layer that FSDP gathers as a whole. outside: in no such layer.
     """
@@ -83,6 +92,7 @@ class WeightCounts:
     largest_layer: int
     outside: int
     originals: int = 0
+    quantized_bytes: float = FOUR_BIT_BYTES
 
     @property
     def total(self) -> int:
@@ -144,9 +154,11 @@ class PlannedRun:
     max_length: int
     query_lens: tuple[int, ...]
     lora_rank: int
+    lora_parts: tuple[str, ...]
     lora_dropout: float
     lora_targets: tuple[str, ...] | None
     quantized: bool
+    quantized_bytes: float
     epochs: float
     max_steps: int
 
@@ -158,19 +170,22 @@ class PlannedRun:
         """
         optimizer = check_optimizer(values)
         rank, targets = values.get("lora_rank") or 0, values.get("lora_targets")
-        trained = values.get("train") or PARTS
+        own = OwnArguments(**{key: values[key] for key in keys_of(OwnArguments) if key in values})
+        trained = own.train or own.default_train
         half = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
         return cls(
-            trained=tuple(part for part in trained if not rank or part != LANGUAGE_MODEL),
+            trained=tuple(part for part in trained if part not in own.adapted_parts),
             checkpointing=bool(values.get("gradient_checkpointing")),
             half=half,
             optimizer=optimizer,
             max_length=values.get("max_length") or DEFAULT_MAX_LENGTH,
             query_lens=tuple(values.get("query_lens") or config.query_lens),
             lora_rank=rank,
+            lora_parts=own.adapted_parts,
             lora_dropout=values.get("lora_dropout", LORA_DROPOUT),
             lora_targets=None if targets is None else tuple(targets),
-            quantized=bool(values.get("load_in_4bit")),
+            quantized=own.load_in_4bit or own.load_in_8bit,
+            quantized_bytes=EIGHT_BIT_BYTES if own.load_in_8bit else FOUR_BIT_BYTES,
             epochs=values.get("num_train_epochs") or 3.0,  # transformers' default
             max_steps=values.get("max_steps") or -1,
         )
@@ -225,7 +240,8 @@ class Planner:
         run = self.run if run is None else run
         setting = self.setting(run, DDP, KEPT)
         if setting not in self._weights:
-            self._weights[setting] = count_weights(self.config, setting)
+            counts = count_weights(self.config, setting)
+            self._weights[setting] = replace(counts, quantized_bytes=run.quantized_bytes)
         return self._weights[setting]
 
     def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
@@ -239,6 +255,7 @@ class Planner:
             checkpointing=run.checkpointing,
             gradients=gradients,
             lora_rank=run.lora_rank,
+            lora_parts=run.lora_parts,
             lora_dropout=run.lora_dropout,
             lora_targets=run.lora_targets,
             quantized=run.quantized,
@@ -330,7 +347,7 @@ class Planner:
         if record_tokens is None:
             record_tokens = min(self.run.max_length, self.config.num_image_tokens + latents + TEXT_TOKENS)
         shape = BatchShape(1, record_tokens, AVERAGE_INSTRUCT_TOKENS, 1, latents)
-        flops = step_flops(self.config, shape, self.run.trained, lora=self.run.lora_rank > 0)
+        flops = step_flops(self.config, shape, self.run.trained, self.run.lora_parts)
         return TrainingPlan(
             machine=replace(machine, sharding=memory.sharding),
             weights=self.weights(),
@@ -382,7 +399,7 @@ class Planner:
         tried(f"max_length={run.max_length // 2}", replace(run, max_length=run.max_length // 2))
         if not run.lora_rank:
             frozen = tuple(part for part in run.trained if part != LANGUAGE_MODEL)
-            tried("lora_rank=16", replace(run, trained=frozen, lora_rank=16))
+            tried("lora_rank=16", replace(run, trained=frozen, lora_rank=16, lora_parts=(LANGUAGE_MODEL,)))
         return changes
 
 
@@ -424,18 +441,18 @@ def count_states(
     """
     trained = weights.total_trained
     computed = HALF if half else FULL
-    four_bit = int(weights.quantized * FOUR_BIT_BYTES)
+    quantized = int(weights.quantized * weights.quantized_bytes)
     plain = weights.total + weights.originals - weights.quantized
     moments = trained * OPTIMIZER_BYTES[optimizer]
     copies = trained * FULL if optimizer == UNFUSED else 0
     dequantized = weights.largest_quantized * computed
     if sharding in (NONE, DDP):
         buckets = trained * FULL if sharding == DDP and gpus > 1 else 0
-        return StateBytes(plain * FULL + four_bit, trained * FULL, moments, buckets + dequantized, copies)
+        return StateBytes(plain * FULL + quantized, trained * FULL, moments, buckets + dequantized, copies)
     if sharding == FSDP2:
         gathered = computed * (weights.outside + FSDP_LAYERS * weights.largest_layer)
         return StateBytes(
-            _share(plain * FULL, gpus) + four_bit,
+            _share(plain * FULL, gpus) + quantized,
             _share(trained * FULL, gpus),
             _share(moments, gpus),
             gathered + dequantized,
@@ -444,7 +461,7 @@ def count_states(
     masters = trained * FULL
     gathered = 0 if sharding == ZERO2 else min(weights.total, LIVE_WEIGHTS) * computed
     return StateBytes(
-        (plain * computed if sharding == ZERO2 else _share(plain * computed, gpus)) + four_bit,
+        (plain * computed if sharding == ZERO2 else _share(plain * computed, gpus)) + quantized,
         _share(trained * computed, gpus),
         _share(masters + moments, gpus),
         gathered + BUCKETS * bucket * computed + dequantized,

@@ -13,13 +13,13 @@ from fusion_hf.common.outputs import check_place
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
 from fusion_hf.data.image_places import ImagePlaces
 from fusion_hf.data.mixture import read_entries
-from fusion_hf.hub.folders import find_folder
+from fusion_hf.hub.folders import FINISHED_FILE, find_folder
 from fusion_hf.training.recipe_keys import OwnArguments, all_keys, keys_of
+from fusion_hf.training.reporters import check_reporters
 
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
 
-FINISHED_FILE = "finished.json"  # in `output_dir`, when the model is there
 CHECKPOINT_CHOICES = ("auto", "none")
 REQUIRED = ("model", "data", "output_dir")
 PATHS = ("data", "data_root", "eval_data")  # a recipe's own are relative to its folder
@@ -30,6 +30,7 @@ DECISIVE = (
     *("sampler_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs"),
     *("max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"),
     *("data_seed", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "load_in_4bit"),
+    *("lora_parts", "lora_dora", "lora_rslora", "lora_bias", "load_in_8bit"),
     *("on_truncated", "max_image_pixels", "query_len_draw", "loss_average"),
 )
 
@@ -82,6 +83,7 @@ def check_files(values: Mapping[str, Any]) -> None:
     output = Path(values["output_dir"])
     if (output / FINISHED_FILE).is_file():
         return
+    check_reporters(values.get("report_to"))
     for key, root in (("data", values.get("data_root")), ("eval_data", None)):
         if values.get(key) is not None:
             for entry in read_entries(values[key], root, key):
