@@ -164,7 +164,7 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
 
 
 def model_of_vllm(name: str) -> str:
-    """Name what vLLM can load: it fetches a repository itself: no authors' checkpoint, and no revision by `@`."""
+    """Name what vLLM can load: it fetches a repository itself, but no authors' checkpoint, and no revision by `@`."""
     from fusion_hf.hub.checkpoint_names import find_converted
 
     _, revision = split_revision(name)
