@@ -51,7 +51,7 @@ COMMANDS: Mapping[str, Any] = {
 
 
 def make_parser() -> Parser:
-    """The command line of `fusion-hf`."""
+    """Make the command line of `fusion-hf`."""
     parser = Parser(
         prog="fusion-hf", description="FUSION vision-language models: ask, chat, serve, train, evaluate, convert."
     )

@@ -14,7 +14,7 @@ from fusion_hf.inference.chat_model import ChatModel
 
 
 def load_chat_model(arguments: argparse.Namespace) -> ChatModel:
-    """The model that the arguments name, on the device that they name."""
+    """Load the model that the arguments name, on the device that they name."""
     if not arguments.debug:
         silence_libraries()
     return ChatModel.load(arguments.model, arguments.device, arguments.dtype)

@@ -140,19 +140,19 @@ def _abandon(stream: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: what a model writes must not command the terminal."""
+    """Return the text without control characters: what a model writes must not command the terminal."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line and not at any length."""
+    """Return what an error says, in one line and not at any length."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     longest = error.longest if isinstance(error, InputError) else InputError.longest
     return text if len(text) <= longest else f"{text[: longest - ADVICE]} ... {text[-ADVICE:]}"
 
 
 def wrote(folder: Path) -> str:
-    """A line that says what a command has made: a folder, its large files, how many others, and their sizes."""
+    """Return a line that says what a command has made: a folder, its large files, how many others, and their sizes."""
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     total = sum(sizes.values())
     large = [name for name in sorted(sizes) if sizes[name] >= NAMED_SHARE * total]
@@ -183,10 +183,7 @@ def check_image_exists(source: str) -> None:
 
 
 def check_question(question: str) -> None:
-    """
-    Raises:
-        InputError: if there is none, or it is no text.
-    """
+    """Raise an `InputError` if there is no question, or if it is no text."""
     if not question.strip():
         raise InputError("The question is empty; ask something.")
     try:

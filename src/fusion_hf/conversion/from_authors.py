@@ -87,14 +87,9 @@ def convert(options: ConversionOptions, inputs: ConversionInputs | None = None) 
         return f"The checkpoint fits: {conversion.summary}. Nothing was written."
     with new_folder(options.output) as folder:
         write(folder, conversion, options)
-    done = f"Wrote {options.output}: {conversion.summary}."
-    if options.push_to_hub is not None:
-        source = conversion.locations["checkpoint"].name
-        url = repositories.push(
-            options.output, options.push_to_hub, options.private, f"Convert {source} to transformers"
-        )
-        done += f" Pushed: {url}"
-    return done
+    message = f"Convert {conversion.locations['checkpoint'].name} to transformers"
+    pushed = repositories.push(options.output, options.push_to_hub, options.private, message)
+    return f"Wrote {options.output}: {conversion.summary}.{pushed}"
 
 
 def prepare(options: ConversionOptions, inputs: ConversionInputs) -> Conversion:

@@ -57,7 +57,7 @@ class Provenance:
 
 
 def write_card(config: FusionConfig, provenance: Provenance) -> str:
-    """The whole text of `README.md`."""
+    """Write the whole text of `README.md`."""
     member = None if provenance.is_untrained else find_member(config)
     licence = find_licence(provenance, member)
     base_models = find_base_models(provenance, member)

@@ -79,7 +79,7 @@ class PublishedRow:
 
 @cache
 def published_rows() -> dict[str, PublishedRow]:
-    """The published table by models' names, in its order."""
+    """Return the published table by models' names, in its order."""
     content = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
     rows = {}
     for model in content["models"]:
@@ -130,7 +130,7 @@ def is_of_authors(name: str, member: FamilyMember | None) -> bool:
 
 
 def find_member(config: "FusionConfig") -> FamilyMember | None:
-    """The published model that has the sizes of `config`, if any."""
+    """Find the published model that has the sizes of `config`, if any."""
     text, vision = config.text_config, config.vision_config
     backbone = BACKBONE_SIZES.get((text.model_type, text.hidden_size, text.num_hidden_layers))
     tower = TOWER_SIZES.get((vision.hidden_size, vision.num_hidden_layers))

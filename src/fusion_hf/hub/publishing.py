@@ -213,10 +213,7 @@ def check_repository(repository: str, flag: str) -> None:
 
 
 def check_name(repository: str, flag: str) -> None:
-    """
-    Raises:
-        InputError: if no repository can have that name.
-    """
+    """Raise an `InputError` if no repository can have that name."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -224,10 +221,7 @@ def check_name(repository: str, flag: str) -> None:
 
 
 def check_tag(tag: str) -> None:
-    """
-    Raises:
-        InputError: if no version can have that name.
-    """
+    """Raise an `InputError` if no version can have that name."""
     if not TAG.fullmatch(tag):
         raise InputError(f"--tag is {tag!r}; allowed: letters, digits and . _ + -, beginning with a letter or digit.")
 

@@ -81,7 +81,7 @@ def find_targets(
     model: nn.Module, targets: Iterable[str] | None = None, parts: Collection[str] = (LANGUAGE_MODEL,)
 ) -> list[str]:
     """
-    Names of the linear layers that get LoRA. Samplers lie inside the language model's layers, but are a part apart.
+    Name the linear layers that get LoRA. Samplers lie inside the language model's layers, but are a part apart.
 
     Args:
         model: a FUSION.
@@ -139,7 +139,7 @@ def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfi
 
 def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> PeftModel:
     """
-    A model with the adapter that a LoRA run left in `folder`, for inference.
+    Load the adapter that a LoRA run left in `folder` into a model, for inference.
 
     Raises:
         InputError: if the adapter is not exactly one for this model; names the file, and the first key or field.
@@ -182,7 +182,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
     """
-    That `folder` holds all of a model's adapter and nothing else, before PEFT loads it.
+    Check that `folder` holds all of a model's adapter and nothing else, before PEFT loads it.
 
     Raises:
         InputError: if not; names the file and the first key.
@@ -191,7 +191,7 @@ def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
 
 
 def read_config(folder: Path, model: nn.Module) -> LoraConfig:
-    """The configuration in an adapter's folder; see `load_adapter`."""
+    """Read the configuration in an adapter's folder; see `load_adapter`."""
     content = read_adapter(folder)
     _check_config(content, folder / ADAPTER_CONFIG, model)
     return LoraConfig(**{name: content[name] for name in USED if name in content})
@@ -232,7 +232,7 @@ def _check_config(content: dict[str, Any], path: Path, model: nn.Module) -> None
 
 
 def read_weights(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in an adapter's folder, which have just the names and shapes of `expected`; see `load_adapter`."""
+    """Read the tensors in an adapter's folder, with just the names and shapes of `expected`; see `load_adapter`."""
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise InputError(f"{path} is missing; adapters are read from safetensors only.")

@@ -33,12 +33,7 @@ class FiniteLossCallback(TrainerCallback):
         self.grad_norm: torch.Tensor | float | None = None
 
     def add(self, loss: torch.Tensor) -> None:
-        """
-        Add a micro-batch's share of the step's loss.
-
-        Args:
-            loss: `()`. It stays on its device, since reading it would wait for the device.
-        """
+        """Add a micro-batch's share `()` of the step's loss; it stays on its device, since reading it would wait."""
         self.loss = self.loss + loss.float()
 
     def reset(self) -> None:
@@ -138,11 +133,7 @@ class StopCallback(TrainerCallback):
 
 def append_log(run_dir: Path, values: dict[str, Any]) -> None:
     """
-    Add a line to the log of a run.
-
-    Args:
-        run_dir: the run's folder.
-        values: of the line.
+    Add a line to the log in a run's folder.
 
     Raises:
         CheckpointError: if it cannot be written.

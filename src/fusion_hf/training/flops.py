@@ -50,7 +50,7 @@ def step_flops(
     config: FusionConfig, shape: BatchShape, trained: Collection[str] = PARTS, adapted: Collection[str] = ()
 ) -> StepFlops:
     """
-    FLOPs of one micro-batch.
+    Count the FLOPs of one micro-batch.
 
     Args:
         trained: parts whose weights are trained, of `PARTS`. The others' weights get no gradient, and their inputs

@@ -21,7 +21,7 @@ from fusion_hf.training.recipe_keys import (
     OPTIMIZER_BYTES,
     OwnArguments,
     check_optimizer,
-    own_keys,
+    keys_of,
 )
 from fusion_hf.training.simulation import (
     ACCUMULATED,
@@ -170,7 +170,7 @@ class PlannedRun:
         """
         optimizer = check_optimizer(values)
         rank, targets = values.get("lora_rank") or 0, values.get("lora_targets")
-        own = OwnArguments(**{key: values[key] for key in own_keys() if key in values})
+        own = OwnArguments(**{key: values[key] for key in keys_of(OwnArguments) if key in values})
         trained = own.train or own.default_train
         half = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
         return cls(
@@ -236,7 +236,7 @@ class Planner:
     # ---- memory ----
 
     def weights(self, run: PlannedRun | None = None) -> WeightCounts:
-        """The model's weights under the recipe."""
+        """Count the model's weights under the recipe."""
         run = self.run if run is None else run
         setting = self.setting(run, DDP, KEPT)
         if setting not in self._weights:
@@ -245,7 +245,7 @@ class Planner:
         return self._weights[setting]
 
     def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
-        """How the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
+        """Say how the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
         casts = sharding in (NONE, DDP)
         full = casts or run.half is None
         return StepSetting(
@@ -270,7 +270,7 @@ class Planner:
         run: PlannedRun | None = None,
         shape: BatchShape | None = None,
     ) -> GpuMemory:
-        """What one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
+        """Count what one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
         run = self.run if run is None else run
         sharded = sharding not in (NONE, DDP)
         gradients = REDUCED if sharded else KEPT if accumulation == 1 else ACCUMULATED
@@ -300,7 +300,7 @@ class Planner:
         )
 
     def states(self, sharding: str, gpus: int, run: PlannedRun | None = None) -> StateBytes:
-        """What lasts through a step, without a simulation."""
+        """Count what lasts through a step, without a simulation."""
         run = self.run if run is None else run
         bucket = self.config.text_config.hidden_size**2  # transformers' `auto`
         return count_states(self.weights(run), sharding, gpus, run.half is not None, run.optimizer, bucket)
@@ -332,7 +332,7 @@ class Planner:
 
     def plan(self, machine: Machine, records: int | None = None, record_tokens: int | None = None) -> TrainingPlan:
         """
-        The plan for a machine.
+        Make the plan for a machine.
 
         Args:
             records: of the data set, once through. record_tokens: of an average record, in the language model.
@@ -361,7 +361,7 @@ class Planner:
         )
 
     def largest_batch(self, machine: Machine, share: int) -> int | None:
-        """Most records per pass, of the divisors of a GPU's `share` of a step, that fit."""
+        """Find the most records per pass, of the divisors of a GPU's `share` of a step, that fit."""
         largest = None
         if self.states(machine.sharding, machine.gpus).lasting > machine.usable:
             return None
@@ -374,7 +374,7 @@ class Planner:
     def work(
         self, records: int, tokens: int, flops: StepFlops, batch: int, accumulation: int, machine: Machine
     ) -> Work:
-        """Of all steps, at average records without padding."""
+        """Add up all steps, at average records without padding."""
         per_step = batch * accumulation * machine.gpus
         steps = self.run.max_steps if self.run.max_steps > 0 else ceil(ceil(records / per_step) * self.run.epochs)
         seen = round(records * self.run.epochs) if self.run.max_steps <= 0 else steps * per_step
@@ -382,7 +382,7 @@ class Planner:
         return Work(records, steps, seen * tokens, seen * flops.training, seen * hardware)
 
     def what_helps(self, machine: Machine, memory: GpuMemory) -> dict[str, int]:
-        """Bytes that a GPU would need after each of a few changes, made one at a time."""
+        """Count the bytes that a GPU would need after each of a few changes, made one at a time."""
         run, share = self.run, memory.batch * memory.accumulation
         changes = {}
 
@@ -404,7 +404,7 @@ class Planner:
 
 
 def count_weights(config: FusionConfig, setting: StepSetting) -> WeightCounts:
-    """The model's weights, from the meta device."""
+    """Count the model's weights, on the meta device."""
     with fake_model(config, setting) as model:
         layers = [
             sum(parameter.numel() for parameter in module.parameters())
@@ -428,7 +428,7 @@ def count_states(
     weights: WeightCounts, sharding: str, gpus: int, half: bool, optimizer: str, bucket: int
 ) -> StateBytes:
     """
-    Bytes per GPU that last through a step.
+    Count the bytes per GPU that last through a step.
 
     - `none`, `ddp`: float32 weights, gradients and moments on each GPU; DDP's buckets are a second set of gradients.
     - `zero2`: 16-bit weights on each; 16-bit gradients, float32 weights and moments divided by W; float32 gradients,

@@ -193,19 +193,14 @@ class KeyTypes:
     takes_none: bool
 
 
-def own_keys() -> dict[str, KeyTypes]:
-    """Ours, by name."""
-    return keys_of(OwnArguments)
-
-
 @cache
 def all_keys() -> Mapping[str, KeyTypes]:
-    """All keys that a recipe can have, by name."""
-    return {**transformers_keys(), **own_keys()}
+    """List all keys that a recipe can have, by name."""
+    return {**transformers_keys(), **keys_of(OwnArguments)}
 
 
 def transformers_keys() -> dict[str, KeyTypes]:
-    """Those of transformers' `TrainingArguments`, by name."""
+    """List those of transformers' `TrainingArguments`, by name."""
     folders = (spec.submodule_search_locations if (spec := find_spec("transformers")) is not None else None) or ()
     for folder in folders:
         path = Path(folder) / SOURCE
@@ -219,7 +214,7 @@ def transformers_keys() -> dict[str, KeyTypes]:
 
 
 def keys_of(arguments: Any) -> dict[str, KeyTypes]:
-    """Those of a class of arguments, by name."""
+    """List those of a class of arguments, by name."""
     hints = typing.get_type_hints(arguments)
     return {each.name: _key_of(hints[each.name], each.default is None) for each in fields(arguments) if each.init}
 
@@ -282,7 +277,7 @@ def _kinds(hint: Any) -> Iterable[type]:
 
 def check_optimizer(values: Mapping[str, Any]) -> str:
     """
-    The optimizer of a recipe.
+    Name the optimizer of a recipe.
 
     Raises:
         InputError: for one whose memory is not known.

@@ -143,7 +143,7 @@ def _checkpoint(arguments: FusionTrainingArguments) -> str | None:
 
 def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, torch.nn.Module]:
     """
-    The processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
+    Load the processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
 
     Raises:
         InputError: if there is no complete FUSION.
@@ -170,7 +170,7 @@ def make_trainer(
     arguments: FusionTrainingArguments,
     stop: StopSignal | None = None,
 ) -> FusionTrainer:
-    """The trainer of a run, with its records."""
+    """Make the trainer of a run, with its records."""
     collator = FusionDataCollator(
         processor,
         query_lens=arguments.query_lens,
@@ -181,17 +181,12 @@ def make_trainer(
     records = _records(arguments, str(arguments.data), processor)
     held_out = None if arguments.eval_data is None else _records(arguments, arguments.eval_data, processor)
     return FusionTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=records,
-        eval_dataset=held_out,
-        stop=stop,
+        model=model, args=arguments, data_collator=collator, train_dataset=records, eval_dataset=held_out, stop=stop
     )
 
 
 def _records(arguments: FusionTrainingArguments, source: str, processor: FusionProcessor) -> Any:
-    is_training = source == arguments.data
+    is_training, images, most_pixels = source == arguments.data, processor.image_processor, arguments.max_image_pixels
     with arguments.main_process_first(desc="index of the records"):  # the others find it made
         return load_records(
             source,
@@ -202,12 +197,8 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
             cache=arguments.data_cache,
             streaming=arguments.streaming and is_training,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            max_image_pixels=(
-                processor.image_processor.max_image_pixels
-                if arguments.max_image_pixels is None
-                else arguments.max_image_pixels
-            ),
-            exif_transpose=processor.image_processor.exif_transpose,
+            max_image_pixels=images.max_image_pixels if most_pixels is None else most_pixels,
+            exif_transpose=images.exif_transpose,
             on_truncated=arguments.on_truncated,  # type: ignore[arg-type]
             image_roots=arguments.image_roots,
             image_hosts=arguments.image_hosts,

@@ -112,7 +112,7 @@ class _Storages(TorchDispatchMode):
 
 @contextmanager
 def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionForConditionalGeneration]:
-    """A model without contents; inside the context, tensors that are made have none either."""
+    """Make a model without contents; inside the context, tensors that are made have none either."""
     config = copy.deepcopy(config)
     rope = config.text_config.rope_parameters
     # long and dynamic RoPE look at positions, which have no values here; their tensors are the same
@@ -172,7 +172,7 @@ def make_batch(config: FusionConfig, shape: BatchShape) -> dict[str, Any]:
 
 
 def simulate(config: FusionConfig, shape: BatchShape, setting: StepSetting) -> StepPeak:
-    """What one micro-batch holds at its peak, from its inputs to its gradients.
+    """Measure what one micro-batch holds at its peak, from its inputs to its gradients.
 
     Takes seconds, whatever the model's size. The optimizer's step is not part of it.
     """

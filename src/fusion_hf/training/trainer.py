@@ -24,13 +24,7 @@ from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.memory_fitting import MemoryFitting
-from fusion_hf.training.parameter_groups import (
-    LANGUAGE_MODEL,
-    PROJECTORS,
-    SAMPLERS,
-    VISION_TOWER,
-    parameter_groups,
-)
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, parameter_groups
 from fusion_hf.training.query_len_records import with_query_lens
 from fusion_hf.training.recipe_keys import MICRO_BATCHES
 from fusion_hf.training.record_loading import EpochCallback, RecordLoading
@@ -154,7 +148,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, "LossCounts | None"]:
-        """The batches of a step, and what its losses are means over, in all of them and all processes."""
+        """Get the batches of a step, and what its losses are means over, in all of them and all processes."""
         self.throughput.meter.begin_step()
         batches = []
         for _ in range(num_batches):
@@ -255,7 +249,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         return self.optimizer
 
     def learning_rates(self) -> dict[str, float]:
-        """The peak learning rate of each part."""
+        """Choose the peak learning rate of each part."""
         args = self.args
         given = {
             VISION_TOWER: args.vision_tower_learning_rate,
