@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.hub.folders import MODEL_TYPE, read_config
+from fusion_hf.hub.folders import MODEL_TYPE, is_authors_type, read_config
 
 if TYPE_CHECKING:
     from fusion_hf.model.configuration_fusion import FusionConfig
@@ -95,8 +95,9 @@ def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise InputError(f"model {values['model']!r} is not on disk, so its size is not known; give --config FILE.")
-    model_type = read_config(file).get("model_type")
-    if model_type != MODEL_TYPE:
+    content = read_config(file)
+    model_type = content.get("model_type")
+    if model_type != MODEL_TYPE and not is_authors_type(content):
         shown = short_name(repr(model_type))
         raise InputError(f"{file} is of a {shown} model; allowed: {MODEL_TYPE!r}.")
     return file
@@ -109,8 +110,11 @@ def load_config(file: Path) -> "FusionConfig":
     Raises:
         InputError: if its values are impossible.
     """
+    from fusion_hf.conversion.upstream_config import read_checkpoint_config
     from fusion_hf.model.configuration_fusion import FusionConfig
 
+    if is_authors_type(read_config(file)):
+        return read_checkpoint_config(file)
     try:
         return FusionConfig.from_pretrained(str(file))
     except (OSError, ValueError, TypeError, KeyError) as error:
