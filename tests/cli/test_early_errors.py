@@ -24,7 +24,7 @@ HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
 REPEATS = 3
 COMMANDS = (
     *("ask", "chat", "maps", "demo", "train", "plan", "merge", "push", "export", "data", "evaluate", "synthesize"),
-    *("serve", "convert"),
+    *("serve", "convert", "compare", "cache"),
 )
 # the command line, and what its error says; `run.yaml` and `mix.yaml` name files that are missing
 ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -87,6 +87,10 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("evaluate --tasks pope --url http://x --api-key-env NO_SUCH_KEY", ("NO_SUCH_KEY", "--api-key-env")),
     ("evaluate --published x", ("--published is 'x'", "FUSION 3B")),
     ("evaluate --table gone.json", ("gone.json is no record",)),
+    ("compare gone.json records.json", ("gone.json is no record",)),
+    ("compare records.json records.json --page gone/page.html", ("--page is gone/page.html", "gone is no folder")),
+    ("compare records.json records.json --model-a new", ("--model-a is new", "--stages")),
+    ("compare empty empty", ("empty has no record-*.json",)),
     ("data check gone.json", ("gone.json does not exist",)),
     ("data check gone.yaml", ("gone.yaml cannot be read",)),
     ("data check mix.yaml", ("mix.yaml, entry 1: ", "gone.json does not exist")),

@@ -7,7 +7,9 @@ from typing import Any
 from fusion_hf import __version__
 from fusion_hf.cli import (
     ask,
+    cache,
     chat,
+    compare,
     convert,
     data,
     demo,
@@ -38,9 +40,11 @@ COMMANDS: Mapping[str, Any] = {
     "push": push,
     "export": export,
     "evaluate": evaluate,
+    "compare": compare,
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
+    "cache": cache,
 }
 
 

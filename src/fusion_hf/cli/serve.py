@@ -9,7 +9,7 @@ from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.model_options import find_model, model_options
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.image_hosts import HostPolicy
-from fusion_hf.hub.folders import nano_path
+from fusion_hf.hub.folders import find_folder, nano_path, split_revision
 from fusion_hf.serving.limits import Limits
 
 HOST, PORT, LAST_PORT = "127.0.0.1", 8000, 2**16 - 1
@@ -142,9 +142,9 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         from fusion_hf.vllm.request_middleware import MiddlewareSettings
     except ImportError as error:
         raise InputError(f"--engine vllm needs the extras `serve` and `vllm` ({error}): {INSTALL_VLLM}") from error
-    model = str(arguments.model or nano_path())
+    name = str(arguments.model or nano_path())
     middleware = MiddlewareSettings(
-        name=arguments.name or _name(model),
+        name=arguments.name or _name(name),
         api_key_env=arguments.api_key_env,
         public_hosts=arguments.allow_image_host,
         private_hosts=arguments.allow_private_image_host,
@@ -152,9 +152,20 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         image_token_grid=arguments.image_token_grid,
         limits=_limits(arguments),
     )
+    model = model_of_vllm(name)
     serve(
         ServerOptions(model, arguments.host, arguments.port, arguments.dtype, middleware, arguments.engine_arguments)
     )
+
+
+def model_of_vllm(name: str) -> str:
+    """What vLLM can load: it fetches a repository itself, but not an authors' checkpoint, nor one revision by `@`."""
+    from fusion_hf.hub.checkpoint_names import find_converted
+
+    _, revision = split_revision(name)
+    if revision is not None:
+        return str(find_folder(name))
+    return str(find_converted(name) or name)
 
 
 def _api_key(variable: str) -> str:

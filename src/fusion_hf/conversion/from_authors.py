@@ -155,7 +155,8 @@ def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> N
     config, plan = conversion.config, conversion.plan
     shapes = {name: recipe.shape for name, recipe in plan.recipes.items()}
     reader = WeightReader()
-    with tqdm(total=plan.num_parameters, unit="parameters", unit_scale=True, disable=None) as progress:
+    name = f"convert {conversion.locations['checkpoint'].name}"
+    with tqdm(total=plan.num_parameters, desc=name, unit="parameters", unit_scale=True, disable=None) as progress:
 
         def load(name: str) -> torch.Tensor:
             weight = reader.load(plan.recipes[name], conversion.dtype)

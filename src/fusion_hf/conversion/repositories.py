@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from fusion_hf.common.errors import InputError
 from fusion_hf.conversion.inputs import InputLocation, Wanted
 from fusion_hf.conversion.model_files import ConversionError, first_line
+from fusion_hf.hub.folders import HubOptions
 from fusion_hf.hub.publishing import check_remote, check_repository, upload
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ SECONDS = 10.0  # until the Hub answers the first request
 HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError)
 
 
-def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
+def download(source: str, revision: str | None, flag: str, wanted: Wanted, hub: HubOptions) -> tuple[Path, bool]:
     """
     A repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
 
@@ -39,15 +40,28 @@ def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
         ConversionError: if there is no such repository, or the Hub cannot be reached.
     """
     patterns, is_remote = list(SMALL_FILES), False
+    is_offline = hub.local_files_only or is_offline_mode()
     try:
-        if wanted != "configuration":
+        if wanted != "configuration" and is_offline:
+            patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *BIN_WEIGHTS)  # what the cache has of them
+        elif wanted != "configuration":
             # one request: the list of files comes by several, each of which is tried for half a minute
-            names = [file.rfilename for file in HfApi().model_info(source, timeout=SECONDS).siblings or ()]
+            info = HfApi().model_info(source, revision=revision, timeout=SECONDS, token=hub.token)
+            names = [file.rfilename for file in info.siblings or ()]
             is_full = any(name in names for name in ("model.safetensors", "model.safetensors.index.json"))
             is_remote = is_full and wanted == "headers"
             if not is_remote:
                 patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *(() if is_full else BIN_WEIGHTS))
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=[IN_FOLDERS])), is_remote
+        folder = snapshot_download(
+            source,
+            revision=revision,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
+            local_files_only=is_offline,
+            allow_patterns=patterns,
+            ignore_patterns=[IN_FOLDERS],
+        )
+        return Path(folder), is_remote
     except HUB_ERRORS as error:
         answered = isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError)
         if not answered or isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):

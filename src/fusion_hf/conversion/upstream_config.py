@@ -19,6 +19,8 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 # `use_cache` is off in checkpoints that training saved before its end
 NOT_TAKEN_OVER = ("use_cache",)
+# The authors' class of these sets `rope_scaling` to None, whatever the file says.
+WITHOUT_ROPE_SCALING = ("fusion_qwen",)
 DEFAULT_QUERY_LEN = 36
 
 # What the authors' code chooses by the tower's name; counts all layers of the published towers.
@@ -43,6 +45,8 @@ def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_to
     """
     check_upstream(upstream)
     counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
+    if upstream["model_type"] in WITHOUT_ROPE_SCALING:
+        upstream = upstream | {"rope_scaling": None}
     text = convert_text_config(upstream, TEXT_MODEL_TYPES[upstream["model_type"]])
     number, start = counts["num_of_vision_sampler_layers"], counts["start_of_vision_sampler_layers"]
     stride = counts["stride_of_vision_sampler_layers"]

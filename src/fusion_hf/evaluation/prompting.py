@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.evaluation.sample_log import AskedQuestion
 from fusion_hf.model.image_opening_fusion import UPRIGHT, read_orientation
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
@@ -111,6 +112,15 @@ class EvaluationPrompt:
     def wanted(self) -> Generation | Continuation:
         return self.request.wanted
 
+    def describe(self) -> AskedQuestion:
+        """For a run's samples."""
+        messages = [
+            {"role": message["role"], "content": [_without_image(block) for block in message["content"]]}
+            for message in self.messages
+        ]
+        generation = asdict(self.wanted) if isinstance(self.wanted, Generation) else None
+        return AskedQuestion(messages, self.text, self.image_hash, generation)
+
 
 @dataclass(frozen=True)
 class RequestReader:
@@ -161,6 +171,10 @@ class RequestReader:
         if len(images) > 1:
             raise SeveralImages(f"The request shows {len(images)} images; FUSION reads 1.")
         return messages, images[0] if images else None
+
+
+def _without_image(block: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if block["type"] == "image" else block
 
 
 def hash_image(image: Image.Image) -> str:

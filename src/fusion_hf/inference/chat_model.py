@@ -39,18 +39,21 @@ class ChatModel:
     processor: FusionProcessor
 
     @classmethod
-    def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO) -> "ChatModel":
+    def load(
+        cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, revision: str | None = None
+    ) -> "ChatModel":
         """
         Args:
-            name: a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+            name: a model folder or a repository of the Hub, the authors' as well; None: the bundled `fusion-nano`.
             device: `"auto"` or a device of torch.
             dtype: `"auto"` or a key of `DTYPES`. A quantized model has the type that it was saved in.
+            revision: branch, tag or commit of a repository; None: the main branch, or what `name` has behind `@`.
 
         Raises:
             InputError: if there is no such FUSION, or no such device, or a quantized one of another type.
         """
         chosen = choose_device(device)
-        folder = find_folder(nano_path() if name is None else name)
+        folder = find_folder(nano_path() if name is None else name, revision)
         kind = choose_dtype(dtype, chosen)
         config = load_config(folder)
         if "quantization_config" in vars(config):

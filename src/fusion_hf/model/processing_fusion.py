@@ -120,12 +120,18 @@ class FusionProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
         Read `processor_config.json` or, in a folder to which the tokenizer and the image processor were saved one by
-        one (as `Pipeline.save_pretrained` does), the same values of the model's `config.json`.
+        one (as `Pipeline.save_pretrained` does), the same values of the model's `config.json`. An `image_token_grid`
+        (FUSION-L: 16) is the side of the grid that the model's configuration gets under the same name.
 
         Raises:
-            ValueError: names what neither file holds.
+            ValueError: names what neither file holds, or an impossible grid.
         """
         values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        grid = unused.pop("image_token_grid", None)
+        if grid is not None:
+            if not isinstance(grid, int) or grid < 1:
+                raise ValueError(f"image_token_grid is {grid!r}; allowed: a whole number from 1.")
+            unused["num_image_tokens"] = grid**2
         missing = [name for name in FIELDS_OF_CONFIG if name not in values and name not in unused]
         if missing:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}

@@ -153,6 +153,14 @@ class FusionConfig(PreTrainedConfig):
         self.check_values()
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the values and, since arguments replace them, check what came out, as transformers does not."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        config.check_values()
+        return loaded
+
     @property
     def num_patches_per_side(self) -> int:
         """Patches per side of one tile, P."""
