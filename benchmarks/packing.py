@@ -36,6 +36,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "models" / "fusion-3b.json"
 RECORDS, SEED = 12_800, 0
 QUERY_LENS, MEASURED_QUERY_LENS = (4, 16, 36, 64, 144), (36, 144)
 MAX_LENGTH = 4096
+RATE_SPREAD = 0.15  # of tokens per word, between records
 SYSTEM_TOKENS, IMAGE_TOKENS = 24, 729
 ORDERS = ("none", "modality_length", "length")  # of `group_by`
 
@@ -104,7 +105,8 @@ def draw(mixture: str, count: int) -> Lengths:
         turns.append(number)
         questions.append(asked)
     counts = np.array(words)
-    as_tokens = [np.ceil(np.abs(np.array(values)) * TOKENS_PER_WORD).astype(int) for values in (words, questions)]
+    rates = TOKENS_PER_WORD * generator.lognormal(0, RATE_SPREAD, count)  # which the sampler does not know
+    as_tokens = [np.ceil(np.abs(np.array(values)) * rates).astype(int) for values in (words, questions)]
     return Lengths(counts, np.array(turns), *as_tokens)
 
 
