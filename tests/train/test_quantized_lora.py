@@ -17,8 +17,9 @@ pytestmark = pytest.mark.quant
 LAYERS = {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_dora": True}], ids=["LoRA", "DoRA"])
-@pytest.mark.parametrize("key", LAYERS)
+@pytest.mark.parametrize(
+    ("key", "more"), [("load_in_4bit", {}), ("load_in_4bit", {"lora_dora": True}), ("load_in_8bit", {})]
+)
 def test_it_trains_and_is_merged(key: str, more: dict[str, bool], tmp_path: Path) -> None:
     model_folder, data = write_model(tmp_path / "model"), write_records(tmp_path / "data")
     run = Run.make(tmp_path / "run", model_folder, data, **KEYS, **more, **{key: True}, save_strategy="no")
