@@ -24,7 +24,7 @@ HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
 REPEATS = 3
 COMMANDS = (
     *("ask", "chat", "maps", "demo", "train", "plan", "merge", "push", "export", "data", "evaluate", "synthesize"),
-    *("serve", "convert", "compare", "cache"),
+    *("init-recipe", "serve", "convert", "compare", "cache"),
 )
 # the command line, and what its error says; `run.yaml` and `mix.yaml` name files that are missing
 ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -43,6 +43,15 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train run.yaml data=records.json", ("./model is no folder",)),
     ("train run.yaml data=records.json model=records.json", ("records.json is a file",)),
     ("train run.yaml data=records.json model=adapter", ("LoRA adapter", "fusion-hf merge")),
+    ("train run.yaml report_to=wandbb", ("report_to is 'wandbb'", "none, all, tensorboard, wandb")),
+    ("train run.yaml load_in_8bit=true", ("load_in_8bit is true, but lora_rank is 0",)),
+    ("init-recipe gone.json", ("data: gone.json does not exist",)),
+    ("init-recipe records.json --eval-data gone.json", ("gone.json does not exist",)),
+    ("init-recipe records.json --output run.yaml", ("run.yaml exists",)),
+    ("init-recipe records.json --output new.json", ("--output is new.json", ".yaml")),
+    ("init-recipe records.json --model ./gone", ("./gone is no folder",)),
+    ("init-recipe records.json --model adapter", ("LoRA adapter", "fusion-hf merge")),
+    ("init-recipe records.json --method dora", ("'dora'", "qlora")),
     ("plan gone.yaml", ("gone.yaml", "No such file")),
     ("plan --gpus 2 run.yaml --json seed=x", ("seed is 'x'",)),
     ("plan run.yaml", ("model './model' is not on disk", "--config")),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.helpers.serving import PictureHost
+from tests.helpers.serving import ImageHost
 from tests.helpers.training_data import NUM_RECORDS, make_record, png, write_format, write_json, write_pictures
 
 from fusion_hf.cli import main
@@ -170,7 +170,7 @@ def test_images_of_further_places(tmp_path: Path, capsys: pytest.CaptureFixture[
     for record in records:
         if "image" in record:
             record["image"] = str(tmp_path / "elsewhere" / record["image"])
-    with PictureHost() as host:
+    with ImageHost() as host:
         records[0]["image"] = f"{host.url}/red.png"
         file = write_json(tmp_path / "data" / "a.json", records)
         status, out, _ = check(capsys, tmp_path, file)

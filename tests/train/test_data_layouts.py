@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from PIL import Image
-from tests.helpers.serving import PictureHost
+from tests.helpers.serving import ImageHost
 from tests.helpers.training_data import add_member, color, make_picture, png, write_json, write_jsonl
 
 from fusion_hf.common.errors import InputError
@@ -397,11 +397,11 @@ def test_linked_folders_under_a_named_root(tmp_path: Path):
 
 @pytest.fixture
 def hosted() -> Any:
-    with PictureHost() as host:
+    with ImageHost() as host:
         yield host
 
 
-def test_addresses_of_named_hosts(tmp_path: Path, hosted: PictureHost):
+def test_addresses_of_named_hosts(tmp_path: Path, hosted: ImageHost):
     file = write_json(tmp_path / "a.json", asked(f"{hosted.url}/red.png"))
     name = f"{HERE}:{hosted.port}"
     with pytest.raises(InputError, match=r"remote image: .*allowed: hosts that `image_hosts` names"):

@@ -15,6 +15,7 @@ from fusion_hf.cli import (
     demo,
     evaluate,
     export,
+    init_recipe,
     maps,
     merge,
     plan,
@@ -33,6 +34,7 @@ COMMANDS: Mapping[str, Any] = {
     "chat": chat,
     "maps": maps,
     "demo": demo,
+    "init-recipe": init_recipe,
     "train": train,
     "plan": plan,
     "merge": merge,
@@ -49,7 +51,7 @@ COMMANDS: Mapping[str, Any] = {
 
 
 def make_parser() -> Parser:
-    """The command line of `fusion-hf`."""
+    """Make the command line of `fusion-hf`."""
     parser = Parser(
         prog="fusion-hf", description="FUSION vision-language models: ask, chat, serve, train, evaluate, convert."
     )

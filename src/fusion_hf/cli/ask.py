@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference.answer_file import ANSWERS, OUTPUT_FORMATS
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.inference.conversation import Conversation
 
     chat_model = load_chat_model(arguments)
-    settings = _settings(arguments)
+    settings = answer_settings(arguments)
     if len(arguments.images) == len(questions) == 1:
         conversation = Conversation(chat_model, chat_model.open_image(arguments.images[0]), **settings)
         conversation.ask(arguments.question, AnswerStreamer(chat_model.processor.tokenizer))
@@ -104,11 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
     return status
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What an answer depends on beside the model."""
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "query_len", "image_token_grid")}
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -152,7 +147,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         image_root=arguments.image_root,
         output_format=arguments.output_format or ANSWERS,
-        **_settings(arguments),
+        **answer_settings(arguments),
     )
     errors = sum("error" in result for result in results)
     sys.stdout.write(f"{arguments.output}: {len(results) - errors} answers\n")

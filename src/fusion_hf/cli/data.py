@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def _write_json(reports: "Sequence[EntryReport]") -> None:
         "fine": all(report.fine for report in reports),
         "records": sum(report.records for report in reports),
         "taken": sum(report.taken for report in reports),
-        "entries": [report.as_dict() for report in reports],
+        "entries": [asdict(report) for report in reports],
     }
     json.dump(content, sys.stdout, indent=2)
     sys.stdout.write("\n")

@@ -155,7 +155,7 @@ def find_build_inputs(options: BuildOptions) -> BuildInputs:
 
 
 def locate(source: str, flag: str, wanted: Wanted = "all", hub: HubOptions = DEFAULT_HUB) -> InputLocation:
-    """A local path, or a repository that is downloaded into the cache.
+    """Locate a local path, or a repository that is downloaded into the cache.
 
     Args:
         source: what the user gave; a repository may have a revision behind `@`.
@@ -208,7 +208,7 @@ def find_named_tower(upstream: dict[str, Any]) -> InputLocation | None:
 
 
 def local_revision(path: Path) -> str | None:
-    """The commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
+    """Return the commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
     if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
         return path.name
     trace = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
@@ -220,7 +220,7 @@ def local_revision(path: Path) -> str | None:
 
 
 def describe(location: InputLocation) -> str:
-    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    """Tell name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
     if location.revision is not None:
         return f"`{location.name}`, revision `{location.revision}`"
     file = location.path / "config.json" if location.path.is_dir() else location.path
@@ -240,10 +240,7 @@ def _check_result(options: ConversionOptions | BuildOptions) -> None:
 
 
 def check_upstream(upstream: dict[str, Any]) -> None:
-    """
-    Raises:
-        ConversionError: for missing fields and impossible values of the authors' `config.json`.
-    """
+    """Raise a `ConversionError` for missing fields and impossible values of the authors' `config.json`."""
     model_type = upstream.get("model_type")
     if model_type not in TEXT_MODEL_TYPES:
         allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
@@ -261,17 +258,14 @@ def check_upstream(upstream: dict[str, Any]) -> None:
 
 
 def is_adapter(checkpoint: InputLocation) -> bool:
-    """Whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
+    """Return whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
     folder = checkpoint.path
     parts = any((folder / name).is_file() for name in (ADAPTER_CONFIG, PROJECTOR))
     return parts and not checkpoint.is_remote and not find_weight_files(folder)
 
 
 def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_type: str) -> None:
-    """
-    Raises:
-        ConversionError: if the checkpoint needs a `--base` that is not there, or another one, or the other way round.
-    """
+    """Raise a `ConversionError` if the checkpoint needs a `--base` that is not there, another one, or none."""
     if not is_adapter(checkpoint):
         if base is not None:
             reason = f"{checkpoint.name} is a full checkpoint"
@@ -288,10 +282,7 @@ def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_typ
 
 
 def check_weights(location: InputLocation) -> None:
-    """
-    Raises:
-        ConversionError: if a folder has no weights.
-    """
+    """Raise a `ConversionError` if a folder has no weights."""
     if not location.is_remote and not (location.path.is_dir() and find_weight_files(location.path)):
         zero = sorted(path.name for path in location.path.glob(ZERO_FOLDERS) if path.is_dir())
         if zero:
@@ -328,5 +319,5 @@ def find_tokenizer(wanted: str | None, *locations: InputLocation | None) -> Inpu
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's files."""
+    """Return whether a folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)

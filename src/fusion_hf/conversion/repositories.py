@@ -34,7 +34,7 @@ HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, S
 
 def download(source: str, revision: str | None, flag: str, wanted: Wanted, hub: HubOptions) -> tuple[Path, bool]:
     """
-    A repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
+    Return a repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
 
     Raises:
         ConversionError: if there is no such repository, or the Hub cannot be reached.
@@ -72,7 +72,7 @@ def download(source: str, revision: str | None, flag: str, wanted: Wanted, hub: 
 
 
 def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
-    """What a repository's safetensors hold, from their headers alone: nothing else is downloaded.
+    """Read what a repository's safetensors hold, from their headers alone: nothing else is downloaded.
 
     Raises:
         ConversionError: if the repository has no safetensors, or cannot be reached.
@@ -107,15 +107,21 @@ def check_can_push(repository: str, private: bool = False) -> None:
         raise ConversionError(first_line(error)) from error
 
 
-def push(folder: Path, repository: str, private: bool, message: str) -> str:
-    """Upload a folder in one commit; returns the commit's address.
+def push(folder: Path, repository: str | None, private: bool, message: str) -> str:
+    """
+    Upload a folder in one commit, if there is a repository for it.
+
+    Returns:
+        What to add to the line about the folder: the commit's address, or nothing.
 
     Raises:
         ConversionError: if the upload fails; the folder stays.
     """
+    if repository is None:
+        return ""
     names = sorted(path.name for path in folder.iterdir())
     try:
-        return upload(folder, names, repository, private, message)
+        return f" Pushed: {upload(folder, names, repository, private, message)}"
     except InputError as error:
         raise ConversionError(
             f"The result is complete in {folder}, but pushing it to {repository} failed: {first_line(error)}."

@@ -33,7 +33,7 @@ REQUIRED_SIZES = (*SO400M, *SHARED_SIZES)
 
 
 def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_token_grid: int | None) -> FusionConfig:
-    """A `FusionConfig` from the content of the authors' `config.json`.
+    """Return a `FusionConfig` from the content of the authors' `config.json`.
 
     Args:
         upstream: the content.
@@ -97,7 +97,7 @@ def fusion_config(
     sampler_layers: list[int],
     image_token_grid: int | None = None,
 ) -> FusionConfig:
-    """A `FusionConfig` around a language model and a whole tower.
+    """Return a `FusionConfig` around a language model and a whole tower.
 
     Raises:
         ConversionError: for impossible values.
@@ -132,7 +132,7 @@ def sampler_layers(number: int, start: int, stride: int, num_layers: int) -> lis
 
 
 def named_tower(name: object) -> SiglipVisionConfig:
-    """The tower that the authors' code loads for `mm_vision_tower`.
+    """Return the tower that the authors' code loads for `mm_vision_tower`.
 
     Raises:
         ConversionError: if it is no name.
@@ -143,7 +143,7 @@ def named_tower(name: object) -> SiglipVisionConfig:
 
 
 def read_tower_config(path: Path) -> SiglipVisionConfig:
-    """The whole tower's sizes from a JSON file, or from the `config.json` of a SigLIP folder.
+    """Read the whole tower's sizes from a JSON file, or from the `config.json` of a SigLIP folder.
 
     Raises:
         ConversionError: for missing or impossible sizes.

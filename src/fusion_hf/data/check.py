@@ -1,19 +1,19 @@
 """What is there of a data set and what is wrong with it, before a run finds out."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.broken_records import describe
-from fusion_hf.data.image_files import OnTruncated, find_record_image, open_record_image
+from fusion_hf.data.image_files import find_record_image, open_record_image
 from fusion_hf.data.image_places import NO_PLACES, ImagePlaces
-from fusion_hf.data.index import Index, open_index
+from fusion_hf.data.index import open_index
 from fusion_hf.data.mixture import MixtureEntry
-from fusion_hf.data.record_parsing import RecordProblem, parse_record
+from fusion_hf.data.record_parsing import OnTruncated, RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
 Images = Literal["sample", "decode", "exist", "none"]
@@ -49,12 +49,6 @@ class Problems:
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         self.first.setdefault(problem.kind, describe(file, index, problem))
 
-    def update(self, others: "Problems") -> None:
-        """Count those of another part too."""
-        for kind, count in others.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-        self.first = {**others.first, **self.first}
-
 
 @dataclass
 class EntryReport:
@@ -85,10 +79,6 @@ class EntryReport:
     def fine(self) -> bool:
         return self.error is None and not self.problems.counts
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def check_entry(entry: MixtureEntry, cache: Path, checks: ImageChecks, progress: bool = True) -> EntryReport:
     """
@@ -111,20 +101,14 @@ def check_entry(entry: MixtureEntry, cache: Path, checks: ImageChecks, progress:
             report.without_image += int((words < 0).sum())
             report.with_image += int((words > 0).sum())
             report.decoded += int(to_decode.sum())
-            report.problems.update(_structure(source, index))
+            for number in index.broken().tolist() if index.num_broken else ():
+                report.problems.add(source.name, number, index.problem(number))
             if checks.images != "none":
-                report.problems.update(_image_problems(source, to_decode, checks, progress))
+                _check_images(report.problems, source, to_decode, checks, progress)
         report.taken = entry.sampling_strategy.count(report.records, entry.name)
     except InputError as error:
         report.error = str(error)
     return report
-
-
-def _structure(source: RecordSource, index: Index) -> Problems:
-    problems = Problems()
-    for number in index.broken().tolist() if index.num_broken else ():
-        problems.add(source.name, number, index.problem(number))
-    return problems
 
 
 def _choose(lengths: list[np.ndarray], images: Images) -> list[np.ndarray]:
@@ -140,8 +124,9 @@ def _choose(lengths: list[np.ndarray], images: Images) -> list[np.ndarray]:
     return np.split(has_image, np.cumsum([len(words) for words in lengths])[:-1])
 
 
-def _image_problems(source: RecordSource, to_decode: np.ndarray, checks: ImageChecks, progress: bool) -> Problems:
-    problems = Problems()
+def _check_images(
+    problems: Problems, source: RecordSource, to_decode: np.ndarray, checks: ImageChecks, progress: bool
+) -> None:
     items = tqdm(
         source.scan(),
         desc=f"images of {source.name}",
@@ -154,7 +139,7 @@ def _image_problems(source: RecordSource, to_decode: np.ndarray, checks: ImageCh
     for number, item in enumerate(items):
         try:
             record = parse_record(item.raw, number, source.image_key)
-        except RecordProblem:  # counted by `_structure`
+        except RecordProblem:  # counted already, by the index
             continue
         try:
             if record.image is None:
@@ -172,4 +157,3 @@ def _image_problems(source: RecordSource, to_decode: np.ndarray, checks: ImageCh
         except RecordProblem as problem:
             problem.identity = record.id
             problems.add(source.name, number, problem)
-    return problems

@@ -36,7 +36,7 @@ class DataLocation:
     saved: Path | None = None  # the folder of a saved data set
 
     def sources(self, cache: Path) -> list[RecordSource]:
-        """What has random access; Parquet and CSV are written to `cache` for it."""
+        """List what has random access; Parquet and CSV are written to `cache` for it."""
         if self._has_spans:
             return self._spans()
         from fusion_hf.data.table_sources import Table, load_hub, load_saved, load_table  # take a second to import
@@ -50,7 +50,7 @@ class DataLocation:
         return [Table(table, name, self.root, self.image_key) for name, table in tables.items()]
 
     def streams(self) -> Sequence[RecordStream]:
-        """What is read from beginning to end."""
+        """List what is read from beginning to end."""
         if self._has_spans:
             return self._spans()
         from fusion_hf.data.table_sources import RowStream, hub_rows, saved_rows, table_rows
@@ -71,7 +71,7 @@ class DataLocation:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; a name that no file can have has none."""
+    """Return whether there is such a file or folder; a name that no file can have has none."""
     try:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a null character
@@ -131,7 +131,7 @@ def _saved(path: Path) -> Path | None:
 
 def existing_folder(folder: Path, key: str = "data_root") -> Path:
     """
-    The folder, resolved; `key` names it.
+    Resolve a folder; `key` names it.
 
     Raises:
         InputError: if it is none.

@@ -12,12 +12,20 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.broken_records import BrokenRecords, OnBroken
-from fusion_hf.data.image_files import OnTruncated, open_record_image
+from fusion_hf.data.broken_records import BrokenRecords
+from fusion_hf.data.image_files import open_record_image
 from fusion_hf.data.image_places import NO_PLACES, ImagePlaces
 from fusion_hf.data.index import Index, default_cache, open_index
 from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
-from fusion_hf.data.record_parsing import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
+from fusion_hf.data.record_parsing import (
+    ON_TRUNCATED,
+    OnBroken,
+    OnTruncated,
+    Raw,
+    RecordProblem,
+    SampleKey,
+    parse_record,
+)
 from fusion_hf.data.sources import RecordSource, RecordStream
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
 
@@ -131,7 +139,7 @@ class MixturePart:
 
 def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[MixturePart]:
     """
-    What the entries of a mixture take from their files, in their order; broken records are still among it.
+    Read what the entries of a mixture take from their files, in order; broken records are still among it.
 
     Raises:
         InputError: for a file that cannot be read, or has fewer records than are to be taken.
@@ -241,7 +249,7 @@ class StreamedRecords(IterableDataset):
     def split(
         self, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, epochs: int | None = None, start: int = 0
     ) -> "StreamedRecords":
-        """The same records for a rank of many, from a micro-batch on."""
+        """Return the same records for a rank of many, from a micro-batch on."""
         if not 0 <= rank < world_size or batch_size < 1 or start < 0:
             raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, start {start}")
         other = copy.copy(self)

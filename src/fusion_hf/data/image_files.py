@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image, ImageFile
 
@@ -18,11 +17,10 @@ from fusion_hf.common.extras import require
 from fusion_hf.common.image_hosts import HostPolicy, ImageRefused, check_url
 from fusion_hf.common.user_values import is_address
 from fusion_hf.data.image_places import NO_PLACES, ImagePlaces
-from fusion_hf.data.record_parsing import FileSpan, ImageReference, RecordProblem
+from fusion_hf.data.record_parsing import FileSpan, ImageReference, OnTruncated, RecordProblem
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_opening_fusion import open_image
 
-OnTruncated = Literal["error", "load"]
 PIL_SETTINGS = threading.RLock()
 MAX_IMAGE_BYTES = 2**28  # of an encoded image inside a file: it is read before its size in pixels is known
 MAX_FETCHED_BYTES = 10 * 2**20  # of an image at an address, as the server's default
@@ -84,8 +82,9 @@ def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
 
 def find_record_image(image: ImageReference, root: Path, places: ImagePlaces = NO_PLACES) -> Path | ImageReference:
     """
-    What an image is read from: the resolved path of an existing file, the bytes of a data URI, and what else is no
-    path unchanged. Nothing is fetched yet.
+    Find what an image is read from: the resolved path of an existing file, or the bytes of a data URI.
+
+    What else is no path is returned unchanged. Nothing is fetched yet.
 
     Raises:
         RecordProblem: if there is no such file, or it is where it may not be.

@@ -39,8 +39,7 @@ class Index:
         self.file = file
         with pa.memory_map(str(file)) as stream:
             self.table = pa.ipc.open_file(stream).read_all()
-        self.place_names = [name for name in self.table.column_names if name.startswith("place_")]
-        self.places = [self.table.column(name) for name in self.place_names]
+        self.places = [self.table.column(name) for name in self.table.column_names if name.startswith("place_")]
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -49,12 +48,12 @@ class Index:
         return Index, (self.file,)
 
     def place(self, index: int) -> tuple[int, ...]:
-        """Where the record `index` lies."""
+        """Tell where the record `index` lies."""
         chunk, row = divmod(index, ROWS_PER_BATCH)
         return tuple(column.chunk(chunk)[row].as_py() for column in self.places)
 
     def lengths(self, rows: "range | np.ndarray") -> np.ndarray:
-        """Lengths of some records, int32."""
+        """Return the lengths of some records, int32."""
         lengths = self.table.column("length").to_numpy()
         return lengths[rows.start : rows.stop] if isinstance(rows, range) else lengths[rows]
 
@@ -68,14 +67,14 @@ class Index:
         return self.num_broken > 0 and (self.table.schema.metadata or {}).get(READING) != READING_VERSION
 
     def broken(self) -> np.ndarray:
-        """Which records are broken, in increasing order."""
+        """List the records that are broken, in increasing order."""
         chunks = self.table.column("problem").chunks
         found = [np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False)) for chunk in chunks]
         starts = [number * ROWS_PER_BATCH for number in range(len(chunks))]
         return np.concatenate([start + rows for start, rows in zip(starts, found, strict=True)])
 
     def problem(self, index: int) -> RecordProblem:
-        """What is wrong with a broken record."""
+        """Say what is wrong with a broken record."""
         chunk, row = divmod(index, ROWS_PER_BATCH)
         values = [self.table.column(name).chunk(chunk)[row].as_py() for name in ("problem", "detail", "id")]
         return RecordProblem(*values)
@@ -89,7 +88,7 @@ def default_cache() -> Path:
 
 def open_index(source: RecordSource, cache: Path) -> Index:
     """
-    The index of a source: what lies in `cache`, else a new one.
+    Open the index of a source: what lies in `cache`, else a new one.
 
     Raises:
         InputError: if the source cannot be read or has no records, or nothing can be written to `cache`.

@@ -1,10 +1,10 @@
 """One record, LLaVA-shaped or chat-shaped, as normalised messages; what is wrong with it by name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from fusion_hf.common.errors import short_name
 from fusion_hf.data.record_layouts import (
@@ -25,8 +25,9 @@ IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
 IMAGE_BLOCKS, BLOCK_FIELDS = ("image", "image_url"), ("image", "path", "url", "image_url")
 SHOWN_ROLES = 6  # of a conversation, in an error
 # what is done about broken records, and about images whose file ends too early
-ON_BROKEN = ("error", "skip")
-ON_TRUNCATED = ("error", "load")
+OnBroken: TypeAlias = Literal["error", "skip"]
+OnTruncated: TypeAlias = Literal["error", "load"]
+ON_BROKEN, ON_TRUNCATED = get_args(OnBroken), get_args(OnTruncated)
 
 ProblemKind = Literal[
     "unreadable",  # no JSON, no UTF-8, no text
@@ -121,7 +122,7 @@ def parse_turns(
     fields: dict[str, Any], image_key: str = IMAGE_KEY
 ) -> tuple[list[tuple[str, str]], list[ImageReference]]:
     """
-    Roles and texts as they were written, and all images; neither order nor number is checked.
+    Read roles and texts as they were written, and all images; neither order nor number is checked.
 
     Raises:
         RecordProblem: if a field is missing or has another shape.
@@ -131,7 +132,7 @@ def parse_turns(
     if known.get("messages") is not None:
         turns = list(_chat_turns(known["messages"], images, image_rename(fields, image_key, is_certain=True)))
     elif known.get("conversations") is not None:
-        turns = list(_llava_turns(known["conversations"]))
+        turns = list(llava_turns(known["conversations"]))
     else:
         raise RecordProblem("shape", describe_missing_turns(fields))
     is_marked = any(IMAGE_TOKEN in text for _, text in turns)
@@ -142,7 +143,7 @@ def parse_turns(
 
 def without_marks(turns: list[tuple[str, str]]) -> Messages:
     """
-    Turns as messages. Marks are left out in the first question, where an image stands anyway, and in answers. Where
+    Make messages of turns. Marks are left out in the first question, where an image stands, and in answers. Where
     later questions have some, all questions keep theirs, since upstream writes another sequence then.
     """
     questions = [text for role, text in turns if role == "user"]
@@ -151,6 +152,15 @@ def without_marks(turns: list[tuple[str, str]]) -> Messages:
         {"role": role, "content": text if is_late and role == "user" else text.replace(IMAGE_TOKEN, "")}
         for role, text in turns
     ]
+
+
+def llava_record(identity: str, image: Any, turns: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Write questions and answers about an image in LLaVA's shape, with the image's mark in the first question."""
+    conversations: list[dict[str, str]] = []
+    for question, answer in turns:
+        mark = "" if conversations else f"{IMAGE_TOKEN}\n"
+        conversations += [{"from": HUMAN, "value": mark + question}, {"from": MODEL, "value": answer}]
+    return {"id": identity, "image": image, "conversations": conversations}
 
 
 def parse_json_object(raw: Raw) -> dict[str, Any]:
@@ -190,13 +200,19 @@ def _image(value: Any, key: str) -> ImageReference:
     raise RecordProblem("shape", f"{key} is {_type_name(value)}; allowed: a path, or an object with bytes and path")
 
 
-def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
-    for turn in _list_of_objects(conversations, "conversations"):
-        speaker = turn.get("from")
+def llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
+    """
+    Read roles and texts of LLaVA's turns `{"from", "value"}`.
+
+    Raises:
+        RecordProblem: for what is no list of such turns; names the turn.
+    """
+    for number, turn in enumerate(_list_of_objects(conversations, "conversations")):
+        name, speaker = f"conversations[{number}]", turn.get("from")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
             allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise RecordProblem("wrong role", f"a turn is from {_repeat(speaker)}; allowed: {allowed}")
-        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), "value")
+            raise RecordProblem("wrong role", f"{name} is from {_repeat(speaker)}; allowed: {allowed}")
+        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), f"{name}.value")
 
 
 def _chat_turns(messages: Any, images: list[ImageReference], rename: str | None) -> Iterator[tuple[str, str]]:
@@ -233,8 +249,8 @@ def _unwrap_url(value: Any) -> Any:
     return value["url"] if isinstance(value, dict) and "url" in value else value
 
 
-def _list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+def _list_of_objects(value: Any, name: str) -> Sequence[dict[str, Any]]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a list of objects")
     if name in TURN_KEYS and value and (known := name_of_list(value[0], name)) not in (None, name):
         raise RecordProblem("shape", f"{name} holds objects with {', '.join(value[0])}; rename {name!r} to {known!r}")
@@ -265,7 +281,7 @@ def _check_turns(turns: list[tuple[str, str]]) -> None:
 
 
 def shown_roles(roles: list[str]) -> str:
-    """The first ones, for an error."""
+    """Write the first roles, for an error."""
     return ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
 
 

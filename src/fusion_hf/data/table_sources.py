@@ -81,7 +81,7 @@ class RowStream(RecordStream):
 
 def table_rows(path: Path) -> Callable[[], Iterator[Row]]:
     """
-    What gives the rows of a Parquet or CSV file.
+    Make what gives the rows of a Parquet or CSV file.
 
     Raises:
         InputError: if it is no such file, or none of records.
@@ -181,7 +181,7 @@ def table_columns(path: Path) -> list[str]:
 
 def load_table(path: Path, cache: Path) -> datasets.Dataset:
     """
-    A Parquet or CSV file, written to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
+    Write a Parquet or CSV file to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
 
     Raises:
         InputError: if it cannot be read.
@@ -238,7 +238,7 @@ def _read_small(path: Path) -> bytes:
 
 def load_hub(repository: str, split: str, streaming: bool = False) -> Any:
     """
-    A split of a data set of the Hub, in the cache of `datasets`.
+    Load a split of a data set of the Hub, in the cache of `datasets`.
 
     Raises:
         InputError: if there is none, or the Hub cannot be reached.

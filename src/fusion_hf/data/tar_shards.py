@@ -106,10 +106,7 @@ class TarRecords(FileSource):
         return fields
 
     def _members(self) -> Iterator[TarMember]:
-        """
-        Raises:
-            InputError: for what is no tar, or not a whole one.
-        """
+        """Its files, in their order; an InputError for what is no tar, or not a whole one."""
         try:
             with tarfile.open(self.path, "r:", errors="surrogateescape", tarinfo=BoundedTarInfo) as tar:
                 while (info := tar.next()) is not None:
@@ -149,5 +146,5 @@ def _caption_fields(raw: Raw) -> dict[str, Any]:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The tars of a folder, in the order of their names."""
+    """List the tars of a folder, in the order of their names."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())

@@ -54,17 +54,15 @@ class Model(Protocol):
     device: torch.device
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
-        ...
+        """Describe the model for a run's record."""
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
-        What became of prompts, part by part, in any order.
+        Say what became of prompts, part by part, in any order.
 
         Raises:
             EndpointUnavailable: if nothing further will be answered.
         """
-        ...
 
 
 class RequestAnswerer:
@@ -88,7 +86,7 @@ class RequestAnswerer:
         self._memory: dict[str, Answer] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | None]:
-        """The answers in the requests' order, None for those that failed, which `failures` then names."""
+        """Answer requests in their order, None for those that failed, which `failures` then names."""
         answers: list[Answer | None] = []
         numbered = _number_sampled(requests)
         self._is_over = False

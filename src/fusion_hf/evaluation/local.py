@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.prompting import Continuation, EvaluationPrompt, Generation, Messages, RequestReader
 from fusion_hf.evaluation.run_record import ModelRecord
 from fusion_hf.hub.folders import nano_path
-from fusion_hf.inference.batching import count_tokens, longest_together, render
+from fusion_hf.inference.batching import count_tokens, longest_together, plan_batches, render
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
@@ -69,7 +69,7 @@ class LocalModel:
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
         """
-        The model called `name`; see `ChatModel.load`, and `settings` above.
+        Load the model called `name`; see `ChatModel.load`, and `settings` above.
 
         Raises:
             InputError: if it cannot be loaded.
@@ -77,30 +77,28 @@ class LocalModel:
         return cls(ChatModel.load(name, device, dtype), name=name, **settings)
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
+        """Describe the model for a run's record."""
         folder = Path(self.name) if Path(self.name).is_dir() else None
         place = None if folder is None else str(folder.resolve())
         return replace(ModelRecord.of(self.name, self.info), settings=describe_settings(self.chat_model, place))
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
-        """What became of prompts, batch by batch."""
+        """Say what became of prompts, batch by batch."""
         return run_halving(self.plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
+
+    def plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
+        """Plan batches of one kind and similar length, the longest first."""
+        return plan_batches(prompts, self.batch_size, self._kind)
 
     def _identity(self) -> str:
         image_processor = self.chat_model.processor.image_processor.to_dict()
         parts = [self.info.revision, str(self.chat_model.model.dtype), self.budget, image_processor]
         return json.dumps(parts, sort_keys=True, default=str)
 
-    def plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
-        """Batches of one kind and similar length, the longest first."""
-        kinds: dict[Any, list[EvaluationPrompt]] = {}
-        for prompt in prompts:
-            alone = self._is_alone(prompt)
-            wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
-            kinds.setdefault(prompt.key if alone else (wanted, prompt.image is None), []).append(prompt)
-        for group in kinds.values():
-            ordered = sorted(group, key=lambda prompt: -prompt.length)
-            yield from (ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
+    def _kind(self, prompt: EvaluationPrompt) -> Hashable:
+        """What prompts of one batch have in common."""
+        wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
+        return prompt.key if self._is_alone(prompt) else (wanted, prompt.image is None)
 
     def _is_alone(self, prompt: EvaluationPrompt) -> bool:
         if isinstance(prompt.wanted, Generation):

@@ -39,7 +39,7 @@ class Generation:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Generation":
         """
-        A task's `generation_kwargs`.
+        Read a task's `generation_kwargs`.
 
         Raises:
             InputError: for a setting that is not known.
@@ -66,12 +66,12 @@ class Generation:
         return self.temperature > 0
 
     def cut(self, answer: str) -> str:
-        """The answer as far as it counts."""
+        """Cut an answer to what counts."""
         ends = [end for end in (answer.find(text) for text in self.until if text) if end >= 0]
         return (answer[: min(ends)] if ends else answer).strip()
 
     def keywords(self) -> dict[str, Any]:
-        """What `generate` takes beside the length."""
+        """Return what `generate` takes beside the length."""
         if not self.sampled:
             return {"do_sample": False, "num_beams": self.num_beams}
         top_p = {} if self.top_p is None else {"top_p": self.top_p}
@@ -178,7 +178,7 @@ def _without_image(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def hash_image(image: Image.Image) -> str:
-    """Of its pixels, whatever file they came from, and of how it is to be turned."""
+    """Hash an image's pixels, whatever file they came from, and how it is to be turned."""
     orientation = read_orientation(image)
     turned = "" if orientation == UPRIGHT else f" {orientation}"
     return hashlib.sha256(f"{image.mode} {image.size}{turned}".encode() + image.tobytes()).hexdigest()

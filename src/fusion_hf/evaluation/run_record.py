@@ -75,7 +75,7 @@ class ModelRecord:
 
     @classmethod
     def of(cls, name: str, info: ModelInfo, url: str | None = None) -> "ModelRecord":
-        """Of a model that is known."""
+        """Describe a model that is known."""
         known = asdict(info)
         del known["max_length"]
         return cls(name, **known, url=url)
@@ -135,12 +135,12 @@ def _read_task(content: dict[str, Any]) -> TaskRecord:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that the figures depend on."""
+    """List the versions of Python and the packages that the figures depend on."""
     return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def read_metrics(results: dict[str, Any]) -> tuple[Metric, ...]:
-    """The figures among a task's results of lmms-eval, whose keys are `metric,filter`.
+    """Read the figures among a task's results of lmms-eval, whose keys are `metric,filter`.
 
     Raises:
         ValueError: if there is none, or one is no number.

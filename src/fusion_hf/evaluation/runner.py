@@ -17,12 +17,12 @@ from lmms_eval.evaluator import evaluate
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answer_cache import AnswerCache
-from fusion_hf.evaluation.answering import Failure, RequestAnswerer
+from fusion_hf.evaluation.answering import RequestAnswerer
 from fusion_hf.evaluation.benchmark_data import PreparedTask, check_data, load_task, prepare_tasks, silence
 from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
 from fusion_hf.evaluation.lmms_adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.local import LocalModel
-from fusion_hf.evaluation.processes import Processes, alone
+from fusion_hf.evaluation.processes import ALONE, Processes, environment
 from fusion_hf.evaluation.question_scores import keep_results, score_questions
 from fusion_hf.evaluation.run_record import FAILED, SCORED, SUBMITTED, TIME, RunRecord, TaskRecord, read_metrics
 from fusion_hf.evaluation.sample_log import AskedQuestion, make_samples, samples_file, write_samples
@@ -186,8 +186,7 @@ class _Evaluation:
         """Write the task for lmms-eval; an InputError if there is no judge or no data."""
         folder = self.options.output / TASKS
         folder.mkdir(parents=True, exist_ok=True)
-        problems = check_data([self.name], self.options.data_root) if self.options.data_root is not None else []
-        if problems:
+        if problems := check_data([self.name], self.options.data_root):
             raise InputError("; ".join(str(problem) for problem in problems))
         (prepared,) = prepare_tasks([self.name], self.options.prompts, self.options.data_root, folder)
         if prepared.benchmark.judge is not None:
@@ -213,16 +212,12 @@ class _Evaluation:
         windows = [requests[begin : begin + window] for begin in range(0, len(requests), window)]
         share = windows[self.processes.rank :: self.processes.count]
         self.answerer.answer([request for part in share for request in part])
-        failures = self._failures()
-        if failures:
+        if failures := self.answerer.failures[self.first_failure :]:
             raise RequestsFailed(failures)
 
     @property
     def _submissions(self) -> Path:
         return self.options.output / SUBMISSIONS
-
-    def _failures(self) -> list[Failure]:
-        return self.answerer.failures[self.first_failure :]
 
     def _score(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
         """What lmms-eval makes of the answers."""
@@ -233,7 +228,7 @@ class _Evaluation:
         arguments = argparse.Namespace(output_path=folder, process_with_media=False, reasoning_tags=None)
         task = task_dict[prepared.task_name]
         kept = keep_results(task)
-        with alone(), JudgeWatch():
+        with environment(ALONE), JudgeWatch():
             results = evaluate(
                 lm=model, task_dict=task_dict, limit=self.options.limit, log_samples=True, cli_args=arguments
             )

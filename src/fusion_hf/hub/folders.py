@@ -16,9 +16,11 @@ AUTHORS_PREFIX = "fusion_"  # of the model types in the authors' checkpoints
 CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# what tells a training run's folder, and that its model is there
+RECIPE_FILE, FINISHED_FILE = "recipe.yaml", "finished.json"
 MAX_CONFIG_BYTES = 2**20
 # a folder of the Hub without its code, which is not needed, and without weights in formats that can hold code
-HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md")  # the card names the licence
 IN_FOLDERS = "*/*"
 PART = r"\w(?:[\w.-]*\w)?"
 REPOSITORY = re.compile(rf"{PART}(?:/{PART})?", re.ASCII)  # what the Hub's own rules allow, and a little more
@@ -66,8 +68,9 @@ def nano_path() -> str:
 
 
 def find_folder(name: str, revision: str | None = None) -> Path:
-    """The folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's. A checkpoint of
-    the authors is converted, once.
+    """Find the folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's.
+
+    A checkpoint of the authors is converted, once.
 
     Args:
         name: a folder, a repository, or a repository, `@` and a revision.
@@ -127,7 +130,7 @@ def _impossible(name: str) -> InputError:
 
 def read_config(path: Path) -> dict[str, Any]:
     """
-    A model's configuration, unchecked.
+    Read a model's configuration, unchecked.
 
     Raises:
         InputError: if the file holds none.
@@ -146,28 +149,24 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """What an adapter's configuration says, unchecked.
+    """Read what an adapter's configuration says, unchecked.
 
     Raises:
         InputError: if `folder` holds none.
     """
     path = folder / ADAPTER_CONFIG
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; it is no adapter's configuration.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give the output_dir of a LoRA run.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON; copy the adapter again.") from error
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        content = read_config(path)
+    except InputError as error:
+        raise InputError(f"{error} Give the output_dir of a LoRA run, or copy the adapter again.") from error
+    if content.get("peft_type") != "LORA":
         raise InputError(f"{path} describes no LoRA; give the output_dir of a LoRA run.")
     return content
 
 
 def base_of(adapter: Path, given: str | None = None) -> str:
     """
-    The model that an adapter belongs to: the one given, or the one that the adapter names.
+    Return the model that an adapter belongs to: the one given, or the one that the adapter names.
 
     Raises:
         InputError: if there is no adapter, or none is named.

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -37,6 +37,16 @@ from fusion_hf.model.quantization_fusion import plain_tensors
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
 DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
+
+
+class Prompt(Protocol):
+    """What `plan_batches` looks at."""
+
+    @property
+    def length(self) -> int: ...
+
+
+PromptT = TypeVar("PromptT", bound=Prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +142,9 @@ class _Run:
         if new := {index: result for index, result in broken.items() if index not in done}:
             yield new
         # formed of all records, done or not: after a kill the same prompts meet in the same batches
-        batches = (
-            [prompt for prompt in batch if prompt.index not in done] for batch in self._plan(prompts, batch_size)
-        )
+        most = longest_together(self.chat_model, self.max_new_tokens)
+        planned = plan_batches(prompts, batch_size, lambda prompt: prompt.index if prompt.length > most else None)
+        batches = ([prompt for prompt in batch if prompt.index not in done] for batch in planned)
         yield from run_halving(filter(None, batches), self._answer, _too_large)
 
     def _prompts(self, entries: list[Entry]) -> tuple[list[_Prompt], dict[int, Result]]:
@@ -155,14 +165,6 @@ class _Run:
         """At least the number of the prompt's tokens."""
         messages = question.with_image(None if question.image is None else {"type": "image"})
         return count_tokens(self.chat_model, render(self.chat_model, messages, self.budget), self.budget)
-
-    def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
-        """Batches of similar length, the longest first."""
-        most = longest_together(self.chat_model, self.max_new_tokens)
-        ordered = sorted(prompts, key=lambda prompt: (-prompt.length, prompt.index))
-        yield from ([prompt] for prompt in ordered if prompt.length > most)
-        together = [prompt for prompt in ordered if prompt.length <= most]
-        yield from (together[begin : begin + batch_size] for begin in range(0, len(together), batch_size))
 
     def _answer(self, batch: list[_Prompt]) -> dict[int, Result]:
         """Results by index; what cannot be answered does not keep the others from it."""
@@ -209,7 +211,7 @@ class _Run:
 
 
 def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
-    """The prompt of a conversation that ends with a question, as text with one mark for the image."""
+    """Render the prompt of a conversation that ends with a question, as text with one mark for the image."""
     return chat_model.processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
     )
@@ -220,6 +222,27 @@ def count_tokens(chat_model: ChatModel, text: str, budget: TokenBudget) -> int:
     prefix = 1  # some tokenizers' first token
     image_tokens = text.count(IMAGE_TOKEN) * budget.num_image_tokens
     return prefix + len(chat_model.processor.tokenizer(text)["input_ids"]) + image_tokens
+
+
+def plan_batches(
+    prompts: Iterable[PromptT], batch_size: int, kind: Callable[[PromptT], Hashable]
+) -> Iterator[list[PromptT]]:
+    """
+    Put prompts together that are of one kind and of similar length, the longest first.
+
+    Args:
+        prompts: Each with the number of its tokens.
+        batch_size: Most prompts of a batch.
+        kind: Of a prompt; one that is to be answered alone has a kind of its own.
+
+    Yields:
+        Batches.
+    """
+    kinds: dict[Hashable, list[PromptT]] = {}
+    for prompt in sorted(prompts, key=lambda prompt: -prompt.length):
+        kinds.setdefault(kind(prompt), []).append(prompt)
+    for group in kinds.values():
+        yield from (group[begin : begin + batch_size] for begin in range(0, len(group), batch_size))
 
 
 def longest_together(chat_model: ChatModel, max_new_tokens: int) -> int:
@@ -253,7 +276,7 @@ def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, 
 
 
 def digest_model(chat_model: ChatModel) -> str:
-    """The name of the model's folder, and what changes with its configuration, its template or a training."""
+    """Return the name of the model's folder, and what changes with its configuration, its template or a training."""
     config = chat_model.model.config.to_dict()
     name = config.pop("_name_or_path", "")
     config.pop("transformers_version", None)

@@ -85,7 +85,7 @@ def read_entries(records: Records) -> tuple[list[Entry], Path]:
 
 def parse_question(entry: Entry, identity: str | int) -> Question:
     """
-    The question of a record, which gets `identity` as its id.
+    Parse the question of a record, which gets `identity` as its id.
 
     Raises:
         RecordProblem: for what no image must be opened for.
@@ -119,7 +119,7 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
 
 
 def entry_id(entry: Entry, index: int) -> str | int:
-    """The record's own `id` or `question_id`; the index of a record without one, or in which none can be found.
+    """Return the record's own `id` or `question_id`; the index of a record without one, or in which none can be found.
 
     Raises:
         RecordProblem: if it is neither a text nor a whole number.

@@ -68,7 +68,7 @@ class Service:
 
 
 def build_app(service: Service) -> Starlette:
-    """The application; it answers in the event loop that runs it, by the engine in its state."""
+    """Build the application; it answers in the event loop that runs it, by the engine in its state."""
     engine = Engine(service.chat_model, service.limits, service.budget)
     info = ModelInfo.of(service.chat_model, service.budget)
     chat = ChatEndpoint(service, engine, info.fingerprint)
@@ -110,7 +110,7 @@ def build_app(service: Service) -> Starlette:
 
 
 def error_reply(error: ApiError) -> JSONResponse:
-    """The error as HTTP."""
+    """Return the error as HTTP."""
     return JSONResponse(error.content, error.status, error.headers)
 
 
@@ -164,10 +164,7 @@ class Intake:
 
     @contextmanager
     def take_slot(self) -> Iterator[None]:
-        """
-        Raises:
-            ApiError: if as many requests are here as may be.
-        """
+        """Count a request as here, or raise an `ApiError` if as many are here as may be."""
         self._check_slots()
         self.taken += 1
         try:
@@ -304,7 +301,7 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
-    """The work's result; None if the client goes away before."""
+    """Return the work's result; None if the client goes away before."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_wait_until_gone(receive))
     try:

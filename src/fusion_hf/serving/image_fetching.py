@@ -10,7 +10,7 @@ from fusion_hf.serving.limits import Limits
 
 async def fetch_image(url: str, policy: HostPolicy, limits: Limits) -> bytes:
     """
-    The content at an http(s) address.
+    Fetch the content at an http(s) address.
 
     Raises:
         ApiError: if the address is not allowed, or gives no content within the limits.
