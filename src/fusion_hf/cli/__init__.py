@@ -20,6 +20,7 @@ from fusion_hf.cli import (
     serve,
     synthesize,
     train,
+    verify,
 )
 from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.parser import Parser
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, Any] = {
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
+    "verify": verify,
 }
 
 

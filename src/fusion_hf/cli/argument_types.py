@@ -32,6 +32,21 @@ def square(text: str) -> int:
     return number
 
 
+def tolerance(text: str) -> float:
+    """A number from 0 to below 1.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a number from 0 to below 1")
+    return number
+
+
 def device(text: str) -> str:
     """A device of torch by its name; whether this machine has it, torch knows.
 

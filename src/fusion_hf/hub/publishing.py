@@ -19,6 +19,7 @@ from yaml import YAMLError
 from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub.folders import WEIGHTS_INDEX
+from fusion_hf.hub.parity import card_with_parity, check_parity
 
 CODE_FOLDER, CODE_PATTERN = Path(__file__).parents[1] / "model", "*_fusion*.py"  # the code that every model folder has
 CARD, WEIGHTS = "README.md", "model.safetensors"
@@ -71,6 +72,7 @@ def check_files(folder: Path) -> list[SentFile]:
         _check_file(path, code)
     _check_weights(folder, {path.name for path in paths if path.suffix == SAFETENSORS})
     _check_card(folder / CARD)
+    check_parity(folder)
     return [SentFile(path.name, path.stat().st_size) for path in paths]
 
 
@@ -221,7 +223,7 @@ def upload(
         is_new = check_remote(repository, private, tag)
         url = api.create_repo(repository, private=private or None, exist_ok=not is_new)
         is_created = is_new
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+        operations = [CommitOperationAdd(name, _content(folder, name)) for name in names]
         # which lets the Hub check the card before anything is sent
         commit = api.create_commit(repository, operations, commit_message=message)
         is_committed = True
@@ -241,6 +243,12 @@ def upload(
             f"All files are in {url}, but the tag {tag} could not be made: give the same command again. {error}"
         ) from error
     return f"{url}/tree/{tag}"
+
+
+def _content(folder: Path, name: str) -> Path | bytes:
+    """What is sent of a file: the card with the figures of the folder's certificate, others as they are."""
+    path = folder / name
+    return card_with_parity(folder, path.read_text(encoding="utf-8")).encode() if name == CARD else path
 
 
 def _withdraw(api: HfApi, repository: str) -> None:
