@@ -5,8 +5,10 @@ until one is used: `import fusion_hf` costs little more than `import transformer
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.hub.folders import HubOptions, convert_with
 from fusion_hf.hub.registration import register_lazily
 
 if TYPE_CHECKING:
@@ -45,6 +47,14 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULES])
 
 
+def _convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
+    """Conversion is on a floor above that of model folders by their names: here both come together."""
+    from fusion_hf.conversion.converted_models import convert_once
+
+    return convert_once(name, folder, hub)
+
+
+convert_with(_convert_once)
 register_lazily()
 
 __all__ = [

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from tests.helpers.broken_images import BROKEN, ODD
 from tests.helpers.questions import write_questions
-from tests.helpers.training_runs import write_model
-from transformers import Phi3Config
+from tests.helpers.tiny import tiny_model
+from tests.helpers.training_runs import run_config, write_model
 
-from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionProcessor, batch_generate
+from fusion_hf import FusionForConditionalGeneration, FusionProcessor, batch_generate
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference import ChatModel, Conversation
 
@@ -46,17 +46,10 @@ def enlarged(chat_model: ChatModel) -> ChatModel:
 @pytest.fixture(scope="module")
 def long_rope(talkative: ChatModel) -> ChatModel:
     """Phi-3, whose positions change once a sequence has over 150 tokens."""
-    config = FusionConfig.from_dict(talkative.model.config.to_dict())
-    text = config.text_config
-    half_head = text.hidden_size // text.num_attention_heads // 2
-    config.text_config = Phi3Config(
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        max_position_embeddings=text.max_position_embeddings,
+    half_head = 4
+    config = run_config(
+        talkative.processor.tokenizer,
+        "phi3",
         original_max_position_embeddings=150,
         rope_parameters={
             "rope_type": "longrope",
@@ -64,12 +57,8 @@ def long_rope(talkative: ChatModel) -> ChatModel:
             "long_factor": [9.0] * half_head,
             "rope_theta": 10000.0,
         },
-        pad_token_id=text.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=text.eos_token_id,
     )
-    torch.manual_seed(1)
-    model = FusionForConditionalGeneration(config).eval()
+    model = tiny_model(config, seed=1, scale=1.0)
     return enlarged(ChatModel(model, talkative.processor))
 
 

@@ -82,13 +82,13 @@ def test_a_picture_is_resized_once(
     chat_model: ChatModel, image: Image.Image, fast: bool, monkeypatch: pytest.MonkeyPatch
 ):
     sizes: list[tuple[int, int]] = []
-    cut = FusionImageProcessor.cut
+    split_tiles = FusionImageProcessor.split_tiles
 
     def counted(image: Image.Image, *args: Any, **kwargs: Any) -> Any:
         sizes.append(image.size)
-        return cut(image, *args, **kwargs)
+        return split_tiles(image, *args, **kwargs)
 
-    monkeypatch.setattr(FusionImageProcessor, "cut", staticmethod(counted))
+    monkeypatch.setattr(FusionImageProcessor, "split_tiles", staticmethod(counted))
     conversation = Conversation(chat_model, image, MOST, fast=fast)
     for question in QUESTIONS:
         conversation.ask(question)

@@ -26,7 +26,7 @@ HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
 REPEATS = 3
 COMMANDS = (
     *("ask", "chat", "maps", "demo", "train", "plan", "merge", "push", "export", "data", "evaluate", "synthesize"),
-    *("serve", "convert", "verify"),
+    *("init-recipe", "serve", "convert", "verify", "compare", "cache"),
 )
 # the command line, and what its error says; `run.yaml` and `mix.yaml` name files that are missing
 ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -45,6 +45,15 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train run.yaml data=records.json", ("./model is no folder",)),
     ("train run.yaml data=records.json model=records.json", ("records.json is a file",)),
     ("train run.yaml data=records.json model=adapter", ("LoRA adapter", "fusion-hf merge")),
+    ("train run.yaml report_to=wandbb", ("report_to is 'wandbb'", "none, all, tensorboard, wandb")),
+    ("train run.yaml load_in_8bit=true", ("load_in_8bit is true, but lora_rank is 0",)),
+    ("init-recipe gone.json", ("data: gone.json does not exist",)),
+    ("init-recipe records.json --eval-data gone.json", ("gone.json does not exist",)),
+    ("init-recipe records.json --output run.yaml", ("run.yaml exists",)),
+    ("init-recipe records.json --output new.json", ("--output is new.json", ".yaml")),
+    ("init-recipe records.json --model ./gone", ("./gone is no folder",)),
+    ("init-recipe records.json --model adapter", ("LoRA adapter", "fusion-hf merge")),
+    ("init-recipe records.json --method dora", ("'dora'", "qlora")),
     ("plan gone.yaml", ("gone.yaml", "No such file")),
     ("plan --gpus 2 run.yaml --json seed=x", ("seed is 'x'",)),
     ("plan run.yaml", ("model './model' is not on disk", "--config")),
@@ -89,6 +98,10 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("evaluate --tasks pope --url http://x --api-key-env NO_SUCH_KEY", ("NO_SUCH_KEY", "--api-key-env")),
     ("evaluate --published x", ("--published is 'x'", "FUSION 3B")),
     ("evaluate --table gone.json", ("gone.json is no record",)),
+    ("compare gone.json records.json", ("gone.json is no record",)),
+    ("compare records.json records.json --page gone/page.html", ("--page is gone/page.html", "gone is no folder")),
+    ("compare records.json records.json --model-a new", ("--model-a is new", "--stages")),
+    ("compare empty empty", ("empty has no record-*.json",)),
     ("data check gone.json", ("gone.json does not exist",)),
     ("data check gone.yaml", ("gone.yaml cannot be read",)),
     ("data check mix.yaml", ("mix.yaml, entry 1: ", "gone.json does not exist")),

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
+from tests.helpers.image_files import png_claiming
 
 from fusion_hf.inference import ChatModel
 
@@ -14,18 +13,6 @@ QUESTION = "what color is the shape?"
 BOMB_SIDE = 20_000  # pixels; a gigabyte when decoded
 LARGE_SIDE = 10_000  # above our limit, below the one at which PIL itself refuses
 CLOSED_PORT = "http://127.0.0.1:9"
-
-
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    body = name + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-def png_of_claimed_size(side: int) -> bytes:
-    """A few bytes that say they are a picture of side x side pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(b"")), png_chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def check_one_line(result, *parts: str, status: int = 2) -> None:
@@ -70,8 +57,8 @@ def test_unreadable_pictures(run, tmp_path):
         "text.png": b"What color is the shape?",
         "empty.png": b"",
         "truncated.png": Path("docs/assets/red_circle.png").read_bytes()[:200],
-        "bomb.png": png_of_claimed_size(BOMB_SIDE),
-        "large.png": png_of_claimed_size(LARGE_SIDE),
+        "bomb.png": png_claiming(BOMB_SIDE),
+        "large.png": png_claiming(LARGE_SIDE),
     }
     files = {name: tmp_path / name for name in contents}
     for name, content in contents.items():

@@ -126,6 +126,9 @@ def test_export_says_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "b.onnx").write_bytes(bytes(1_500_000))
-    (tmp_path / "new" / "a.json").write_bytes(b"")
+    (tmp_path / "new" / "part").mkdir()
+    (tmp_path / "new" / "part" / "c.onnx").write_bytes(bytes(500_000))
+    (tmp_path / "new" / "a.json").write_bytes(b"{}")
     monkeypatch.chdir(tmp_path)
-    assert wrote(Path("new")) == "Wrote new: a.json, b.onnx (1.5 MB)."
+    named = "b.onnx (1.5 MB), part/c.onnx (0.5 MB), 1 other files"
+    assert wrote(Path("new")) == f"Wrote new: {named}; 2.0 MB in all."

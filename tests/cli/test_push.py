@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,20 +100,23 @@ def test_dry_run_sends_nothing(hub: HubServer, folder: Path, push: Push):
     *lines, total = result.stdout.splitlines()
     sizes = {name: int(size.replace(",", "")) for size, name in map(str.split, lines)}
     assert sizes == {name: len(content) for name, content in files_of(folder).items()}
-    assert total == f"{sum(sizes.values()):,} bytes would be sent to {REPOSITORY} as v{__version__}"
+    assert total == f"{sum(sizes.values()):,} bytes would be sent to {REPOSITORY}"
     assert hub.state.requests == [] and hub.state.repositories == {}
 
 
 @pytest.mark.slow
 def test_a_second_version(hub: HubServer, folder: Path, push: Push):
-    """The same tag is refused before anything is sent; another one is a commit of its own."""
-    assert push(folder).returncode == 0
+    """The same tag is refused before anything is sent; another one, and none, is a commit of its own."""
+    assert push(folder, "--tag", "v1").returncode == 0
     before = list(hub.state.requests)
-    failed(push(folder), "--tag", f"v{__version__}", REPOSITORY)
+    failed(push(folder, "--tag", "v1"), "--tag", "v1", REPOSITORY)
     assert hub.state.requests == before
     failed(push(folder, "--private", "--tag", "v3"), "--private", "is public")
     assert push(folder, "--tag", "v3").returncode == 0
-    assert len(hub.state.commits) == 2 and set(hub.state.tags[REPOSITORY]) == {f"v{__version__}", "v3"}
+    assert len(hub.state.commits) == 2 and set(hub.state.tags[REPOSITORY]) == {"v1", "v3"}
+    result = push(folder)
+    assert (result.returncode, result.stdout) == (0, f"{hub.url}/{REPOSITORY}/commit/{COMMIT}\n")
+    assert len(hub.state.commits) == 3 and set(hub.state.tags[REPOSITORY]) == {"v1", "v3"}
 
 
 @pytest.mark.slow
@@ -330,6 +334,63 @@ def test_a_folder_that_does_not_answer_by_itself(
     break_it(folder)
     failed(push(folder), message)
     assert hub.state.requests == [] and hub.state.repositories == {}
+
+
+RUN = ("log.jsonl", "finished.json", "training_args.bin", "trainer_state.json", "skipped.jsonl", "skipped.jsonl.lock")
+
+
+def make_run(folder: Path) -> Path:
+    """What a run leaves beside its model."""
+    (folder / "recipe.yaml").write_text("model: base\nhub_token: hf_secret\n")
+    for name in RUN:
+        (folder / name).write_bytes(b"\x80\x04.")
+    for name in ("checkpoint-10", "incomplete-checkpoint-12", "superseded-checkpoint-14-1", "runs", "wandb"):
+        (folder / name).mkdir()
+        (folder / name / "optimizer.pt").touch()
+    return folder
+
+
+def test_of_a_run_the_model_is_sent(folder: Path):
+    before = [file.name for file in check_files(folder)]
+    assert [file.name for file in check_files(make_run(folder))] == before
+    (folder / "notes.bin").touch()
+    with pytest.raises(InputError, match=r"notes\.bin is no file of a model folder"):
+        check_files(folder)
+
+
+def test_without_a_recipe_nothing_is_passed_over(folder: Path):
+    (make_run(folder) / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match="checkpoint-10 is a folder"):
+        check_files(folder)
+
+
+def test_a_run_that_has_not_ended(folder: Path):
+    (make_run(folder) / "finished.json").unlink()
+    with pytest.raises(InputError, match="has not ended"):
+        check_files(folder)
+
+
+def test_an_adapter_is_to_be_merged(folder: Path):
+    (make_run(folder) / "adapter_config.json").write_text("{}")
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=f"fusion-hf merge {re.escape(str(folder))}"):
+        check_files(folder)
+
+
+def test_a_card_without_a_licence_is_a_warning(folder: Path, push: Push, hub: HubServer):
+    change_card(folder, "license: apache-2.0\n", "license: other\nlicense_name: unknown\n")
+    result = push(folder, "--dry-run")
+    assert result.returncode == 0 and result.stderr.startswith("WARNING: ") and "names no licence" in result.stderr
+
+
+def test_the_cards_examples_load_from_the_repository(tmp_path: Path):
+    """In the examples alone, and only where a card names its model so."""
+    card = tmp_path / "README.md"
+    card.write_text('# run\n\n`"run"`\n\n```python\nmodel_id = "run"\nload(model="run", task="run-on")\n```\n')
+    expected = '# run\n\n`"run"`\n\n```python\nmodel_id = "me/x"\nload(model="me/x", task="run-on")\n```\n'
+    assert publishing.card_for(tmp_path, "me/x") == expected.encode()
+    card.write_text("# other\n")
+    assert publishing.card_for(tmp_path, "me/x") == b"# other\n"
 
 
 def test_what_is_loaded_is_the_folders_own_code(nano: Path, tmp_path: Path):

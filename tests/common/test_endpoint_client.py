@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from tests.synthesis.server import Scripted, serve
+from tests.helpers.http_server import HttpServer, Response
+from tests.helpers.openai_server import Scripted, serve
 
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, EndpointUnavailable, RequestRejected, check_key, endpoint_url
@@ -62,38 +61,8 @@ def ask(request: pytest.FixtureRequest) -> Ask:
     return request.param
 
 
-def chat(script: Scripted) -> str:
-    return endpoint_url(script.url, CHAT)
-
-
-@contextmanager
-def answering(respond: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """A server that does what a test says."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            respond(self)
-
-        def log_message(self, *_: Any) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def reply(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
-    handler.send_response(status)
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    for name, value in {"Content-Length": str(len(body)), **named}.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
+def chat(server: Scripted | HttpServer) -> str:
+    return endpoint_url(server.url, CHAT)
 
 
 @pytest.mark.parametrize("fault", ["429!", "500", "503", "drop", "half", "slow"])
@@ -190,31 +159,32 @@ def test_what_does_not_pass_is_not_tried_again(ask: Ask, fault: str, kind: type[
 
 
 def test_nobody_is_sent_elsewhere(ask: Ask):
-    with serve(Scripted(writer)) as script, answering(lambda h: reply(h, b"", 307, Location=chat(script))) as url:
-        (error,) = ask(make_client(), url, QUESTION)
+    with (
+        serve(Scripted(writer)) as script,
+        HttpServer(lambda request: Response(status=307, headers={"Location": chat(script)})) as mover,
+    ):
+        (error,) = ask(make_client(), chat(mover), QUESTION)
     assert isinstance(error, RequestRejected) and "HTTP 307" in str(error)
     assert script.requests == []
 
 
 def test_a_body_that_comes_byte_by_byte_ends_in_time(ask: Ask):
-    def dribble(handler: BaseHTTPRequestHandler) -> None:
-        reply(handler, b"", Content_Length="1000")
-        for _ in range(40):
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-            time.sleep(0.05)
+    ended = threading.Event()
 
-    with answering(dribble) as url:
-        begin = time.monotonic()
-        (error,) = ask(make_client(1, timeout=0.3), url, QUESTION)
-        assert time.monotonic() - begin < 1.5
+    def dribble() -> Iterator[bytes]:
+        while not ended.wait(0.05):
+            yield b" "
+
+    with HttpServer(lambda request: Response(dribble(), headers={"Content-Length": "1000000"})) as server:
+        (error,) = ask(make_client(1, timeout=0.3), chat(server), QUESTION)
+        ended.set()
     assert "no response in 0.3 s" in str(error)
 
 
 def test_a_body_that_grows_when_it_is_unpacked_is_bounded(ask: Ask):
-    bomb = gzip.compress(json.dumps({"junk": "x" * 2**26}).encode())
-    with answering(lambda handler: reply(handler, bomb, Content_Encoding="gzip")) as url:
-        (error,) = ask(make_client(), url, QUESTION)
+    bomb = Response(gzip.compress(json.dumps({"junk": "x" * 2**26}).encode()), headers={"Content-Encoding": "gzip"})
+    with HttpServer(lambda request: bomb) as server:
+        (error,) = ask(make_client(), chat(server), QUESTION)
     assert isinstance(error, RequestRejected) and "more than" in str(error)
 
 
@@ -225,21 +195,17 @@ def test_half_a_character_reaches_the_server(ask: Ask):
 
 
 def test_a_proxy_of_the_environment_is_used_unless_it_says_otherwise(ask: Ask, monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def forward(handler: BaseHTTPRequestHandler) -> None:
-        asked.append(handler.path)
-        reply(handler, b'{"from": "the proxy"}')
-
     for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with serve(Scripted(writer)) as script, answering(forward) as proxy:
-        monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1/chat/completions"))
+    with serve(Scripted(writer)) as script, HttpServer(lambda request: Response.json({"from": "the proxy"})) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
         (answer,) = ask(make_client(), "http://nowhere.invalid/v1/x", QUESTION)
-        assert answer == {"from": "the proxy"} and asked == ["http://nowhere.invalid/v1/x"]
+        assert answer == {"from": "the proxy"} and [request.path for request in proxy.requests] == [
+            "http://nowhere.invalid/v1/x"
+        ]
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         (answer,) = ask(make_client(), chat(script), QUESTION)
-        assert "choices" in answer and len(asked) == 1
+        assert "choices" in answer and len(proxy.requests) == 1
     monkeypatch.setenv("http_proxy", "strange://host")
     with pytest.raises(InputError, match="proxy"):
         make_client().ask(DEAD)

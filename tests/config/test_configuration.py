@@ -1,5 +1,6 @@
 """Impossible configurations: the error names the field, the value and what is allowed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,14 @@ def test_impossible_values(changes: dict[str, Any], message: str) -> None:
     values = tiny_config().to_dict() | changes
     with pytest.raises(ValueError, match=message):
         FusionConfig(**values)
+
+
+def test_impossible_arguments_of_from_pretrained(tmp_path: Path) -> None:
+    """Which replace what is in the file after it is checked."""
+    tiny_config().save_pretrained(tmp_path)
+    assert FusionConfig.from_pretrained(tmp_path, image_token_grid=2).num_image_tokens == 4
+    with pytest.raises(ValueError, match=r"image_token_grid is 5; allowed: None or 1 to 4"):
+        FusionConfig.from_pretrained(tmp_path, image_token_grid=5, return_unused_kwargs=True)
 
 
 def test_derived_defaults() -> None:

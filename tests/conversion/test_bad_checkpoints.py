@@ -132,6 +132,34 @@ def test_tower_without_a_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "SigLIP"),
+        ("mm_projector_type", "mlp3x_gelu", "'mlp2x_gelu'"),
+        ("mm_projector_type", "linear", "'mlp2x_gelu'"),
+        ("model_type", "fusion_mpt", "'fusion_phi', 'fusion_llama', 'fusion_qwen', 'fusion_mistral'"),
+    ],
+)
+def test_parts_that_are_not_converted(tmp_path, capsys, field, value, allowed):
+    write_checkpoint(tmp_path / "checkpoint", **{field: value})
+    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
+    error = capsys.readouterr().err
+    assert f"{field} is {value!r}" in error and allowed in error
+
+
+def test_zero_checkpoint(tmp_path, refuse, capsys):
+    """Of DeepSpeed: the error has the command that makes one file of it; beside whole weights it does not matter."""
+    write_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "global_step120").mkdir()
+    sizes = str(tmp_path / "vision_config.json")
+    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--vision-config", sizes, "--dry-run"]) == 0
+    capsys.readouterr()
+    (tmp_path / "checkpoint" / "model.safetensors").unlink()
+    error = refuse()
+    assert "global_step120" in error and "python zero_to_fp32.py . pytorch_model.bin" in error
+
+
+@pytest.mark.parametrize(
     "changes", [{"hidden_size": 20}, {"num_hidden_layers": 7}, {"num_hidden_layers": 4}, {"patch_size": 7}]
 )
 def test_wrong_tower_by_size(tmp_path, refuse, changes):

@@ -47,7 +47,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert not different
 
 
-@pytest.mark.parametrize("kind", ["phi", "llama"])
+@pytest.mark.parametrize("kind", ["phi", "llama", "qwen", "mistral"])
 @pytest.mark.parametrize(
     ("num_shards", "suffix"), [(1, ".safetensors"), (3, ".safetensors"), (1, ".bin"), (3, ".bin")]
 )
@@ -336,6 +336,23 @@ def test_full_checkpoint_without_its_tower(tmp_path, convert):
     tower = write_tower(tmp_path / "tower", prefix="")
     output = convert("--vision-config", str(tmp_path / "tower"))
     assert_same(load_weights(output), renamed(without | tower))
+
+
+def test_full_checkpoint_with_the_tower_that_it_names(tmp_path):
+    tower = write_tower(tmp_path / "tower", prefix="")
+    tensors = write_checkpoint(tmp_path / "checkpoint", mm_vision_tower=str(tmp_path / "tower"))
+    without = {key: tensor for key, tensor in tensors.items() if not key.startswith(TOWER_PREFIX)}
+    save_weights(tmp_path / "checkpoint", without)
+    run_conversion(ConversionOptions(checkpoint=str(tmp_path / "checkpoint"), output=tmp_path / "output"))
+    assert_same(load_weights(tmp_path / "output"), renamed(without | tower))
+
+
+def test_rope_scaling_of_qwen_is_not_taken_over():
+    """The authors' class of it sets that to None; the others do not."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    for kind, rope_type in (("qwen", "default"), ("llama", "linear")):
+        config = convert_config(upstream_config(kind, rope_scaling=scaling), named_tower("siglip"), None)
+        assert config.text_config.rope_parameters["rope_type"] == rope_type
 
 
 def test_empty_output_folder_is_used(tmp_path, convert):

@@ -16,7 +16,7 @@ from tests.helpers.tokenizers import write_phi3_tokenizer
 
 from fusion_hf import FusionConfig
 from fusion_hf.conversion.model_card import Provenance, write_card
-from fusion_hf.hub.family import DATASETS, MEMBERS, find_member
+from fusion_hf.hub.family import DATASETS, MEMBERS, find_member, is_of_authors
 from fusion_hf.hub.publishing import check_alone, check_files
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
@@ -81,7 +81,10 @@ def test_card_of_a_checkpoint(tmp_path, convert):
     write_checkpoint(tmp_path / "checkpoint")
     card = ModelCard.load(convert() / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
-    assert card.data.datasets == list(DATASETS) and card.data.language == "en"
+    assert card.data.datasets is None and card.data.language == "en"  # it is none of the authors' checkpoints
+    assert (card.data.license, card.data.license_name) == ("other", "unknown")
+    assert {"fusion", "visual-question-answering", "custom_code"} <= set(card.data.tags)
+    assert "## Limits" in card.text
     assert "No figures are published for these weights" in card.text
     assert "SHA-256 of `config.json` begins with" in card.text
 
@@ -96,6 +99,7 @@ def make_card(name: str, **changes) -> ModelCard:
         "dtype": torch.bfloat16,
         "num_parameters": 5,
         "has_tokenizer": True,
+        "is_authors": not changes.get("is_untrained"),
     }
     return ModelCard(write_card(config, Provenance(**provenance | changes)))
 
@@ -106,8 +110,11 @@ def test_card_of_a_published_size(member):
     assert find_member(config) == member
     card = make_card(member.name)
     assert card.data.base_model == [member.backbone.repository, member.tower]
-    assert card.data.license == member.backbone.licence
-    assert member.backbone.licence_note in card.text and "authors/model" in card.text
+    licence = member.backbone.licence
+    assert (card.data.license, card.data.license_name) == (licence.identifier, licence.name)
+    assert card.data.license_link == licence.link and licence.link in card.text
+    assert card.data.datasets == list(DATASETS)
+    assert licence.note in card.text and "authors/model" in card.text
     for column, score in member.row.values.items():
         name = column.replace("^", "-")  # MME^P has another name on a card
         assert re.search(rf"\| {re.escape(name)} \|", card.text) and f" {score} |" in card.text
@@ -121,9 +128,40 @@ def test_published_scores_are_complete():
     assert MEMBERS[4].row.values["MMB_EN"] == 82.0 and MEMBERS[4].row.values["DocVQA"] == 77.8
 
 
-@pytest.mark.parametrize("changes", [{"stage": "Stage1"}, {"is_untrained": True}])
+@pytest.mark.parametrize("changes", [{"stage": "Stage1"}, {"is_untrained": True}, {"is_authors": False}])
 def test_card_makes_no_claims_for_other_weights(changes):
     assert "79.5" not in make_card("FUSION 3B", **changes).text
+
+
+@pytest.mark.parametrize("changes", [{"is_untrained": True}, {"is_authors": False}])
+def test_other_weights_are_not_of_the_authors_data_or_licence(changes):
+    card = make_card("FUSION 8B", **changes, base_models=("somebody/language-model",))
+    assert card.data.datasets is None and not any(name in card.text for name in DATASETS)
+    assert (card.data.license, card.data.license_name) == ("other", "unknown")
+    assert card.data.base_model == ["somebody/language-model"]
+
+
+@pytest.mark.parametrize(("name", "licence"), [("FUSION 3B", "mit"), ("FUSION 8B", "llama3.1")])
+def test_a_known_language_model_gives_its_licence(name, licence):
+    (member,) = (each for each in MEMBERS if each.name == name)
+    card = make_card(name, is_untrained=True, base_models=(member.backbone.repository, member.tower))
+    assert (card.data.license, card.data.license_name) == (licence, licence)
+    assert card.data.license_link.startswith("https://huggingface.co/")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("starriver030515/FUSION-Phi3.5-3B", True),
+        ("starriver030515/FUSION-Phi3.5-3B-Stage1", True),
+        ("FUSION-Phi3.5-3B", True),
+        ("somebody/FUSION-Phi3.5-3B", False),
+        ("my-checkpoint", False),
+    ],
+)
+def test_whose_weights_the_name_tells(source, expected):
+    assert is_of_authors(source, MEMBERS[0]) == expected
+    assert not is_of_authors(source, None)
 
 
 def test_stage_in_the_source_name(tmp_path, convert):

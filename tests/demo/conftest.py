@@ -1,12 +1,12 @@
 """fusion-nano behind the page, and a browser before it."""
 
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers import http_server
 
 from fusion_hf.demo.demo_model import DemoModel, Session
 from fusion_hf.inference import ChatModel
@@ -43,9 +43,7 @@ def session(demo_model: DemoModel, red_circle: Path) -> Session:
 
 @pytest.fixture(scope="session")
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return http_server.free_port()
 
 
 @pytest.fixture(scope="module")  # while it is open, no other test can use asyncio

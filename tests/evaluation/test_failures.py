@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from tests.evaluation.judge import Babbler, Judge, Mortal, serving
+from tests.evaluation.judge import judge, mortal_judge
 from tests.evaluation.rows import ROWS, write_rows
+from tests.helpers.http_server import HttpServer, Response
+from tests.helpers.openai_server import serve
 
 from fusion_hf.evaluation.benchmark_data import folder_of
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
@@ -68,23 +70,23 @@ def test_without_a_server(data, tmp_path):
 
 
 def test_a_server_of_another_protocol(data, tmp_path):
-    with serving(Babbler) as url:
-        result = evaluate(["mmvet"], data, tmp_path, OPENAI_API_KEY="none", OPENAI_API_URL=url)
+    with HttpServer(lambda request: Response(b"<html>hello</html>")) as page:
+        result = evaluate(["mmvet"], data, tmp_path, OPENAI_API_KEY="none", OPENAI_API_URL=f"{page.url}/v1")
     assert_failed(result, ["mmvet"], "does not answer")
 
 
 @pytest.mark.parametrize("task", JUDGED)
 def test_a_server_that_dies(data, tmp_path, task: str):
-    with serving(Mortal) as url:
-        result = evaluate([task], data, tmp_path, OPENAI_API_KEY="none", OPENAI_API_URL=url)
+    with serve(mortal_judge()) as server:
+        result = evaluate([task], data, tmp_path, OPENAI_API_KEY="none", OPENAI_API_URL=f"{server.url}/v1")
     assert_failed(result, [task], "complaints of scoring")
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/chat/completions"])
 def test_both_forms_of_the_address(data, tmp_path, ending: str):
-    with serving(Judge) as url:
+    with serve(judge()) as server:
         status, records, errors = evaluate(
-            JUDGED, data, tmp_path, OPENAI_API_KEY="none", OPENAI_API_URL=f"{url}{ending}"
+            JUDGED, data, tmp_path, OPENAI_API_KEY="none", OPENAI_API_URL=f"{server.url}/v1{ending}"
         )
     assert status == 0, errors
     assert [task["status"] for task in records] == ["scored"] * len(JUDGED)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.evaluation.judge import Babbler, serving
-from tests.synthesis.server import TOKENS, Scripted, prompt_of, serve
+from tests.helpers.http_server import HttpServer, Response
+from tests.helpers.openai_server import TOKENS, Scripted, prompt_of, serve
 
 from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, MODELS, EndpointUnavailable, endpoint_url
@@ -394,34 +394,19 @@ def test_nobody_is_there():
         ServedModel.connect(DEAD)
 
 
-class Shop(Babbler):
-    """Has a page at every address."""
-
-    def do_GET(self) -> None:
-        self.reply("", "")
-
-
 def test_a_server_of_another_protocol():
-    with serving(Shop) as url, pytest.raises(InputError, match="models gives no answer: the response is no JSON"):
-        ServedModel.connect(url)
-
-
-class Busy(Babbler):
-    """Wants everybody to come back tomorrow."""
-
-    def do_GET(self) -> None:
-        self.send_response(429)
-        self.send_header("Retry-After", str(24 * 60 * 60))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    message = "models gives no answer: the response is no JSON"
+    with HttpServer(lambda _: Response(b"<html>hello</html>")) as shop, pytest.raises(InputError, match=message):
+        ServedModel.connect(f"{shop.url}/v1")
 
 
 def test_pauses_are_those_that_a_server_asks_for_but_not_any(monkeypatch):
     monkeypatch.setattr("fusion_hf.common.endpoint_client.LONGEST_PAUSE", 0.3)
-    with serving(Busy) as url:
+    tomorrow = {"Retry-After": str(24 * 60 * 60)}
+    with HttpServer(lambda request: Response(status=429, headers=tomorrow)) as busy:
         client, begin = EndpointClient(None, 5.0, TRIES, first_pause=0.001), time.monotonic()
         with pytest.raises(EndpointUnavailable, match="HTTP 429 in 4 tries"):
-            client.ask(endpoint_url(url, MODELS), tries=4)
+            client.ask(endpoint_url(busy.url, MODELS), tries=4)
     assert 0.9 <= time.monotonic() - begin < 5
 
 
@@ -434,20 +419,14 @@ def test_pauses_grow(script: Scripted):
 
 def test_nobody_is_sent_elsewhere(script: Scripted):
     """The key would go along."""
-
-    class Mover(Babbler):
-        def do_GET(self) -> None:
-            self.send_response(307)
-            self.send_header("Location", f"{script.url}/v1/models")
-            self.end_headers()
-
-    with serving(Mover) as url, pytest.raises(InputError, match="HTTP 307"):
-        ServedModel.connect(url)
+    elsewhere = Response(status=307, headers={"Location": f"{script.url}/v1/models"})
+    with HttpServer(lambda _: elsewhere) as mover, pytest.raises(InputError, match="HTTP 307"):
+        ServedModel.connect(f"{mover.url}/v1")
 
 
 def test_a_server_that_knows_no_models():
-    with serving(Babbler) as url, pytest.raises(InputError, match="HTTP 501"):
-        ServedModel.connect(url)
+    with HttpServer(lambda request: Response(status=501)) as server, pytest.raises(InputError, match="HTTP 501"):
+        ServedModel.connect(f"{server.url}/v1")
 
 
 @pytest.mark.parametrize("models", [[], [{}], [{"id": 3}], ["a"]])

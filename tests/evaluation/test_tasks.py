@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evaluation.judge import Judge, serving
+from tests.evaluation.judge import judge
 from tests.evaluation.rows import ROWS, SUBMITTED, prompt_blocks, recorded_prompts, submitted_rows, write_rows
+from tests.helpers.openai_server import serve
 
 from fusion_hf.evaluation.benchmark_data import (
     AUTHORS,
@@ -35,11 +36,11 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Iterator[None]:
     """No network but a judge on this machine."""
-    with pytest.MonkeyPatch.context() as patch, serving(Judge) as url:
+    with pytest.MonkeyPatch.context() as patch, serve(judge()) as server:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OPENAI_API_KEY", "none")
         # the tasks are loaded without the command, which gives each the form of address that it reads
-        patch.setenv("OPENAI_API_URL", f"{url}/chat/completions")
+        patch.setenv("OPENAI_API_URL", f"{server.url}/v1/chat/completions")
         yield
 
 
@@ -147,7 +148,7 @@ def test_mathvista_without_a_right_answer_is_zero(load, tmp_path):
 def test_hallusion_asks_its_judge_about_each_run(load, tmp_path, monkeypatch):
     task = load("hallusion_bench_image", AUTHORS)
     assert evaluate(task, ["yes"] * 3, tmp_path)["aAcc,none"] == 100.0
-    monkeypatch.setattr(Judge, "VERDICTS", (("Reference answer", "incorrect"),))
+    monkeypatch.setattr("tests.evaluation.judge.VERDICTS", (("Reference answer", "incorrect"),))
     assert evaluate(task, ["no"] * 3, tmp_path)["aAcc,none"] == 0.0
 
 

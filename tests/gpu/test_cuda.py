@@ -39,8 +39,7 @@ def full_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def wide_config() -> FusionConfig:
     """Heads of 16 values in both parts, the fewest that flex attention's kernels take on CUDA."""
-    vision = tiny_config().vision_config.to_dict() | {"hidden_size": 64}
-    return tiny_config(text={"hidden_size": 64}, vision_config=vision)
+    return tiny_config(text={"hidden_size": 64}, vision={"hidden_size": 64})
 
 
 def batch(model: FusionForConditionalGeneration, samples: list[Sample] = SAMPLES, side: str = "left") -> Any:

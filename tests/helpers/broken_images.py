@@ -4,19 +4,8 @@ import struct
 import zlib
 
 from PIL import Image
-from tests.helpers.hostile_images import (
-    FILES,
-    ODD_TAGS,
-    PHOTOGRAPHS,
-    PNG_HEAD,
-    chunk,
-    directory,
-    encoded,
-    insert_chunks,
-    jpeg_of_many_scans,
-    orientation_tag,
-    with_exif,
-)
+from tests.helpers.hostile_images import FILES, ODD_TAGS, PHOTOGRAPHS, directory, orientation_tag, with_exif
+from tests.helpers.image_files import PNG_HEAD, chunk, encoded, insert_chunks, jpeg_of_many_scans
 
 
 def offsets_as_text(content: bytes) -> bytes:

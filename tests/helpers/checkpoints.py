@@ -47,7 +47,7 @@ BAGGAGE = {
 
 
 def upstream_config(kind: str = "phi", **changes: Any) -> dict[str, Any]:
-    """Content of `config.json`; `kind` is `phi` or `llama`."""
+    """Content of `config.json`; `kind` is `phi`, `llama`, `qwen` or `mistral`."""
     if kind == "phi":
         own = {
             "rope_scaling": {"type": "longrope", "long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0] * 4},
@@ -120,6 +120,8 @@ def text_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}self_attn.q_proj.weight"] = (width, width)
             shapes |= {f"{layer}self_attn.{name}_proj.weight": (kv, width) for name in "kv"}
             shapes |= {f"{layer}mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
+        if config["model_type"].endswith("qwen"):
+            shapes |= {f"{layer}self_attn.{name}_proj.bias": (width if name == "q" else kv,) for name in "qkv"}
         shapes[f"{layer}self_attn.o_proj.weight"] = (width, width)
         shapes[f"{layer}mlp.down_proj.weight"] = (width, mlp)
     return shapes

@@ -15,10 +15,10 @@ def refuse(*args, **kwargs):
 socket.socket.connect = refuse
 FOLDER = sys.argv[1]
 from PIL import Image, ImageDraw
-picture = Image.new("RGB", (64, 64), (240, 240, 240))
-ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
+image = Image.new("RGB", (64, 64), (240, 240, 240))
+ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=(255, 0, 0))
 messages = [{"role": "user", "content": [
-    {"type": "image", "image": picture}, {"type": "text", "text": "what color is the shape?"}]}]
+    {"type": "image", "image": image}, {"type": "text", "text": "what color is the shape?"}]}]
 """
 
 

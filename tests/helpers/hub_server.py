@@ -4,13 +4,15 @@ import base64
 import hashlib
 import json
 import re
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.helpers.http_server import HttpServer, Request, Response
 
 COMMIT = "c" * 40
 REFUSED = "somebody/else"  # nobody may write here
+NAME = "([^/]+/[^/]+)"  # of a repository, in an address
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -28,143 +30,107 @@ class HubState:
     requests: list[str] = field(default_factory=list)  # method and path, of what changes something
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    state: HubState
+class HubServer(HttpServer):
+    """Serves a `HubState` until the `with` block ends."""
 
-    def log_message(self, *args: Any) -> None:
-        """Be quiet."""
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.state = HubState()
+        self._routes: list[tuple[str, str, Callable[..., Response]]] = [
+            ("GET", rf"/api/models/{NAME}/refs", self._list_tags),
+            ("GET", rf"/api/models/{NAME}/tree/.*", self._list_files),
+            ("GET", rf"/api/models/{NAME}(?:/revision/.*)?", self._describe),
+            ("GET", rf"/{NAME}/resolve/[^/]+/(.+)", self._send_file),
+            ("DELETE", "/api/repos/delete", self._delete),
+            ("PUT", "/put/(.+)", self._keep_blob),
+            ("POST", rf"/api/models/{NAME}/tag/(.+)", self._tag),
+            ("POST", "/api/repos/create", self._create),
+            ("POST", ".*/preupload/main", self._choose_uploads),
+            ("POST", ".*/info/lfs/objects/batch", self._name_uploads),
+            ("POST", rf"/api/models/{NAME}/commit/main", self._commit),
+        ]
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        content = b""
-        while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return content
+    def _answer(self, request: Request) -> Response:
+        method = request.method.replace("HEAD", "GET")
+        if method != "GET":
+            self.state.requests.append(f"{method} {request.path}")
+            for part, status in self.state.fails.items():
+                if part in request.path:
+                    return Response.json({"error": f"{part} fails", "errors": [{"message": f"{part} fails"}]}, status)
+        for known, address, route in self._routes:
+            if method == known and (match := re.fullmatch(address, request.path.split("?")[0])):
+                return route(request, *match.groups())
+        return Response.json({"errors": [], "warnings": []})
 
-    def _send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _json(self, content: object, status: int = 200) -> None:
-        self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"})
-
-    def _fails(self) -> bool:
-        """Whether the test wants this request to fail; answers it then."""
-        for part, status in self.state.fails.items():
-            if part in self.path:
-                self._json({"error": f"{part} fails", "errors": [{"message": f"{part} fails"}]}, status)
-                return True
-        return False
-
-    def do_GET(self) -> None:
-        self._body()
-        path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
-            return self._refs(match[1])
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.*", path):
-            return self._tree(match[1])
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/.*)?", path):
-            return self._info(match[1])
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            return self._file(match[1], match[2])
-        return self._json({})
-
-    do_HEAD = do_GET
-
-    def _refs(self, name: str) -> None:
+    def _list_tags(self, request: Request, name: str) -> Response:
         tags = self.state.tags.get(name, {}).items()
         refs = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": commit} for tag, commit in tags]
-        self._json({"branches": [], "converts": [], "tags": refs})
+        return Response.json({"branches": [], "converts": [], "tags": refs})
 
-    def do_DELETE(self) -> None:
-        request = json.loads(self._body())
-        self.state.requests.append(f"DELETE {self.path}")
-        if not self._fails():
-            name = f"{request['organization']}/{request['name']}"
-            del self.state.repositories[name], self.state.private[name]
-            self._json({})
-
-    def _missing(self, code: str) -> None:
-        self._send(b"{}", 404, {"X-Error-Code": code, "X-Error-Message": "not found"})
-
-    def _tree(self, name: str) -> None:
+    def _list_files(self, request: Request, name: str) -> Response:
         if name not in self.state.repositories:
-            return self._missing("RepoNotFound")
+            return _missing("RepoNotFound")
         files = self.state.repositories[name].items()
-        return self._json([{"type": "file", "path": p, "size": len(c), "oid": _etag(c)} for p, c in files])
+        return Response.json([{"type": "file", "path": p, "size": len(c), "oid": _etag(c)} for p, c in files])
 
-    def _info(self, name: str) -> None:
+    def _describe(self, request: Request, name: str) -> Response:
         if name not in self.state.repositories:
-            return self._missing("RepoNotFound")
+            return _missing("RepoNotFound")
         siblings = [{"rfilename": path} for path in self.state.repositories[name]]
         info = {"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": []}
-        return self._json(info | {"private": self.state.private.get(name, False)})
+        return Response.json(info | {"private": self.state.private.get(name, False)})
 
-    def _file(self, name: str, path: str) -> None:
+    def _send_file(self, request: Request, name: str, path: str) -> Response:
         content = self.state.repositories.get(name, {}).get(path)
         if content is None:
-            return self._missing("EntryNotFound" if name in self.state.repositories else "RepoNotFound")
+            return _missing("EntryNotFound" if name in self.state.repositories else "RepoNotFound")
         headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        wanted = RANGE.fullmatch(self.headers.get("Range", ""))
+        wanted = RANGE.fullmatch(request.headers.get("Range", ""))
         status, part = 200, content
         if wanted:
             begin, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
             status, part = 206, content[begin : end + 1]
             headers["Content-Range"] = f"bytes {begin}-{end}/{len(content)}"
-        if self.command == "GET":
+        if request.method == "GET":
             self.state.downloads[path] = self.state.downloads.get(path, 0) + len(part)
-        return self._send(part, status, headers)
+        return Response(part, status, headers)
 
-    def do_PUT(self) -> None:
-        body = self._body()
-        self.state.requests.append(f"PUT {self.path}")
-        if not self._fails():
-            self.state.blobs[self.path.removeprefix("/put/")] = body
-            self._send(b"")
+    def _delete(self, request: Request) -> Response:
+        name = _name_in(request)
+        del self.state.repositories[name], self.state.private[name]
+        return Response.json({})
 
-    def do_POST(self) -> None:
-        body = self._body()
-        host = f"http://{self.headers['Host']}"
-        self.state.requests.append(f"POST {self.path}")
-        if self._fails():
-            return None
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tag/(.+)", self.path):
-            self.state.tags.setdefault(match[1], {})[json.loads(body)["tag"]] = match[2]
-            return self._json({})
-        if self.path == "/api/repos/create":
-            request = json.loads(body)
-            name = f"{request['organization']}/{request['name']}"
-            if name == REFUSED:
-                return self._json({"error": "forbidden"}, 403)
-            self.state.private[name] = request.get("visibility") == "private" or bool(request.get("private"))
-            self.state.repositories.setdefault(name, {})
-            return self._json({"url": f"{host}/{name}", "name": name})
-        if self.path.endswith("/preupload/main"):
-            files = [{"path": file["path"]} for file in json.loads(body)["files"]]
-            for file in files:
-                mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
-                file |= {"uploadMode": mode, "shouldIgnore": False}
-            return self._json({"files": files})
-        if self.path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            for item in objects:
-                item["actions"] = {"upload": {"href": f"{host}/put/{item['oid']}"}}
-            return self._json({"transfer": "basic", "objects": objects})
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
-            return self._commit(match[1], body, host)
-        return self._json({"errors": [], "warnings": []})
+    def _keep_blob(self, request: Request, oid: str) -> Response:
+        self.state.blobs[oid] = request.body
+        return Response()
 
-    def _commit(self, name: str, body: bytes, host: str) -> None:
+    def _tag(self, request: Request, name: str, commit: str) -> Response:
+        self.state.tags.setdefault(name, {})[request.json()["tag"]] = commit
+        return Response.json({})
+
+    def _create(self, request: Request) -> Response:
+        name, settings = _name_in(request), request.json()
+        if name == REFUSED:
+            return Response.json({"error": "forbidden"}, 403)
+        self.state.private[name] = settings.get("visibility") == "private" or bool(settings.get("private"))
+        self.state.repositories.setdefault(name, {})
+        return Response.json({"url": f"{self.url}/{name}", "name": name})
+
+    def _choose_uploads(self, request: Request) -> Response:
+        files = [{"path": file["path"], "shouldIgnore": False} for file in request.json()["files"]]
+        for file in files:
+            file["uploadMode"] = "lfs" if file["path"].endswith(".safetensors") else "regular"
+        return Response.json({"files": files})
+
+    def _name_uploads(self, request: Request) -> Response:
+        objects = request.json()["objects"]
+        for item in objects:
+            item["actions"] = {"upload": {"href": f"{self.url}/put/{item['oid']}"}}
+        return Response.json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, request: Request, name: str) -> Response:
         commit: dict[str, Any] = {"repository": name, "files": []}
-        for line in body.decode().splitlines():
+        for line in request.body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "header":
@@ -175,27 +141,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.repositories[name][value["path"]] = content
             commit["files"].append(value["path"])
         self.state.commits.append(commit)
-        address = f"{host}/{name}/commit/{COMMIT}"
-        self._json({"success": True, "commitOid": COMMIT, "commitUrl": address, "hookOutput": ""})
+        address = f"{self.url}/{name}/commit/{COMMIT}"
+        return Response.json({"success": True, "commitOid": COMMIT, "commitUrl": address, "hookOutput": ""})
+
+
+def _missing(code: str) -> Response:
+    return Response(b"{}", 404, {"X-Error-Code": code, "X-Error-Message": "not found"})
+
+
+def _name_in(request: Request) -> str:
+    """The repository that a request's body names."""
+    settings = request.json()
+    return f"{settings['organization']}/{settings['name']}"
 
 
 def _etag(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
-
-
-class HubServer:
-    """Serves a `HubState` until the `with` block ends."""
-
-    def __init__(self) -> None:
-        self.state = HubState()
-        handler = type("Handler", (_Handler,), {"state": self.state})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()

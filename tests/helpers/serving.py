@@ -1,4 +1,4 @@
-"""Servers as users start them, pictures for them, and a stand-in for hosts that have pictures."""
+"""Servers as users start them, images for them, and a stand-in for hosts that have images."""
 
 import base64
 import json
@@ -6,32 +6,30 @@ import os
 import re
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import openai
+from tests.helpers.http_server import HttpServer, Request, Response
 
 ROOT = Path(__file__).parents[2]
-PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+IMAGE_FILE = ROOT / "docs" / "assets" / "red_circle.png"
 QUESTION = "what color is the shape?"
 MODEL = "fusion-nano"
 SECONDS = 120  # a hung server fails its test
 STOP_SECONDS = 30
 POLL_SECONDS = 0.01
-ENDLESS_CHUNKS = 200  # of the stand-in's endless picture: more than anybody should read
+ENDLESS_CHUNKS = 200  # of the stand-in's endless image: more than anybody should read
 CHUNK = 2**16
 
 
@@ -143,22 +141,22 @@ def data_uri(content: bytes, kind: str = "png") -> str:
 
 
 def user(text: str, url: str | None = None) -> dict[str, Any]:
-    """A user's message, with a picture at an address if there is one."""
+    """A user's message, with an image at an address if there is one."""
     if url is None:
         return {"role": "user", "content": text}
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    return {"role": "user", "content": [{"type": "text", "text": text}, picture]}
+    image = {"type": "image_url", "image_url": {"url": url}}
+    return {"role": "user", "content": [{"type": "text", "text": text}, image]}
 
 
-def chat_request(*messages: dict[str, Any]) -> bytes:
+def chat_request(*messages: dict[str, Any], **settings: Any) -> bytes:
     """A request for an answer, as it goes over the wire."""
-    body = json.dumps({"model": MODEL, "messages": messages}).encode()
+    body = json.dumps({"model": MODEL, "messages": messages, **settings}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
     return f"{head}{len(body)}\r\n\r\n".encode() + body
 
 
 def red_circle() -> str:
-    return data_uri(PICTURE.read_bytes())
+    return data_uri(IMAGE_FILE.read_bytes())
 
 
 def ask(client: openai.OpenAI, *messages: dict[str, Any], **settings: Any) -> Any:
@@ -170,78 +168,27 @@ def stream_text(chunks: Any) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    body = name + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-def png_of_claimed_size(side: int, rows: bytes = b"") -> bytes:
-    """A file that says it is a picture of side x side pixels, and holds what `rows` is, compressed."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-class _PictureHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    requested: list[str]
-
-    def log_message(self, *args: Any) -> None:
-        """Be quiet."""
-
-    def do_GET(self) -> None:
-        self.requested.append(self.path)
-        kind, _, rest = self.path.lstrip("/").partition("/")
-        if kind == "redirect":
-            self._head(302, Location=unquote(rest))
-        elif kind == "again":
-            self._head(302, Location=self.path)
-        elif kind == "status":
-            self._head(int(rest))
-        elif kind == "compressed":
-            self._reply(PICTURE.read_bytes(), **{"Content-Encoding": "gzip"})
-        elif kind == "endless":
-            self._endless()
-        else:
-            self._reply(PICTURE.read_bytes())
-
-    def _head(self, status: int, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": "0", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def _reply(self, content: bytes, **headers: str) -> None:
-        self._head(200, **{"Content-Length": str(len(content)), **headers})
-        self.wfile.write(content)
-
-    def _endless(self) -> None:
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        try:
-            for _ in range(ENDLESS_CHUNKS):
-                self.wfile.write(f"{CHUNK:x}\r\n".encode() + bytes(CHUNK) + b"\r\n")
-        except OSError:  # the reader has enough
-            self.close_connection = True
-
-
-class PictureHost:
-    """Pictures on the loopback interface; `requested` are the paths asked for."""
+class ImageHost(HttpServer):
+    """Has one image at most addresses, and misbehaves at others; `requested` are the paths asked for."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        self.requested: list[str] = []
-        handler = type("Handler", (_PictureHandler,), {"requested": self.requested})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        if tls is not None:
-            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
-        self.port = self.server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        super().__init__(self._answer, tls=tls)
 
-    def __enter__(self) -> "PictureHost":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
+    @property
+    def requested(self) -> list[str]:
+        return [request.path for request in self.requests]
 
-    def __exit__(self, *error: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    def _answer(self, request: Request) -> Response:
+        kind, _, rest = request.path.lstrip("/").partition("/")
+        if kind == "redirect":
+            return Response(status=302, headers={"Location": unquote(rest)})
+        if kind == "again":
+            return Response(status=302, headers={"Location": request.path})
+        if kind == "status":
+            return Response(status=int(rest))
+        if kind == "compressed":
+            return Response(IMAGE_FILE.read_bytes(), headers={"Content-Encoding": "gzip"})
+        if kind == "endless":
+            chunk = f"{CHUNK:x}\r\n".encode() + bytes(CHUNK) + b"\r\n"
+            return Response(repeat(chunk, ENDLESS_CHUNKS), headers={"Transfer-Encoding": "chunked"}, closes=True)
+        return Response(IMAGE_FILE.read_bytes())

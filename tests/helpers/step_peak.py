@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from benchmarks.measure import peak_allocated
-from tests.helpers.tiny import Sample, make_inputs
-from transformers import CONFIG_MAPPING, SiglipVisionConfig
+from tests.helpers.tiny import Sample, make_inputs, tiny_config, tiny_model
 
-from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf import FusionConfig
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 from fusion_hf.training.parameter_groups import PARTS, freeze_except
 
@@ -40,30 +39,26 @@ class Case:
     train: tuple[str, ...] = PARTS
 
     def config(self) -> FusionConfig:
-        text = CONFIG_MAPPING[self.backbone](
-            vocab_size=self.vocabulary,
-            hidden_size=self.text_width,
-            intermediate_size=self.text_width * 11 // 4,
-            num_hidden_layers=self.text_layers,
-            num_attention_heads=8,
-            num_key_value_heads=2 if self.backbone != "phi3" else 8,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            tie_word_embeddings=False,
-        )
-        vision = SiglipVisionConfig(
-            hidden_size=self.vision_width,
-            intermediate_size=self.vision_width * 4,
-            num_hidden_layers=self.vision_layers,
-            num_attention_heads=4,
-            image_size=self.image_side,
-            patch_size=14,
-        )
-        return FusionConfig(
-            text_config=text, vision_config=vision, sampler_layers=[0, 3], sampler_num_heads=8, query_len=36
-        )
+        text = {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.text_width,
+            "intermediate_size": self.text_width * 11 // 4,
+            "num_hidden_layers": self.text_layers,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2 if self.backbone != "phi3" else 8,
+            "max_position_embeddings": 4096,
+        }
+        if self.backbone == "qwen3":
+            text["head_dim"] = 128  # as in its models: the heads together are wider than the layer
+        vision = {
+            "hidden_size": self.vision_width,
+            "intermediate_size": self.vision_width * 4,
+            "num_hidden_layers": self.vision_layers,
+            "image_size": self.image_side,
+            "patch_size": 14,
+        }
+        query = {"query_len": 36, "query_lens": [4, 16, 36, 64, 144], "window_size": 3}
+        return tiny_config(self.backbone, text, vision, sampler_layers=[0, 3], sampler_num_heads=8, **query)
 
     def inputs(self, config: FusionConfig) -> dict[str, Any]:
         """Samples of different lengths."""
@@ -82,8 +77,7 @@ def measure(case: Case) -> int:
     config = case.config()
 
     def train() -> None:
-        torch.manual_seed(0)
-        model = FusionForConditionalGeneration(config).train()
+        model = tiny_model(config, scale=1.0).train()
         freeze_except(model, case.train)
         if case.checkpointing:
             enable_checkpointing(model)

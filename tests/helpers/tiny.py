@@ -13,9 +13,18 @@ BACKBONES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 QUERY_LEN = 4
 
 
-def tiny_config(backbone: str = "llama", text: dict[str, Any] | None = None, **changes: Any) -> FusionConfig:
-    """Four LLM layers, two samplers, a tower of four layers over 16 patches."""
-    sizes: dict[str, Any] = {
+def tiny_config(
+    backbone: str = "llama", text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **changes: Any
+) -> FusionConfig:
+    """
+    Four LLM layers, two samplers, a tower of four layers over 16 patches.
+
+    Args:
+        text: what differs in the language model.
+        vision: what differs in the tower.
+        changes: what differs in the rest.
+    """
+    text_values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -29,29 +38,31 @@ def tiny_config(backbone: str = "llama", text: dict[str, Any] | None = None, **c
         "tie_word_embeddings": False,
     }
     if backbone == "qwen3":
-        sizes["head_dim"] = 8
-    vision = SiglipVisionConfig(
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    defaults: dict[str, Any] = {
-        "vision_config": vision,
+        text_values["head_dim"] = 8
+    vision_values: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    values: dict[str, Any] = {
         "query_len": QUERY_LEN,
         "query_lens": [1, 4],
         "window_size": 2,
         "sampler_layers": [0, 2],
         "sampler_num_heads": 4,
     }
-    text_config = CONFIG_MAPPING[backbone](**(sizes | (text or {})))
-    return FusionConfig(text_config=text_config, **(defaults | changes))
+    return FusionConfig(
+        text_config=CONFIG_MAPPING[backbone](**text_values | (text or {})),
+        vision_config=SiglipVisionConfig(**vision_values | (vision or {})),
+        **values | changes,
+    )
 
 
 def tiny_model(config: FusionConfig, seed: int = 0, scale: float = 4.0) -> FusionForConditionalGeneration:
-    """A model whose weights are large enough for its parts to matter in the logits."""
+    """A model whose weights are large enough for its parts to matter in the logits; `scale` 1 leaves them."""
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -63,7 +74,7 @@ def tiny_model(config: FusionConfig, seed: int = 0, scale: float = 4.0) -> Fusio
 
 @dataclass
 class Sample:
-    """One conversation: questions as numbers of text tokens, answers between them; with or without a picture."""
+    """One conversation: questions as numbers of text tokens, answers between them; with or without an image."""
 
     questions: list[int] = field(default_factory=lambda: [5])
     answers: list[int] = field(default_factory=list)
@@ -75,7 +86,7 @@ def make_inputs(
     config: FusionConfig, samples: list[Sample], query_len: int = QUERY_LEN, padding_side: str = "right"
 ) -> dict[str, Any]:
     """A padded batch as [`FusionProcessor`] makes them."""
-    rows, ends, instructs, pictures = [], [], [], []
+    rows, ends, instructs, images = [], [], [], []
     for sample in samples:
         row, row_ends, instruct = _make_row(config, sample, query_len)
         rows.append(row)
@@ -83,8 +94,8 @@ def make_inputs(
         instructs.append(instruct if sample.image else [config.instruct_pad_token_id])
         size = config.vision_config.image_size
         generator = torch.Generator().manual_seed(1000 + sample.seed)
-        picture = torch.randn(5, 3, size, size, generator=generator)
-        pictures.append(picture if sample.image else torch.zeros_like(picture))
+        image = torch.randn(5, 3, size, size, generator=generator)
+        images.append(image if sample.image else torch.zeros_like(image))
     longest, longest_instruct = max(map(len, rows)), max(map(len, instructs))
     most_turns = max(map(len, ends))
     left = padding_side == "left"
@@ -106,7 +117,7 @@ def make_inputs(
         "query_len": query_len,
     }
     if any(sample.image for sample in samples):
-        inputs["pixel_values"] = torch.stack(pictures)
+        inputs["pixel_values"] = torch.stack(images)
     return inputs
 
 

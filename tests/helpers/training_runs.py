@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 from PIL import Image
 from tests.helpers.forked import start_forked
-from transformers import LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from tests.helpers.tiny import tiny_config, tiny_model
+from transformers import PreTrainedTokenizerFast
 
-from fusion_hf import FusionConfig, FusionForConditionalGeneration
+from fusion_hf import FusionConfig
 from fusion_hf.nano.build import build_config, build_processor
 
 NANO = Path(__file__).parents[2] / "src" / "fusion_hf" / "checkpoints" / "fusion-nano"
@@ -36,48 +36,42 @@ QUESTIONS = ("what color is the circle ?", "how many shapes are there ?", "is th
 ANSWERS = ("red", "two", "no", "the circle is left of the square .")
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """A FUSION with the tokenizer and the pictures of `fusion-nano`, small enough for some 20 steps per second."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(NANO)
+def run_config(tokenizer: PreTrainedTokenizerFast, backbone: str = "llama", **text: Any) -> FusionConfig:
+    """Small enough for some 20 steps per second, with the ids and the images of `fusion-nano`."""
     nano = build_config(tokenizer)
-    config = FusionConfig(
-        text_config=LlamaConfig(
-            vocab_size=nano.text_config.vocab_size,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        vision_config=SiglipVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=nano.vision_config.image_size,
-            patch_size=12,
-        ),
-        query_len=4,
-        query_lens=[1, 4],
-        window_size=2,
-        sampler_layers=[0, 2],
-        sampler_num_heads=2,
-        instruct_pad_token_id=nano.instruct_pad_token_id,
-        **{name: getattr(nano, name) for name in TOKEN_IDS},
-    )
-    torch.manual_seed(seed)
-    FusionForConditionalGeneration(config).save_pretrained(folder)
+    text_values = {
+        "vocab_size": nano.text_config.vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "image_size": nano.vision_config.image_size,
+        "patch_size": 12,
+    }
+    ids = {name: getattr(nano, name) for name in (*TOKEN_IDS, "instruct_pad_token_id")}
+    return tiny_config(backbone, text_values | text, vision, sampler_num_heads=2, **ids)
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    """A FUSION with the tokenizer and the images of `fusion-nano`."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(NANO)
+    config = run_config(tokenizer)
+    tiny_model(config, seed, scale=1.0).save_pretrained(folder)
     build_processor(tokenizer, config).save_pretrained(folder)
     return folder
 
 
 def write_records(folder: Path, count: int = 24, seed: int = 0) -> Path:
-    """A JSON file; two of three records have a picture."""
+    """A JSON file; two of three records have an image."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(seed)
     records = []

@@ -1,7 +1,6 @@
 """Small models as folders that vLLM loads, prompts for them, and what transformers says to the same prompts."""
 
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Case:
     """One conversation and what its request asks for."""
 
     questions: list[str]
-    color: str | None = "red"  # of the picture; None: there is none
+    color: str | None = "red"  # of the image; None: there is none
     answers: list[str] = field(default_factory=list)
     system: str | None = None
     budget: dict[str, int] = field(default_factory=dict)
@@ -44,7 +43,7 @@ class Case:
         for turn, question in enumerate(self.questions):
             content: list[dict[str, Any]] = [{"type": "text", "text": question}]
             if turn == 0 and self.color is not None:
-                content.insert(0, {"type": "image", "image": picture(self.color)})
+                content.insert(0, {"type": "image", "image": draw_image(self.color)})
             messages.append({"role": "user", "content": content})
             if turn < len(self.answers):
                 messages.append({"role": "assistant", "content": self.answers[turn]})
@@ -53,7 +52,7 @@ class Case:
 
 CASES = [
     Case([QUESTIONS[0]]),
-    Case([QUESTIONS[1]]),  # another question about the same picture
+    Case([QUESTIONS[1]]),  # another question about the same image
     Case([QUESTIONS[0]], color="blue"),
     Case([QUESTIONS[0]], color=None),
     Case([QUESTIONS[3]], color=None, system="you answer with one word"),
@@ -71,16 +70,10 @@ CASES = [
 ]
 
 
-def picture(color: str) -> Image.Image:
+def draw_image(color: str) -> Image.Image:
     image = Image.new("RGB", (64, 48), "white")
     ImageDraw.Draw(image).ellipse((12, 8, 44, 40), fill=color)
     return image
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write_random_model(folder: Path, backbone: str, text: dict[str, Any] | None = None, **changes: Any) -> Path:
@@ -160,7 +153,7 @@ class Reference:
         text = self.processor.apply_chat_template(case.messages, add_generation_prompt=True, **options)
         prompt: dict[str, Any] = {"prompt": text, "mm_processor_kwargs": dict(case.budget)}
         if case.color is not None:
-            prompt["multi_modal_data"] = {"image": picture(case.color)}
+            prompt["multi_modal_data"] = {"image": draw_image(case.color)}
         return prompt
 
 

@@ -9,7 +9,7 @@ from tests.helpers.hub_folder import run
 from tests.helpers.transformers_releases import RELEASES, install_release, supported_releases
 
 from fusion_hf import nano_path
-from fusion_hf.conversion.model_card import TEMPLATE
+from fusion_hf.hub.model_cards import USAGE
 from fusion_hf.model.chat_fusion import as_dicts
 from fusion_hf.model.compatibility_fusion import NEWEST_TESTED, OLDEST_TESTED, TESTED, check_transformers
 from fusion_hf.nano.report import CARD
@@ -63,7 +63,7 @@ def test_the_range_is_the_same_everywhere() -> None:
     assert f"OLDEST_TRANSFORMERS := {OLDEST}.0\n" in (ROOT / "Makefile").read_text()
     assert re.search(rf"^transformers=={NEWEST}\.\d", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert f"{OLDEST} to {NEWEST}" == TESTED
-    assert TEMPLATE.read_text().count("transformers {{ releases }}") == 2
+    assert USAGE.read_text().count("transformers {{ releases }}") == 2
     assert "transformers {releases}" in CARD.read_text()
     assert f"transformers {OLDEST} to {NEWEST}" in (Path(nano_path()) / "README.md").read_text().replace("\n", " ")
     minors = [release.rpartition(".")[0] for release in RELEASES]

@@ -31,9 +31,7 @@ def test_a_patch_is_where_the_processor_puts_its_pixels(tiles: int):
     size, patch = 50, 8  # six patches, and two pixels that no patch covers
     processor = FusionImageProcessor(size={"height": size, "width": size})
     side = size // patch
-    vision = tiny_config().vision_config
-    vision.image_size, vision.patch_size = size, patch
-    config = tiny_config(vision_config=vision)
+    config = tiny_config(vision={"image_size": size, "patch_size": patch})
     view = View.of(config, tiles, WIDE)
     assert view.coverage == side * patch / size
     for left, top in ((4, 3), (40, 18), (60, 25), (78, 32)):

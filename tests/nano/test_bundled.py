@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor
+from fusion_hf.hub.family import PAPER, REPOSITORY
 from fusion_hf.inference import nano_path
 from fusion_hf.nano.evaluate import accuracies, generate_answers
 from fusion_hf.nano.report import DRAWN, FIGURES, Figures, card_text, measure
@@ -41,7 +42,10 @@ def test_figures_are_as_required(figures: Figures) -> None:
 
 
 def test_the_card_states_the_figures(figures: Figures, model: FusionForConditionalGeneration) -> None:
-    assert (FOLDER / "README.md").read_text().endswith(card_text(figures, model.num_parameters()))
+    card = (FOLDER / "README.md").read_text()
+    assert card.endswith(card_text(figures, model.num_parameters()))
+    for address in (PAPER, REPOSITORY, "https://github.com/vzhou842/easy-VQA"):
+        assert f"]({address})" in card
 
 
 def test_it_answers_validation_questions(model: FusionForConditionalGeneration, processor: FusionProcessor) -> None:

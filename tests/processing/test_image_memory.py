@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers.hostile_images import ORIENTATION, PHOTOGRAPHS, encoded
+from tests.helpers.hostile_images import ORIENTATION, PHOTOGRAPHS
+from tests.helpers.image_files import encoded
 
 from fusion_hf.model.image_limits_fusion import DECODER_COSTS, MAX_DECODING_SECONDS, WEBP
 

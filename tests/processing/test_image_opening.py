@@ -23,12 +23,10 @@ from tests.helpers.hostile_images import (
     VALUE_SIZES,
     costly_files,
     directory,
-    encoded,
-    insert_chunks,
-    jpeg_of_many_scans,
     orientation_tag,
     with_exif,
 )
+from tests.helpers.image_files import encoded, insert_chunks, jpeg_of_many_scans
 
 from fusion_hf import FusionImageProcessor
 from fusion_hf.common.errors import InputError

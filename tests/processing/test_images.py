@@ -2,9 +2,7 @@
 
 import base64
 import io
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,8 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
-from tests.helpers.hostile_images import png_claiming
+from tests.helpers.http_server import HttpServer, Request, Response
+from tests.helpers.image_files import encoded, png_claiming
 
 from fusion_hf import FusionImageProcessor
 from fusion_hf.model import image_sources_fusion
@@ -30,12 +29,6 @@ def photo() -> Image.Image:
 
 def pixels(processor: FusionImageProcessor, image: object, **kwargs: object) -> torch.Tensor:
     return processor(image, return_tensors="pt", **kwargs).pixel_values
-
-
-def encoded(image: Image.Image, kind: str, **kwargs: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **kwargs)
-    return buffer.getvalue()
 
 
 def test_tiles_and_overview(processor: FusionImageProcessor, photo: Image.Image) -> None:
@@ -99,13 +92,13 @@ def test_extreme_sizes(processor: FusionImageProcessor, size: tuple[int, int]) -
 
 def test_a_decompression_bomb_is_refused_before_decoding(processor: FusionImageProcessor, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
-    bomb.write_bytes(png_claiming(12_000, 12_000))
+    bomb.write_bytes(png_claiming(12_000))
     with (
         pytest.warns(Image.DecompressionBombWarning),
         pytest.raises(ValueError, match=r"144000000 pixels; allowed: max"),
     ):
         pixels(processor, str(bomb))
-    bomb.write_bytes(png_claiming(50_000, 50_000))
+    bomb.write_bytes(png_claiming(50_000))
     with pytest.raises(ValueError, match=r"cannot be opened.*exceeds limit"):
         pixels(processor, str(bomb))
 
@@ -115,8 +108,12 @@ def test_the_limit_is_a_setting(processor: FusionImageProcessor, photo: Image.Im
         pixels(processor, photo, max_image_pixels=1000)
 
 
-@pytest.mark.parametrize("content", [b"", b"just text", png_claiming(20, 20)[:60]], ids=["empty", "text", "truncated"])
-def test_files_that_are_no_pictures(processor: FusionImageProcessor, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"just text", png_claiming(20, pixels=bytes(1000))[:60]],
+    ids=["empty", "text", "truncated"],
+)
+def test_files_that_are_no_images(processor: FusionImageProcessor, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot be (opened|decoded)"):
@@ -159,20 +156,15 @@ def test_a_missing_file(processor: FusionImageProcessor) -> None:
 def address(tmp_path: Path) -> Iterator[str]:
     """Where the files of `tmp_path` are served."""
 
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(tmp_path))
+    def respond(request: Request) -> Response:
+        path = tmp_path / request.path[1:]
+        return Response(path.read_bytes()) if path.is_file() else Response(status=404)
 
-        def log_message(self, *args: object) -> None:
-            """Be quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with HttpServer(respond) as server:
+        yield server.url
 
 
-def test_pictures_at_addresses(
+def test_images_at_addresses(
     processor: FusionImageProcessor,
     photo: Image.Image,
     tmp_path: Path,

@@ -260,11 +260,11 @@ def test_what_a_message_lacks_is_named_in_the_collator_too(
 @pytest.mark.parametrize(
     ("turns", "error"),
     [
-        ([{"from": "human"}], r"conversations\[0\].value must be a string, got None"),
-        ([{"from": "human", "value": 3}], r"conversations\[0\].value must be a string, got 3"),
-        ([{"value": "a"}], r"conversations\[0\] has a speaker None; allowed: human, gpt, system"),
-        (["a"], "conversations must be a list of turns"),
-        ({}, "conversations must be a list of turns"),
+        ([{"from": "human"}], r"conversations\[0\].value is null; allowed: a text"),
+        ([{"from": "human", "value": 3}], r"conversations\[0\].value is int; allowed: a text"),
+        ([{"value": "a"}], r"conversations\[0\] is from None; allowed: human, gpt, user, assistant, system"),
+        (["a"], "conversations is list; allowed: a list of objects"),
+        ({}, "conversations is dict; allowed: a list of objects"),
         ([{"from": "human", "value": "a"}] * 2, r"messages\[1\].role must be 'assistant'"),
         ([{"from": "gpt", "value": "a"}], r"messages\[0\].role must be 'user'"),
     ],
@@ -306,8 +306,11 @@ def test_parts_alone_say_what_is_missing(processor: FusionProcessor, loader: Any
         loader.from_pretrained(tmp_path, **known)
     found = loader.from_pretrained(tmp_path, **known, num_image_tokens=processor.num_image_tokens)
     assert found.chat_format == processor.chat_format and found.chat_template == processor.chat_template
-    with pytest.raises(ValueError, match="`num_image_tokens` is missing"):
-        FusionProcessor(found.image_processor, found.tokenizer)
+    made = FusionProcessor(found.image_processor, found.tokenizer)  # transformers' suite makes one like this
+    assert made.num_image_tokens is None
+    for call in (made, made.apply_chat_template):
+        with pytest.raises(ValueError, match="`num_image_tokens` is missing"):
+            call(text="<image>") if call is made else call([{"role": "user", "content": "what?"}])
 
 
 def test_a_tokenizer_by_itself_has_fusions_template(own_processor: FusionProcessor, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A server for all tests, with a stand-in for a host that has pictures, and the same model without a server."""
+"""A server for all tests, with a stand-in for a host that has images, and the same model without a server."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.helpers.serving import PictureHost, Server, run_server
+from tests.helpers.serving import ImageHost, Server, run_server
 
 from fusion_hf.inference import ChatModel, nano_path
 
@@ -18,17 +18,17 @@ def chat_model() -> ChatModel:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> Iterator[PictureHost]:
-    with PictureHost() as host:
+def image_host() -> Iterator[ImageHost]:
+    with ImageHost() as host:
         yield host
 
 
 @pytest.fixture(scope="session")
-def server(pictures: PictureHost) -> Iterator[Server]:
-    """May fetch pictures from the stand-in, and from hosts by these names if their addresses are public."""
+def server(image_host: ImageHost) -> Iterator[Server]:
+    """May fetch images from the stand-in, and from hosts by these names if their addresses are public."""
     names = ("127.0.0.1", "[::1]", "169.254.169.254", "10.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1")
     public = [word for name in names for word in ("--allow-image-host", name)]
-    with run_server("--allow-private-image-host", f"127.0.0.1:{pictures.port}", *public) as running:
+    with run_server("--allow-private-image-host", f"127.0.0.1:{image_host.port}", *public) as running:
         yield running
 
 

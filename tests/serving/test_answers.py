@@ -6,10 +6,10 @@ from pathlib import Path
 import openai
 import pytest
 from tests.helpers.serving import (
+    IMAGE_FILE,
     MODEL,
-    PICTURE,
     QUESTION,
-    PictureHost,
+    ImageHost,
     Server,
     ask,
     red_circle,
@@ -31,7 +31,7 @@ DRAWN = {"temperature": 2.0, "max_tokens": 40}
 def own_answer(chat_model: ChatModel, *turns: str, **settings: int) -> str:
     """The package's answer to a question about the red circle after questions and answers."""
     question, *rest = turns
-    messages = [question_message(question, chat_model.open_image(str(PICTURE)))]
+    messages = [question_message(question, chat_model.open_image(str(IMAGE_FILE)))]
     for index, text in enumerate(rest):
         messages.append({"role": "user" if index % 2 else "assistant", "content": text})
     return chat_model.answer(messages, MAX_TOKENS, **settings)
@@ -60,7 +60,7 @@ def test_query_len_counts(client: openai.OpenAI, chat_model: ChatModel):
 
 
 def test_usage(client: openai.OpenAI, chat_model: ChatModel):
-    inputs = chat_model.prepare([question_message(QUESTION, chat_model.open_image(str(PICTURE)))])
+    inputs = chat_model.prepare([question_message(QUESTION, chat_model.open_image(str(IMAGE_FILE)))])
     output = chat_model.generate(inputs, MAX_TOKENS)
     usage = ask(client, user(QUESTION, red_circle()), max_tokens=MAX_TOKENS).usage
     prompt = inputs["input_ids"].shape[1]
@@ -92,12 +92,12 @@ def test_text_only(client: openai.OpenAI, chat_model: ChatModel):
     assert developer.usage.prompt_tokens == reply.usage.prompt_tokens
 
 
-def test_picture_at_an_address(client: openai.OpenAI, chat_model: ChatModel, pictures: PictureHost):
+def test_image_at_an_address(client: openai.OpenAI, chat_model: ChatModel, image_host: ImageHost):
     expected = own_answer(chat_model, QUESTION)
-    for path in ("/red.png?size=1", "/redirect//red.png", f"/redirect/{pictures.url}/red.png"):
-        reply = ask(client, user(QUESTION, pictures.url + path), max_tokens=MAX_TOKENS)
+    for path in ("/red.png?size=1", "/redirect//red.png", f"/redirect/{image_host.url}/red.png"):
+        reply = ask(client, user(QUESTION, image_host.url + path), max_tokens=MAX_TOKENS)
         assert reply.choices[0].message.content == expected
-    assert "/red.png?size=1" in pictures.requested
+    assert "/red.png?size=1" in image_host.requested
 
 
 STREAMED = [{}, {"max_tokens": 1}, {**DRAWN, "seed": 1}, {**DRAWN, "seed": 2, "stop": ["e", "s"]}]

@@ -43,7 +43,7 @@ def test_wrong_numbers(arguments: list[str], part: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--api-key-env", "FUSION_NO_KEY"], "FUSION_NO_KEY, which holds no key"),
+        (["--api-key-env", "FUSION_NO_KEY"], "FUSION_NO_KEY, which --api-key-env names"),
         (["--api-key-env", "FUSION_ODD_KEY"], "printable ASCII"),
         (["--allow-image-host", "http://a"], "image host is 'http://a'"),
         (["--allow-private-image-host", "*"], "image host is '*'"),

@@ -1,4 +1,4 @@
-"""Where pictures are fetched from, and where not."""
+"""Where images are fetched from, and where not."""
 
 import asyncio
 import ipaddress
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.serving import PICTURE, PictureHost
+from tests.helpers.http_server import HERE, serve_connections
+from tests.helpers.serving import IMAGE_FILE, ImageHost
 
+from fusion_hf.common import image_fetching
 from fusion_hf.common.errors import InputError
-from fusion_hf.serving import image_fetching
+from fusion_hf.common.image_hosts import Host, HostPolicy, is_allowed
 from fusion_hf.serving.api_errors import ApiError
-from fusion_hf.serving.image_fetching import Host, HostPolicy, fetch_image, is_allowed
+from fusion_hf.serving.image_fetching import fetch_image
 from fusion_hf.serving.limits import Limits
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"
-HERE = "127.0.0.1"
 
 
 def get(url: str, public: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> bytes:
@@ -101,29 +102,29 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     return table
 
 
-def test_names_with_one_private_address(names: dict[str, list[str]], pictures: PictureHost):
+def test_names_with_one_private_address(names: dict[str, list[str]], image_host: ImageHost):
     names["mixed.test"] = ["8.8.8.8 127.0.0.1"]
     with pytest.raises(ApiError, match="not public"):
         get("http://mixed.test/red.png", ("mixed.test",))
     names["late.test"] = ["127.0.0.1"]
-    asked = len(pictures.requested)
+    asked = len(image_host.requested)
     with pytest.raises(ApiError, match="not public"):
-        get(f"http://late.test:{pictures.port}/red.png", (f"late.test:{pictures.port}",))
-    assert len(pictures.requested) == asked
+        get(f"http://late.test:{image_host.port}/red.png", (f"late.test:{image_host.port}",))
+    assert len(image_host.requested) == asked
 
 
-def test_a_name_is_resolved_once(names: dict[str, list[str]], pictures: PictureHost):
+def test_a_name_is_resolved_once(names: dict[str, list[str]], image_host: ImageHost):
     """The address that was checked is the one that is used, whatever the name means a moment later."""
-    host = f"rebound.test:{pictures.port}"
+    host = f"rebound.test:{image_host.port}"
     names["rebound.test"] = [HERE, "192.0.2.1"]
-    assert get(f"http://{host}/red.png", private=(host,)) == PICTURE.read_bytes()
+    assert get(f"http://{host}/red.png", private=(host,)) == IMAGE_FILE.read_bytes()
     assert names["rebound.test"] == ["192.0.2.1"]
 
 
-def test_environment_proxies_are_not_used(pictures: PictureHost, monkeypatch: pytest.MonkeyPatch):
+def test_environment_proxies_are_not_used(image_host: ImageHost, monkeypatch: pytest.MonkeyPatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert get(f"{pictures.url}/red.png", private=(f"{HERE}:{pictures.port}",)) == PICTURE.read_bytes()
+    assert get(f"{image_host.url}/red.png", private=(f"{HERE}:{image_host.port}",)) == IMAGE_FILE.read_bytes()
 
 
 def test_silent_hosts(monkeypatch: pytest.MonkeyPatch):
@@ -137,32 +138,28 @@ def test_silent_hosts(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_hosts_that_speak_no_http():
-    def answer(listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(2**16)
-            connection.sendall(b"SSH-2.0-OpenSSH\r\n" * 10)
+    def answer(connection: socket.socket, stop: threading.Event) -> None:
+        connection.recv(2**16)
+        connection.sendall(b"SSH-2.0-OpenSSH\r\n" * 10)
 
-    with socket.create_server((HERE, 0)) as listener:
-        thread = threading.Thread(target=answer, args=(listener,))
-        thread.start()
-        port = listener.getsockname()[1]
-        with pytest.raises(ApiError, match=r"cannot be fetched \(RemoteProtocolError\)"):
-            get(f"http://{HERE}:{port}/", private=(f"{HERE}:{port}",))
-        thread.join()
+    with (
+        serve_connections(answer) as port,
+        pytest.raises(ApiError, match=r"cannot be fetched \(RemoteProtocolError\)"),
+    ):
+        get(f"http://{HERE}:{port}/", private=(f"{HERE}:{port}",))
 
 
 def test_https(monkeypatch: pytest.MonkeyPatch):
     """The certificate has to be known, and to be that of the name in the address."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
-    with PictureHost(context) as host:
+    with ImageHost(context) as host:
         hosts = (f"localhost:{host.port}", f"{HERE}:{host.port}")
         url = f"https://localhost:{host.port}/red.png"
         with pytest.raises(ApiError, match="SSLCertVerificationError"):
             get(url, private=hosts)
         monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "cert.pem"))
-        assert get(url, private=hosts) == PICTURE.read_bytes()
+        assert get(url, private=hosts) == IMAGE_FILE.read_bytes()
         with pytest.raises(ApiError, match="SSLCertVerificationError"):
             get(f"https://{HERE}:{host.port}/red.png", private=hosts)
         assert host.requested == ["/red.png"]

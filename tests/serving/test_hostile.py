@@ -12,15 +12,15 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+from tests.helpers.image_files import encoded, png_claiming
 from tests.helpers.serving import (
+    IMAGE_FILE,
     MODEL,
-    PICTURE,
     QUESTION,
-    PictureHost,
+    ImageHost,
     Server,
     ask,
     data_uri,
-    png_of_claimed_size,
     red_circle,
     user,
 )
@@ -73,9 +73,7 @@ def refused(server: Server, *parts: str, status: int = 400, **changes: Any) -> d
 
 
 def png(side: int) -> bytes:
-    content = io.BytesIO()
-    Image.new("1", (side, side)).save(content, "PNG")
-    return content.getvalue()
+    return encoded(Image.new("1", (side, side)))
 
 
 # bodies
@@ -271,13 +269,13 @@ def test_many_turns(server: Server):
 
 @cache
 def broken_pictures() -> dict[str, bytes]:
-    whole = PICTURE.read_bytes()
+    whole = IMAGE_FILE.read_bytes()
     jpeg = io.BytesIO()
-    Image.open(PICTURE).convert("RGB").save(jpeg, "JPEG")
+    Image.open(IMAGE_FILE).convert("RGB").save(jpeg, "JPEG")
     return {
         "nothing": b"",
-        "claimed": png_of_claimed_size(BOMB_SIDE),
-        "zip_bomb": png_of_claimed_size(BOMB_SIDE, bytes(10 * MEGABYTE)),
+        "claimed": png_claiming(BOMB_SIDE),
+        "zip_bomb": png_claiming(BOMB_SIDE, pixels=bytes(10 * MEGABYTE)),
         "grey_bomb": png(GREY_BOMB_SIDE),
         "truncated": whole[: len(whole) // 2],
         "head": whole[:20],
@@ -339,8 +337,8 @@ def test_detail(server: Server):
 @pytest.mark.parametrize(
     "url",
     [
-        f"file://{PICTURE}",
-        str(PICTURE),
+        f"file://{IMAGE_FILE}",
+        str(IMAGE_FILE),
         "docs/assets/red_circle.png",
         "ftp://127.0.0.1/red.png",
         "gopher://127.0.0.1/_GET",
@@ -362,11 +360,11 @@ def test_no_addresses(server: Server, url: str):
     refused(server, "The image", messages=[user(QUESTION, url)])
 
 
-def test_unlisted_hosts(server: Server, pictures: PictureHost):
-    before = len(pictures.requested)
-    for host in ("example.com", "127.0.0.2", f"localhost:{pictures.port}", f"127.0.0.1.:{pictures.port}"):
+def test_unlisted_hosts(server: Server, image_host: ImageHost):
+    before = len(image_host.requested)
+    for host in ("example.com", "127.0.0.2", f"localhost:{image_host.port}", f"127.0.0.1.:{image_host.port}"):
         refused(server, "list of allowed image hosts", messages=[user(QUESTION, f"http://{host}/red.png")])
-    assert len(pictures.requested) == before
+    assert len(image_host.requested) == before
 
 
 PRIVATE = ("127.0.0.1", "[::1]", "169.254.169.254", "10.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1")
@@ -380,23 +378,23 @@ def test_listed_hosts_with_private_addresses(server: Server, host: str):
 
 
 @pytest.mark.parametrize("host", PRIVATE)
-def test_redirects_to_private_addresses(server: Server, host: str, pictures: PictureHost):
-    url = f"{pictures.url}/redirect/http://{host}/red.png"
+def test_redirects_to_private_addresses(server: Server, host: str, image_host: ImageHost):
+    url = f"{image_host.url}/redirect/http://{host}/red.png"
     refused(server, "an address that is not public", messages=[user(QUESTION, url)])
 
 
-def test_redirects_elsewhere(server: Server, pictures: PictureHost):
-    for target in (f"file://{PICTURE}", "ftp://127.0.0.1/", "gopher://127.0.0.1/"):
-        url = f"{pictures.url}/redirect/{target}"
+def test_redirects_elsewhere(server: Server, image_host: ImageHost):
+    for target in (f"file://{IMAGE_FILE}", "ftp://127.0.0.1/", "gopher://127.0.0.1/"):
+        url = f"{image_host.url}/redirect/{target}"
         refused(server, "http or https", messages=[user(QUESTION, url)])
-    url = f"{pictures.url}/redirect/http://localhost:{pictures.port}/red.png"
+    url = f"{image_host.url}/redirect/http://localhost:{image_host.port}/red.png"
     refused(server, "list of allowed image hosts", messages=[user(QUESTION, url)])
-    refused(server, "more than 3 times", messages=[user(QUESTION, f"{pictures.url}/again")])
+    refused(server, "more than 3 times", messages=[user(QUESTION, f"{image_host.url}/again")])
 
 
-def test_hosts_that_misbehave(server: Server, pictures: PictureHost):
+def test_hosts_that_misbehave(server: Server, image_host: ImageHost):
     before = server.rss()
-    refused(server, "too large", status=413, messages=[user(QUESTION, f"{pictures.url}/endless")])
-    refused(server, "answers 404", messages=[user(QUESTION, f"{pictures.url}/status/404")])
-    refused(server, "compressed", messages=[user(QUESTION, f"{pictures.url}/compressed")])
+    refused(server, "too large", status=413, messages=[user(QUESTION, f"{image_host.url}/endless")])
+    refused(server, "answers 404", messages=[user(QUESTION, f"{image_host.url}/status/404")])
+    refused(server, "compressed", messages=[user(QUESTION, f"{image_host.url}/compressed")])
     assert server.rss() - before < 100 * MEGABYTE

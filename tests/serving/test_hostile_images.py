@@ -14,7 +14,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
+from tests.helpers.costly_images import flat, one_bit_png
+from tests.helpers.image_files import jpeg_of_many_scans
 from tests.helpers.serving import (
     POLL_SECONDS,
     QUESTION,
@@ -110,7 +111,7 @@ def test_the_deadline_of_a_request_holds_while_its_image_is_decoded():
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_the_server_ends_while_images_are_decoded(number: signal.Signals, tmp_path: Path):
-    images = [costly(), data_uri(jpeg_of_many_scans(SIDE, 1_000_000))]
+    images = [costly(), data_uri(jpeg_of_many_scans(SIDE, size=1_000_000))]
     arguments = ("--max-image-seconds", 600, *COSTLY)
     with start_server(*arguments, errors=tmp_path / "errors") as (process, server):
         client = server.client()
@@ -157,7 +158,7 @@ def watch(server: Server, seen: dict[str, list[float]]) -> Iterator[None]:
 @pytest.mark.slow
 def test_200_requests_beside_hostile_images():
     """Also the record of what these cost: `pytest -rP` shows it."""
-    hostile = [jpeg_of_many_scans(SIDE, 170_000), flat("JPEG2000", SIDE), flat("WEBP", SIDE), one_bit_png(SIDE)]
+    hostile = [jpeg_of_many_scans(SIDE, size=170_000), flat("JPEG2000", SIDE), flat("WEBP", SIDE), one_bit_png(SIDE)]
     urls = list(map(data_uri, hostile))
     assert len(urls) == HOSTILE
     seen: dict[str, list[float]] = {"health": [], "server": [], "decoders": []}

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
-from tests.helpers.serving import PICTURE, POLL_SECONDS, STOP_SECONDS
+from tests.helpers.costly_images import flat, one_bit_png
+from tests.helpers.image_files import jpeg_of_many_scans
+from tests.helpers.serving import IMAGE_FILE, POLL_SECONDS, STOP_SECONDS
 
 from fusion_hf.model.image_opening_fusion import FORMATS, ORIENTATION_TAG
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
@@ -111,7 +112,7 @@ def refused(content: bytes, limits: Limits = ORDINARY) -> ApiError:
     async def work(workers: ImageWorkers) -> ApiError:
         with pytest.raises(ApiError) as error:
             await workers.cut_tiles(content)
-        assert (await workers.cut_tiles(PICTURE.read_bytes())).shape == (5, 3, 48, 48)
+        assert (await workers.cut_tiles(IMAGE_FILE.read_bytes())).shape == (5, 3, 48, 48)
         return error.value
 
     return run(work, limits)
@@ -135,7 +136,7 @@ def processor_seconds(pid: int) -> float:
 
 async def begin(workers: ImageWorkers, content: bytes) -> tuple[asyncio.Task[np.ndarray], int]:
     """An image that is being decoded, and the process that does it."""
-    await workers.cut_tiles(PICTURE.read_bytes())  # which has started by now
+    await workers.cut_tiles(IMAGE_FILE.read_bytes())  # which has started by now
     (pid,) = pids(workers)
     before = processor_seconds(pid)
     task = asyncio.create_task(workers.cut_tiles(content))
@@ -196,7 +197,7 @@ def test_images_that_cannot_be_used(content: bytes, part: str):
 
 
 @pytest.mark.parametrize(
-    "content", [one_bit_png(COSTLY_SIDE), flat("WEBP", 4096), jpeg_of_many_scans(2048, 100_000)],
+    "content", [one_bit_png(COSTLY_SIDE), flat("WEBP", 4096), jpeg_of_many_scans(2048, size=100_000)],
     ids=["png", "webp", "scans"],
 )  # fmt: skip
 def test_an_image_that_takes_long(content: bytes):
@@ -214,7 +215,7 @@ def test_an_image_that_needs_much_memory():
         with pytest.raises(ApiError, match=f"too much memory.*allowed: {64 * MEGABYTE} bytes") as error:
             await workers.cut_tiles(one_bit_png(5000))
         assert error.value.status == 400
-        assert (await workers.cut_tiles(PICTURE.read_bytes())).shape == (5, 3, 48, 48)
+        assert (await workers.cut_tiles(IMAGE_FILE.read_bytes())).shape == (5, 3, 48, 48)
 
     run(work)
 
@@ -237,7 +238,7 @@ def test_a_decoder_that_crashes_or_hangs(
         with pytest.raises(ApiError, match=part) as error:
             await task
         assert error.value.status == status
-        assert (await workers.cut_tiles(PICTURE.read_bytes())).shape == (5, 3, 48, 48)
+        assert (await workers.cut_tiles(IMAGE_FILE.read_bytes())).shape == (5, 3, 48, 48)
         await wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
     monkeypatch.setattr("fusion_hf.serving.image_workers.WAIT_SECONDS", 2.0)
@@ -246,11 +247,11 @@ def test_a_decoder_that_crashes_or_hangs(
 
 def test_a_process_that_died_meanwhile_is_replaced():
     async def work(workers: ImageWorkers) -> None:
-        await workers.cut_tiles(PICTURE.read_bytes())
+        await workers.cut_tiles(IMAGE_FILE.read_bytes())
         (pid,) = pids(workers)
         os.kill(pid, signal.SIGKILL)
         await wait_until(lambda: not pids(workers))
-        assert (await workers.cut_tiles(PICTURE.read_bytes())).shape == (5, 3, 48, 48)
+        assert (await workers.cut_tiles(IMAGE_FILE.read_bytes())).shape == (5, 3, 48, 48)
 
     run(work)
 
@@ -266,8 +267,8 @@ def test_nobody_waits_for_the_result():
         assert time.monotonic() - begun < 4 * GRACE_SECONDS
         await wait_until(lambda: len(workers._idle) == len(workers._workers))
         (successor,) = pids(workers)
-        await workers.cut_tiles(PICTURE.read_bytes())
-        task = asyncio.create_task(workers.cut_tiles(PICTURE.read_bytes()))
+        await workers.cut_tiles(IMAGE_FILE.read_bytes())
+        task = asyncio.create_task(workers.cut_tiles(IMAGE_FILE.read_bytes()))
         await asyncio.sleep(0)
         task.cancel()
         await wait_until(lambda: len(workers._idle) == len(workers._workers))
@@ -279,7 +280,7 @@ def test_nobody_waits_for_the_result():
 def test_there_are_few_processes_and_all_end():
     async def work() -> list[int]:
         async with running(make_processor(), FOREVER) as workers:
-            good = [workers.cut_tiles(PICTURE.read_bytes()) for _ in range(20)]
+            good = [workers.cut_tiles(IMAGE_FILE.read_bytes()) for _ in range(20)]
             assert len(await asyncio.gather(*good)) == 20
             used = pids(workers)
             assert 2 <= len(used) <= MAX_WORKERS
@@ -291,7 +292,7 @@ def test_there_are_few_processes_and_all_end():
             await workers.close()
             assert time.monotonic() - begun < 2 * GRACE_SECONDS
             with pytest.raises(ApiError, match="about to end"):
-                await workers.cut_tiles(PICTURE.read_bytes())
+                await workers.cut_tiles(IMAGE_FILE.read_bytes())
         return used
 
     for pid in asyncio.run(work()):
@@ -302,7 +303,7 @@ def test_a_process_is_small():
     """Without torch it starts within seconds, in some 80 MB."""
 
     async def work(workers: ImageWorkers) -> None:
-        await workers.cut_tiles(PICTURE.read_bytes())
+        await workers.cut_tiles(IMAGE_FILE.read_bytes())
         (pid,) = pids(workers)
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
         (resident,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from tests.helpers.serving import (
+    IMAGE_FILE,
     MODEL,
-    PICTURE,
     QUESTION,
     Server,
     ask,
@@ -185,7 +185,7 @@ class FirstToken(BaseStreamer):
 def seconds_without_server(chat_model: ChatModel) -> float:
     first = FirstToken()
     begin = time.perf_counter()
-    chat_model.answer([question_message(QUESTION, chat_model.open_image(str(PICTURE)))], 4, streamer=first)
+    chat_model.answer([question_message(QUESTION, chat_model.open_image(str(IMAGE_FILE)))], 4, streamer=first)
     return first.times[1] - begin
 
 

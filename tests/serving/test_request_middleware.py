@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.helpers.client_requests import read_recordings
-from tests.helpers.costly_images import flat, jpeg_of_many_scans, one_bit_png
-from tests.helpers.serving import PICTURE, QUESTION, PictureHost, data_uri, png_of_claimed_size, red_circle, user
+from tests.helpers.costly_images import flat, one_bit_png
+from tests.helpers.image_files import jpeg_of_many_scans, png_claiming
+from tests.helpers.serving import IMAGE_FILE, QUESTION, ImageHost, data_uri, red_circle, user
 
 from fusion_hf.serving.api_errors import CHAT
 from fusion_hf.serving.limits import Limits
@@ -46,8 +47,8 @@ def no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pictures() -> Iterator[PictureHost]:
-    with PictureHost() as host:
+def image_host() -> Iterator[ImageHost]:
+    with ImageHost() as host:
         yield host
 
 
@@ -103,12 +104,12 @@ def test_the_budget_goes_to_where_vllm_has_it():
     assert middleware.app.bodies[1]["mm_processor_kwargs"] == {"image_token_grid": 2}
 
 
-def test_addresses_become_data_uris_and_only_of_listed_hosts(pictures):
-    middleware = make_middleware(private_hosts=[f"127.0.0.1:{pictures.port}"])
-    assert ask(middleware, {"messages": [user(QUESTION, f"{pictures.url}/picture")]})[0] == 200
+def test_addresses_become_data_uris_and_only_of_listed_hosts(image_host):
+    middleware = make_middleware(private_hosts=[f"127.0.0.1:{image_host.port}"])
+    assert ask(middleware, {"messages": [user(QUESTION, f"{image_host.url}/picture")]})[0] == 200
     (part,) = (part for part in middleware.app.bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
-    assert part["image_url"]["url"] == data_uri(PICTURE.read_bytes())
-    status, reply = ask(make_middleware(), {"messages": [user(QUESTION, f"{pictures.url}/picture")]})
+    assert part["image_url"]["url"] == data_uri(IMAGE_FILE.read_bytes())
+    status, reply = ask(make_middleware(), {"messages": [user(QUESTION, f"{image_host.url}/picture")]})
     assert (status, reply["error"]["code"]) == (400, "image_not_allowed")
 
 
@@ -116,9 +117,9 @@ def text_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def test_neighbours_are_joined_and_the_same_image_counts_once(pictures):
-    middleware = make_middleware(private_hosts=[f"127.0.0.1:{pictures.port}"])
-    asked = user(QUESTION, f"{pictures.url}/one")
+def test_neighbours_are_joined_and_the_same_image_counts_once(image_host):
+    middleware = make_middleware(private_hosts=[f"127.0.0.1:{image_host.port}"])
+    asked = user(QUESTION, f"{image_host.url}/one")
     developer = {"role": "developer", "content": "Be short."}
     assert (
         ask(middleware, {"messages": [SYSTEM, developer, asked, asked, {**ANSWER, "content": None}, asked]})[0] == 200
@@ -128,7 +129,7 @@ def test_neighbours_are_joined_and_the_same_image_counts_once(pictures):
     texts = ["Be kind.\n\nBe short.", f"{QUESTION}\n\n{QUESTION}", "", QUESTION]
     assert [text_of(message) for message in messages] == texts
     assert json.dumps(messages).count('"image_url": {"url"') == 1
-    assert pictures.requested == ["/one"]
+    assert image_host.requested == ["/one"]
 
 
 def test_an_answer_is_continued_where_the_request_says_so():
@@ -172,14 +173,14 @@ def test_requests_of_clients_come_through(recording):
     assert turns == (["user", "assistant"] * len(turns))[: len(turns)]
 
 
-def test_pictures_are_counted_before_one_is_fetched(pictures):
-    middleware = make_middleware(private_hosts=[f"127.0.0.1:{pictures.port}"])
+def test_images_are_counted_before_one_is_fetched(image_host):
+    middleware = make_middleware(private_hosts=[f"127.0.0.1:{image_host.port}"])
     status, reply = ask(
-        middleware, {"messages": [user(QUESTION, f"{pictures.url}/{name}") for name in ("one", "two")]}
+        middleware, {"messages": [user(QUESTION, f"{image_host.url}/{name}") for name in ("one", "two")]}
     )
     assert status == 400
     assert "messages have 2 images; allowed: 1" in reply["error"]["message"]
-    assert pictures.requested == []
+    assert image_host.requested == []
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_request_gets_its_place_back():
@@ -216,7 +217,7 @@ def test_images_whose_decoders_keep_the_lock_become_png(kind: str):
 @pytest.mark.parametrize("name", ["png", "scans"])
 def test_images_that_take_long(name: str):
     middleware = make_middleware(limits=Limits(image_pixels=2**28, image_seconds=0.2))
-    file = one_bit_png(8000) if name == "png" else jpeg_of_many_scans(2048, 100_000)
+    file = one_bit_png(8000) if name == "png" else jpeg_of_many_scans(2048, size=100_000)
     status, reply = ask(middleware, {"messages": [user(QUESTION, data_uri(file))]})
     assert status == 400
     assert "allowed: 0.2 s" in reply["error"]["message"] or "scans" in reply["error"]["message"]
@@ -278,7 +279,7 @@ def test_slow_uploads_take_no_places_and_are_bounded_together():
 
 
 REFUSED = {
-    "pixels": (400, {"messages": [user(QUESTION, data_uri(png_of_claimed_size(6_000)))]}),
+    "pixels": (400, {"messages": [user(QUESTION, data_uri(png_claiming(6_000)))]}),
     "none of BMP, GIF": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),
     "too large": (413, {"messages": [user(QUESTION, data_uri(bytes(3_000)))]}),
     "list of allowed image hosts": (400, {"messages": [user(QUESTION, "http://169.254.169.254/latest")]}),

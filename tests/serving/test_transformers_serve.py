@@ -1,58 +1,28 @@
 """`transformers serve`, as a process of its own, gives FUSION's answer or an error, never another answer."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.helpers.chat_models import chat, encode, load_chat_model
+from tests.helpers.transformers_server import serve_transformers
 
 from fusion_hf import nano_path
 
 pytestmark = pytest.mark.synth  # its environment has transformers[serving]
-START_SECONDS, ANSWER_SECONDS = 120, 120
+ANSWER_SECONDS = 120
 QUESTION = "what color is the sky?"
 NEW_TOKENS = 8
 
 
-@contextmanager
-def serve(*arguments: str, log: Path) -> Iterator[tuple[subprocess.Popen, int]]:
-    """The process and its port, once it answers or has ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(log.parent / "modules")}
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while process.poll() is None and time.monotonic() < deadline:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.5)
-            yield process, port
-        finally:
-            process.kill()
-
-
-def ask(port: int, model: str) -> tuple[int, str]:
+def ask(url: str, model: str) -> tuple[int, str]:
     """Status and text of a chat completion."""
     messages = [{"role": "user", "content": QUESTION}]
     body = json.dumps({"model": model, "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}).encode()
-    url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
             return response.status, response.read().decode()
@@ -68,13 +38,13 @@ TRUSTED, BATCHED = "--trust-remote-code", "--continuous-batching"
 def test_an_answer_is_fusions_or_an_error(tmp_path: Path, options: tuple[str, ...], preloaded: bool) -> None:
     folder = Path(shutil.copytree(nano_path(), tmp_path / "model"))
     log = tmp_path / "log"
-    with serve(*options, *([str(folder)] if preloaded else []), log=log) as (process, port):
+    with serve_transformers(*options, *([str(folder)] if preloaded else []), log=log) as (process, url):
         if process.poll() is not None:  # it did not start, and says so
             assert process.returncode != 0
             said = log.read_text(encoding="utf-8")
             assert "FusionForConditionalGeneration" in said or "trust_remote_code" in said
             return
-        status, text = ask(port, str(folder))
+        status, text = ask(url, str(folder))
     if status == 200:
         model, processor = load_chat_model(folder)
         inputs = encode(processor, chat(QUESTION, image=None))

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from tests.synthesis.server import Payload, prompt_of
+from tests.helpers.openai_server import Payload, prompt_of
 
 COLORS = "red green blue yellow purple orange brown pink".split()
 THINGS = "ball kite lamp vase chair drum hat book".split()

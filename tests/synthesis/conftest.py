@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.helpers.openai_server import Scripted, serve
 from tests.synthesis.author import make_captions, write
-from tests.synthesis.server import Scripted, serve
 
 from fusion_hf.synthesis.run_config import SynthesisConfig, load_config
 

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.helpers.openai_server import Scripted
 from tests.synthesis.runs import all_bytes
-from tests.synthesis.server import Scripted
 
 from fusion_hf.cli import main
 from fusion_hf.cli.synthesize import progress_line

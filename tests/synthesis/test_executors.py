@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from datatrove.executor import RayPipelineExecutor
 from datatrove.pipeline.inference.servers import VLLMServer, vllm_server
+from tests.helpers.openai_server import Scripted
 from tests.synthesis.runs import all_bytes, check_complete
-from tests.synthesis.server import Scripted
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis.executors import make_executors
-from fusion_hf.synthesis.pipeline import make_stages, run
+from fusion_hf.synthesis.pipeline import StageBuilder, run
 from fusion_hf.synthesis.run_config import RunFolders, SynthesisConfig
 from fusion_hf.synthesis.run_report import finished_report
 
@@ -106,7 +106,7 @@ def test_a_failure_in_another_process_ends_the_run(server: Scripted, make_config
 def test_ray_is_given_the_same_stages(server: Scripted, config_of):
     executor = {"kind": "ray", "tasks": 4, "workers": 2, "options": {"cpus_per_task": 3}}
     config: SynthesisConfig = config_of(server, executor=executor | {"stages": {"images": {"gpus_per_task": 1}}})
-    executors = make_executors(config.executor, make_stages(config), RunFolders(config.output))
+    executors = make_executors(config.executor, StageBuilder(config).all(), RunFolders(config.output))
     assert all(isinstance(one, RayPipelineExecutor) for one in executors)
     assert [(one.tasks, one.workers, one.cpus_per_task) for one in executors[1:5]] == [(4, 2, 3)] * 4
     assert [one.gpus_per_task for one in executors] == [int(stage == "images") for stage in STAGES]
@@ -124,14 +124,14 @@ def test_ray_is_given_the_same_stages(server: Scripted, config_of):
 def test_wrong_options_are_named(changes: dict, message: str, server: Scripted, config_of):
     config = config_of(server, executor={"kind": "slurm", "tasks": 2, **changes})
     with pytest.raises(InputError, match=message):
-        make_executors(config.executor, make_stages(config), RunFolders(config.output))
+        make_executors(config.executor, StageBuilder(config).all(), RunFolders(config.output))
 
 
 # Takes vLLM's command line and serves what the tests' author writes, until it is stopped.
 VLLM = f"""#!{sys.executable}
 import sys, time
 from tests.synthesis.author import write
-from tests.synthesis.server import Scripted, serve
+from tests.helpers.openai_server import Scripted, serve
 with serve(Scripted(write), int(sys.argv[sys.argv.index("--port") + 1])):
     time.sleep({SECONDS})
 """

@@ -1,13 +1,13 @@
 """Pictures: what makes them, what is in their files, and what is refused."""
 
 import base64
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from tests.synthesis.server import Scripted
+from tests.helpers.image_files import encoded
+from tests.helpers.openai_server import Scripted
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.synthesis import image_generation
@@ -119,10 +119,8 @@ class Answering(EndpointGenerator):
         return await super()._generate(orders)
 
 
-def encoded(picture: Image.Image, kind: str = "PNG") -> str:
-    stream = BytesIO()
-    picture.save(stream, kind)
-    return base64.b64encode(stream.getvalue()).decode()
+def as_base64(image: Image.Image, kind: str = "PNG") -> str:
+    return base64.b64encode(encoded(image, kind)).decode()
 
 
 @pytest.mark.parametrize(
@@ -132,8 +130,8 @@ def encoded(picture: Image.Image, kind: str = "PNG") -> str:
         ({"data": []}, "no picture as b64_json"),
         ({"data": [{"b64_json": "%%%"}]}, "no picture as b64_json"),
         ({"data": [{"b64_json": base64.b64encode(b"GIF89a").decode()}]}, "cannot be decoded"),
-        ({"data": [{"b64_json": encoded(Image.new("1", (5000, 5000)))}]}, "5000 x 5000 = 25000000 pixels; allowed"),
-        ({"data": [{"b64_json": encoded(Image.new("RGB", (9, 9)))}]}, "one colour alone"),
+        ({"data": [{"b64_json": as_base64(Image.new("1", (5000, 5000)))}]}, "5000 x 5000 = 25000000 pixels; allowed"),
+        ({"data": [{"b64_json": as_base64(Image.new("RGB", (9, 9)))}]}, "one colour alone"),
     ],
 )
 def test_what_is_no_picture_is_rejected(answer: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

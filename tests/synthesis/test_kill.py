@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.helpers.openai_server import Scripted
 from tests.synthesis.runs import all_bytes, check_complete
-from tests.synthesis.server import Scripted
 
 RECORDS, CONCURRENCY = 60, 4
 KILLS = 20

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.helpers.openai_server import Scripted, draw_number, prompt_of
 from tests.synthesis import author
 from tests.synthesis.conftest import RECORDS
 from tests.synthesis.runs import all_bytes, check_complete, rejected, written
-from tests.synthesis.server import Scripted, draw_number, prompt_of
 from transformers import AutoProcessor
 
 from fusion_hf.common.errors import InputError

@@ -1,29 +1,22 @@
 """A real language model as the writer: SmolLM2 with 135 million parameters, served by transformers."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.openai_server import Scripted
+from tests.helpers.transformers_server import serve_transformers
 from tests.synthesis.runs import check_complete, rejected, written
-from tests.synthesis.server import Scripted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_hf.synthesis.pipeline import run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-START_SECONDS = 300
 RECORDS = 4
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -45,31 +38,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def address(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`transformers serve` with the model, once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(smollm2)]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen([*command, *options], env=ENVIRONMENT, stdout=stream, stderr=stream)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    pytest.fail(log.read_text()[-4000:])
+    with serve_transformers(str(smollm2), "--dtype", "float32", log=log, OMP_NUM_THREADS="1") as (process, url):
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield url
 
 
 @pytest.mark.synth

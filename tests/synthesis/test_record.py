@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from fusion_hf.data import record_parsing
 from fusion_hf.data.record_parsing import parse_record
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
-from fusion_hf.synthesis.synth_record import IMAGE_MARK, RecordTurn, Rejection, StepOrigin, SynthRecord
+from fusion_hf.synthesis.synth_record import RecordTurn, Rejection, StepOrigin, SynthRecord
 
 FULL = SynthRecord(
     id="SynthColor-7",
@@ -62,7 +63,7 @@ def test_training_record_is_what_training_reads():
     assert [message["role"] for message in record.messages] == ["user", "assistant", "user", "assistant"]
     assert record.messages[0]["content"].strip() == "What color is the bus?"
     assert record.messages[3]["content"] == "The road"
-    assert IMAGE_MARK == IMAGE_TOKEN
+    assert record_parsing.IMAGE_TOKEN == IMAGE_TOKEN
 
 
 def test_a_training_record_has_one_picture_and_a_turn():

@@ -139,7 +139,10 @@ REFUSED = {
         {"messages": [*asking("x", {"role": "assistant", "content": [{"type": "image", "image": IMAGE}]})]},
         "role 'assistant'; allowed: user",
     ),
-    "other fields": ({"images": [IMAGE], "prompt": asking("x")}, "neither messages nor conversations, but id, images"),
+    "other fields": (
+        {"images": [IMAGE], "prompt": asking("x")},
+        "neither conversations nor messages, texts, or prompt and completion; it has id, images",
+    ),
 }
 
 

@@ -6,15 +6,14 @@ import multiprocessing
 import os
 import pickle
 import re
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tests.helpers.broken_images import BROKEN as BROKEN_FILES
 from tests.helpers.broken_images import ODD
+from tests.helpers.image_files import png_claiming
 from tests.helpers.training_data import (
     NUM_RECORDS,
     add_member,
@@ -34,19 +33,6 @@ from fusion_hf.data.record_parsing import RecordProblem
 from fusion_hf.training import FusionDataCollator
 
 BROKEN = 2  # the record that is
-
-
-def png_that_claims(side: int) -> bytes:
-    """A few bytes that say they are a picture of side x side pixels."""
-    parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
-    chunks = [
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def talk(*turns: tuple[str, object]) -> list[dict]:
@@ -144,8 +130,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty.png").touch()
     (root / "text.png").write_text("no picture", encoding="utf-8")
     Image.new("RGB", (4, 4)).save(root / "script.eps")
-    (root / "large.png").write_bytes(png_that_claims(10_000))
-    (root / "bomb.png").write_bytes(png_that_claims(50_000))
+    (root / "large.png").write_bytes(png_claiming(10_000))
+    (root / "bomb.png").write_bytes(png_claiming(50_000))
     return root
 
 

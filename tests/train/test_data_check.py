@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tests.helpers.serving import ImageHost
 from tests.helpers.training_data import NUM_RECORDS, make_record, png, write_format, write_json, write_pictures
 
 from fusion_hf.cli import main
+from fusion_hf.data import check as check_module
 
 SECONDS = 300
 
@@ -100,6 +104,10 @@ def test_pictures_under_another_root(data: Path, tmp_path: Path, capsys: pytest.
         (["none.json"], "none.json does not exist"),
         (["good.json", "--data-root", "none"], "data_root: none is no folder"),
         (["good.json", "--images", "some"], "invalid choice: 'some'"),
+        (["good.json", "--on-truncated", "skip"], "invalid choice: 'skip'"),
+        (["good.json", "--max-image-pixels", "0"], "a whole number from 1"),
+        (["good.json", "--image-root", "none"], "image_roots: none is no folder"),
+        (["good.json", "--allow-image-host", "a/b"], "The image host is 'a/b'"),
         ([], "the following arguments are required: MIXTURE_OR_FILE"),
     ],
 )
@@ -120,3 +128,53 @@ def test_names_do_not_command_the_terminal(tmp_path: Path, capsys: pytest.Captur
     record = {"id": "\x1b[2J", "conversations": []}
     status, out, _ = check(capsys, tmp_path, write_json(tmp_path / "a.json", [record]))
     assert status == 1 and "\x1b" not in out and "empty conversation: 1" in out
+
+
+def test_a_sample_is_decoded_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    """And it is the same each time; whether images are there is looked up for all."""
+    records = write_pictures(tmp_path)
+    monkeypatch.setattr(check_module, "SAMPLE", 2)
+    for number in range(NUM_RECORDS):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(png(number)[:50])
+    file = write_json(tmp_path / "a.json", records)
+    status, out, _ = check(capsys, tmp_path, file)
+    assert status == 1 and "broken image: 2, first " in out
+    assert out.splitlines()[-1] == "decoded: 2 of 6 images; --images decode opens all"
+    assert check(capsys, tmp_path, file)[1] == out
+    (tmp_path / "pictures" / "6.png").unlink()
+    report = json.loads(check(capsys, tmp_path, file, "--json")[1])["entries"][0]
+    assert (report["decoded"], report["with_image"]) == (2, 6)
+    assert report["problems"]["counts"]["missing image"] == 1
+
+
+def test_a_sample_of_few_images_is_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    status, out, _ = check(capsys, tmp_path, write_format(tmp_path / "data", "json"))
+    assert status == 0 and out.splitlines()[-1] == "decoded: 6 of 6 images"
+
+
+def test_images_are_judged_by_the_keys_of_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    records = write_pictures(tmp_path)
+    stream = BytesIO()
+    Image.effect_noise((96, 64), 50).save(stream, "JPEG")
+    (tmp_path / "pictures" / "1.png").write_bytes(stream.getvalue()[:-500])
+    file = write_json(tmp_path / "a.json", records)
+    assert check(capsys, tmp_path, file)[0] == 1
+    assert check(capsys, tmp_path, file, "--on-truncated", "load")[0] == 0
+    status, out, _ = check(capsys, tmp_path, file, "--on-truncated", "load", "--max-image-pixels", 6143)
+    assert status == 1 and "96 x 64 = 6144 pixels; allowed: max_image_pixels = 6143" in out
+
+
+def test_images_of_further_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "data").mkdir()
+    records = write_pictures(tmp_path / "elsewhere")
+    for record in records:
+        if "image" in record:
+            record["image"] = str(tmp_path / "elsewhere" / record["image"])
+    with ImageHost() as host:
+        records[0]["image"] = f"{host.url}/red.png"
+        file = write_json(tmp_path / "data" / "a.json", records)
+        status, out, _ = check(capsys, tmp_path, file)
+        assert status == 1 and "path escape: 5, first" in out and "remote image: 1, first" in out
+        allowed = ["--image-root", tmp_path / "elsewhere", "--allow-private-image-host", f"127.0.0.1:{host.port}"]
+        assert check(capsys, tmp_path, file, *allowed, "--images", "exist")[0] == 0 and host.requested == []
+        assert check(capsys, tmp_path, file, *allowed)[0] == 0 and host.requested == ["/red.png"]

@@ -21,7 +21,7 @@ from fusion_hf.training.recipe import load_recipe
 from fusion_hf.training.sampler import StepLayout, StepSampler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
+LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
 SECONDS = 600  # a hung launch fails its test
 RELATIVE = 1e-5  # of losses
 ABSOLUTE = 1e-5  # of weights
@@ -89,12 +89,14 @@ def assert_same(run: Run, expected: Run, since: int = 0) -> None:
 def test_accelerate_reads_the_launch_configs(name: str):
     config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
     assert config.mixed_precision == "no"  # the recipe's business
-    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    assert config.distributed_type == expected[name]
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == expected.get(name, "DEEPSPEED")
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
     if name.startswith("zero"):
-        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+        assert config.deepspeed_config["zero_stage"] == int(name.removeprefix("zero")[0])
+        place = "cpu" if name.endswith("offload") else "none"
+        assert {config.deepspeed_config[f"offload_{what}_device"] for what in ("optimizer", "param")} == {place}
 
 
 def test_the_launch_configs_have_no_unknown_options():
@@ -195,7 +197,7 @@ def test_fsdp2_goes_on_from_its_checkpoint(state: str, tmp_path: Path, model: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
+@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload"])
 def test_zero_in_two_processes_is_one_process(config: str, tmp_path: Path, model: Path, records: Path):
     pytest.importorskip("deepspeed")
     one, two = (make(tmp_path / name, model, records) for name in ("one", "two"))

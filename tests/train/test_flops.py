@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusion_hf import FusionConfig
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
-from fusion_hf.training.parameter_groups import PARTS, freeze_except
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PARTS, freeze_except
 
 SAMPLES = [Sample([5, 3], [4, 6], seed=1), Sample([9], [2], seed=2), Sample([4], [3], seed=3)]
 # rounding of tiny products; a part that is missed or counted twice is several times as much
@@ -99,7 +99,7 @@ def test_fusion_3b_per_sample_is_near_the_rule_of_thumb():
 def test_adapters_send_gradients_through_the_language_model():
     config, shape = tiny_config(), BatchShape(1, 40, 4, 1, 4)
     frozen = step_flops(config, shape, ())
-    adapted = step_flops(config, shape, (), lora=True)
+    adapted = step_flops(config, shape, (), adapted=(LANGUAGE_MODEL,))
     assert frozen.training == frozen.forward
     layers = frozen.by_part["language_model"]
     assert frozen.forward + layers < adapted.training < frozen.forward + 2 * layers + 2 * frozen.by_part["samplers"]

@@ -119,9 +119,92 @@ def test_injected_layers_are_the_targets(model_folder: Path, tmp_path: Path) -> 
     assert injected == {PREFIX + name for name in names}
 
 
-def test_language_model_must_train(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="LoRA trains the language_model"):
-        add_lora(load_base(model_folder), make_arguments(tmp_path, train=[PROJECTORS]))
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [
+        ({"train": [PROJECTORS]}, "LoRA trains the language_model"),
+        ({"train": [PROJECTORS], "lora_parts": [SAMPLERS]}, "LoRA trains the samplers"),
+        ({"train": [LANGUAGE_MODEL, SAMPLERS], "lora_parts": [SAMPLERS]}, "train has language_model"),
+        ({"lora_parts": ["tower"]}, "lora_parts is 'tower'; allowed: vision_tower"),
+        ({"lora_parts": []}, "lora_parts is empty"),
+        ({"lora_rank": 0, "lora_parts": [SAMPLERS]}, "lora_parts is .* lora_rank is 0"),
+        ({"lora_rank": 0, "lora_dora": True}, "lora_dora is True, but lora_rank is 0"),
+        ({"lora_rank": 0, "lora_rslora": True}, "lora_rslora is True, but lora_rank is 0"),
+        ({"lora_rank": 0, "lora_bias": "all"}, "lora_bias is 'all', but lora_rank is 0"),
+        ({"lora_bias": "some"}, "lora_bias is 'some'; allowed: none, lora_only, all"),
+        ({"lora_rank": 0, "load_in_8bit": True}, "load_in_8bit is true, but lora_rank is 0"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "allowed: one of them"),
+    ],
+)
+def test_keys_that_contradict_each_other(tmp_path: Path, keys: dict[str, Any], error: str) -> None:
+    with pytest.raises(InputError, match=error):
+        make_arguments(tmp_path, **keys)
+
+
+# ---- which parts get LoRA, and of which kind ----
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all parts": {"lora_parts": list(PARTS)},
+    "tower and samplers": {"lora_parts": [VISION_TOWER, SAMPLERS]},
+    "projectors, beside a whole tower": {"lora_parts": [PROJECTORS], "train": [PROJECTORS, VISION_TOWER]},
+    "some layers of two parts": {"lora_parts": [VISION_TOWER, LANGUAGE_MODEL], "lora_targets": ["fc1", "q_proj"]},
+    "DoRA": {"lora_dora": True, "lora_parts": list(PARTS)},
+    "rsLoRA": {"lora_rslora": True},
+    "biases of layers with LoRA": {"lora_bias": "lora_only", "lora_parts": [VISION_TOWER, LANGUAGE_MODEL]},
+    "all biases": {"lora_bias": "all", "lora_parts": [VISION_TOWER, LANGUAGE_MODEL]},
+    "all, with activation checkpoints": {"lora_parts": list(PARTS), "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_train_save_reload_and_merge(name: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    run = Run.make(tmp_path / "run", model_folder, data, **KEYS, **VARIANTS[name], save_strategy="no")
+    arguments = recipe.make_arguments(recipe.load_recipe(run.recipe), 1)
+    processor, model = load_start(arguments)
+    trained = [part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert set(trained) == set(arguments.train)
+    trainer = make_trainer(model, processor, arguments)
+    trainer.train()
+    trainer.save_model(str(run.output))
+    expected = logits(model.eval(), model_folder)
+    base = load_base(model_folder)
+    assert not torch.equal(expected, logits(base, model_folder))
+    _check_what_changed(model, base, arguments)
+    loaded = load_adapter(load_base(model_folder), run.output)
+    weights = dict(loaded.named_parameters())
+    assert all(torch.equal(weights.pop(name), parameter) for name, parameter in model.named_parameters())
+    assert weights == {}
+    # the last bit of a product may depend on where in the memory its sides lie
+    torch.testing.assert_close(logits(loaded, model_folder), expected, rtol=1e-6, atol=1e-6)
+    assert main(["merge", str(run.output), "--output", str(tmp_path / "merged")]) == 0
+    torch.testing.assert_close(
+        logits(load_base(tmp_path / "merged"), tmp_path / "merged"), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def _check_what_changed(adapted: torch.nn.Module, base: torch.nn.Module, arguments: FusionTrainingArguments) -> None:
+    """Every layer that got LoRA has learned, in the parts that were to get it; frozen weights are as they were."""
+    last = f".layers.{base.config.text_config.num_hidden_layers - 1}.vision_sampler."  # which nothing reads
+    ups = {name: parameter for name, parameter in adapted.named_parameters() if ".lora_B." in name}
+    assert {part_of(name) for name in ups} == set(arguments.adapted_parts)
+    assert all((parameter.abs().max() > 0) == (last not in name) for name, parameter in ups.items())
+    before = base.state_dict()
+    for name, parameter in adapted.named_parameters():
+        plain = name.removeprefix(PREFIX).replace(".base_layer", "")
+        if plain in before and not parameter.requires_grad:
+            assert torch.equal(parameter, before[plain]), name
+    biases = [
+        name
+        for name, parameter in adapted.named_parameters()
+        if name.endswith("bias") and ".lora_" not in name and parameter.requires_grad and "modules_to_save" not in name
+    ]
+    assert bool(biases) == (arguments.lora_bias != "none")
+    assert all(".base_layer." in name for name in biases) or arguments.lora_bias == "all"
+
+
+def test_default_train_follows_the_parts(tmp_path: Path) -> None:
+    assert make_arguments(tmp_path, lora_parts=[VISION_TOWER]).train == [VISION_TOWER, PROJECTORS, SAMPLERS]
+    assert make_arguments(tmp_path, lora_parts=[LANGUAGE_MODEL]).train == [PROJECTORS, SAMPLERS, LANGUAGE_MODEL]
 
 
 def test_frozen_stay_and_trained_change(trained: Run, model_folder: Path) -> None:
@@ -228,7 +311,7 @@ def test_merged_folder_answers_as_base_and_adapter(trained: Run, model_folder: P
     expected = logits(load_adapter(load_base(model_folder), trained.output), model_folder)
     torch.testing.assert_close(logits(load_base(merged), merged), expected, rtol=1e-6, atol=1e-6)
     whole = {path.name for path in model_folder.iterdir()}
-    assert {path.name for path in merged.iterdir()} == whole
+    assert {path.name for path in merged.iterdir()} == {*whole, "README.md"}
     with (
         safe_open(merged / "model.safetensors", framework="pt") as file,
         safe_open(model_folder / "model.safetensors", framework="pt") as base,
@@ -302,7 +385,9 @@ def test_wrong_keys_are_errors(model_folder: Path, adapter: Path, key: str, chan
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": "yes"}, "use_dora"),
+        ({"use_dora": True}, "keys are missing"),  # it was trained without
+        ({"bias": "some"}, "bias is 'some'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"from_the_future": 1}, "from_the_future"),
@@ -348,7 +433,8 @@ def test_quantized_are_the_layers_that_get_adapters(model_folder: Path) -> None:
     assert [name for name in linear if should_convert_module(name, NOT_QUANTIZED)] == find_targets(base)
 
 
-def test_missing_bitsandbytes_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_missing_bitsandbytes_names_the_extra(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"fusion_hf\[quant\]"):
-        quantization_config(make_arguments(tmp_path, load_in_4bit=True))
+    with pytest.raises(InputError, match=rf"{key} needs bitsandbytes.*fusion_hf\[quant\]"):
+        quantization_config(make_arguments(tmp_path, **{key: True}))

@@ -8,9 +8,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from tests.transformers_suites.model_tester import IMAGE_SIZE, TILES
 from tests.transformers_suites.not_applicable import NotApplicable
 from tests.transformers_suites.suites import load, mixin
-from tests.transformers_suites.tiny import IMAGE_SIZE, TILES
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from fusion_hf import FusionImageProcessor

@@ -6,16 +6,26 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tests.transformers_suites.model_tester import (
+    BEHIND_VOCAB,
+    SMALL_IDS,
+    FusionModelTester,
+    suite_config,
+    suite_inputs,
+)
 from tests.transformers_suites.not_applicable import NOT_APPLICABLE, NotApplicable
 from tests.transformers_suites.suites import load, mixin
-from tests.transformers_suites.tiny import BEHIND_VOCAB, SMALL_IDS, FusionModelTester, tiny_config, tiny_inputs
 from transformers.models.auto import modeling_auto
 
 from fusion_hf import FusionConfig, FusionForConditionalGeneration, FusionModel
 from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # one of the suite's tests gives the older name, and looks for the warning
+    pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning"),
+]
 
 # Placeholders lie behind the vocabulary, so they have no embedding that could be given in place of their ids.
 TEXT_ONLY = ("test_inputs_embeds", "test_inputs_embeds_matches_input_ids")
@@ -74,8 +84,8 @@ def gradients(model: FusionForConditionalGeneration, inputs: dict[str, torch.Ten
 def test_checkpointing_keeps_gradients(backbone: str, use_reentrant: bool) -> None:
     """In place of the suite's tests of checkpointing, and stricter: they compare only which gradients are not zero."""
     torch.manual_seed(0)
-    model = FusionForConditionalGeneration(tiny_config(backbone, sampler_layers=[0, 1])).train()
-    inputs = tiny_inputs(batch_size=2, turns=2, answer=3)
+    model = FusionForConditionalGeneration(suite_config(backbone, sampler_layers=[0, 1])).train()
+    inputs = suite_inputs(batch_size=2, turns=2, answer=3)
     expected = gradients(model, inputs)
     enable_checkpointing(model, use_reentrant)
     calls = []

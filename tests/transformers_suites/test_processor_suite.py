@@ -8,9 +8,9 @@ import pytest
 import transformers
 from packaging.version import Version
 from PIL import Image
+from tests.transformers_suites.model_tester import byte_tokenizer, suite_image_processor
 from tests.transformers_suites.not_applicable import NotApplicable
 from tests.transformers_suites.suites import mixin
-from tests.transformers_suites.tiny import tiny_image_processor, tiny_tokenizer
 
 from fusion_hf import FusionImageProcessor, FusionProcessor
 
@@ -23,11 +23,11 @@ class ProcessorTest(NotApplicable, mixin("test_processing_common", "ProcessorTes
 
     @classmethod
     def _setup_tokenizer(cls) -> Any:
-        return tiny_tokenizer()
+        return byte_tokenizer()
 
     @classmethod
     def _setup_image_processor(cls) -> FusionImageProcessor:
-        return tiny_image_processor()
+        return suite_image_processor()
 
     @staticmethod
     def prepare_processor_dict() -> dict[str, Any]:
@@ -37,7 +37,7 @@ class ProcessorTest(NotApplicable, mixin("test_processing_common", "ProcessorTes
 def test_processor_files_survive_loading(tmp_path: Path) -> None:
     """In place of the suite's comparison of processors, one of what they save."""
     first, second = tmp_path / "first", tmp_path / "second"
-    saved = FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES)
+    saved = FusionProcessor(suite_image_processor(), byte_tokenizer(), **PROCESSOR_VALUES)
     saved.save_pretrained(first)
     loaded = FusionProcessor.from_pretrained(first)
     assert vars(saved).keys() - vars(loaded).keys() == {"auto_map"}  # what the suite's test stumbles over
@@ -50,7 +50,7 @@ def test_processor_files_survive_loading(tmp_path: Path) -> None:
 
 def test_image_tokens_of_a_batch_are_counted_without_it() -> None:
     """In place of the suite's count, which goes on to two pictures in a prompt."""
-    processor = FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES)
+    processor = FusionProcessor(suite_image_processor(), byte_tokenizer(), **PROCESSOR_VALUES)
     sizes = [(100, 100), (300, 100), (500, 30), (213, 167)]  # height, width
     inputs = processor(
         [Image.new("RGB", (width, height)) for height, width in sizes],
@@ -69,7 +69,7 @@ def test_image_tokens_of_a_batch_are_counted_without_it() -> None:
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_assistant_mask_of_a_conversation_with_a_picture(padding_side: str) -> None:
     """In place of the suite's conversations of three pictures."""
-    processor = FusionProcessor(tiny_image_processor(), tiny_tokenizer(), **PROCESSOR_VALUES)
+    processor = FusionProcessor(suite_image_processor(), byte_tokenizer(), **PROCESSOR_VALUES)
     picture = {"type": "image", "image": Image.new("RGB", (30, 20))}
     later = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "it is"}]
     question = {"role": "user", "content": [picture, {"type": "text", "text": "what?"}]}

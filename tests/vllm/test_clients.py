@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 from tests.evaluation.runs import LIMIT, by_question, figures, finish, record_of
+from tests.helpers.openai_server import Scripted, serve
 from tests.helpers.serving import MODEL, Server, run_server
 from tests.synthesis.author import make_captions, write
 from tests.synthesis.runs import rejected
-from tests.synthesis.server import Scripted, serve
 
 pytestmark = pytest.mark.vllm
 ENGINE = ("--engine", "vllm", "--device", "auto", "--dtype", "float32")

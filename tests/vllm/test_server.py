@@ -10,22 +10,22 @@ import openai
 import pytest
 from PIL import Image
 from tests.helpers.client_requests import answer_to, read_recordings
+from tests.helpers.image_files import encoded, png_claiming
 from tests.helpers.serving import (
+    IMAGE_FILE,
     MODEL,
-    PICTURE,
     QUESTION,
-    PictureHost,
+    ImageHost,
     Server,
     ask,
     data_uri,
-    png_of_claimed_size,
     red_circle,
     run_server,
     start_server,
     stream_text,
     user,
 )
-from tests.helpers.vllm_models import CASES, Case, Reference, picture, png_bytes, write_random_model
+from tests.helpers.vllm_models import CASES, Case, Reference, draw_image, write_random_model
 
 from fusion_hf import FusionConfig, nano_path
 from fusion_hf.inference import ChatModel, question_message
@@ -46,7 +46,7 @@ def messages_of(case: Case) -> list[dict[str, Any]]:
         content = message["content"]
         if not isinstance(content, str):
             content = [
-                {"type": "image_url", "image_url": {"url": data_uri(png_bytes(picture(str(case.color))))}}
+                {"type": "image_url", "image_url": {"url": data_uri(encoded(draw_image(str(case.color))))}}
                 if part["type"] == "image"
                 else part
                 for part in content
@@ -85,15 +85,15 @@ def test_log_probabilities_of_every_prompt_at_once(random_model):
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[PictureHost]:
-    with PictureHost() as host:
+def image_host() -> Iterator[ImageHost]:
+    with ImageHost() as host:
         yield host
 
 
 @pytest.fixture(scope="module")
-def server(pictures: PictureHost) -> Iterator[Server]:
+def server(image_host: ImageHost) -> Iterator[Server]:
     with run_server(
-        *ENGINE, "--allow-private-image-host", f"127.0.0.1:{pictures.port}", "--max-prompt-tokens", "600", **SETTINGS
+        *ENGINE, "--allow-private-image-host", f"127.0.0.1:{image_host.port}", "--max-prompt-tokens", "600", **SETTINGS
     ) as running:
         yield running
 
@@ -108,7 +108,7 @@ def test_answers_are_those_of_the_transformers_model(client):
     conversation = [user(QUESTION, red_circle()), {"role": "assistant", "content": "red"}, user("what shape is it?")]
     for query_len in (4, 16):
         reply = ask(client, conversation[0], extra_body={"query_len": query_len})
-        expected = chat_model.answer([question_message(QUESTION, Image.open(PICTURE))], MAX_NEW_TOKENS, query_len)
+        expected = chat_model.answer([question_message(QUESTION, Image.open(IMAGE_FILE))], MAX_NEW_TOKENS, query_len)
         assert reply.choices[0].message.content == expected
     whole = ask(client, *conversation).choices[0].message.content
     assert whole == stream_text(ask(client, *conversation, stream=True))
@@ -145,8 +145,8 @@ def test_an_answer_is_continued(client):
     assert reply.choices[0].finish_reason == "stop"
 
 
-def test_a_picture_of_an_allowed_host(client, pictures):
-    assert ask(client, user(QUESTION, f"{pictures.url}/picture")).choices[0].message.content == "red"
+def test_an_image_of_an_allowed_host(client, image_host):
+    assert ask(client, user(QUESTION, f"{image_host.url}/picture")).choices[0].message.content == "red"
 
 
 def test_models_and_health(server, client):
@@ -155,14 +155,14 @@ def test_models_and_health(server, client):
     assert re.match(rb"HTTP/1.1 404", server.send(b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"))
 
 
-def hostile(pictures: PictureHost) -> dict[str, dict[str, Any]]:
+def hostile(image_host: ImageHost) -> dict[str, dict[str, Any]]:
     """Requests by what is said of them."""
-    elsewhere = f"http://127.0.0.1:{pictures.port + 1}/picture"
+    elsewhere = f"http://127.0.0.1:{image_host.port + 1}/picture"
     return {
-        "not on this server's list": {"messages": [user(QUESTION, elsewhere)]},
+        "not on the list": {"messages": [user(QUESTION, elsewhere)]},
         "allowed: a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
-        "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_of_claimed_size(20_000)))]},
-        "truncated": {"messages": [user(QUESTION, data_uri(PICTURE.read_bytes()[:300]))]},
+        "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_claiming(20_000)))]},
+        "truncated": {"messages": [user(QUESTION, data_uri(IMAGE_FILE.read_bytes()[:300]))]},
         "it is none of": {"messages": [user(QUESTION, data_uri(b"no picture"))]},
         "tokens; allowed": {"messages": [user("word " * 5_000)]},
         "query_len is 9; allowed: 4, 16": {"messages": [user(QUESTION, red_circle())], "query_len": 9},
@@ -183,8 +183,8 @@ def post_head(length: int) -> bytes:
     return "\r\n".join((*lines, "", "")).encode()
 
 
-def test_hostile_requests_are_refused_and_the_server_lives(server, client, pictures):
-    for reason, content in hostile(pictures).items():
+def test_hostile_requests_are_refused_and_the_server_lives(server, client, image_host):
+    for reason, content in hostile(image_host).items():
         with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
             client.chat.completions.create(model=MODEL, messages=content.pop("messages"), extra_body=content)
     # ids of a prompt that was never whole: they would stop the engine, which thinks that they came in pieces

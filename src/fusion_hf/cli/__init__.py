@@ -7,12 +7,15 @@ from typing import Any
 from fusion_hf import __version__
 from fusion_hf.cli import (
     ask,
+    cache,
     chat,
+    compare,
     convert,
     data,
     demo,
     evaluate,
     export,
+    init_recipe,
     maps,
     merge,
     plan,
@@ -32,6 +35,7 @@ COMMANDS: Mapping[str, Any] = {
     "chat": chat,
     "maps": maps,
     "demo": demo,
+    "init-recipe": init_recipe,
     "train": train,
     "plan": plan,
     "merge": merge,
@@ -39,15 +43,17 @@ COMMANDS: Mapping[str, Any] = {
     "push": push,
     "export": export,
     "evaluate": evaluate,
+    "compare": compare,
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
     "verify": verify,
+    "cache": cache,
 }
 
 
 def make_parser() -> Parser:
-    """The command line of `fusion-hf`."""
+    """Make the command line of `fusion-hf`."""
     parser = Parser(
         prog="fusion-hf", description="FUSION vision-language models: ask, chat, serve, train, evaluate, convert."
     )

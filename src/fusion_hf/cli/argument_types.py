@@ -1,69 +1,65 @@
 """Types of arguments; imports nothing heavy."""
 
-import argparse
 import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 
 from fusion_hf.common.user_values import DTYPE_NAMES, is_square
 
 AUTO = "auto"
 DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)
+LARGEST_PORT = 2**16 - 1
 
 
-def positive(text: str) -> int:
-    """A whole number from 1.
+def wrong_argument(text: str, allowed: str) -> ArgumentTypeError:
+    """Make the error of an argument that is not allowed."""
+    return ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
 
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
-    return int(text)
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Make a type of whole numbers from `least` to `most`."""
+    allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            raise wrong_argument(text, allowed)
+        return int(text)
+
+    return parse
+
+
+positive = whole_number(1)
 
 
 def square(text: str) -> int:
-    """A perfect square.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
+    """Read a perfect square; the error of anything else says so."""
     number = int(text) if text.isdecimal() else 0
     if not is_square(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a perfect square (1, 4, 9, 16, ...)")
+        raise wrong_argument(text, "a perfect square (1, 4, 9, 16, ...)")
     return number
 
 
 def tolerance(text: str) -> float:
-    """A number from 0 to below 1.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
+    """Read a number from 0 to below 1."""
     try:
         number = float(text)
     except ValueError:
         number = -1.0
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a number from 0 to below 1")
+        raise wrong_argument(text, "a number from 0 to below 1")
     return number
 
 
 def device(text: str) -> str:
-    """A device of torch by its name; whether this machine has it, torch knows.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
+    """Read the name of a device of torch; whether this machine has it, torch knows."""
     if not DEVICE.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: auto, cpu, cuda, cuda:1, mps")
+        raise wrong_argument(text, "auto, cpu, cuda, cuda:1, mps")
     return text
 
 
 def dtype(text: str) -> str:
-    """A type of weights by its name.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
-    if text not in (AUTO, *DTYPE_NAMES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {', '.join((AUTO, *DTYPE_NAMES))}")
+    """Read the name of a type of weights."""
+    names = (AUTO, *DTYPE_NAMES)
+    if text not in names:
+        raise wrong_argument(text, ", ".join(names))
     return text

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
+from fusion_hf.inference.answer_file import ANSWERS, OUTPUT_FORMATS
 
 
 class InsteadOf(argparse.Action):
@@ -41,9 +42,18 @@ def add_parser(commands: Any) -> None:
         action=InsteadOf,
         others=(images, question),
         metavar="JSONL",
-        help='instead of both, a file with a record per line: {"question", "image" (optional), "id" (optional)}',
+        help='instead of both, a file with a record per line: {"question", "image" (optional), "id" (optional)}, '
+        "or LLaVA's question.jsonl",
     )
     parser.add_argument("--output", metavar="JSONL", help='with --input: a new file for {"id", "answer" or "error"}')
+    parser.add_argument(
+        "--output-format",
+        choices=OUTPUT_FORMATS,
+        help="with --input: llava for the lines of LLaVA's answers.jsonl; default: answers",
+    )
+    parser.add_argument(
+        "--image-root", metavar="DIR", help="with --input: folder of the images; default: that of the file"
+    )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="with --input: questions answered together; default: 8"
     )
@@ -74,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.inference.conversation import Conversation
 
     chat_model = load_chat_model(arguments)
-    settings = _settings(arguments)
+    settings = answer_settings(arguments)
     if len(arguments.images) == len(questions) == 1:
         conversation = Conversation(chat_model, chat_model.open_image(arguments.images[0]), **settings)
         conversation.ask(arguments.question, AnswerStreamer(chat_model.processor.tokenizer))
@@ -96,15 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What an answer depends on beside the model."""
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "query_len", "image_token_grid")}
-
-
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse, with an InputError, what does not go together."""
     if arguments.input is None:
-        for name, value in (("--output", arguments.output), ("--batch-size", arguments.batch_size)):
+        for name in ("--output", "--output-format", "--image-root", "--batch-size"):
+            value = getattr(arguments, name.removeprefix("--").replace("-", "_"))
             if value is not None:
                 raise InputError(f"{name} is {value}; allowed only with --input.")
         return
@@ -114,6 +120,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise InputError(f"--also is {arguments.also[0]!r}; allowed only without --input.")
     if arguments.output is None:
         raise InputError("--output is not given; allowed with --input: a new file for the answers.")
+    if arguments.image_root is not None and not Path(arguments.image_root).is_dir():
+        raise InputError(f"--image-root is {arguments.image_root}; allowed: a folder of images.")
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
@@ -137,7 +145,9 @@ def _answer_file(arguments: argparse.Namespace) -> int:
         batch_size=BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
         device=arguments.device,
         dtype=arguments.dtype,
-        **_settings(arguments),
+        image_root=arguments.image_root,
+        output_format=arguments.output_format or ANSWERS,
+        **answer_settings(arguments),
     )
     errors = sum("error" in result for result in results)
     sys.stdout.write(f"{arguments.output}: {len(results) - errors} answers\n")

@@ -12,7 +12,7 @@ from fusion_hf.conversion.model_files import ConversionError, parse_query_lens
 
 
 def make_parser() -> Parser:
-    """The command line of `build_from_backbones.py`."""
+    """Make the command line of `build_from_backbones.py`."""
     defaults = BuildOptions("", "", Path())
     parser = Parser(
         prog="build_from_backbones.py",

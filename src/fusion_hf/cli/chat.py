@@ -5,7 +5,7 @@ import contextlib
 import sys
 from typing import Any
 
-from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import check_image_exists, one_line
 from fusion_hf.common.errors import InputError
 
@@ -40,8 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     chat_model = load_chat_model(arguments)
     image = chat_model.open_image(arguments.image)
-    settings = (arguments.max_new_tokens, arguments.query_len, arguments.fast, arguments.image_token_grid)
-    conversation = Conversation(chat_model, image, *settings)
+    conversation = Conversation(chat_model, image, fast=arguments.fast, **answer_settings(arguments))
     streamer = AnswerStreamer(chat_model.processor.tokenizer)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:

@@ -67,14 +67,14 @@ def print_result(arguments: argparse.Namespace, function: Callable[[argparse.Nam
 
 
 def make_parser() -> Parser:
-    """The command line of `fusion-hf convert`."""
+    """Make the command line of `fusion-hf convert`."""
     parser = Parser(prog="fusion-hf convert", description=DESCRIPTION)
     add_arguments(parser)
     return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `convert`."""
+    """Add the options of `convert`."""
     where = "DIR_OR_REPO"
     parser.add_argument("--checkpoint", required=True, metavar=where, help="the authors' checkpoint")
     parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder (needed unless --dry-run)")

@@ -4,17 +4,27 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.cli.argument_types import positive
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
+from fusion_hf.data.image_places import ImagePlaces
+from fusion_hf.data.record_parsing import ON_TRUNCATED
 
 if TYPE_CHECKING:
     from fusion_hf.data.check import EntryReport
 
-IMAGES = ("exist", "decode", "none")
+IMAGES = ("sample", "decode", "exist", "none")
+# options for keys of a recipe that say where images may be
+PLACES = (
+    ("--image-root", "DIR", "a further folder of images: absolute paths and links may lead there"),
+    ("--allow-image-host", "HOST", "fetch images from this host"),
+    ("--allow-private-image-host", "HOST", "the same for a host of a private network or this machine"),
+)
 HEADER = ("file", "taken", "records", "size", "no image", "broken")
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -40,8 +50,20 @@ def add_parser(commands: Any) -> None:
         help="that relative paths and images are under; default: the folder of the file",
     )
     check.add_argument(
-        "--images", choices=IMAGES, default="exist", help="what to do with images; default: %(default)s"
+        "--images",
+        choices=IMAGES,
+        default="sample",
+        help="decode: open all; exist: see that all are there; sample: that, and open some of each file, as many as "
+        "the result says; none; default: %(default)s",
     )
+    check.add_argument(
+        "--on-truncated", choices=ON_TRUNCATED, default="error", help="as in a recipe; default: %(default)s"
+    )
+    check.add_argument(
+        "--max-image-pixels", type=positive, metavar="N", help="as in a recipe; default: the image processor's number"
+    )
+    for option, metavar, text in PLACES:
+        check.add_argument(option, action="append", metavar=metavar, help=f"{text}; may be repeated")
     check.add_argument("--data-cache", metavar="DIR", help="folder of the index, as in a recipe")
     check.add_argument("--json", action="store_true", help="JSON instead of a table")
     check.add_argument("--debug", action="store_true", help="show where an error comes from")
@@ -55,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     entries = read_entries(arguments.source, arguments.data_root)
     if len(entries) == 1:
         entries[0].locate()  # what was named does not exist: no finding, but a wrong command line
+    places = ImagePlaces.named(arguments.image_root, arguments.allow_image_host, arguments.allow_private_image_host)
     from fusion_hf.data.index import default_cache
 
     cache = default_cache() if arguments.data_cache is None else Path(arguments.data_cache).expanduser()
@@ -62,17 +85,21 @@ def run(arguments: argparse.Namespace) -> int:
     import datasets
     from tqdm import tqdm
 
-    from fusion_hf.data.check import check_entry
+    from fusion_hf.data.check import ImageChecks, check_entry
     from fusion_hf.data.dataset import MAX_IMAGE_PIXELS
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    max_pixels = arguments.max_image_pixels if arguments.max_image_pixels is not None else MAX_IMAGE_PIXELS
+    checks = ImageChecks(arguments.images, max_pixels, arguments.on_truncated, places)
     reports = [
-        check_entry(entry, cache, MAX_IMAGE_PIXELS, arguments.images)
+        check_entry(entry, cache, checks)
         for entry in tqdm(entries, desc="data check", unit="file", disable=None, leave=False)
     ]
     write = _write_json if arguments.json else _write_table
     write(reports)
+    if arguments.images == "sample" and not arguments.json:
+        _write_sample(reports)
     return 0 if all(report.fine for report in reports) else FAILED
 
 
@@ -81,7 +108,7 @@ def _write_json(reports: "Sequence[EntryReport]") -> None:
         "fine": all(report.fine for report in reports),
         "records": sum(report.records for report in reports),
         "taken": sum(report.taken for report in reports),
-        "entries": [report.as_dict() for report in reports],
+        "entries": [asdict(report) for report in reports],
     }
     json.dump(content, sys.stdout, indent=2)
     sys.stdout.write("\n")
@@ -105,6 +132,13 @@ def _write_table(reports: "Sequence[EntryReport]") -> None:
         sys.stdout.write("  ".join([name.ljust(widths[0]), *aligned]) + "\n")
     for line in _complaints(reports):
         sys.stdout.write(f"{line}\n")
+
+
+def _write_sample(reports: "Sequence[EntryReport]") -> None:
+    """Say how many images were decoded."""
+    decoded, total = (sum(getattr(report, name) for report in reports) for name in ("decoded", "with_image"))
+    advice = "; --images decode opens all" if decoded < total else ""
+    sys.stdout.write(f"decoded: {decoded:,} of {total:,} images{advice}\n")
 
 
 def _row(name: str, taken: int, records: int, size: int, without_image: int, broken: int) -> tuple[str, ...]:

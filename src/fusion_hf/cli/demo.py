@@ -9,11 +9,11 @@ import tempfile
 import threading
 from typing import Any
 
-from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.cli.argument_types import LARGEST_PORT, whole_number
+from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.common.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860
-LARGEST_PORT = 65535
 UPLOADS = "GRADIO_TEMP_DIR"
 
 
@@ -27,13 +27,7 @@ def add_parser(commands: Any) -> None:
         "address may use it; the default is this computer alone.",
     )
     parser.add_argument("--host", default=HOST, help="address to listen at; default: %(default)s")
-    parser.add_argument("--port", type=_port, default=PORT, help="default: %(default)s")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= LARGEST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1 to {LARGEST_PORT}")
-    return int(text)
+    parser.add_argument("--port", type=whole_number(1, LARGEST_PORT), default=PORT, help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,8 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         from fusion_hf.demo.demo_model import DemoModel
 
         chat_model = load_chat_model(arguments)
-        settings = (arguments.max_new_tokens, arguments.query_len, arguments.image_token_grid)
-        page = build_page(DemoModel(chat_model, *settings))
+        page = build_page(DemoModel(chat_model, **answer_settings(arguments)))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _, address, _ = page.launch(

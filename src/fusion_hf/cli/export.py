@@ -5,8 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from fusion_hf.cli.argument_types import positive, square
-from fusion_hf.cli.model_options import find_model
+from fusion_hf.cli.model_options import budget_options, find_model
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.common.outputs import check_output
 from fusion_hf.onnx_export.exported_folder import check_packages
@@ -16,20 +15,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Tell the command line about `export`."""
     parser = commands.add_parser(
         "export",
+        parents=[budget_options()],
         help="write a model as ONNX graphs, for onnxruntime",
         description="Write a model as two ONNX graphs in float32: the image's side, and the language model with its "
         "samplers. Needs the extra onnx.",
     )
-    parser.add_argument(
-        "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
-    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--query-len", type=square, metavar="N", help="latent tokens per question; default: the model's"
-    )
-    parser.add_argument(
-        "--image-token-grid", type=positive, metavar="N", help="side of the grid of image tokens; default: the model's"
-    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 

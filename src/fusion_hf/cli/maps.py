@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import check_image_exists, check_question, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder
@@ -49,15 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     chat_model = load_chat_model(arguments)
     image = chat_model.open_image(arguments.image)
-    result = attention_maps(
-        image,
-        arguments.question,
-        chat_model,
-        max_new_tokens=arguments.max_new_tokens,
-        query_len=arguments.query_len,
-        image_token_grid=arguments.image_token_grid,
-        layer_groups=arguments.layer_groups,
-    )
+    settings = {"layer_groups": arguments.layer_groups, **answer_settings(arguments)}
+    result = attention_maps(image, arguments.question, chat_model, **settings)
     sys.stdout.write(f"{printable(result.answer)}\n")
     with new_folder(output) as folder:
         names = [path.name for path in save_overlays(result, image, folder)]

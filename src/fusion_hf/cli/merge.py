@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fusion_hf.cli.terminal import wrote
+from fusion_hf.cli.terminal import printable, wrote
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output
@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.debug:
         from fusion_hf.cli.model_loading import silence_libraries
 
-        silence_libraries()
+        silence_libraries(bars=sys.stderr.isatty())
     from fusion_hf.training.adapters import merge
 
     merge(adapter, output, base, arguments.dtype)
-    sys.stdout.write(f"{wrote(output)}\n")
+    sys.stdout.write(printable(f"Merged {adapter} into {base}, as {arguments.dtype}. {wrote(output)}\n"))
     return 0

@@ -14,17 +14,23 @@ from fusion_hf.inference.chat_model import ChatModel
 
 
 def load_chat_model(arguments: argparse.Namespace) -> ChatModel:
-    """The model that the arguments name, on the device that they name."""
+    """Load the model that the arguments name, on the device that they name."""
     if not arguments.debug:
         silence_libraries()
     return ChatModel.load(arguments.model, arguments.device, arguments.dtype)
 
 
-def silence_libraries() -> None:
-    """No advice and no loading bars of the libraries; downloads from the Hub keep their bars."""
+def silence_libraries(bars: bool = False) -> None:
+    """
+    No advice and no loading bars of the libraries; downloads from the Hub keep their bars.
+
+    Args:
+        bars: keep those of loading and writing as well.
+    """
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not bars:
+        transformers.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which the line before has disabled as well
     silence_hub()
 

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fusion_hf.cli.argument_types import AUTO, device, dtype, positive, square
 from fusion_hf.cli.parser import Parser
@@ -14,12 +14,8 @@ DEBUG = "--debug"
 MAX_NEW_TOKENS = 256
 
 
-def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
-    """A parser for `parents`.
-
-    Args:
-        max_new_tokens: the default of that option.
-    """
+def budget_options() -> Parser:
+    """Make a parser for `parents`: a model, and the tokens that it spends on an image."""
     shared = Parser(add_help=False)
     shared.add_argument(
         "--model", metavar="DIR_OR_REPO", help="a model folder or a Hub repository; default: the bundled fusion-nano"
@@ -36,6 +32,17 @@ def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
         metavar="N",
         help="side of the grid of image tokens: a smaller one is faster and sees less; default: the model's",
     )
+    return shared
+
+
+def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
+    """
+    Make a parser for `parents`: whatever asks a model.
+
+    Args:
+        max_new_tokens: the default of that option.
+    """
+    shared = Parser(add_help=False, parents=[budget_options()])
     shared.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -61,7 +68,7 @@ def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
 
 def find_model(arguments: argparse.Namespace) -> str:
     """
-    The folder of the model that `--model` names, fetched if it is on the Hub.
+    Find the folder of the model that `--model` names, fetched if it is on the Hub.
 
     Raises:
         InputError: if there is no such FUSION.
@@ -72,6 +79,11 @@ def find_model(arguments: argparse.Namespace) -> str:
     return str(find_folder(name))
 
 
+def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what an answer depends on beside the model."""
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "query_len", "image_token_grid")}
+
+
 def silence_hub() -> None:
     """No advice of the Hub's client; downloads keep their bars."""
     import huggingface_hub
@@ -80,6 +92,6 @@ def silence_hub() -> None:
 
 
 def make_options(kind: type[Options], arguments: argparse.Namespace) -> Options:
-    """A dataclass of options, from the arguments that are named as its fields."""
+    """Make a dataclass of options, from the arguments that are named as its fields."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in vars(arguments).items() if name in names})

@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import positive
+from fusion_hf.cli.argument_types import positive, wrong_argument
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import MODEL_TYPE, read_config
 
 if TYPE_CHECKING:
-    from fusion_hf.model.configuration_fusion import FusionConfig
     from fusion_hf.training.planning import GpuMemory, TrainingPlan
 
 GIB = 2**30
@@ -50,7 +49,7 @@ def _amount(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a number above 0")
+        raise wrong_argument(text, "a number above 0")
     return number
 
 
@@ -65,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if values.get("global_batch_size") is not None:
         split_batch(values, arguments.gpus)
     records = arguments.records if arguments.records is not None else count_records(values["data"])
+    from fusion_hf.inference.loading import load_config
     from fusion_hf.training.planning import Machine, Planner
 
     config = load_config(file)
@@ -102,21 +102,6 @@ def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path
     return file
 
 
-def load_config(file: Path) -> "FusionConfig":
-    """
-    A configuration from its file.
-
-    Raises:
-        InputError: if its values are impossible.
-    """
-    from fusion_hf.model.configuration_fusion import FusionConfig
-
-    try:
-        return FusionConfig.from_pretrained(str(file))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file} is no configuration of a FUSION: {error}") from error
-
-
 def count_records(data: str) -> int | None:
     """Records of a mixture by its files' names (`-558k` is 558,000); None if a name does not tell, or it is none."""
     from fusion_hf.data.mixture import SUFFIXES, read_entries
@@ -133,7 +118,7 @@ def count_records(data: str) -> int | None:
 
 
 def as_json(plan: "TrainingPlan", tflops: float | None) -> dict[str, Any]:
-    """All numbers of a plan."""
+    """Return all numbers of a plan."""
     return {
         **asdict(plan),
         "memory": {**asdict(plan.memory), "total": plan.memory.total, "usable": plan.machine.usable},
@@ -148,7 +133,7 @@ def _seconds(plan: "TrainingPlan", tflops: float | None) -> float | None:
 
 
 def table(plan: "TrainingPlan", tflops: float | None) -> str:
-    """A plan for people."""
+    """Return a plan for people."""
     lines = [f"{'weights':24}{'all':>12}{'trained':>12}"]
     for part, count in plan.weights.by_part.items():
         lines.append(f"  {part:22}{_millions(count):>12}{_millions(plan.weights.trained[part]):>12}")

@@ -5,13 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fusion_hf.cli.argument_types import positive
+from fusion_hf.cli.argument_types import LARGEST_PORT, positive, whole_number
 from fusion_hf.cli.model_options import find_model, model_options
+from fusion_hf.common.endpoints import check_key, read_key
 from fusion_hf.common.errors import InputError
-from fusion_hf.hub.folders import nano_path
+from fusion_hf.common.image_hosts import HostPolicy
+from fusion_hf.hub.folders import find_folder, nano_path, split_revision
 from fusion_hf.serving.limits import Limits
 
-HOST, PORT, LAST_PORT = "127.0.0.1", 8000, 2**16 - 1
+HOST, PORT = "127.0.0.1", 8000
 INSTALL = "pip install 'fusion_hf[serve]'"
 INSTALL_VLLM = "pip install 'fusion_hf[serve,vllm]'"
 DEFAULTS = Limits()
@@ -43,7 +45,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--host", default=HOST, help="address to listen on; default: %(default)s, this machine only")
     parser.add_argument(
-        "--port", type=_port, default=PORT, metavar="N", help="default: %(default)s; 0: any free one, which is printed"
+        "--port",
+        type=whole_number(0, LARGEST_PORT),
+        default=PORT,
+        metavar="N",
+        help="default: %(default)s; 0: any free one, which is printed",
     )
     parser.add_argument("--name", help="the model's name for clients; default: that of its folder or repository")
     parser.add_argument(
@@ -89,7 +95,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--queue-length",
-        type=_whole,
+        type=whole_number(0),
         default=DEFAULTS.queue_length,
         metavar="N",
         help="requests that wait beside them; more get status 429; default: %(default)s",
@@ -98,7 +104,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is told to end; returns the exit status."""
-    api_key = None if arguments.api_key_env is None else _api_key(arguments.api_key_env)
+    check_key(arguments.api_key_env, "--api-key-env")
     if arguments.engine == "vllm":
         _run_vllm(arguments)
         return 0
@@ -109,7 +115,6 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
-        from fusion_hf.serving.image_fetching import HostPolicy
         from fusion_hf.serving.server import listen, serve
     except ImportError as error:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
@@ -123,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         name,
         _limits(arguments),
         hosts,
-        api_key,
+        None if arguments.api_key_env is None else read_key(arguments.api_key_env),
         chat_model.token_budget(arguments.query_len, arguments.image_token_grid),
     )
     serve(service, listener)
@@ -142,9 +147,9 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         from fusion_hf.vllm.request_middleware import MiddlewareSettings
     except ImportError as error:
         raise InputError(f"--engine vllm needs the extras `serve` and `vllm` ({error}): {INSTALL_VLLM}") from error
-    model = str(arguments.model or nano_path())
+    name = str(arguments.model or nano_path())
     middleware = MiddlewareSettings(
-        name=arguments.name or _name(model),
+        name=arguments.name or _name(name),
         api_key_env=arguments.api_key_env,
         public_hosts=arguments.allow_image_host,
         private_hosts=arguments.allow_private_image_host,
@@ -152,16 +157,20 @@ def _run_vllm(arguments: argparse.Namespace) -> None:
         image_token_grid=arguments.image_token_grid,
         limits=_limits(arguments),
     )
+    model = model_of_vllm(name)
     serve(
         ServerOptions(model, arguments.host, arguments.port, arguments.dtype, middleware, arguments.engine_arguments)
     )
 
 
-def _api_key(variable: str) -> str:
-    key = os.environ.get(variable, "")
-    if not key or not key.isascii() or not key.isprintable():
-        raise InputError(f"--api-key-env is {variable}, which holds no key; allowed: printable ASCII characters.")
-    return key
+def model_of_vllm(name: str) -> str:
+    """Name what vLLM can load: it fetches a repository itself, but no authors' checkpoint, and no revision by `@`."""
+    from fusion_hf.hub.checkpoint_names import find_converted
+
+    _, revision = split_revision(name)
+    if revision is not None:
+        return str(find_folder(name))
+    return str(find_converted(name) or name)
 
 
 def _name(model: str) -> str:
@@ -177,16 +186,3 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         queue_length=arguments.queue_length,
         seconds=arguments.max_seconds or DEFAULTS.seconds,
     )
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    number = _whole(text)
-    if number > LAST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: 0 to {LAST_PORT}")
-    return number

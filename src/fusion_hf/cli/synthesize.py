@@ -95,7 +95,7 @@ def _tell_status(config: "SynthesisConfig") -> int:
 
 
 def progress_line(stage: str, counts: "Counter[tuple[str, str]]") -> str:
-    """A stage's counts by category, those that were rejected so far behind a minus."""
+    """Return a stage's counts by category, those that were rejected so far behind a minus."""
     from fusion_hf.synthesis.progress import KEPT, REJECTED
 
     parts = []

@@ -14,6 +14,8 @@ from fusion_hf.common.user_values import is_address
 FAILED, USER_ERROR, INTERRUPTED, STOPPED = 1, 2, 130, 143  # exit statuses; the last one after SIGTERM
 ADVICE = 200  # characters at the end of an error that is cut: they say what to do
 MEGABYTE = 10**6
+NAMED_SHARE = 0.05  # of a folder's size, from which on a file of it is named
+BAR_VARIABLES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read when they are imported
 STREAMS = (0, 1, 2)  # input, output, errors
 
 
@@ -73,6 +75,11 @@ def prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    if (
+        not sys.stderr or not sys.stderr.isatty()
+    ):  # a file or a pipe gets no bars, whose control characters nobody reads
+        for variable in BAR_VARIABLES:
+            os.environ.setdefault(variable, "1")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (it lasts as long as the process)
     if sys.stdout is None:
@@ -133,23 +140,26 @@ def _abandon(stream: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: what a model writes must not command the terminal."""
+    """Return the text without control characters: what a model writes must not command the terminal."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line and not at any length."""
+    """Return what an error says, in one line and not at any length."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     longest = error.longest if isinstance(error, InputError) else InputError.longest
     return text if len(text) <= longest else f"{text[: longest - ADVICE]} ... {text[-ADVICE:]}"
 
 
 def wrote(folder: Path) -> str:
-    """A line that says what a command has made: a folder, its files and their size."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files) / MEGABYTE
-    names = ", ".join(str(path.relative_to(folder)) for path in files)
-    return printable(f"Wrote {folder}: {names} ({size:,.1f} MB).")
+    """Return a line that says what a command has made: a folder, its large files, how many others, and their sizes."""
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    total = sum(sizes.values())
+    large = [name for name in sorted(sizes) if sizes[name] >= NAMED_SHARE * total]
+    named = [f"{name} ({sizes[name] / MEGABYTE:,.1f} MB)" for name in large]
+    if others := len(sizes) - len(large):
+        named.append(f"{others} other files")
+    return printable(f"Wrote {folder}: {', '.join(named)}; {total / MEGABYTE:,.1f} MB in all.")
 
 
 def check_image_exists(source: str) -> None:
@@ -173,10 +183,7 @@ def check_image_exists(source: str) -> None:
 
 
 def check_question(question: str) -> None:
-    """
-    Raises:
-        InputError: if there is none, or it is no text.
-    """
+    """Raise an `InputError` if there is no question, or if it is no text."""
     if not question.strip():
         raise InputError("The question is empty; ask something.")
     try:

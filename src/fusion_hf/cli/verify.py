@@ -57,7 +57,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="QUESTIONS.jsonl",
         help="what is asked, as for `ask`: a question and an image in each line; default: four drawn images",
     )
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps; default: %(default)s")
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps or auto; default: %(default)s"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPE_NAMES,

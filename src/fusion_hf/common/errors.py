@@ -15,5 +15,5 @@ class InputError(ValueError):
 
 
 def short_name(name: str) -> str:
-    """The beginning of a name, for an error to repeat."""
+    """Return the beginning of a name, for an error to repeat."""
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +23,7 @@ WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # among which `write_pr
 
 def write_problem(error: BaseException, folder: Path) -> str | None:
     """
-    What the disk has against a write; None if the error is not the disk's.
+    Return what the disk has against a write; None if the error is not the disk's.
 
     Args:
         error: one of `WRITE_ERRORS`, from writing into `folder`.
@@ -79,7 +79,7 @@ def check_place(folder: Path, flag: str, shown: Path | None = None) -> None:
 @contextmanager
 def new_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
     """
-    A temporary folder beside `output` that takes its name if all goes well, and else disappears.
+    Give a temporary folder beside `output` that takes its name if all goes well, and else disappears.
 
     Raises:
         InputError: if `output` exists and is not an empty folder, or cannot be written.
@@ -147,8 +147,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         draft.replace(path)
         sync(path.parent)
     finally:
-        with suppress(FileNotFoundError):
-            draft.unlink()
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -171,8 +170,7 @@ def sync(path: Path) -> None:
 
 def remove_draft(path: Path) -> None:
     """Remove what a killed process has left of a file that may not be written this time."""
-    with suppress(FileNotFoundError):
-        path.with_name(path.name + DRAFT).unlink()
+    path.with_name(path.name + DRAFT).unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

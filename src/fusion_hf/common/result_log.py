@@ -97,14 +97,14 @@ class ResultLog:
 
 
 def encode_line(entry: dict[str, Any], ascii_only: bool = False) -> bytes:
-    """An entry as a line of JSON."""
+    """Encode an entry as a line of JSON."""
     # half a character, which an id may have, becomes JSON's escape of it
     return f"{json.dumps(entry, ensure_ascii=ascii_only)}\n".encode("utf-8", "backslashreplace")
 
 
 def read_log(path: Path, advice: str) -> list[dict[str, Any]]:
     """
-    The entries of all whole lines of a log; none if there is no file.
+    Read the entries of all whole lines of a log; none if there is no file.
 
     Raises:
         InputError: if a line is no object of JSON.
@@ -122,7 +122,7 @@ def read_log(path: Path, advice: str) -> list[dict[str, Any]]:
 
 
 def damaged_line(path: Path, number: int, advice: str) -> InputError:
-    """The error of a line that no log has."""
+    """Return the error of a line that no log has."""
     return InputError(f"{path} is damaged in line {number}; {advice}.")
 
 

@@ -11,22 +11,22 @@ ADDRESSES = ("http://", "https://")
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """The type called `name`, one of `DTYPE_NAMES`."""
+    """Return the type called `name`, one of `DTYPE_NAMES`."""
     import torch
 
     return getattr(torch, name)
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
-    """The name of a type, as in a configuration."""
+    """Return the name of a type, as in a configuration."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_address(text: str) -> bool:
-    """Whether something is to be fetched, and no file's name."""
+    """Return whether something is to be fetched, and no file's name."""
     return text[: len(ADDRESSES[-1])].lower().startswith(ADDRESSES)
 
 
 def is_square(number: int) -> bool:
-    """Whether `number` is a perfect square from 1."""
+    """Return whether `number` is a perfect square from 1."""
     return number > 0 and isqrt(number) ** 2 == number

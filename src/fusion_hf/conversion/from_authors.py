@@ -36,7 +36,7 @@ from fusion_hf.conversion.shard_writer import write_weights
 from fusion_hf.conversion.stored_tensors import StoredTensor, read_folder, read_headers
 from fusion_hf.conversion.upstream_config import convert_config, named_tower, read_tower_config
 from fusion_hf.conversion.weight_plan import TensorSource, WeightPlan, WeightReader, make_plan
-from fusion_hf.hub.family import LAST_STAGE
+from fusion_hf.hub.family import LAST_STAGE, TOWER_SIZES, find_member, is_of_authors
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 UPSTREAM_TOWER = "model.vision_tower."
@@ -87,14 +87,9 @@ def convert(options: ConversionOptions, inputs: ConversionInputs | None = None) 
         return f"The checkpoint fits: {conversion.summary}. Nothing was written."
     with new_folder(options.output) as folder:
         write(folder, conversion, options)
-    done = f"Wrote {options.output}: {conversion.summary}."
-    if options.push_to_hub is not None:
-        source = conversion.locations["checkpoint"].name
-        url = repositories.push(
-            options.output, options.push_to_hub, options.private, f"Convert {source} to transformers"
-        )
-        done += f" Pushed: {url}"
-    return done
+    message = f"Convert {conversion.locations['checkpoint'].name} to transformers"
+    pushed = repositories.push(options.output, options.push_to_hub, options.private, message)
+    return f"Wrote {options.output}: {conversion.summary}.{pushed}"
 
 
 def prepare(options: ConversionOptions, inputs: ConversionInputs) -> Conversion:
@@ -155,7 +150,8 @@ def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> N
     config, plan = conversion.config, conversion.plan
     shapes = {name: recipe.shape for name, recipe in plan.recipes.items()}
     reader = WeightReader()
-    with tqdm(total=plan.num_parameters, unit="parameters", unit_scale=True, disable=None) as progress:
+    name = f"convert {conversion.locations['checkpoint'].name}"
+    with tqdm(total=plan.num_parameters, desc=name, unit="parameters", unit_scale=True, disable=None) as progress:
 
         def load(name: str) -> torch.Tensor:
             weight = reader.load(plan.recipes[name], conversion.dtype)
@@ -176,7 +172,10 @@ def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> N
 def _provenance(conversion: Conversion, options: ConversionOptions) -> Provenance:
     output = options.output.name if options.output is not None else conversion.locations["checkpoint"].name
     stage = STAGE.search(conversion.locations["checkpoint"].name)
-    bases = [conversion.locations.get(role) for role in ("base", "tower")]
+    bases = [location.name for role in ("base", "tower") if (location := conversion.locations.get(role)) is not None]
+    if "tower" not in conversion.locations:
+        named = read_json(conversion.locations["checkpoint"].path / "config.json").get("mm_vision_tower")
+        bases += [tower for tower in TOWER_SIZES.values() if tower == named]
     notes = [f"{conversion.plan.num_dropped} tensors that FUSION does not use were dropped."]
     num_updates = sum(recipe.lora is not None for recipe in conversion.plan.recipes.values())
     if num_updates:
@@ -187,10 +186,12 @@ def _provenance(conversion: Conversion, options: ConversionOptions) -> Provenanc
         title=(options.push_to_hub or output).split("/")[-1],
         model_id=options.push_to_hub or output,
         sources=tuple((role, describe(location)) for role, location in conversion.locations.items()),
-        base_models=tuple(location.name for location in bases if location is not None and "/" in location.name),
+        base_models=tuple(name for name in bases if "/" in name),
         dtype=conversion.dtype,
         num_parameters=conversion.plan.num_parameters,
         has_tokenizer=conversion.tokenizer is not None,
+        is_authors="base" not in conversion.locations
+        and is_of_authors(conversion.locations["checkpoint"].name, find_member(conversion.config)),
         stage=stage[0] if stage else LAST_STAGE,
         notes=tuple(notes),
     )

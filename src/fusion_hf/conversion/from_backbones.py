@@ -72,11 +72,9 @@ def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
         num_parameters = sum(weight.numel() for weight in weights.values())
         provenance = _provenance(options, text, vision, dtype, num_parameters, tokenizer is not None)
         write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
-    done = f"Wrote {options.output}: an untrained FUSION of {num_parameters:,} parameters in {DTYPE_CODES[dtype]}."
-    if options.push_to_hub is not None:
-        url = repositories.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
-        done += f" Pushed: {url}"
-    return done
+    pushed = repositories.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
+    size = f"{num_parameters:,} parameters in {DTYPE_CODES[dtype]}"
+    return f"Wrote {options.output}: an untrained FUSION of {size}.{pushed}"
 
 
 def _read(location: InputLocation, table: tuple[Row, ...], grows: bool = False) -> TensorSource:
@@ -96,7 +94,7 @@ def _vocab_size(text: TensorSource, tokenizer: PreTrainedTokenizerFast | None) -
 
 
 def make_weights(config: FusionConfig, plan: WeightPlan, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """All weights of the model: the backbones' as they are, the new parts as the model initialises them."""
+    """Make all weights of the model: the backbones' as they are, the new parts as the model initialises them."""
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration._from_config(config, dtype=dtype)
     weights = model.state_dict()

@@ -9,12 +9,15 @@ from typing import Any, Literal
 from fusion_hf.common.errors import short_name
 from fusion_hf.common.outputs import check_output
 from fusion_hf.conversion.model_files import ConversionError, find_weight_files, read_json
-from fusion_hf.hub.folders import REPOSITORY
+from fusion_hf.hub.folders import DEFAULT_HUB, REPOSITORY, HubOptions, split_revision
 
 Wanted = Literal["all", "headers", "configuration"]
 REVISION = re.compile(r"[0-9a-f]{40}")
 FINGERPRINT_DIGITS = 16
-TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama"}
+TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama", "fusion_qwen": "qwen2", "fusion_mistral": "mistral"}
+PROJECTOR_TYPE = "mlp2x_gelu"
+TOWER_FIELD, PROJECTOR_FIELD = "mm_vision_tower", "mm_projector_type"
+CLIP = re.compile(r"clip|^(?:openai|laion)/", re.IGNORECASE)
 # as `DECODER_LAYERS` has them, which imports torch
 DECODER_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 FUSION_FIELDS = (
@@ -28,6 +31,7 @@ ADAPTER_CONFIG, PROJECTOR = "adapter_config.json", "mm_projector.bin"
 NO_TOKENIZER = "none"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MAX_SHARD_BYTES = 5 * 10**9
+ZERO_FOLDERS, ZERO_SCRIPT = "global_step*", "zero_to_fp32.py"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ class InputLocation:
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What the command line of `convert` says; see its help. `dtype` is one of `DTYPE_NAMES`."""
+    """
+    What the command line of `convert` says; see its help. `dtype` is one of `DTYPE_NAMES`.
+
+    Attributes:
+        hub: how the Hub is asked for the checkpoint.
+    """
 
     checkpoint: str
     output: Path | None
@@ -62,6 +71,7 @@ class ConversionOptions:
     private: bool = False
     dry_run: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
+    hub: HubOptions = DEFAULT_HUB
 
 
 @dataclass(frozen=True)
@@ -113,12 +123,13 @@ def find_conversion_inputs(options: ConversionOptions) -> ConversionInputs:
     """
     _check_result(options)
     wanted: Wanted = "headers" if options.dry_run else "all"
-    checkpoint = locate(options.checkpoint, "--checkpoint", wanted)
+    checkpoint = locate(options.checkpoint, "--checkpoint", wanted, options.hub)
     upstream = read_json(checkpoint.path / "config.json")
     check_upstream(upstream)
     base = None if options.base is None else locate(options.base, "--base", wanted)
-    vision = None
-    if options.vision_config is not None:
+    if options.vision_config is None:
+        vision = find_named_tower(upstream)
+    else:
         vision = locate(options.vision_config, "--vision-config", "configuration" if base is None else "all")
     check_layout(checkpoint, base, TEXT_MODEL_TYPES[upstream["model_type"]])
     tokenizer = find_tokenizer(options.tokenizer, checkpoint, base)
@@ -143,14 +154,15 @@ def find_build_inputs(options: BuildOptions) -> BuildInputs:
     return BuildInputs(text, values, vision, find_tokenizer(options.tokenizer, text))
 
 
-def locate(source: str, flag: str, wanted: Wanted = "all") -> InputLocation:
-    """A local path, or a repository that is downloaded into the cache.
+def locate(source: str, flag: str, wanted: Wanted = "all", hub: HubOptions = DEFAULT_HUB) -> InputLocation:
+    """Locate a local path, or a repository that is downloaded into the cache.
 
     Args:
-        source: what the user gave.
+        source: what the user gave; a repository may have a revision behind `@`.
         flag: the option that it was given with, for errors.
         wanted: what to download of a repository. `"headers"` leaves safetensors where they are; `"configuration"`
             fetches no weights at all.
+        hub: how the Hub is asked.
 
     Raises:
         ConversionError: if it is neither, or the download fails.
@@ -162,17 +174,41 @@ def locate(source: str, flag: str, wanted: Wanted = "all") -> InputLocation:
             return InputLocation(path, path.name, local_revision(path))
     except (OSError, ValueError):  # longer than a name can be, or with a null character
         pass
-    if not REPOSITORY.fullmatch(source):
+    repository, revision = split_revision(source)
+    if not REPOSITORY.fullmatch(repository):
         shown = short_name(repr(source))
         raise ConversionError(f"{flag}: {shown} is neither an existing path nor the name of a Hub repository.")
     from fusion_hf.conversion.repositories import download  # its client takes longer to import than all of this
 
-    path, is_remote = download(source, flag, wanted)
-    return InputLocation(path, source, local_revision(path), is_remote)
+    path, is_remote = download(repository, revision, flag, wanted, hub)
+    return InputLocation(path, repository, local_revision(path), is_remote)
+
+
+def find_named_tower(upstream: dict[str, Any]) -> InputLocation | None:
+    """The folder of the tower that the checkpoint names, if it is on this disk.
+
+    Raises:
+        ConversionError: if the name is a CLIP tower's.
+    """
+    name = upstream.get(TOWER_FIELD)
+    if not isinstance(name, str):
+        return None  # `named_tower` says what is wrong with it
+    path = Path(name)
+    try:
+        if (path / "config.json").is_file():
+            path = path.resolve()
+            return InputLocation(path, path.name, local_revision(path))
+    except (OSError, ValueError):  # longer than a name can be, or with a null character
+        pass
+    if CLIP.search(name) and "siglip" not in name.lower():
+        raise ConversionError(
+            f"config.json: {TOWER_FIELD} is {name!r}, a CLIP tower; allowed: the name or the folder of a SigLIP tower."
+        )
+    return None
 
 
 def local_revision(path: Path) -> str | None:
-    """The commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
+    """Return the commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
     if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
         return path.name
     trace = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
@@ -184,7 +220,7 @@ def local_revision(path: Path) -> str | None:
 
 
 def describe(location: InputLocation) -> str:
-    """Name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    """Tell name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
     if location.revision is not None:
         return f"`{location.name}`, revision `{location.revision}`"
     file = location.path / "config.json" if location.path.is_dir() else location.path
@@ -204,14 +240,14 @@ def _check_result(options: ConversionOptions | BuildOptions) -> None:
 
 
 def check_upstream(upstream: dict[str, Any]) -> None:
-    """
-    Raises:
-        ConversionError: for missing fields and impossible values of the authors' `config.json`.
-    """
+    """Raise a `ConversionError` for missing fields and impossible values of the authors' `config.json`."""
     model_type = upstream.get("model_type")
     if model_type not in TEXT_MODEL_TYPES:
         allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
         raise ConversionError(f"config.json: model_type is {model_type!r}; allowed: {allowed}.")
+    projector = upstream.get(PROJECTOR_FIELD, PROJECTOR_TYPE)
+    if projector != PROJECTOR_TYPE:
+        raise ConversionError(f"config.json: {PROJECTOR_FIELD} is {projector!r}; allowed: {PROJECTOR_TYPE!r}.")
     missing = [name for name in FUSION_FIELDS if name not in upstream]
     if missing:
         raise ConversionError(f"config.json lacks {', '.join(missing)}: it is no FUSION checkpoint's.")
@@ -222,17 +258,14 @@ def check_upstream(upstream: dict[str, Any]) -> None:
 
 
 def is_adapter(checkpoint: InputLocation) -> bool:
-    """Whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
+    """Return whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
     folder = checkpoint.path
     parts = any((folder / name).is_file() for name in (ADAPTER_CONFIG, PROJECTOR))
     return parts and not checkpoint.is_remote and not find_weight_files(folder)
 
 
 def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_type: str) -> None:
-    """
-    Raises:
-        ConversionError: if the checkpoint needs a `--base` that is not there, or another one, or the other way round.
-    """
+    """Raise a `ConversionError` if the checkpoint needs a `--base` that is not there, another one, or none."""
     if not is_adapter(checkpoint):
         if base is not None:
             reason = f"{checkpoint.name} is a full checkpoint"
@@ -249,11 +282,15 @@ def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_typ
 
 
 def check_weights(location: InputLocation) -> None:
-    """
-    Raises:
-        ConversionError: if a folder has no weights.
-    """
+    """Raise a `ConversionError` if a folder has no weights."""
     if not location.is_remote and not (location.path.is_dir() and find_weight_files(location.path)):
+        zero = sorted(path.name for path in location.path.glob(ZERO_FOLDERS) if path.is_dir())
+        if zero:
+            raise ConversionError(
+                f"{location.name} has no weights but the state of DeepSpeed's ZeRO in {', '.join(zero)}. Where "
+                f"DeepSpeed is installed, make one file of it: python {ZERO_SCRIPT} . pytorch_model.bin (in that "
+                f"folder; since DeepSpeed 0.16 python {ZERO_SCRIPT} . . --safe_serialization), then convert again."
+            )
         raise ConversionError(
             f"{location.name} has no weights; allowed: model.safetensors or pytorch_model.bin, in one file or in "
             "shards with their index."
@@ -282,5 +319,5 @@ def find_tokenizer(wanted: str | None, *locations: InputLocation | None) -> Inpu
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's files."""
+    """Return whether a folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)

@@ -36,7 +36,7 @@ class LoraPair:
         return shape[::-1] if self.transposed else shape
 
     def add_to(self, weight: torch.Tensor, reader: TensorReader) -> torch.Tensor:
-        """The updated weight, summed in float32, in the type of `weight`."""
+        """Return the updated weight, summed in float32, in the type of `weight`."""
         a, b = (reader.load(factor).to(torch.float32) for factor in (self.a, self.b))
         left, right = (a.T, b.T) if self.transposed else (b, a)
         # a copy in any case: the weight may be a view of a mapped file
@@ -44,7 +44,7 @@ class LoraPair:
 
 
 def read_lora(folder: Path) -> dict[str, LoraPair]:
-    """Updates of a LoRA run by the name of the weight that they belong to.
+    """Read updates of a LoRA run by the name of the weight that they belong to.
 
     Raises:
         ConversionError: for a missing half of a pair, unknown tensors, or a kind of LoRA that is more than a sum.
@@ -83,7 +83,7 @@ def _pair(a: StoredTensor, b: StoredTensor, alpha: float, settings: dict[str, ob
 
 
 def find_adapter(folder: Path) -> Path:
-    """The file with the updates.
+    """Find the file with the updates.
 
     Raises:
         ConversionError: if there is none.
@@ -95,7 +95,7 @@ def find_adapter(folder: Path) -> Path:
 
 
 def read_trained_whole(file: Path) -> dict[str, StoredTensor]:
-    """The weights of `non_lora_trainables.bin` or `mm_projector.bin` by the names of a full checkpoint."""
+    """Read the weights of `non_lora_trainables.bin` or `mm_projector.bin` by the names of a full checkpoint."""
     stored = read_headers([file])
     names = {key: key.removeprefix(PEFT_PREFIX) for key in stored}
     if any(name.startswith(MODEL_PREFIX * 2) for name in names.values()):

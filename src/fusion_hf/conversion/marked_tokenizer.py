@@ -31,7 +31,7 @@ PAD_TOKENS = {"phi3": "<unk>", "llama3": "<|reserved_special_token_0|>"}
 def choose_tokenizer(
     found: InputLocation | None, model_type: str, model_max_length: int
 ) -> PreTrainedTokenizerFast | None:
-    """The tokenizer in a folder, without the marks; or none, with a warning.
+    """Choose the tokenizer in a folder, without the marks; or none, with a warning.
 
     Args:
         found: holds it, see `inputs.find_tokenizer`.
@@ -47,7 +47,7 @@ def choose_tokenizer(
 
 
 def load_tokenizer(folder: Path, model_type: str, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A folder's tokenizer, rewritten to give the authors' ids; without the marks.
+    """Load a folder's tokenizer, rewritten to give the authors' ids; without the marks.
 
     Args:
         folder: holds `tokenizer.json`, or files that transformers converts.
@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path, model_type: str, model_max_length: int) -> PreT
 
 
 def find_chat_format(backend: Tokenizer) -> str:
-    """The chat format whose end of turn the tokenizer knows, a key of `CHAT_FORMATS`.
+    """Find the chat format whose end of turn the tokenizer knows, a key of `CHAT_FORMATS`.
 
     Raises:
         ConversionError: if it knows none.
@@ -92,7 +92,7 @@ def find_chat_format(backend: Tokenizer) -> str:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id."""
+    """Return one more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

@@ -4,16 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
-from jinja2 import StrictUndefined, Template
 
 from fusion_hf.common.user_values import dtype_name
-from fusion_hf.hub.family import DATASETS, LAST_STAGE, PAPER, REPOSITORY, FamilyMember, find_member
+from fusion_hf.hub.family import (
+    BACKBONES,
+    DATASETS,
+    LAST_STAGE,
+    PAPER,
+    REPOSITORY,
+    FamilyMember,
+    Licence,
+    find_member,
+)
+from fusion_hf.hub.model_cards import HUB, card_metadata, render_card
 from fusion_hf.model.compatibility_fusion import TESTED
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 UNTRAINED_TAG = "untrained"
-HUB = "https://huggingface.co/"
 BENCHMARKS_PER_LINE = 12
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
 
@@ -31,6 +38,7 @@ class Provenance:
         num_parameters: parameters of the model.
         has_tokenizer: whether the folder can answer questions.
         is_untrained: whether FUSION's own parts are fresh.
+        is_authors: whether the weights are those of a checkpoint that the authors published.
         stage: the authors' training stage that the source's name tells, if it is not the last.
         notes: further sentences about the conversion.
     """
@@ -43,19 +51,33 @@ class Provenance:
     num_parameters: int
     has_tokenizer: bool
     is_untrained: bool = False
+    is_authors: bool = False
     stage: str = LAST_STAGE
     notes: tuple[str, ...] = ()
 
 
 def write_card(config: FusionConfig, provenance: Provenance) -> str:
-    """The whole text of `README.md`."""
+    """Write the whole text of `README.md`."""
     member = None if provenance.is_untrained else find_member(config)
-    template = Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True)
-    return template.render(
+    licence = find_licence(provenance, member)
+    base_models = find_base_models(provenance, member)
+    return render_card(
+        TEMPLATE,
         config=config,
         provenance=provenance,
         member=member,
-        metadata=_metadata(provenance, member),
+        metadata=card_metadata(
+            licence,
+            base_models,
+            DATASETS if provenance.is_authors else (),
+            [UNTRAINED_TAG] if provenance.is_untrained else [],
+        ),
+        licence=licence,
+        base_models=base_models,
+        has_tokenizer=provenance.has_tokenizer,
+        model_id=provenance.model_id,
+        query_lens=config.query_lens,
+        side=config.vision_config.image_size,
         dtype=dtype_name(provenance.dtype),
         mean_tokens=config.num_image_tokens + sum(config.query_lens) / len(config.query_lens),
         releases=TESTED,
@@ -68,15 +90,19 @@ def write_card(config: FusionConfig, provenance: Provenance) -> str:
     )
 
 
-def _metadata(provenance: Provenance, member: FamilyMember | None) -> str:
-    base_models = [member.backbone.repository, member.tower] if member else list(provenance.base_models)
-    data = ModelCardData(
-        base_model=base_models or None,
-        datasets=None if provenance.is_untrained else list(DATASETS),
-        language="en",
-        library_name="transformers",
-        license=member.backbone.licence if member else "other",
-        pipeline_tag="image-text-to-text",
-        tags=["fusion", "vision-language", *([UNTRAINED_TAG] if provenance.is_untrained else [])],
-    )
-    return data.to_yaml(line_break="\n").strip()
+def find_base_models(provenance: Provenance, member: FamilyMember | None) -> list[str]:
+    """Repositories of what went in: those of the authors' models are published, others are as they were named."""
+    if member is not None and provenance.is_authors:
+        return [member.backbone.repository, member.tower]
+    return list(provenance.base_models)
+
+
+def find_licence(provenance: Provenance, member: FamilyMember | None) -> Licence | None:
+    """
+    The authors' for their weights; else the language model's own where that is known by name, since what is derived
+    from it may not be freer. None: only who trained the weights can say.
+    """
+    if member is not None and provenance.is_authors:
+        return member.backbone.licence
+    named = (each.own_licence for each in BACKBONES if each.repository in provenance.base_models)
+    return next(named, None)

@@ -18,7 +18,7 @@ class ConversionError(InputError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         ConversionError: if the file is missing, no JSON, or no object.
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line and without its full stop."""
+    """Return what an error says, in one line and without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -46,7 +46,7 @@ def first_line(error: BaseException) -> str:
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in order; empty if it has none.
+    """Find the weight files of a model folder, in order; empty if it has none.
 
     Raises:
         ConversionError: if an index names a file that does not exist or lies outside the folder.

@@ -73,7 +73,7 @@ def make_generation_config(
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Content of a folder's `generation_config.json`; nothing if it has none.
+    """Read content of a folder's `generation_config.json`; nothing if it has none.
 
     Raises:
         ConversionError: if it cannot be read.
@@ -89,7 +89,7 @@ def _as_list(value: Any) -> list[Any]:
 def make_processor(
     config: FusionConfig, tokenizer: PreTrainedTokenizerFast | None
 ) -> FusionProcessor | FusionImageProcessor:
-    """The processor, or its image half if there is no tokenizer."""
+    """Make the processor, or its image half if there is no tokenizer."""
     side = config.vision_config.image_size
     image_processor = FusionImageProcessor(size={"height": side, "width": side})
     if tokenizer is None:

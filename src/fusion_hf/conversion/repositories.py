@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from fusion_hf.common.errors import InputError
 from fusion_hf.conversion.inputs import InputLocation, Wanted
 from fusion_hf.conversion.model_files import ConversionError, first_line
+from fusion_hf.hub.folders import HubOptions
 from fusion_hf.hub.publishing import check_remote, check_repository, upload
 
 if TYPE_CHECKING:
@@ -31,23 +32,36 @@ SECONDS = 10.0  # until the Hub answers the first request
 HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError)
 
 
-def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
+def download(source: str, revision: str | None, flag: str, wanted: Wanted, hub: HubOptions) -> tuple[Path, bool]:
     """
-    A repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
+    Return a repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
 
     Raises:
         ConversionError: if there is no such repository, or the Hub cannot be reached.
     """
     patterns, is_remote = list(SMALL_FILES), False
+    is_offline = hub.local_files_only or is_offline_mode()
     try:
-        if wanted != "configuration":
+        if wanted != "configuration" and is_offline:
+            patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *BIN_WEIGHTS)  # what the cache has of them
+        elif wanted != "configuration":
             # one request: the list of files comes by several, each of which is tried for half a minute
-            names = [file.rfilename for file in HfApi().model_info(source, timeout=SECONDS).siblings or ()]
+            info = HfApi().model_info(source, revision=revision, timeout=SECONDS, token=hub.token)
+            names = [file.rfilename for file in info.siblings or ()]
             is_full = any(name in names for name in ("model.safetensors", "model.safetensors.index.json"))
             is_remote = is_full and wanted == "headers"
             if not is_remote:
                 patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *(() if is_full else BIN_WEIGHTS))
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=[IN_FOLDERS])), is_remote
+        folder = snapshot_download(
+            source,
+            revision=revision,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
+            local_files_only=is_offline,
+            allow_patterns=patterns,
+            ignore_patterns=[IN_FOLDERS],
+        )
+        return Path(folder), is_remote
     except HUB_ERRORS as error:
         answered = isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError)
         if not answered or isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -58,7 +72,7 @@ def download(source: str, flag: str, wanted: Wanted) -> tuple[Path, bool]:
 
 
 def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
-    """What a repository's safetensors hold, from their headers alone: nothing else is downloaded.
+    """Read what a repository's safetensors hold, from their headers alone: nothing else is downloaded.
 
     Raises:
         ConversionError: if the repository has no safetensors, or cannot be reached.
@@ -93,15 +107,21 @@ def check_can_push(repository: str, private: bool = False) -> None:
         raise ConversionError(first_line(error)) from error
 
 
-def push(folder: Path, repository: str, private: bool, message: str) -> str:
-    """Upload a folder in one commit; returns the commit's address.
+def push(folder: Path, repository: str | None, private: bool, message: str) -> str:
+    """
+    Upload a folder in one commit, if there is a repository for it.
+
+    Returns:
+        What to add to the line about the folder: the commit's address, or nothing.
 
     Raises:
         ConversionError: if the upload fails; the folder stays.
     """
+    if repository is None:
+        return ""
     names = sorted(path.name for path in folder.iterdir())
     try:
-        return upload(folder, names, repository, private, message)
+        return f" Pushed: {upload(folder, names, repository, private, message)}"
     except InputError as error:
         raise ConversionError(
             f"The result is complete in {folder}, but pushing it to {repository} failed: {first_line(error)}."

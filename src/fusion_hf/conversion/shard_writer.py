@@ -56,7 +56,7 @@ def write_weights(
 
 
 def split_into_shards(sizes: dict[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `max_shard_bytes` bytes (or of a single larger tensor)."""
+    """Yield names in order, in groups of at most `max_shard_bytes` bytes (or of a single larger tensor)."""
     names: list[str] = []
     total = 0
     for name, size in sizes.items():

@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """What the files hold, from their headers alone.
+    """Read what the files hold, from their headers alone.
 
     Raises:
         ConversionError: for a file that is broken, for a key that two files hold, and for an index that disagrees.
@@ -57,7 +57,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """What a folder's weight files hold, from their headers alone.
+    """Read what a folder's weight files hold, from their headers alone.
 
     Raises:
         ConversionError: see `read_headers` and `check_index`.
@@ -131,7 +131,7 @@ class TensorReader:
         self._content: Any = None
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
-        """One tensor on the CPU; it may be a view of the mapped file."""
+        """Load one tensor on the CPU; it may be a view of the mapped file."""
         if tensor.file != self._file:
             self.close()
             is_bin = tensor.file.suffix != ".safetensors"

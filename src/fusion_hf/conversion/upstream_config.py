@@ -19,6 +19,8 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 # `use_cache` is off in checkpoints that training saved before its end
 NOT_TAKEN_OVER = ("use_cache",)
+# The authors' class of these sets `rope_scaling` to None, whatever the file says.
+WITHOUT_ROPE_SCALING = ("fusion_qwen",)
 DEFAULT_QUERY_LEN = 36
 
 # What the authors' code chooses by the tower's name; counts all layers of the published towers.
@@ -31,7 +33,7 @@ REQUIRED_SIZES = (*SO400M, *SHARED_SIZES)
 
 
 def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_token_grid: int | None) -> FusionConfig:
-    """A `FusionConfig` from the content of the authors' `config.json`.
+    """Return a `FusionConfig` from the content of the authors' `config.json`.
 
     Args:
         upstream: the content.
@@ -43,6 +45,8 @@ def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_to
     """
     check_upstream(upstream)
     counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
+    if upstream["model_type"] in WITHOUT_ROPE_SCALING:
+        upstream = upstream | {"rope_scaling": None}
     text = convert_text_config(upstream, TEXT_MODEL_TYPES[upstream["model_type"]])
     number, start = counts["num_of_vision_sampler_layers"], counts["start_of_vision_sampler_layers"]
     stride = counts["stride_of_vision_sampler_layers"]
@@ -93,7 +97,7 @@ def fusion_config(
     sampler_layers: list[int],
     image_token_grid: int | None = None,
 ) -> FusionConfig:
-    """A `FusionConfig` around a language model and a whole tower.
+    """Return a `FusionConfig` around a language model and a whole tower.
 
     Raises:
         ConversionError: for impossible values.
@@ -128,7 +132,7 @@ def sampler_layers(number: int, start: int, stride: int, num_layers: int) -> lis
 
 
 def named_tower(name: object) -> SiglipVisionConfig:
-    """The tower that the authors' code loads for `mm_vision_tower`.
+    """Return the tower that the authors' code loads for `mm_vision_tower`.
 
     Raises:
         ConversionError: if it is no name.
@@ -139,7 +143,7 @@ def named_tower(name: object) -> SiglipVisionConfig:
 
 
 def read_tower_config(path: Path) -> SiglipVisionConfig:
-    """The whole tower's sizes from a JSON file, or from the `config.json` of a SigLIP folder.
+    """Read the whole tower's sizes from a JSON file, or from the `config.json` of a SigLIP folder.
 
     Raises:
         ConversionError: for missing or impossible sizes.

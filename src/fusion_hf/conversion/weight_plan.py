@@ -184,11 +184,8 @@ def _check_tower(config: FusionConfig, recipes: dict[str, WeightRecipe], tower_n
     prefix = "model.vision_tower."
     shapes = {name.removeprefix(prefix): r.stored.shape for name, r in recipes.items() if name.startswith(prefix)}
     layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
-    patch, positions = (
-        shapes.get("embeddings.patch_embedding.weight"),
-        shapes.get("embeddings.position_embedding.weight"),
-    )
-    mlp = shapes.get("layers.0.mlp.fc1.weight")
+    patch = shapes.get("embeddings.patch_embedding.weight")
+    positions, mlp = shapes.get("embeddings.position_embedding.weight"), shapes.get("layers.0.mlp.fc1.weight")
     if patch is None or positions is None or mlp is None or len(patch) < 3:
         return  # missing or misshapen tensors are listed by name
     vision = config.vision_config
@@ -248,7 +245,7 @@ class WeightReader:
         self._shards, self._adapters = TensorReader(), TensorReader()
 
     def load(self, recipe: WeightRecipe, dtype: torch.dtype) -> torch.Tensor:
-        """The weight on the CPU, contiguous, in the type `dtype`."""
+        """Load the weight on the CPU, contiguous, in the type `dtype`."""
         tensor = self._shards.load(recipe.stored)
         if recipe.rows is not None:
             kept = tensor[: recipe.rows - NUM_MARKS]

@@ -6,15 +6,13 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.result_log import encode_line
-from fusion_hf.data.record_parsing import ON_BROKEN, RecordProblem
-
-OnBroken = Literal["error", "skip"]
+from fusion_hf.data.record_parsing import ON_BROKEN, OnBroken, RecordProblem
 
 
 class BrokenRecords:
@@ -80,7 +78,7 @@ class BrokenRecords:
             raise InputError(f"max_skipped: over {self.max_skipped} records are broken, see {self.file}; {advice}.")
 
     def lock_file(self) -> Path:
-        """Held by who writes."""
+        """Name the lock that a writer holds."""
         return self.file.with_name(f"{self.file.name}.lock")
 
     def _read(self) -> None:
@@ -112,7 +110,7 @@ class BrokenRecords:
 
 
 def describe(file: str, index: int, problem: RecordProblem) -> str:
-    """Which record it is and what is wrong with it."""
+    """Say which record it is and what is wrong with it."""
     identity = "" if problem.identity is None else f" (id {problem.identity!r})"
     return f"{file}, record {index}{identity}: {problem}"
 

@@ -1,21 +1,40 @@
 """What is there of a data set and what is wrong with it, before a run finds out."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.broken_records import describe
-from fusion_hf.data.image_files import open_record_image, record_image_path
-from fusion_hf.data.index import Index, open_index
+from fusion_hf.data.image_files import find_record_image, open_record_image
+from fusion_hf.data.image_places import NO_PLACES, ImagePlaces
+from fusion_hf.data.index import open_index
 from fusion_hf.data.mixture import MixtureEntry
-from fusion_hf.data.record_parsing import RecordProblem, parse_record
+from fusion_hf.data.record_parsing import OnTruncated, RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
-Images = Literal["exist", "decode", "none"]
-IMAGES = ("exist", "decode", "none")
+Images = Literal["sample", "decode", "exist", "none"]
+SAMPLE = 100  # images of an entry
+
+
+@dataclass(frozen=True)
+class ImageChecks:
+    """
+    What is done with the images of records.
+
+    Attributes:
+        images: `decode` all; see that all are there and decode a `sample` of them; see that they `exist`; or `none`.
+            Images at addresses are fetched where they are decoded.
+        max_pixels, on_truncated, places: as in training, see [`open_record_image`].
+    """
+
+    images: Images
+    max_pixels: int
+    on_truncated: OnTruncated = "error"
+    places: ImagePlaces = NO_PLACES
 
 
 @dataclass
@@ -30,12 +49,6 @@ class Problems:
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         self.first.setdefault(problem.kind, describe(file, index, problem))
 
-    def update(self, others: "Problems") -> None:
-        """Count those of another part too."""
-        for kind, count in others.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-        self.first = {**others.first, **self.first}
-
 
 @dataclass
 class EntryReport:
@@ -47,6 +60,7 @@ class EntryReport:
         records: in its files; `taken` of them by the sampling strategy, broken ones included.
         size: bytes of its files.
         without_image: whole records that have none.
+        with_image: the others; `decoded` of their images were opened, broken ones included.
     """
 
     name: str
@@ -57,20 +71,16 @@ class EntryReport:
     records: int = 0
     taken: int = 0
     without_image: int = 0
+    with_image: int = 0
+    decoded: int = 0
     problems: Problems = field(default_factory=Problems)
 
     @property
     def fine(self) -> bool:
         return self.error is None and not self.problems.counts
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
-
-def check_entry(
-    entry: MixtureEntry, cache: Path, max_image_pixels: int, images: Images = "exist", progress: bool = True
-) -> EntryReport:
+def check_entry(entry: MixtureEntry, cache: Path, checks: ImageChecks, progress: bool = True) -> EntryReport:
     """
     Look at every record of an entry, taken or not, and at its image: whether it is there, or can be decoded.
 
@@ -83,34 +93,44 @@ def check_entry(
         sources = entry.locate().sources(cache)
         report.files = len(sources)
         report.size = sum(source.size for source in sources)
-        for source in sources:
-            index = open_index(source, cache)
+        indexes = [open_index(source, cache) for source in sources]
+        lengths = [index.lengths(range(len(index))) for index in indexes]
+        chosen = _choose(lengths, checks.images)
+        for source, index, words, to_decode in zip(sources, indexes, lengths, chosen, strict=True):
             report.records += len(index)
-            report.without_image += int((index.lengths(range(len(index))) < 0).sum())
-            report.problems.update(_structure(source, index))
-            if images != "none":
-                report.problems.update(_image_problems(source, len(index), images, max_image_pixels, progress))
+            report.without_image += int((words < 0).sum())
+            report.with_image += int((words > 0).sum())
+            report.decoded += int(to_decode.sum())
+            for number in index.broken().tolist() if index.num_broken else ():
+                report.problems.add(source.name, number, index.problem(number))
+            if checks.images != "none":
+                _check_images(report.problems, source, to_decode, checks, progress)
         report.taken = entry.sampling_strategy.count(report.records, entry.name)
     except InputError as error:
         report.error = str(error)
     return report
 
 
-def _structure(source: RecordSource, index: Index) -> Problems:
-    problems = Problems()
-    for number in index.broken().tolist() if index.num_broken else ():
-        problems.add(source.name, number, index.problem(number))
-    return problems
+def _choose(lengths: list[np.ndarray], images: Images) -> list[np.ndarray]:
+    """Which records of each source have an image that is decoded; a sample is the same each time."""
+    has_image = np.concatenate(lengths) > 0
+    if images == "sample":
+        places = np.flatnonzero(has_image)
+        drawn = np.random.default_rng(0).choice(places, min(SAMPLE, len(places)), replace=False)
+        has_image[:] = False
+        has_image[drawn] = True
+    elif images != "decode":
+        has_image[:] = False
+    return np.split(has_image, np.cumsum([len(words) for words in lengths])[:-1])
 
 
-def _image_problems(
-    source: RecordSource, total: int, images: Images, max_image_pixels: int, progress: bool
-) -> Problems:
-    problems = Problems()
+def _check_images(
+    problems: Problems, source: RecordSource, to_decode: np.ndarray, checks: ImageChecks, progress: bool
+) -> None:
     items = tqdm(
         source.scan(),
         desc=f"images of {source.name}",
-        total=total,
+        total=len(to_decode),
         unit="record",
         unit_scale=True,
         leave=False,
@@ -119,14 +139,21 @@ def _image_problems(
     for number, item in enumerate(items):
         try:
             record = parse_record(item.raw, number, source.image_key)
-        except RecordProblem:  # counted by `_structure`
+        except RecordProblem:  # counted already, by the index
             continue
         try:
-            if images == "decode" and record.image is not None:
-                open_record_image(record.image, source.root, max_image_pixels)
-            elif isinstance(record.image, str):
-                record_image_path(record.image, source.root)
+            if record.image is None:
+                continue
+            if to_decode[number]:
+                open_record_image(
+                    record.image,
+                    source.root,
+                    checks.max_pixels,
+                    on_truncated=checks.on_truncated,
+                    places=checks.places,
+                )
+            else:
+                find_record_image(record.image, source.root, checks.places)
         except RecordProblem as problem:
             problem.identity = record.id
             problems.add(source.name, number, problem)
-    return problems

@@ -12,11 +12,20 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.data.broken_records import BrokenRecords, OnBroken
-from fusion_hf.data.image_files import OnTruncated, open_record_image
+from fusion_hf.data.broken_records import BrokenRecords
+from fusion_hf.data.image_files import open_record_image
+from fusion_hf.data.image_places import NO_PLACES, ImagePlaces
 from fusion_hf.data.index import Index, default_cache, open_index
 from fusion_hf.data.mixture import MixtureEntry, Rows, Strategy, read_entries
-from fusion_hf.data.record_parsing import ON_TRUNCATED, Raw, RecordProblem, SampleKey, parse_record
+from fusion_hf.data.record_parsing import (
+    ON_TRUNCATED,
+    OnBroken,
+    OnTruncated,
+    Raw,
+    RecordProblem,
+    SampleKey,
+    parse_record,
+)
 from fusion_hf.data.sources import RecordSource, RecordStream
 from fusion_hf.model.image_opening_fusion import MAX_IMAGE_PIXELS
 
@@ -34,6 +43,9 @@ def load_records(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     exif_transpose: bool = True,
     on_truncated: OnTruncated = "error",
+    image_roots: Iterable[str | Path] | None = None,
+    image_hosts: Iterable[str] | None = None,
+    private_image_hosts: Iterable[str] | None = None,
 ) -> "RecordDataset | StreamedRecords":
     """
     Load the records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
@@ -48,6 +60,9 @@ def load_records(
         max_image_pixels: an image with more is broken.
         exif_transpose: turn images upright by their EXIF orientation, as the image processor of that setting does.
         on_truncated: `error`: an image that ends too early is broken; `load`: what there is of it is taken.
+        image_roots: further folders in which images may be, by absolute paths or by links.
+        image_hosts: hosts from which images at http(s) addresses are fetched, as `NAME` or `NAME:PORT`.
+        private_image_hosts: the same for hosts of a private network or of this machine.
 
     Returns:
         [`RecordDataset`], or [`StreamedRecords`] if `streaming`: records `{"id", "image", "messages"}`.
@@ -71,7 +86,8 @@ def load_records(
     """
     entries = read_entries(source, root)
     broken = BrokenRecords(on_broken, max_skipped, skipped_file)
-    reader = RecordReader(broken, max_image_pixels, exif_transpose, on_truncated)
+    places = ImagePlaces.named(image_roots, image_hosts, private_image_hosts)
+    reader = RecordReader(broken, max_image_pixels, exif_transpose, on_truncated, places)
     if streaming:
         return StreamedRecords(entries, reader)
     parts = read_parts(entries, default_cache() if cache is None else Path(cache).expanduser(), seed)
@@ -86,6 +102,7 @@ class RecordReader:
     max_image_pixels: int
     exif_transpose: bool
     on_truncated: OnTruncated
+    places: ImagePlaces = NO_PLACES
 
     def __post_init__(self) -> None:
         if self.on_truncated not in ON_TRUNCATED:
@@ -102,7 +119,7 @@ class RecordReader:
         try:
             record = parse_record(raw, index, stream.image_key)
             identity = record.id
-            settings = (stream.root, self.max_image_pixels, self.exif_transpose, self.on_truncated)
+            settings = (stream.root, self.max_image_pixels, self.exif_transpose, self.on_truncated, self.places)
             image = None if record.image is None else open_record_image(record.image, *settings)
         except RecordProblem as problem:
             problem.identity = identity if identity is not None else problem.identity
@@ -122,7 +139,7 @@ class MixturePart:
 
 def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[MixturePart]:
     """
-    What the entries of a mixture take from their files, in their order; broken records are still among it.
+    Read what the entries of a mixture take from their files, in order; broken records are still among it.
 
     Raises:
         InputError: for a file that cannot be read, or has fewer records than are to be taken.
@@ -232,7 +249,7 @@ class StreamedRecords(IterableDataset):
     def split(
         self, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, epochs: int | None = None, start: int = 0
     ) -> "StreamedRecords":
-        """The same records for a rank of many, from a micro-batch on."""
+        """Return the same records for a rank of many, from a micro-batch on."""
         if not 0 <= rank < world_size or batch_size < 1 or start < 0:
             raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, start {start}")
         other = copy.copy(self)

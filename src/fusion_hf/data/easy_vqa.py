@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 
@@ -17,13 +16,16 @@ class EasyVqaImage:
 
 
 def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
-    """All images of one part of the data set, ordered by id.
+    """Read all images of one part of the data set, ordered by id.
 
     Raises:
         ImportError: if the package `easy-vqa` is not installed.
         ValueError: if `part` is unknown or a question names an image that does not exist.
     """
-    package = _import_package()
+    try:
+        package = importlib.import_module("easy_vqa")
+    except ModuleNotFoundError as error:
+        raise ImportError("the data set easy-vqa is not installed: pip install fusion_hf[train]") from error
     if part not in ("train", "test"):
         raise ValueError(f"part is {part!r}, allowed are train, test")
     texts, answers, image_ids = getattr(package, f"get_{part}_questions")()
@@ -34,10 +36,3 @@ def read_easy_vqa(part: Literal["train", "test"]) -> list[EasyVqaImage]:
             raise ValueError(f"easy-vqa {part}: question {text!r} is about image {image_id}, which does not exist")
         questions[image_id].append((text, answer))
     return [EasyVqaImage(i, Path(paths[i]), tuple(pairs)) for i, pairs in questions.items()]
-
-
-def _import_package() -> ModuleType:
-    try:
-        return importlib.import_module("easy_vqa")
-    except ModuleNotFoundError as error:
-        raise ImportError("the data set easy-vqa is not installed: pip install fusion_hf[train]") from error

@@ -1,22 +1,30 @@
-"""Opening the image of a record: under its root only, bounded before it is decoded, whole or not at all."""
+"""Opening the image of a record: from where its user allows, bounded before it is decoded, whole or not at all."""
 
+import asyncio
+import base64
+import binascii
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image, ImageFile
 
 from fusion_hf.common.errors import short_name
-from fusion_hf.data.record_parsing import FileSpan, ImageReference, RecordProblem
+from fusion_hf.common.extras import require
+from fusion_hf.common.image_hosts import HostPolicy, ImageRefused, check_url
+from fusion_hf.common.user_values import is_address
+from fusion_hf.data.image_places import NO_PLACES, ImagePlaces
+from fusion_hf.data.record_parsing import FileSpan, ImageReference, OnTruncated, RecordProblem
 from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_opening_fusion import open_image
 
-OnTruncated = Literal["error", "load"]
 PIL_SETTINGS = threading.RLock()
 MAX_IMAGE_BYTES = 2**28  # of an encoded image inside a file: it is read before its size in pixels is known
+MAX_FETCHED_BYTES = 10 * 2**20  # of an image at an address, as the server's default
+DATA_URI, BASE64 = "data:", ";base64"
 
 
 def open_record_image(
@@ -25,27 +33,30 @@ def open_record_image(
     max_pixels: int,
     exif_transpose: bool = True,
     on_truncated: OnTruncated = "error",
+    places: ImagePlaces = NO_PLACES,
 ) -> Image.Image:
     """
     Decode the image as far as the image processor would: what it gives breaks nothing any more.
 
     Args:
-        image: a path is relative to `root`.
-        root: a resolved folder, which no path may leave, not by a link either.
+        image: a path, which is relative to `root`, a data URI or an http(s) address.
+        root: a resolved folder, which no path may leave, not by a link either, but for the folders of `places`.
         max_pixels: more are refused before they are decoded.
         exif_transpose: turn the image upright by its EXIF orientation.
         on_truncated: `load` takes what there is of an image that ends too early, the rest is grey or black.
+        places: where else images may be.
 
     Returns:
         The image in mode RGB.
 
     Raises:
-        RecordProblem: if it is missing, outside of `root`, too large, truncated or no image.
+        RecordProblem: if it is missing, where it may not be, too large, truncated or no image.
     """
-    if isinstance(image, str):
-        source: Path | bytes = record_image_path(image, root)
-    else:
-        source = image if isinstance(image, bytes) else _read(image)
+    source = find_record_image(image, root, places)
+    if isinstance(source, FileSpan):
+        source = _read(source)
+    elif isinstance(source, str):
+        source = _fetch(source, places.hosts)
     try:
         with limits_of_pil(max_pixels, on_truncated):
             return open_image(source, max_pixels, exif_transpose=exif_transpose)
@@ -69,23 +80,62 @@ def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def record_image_path(name: str, root: Path) -> Path:
+def find_record_image(image: ImageReference, root: Path, places: ImagePlaces = NO_PLACES) -> Path | ImageReference:
     """
-    The resolved path of an existing file under `root`, which is resolved itself.
+    Find what an image is read from: the resolved path of an existing file, or the bytes of a data URI.
+
+    What else is no path is returned unchanged. Nothing is fetched yet.
 
     Raises:
-        RecordProblem: if there is none.
+        RecordProblem: if there is no such file, or it is where it may not be.
     """
+    if not isinstance(image, str):
+        return image
+    if image[: len(DATA_URI)].lower() == DATA_URI:
+        return _decode_data_uri(image)
+    if not is_address(image):
+        return _record_image_path(image, root, places.folders)
+    try:
+        check_url(image, places.hosts)
+    except ImageRefused as error:
+        raise RecordProblem("remote image", f"{error}; allowed: hosts that `image_hosts` names") from error
+    return image
+
+
+def _record_image_path(name: str, root: Path, folders: tuple[Path, ...]) -> Path:
     try:
         path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            raise RecordProblem("path escape", f"{short_name(name)!r} is not under {root}; allowed: paths under it")
+        if not any(path.is_relative_to(folder) for folder in (root, *folders)):
+            allowed = "paths under it, or under a folder that `image_roots` names"
+            raise RecordProblem("path escape", f"{short_name(name)!r} is not under {root}; allowed: {allowed}")
         is_file = stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError, RuntimeError) as error:  # of too long names, null characters and circular links
         raise RecordProblem("missing image", f"there is no {short_name(name)!r} under {root}") from error
     if not is_file:
         raise RecordProblem("missing image", f"{short_name(name)!r} under {root} is no file")
     return path
+
+
+def _decode_data_uri(uri: str) -> bytes:
+    head, _, content = uri.partition(",")
+    if not head.lower().endswith(BASE64):
+        raise RecordProblem("broken image", f"{short_name(uri)!r} is no data URI in base64")
+    try:
+        return base64.b64decode("".join(content.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RecordProblem("broken image", f"{short_name(uri)!r} is no base64 ({error})") from error
+
+
+def _fetch(url: str, hosts: HostPolicy) -> bytes:
+    """What is at an address; in a thread of its own, since a notebook's has an event loop already."""
+    require(("httpcore",), "An image at an address", "train")
+    from fusion_hf.common.image_fetching import fetch
+
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            return executor.submit(asyncio.run, fetch(url, hosts, MAX_FETCHED_BYTES)).result()
+        except ImageRefused as error:
+            raise RecordProblem("remote image", str(error)) from error
 
 
 def _read(span: FileSpan) -> bytes:

@@ -21,6 +21,7 @@ from fusion_hf.common.outputs import atomic_file
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
+READING, READING_VERSION = b"reading", b"2"  # in an index: which layouts were known when it was made
 FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
 ROWS_PER_BATCH = 65_536
 SUFFIX = ".arrow"
@@ -38,8 +39,7 @@ class Index:
         self.file = file
         with pa.memory_map(str(file)) as stream:
             self.table = pa.ipc.open_file(stream).read_all()
-        self.place_names = [name for name in self.table.column_names if name.startswith("place_")]
-        self.places = [self.table.column(name) for name in self.place_names]
+        self.places = [self.table.column(name) for name in self.table.column_names if name.startswith("place_")]
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -48,12 +48,12 @@ class Index:
         return Index, (self.file,)
 
     def place(self, index: int) -> tuple[int, ...]:
-        """Where the record `index` lies."""
+        """Tell where the record `index` lies."""
         chunk, row = divmod(index, ROWS_PER_BATCH)
         return tuple(column.chunk(chunk)[row].as_py() for column in self.places)
 
     def lengths(self, rows: "range | np.ndarray") -> np.ndarray:
-        """Lengths of some records, int32."""
+        """Return the lengths of some records, int32."""
         lengths = self.table.column("length").to_numpy()
         return lengths[rows.start : rows.stop] if isinstance(rows, range) else lengths[rows]
 
@@ -61,15 +61,20 @@ class Index:
     def num_broken(self) -> int:
         return len(self) - self.table.column("problem").null_count
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether an earlier version made it, which did not read all layouts, and something is broken in it."""
+        return self.num_broken > 0 and (self.table.schema.metadata or {}).get(READING) != READING_VERSION
+
     def broken(self) -> np.ndarray:
-        """Which records are broken, in increasing order."""
+        """List the records that are broken, in increasing order."""
         chunks = self.table.column("problem").chunks
         found = [np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False)) for chunk in chunks]
         starts = [number * ROWS_PER_BATCH for number in range(len(chunks))]
         return np.concatenate([start + rows for start, rows in zip(starts, found, strict=True)])
 
     def problem(self, index: int) -> RecordProblem:
-        """What is wrong with a broken record."""
+        """Say what is wrong with a broken record."""
         chunk, row = divmod(index, ROWS_PER_BATCH)
         values = [self.table.column(name).chunk(chunk)[row].as_py() for name in ("problem", "detail", "id")]
         return RecordProblem(*values)
@@ -83,18 +88,19 @@ def default_cache() -> Path:
 
 def open_index(source: RecordSource, cache: Path) -> Index:
     """
-    The index of a source: what lies in `cache`, else a new one.
+    Open the index of a source: what lies in `cache`, else a new one.
 
     Raises:
         InputError: if the source cannot be read or has no records, or nothing can be written to `cache`.
     """
     file = cache / f"{source.fingerprint(FORMAT_VERSION)}{SUFFIX}"
-    if (index := _existing(file)) is not None:
+    if (index := _existing(file)) is not None and not index.is_outdated:
         return index
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            if (index := _existing(file)) is not None:  # another process wrote it while this one waited
+            index = _existing(file)  # which another process may have written while this one waited
+            if index is not None and not index.is_outdated:
                 return index
             _write(source, file)
     except OSError as error:
@@ -124,7 +130,7 @@ def _write(source: RecordSource, file: Path) -> None:
 def _schema(source: RecordSource) -> pa.Schema:
     places = [(f"place_{name}", pa.int64()) for name in source.place_names]
     problems = [(name, pa.string()) for name in ("problem", "detail", "id")]
-    return pa.schema([*places, ("length", pa.int32()), *problems])
+    return pa.schema([*places, ("length", pa.int32()), *problems], metadata={READING: READING_VERSION})
 
 
 def _batches(source: RecordSource) -> Iterator[pa.RecordBatch]:

@@ -49,7 +49,7 @@ class Strategy:
 
     def count(self, total: int, where: str) -> int:
         """
-        How many of `total` records are taken; a share is rounded up.
+        Count how many of `total` records are taken; a share is rounded up.
 
         Raises:
             InputError: if there are not as many.
@@ -62,7 +62,7 @@ class Strategy:
         return count
 
     def rows(self, total: int, seed: tuple[int, ...], where: str) -> Rows:
-        """The records that are taken, in the order of the file."""
+        """Choose the records that are taken, in the order of the file."""
         count = self.count(total, where)
         if self.kind == "first" or count == total:
             return range(count)

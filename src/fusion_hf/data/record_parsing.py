@@ -1,23 +1,33 @@
 """One record, LLaVA-shaped or chat-shaped, as normalised messages; what is wrong with it by name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from fusion_hf.common.errors import short_name
+from fusion_hf.data.record_layouts import (
+    TURN_KEYS,
+    describe_missing_turns,
+    image_rename,
+    name_of_list,
+    with_known_turns,
+)
 
 HUMAN, MODEL = "human", "gpt"  # speakers of LLaVA's conversations
-ROLE_OF_SPEAKER = {HUMAN: "user", MODEL: "assistant", "system": "system"}
-ROLES = tuple(ROLE_OF_SPEAKER.values())
+ROLES = ("user", "assistant", "system")
+ROLE_OF_SPEAKER = {HUMAN: "user", MODEL: "assistant", **{role: role for role in ROLES}}
 IMAGE_KEY = "image"
 FILE_NAME = "file_name"  # the image's column in the metadata of an image folder
 IMAGE_TOKEN = "<image>"  # as the processor has it, which imports transformers
+# image blocks of messages, and where they have the image
+IMAGE_BLOCKS, BLOCK_FIELDS = ("image", "image_url"), ("image", "path", "url", "image_url")
 SHOWN_ROLES = 6  # of a conversation, in an error
 # what is done about broken records, and about images whose file ends too early
-ON_BROKEN = ("error", "skip")
-ON_TRUNCATED = ("error", "load")
+OnBroken: TypeAlias = Literal["error", "skip"]
+OnTruncated: TypeAlias = Literal["error", "load"]
+ON_BROKEN, ON_TRUNCATED = get_args(OnBroken), get_args(OnTruncated)
 
 ProblemKind = Literal[
     "unreadable",  # no JSON, no UTF-8, no text
@@ -29,6 +39,7 @@ ProblemKind = Literal[
     "several images",
     "path escape",
     "missing image",
+    "remote image",  # at an address that is not allowed, or gives none
     "broken image",
     "oversized image",
 ]
@@ -111,20 +122,28 @@ def parse_turns(
     fields: dict[str, Any], image_key: str = IMAGE_KEY
 ) -> tuple[list[tuple[str, str]], list[ImageReference]]:
     """
-    Roles and texts as they were written, and all images; neither order nor number is checked.
+    Read roles and texts as they were written, and all images; neither order nor number is checked.
 
     Raises:
         RecordProblem: if a field is missing or has another shape.
     """
     images = _top_level_images(fields, image_key)
-    if fields.get("messages") is not None:
-        return list(_chat_turns(fields["messages"], images)), images
-    return list(_llava_turns(fields.get("conversations"))), images
+    known = with_known_turns(fields)
+    if known.get("messages") is not None:
+        turns = list(_chat_turns(known["messages"], images, image_rename(fields, image_key, is_certain=True)))
+    elif known.get("conversations") is not None:
+        turns = list(llava_turns(known["conversations"]))
+    else:
+        raise RecordProblem("shape", describe_missing_turns(fields))
+    is_marked = any(IMAGE_TOKEN in text for _, text in turns)
+    if not images and (rename := image_rename(fields, image_key, is_marked)) is not None:
+        raise RecordProblem("shape", f"its image is in a field that is not read; {rename}")
+    return turns, images
 
 
 def without_marks(turns: list[tuple[str, str]]) -> Messages:
     """
-    Turns as messages. Marks are left out in the first question, where an image stands anyway, and in answers. Where
+    Make messages of turns. Marks are left out in the first question, where an image stands, and in answers. Where
     later questions have some, all questions keep theirs, since upstream writes another sequence then.
     """
     questions = [text for role, text in turns if role == "user"]
@@ -133,6 +152,15 @@ def without_marks(turns: list[tuple[str, str]]) -> Messages:
         {"role": role, "content": text if is_late and role == "user" else text.replace(IMAGE_TOKEN, "")}
         for role, text in turns
     ]
+
+
+def llava_record(identity: str, image: Any, turns: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Write questions and answers about an image in LLaVA's shape, with the image's mark in the first question."""
+    conversations: list[dict[str, str]] = []
+    for question, answer in turns:
+        mark = "" if conversations else f"{IMAGE_TOKEN}\n"
+        conversations += [{"from": HUMAN, "value": mark + question}, {"from": MODEL, "value": answer}]
+    return {"id": identity, "image": image, "conversations": conversations}
 
 
 def parse_json_object(raw: Raw) -> dict[str, Any]:
@@ -172,19 +200,23 @@ def _image(value: Any, key: str) -> ImageReference:
     raise RecordProblem("shape", f"{key} is {_type_name(value)}; allowed: a path, or an object with bytes and path")
 
 
-def _llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
-    if conversations is None:
-        raise RecordProblem("shape", "it has neither conversations nor messages")
-    for turn in _list_of_objects(conversations, "conversations"):
-        speaker = turn.get("from")
+def llava_turns(conversations: Any) -> Iterator[tuple[str, str]]:
+    """
+    Read roles and texts of LLaVA's turns `{"from", "value"}`.
+
+    Raises:
+        RecordProblem: for what is no list of such turns; names the turn.
+    """
+    for number, turn in enumerate(_list_of_objects(conversations, "conversations")):
+        name, speaker = f"conversations[{number}]", turn.get("from")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
             allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise RecordProblem("wrong role", f"a turn is from {_repeat(speaker)}; allowed: {allowed}")
-        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), "value")
+            raise RecordProblem("wrong role", f"{name} is from {_repeat(speaker)}; allowed: {allowed}")
+        yield ROLE_OF_SPEAKER[speaker], _text(turn.get("value"), f"{name}.value")
 
 
-def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[str, str]]:
-    """Roles and texts; images inside of the first question go to `images`."""
+def _chat_turns(messages: Any, images: list[ImageReference], rename: str | None) -> Iterator[tuple[str, str]]:
+    """Roles and texts; images inside of the first question go to `images`. `rename` says where one may be instead."""
     questions = 0
     for message in _list_of_objects(messages, "messages"):
         role, content = message.get("role"), message.get("content")
@@ -198,22 +230,30 @@ def _chat_turns(messages: Any, images: list[ImageReference]) -> Iterator[tuple[s
         for block in _list_of_objects(content, "content"):
             if block.get("type") == "text":
                 texts.append(_text(block.get("text"), "text"))
-            elif block.get("type") != "image":
+            elif block.get("type") not in IMAGE_BLOCKS:
                 kind = _repeat(block.get("type"))
-                raise RecordProblem("shape", f"a block has the type {kind}; allowed: text, image")
+                raise RecordProblem("shape", f"a block has the type {kind}; allowed: text, {', '.join(IMAGE_BLOCKS)}")
             elif role != "user" or questions > 1:
                 raise RecordProblem("several images", "a later message has an image; allowed: in the first question")
             else:
-                inside = [block[key] for key in ("image", "path", "url") if block.get(key) is not None]
-                images += [_image(value, "image") for value in inside]
+                inside = [block[key] for key in BLOCK_FIELDS if block.get(key) is not None]
+                images += [_image(_unwrap_url(value), "image") for value in inside]
                 if not images:
-                    raise RecordProblem("mark without image", "it has an image block, but no image")
+                    advice = "" if rename is None else f"; {rename}"
+                    raise RecordProblem("mark without image", f"it has an image block, but no image{advice}")
         yield role, "".join(texts)
 
 
-def _list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+def _unwrap_url(value: Any) -> Any:
+    """The address in OpenAI's `{"url": ...}`."""
+    return value["url"] if isinstance(value, dict) and "url" in value else value
+
+
+def _list_of_objects(value: Any, name: str) -> Sequence[dict[str, Any]]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a list of objects")
+    if name in TURN_KEYS and value and (known := name_of_list(value[0], name)) not in (None, name):
+        raise RecordProblem("shape", f"{name} holds objects with {', '.join(value[0])}; rename {name!r} to {known!r}")
     return value
 
 
@@ -241,7 +281,7 @@ def _check_turns(turns: list[tuple[str, str]]) -> None:
 
 
 def shown_roles(roles: list[str]) -> str:
-    """The first ones, for an error."""
+    """Write the first roles, for an error."""
     return ", ".join(roles[:SHOWN_ROLES]) + (", ..." if len(roles) > SHOWN_ROLES else "")
 
 

@@ -40,7 +40,7 @@ class RecordStream(ABC):
 
     @abstractmethod
     def scan(self) -> Iterator[SourceItem]:
-        """All records, in memory that does not grow with them."""
+        """Give all records, in memory that does not grow with them."""
 
 
 class RecordSource(RecordStream):
@@ -62,14 +62,14 @@ class RecordSource(RecordStream):
 
     @abstractmethod
     def read(self, index: int, place: tuple[int, ...]) -> Raw:
-        """The record `index`, whose place `scan` gave."""
+        """Read the record `index`, whose place `scan` gave."""
 
     @abstractmethod
     def state(self) -> str:
-        """Changes when the records do."""
+        """Return a text that changes when the records do."""
 
     def fingerprint(self, version: int) -> str:
-        """Names an index of the present records."""
+        """Name an index of the present records."""
         parts = (str(version), self.kind, self.image_key, self.state())
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -15,15 +16,20 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from fusion_hf.common.errors import InputError
+from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.data.record_layouts import COMPLETION, IMAGES, LAYOUT_KEYS, PAIRS_KEY, PROMPT, TURN_KEYS, turn_renames
 from fusion_hf.data.record_parsing import FILE_NAME, IMAGE_KEY, Raw, RecordProblem
 from fusion_hf.data.sources import MAX_RECORD_BYTES, RecordSource, RecordStream, SourceItem, file_state
 
-COLUMNS = ("id", IMAGE_KEY, "images", FILE_NAME, "conversations", "messages")
-TURNS = ("conversations", "messages")
+IMAGE_COLUMNS = (IMAGE_KEY, "images", FILE_NAME)
+COLUMNS = ("id", *IMAGE_COLUMNS, *TURN_KEYS)
 HUB_SECONDS = 10.0  # until the Hub answers
+CLOSE = 0.7  # of names of columns, from 0 to 1
 ROWS = 64  # read at once: they may hold images
 PARQUET = ".parquet"
+# of a folder that `Dataset.save_to_disk` wrote
+SAVED_STATE, SAVED_INFO = "state.json", "dataset_info.json"
+MAX_SAVED_BYTES = 2**24  # of each of both
 
 Row: TypeAlias = dict[str, Any]
 
@@ -52,8 +58,7 @@ class Table(RecordSource):
         return "\n".join([self.name, *map(file_state, self.files)])
 
     def scan(self) -> Iterator[SourceItem]:
-        rows = (row for table in self.dataset.iter(batch_size=ROWS) for row in table.to_pylist())
-        return _items(rows)
+        return _items(_encoded_rows(self.dataset))
 
     def read(self, index: int, place: tuple[int, ...]) -> Raw:
         return _row(self.dataset[index].to_pylist()[0])
@@ -76,7 +81,7 @@ class RowStream(RecordStream):
 
 def table_rows(path: Path) -> Callable[[], Iterator[Row]]:
     """
-    What gives the rows of a Parquet or CSV file.
+    Make what gives the rows of a Parquet or CSV file.
 
     Raises:
         InputError: if it is no such file, or none of records.
@@ -112,11 +117,12 @@ def _csv_lines(path: Path) -> Iterator[list[str]]:
 
 def hub_rows(repository: str, split: str) -> Iterator[Row]:
     """The rows of a split of a data set of the Hub, read over the network."""
-    dataset = load_hub(repository, split, streaming=True)
-    for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return iter(dataset)
+    return _encoded_rows(load_hub(repository, split, streaming=True))
+
+
+def _encoded_rows(dataset: Any) -> Iterator[Row]:
+    """Rows whose images, those in lists too, stay encoded."""
+    return (row for table in dataset.with_format("arrow").iter(batch_size=ROWS) for row in table.to_pylist())
 
 
 def _items(rows: Iterable[Row]) -> Iterator[SourceItem]:
@@ -127,7 +133,7 @@ def _items(rows: Iterable[Row]) -> Iterator[SourceItem]:
 def _row(row: Row) -> Raw:
     """Where a column cannot hold objects, the turns are JSON text, and what is missing is empty."""
     fields = {name: None if value == "" else value for name, value in row.items()}
-    for name in TURNS:
+    for name in (*TURN_KEYS, PAIRS_KEY):
         written = fields.get(name)
         if isinstance(written, str):
             try:
@@ -143,9 +149,18 @@ def known_columns(names: Iterable[str], where: str) -> list[str]:
     Raises:
         InputError: if there is none with conversations.
     """
-    known = [name for name in names if name in COLUMNS]
-    if not set(known).intersection(TURNS):
-        raise InputError(f"data: {where} has no column of {', '.join(TURNS)}; are these records?")
+    names = list(names)
+    has_turns = not set(names).isdisjoint(TURN_KEYS)
+    # with turns, the same columns as ever: names of indexes and caches follow from them
+    known = [name for name in names if name in COLUMNS or (not has_turns and name in LAYOUT_KEYS)]
+    if not has_turns and PAIRS_KEY not in known and not {PROMPT, COMPLETION} <= set(known):
+        allowed = f"{', '.join(TURN_KEYS)}, {PAIRS_KEY}, or {PROMPT} and {COMPLETION}"
+        near = {name: close[0] for name in names if (close := get_close_matches(name, TURN_KEYS, 1, CLOSE))}
+        renames = near or turn_renames(dict.fromkeys(names, ""))
+        advice = ", ".join(f"rename {short_name(old)!r} to {new!r}" for old, new in renames.items())
+        raise InputError(f"data: {where} has no column of {allowed}; {advice or 'are these records?'}")
+    if set(known).isdisjoint(IMAGE_COLUMNS) and (unread := [name for name in names if name in IMAGES]):
+        raise InputError(f"data: {where} has a column {unread[0]!r}; rename it to {IMAGE_KEY!r}.")
     return known
 
 
@@ -166,7 +181,7 @@ def table_columns(path: Path) -> list[str]:
 
 def load_table(path: Path, cache: Path) -> datasets.Dataset:
     """
-    A Parquet or CSV file, written to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
+    Write a Parquet or CSV file to `cache` as Arrow: what is compressed, or text, cannot be read at any place.
 
     Raises:
         InputError: if it cannot be read.
@@ -183,9 +198,47 @@ def load_table(path: Path, cache: Path) -> datasets.Dataset:
         raise InputError(f"data: {path} cannot be read as {kind} ({error.__cause__ or error}).") from error
 
 
+def saved_rows(folder: Path) -> Iterator[Row]:
+    """The rows of what `Dataset.save_to_disk` wrote."""
+    dataset = load_saved(folder)
+    return _encoded_rows(dataset.select_columns(known_columns(dataset.column_names, str(folder))))
+
+
+def load_saved(folder: Path) -> datasets.Dataset:
+    """
+    What `Dataset.save_to_disk` wrote, memory-mapped where it lies.
+
+    Raises:
+        InputError: if it cannot be read, or names a file elsewhere.
+    """
+    try:
+        state = json.loads(_read_small(folder / SAVED_STATE))
+        _read_small(folder / SAVED_INFO)
+        names = [file["filename"] for file in state["_data_files"]]
+        if any(Path(name).name != name for name in names):
+            raise InputError(f"data: {folder / SAVED_STATE} names a file outside of its folder; allowed: files in it.")
+        dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
+        for batch in dataset.data.table.to_batches():
+            batch.validate(full=True)  # offsets that lead out of a file would end the process
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise InputError(f"data: {folder} cannot be read as a saved data set ({detail}).") from error
+    return dataset
+
+
+def _read_small(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        content = stream.read(MAX_SAVED_BYTES + 1)
+    if len(content) > MAX_SAVED_BYTES:
+        raise InputError(f"data: {path} has over {MAX_SAVED_BYTES} bytes; is it no saved data set?")
+    return content
+
+
 def load_hub(repository: str, split: str, streaming: bool = False) -> Any:
     """
-    A split of a data set of the Hub, in the cache of `datasets`.
+    Load a split of a data set of the Hub, in the cache of `datasets`.
 
     Raises:
         InputError: if there is none, or the Hub cannot be reached.

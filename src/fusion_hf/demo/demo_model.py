@@ -86,7 +86,7 @@ class DemoModel:
         return self._worker.submit(work, *arguments).result()
 
     def open_session(self, path: Path) -> Session:
-        """A session about the image in a file.
+        """Open a session about the image in a file.
 
         Raises:
             InputError: if it cannot be read or is too large.
@@ -160,7 +160,7 @@ class DemoModel:
 
 
 def open_upload(chat_model: ChatModel, path: Path) -> Image.Image:
-    """The image in an uploaded file, as upright RGB.
+    """Open the image in an uploaded file, as upright RGB.
 
     Raises:
         InputError: if it cannot be read or is too large.
@@ -174,7 +174,7 @@ def open_upload(chat_model: ChatModel, path: Path) -> Image.Image:
 
 
 def check_question(question: str) -> str:
-    """The question without white space around it.
+    """Return the question without white space around it.
 
     Raises:
         InputError: if it is empty or too long.

@@ -24,5 +24,5 @@ CHOSEN: tuple[tuple[Category, int, str], ...] = (
 
 
 def draw_examples() -> list[Example]:
-    """The chosen examples."""
+    """Draw the chosen examples."""
     return [Example(draw_spec(category, "test", index).render(), question) for category, index, question in CHOSEN]

@@ -31,7 +31,7 @@ class Handlers:
         self.uploads = uploads.resolve()
 
     def open_session(self, upload: dict[str, Any] | None) -> Values:
-        """A new session about an uploaded image; and its overview and tiles behind the other values."""
+        """Open a new session about an uploaded image; and its overview and tiles behind the other values."""
         kept = gr.skip()  # an example brings image and question at once
         if upload is None:
             return *self.show(None, kept), None, None
@@ -50,7 +50,7 @@ class Handlers:
         return path
 
     def ask(self, question: str, query_len: int, session: Session | None) -> Iterator[Values]:
-        """The conversation while an answer grows."""
+        """Yield the conversation while an answer grows."""
         if session is None:
             gr.Warning(NO_IMAGE)
             yield self.show(None, question)
@@ -65,7 +65,7 @@ class Handlers:
         yield self.show(session)
 
     def reset(self, session: Session | None) -> Values:
-        """A new conversation about the same image."""
+        """Begin a new conversation about the same image."""
         if session is not None:
             session.reset()
         return self.show(session)

@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 
 def build_page(demo_model: DemoModel) -> gr.Blocks:
-    """The page, to be launched with `launch_settings`."""
+    """Build the page, to be launched with `launch_settings`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         parts = _lay_out(demo_model)
         _connect(Handlers(demo_model, Path(parts.image.GRADIO_CACHE)), parts)
@@ -62,7 +62,7 @@ def build_page(demo_model: DemoModel) -> gr.Blocks:
 
 
 def launch_settings() -> dict[str, Any]:
-    """What a page is to be launched with, beside the address: nothing from or to other hosts, and bounds."""
+    """Return what a page is to be launched with, beside the address: nothing from or to other hosts, and bounds."""
     return {
         "share": False,
         "ssr_mode": False,

@@ -74,7 +74,7 @@ class AnswerStream(TextIteratorStreamer):
 
 
 def now() -> float:
-    """The clock in seconds, when everything that an accelerator was told to do is done."""
+    """Return the clock in seconds, when everything that an accelerator was told to do is done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return perf_counter()

@@ -45,7 +45,7 @@ def draw_tiles(tiles: np.ndarray) -> Tiles:
 
 
 def draw_overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The image in grey under a map `(H, W)` in colours, which begin at zero."""
+    """Draw the image in grey under a map `(H, W)` in colours, which begin at zero."""
     factor = -(-SHOWN_SIDE // max(image.size))
     size = (factor * image.width, factor * image.height)
     colors = Image.fromarray(colormaps[COLORS](Normalize(vmin=0)(heat), bytes=True)[..., :3])
@@ -64,13 +64,13 @@ def chat_messages(session: Session | None, question: str = "", answer: str = "")
 
 
 def answer_choices(turns: list[DemoTurn]) -> list[tuple[str, int]]:
-    """A short name of each answer, and its place."""
+    """Return a short name of each answer, and its place."""
     names = (shorten(turn.answer, LONGEST_NAME, placeholder=" ...") for turn in turns)
     return [(f"{index + 1}: {name}", index) for index, name in enumerate(names)]
 
 
 def times_table(session: Session | None) -> str:
-    """What the image and each answer took, as a Markdown table; the latest answer comes first."""
+    """Return what the image and each answer took, as a Markdown table; the latest answer comes first."""
     if session is None:
         return ""
     first = f"Image: {_ms(session.times.preprocessing)} preprocessing, {_ms(session.times.encoding)} four tiles."

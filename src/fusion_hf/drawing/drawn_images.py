@@ -57,7 +57,6 @@ SAME_COLOR_SHARE = 0.5  # ... one colour only
 
 TRIANGLE_ASPECT = 3**0.5 / 2  # height of an equilateral triangle of side 1
 
-Ink = int | tuple[int, int, int]
 Category = Literal["single", "count", "spatial", "text"]
 Split = Literal["train", "validation", "test"]
 CATEGORIES: tuple[Category, ...] = ("single", "count", "spatial", "text")
@@ -120,7 +119,7 @@ class DrawnImage:
     word: DrawnWord | None = None
 
     def parts(self) -> list[DrawnElement]:
-        """The shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE."""
+        """List the shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE."""
         parts = []
         for shape in self.shapes:
             parts.append(DrawnElement(shape.color, shape.kind, Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))))
@@ -145,7 +144,7 @@ class DrawnImage:
 
 
 def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0) -> DrawnImage:
-    """The `index`-th image of a category and split.
+    """Plan the `index`-th image of a category and split.
 
     Splits are disjoint because the split's name is part of the random generator's seed.
 
@@ -160,7 +159,7 @@ def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0)
 
 
 def direction(seen: DrawnShape, reference: DrawnShape) -> str | None:
-    """Where `seen` is from `reference`, one of `DIRECTIONS`; None if no axis has a clear margin."""
+    """Tell where `seen` is from `reference`, one of `DIRECTIONS`; None if no axis has a clear margin."""
     dx, dy = (a - b for a, b in zip(seen.center, reference.center, strict=True))
     horizontal_gap = abs(dx) - (seen.width + reference.width) / 2
     vertical_gap = abs(dy) - (seen.height + reference.height) / 2
@@ -172,7 +171,7 @@ def direction(seen: DrawnShape, reference: DrawnShape) -> str | None:
 
 
 def single_spec(rng: random.Random) -> DrawnImage:
-    """A look-alike of an easy-vqa image."""
+    """Plan a look-alike of an easy-vqa image."""
     kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     width, height = _random_size(rng, kind, SINGLE_SIZE_RANGE)
     left, top = rng.uniform(0, CANVAS_SIDE - width), rng.uniform(0, CANVAS_SIDE - height)
@@ -180,7 +179,7 @@ def single_spec(rng: random.Random) -> DrawnImage:
 
 
 def count_spec(rng: random.Random) -> DrawnImage:
-    """One to MAX_COUNT shapes that do not touch each other."""
+    """Plan one to MAX_COUNT shapes that do not touch each other."""
     count = rng.randint(1, MAX_COUNT)
     kinds = SHAPES if rng.random() >= SAME_KIND_SHARE else (rng.choice(SHAPES),)
     colors = tuple(COLORS) if rng.random() >= SAME_COLOR_SHARE else (rng.choice(tuple(COLORS)),)
@@ -197,7 +196,7 @@ def count_spec(rng: random.Random) -> DrawnImage:
 
 
 def spatial_spec(rng: random.Random) -> DrawnImage:
-    """Two shapes of different kinds and colours, clearly apart along one axis."""
+    """Plan two shapes of different kinds and colours, clearly apart along one axis."""
     kinds, colors = rng.sample(SHAPES, 2), rng.sample(tuple(COLORS), 2)
     sizes = [_random_size(rng, kind, SPATIAL_SIZE_RANGE) for kind in kinds]
     along = rng.randrange(2)  # 0: side by side, 1: one above the other
@@ -219,7 +218,7 @@ def spatial_spec(rng: random.Random) -> DrawnImage:
 
 
 def text_spec(rng: random.Random) -> DrawnImage:
-    """One word of WORDS, wholly inside the image."""
+    """Plan one word of WORDS, wholly inside the image."""
     word = place_word(rng.choice(WORDS), rng.choice(WORD_COLORS), rng)
     return DrawnImage("text", _random_background(rng), word=word)
 
@@ -227,7 +226,7 @@ def text_spec(rng: random.Random) -> DrawnImage:
 def place_word(
     text: str, color: str, rng: random.Random, largest: int = WORD_SIZE, top: int = 0, bottom: int = CANVAS_SIDE
 ) -> DrawnWord:
-    """The text somewhere between two heights, at the largest font size up to `largest` at which it fits the width."""
+    """Place a text between two heights, at the largest font size up to `largest` at which it fits the width."""
     size = _word_size(text, largest)
     _, _, width, height = _ink_box(text, size)
     left = WORD_MARGIN + rng.randint(0, CANVAS_SIDE - 2 * WORD_MARGIN - width)
@@ -271,7 +270,7 @@ def _whole_shape(kind: str, color: str, left: float, top: float, width: float, h
     return DrawnShape(kind, color, round(left), round(top), width, height)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: Ink) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: int | tuple[int, int, int]) -> None:
     left, top, right, bottom = shape.left, shape.top, shape.left + shape.width, shape.top + shape.height
     if shape.kind == "circle":
         draw.ellipse((left, top, right, bottom), fill=color)

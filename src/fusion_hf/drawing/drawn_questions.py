@@ -15,12 +15,7 @@ from fusion_hf.drawing.drawn_images import COLORS, SHAPES, DrawnImage, DrawnShap
 SHAPE_FORMS = ("what shape is in the image?", "what shape does the image contain?", "what shape is present?")
 SHAPE_OF_FORM = "what is the {color} shape?"
 COLOR_FORMS = ("what color is the {kind}?", "what is the color of the {kind}?")
-PRESENCE_FORMS = (
-    "is there {a} in the image?",
-    "is there {a}?",
-    "does the image contain {a}?",
-    "is {a} present?",
-)
+PRESENCE_FORMS = ("is there {a} in the image?", "is there {a}?", "does the image contain {a}?", "is {a} present?")
 ABSENCE_FORMS = (
     "is there not {a} in the image?",
     "is there not {a}?",
@@ -58,7 +53,7 @@ class DrawnQuestion:
 
 
 def compatible(first: DrawnQuestion, second: DrawnQuestion) -> bool:
-    """True if neither question gives away what the other one asks.
+    """Check that neither question gives away what the other one asks.
 
     Two questions about one attribute are compatible only as yes/no questions that propose different values: with the
     same value, the second answer would be a copy of the first.
@@ -71,7 +66,7 @@ def compatible(first: DrawnQuestion, second: DrawnQuestion) -> bool:
 
 
 def parse_easy_vqa(text: str, answer: str) -> DrawnQuestion:
-    """Finds out what a question of easy-vqa asks and gives away.
+    """Find out what a question of easy-vqa asks and gives away.
 
     Raises:
         ValueError: if the question has none of easy-vqa's forms.
@@ -85,7 +80,7 @@ def parse_easy_vqa(text: str, answer: str) -> DrawnQuestion:
 
 
 def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """Questions about a drawn image."""
+    """Draw questions about a drawn image."""
     if spec.word is not None:
         word = DrawnQuestion(rng.choice(WORD_FORMS), spec.word.text, "word")
         color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color")
@@ -98,7 +93,7 @@ def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion
 
 
 def drawn_caption(spec: DrawnImage) -> str:
-    """What a drawn image shows, in one sentence."""
+    """Say what a drawn image shows, in one sentence."""
     if spec.word is not None:
         return f'the {spec.word.color} word "{spec.word.text}".'
     if spec.category == "spatial":
@@ -110,7 +105,7 @@ def drawn_caption(spec: DrawnImage) -> str:
 
 
 def easy_vqa_caption(questions: tuple[DrawnQuestion, ...]) -> str | None:
-    """The caption that follows from the questions and answers about an easy-vqa image; None if they do not tell."""
+    """Write the caption that questions and answers about an easy-vqa image imply; None if they do not tell."""
     known: dict[str, str] = {}
     for question in questions:
         if question.candidate is None:
@@ -124,7 +119,7 @@ def easy_vqa_caption(questions: tuple[DrawnQuestion, ...]) -> str | None:
 
 
 def casual(text: str, rng: random.Random, share: float) -> str:
-    """Sometimes begins a question with a capital letter, and sometimes leaves out the question mark."""
+    """Begin a question with a capital letter now and then, or leave out the question mark."""
     if rng.random() < share:
         text = text[0].upper() + text[1:]
     return text.removesuffix("?") if rng.random() < share else text
@@ -138,9 +133,7 @@ def _single_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuest
         DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="shape"), shape.color, "color"),
         rng.choice(named[::-1]),
     ]
-    for _ in range(YES_NO_QUESTIONS):
-        questions.append(_yes_no_question(shape, rng))
-    return tuple(questions)
+    return (*questions, *(_yes_no_question(shape, rng) for _ in range(YES_NO_QUESTIONS)))
 
 
 def _yes_no_question(shape: DrawnShape, rng: random.Random) -> DrawnQuestion:

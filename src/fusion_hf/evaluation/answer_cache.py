@@ -55,7 +55,7 @@ class AnswerCache:
                 self.answers[entry["key"]] = {name: entry[name] for name in names}
 
     def get(self, key: str) -> Answer | None:
-        """The answer to a prompt, if there is one."""
+        """Look up the answer to a prompt; None if there is none."""
         return self.answers.get(key)
 
     def put(self, answers: Sequence[CachedAnswer]) -> None:

@@ -13,6 +13,7 @@ from fusion_hf.common.endpoints import EndpointUnavailable
 from fusion_hf.evaluation.answer_cache import Answer, AnswerCache, CachedAnswer
 from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Request, RequestReader
 from fusion_hf.evaluation.run_record import ModelRecord
+from fusion_hf.evaluation.sample_log import AskedQuestion
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
 
 
@@ -53,17 +54,15 @@ class Model(Protocol):
     device: torch.device
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
-        ...
+        """Describe the model for a run's record."""
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
-        What became of prompts, part by part, in any order.
+        Say what became of prompts, part by part, in any order.
 
         Raises:
             EndpointUnavailable: if nothing further will be answered.
         """
-        ...
 
 
 class RequestAnswerer:
@@ -81,13 +80,13 @@ class RequestAnswerer:
         self.cache = cache
         self.progress = progress
         self.failures: list[Failure] = []
-        self.prompts: dict[tuple[str, int], list[str]] = {}  # by task and question, as the reader renders them
+        self.prompts: dict[tuple[str, int], list[AskedQuestion]] = {}  # by task and question
         self.asked = 0  # prompts that the model has answered, or could not
         self._is_over = False  # nothing further will be answered
         self._memory: dict[str, Answer] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | None]:
-        """The answers in the requests' order, None for those that failed, which `failures` then names."""
+        """Answer requests in their order, None for those that failed, which `failures` then names."""
         answers: list[Answer | None] = []
         numbered = _number_sampled(requests)
         self._is_over = False
@@ -136,7 +135,7 @@ class RequestAnswerer:
         except BROKEN_IMAGE as error:
             self._fail(request, f"{type(error).__name__}: {error}")
             return None
-        self.prompts.setdefault((request.task, request.doc_id), []).append(prompt.text)
+        self.prompts.setdefault((request.task, request.doc_id), []).append(prompt.describe())
         return prompt
 
     def _fail(self, request: Request, reason: str) -> None:

@@ -185,7 +185,7 @@ def _files(benchmark: Benchmark, split: str, data_root: Path) -> list[Path]:
 
 
 def folder_of(benchmark: Benchmark) -> str:
-    """The folder in the data root; a variant has that of its benchmark."""
+    """Name the folder in the data root; a variant has that of its benchmark."""
     return next(
         own.name for own in BENCHMARKS.values() if own.dataset == benchmark.dataset and own.config == benchmark.config
     )
@@ -193,7 +193,7 @@ def folder_of(benchmark: Benchmark) -> str:
 
 def check_data(names: Sequence[str], data_root: Path | None) -> list[DataProblem]:
     """
-    What is missing or of another kind than a benchmark's `schema`, from the files' heads alone.
+    Find what is missing or of another kind than a benchmark's `schema`, from the files' heads alone.
 
     Without a data root there is nothing to check: the Hub's data are read.
 
@@ -238,7 +238,7 @@ def _mismatches(benchmark: Benchmark, file: Path, schema: pa.Schema) -> Iterator
 
 
 def fits(found: pa.DataType, wanted: str) -> bool:
-    """Whether an Arrow type is of a kind of `benchmarks`, as in "text|integer" or "image?"."""
+    """Return whether an Arrow type is of a kind of `benchmarks`, as in "text|integer" or "image?"."""
     if wanted.endswith(OPTIONAL) and pa.types.is_null(found):
         return True
     return any(_OF_KIND[kind](found) for kind in wanted.removesuffix(OPTIONAL).split(EITHER))

@@ -42,11 +42,11 @@ class BenchmarkJudge:
     api_types: tuple[str, ...] = SERVERS
 
     def asked(self, environment: Mapping[str, str]) -> str:
-        """The model that is asked in an environment."""
+        """Name the model that is asked in an environment."""
         return self.model if self.fixed else environment.get("MODEL_VERSION", self.model)
 
     def lacks(self, environment: Mapping[str, str]) -> list[str]:
-        """What of the environment keeps the judge from being asked, in words; empty if nothing does."""
+        """Say what of the environment keeps the judge from being asked; empty if nothing does."""
         api_type = environment.get(API_TYPE, OPENAI)
         if api_type not in self.api_types:
             return [f"{API_TYPE} is {api_type!r}; allowed: {', '.join(self.api_types)}"]

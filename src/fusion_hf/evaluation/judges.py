@@ -4,8 +4,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +14,7 @@ from fusion_hf.common.endpoint_client import EndpointClient
 from fusion_hf.common.endpoints import CHAT, EndpointUnavailable, RequestRejected
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.benchmarks import API_TYPE, OPENAI, BenchmarkJudge
+from fusion_hf.evaluation.processes import environment
 
 URL = "OPENAI_API_URL"
 PUBLIC_URL = "https://api.openai.com/v1"
@@ -62,18 +62,11 @@ def _base_url() -> str:
     return given.rstrip("/").removesuffix(COMPLETIONS)
 
 
-@contextmanager
-def address_of(judge: BenchmarkJudge | None) -> Iterator[None]:
+def address_of(judge: BenchmarkJudge | None) -> AbstractContextManager[None]:
     """Put the address into the form that a task of lmms-eval reads, of two; some read it when they are imported."""
-    given = os.environ.get(URL)
-    if judge is None or given is None:
-        yield
-        return
-    os.environ[URL] = _base_url() + (COMPLETIONS if judge.takes_endpoint else "")
-    try:
-        yield
-    finally:
-        os.environ[URL] = given
+    if judge is None or URL not in os.environ:
+        return nullcontext()
+    return environment({URL: _base_url() + (COMPLETIONS if judge.takes_endpoint else "")})
 
 
 class JudgeWatch(logging.Handler):

@@ -1,7 +1,7 @@
 """FUSION as a model of lmms-eval: `lmms-eval --model fusion --model_args pretrained=DIR`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class FusionChat(lmms):
 
     @classmethod
     def around(cls, answerer: RequestAnswerer) -> "FusionChat":
-        """An adapter of a model that is loaded or asked, for a process that evaluates by itself."""
+        """Make an adapter of a model that is loaded or asked, for a process that evaluates by itself."""
         adapter = cls.__new__(cls)
         adapter._begin(answerer, None)
         return adapter
@@ -114,7 +114,7 @@ class FusionChat(lmms):
         return [answer["answer"] for answer in self._answer(requests)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The losses of continuations, which are their negated log-probabilities, and whether each is the greedy one.
+        """Give the losses of continuations, their negated log-probabilities, and whether each is the greedy one.
 
         lmms-eval 0.7.3 takes the smallest for the model's choice, whatever the method is called.
 
@@ -144,21 +144,19 @@ class FusionChat(lmms):
     def _translate(self, request: Instance) -> Request:
         *_, doc_id, task, split = request.args
 
+        def doc() -> dict[str, Any]:
+            return self.task_dict[task][split][doc_id]
+
         def read() -> Messages:
-            return self._messages(request, self.task_dict[task][split][doc_id])
+            if _is_chat(request):
+                return request.args[1](doc())
+            return _with_visuals(request.args[0], request.args[2], doc())
 
-        return Request(task, doc_id, read, self._wanted(request, lambda: self.task_dict[task][split][doc_id]))
-
-    def _messages(self, request: Instance, doc: dict[str, Any]) -> Messages:
-        if _is_chat(request):
-            return request.args[1](doc)
-        return _with_visuals(request.args[0], request.args[2], doc)
-
-    def _wanted(self, request: Instance, doc: Callable[[], dict[str, Any]]) -> Generation | Continuation:
-        if request.request_type == "loglikelihood":
-            continuation = request.args[1]
-            return Continuation(continuation if isinstance(continuation, str) else continuation(doc()))
-        return Generation.of(request.args[2 if _is_chat(request) else 1])
+        if request.request_type != "loglikelihood":
+            return Request(task, doc_id, read, Generation.of(request.args[2 if _is_chat(request) else 1]))
+        continuation = request.args[1]
+        text = continuation if isinstance(continuation, str) else continuation(doc())
+        return Request(task, doc_id, read, Continuation(text))
 
 
 class FusionSimple(FusionChat):
@@ -173,7 +171,7 @@ def _is_chat(request: Instance) -> bool:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: with several on a machine, each has a GPU of its own."""
+    """Choose the device of this process: with several on a machine, each has a GPU of its own."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and choose_device(name) == torch.device("cuda"):

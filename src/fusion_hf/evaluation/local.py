@@ -1,7 +1,9 @@
 """A model in this process: answers in batches, tiles of repeated images encoded once."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from fusion_hf.evaluation.answering import Outcome
 from fusion_hf.evaluation.prompting import Continuation, EvaluationPrompt, Generation, Messages, RequestReader
 from fusion_hf.evaluation.run_record import ModelRecord
 from fusion_hf.hub.folders import nano_path
-from fusion_hf.inference.batching import count_tokens, longest_together, render
+from fusion_hf.inference.batching import count_tokens, longest_together, plan_batches, render
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
@@ -22,6 +24,7 @@ from fusion_hf.inference.image_features import ImageFeatureCache, ImageFeatures
 from fusion_hf.inference.model_info import ModelInfo
 
 BATCH_SIZE = 1
+NO_SETTINGS = ("auto_map", "image_processor_type", "processor_class", "transformers_version")  # names of code
 KEPT_IMAGES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
 WINDOW = 64  # requests whose images are open at a time; at most as many images as are kept
 
@@ -66,7 +69,7 @@ class LocalModel:
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
         """
-        The model called `name`; see `ChatModel.load`, and `settings` above.
+        Load the model called `name`; see `ChatModel.load`, and `settings` above.
 
         Raises:
             InputError: if it cannot be loaded.
@@ -74,28 +77,28 @@ class LocalModel:
         return cls(ChatModel.load(name, device, dtype), name=name, **settings)
 
     def describe(self) -> ModelRecord:
-        """For a run's record."""
-        return ModelRecord.of(self.name, self.info)
+        """Describe the model for a run's record."""
+        folder = Path(self.name) if Path(self.name).is_dir() else None
+        place = None if folder is None else str(folder.resolve())
+        return replace(ModelRecord.of(self.name, self.info), settings=describe_settings(self.chat_model, place))
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
-        """What became of prompts, batch by batch."""
-        return run_halving(self._plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
+        """Say what became of prompts, batch by batch."""
+        return run_halving(self.plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
+
+    def plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
+        """Plan batches of one kind and similar length, the longest first."""
+        return plan_batches(prompts, self.batch_size, self._kind)
 
     def _identity(self) -> str:
         image_processor = self.chat_model.processor.image_processor.to_dict()
         parts = [self.info.revision, str(self.chat_model.model.dtype), self.budget, image_processor]
         return json.dumps(parts, sort_keys=True, default=str)
 
-    def _plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
-        """Batches of one kind and similar length, the longest first."""
-        kinds: dict[Any, list[EvaluationPrompt]] = {}
-        for prompt in prompts:
-            alone = self._is_alone(prompt)
-            wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
-            kinds.setdefault(prompt.key if alone else (wanted, prompt.image is None), []).append(prompt)
-        for group in kinds.values():
-            ordered = sorted(group, key=lambda prompt: -prompt.length)
-            yield from (ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
+    def _kind(self, prompt: EvaluationPrompt) -> Hashable:
+        """What prompts of one batch have in common."""
+        wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
+        return prompt.key if self._is_alone(prompt) else (wanted, prompt.image is None)
 
     def _is_alone(self, prompt: EvaluationPrompt) -> bool:
         if isinstance(prompt.wanted, Generation):
@@ -171,3 +174,25 @@ class LocalModel:
     def _encode(self, prompts: list[EvaluationPrompt]) -> list[ImageFeatures]:
         """Features of the prompts' images, whose tiles are encoded together."""
         return self.chat_model.encode_images([prompt.image for prompt in prompts if prompt.image is not None])
+
+
+def describe_settings(chat_model: ChatModel, folder: str | None) -> dict[str, Any]:
+    """
+    What answers depend on beside the weights, the dtype and the token budget.
+
+    Args:
+        chat_model: The model.
+        folder: It is in this one; None: it was named otherwise.
+    """
+    model, processor = chat_model.model, chat_model.processor
+    image_processor, generation = processor.image_processor.to_dict(), model.generation_config.to_diff_dict()
+    settings = {
+        "folder": folder,
+        "chat_template": str(processor.chat_template),
+        "image_processor": {name: value for name, value in image_processor.items() if name not in NO_SETTINGS},
+        "tokenizer_sha256": hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "generation_config": {name: value for name, value in generation.items() if name not in NO_SETTINGS},
+        "attn_implementation": model.config.text_config._attn_implementation,
+        "torch_threads": torch.get_num_threads(),
+    }
+    return json.loads(json.dumps(settings, default=str))

@@ -1,7 +1,7 @@
 """The processes of a run, under `accelerate launch` or torchrun: who they are, and what they tell each other."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import distributed
 
 PATIENCE = timedelta(days=2)  # for the slowest process, and for one that waits for a judge
+# what lmms-eval, which asks the environment, takes for the only process
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Processes:
         return cls(rank, count)
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks; waits for all."""
+        """Gather everybody's value, in the order of ranks; waits for all."""
         if self.count == 1:
             return [value]
         values: list[T] = [value] * self.count
@@ -44,10 +45,10 @@ class Processes:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Let lmms-eval, which asks the environment, take this process for the only one."""
-    before = {name: os.environ.get(name) for name in ALONE}
-    os.environ.update(ALONE)
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

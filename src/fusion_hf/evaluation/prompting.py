@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.evaluation.sample_log import AskedQuestion
 from fusion_hf.model.image_opening_fusion import UPRIGHT, read_orientation
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
@@ -38,7 +39,7 @@ class Generation:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Generation":
         """
-        A task's `generation_kwargs`.
+        Read a task's `generation_kwargs`.
 
         Raises:
             InputError: for a setting that is not known.
@@ -65,12 +66,12 @@ class Generation:
         return self.temperature > 0
 
     def cut(self, answer: str) -> str:
-        """The answer as far as it counts."""
+        """Cut an answer to what counts."""
         ends = [end for end in (answer.find(text) for text in self.until if text) if end >= 0]
         return (answer[: min(ends)] if ends else answer).strip()
 
     def keywords(self) -> dict[str, Any]:
-        """What `generate` takes beside the length."""
+        """Return what `generate` takes beside the length."""
         if not self.sampled:
             return {"do_sample": False, "num_beams": self.num_beams}
         top_p = {} if self.top_p is None else {"top_p": self.top_p}
@@ -110,6 +111,15 @@ class EvaluationPrompt:
     @property
     def wanted(self) -> Generation | Continuation:
         return self.request.wanted
+
+    def describe(self) -> AskedQuestion:
+        """For a run's samples."""
+        messages = [
+            {"role": message["role"], "content": [_without_image(block) for block in message["content"]]}
+            for message in self.messages
+        ]
+        generation = asdict(self.wanted) if isinstance(self.wanted, Generation) else None
+        return AskedQuestion(messages, self.text, self.image_hash, generation)
 
 
 @dataclass(frozen=True)
@@ -163,8 +173,12 @@ class RequestReader:
         return messages, images[0] if images else None
 
 
+def _without_image(block: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if block["type"] == "image" else block
+
+
 def hash_image(image: Image.Image) -> str:
-    """Of its pixels, whatever file they came from, and of how it is to be turned."""
+    """Hash an image's pixels, whatever file they came from, and how it is to be turned."""
     orientation = read_orientation(image)
     turned = "" if orientation == UPRIGHT else f" {orientation}"
     return hashlib.sha256(f"{image.mode} {image.size}{turned}".encode() + image.tobytes()).hexdigest()

@@ -58,7 +58,7 @@ def find_published(name: str) -> PublishedRow:
 
 def make_table(records: Sequence[RunRecord], published: str | None = None, peers: bool = False) -> str:
     """
-    One table of one or several runs of a model; where several have a task, the last of them counts.
+    Write one table of one or several runs of a model; where several have a task, the last of them counts.
 
     Args:
         records: at least one.

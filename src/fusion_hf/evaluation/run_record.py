@@ -18,6 +18,7 @@ SCORED: Final = "scored"
 FAILED: Final = "failed"
 SUBMITTED: Final = "submission written"
 PACKAGES = ("fusion_hf", "lmms_eval", "transformers", "torch", "datasets", "accelerate", "pillow")
+TIME = "%Y%m%d-%H%M%S-%f"  # in names of files
 STDERR = ("_stderr", "_stderr_clt")  # behind a metric's name, before its filter
 
 
@@ -58,7 +59,8 @@ class ModelRecord:
     Which model it was, and how it ran. `published`: the row of the published table whose sizes it has, if any.
 
     A model that a server has is at `url`, under its `name` there. A server that does not say more of it leaves
-    `dtype` and `device` unknown, the token budget too.
+    `dtype` and `device` unknown, the token budget too. `settings` are those of a model in the run's own process which
+    change answers and are not in its weights; see `local.describe_settings`.
     """
 
     name: str
@@ -69,10 +71,11 @@ class ModelRecord:
     image_token_grid: int | None
     published: str | None = None
     url: str | None = None
+    settings: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, name: str, info: ModelInfo, url: str | None = None) -> "ModelRecord":
-        """Of a model that is known."""
+        """Describe a model that is known."""
         known = asdict(info)
         del known["max_length"]
         return cls(name, **known, url=url)
@@ -80,7 +83,10 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run: its tasks in the order in which they were asked for. `parallel`: requests in flight to a server."""
+    """
+    A run: its tasks in the order in which they were asked for. `parallel`: requests in flight to a server. `samples`:
+    the folder of what it did with each question, in the output folder; see `sample_log`.
+    """
 
     command: list[str]
     model: ModelRecord
@@ -91,6 +97,7 @@ class RunRecord:
     data_root: str | None
     tasks: list[TaskRecord] = field(default_factory=list)
     parallel: int | None = None
+    samples: str | None = None
 
     @property
     def failed(self) -> list[TaskRecord]:
@@ -100,7 +107,7 @@ class RunRecord:
         """Write a new file into `folder`, named by the time."""
         now = datetime.now(timezone.utc)
         content = {"format": FORMAT, "date": now.isoformat(timespec="seconds"), "versions": versions(), **asdict(self)}
-        path = folder / f"record-{now.strftime('%Y%m%d-%H%M%S-%f')}.json"
+        path = folder / f"record-{now.strftime(TIME)}.json"
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
         return path
 
@@ -128,12 +135,12 @@ def _read_task(content: dict[str, Any]) -> TaskRecord:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that the figures depend on."""
+    """List the versions of Python and the packages that the figures depend on."""
     return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def read_metrics(results: dict[str, Any]) -> tuple[Metric, ...]:
-    """The figures among a task's results of lmms-eval, whose keys are `metric,filter`.
+    """Read the figures among a task's results of lmms-eval, whose keys are `metric,filter`.
 
     Raises:
         ValueError: if there is none, or one is no number.

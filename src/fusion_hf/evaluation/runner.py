@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,19 +18,20 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answer_cache import AnswerCache
-from fusion_hf.evaluation.answering import Failure, RequestAnswerer
+from fusion_hf.evaluation.answering import RequestAnswerer
 from fusion_hf.evaluation.benchmark_data import PreparedTask, check_data, prepare_tasks
 from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
 from fusion_hf.evaluation.lmms_adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.local import LocalModel
-from fusion_hf.evaluation.processes import Processes, alone
-from fusion_hf.evaluation.run_record import FAILED, SCORED, SUBMITTED, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.processes import ALONE, Processes, environment
+from fusion_hf.evaluation.run_record import FAILED, SCORED, SUBMITTED, TIME, RunRecord, TaskRecord, read_metrics
+from fusion_hf.evaluation.sample_log import AskedQuestion, make_samples, samples_file, write_samples
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.evaluation.submissions import submission_file, write_submission
 
 # lmms-eval's own seeds: some tasks guess where an answer names no option
 PYTHON_SEED, SEED = 0, 1234
-ANSWERS, TASKS, SUBMISSIONS = "answers", "tasks", "submissions"  # folders of a run
+ANSWERS, TASKS, SUBMISSIONS, SAMPLES = "answers", "tasks", "submissions", "samples"  # folders of a run
 
 
 T = TypeVar("T")
@@ -66,10 +68,11 @@ def run(options: EvaluationOptions) -> RunRecord:
     model = _open_model(options)
     cache = AnswerCache(options.output / ANSWERS, processes.rank)
     answerer = RequestAnswerer(model, cache, progress=processes.rank == 0)
-    record = _begin_record(options, model, processes)
+    samples = f"{SAMPLES}/{datetime.now(timezone.utc).strftime(TIME)}"
+    record = _begin_record(options, model, processes, samples)
     try:
         for name in options.tasks:
-            record.tasks.append(_Evaluation(options, processes, answerer, name).record())
+            record.tasks.append(_Evaluation(options, processes, answerer, name, options.output / samples).record())
     finally:
         cache.close()
     processes.end()
@@ -83,7 +86,9 @@ def _open_model(options: EvaluationOptions) -> LocalModel | ServedModel:
     return ServedModel.connect(options.url, options.model, options.api_key_env, parallel=parallel)
 
 
-def _begin_record(options: EvaluationOptions, model: LocalModel | ServedModel, processes: Processes) -> RunRecord:
+def _begin_record(
+    options: EvaluationOptions, model: LocalModel | ServedModel, processes: Processes, samples: str
+) -> RunRecord:
     return RunRecord(
         command=list(options.command),
         model=model.describe(),
@@ -93,6 +98,7 @@ def _begin_record(options: EvaluationOptions, model: LocalModel | ServedModel, p
         processes=processes.count,
         parallel=model.parallel if isinstance(model, ServedModel) else None,
         data_root=None if options.data_root is None else str(options.data_root),
+        samples=samples,
     )
 
 
@@ -106,11 +112,14 @@ def _silence() -> Iterator[None]:
 class _Evaluation:
     """One task. The first process prepares and scores, all answer: what one process scores, two score as well."""
 
-    def __init__(self, options: EvaluationOptions, processes: Processes, answerer: RequestAnswerer, name: str):
+    def __init__(
+        self, options: EvaluationOptions, processes: Processes, answerer: RequestAnswerer, name: str, samples: Path
+    ):
         self.options = options
         self.processes = processes
         self.answerer = answerer
         self.name = name
+        self.samples = samples
         self.lmms_task = name  # until lmms-eval's own is known
         self.first_failure = len(answerer.failures)
 
@@ -184,8 +193,7 @@ class _Evaluation:
         """Write the task for lmms-eval; an InputError if there is no judge or no data."""
         folder = self.options.output / TASKS
         folder.mkdir(parents=True, exist_ok=True)
-        problems = check_data([self.name], self.options.data_root) if self.options.data_root is not None else []
-        if problems:
+        if problems := check_data([self.name], self.options.data_root):
             raise InputError("; ".join(str(problem) for problem in problems))
         (prepared,) = prepare_tasks([self.name], self.options.prompts, self.options.data_root, folder)
         if prepared.benchmark.judge is not None:
@@ -213,16 +221,12 @@ class _Evaluation:
         windows = [requests[begin : begin + window] for begin in range(0, len(requests), window)]
         share = windows[self.processes.rank :: self.processes.count]
         self.answerer.answer([request for part in share for request in part])
-        failures = self._failures()
-        if failures:
+        if failures := self.answerer.failures[self.first_failure :]:
             raise RequestsFailed(failures)
 
     @property
     def _submissions(self) -> Path:
         return self.options.output / SUBMISSIONS
-
-    def _failures(self) -> list[Failure]:
-        return self.answerer.failures[self.first_failure :]
 
     def _score(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
         """What lmms-eval makes of the answers."""
@@ -231,10 +235,12 @@ class _Evaluation:
         torch.manual_seed(SEED)
         folder = str(self._submissions)
         arguments = argparse.Namespace(output_path=folder, process_with_media=False, reasoning_tags=None)
-        with alone(), JudgeWatch():
+        with environment(ALONE), JudgeWatch():
             results = evaluate(
-                lm=model, task_dict=task_dict, limit=self.options.limit, log_samples=False, cli_args=arguments
+                lm=model, task_dict=task_dict, limit=self.options.limit, log_samples=True, cli_args=arguments
             )
+        samples = make_samples(results["samples"][prepared.task_name], self._asked(prepared.task_name))
+        write_samples(samples_file(self.samples, self.name), samples)
         metrics = read_metrics(results["results"][prepared.task_name])
         names = {metric.metric for metric in metrics}
         absent = [metric for metric in prepared.benchmark.metrics if metric not in names]
@@ -275,8 +281,12 @@ class _Evaluation:
     def _hash_prompts(self, task_name: str) -> str:
         """Of all prompts of the task, in the order of its questions."""
         digest = hashlib.sha256()
-        own = {doc: texts for (task, doc), texts in self.answerer.prompts.items() if task == task_name}
+        own = self._asked(task_name)
         for doc in sorted(own):
-            for text in dict.fromkeys(own[doc]):  # once, however many processes have read it
+            for text in dict.fromkeys(asked.prompt for asked in own[doc]):  # once, however many processes have read it
                 digest.update(hashlib.sha256(text.encode()).digest())
         return digest.hexdigest()
+
+    def _asked(self, task_name: str) -> dict[int, list[AskedQuestion]]:
+        """How the task's questions were asked, by their numbers."""
+        return {doc: asked for (task, doc), asked in self.answerer.prompts.items() if task == task_name}

@@ -84,7 +84,7 @@ FORMATS: dict[str, FileFormat] = {
 
 
 def submission_file(benchmark: Benchmark, folder: Path) -> Path:
-    """Where `write_submission` writes."""
+    """Name the file that `write_submission` writes."""
     return folder / f"{benchmark.name}{FORMATS[benchmark.name].suffix}"
 
 

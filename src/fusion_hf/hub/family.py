@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # who makes a table of records needs no torch
 PAPER = "https://arxiv.org/abs/2504.09925"
 REPOSITORY = "https://github.com/starriver030515/FUSION"
 DATASETS = ("starriver030515/FUSION-Pretrain-10M", "starriver030515/FUSION-Finetune-12M")
+AUTHORS = "starriver030515"  # on the Hub
 LAST_STAGE = "Stage2"
 FUSION_L_GRID = 16
 
@@ -23,21 +24,45 @@ PUBLISHED_FILE = Path(__file__).with_name("published_results.yaml")
 
 
 @dataclass(frozen=True)
+class Licence:
+    """A licence as cards name it: the Hub's identifier, a name, where its text is, and what a reader should know."""
+
+    identifier: str
+    name: str
+    link: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Backbone:
-    """A published part: where it is, and under which licence (an identifier of the Hub) a derivative falls."""
+    """A published language model: where it is, its own licence, and that of the authors' models made from it."""
 
     repository: str
-    licence: str
-    licence_note: str = ""
+    own_licence: Licence
+    licence: Licence
 
 
-PHI = Backbone("microsoft/Phi-3.5-mini-instruct", "apache-2.0", "Phi-3.5-mini-instruct is under the MIT licence.")
-LLAMA = Backbone(
-    "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.1",
-    "Built with Llama. The authors publish their checkpoint under Apache-2.0; the Llama 3.1 Community License governs "
-    "what is derived from Llama.",
+PHI = Backbone(
+    "microsoft/Phi-3.5-mini-instruct",
+    Licence("mit", "mit", "https://huggingface.co/microsoft/Phi-3.5-mini-instruct/resolve/main/LICENSE"),
+    Licence(
+        "apache-2.0",
+        "apache-2.0",
+        "https://www.apache.org/licenses/LICENSE-2.0",
+        "The authors publish their checkpoint under it; Phi-3.5-mini-instruct is under the MIT licence, which allows "
+        "that, and the tower is under Apache-2.0.",
+    ),
 )
+_LLAMA_LICENCE = Licence(
+    "llama3.1",
+    "llama3.1",
+    "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct/blob/main/LICENSE",
+    "Built with Llama. The authors publish their checkpoint under Apache-2.0; the Llama 3.1 Community License governs "
+    "what is derived from Llama, and asks whoever passes it on for a copy of that licence, a notice, and a name that "
+    'begins with "Llama". The tower is under Apache-2.0.',
+)
+LLAMA = Backbone("meta-llama/Llama-3.1-8B-Instruct", _LLAMA_LICENCE, _LLAMA_LICENCE)
+BACKBONES = (PHI, LLAMA)
 SO400M = "google/siglip-so400m-patch14-384"
 GIANT = "google/siglip2-giant-opt-patch16-384"
 
@@ -54,7 +79,7 @@ class PublishedRow:
 
 @cache
 def published_rows() -> dict[str, PublishedRow]:
-    """The published table by models' names, in its order."""
+    """Return the published table by models' names, in its order."""
     content = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
     rows = {}
     for model in content["models"]:
@@ -92,8 +117,20 @@ BACKBONE_SIZES = {("phi3", 3072, 32): PHI, ("llama", 4096, 32): LLAMA}
 TOWER_SIZES = {(1152, 26): SO400M, (1536, 39): GIANT}
 
 
+def is_of_authors(name: str, member: FamilyMember | None) -> bool:
+    """
+    Whether a checkpoint of a published size, by its name, is one that the authors published, after any stage.
+
+    Args:
+        name: a repository, or a folder's own name.
+        member: of the checkpoint's size.
+    """
+    owner, _, title = name.rpartition("/")
+    return member is not None and owner in ("", AUTHORS) and title.startswith(member.checkpoint.rpartition("/")[2])
+
+
 def find_member(config: "FusionConfig") -> FamilyMember | None:
-    """The published model that has the sizes of `config`, if any."""
+    """Find the published model that has the sizes of `config`, if any."""
     text, vision = config.text_config, config.vision_config
     backbone = BACKBONE_SIZES.get((text.model_type, text.hidden_size, text.num_hidden_layers))
     tower = TOWER_SIZES.get((vision.hidden_size, vision.num_hidden_layers))

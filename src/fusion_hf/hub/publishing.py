@@ -18,11 +18,12 @@ from yaml import YAMLError
 
 from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
-from fusion_hf.hub.folders import WEIGHTS_INDEX
+from fusion_hf.hub.folders import ADAPTER_CONFIG, CONFIG, FINISHED_FILE, RECIPE_FILE, WEIGHTS_INDEX
+from fusion_hf.hub.model_cards import CARD, LIBRARY, TASK, licence_of_card
 from fusion_hf.hub.parity import card_with_parity, check_parity
 
 CODE_FOLDER, CODE_PATTERN = Path(__file__).parents[1] / "model", "*_fusion*.py"  # the code that every model folder has
-CARD, WEIGHTS = "README.md", "model.safetensors"
+WEIGHTS = "model.safetensors"
 NEEDED = (
     "config.json",
     "generation_config.json",
@@ -36,11 +37,17 @@ TEXT, IMAGE_SUFFIXES, TOKENIZER = (".json", ".jinja", ".md", ".txt"), (".png", "
 SAFETENSORS = ".safetensors"
 OTHER_NAMES = (".gitattributes", "LICENSE", "NOTICE")
 NOT_SENT = (".git", ".cache")  # what git and huggingface_hub leave in a folder
+# What a run leaves beside its model, for itself: not one of them is needed to use the model, and they may name places
+# and hold pickles. Folders end with a slash.
+OF_A_RUN = re.compile(
+    r"(?:\w+-)?checkpoint-\d+(?:-\d+)?/|runs/|wandb/|log\.jsonl|recipe\.yaml|finished\.json|skipped\.jsonl(?:\.lock)?"
+    r"|training_args\.bin|trainer_state\.json|(?:all|train|eval)_results\.json|emissions\.csv"
+)
 CODE_BEGINNINGS = (b"\x80", b"PK\x03\x04")  # of pickles, and of the archives that torch.save makes
-CARD_FIELDS = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": None}
+CARD_FIELDS = {"library_name": LIBRARY, "pipeline_tag": TASK, "license": None}
 CLASS = re.compile(r"(\w+)\.\w+")  # in an auto_map: a module of the folder, not of another repository
+EXAMPLE, MODEL_ID = "```python\n", re.compile(r'^model_id = ("[^"\n]+")$', re.MULTILINE)  # in cards
 TAG = re.compile(r"[A-Za-z0-9][\w.+-]*")
-DEFAULT_TAG = f"v{__version__}"
 SECONDS = 10.0  # until the Hub answers the first request
 UPLOAD_ERRORS = (OSError, HTTPError, HFValidationError, ValueError, RuntimeError)
 
@@ -54,14 +61,23 @@ class SentFile(NamedTuple):
 
 def check_files(folder: Path) -> list[SentFile]:
     """
-    What can be wrong with the files of a model folder without running its model; returns them.
+    What can be wrong with the files of a model folder without running its model; returns them. What a training run
+    has left beside its model is passed over: `OF_A_RUN`.
 
     Raises:
         InputError: names the file and what is wrong with it.
     """
     if not folder.is_dir():
         raise InputError(f"--model: {folder} is no folder; give a model folder.")
+    is_run = (folder / RECIPE_FILE).is_file()
+    if is_run and not (folder / FINISHED_FILE).is_file():
+        raise InputError(f"--model: the training run in {folder} has not ended; give its recipe to fusion-hf train.")
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        advice = f"fusion-hf merge {folder} --output NEW_DIR"
+        raise InputError(f"--model: {folder} is a LoRA adapter: make a model of it and its base, with {advice}.")
     paths = sorted(path for path in folder.iterdir() if path.name not in NOT_SENT)
+    if is_run:
+        paths = [path for path in paths if not OF_A_RUN.fullmatch(f"{path.name}/" if path.is_dir() else path.name)]
     names = {path.name for path in paths}
     code = {path.name: path for path in sorted(CODE_FOLDER.glob(CODE_PATTERN))}
     for name in (*NEEDED, *code):
@@ -148,6 +164,24 @@ def _check_card(path: Path) -> None:
             raise InputError(f"{path}: {name} is {value!r} in its metadata; allowed: {allowed}.")
 
 
+def card_for(folder: Path, repository: str) -> bytes:
+    """
+    The card of a folder, whose examples load the model from a repository and not from the folder's own name, with the
+    figures of its certificate.
+    """
+    text = card_with_parity(folder, (folder / CARD).read_text(encoding="utf-8"))
+    match = MODEL_ID.search(text)
+    if match is None:
+        return text.encode()
+    head, *examples = text.split(EXAMPLE)
+    return EXAMPLE.join([head, *(each.replace(match[1], f'"{repository}"') for each in examples)]).encode()
+
+
+def names_licence(folder: Path) -> bool:
+    """Whether a checked folder's card says under which licence the model is."""
+    return licence_of_card(ModelCard((folder / CARD).read_text(encoding="utf-8")).data.to_dict()) is not None
+
+
 def check_alone(folder: Path) -> None:
     """
     See that a folder loads and answers where this package is not installed.
@@ -184,10 +218,7 @@ def check_repository(repository: str, flag: str) -> None:
 
 
 def check_name(repository: str, flag: str) -> None:
-    """
-    Raises:
-        InputError: if no repository can have that name.
-    """
+    """Raise an `InputError` if no repository can have that name."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -195,10 +226,7 @@ def check_name(repository: str, flag: str) -> None:
 
 
 def check_tag(tag: str) -> None:
-    """
-    Raises:
-        InputError: if no version can have that name.
-    """
+    """Raise an `InputError` if no version can have that name."""
     if not TAG.fullmatch(tag):
         raise InputError(f"--tag is {tag!r}; allowed: letters, digits and . _ + -, beginning with a letter or digit.")
 
@@ -223,7 +251,9 @@ def upload(
         is_new = check_remote(repository, private, tag)
         url = api.create_repo(repository, private=private or None, exist_ok=not is_new)
         is_created = is_new
-        operations = [CommitOperationAdd(name, _content(folder, name)) for name in names]
+        operations = [
+            CommitOperationAdd(name, card_for(folder, repository) if name == CARD else folder / name) for name in names
+        ]
         # which lets the Hub check the card before anything is sent
         commit = api.create_commit(repository, operations, commit_message=message)
         is_committed = True
@@ -243,12 +273,6 @@ def upload(
             f"All files are in {url}, but the tag {tag} could not be made: give the same command again. {error}"
         ) from error
     return f"{url}/tree/{tag}"
-
-
-def _content(folder: Path, name: str) -> Path | bytes:
-    """What is sent of a file: the card with the figures of the folder's certificate, others as they are."""
-    path = folder / name
-    return card_with_parity(folder, path.read_text(encoding="utf-8")).encode() if name == CARD else path
 
 
 def _withdraw(api: HfApi, repository: str) -> None:

@@ -28,11 +28,13 @@ def register() -> None:
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoProcessor,
+        AutoTokenizer,
     )
 
     # transformers 5.17's top level hides it where torchvision is missing
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+    from fusion_hf.hub.checkpoint_names import take_authors_names
     from fusion_hf.model.configuration_fusion import FusionConfig
     from fusion_hf.model.image_processing_fusion import FusionImageProcessor
     from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration, FusionModel
@@ -45,6 +47,11 @@ def register() -> None:
     AutoProcessor.register(FusionConfig, FusionProcessor, exist_ok=True)
     processors = {"pil": FusionImageProcessor}
     AutoImageProcessor.register(FusionConfig, image_processor_classes=processors, exist_ok=True)
+    take_authors_names(AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    take_authors_names(AutoProcessor, AutoImageProcessor, AutoTokenizer)
+    take_authors_names(
+        FusionConfig, FusionModel, FusionForConditionalGeneration, FusionProcessor, FusionImageProcessor
+    )
 
 
 class _Watcher(MetaPathFinder):

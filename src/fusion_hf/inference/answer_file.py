@@ -1,5 +1,6 @@
 """The answers of a batch run on disk: a batch that is done survives a kill, and the output is whole or absent."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,6 +10,7 @@ from fusion_hf.common.outputs import atomic_file, check_new_file
 from fusion_hf.common.result_log import ResultLog, damaged_line, encode_line
 
 FORMAT = 1
+ANSWERS, LLAVA = OUTPUT_FORMATS = ("answers", "llava")  # of the lines of an output
 PARTIAL, LOCK = ".partial", ".lock"  # put behind the output's name
 
 Result: TypeAlias = dict[str, Any]  # {"id", "answer"} or {"id", "error"}
@@ -22,13 +24,15 @@ class AnswerFile:
 
     Args:
         output: the JSONL file that the run makes.
+        as_line: makes a line of it of a record's index and result; default: the result itself.
 
     Raises:
         InputError: on entering, if `output` is finished already, cannot be there, or another process works on it.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, as_line: Callable[[int, Result], dict[str, Any]] | None = None):
         self.output = output
+        self.as_line = as_line
         self.path = _beside(output, PARTIAL)
         self.results: dict[int, Result] = {}
         self.log = ResultLog(self.path, _beside(output, LOCK), "remove it to begin anew")
@@ -95,7 +99,8 @@ class AnswerFile:
         try:
             with atomic_file(self.output) as stream:
                 for index in sorted(self.results):
-                    stream.write(encode_line(self.results[index]))
+                    result = self.results[index]
+                    stream.write(encode_line(result if self.as_line is None else self.as_line(index, result)))
         except OSError as error:
             raise self._unwritable(self.output, error) from error
         self.log.close()  # Windows removes no open file

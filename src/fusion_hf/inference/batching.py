@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -16,10 +16,11 @@ from tqdm import tqdm
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.common.user_values import dtype_name, is_address
 from fusion_hf.data.record_parsing import RecordProblem
-from fusion_hf.inference.answer_file import AnswerFile, Result
+from fusion_hf.inference.answer_file import ANSWERS, LLAVA, OUTPUT_FORMATS, AnswerFile, Result
 from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
+from fusion_hf.inference.llava_answers import llava_answers
 from fusion_hf.inference.question_files import (
     Entry,
     Question,
@@ -36,6 +37,16 @@ from fusion_hf.model.quantization_fusion import plain_tensors
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
 DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
+
+
+class Prompt(Protocol):
+    """What `plan_batches` looks at."""
+
+    @property
+    def length(self) -> int: ...
+
+
+PromptT = TypeVar("PromptT", bound=Prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +69,8 @@ def batch_generate(
     device: str = AUTO,
     dtype: str = AUTO,
     progress: bool = True,
+    image_root: str | os.PathLike[str] | None = None,
+    output_format: str = ANSWERS,
 ) -> list[Result]:
     """
     The most likely answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
@@ -67,7 +80,8 @@ def batch_generate(
     Args:
         records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
             path, an http(s) address, bytes of a file or a PIL image) and `id` (default: the index). Or a JSONL file of
-            them, to whose folder paths are relative.
+            them, to whose folder paths are relative. `text` and `question_id` of LLaVA's `question.jsonl` stand for
+            `question` and `id`.
         model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
         output: a JSONL file for the results. A run that was killed goes on when it is called again with the same
             arguments (`batch_size` and `device` may differ).
@@ -76,6 +90,8 @@ def batch_generate(
         max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
         device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
         progress: whether to show a bar, if there is a terminal.
+        image_root: folder that paths of images are relative to.
+        output_format: `answers`: lines of `output` are what this returns; `llava`: those of LLaVA's `answers.jsonl`.
 
     Raises:
         InputError: for wrong arguments, an output that exists, or one that was begun with others.
@@ -86,9 +102,14 @@ def batch_generate(
         [{'id': 0, 'answer': 'red'}]
     """
     check_call(model, device, dtype, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if output_format not in OUTPUT_FORMATS:
+        raise InputError(f"output_format is {output_format!r}; allowed: {', '.join(OUTPUT_FORMATS)}.")
     entries, root = read_entries(records)
+    root = root if image_root is None else Path(image_root)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
         chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
+        if answer_file is not None and output_format == LLAVA:
+            answer_file.as_line = llava_answers(entries, Path(chat_model.model.config.name_or_path).name)
         budget = chat_model.token_budget(query_len, image_token_grid)
         results: dict[int, Result] = {}
         if answer_file is not None:
@@ -121,9 +142,9 @@ class _Run:
         if new := {index: result for index, result in broken.items() if index not in done}:
             yield new
         # formed of all records, done or not: after a kill the same prompts meet in the same batches
-        batches = (
-            [prompt for prompt in batch if prompt.index not in done] for batch in self._plan(prompts, batch_size)
-        )
+        most = longest_together(self.chat_model, self.max_new_tokens)
+        planned = plan_batches(prompts, batch_size, lambda prompt: prompt.index if prompt.length > most else None)
+        batches = ([prompt for prompt in batch if prompt.index not in done] for batch in planned)
         yield from run_halving(filter(None, batches), self._answer, _too_large)
 
     def _prompts(self, entries: list[Entry]) -> tuple[list[_Prompt], dict[int, Result]]:
@@ -144,14 +165,6 @@ class _Run:
         """At least the number of the prompt's tokens."""
         messages = question.with_image(None if question.image is None else {"type": "image"})
         return count_tokens(self.chat_model, render(self.chat_model, messages, self.budget), self.budget)
-
-    def _plan(self, prompts: list[_Prompt], batch_size: int) -> Iterator[list[_Prompt]]:
-        """Batches of similar length, the longest first."""
-        most = longest_together(self.chat_model, self.max_new_tokens)
-        ordered = sorted(prompts, key=lambda prompt: (-prompt.length, prompt.index))
-        yield from ([prompt] for prompt in ordered if prompt.length > most)
-        together = [prompt for prompt in ordered if prompt.length <= most]
-        yield from (together[begin : begin + batch_size] for begin in range(0, len(together), batch_size))
 
     def _answer(self, batch: list[_Prompt]) -> dict[int, Result]:
         """Results by index; what cannot be answered does not keep the others from it."""
@@ -189,7 +202,7 @@ class _Run:
 
     def _open(self, image: str | bytes | Image.Image) -> Image.Image:
         """Open an image of a record; a broken one makes an `InputError`, `ValueError` or `OSError`."""
-        if not isinstance(image, str) or is_address(image):
+        if not isinstance(image, str) or is_address(image) or image.startswith("data:"):
             return self.chat_model.open_image(image)
         path = self.root / image
         if not path.is_file():
@@ -198,7 +211,7 @@ class _Run:
 
 
 def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
-    """The prompt of a conversation that ends with a question, as text with one mark for the image."""
+    """Render the prompt of a conversation that ends with a question, as text with one mark for the image."""
     return chat_model.processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
     )
@@ -209,6 +222,27 @@ def count_tokens(chat_model: ChatModel, text: str, budget: TokenBudget) -> int:
     prefix = 1  # some tokenizers' first token
     image_tokens = text.count(IMAGE_TOKEN) * budget.num_image_tokens
     return prefix + len(chat_model.processor.tokenizer(text)["input_ids"]) + image_tokens
+
+
+def plan_batches(
+    prompts: Iterable[PromptT], batch_size: int, kind: Callable[[PromptT], Hashable]
+) -> Iterator[list[PromptT]]:
+    """
+    Put prompts together that are of one kind and of similar length, the longest first.
+
+    Args:
+        prompts: Each with the number of its tokens.
+        batch_size: Most prompts of a batch.
+        kind: Of a prompt; one that is to be answered alone has a kind of its own.
+
+    Yields:
+        Batches.
+    """
+    kinds: dict[Hashable, list[PromptT]] = {}
+    for prompt in sorted(prompts, key=lambda prompt: -prompt.length):
+        kinds.setdefault(kind(prompt), []).append(prompt)
+    for group in kinds.values():
+        yield from (group[begin : begin + batch_size] for begin in range(0, len(group), batch_size))
 
 
 def longest_together(chat_model: ChatModel, max_new_tokens: int) -> int:
@@ -242,7 +276,7 @@ def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, 
 
 
 def digest_model(chat_model: ChatModel) -> str:
-    """The name of the model's folder, and what changes with its configuration, its template or a training."""
+    """Return the name of the model's folder, and what changes with its configuration, its template or a training."""
     config = chat_model.model.config.to_dict()
     name = config.pop("_name_or_path", "")
     config.pop("transformers_version", None)

@@ -39,18 +39,21 @@ class ChatModel:
     processor: FusionProcessor
 
     @classmethod
-    def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO) -> "ChatModel":
+    def load(
+        cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, revision: str | None = None
+    ) -> "ChatModel":
         """
         Args:
-            name: a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
+            name: a model folder or a repository of the Hub, the authors' as well; None: the bundled `fusion-nano`.
             device: `"auto"` or a device of torch.
             dtype: `"auto"` or a key of `DTYPES`. A quantized model has the type that it was saved in.
+            revision: branch, tag or commit of a repository; None: the main branch, or what `name` has behind `@`.
 
         Raises:
             InputError: if there is no such FUSION, or no such device, or a quantized one of another type.
         """
         chosen = choose_device(device)
-        folder = find_folder(nano_path() if name is None else name)
+        folder = find_folder(nano_path() if name is None else name, revision)
         kind = choose_dtype(dtype, chosen)
         config = load_config(folder)
         if "quantization_config" in vars(config):
@@ -72,7 +75,7 @@ class ChatModel:
         return self.max_length
 
     def open_image(self, source: Any) -> Image.Image:
-        """The image in a file, at an http(s) address, or of any other kind that the image processor takes, as
+        """Open the image in a file, at an http(s) address, or of any other kind that the image processor takes, as
         upright RGB.
 
         Raises:
@@ -115,21 +118,21 @@ class ChatModel:
             raise InputError(str(error)) from error
 
     def encode_image(self, image: Image.Image) -> ImageFeatures:
-        """What all questions about an image share, as `answer` takes it."""
+        """Encode what all questions about an image share, as `answer` takes it."""
         return self.encode_images([image])[0]
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
-        """The same of several images, whose tiles are encoded together."""
+        """Encode the same of several images, whose tiles are encoded together."""
         return self.encode_tiles(self.preprocess(images))
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """The first half of `encode_images`: `pixel_values` `(n, 5, 3, H, W)`."""
+        """Do the first half of `encode_images`: `pixel_values` `(n, 5, 3, H, W)`."""
         inputs = self.processor.image_processor(list(images), return_tensors="pt")
         return inputs["pixel_values"].to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
     def encode_tiles(self, pixel_values: torch.Tensor) -> list[ImageFeatures]:
-        """The second half: what `preprocess` gave, encoded."""
+        """Do the second half: encode what `preprocess` gave."""
         overviews, features = pixel_values[:, -1:], self.model.get_global_features(pixel_values)
         # copies: a part would keep the whole in memory
         return [
@@ -212,7 +215,7 @@ class ChatModel:
     def generate(
         self, inputs: BatchFeature, max_new_tokens: int, streamer: BaseStreamer | None = None, **kwargs: Any
     ) -> GenerateDecoderOnlyOutput:
-        """The most likely continuation of what `prepare` gave, never beyond the model's maximum."""
+        """Return the most likely continuation of what `prepare` gave, never beyond the model's maximum."""
         return self.model.generate(
             **inputs,
             max_new_tokens=min(max_new_tokens, self.max_length - inputs["input_ids"].shape[1]),
@@ -224,7 +227,7 @@ class ChatModel:
         )
 
     def decode(self, inputs: BatchFeature, output: GenerateDecoderOnlyOutput) -> str:
-        """The text of an answer."""
+        """Decode the text of an answer."""
         prompt = inputs["input_ids"].shape[1]
         return self.processor.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
 
@@ -238,7 +241,7 @@ class ChatModel:
         image_token_grid: int | None = None,
     ) -> str:
         """
-        The most likely answer to a conversation that ends with a question; the same one every time.
+        Return the most likely answer to a conversation that ends with a question; the same one every time.
 
         Args:
             messages: chat messages of the ecosystem, with at most one image.
@@ -263,7 +266,7 @@ class ChatModel:
         query_len: int | None = None,
         image_token_grid: int | None = None,
     ) -> Iterator[str]:
-        """The answers to questions about one image, each asked by itself; its tiles are encoded once for all."""
+        """Yield the answers to questions about one image, each asked by itself; its tiles are encoded once for all."""
         image_features = self.encode_image(image)
         for question in questions:
             messages = [question_message(question, image)]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CompileConfig, StaticCache
 
 from fusion_hf.model.compatibility_fusion import CACHE_NAMES
-from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
+from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget, require
 from fusion_hf.model.generation_fusion import find_missing_turns
 from fusion_hf.model.input_checks_fusion import check_prompt
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
@@ -62,22 +62,22 @@ class CompiledGenerator:
         backend: Any = "inductor",
     ):
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            _require(value >= 1, name, value, "1 or more")
-        _require(
+            require(value >= 1, name, value, "1 or more")
+        require(
             len(prompt_lengths) > 0 and min(prompt_lengths) > 0, "prompt_lengths", prompt_lengths, "positive lengths"
         )
         longest = model.config.text_config.max_position_embeddings - max_new_tokens
-        _require(max(prompt_lengths) <= longest, "prompt_lengths", prompt_lengths, f"at most {longest} for this model")
-        _require(mode in MODES, "mode", mode, ", ".join(map(repr, MODES)))
-        _require(not options or mode == "default", "mode", mode, "'default' beside options")
+        require(max(prompt_lengths) <= longest, "prompt_lengths", prompt_lengths, f"at most {longest} for this model")
+        require(mode in MODES, "mode", mode, ", ".join(map(repr, MODES)))
+        require(not options or mode == "default", "mode", mode, "'default' beside options")
         early = model.config.early_text_attention
         allowed = "False where early_text_attention is 'uniform_padded', since padding the question changes answers"
-        _require(not (compile_prompt and early == "uniform_padded"), "compile_prompt", compile_prompt, allowed)
+        require(not (compile_prompt and early == "uniform_padded"), "compile_prompt", compile_prompt, allowed)
         parts = ("text_config", "vision_config") if compile_prompt else ("text_config",)
         for name in (getattr(model.config, part)._attn_implementation for part in parts):
             # it takes padding out, so that shapes depend on values
             allowed = "'eager', 'sdpa', 'flex_attention' in what is compiled"
-            _require("flash" not in name, "attn_implementation", name, allowed)
+            require("flash" not in name, "attn_implementation", name, allowed)
         self.prompt_lengths = sorted(prompt_lengths)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -101,7 +101,7 @@ class CompiledGenerator:
     @torch.inference_mode()
     def generate(self, max_new_tokens: int | None = None, **inputs: Any) -> torch.Tensor:
         """
-        What the model's `generate` returns for the same arguments: prompts and answers `(B, S + n)`.
+        Return what the model's `generate` returns for the same arguments: prompts and answers `(B, S + n)`.
 
         Args:
             max_new_tokens: n at most; None: as many as this generator allows.
@@ -113,12 +113,12 @@ class CompiledGenerator:
                 or inputs that disagree (see [`FusionForConditionalGeneration.forward`]).
         """
         new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        _require(1 <= new_tokens <= self.max_new_tokens, "max_new_tokens", new_tokens, f"1 to {self.max_new_tokens}")
+        require(1 <= new_tokens <= self.max_new_tokens, "max_new_tokens", new_tokens, f"1 to {self.max_new_tokens}")
         for name in REFUSED:
-            _require(inputs.get(name) in (None, 1), name, inputs.get(name), "none: compiled generation has one way")
+            require(inputs.get(name) in (None, 1), name, inputs.get(name), "none: compiled generation has one way")
         input_ids = inputs["input_ids"]  # (B, S)
         batch, length = input_ids.shape
-        _require(batch <= self.batch_size, "batch", batch, f"at most batch_size = {self.batch_size} rows")
+        require(batch <= self.batch_size, "batch", batch, f"at most batch_size = {self.batch_size} rows")
         padded = next((known for known in self.prompt_lengths if known >= length), None)
         if padded is None:
             longest = self.prompt_lengths[-1]
@@ -164,11 +164,6 @@ class CompiledGenerator:
             )
         self._caches[prompt_length] = cache
         return cache
-
-
-def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
 
 
 def _pad(inputs: dict[str, Any], length: int, config: FusionConfig) -> dict[str, Any]:

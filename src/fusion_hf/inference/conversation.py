@@ -63,7 +63,7 @@ class Conversation:
         self._memory: _Memory | None = None
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
-        """The answer; both become part of the conversation, but not if there is an error.
+        """Answer a question; both become part of the conversation, but not if there is an error.
 
         Raises:
             InputError: see `ChatModel.answer`.

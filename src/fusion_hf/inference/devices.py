@@ -11,7 +11,7 @@ DTYPES = {name: torch_dtype(name) for name in DTYPE_NAMES}
 
 
 def choose_device(name: str = AUTO) -> torch.device:
-    """The device called `name`; for `"auto"` a GPU of Nvidia's or AMD's, else Apple's, else the CPU."""
+    """Choose the device called `name`; for `"auto"` a GPU of Nvidia's or AMD's, else Apple's, else the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == AUTO:
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -27,7 +27,7 @@ def choose_device(name: str = AUTO) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type called `name`; `"auto"` is bfloat16 on CUDA and float32 elsewhere."""
+    """Choose the type called `name`; `"auto"` is bfloat16 on CUDA and float32 elsewhere."""
     if name == AUTO:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:

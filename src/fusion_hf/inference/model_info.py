@@ -57,7 +57,7 @@ class ModelInfo:
 
     @classmethod
     def read(cls, content: Any) -> "ModelInfo | None":
-        """What `write` gave; None for anything else."""
+        """Read what `write` gave; None for anything else."""
         names = cls.__dataclass_fields__
         if not isinstance(content, dict) or not names.keys() <= content.keys():
             return None

@@ -27,6 +27,8 @@ from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import load_image
 
 QUESTION_KEYS = ("question", "messages", "conversations")
+# of LLaVA's `question.jsonl`; read where a record has none of ours, since other files have other texts there
+LLAVA_QUESTION, LLAVA_ID = "text", "question_id"
 IN_MEMORY = "<image in memory>"  # stands for a PIL image while a record's shape is checked
 
 Records: TypeAlias = Iterable[dict[str, Any]] | str | os.PathLike[str]
@@ -83,7 +85,7 @@ def read_entries(records: Records) -> tuple[list[Entry], Path]:
 
 def parse_question(entry: Entry, identity: str | int) -> Question:
     """
-    The question of a record, which gets `identity` as its id.
+    Parse the question of a record, which gets `identity` as its id.
 
     Raises:
         RecordProblem: for what no image must be opened for.
@@ -93,6 +95,8 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
     if not isinstance(entry.raw, bytes):
         fields = _put_aside(fields, images_in_memory)
     given = [key for key in QUESTION_KEYS if fields.get(key) is not None]
+    if not given and fields.get(LLAVA_QUESTION) is not None:
+        fields, given = {**fields, "question": fields[LLAVA_QUESTION]}, ["question"]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise RecordProblem("shape", f"it has {found} of {', '.join(QUESTION_KEYS)}; allowed: one of them")
@@ -115,15 +119,16 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
 
 
 def entry_id(entry: Entry, index: int) -> str | int:
-    """The record's own id; the index of a record without one, or in which none can be found.
+    """Return the record's own `id` or `question_id`; the index of a record without one, or in which none can be found.
 
     Raises:
         RecordProblem: if it is neither a text nor a whole number.
     """
     try:
-        identity = parse_json_object(entry.raw).get("id")
+        fields = parse_json_object(entry.raw)
     except RecordProblem:
         return index
+    identity = fields.get("id") if fields.get("id") is not None else fields.get(LLAVA_ID)
     if identity is None:
         return index
     if not isinstance(identity, (str, int)) or isinstance(identity, bool):

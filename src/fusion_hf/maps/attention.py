@@ -41,7 +41,7 @@ class AttentionMaps:
     answer_tokens: Maps
 
     def kinds(self) -> dict[str, Maps]:
-        """All maps by name."""
+        """Return all maps by name."""
         return {"question": self.question, "latents": self.latents, "answer": self.answer_tokens}
 
 

@@ -110,7 +110,7 @@ class AttentionRecorder:
         self._stack.close()
 
     def rows(self) -> RecordedRows:
-        """What was read so far; call it after the pass over a prompt with an image."""
+        """Return what was read so far; call it after the pass over a prompt with an image."""
         patches, grid = isqrt(self.num_patches), isqrt(len(self.image_places))
         question = [
             total.unflatten(-1, (patches, patches)) / len(layers)
@@ -250,7 +250,7 @@ def window_weights(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.
 
 
 def lay_out(weights: torch.Tensor, window: int) -> torch.Tensor:
-    """Windows `(R, q, w * w)` where they are in the image: `(R, s * w, s * w)`."""
+    """Return windows `(R, q, w * w)` where they are in the image: `(R, s * w, s * w)`."""
     side = isqrt(weights.shape[1])
     grid = weights.unflatten(2, (window, window)).unflatten(1, (side, side))  # (R, s, s, w, w)
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -22,15 +22,12 @@ LONGEST_NAME = 24  # characters of a word in a file's name
 
 
 def check_matplotlib() -> None:
-    """
-    Raises:
-        InputError: if matplotlib is not installed; names the extra that has it.
-    """
+    """Raise an `InputError` that names the extra if matplotlib is not installed."""
     require(("matplotlib",), "Drawing maps", "maps")
 
 
 def draw_overlay(image: Image.Image, maps: Maps, word: Word, title: str = "") -> "Figure":
-    """The image, and beside it one word's map of each group of layers over it; colours begin at zero.
+    """Draw the image, and beside it one word's map of each group of layers over it; colours begin at zero.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -57,7 +54,7 @@ def draw_overlay(image: Image.Image, maps: Maps, word: Word, title: str = "") ->
 
 
 def save_overlays(result: AttentionMaps, image: Image.Image, folder: Path) -> list[Path]:
-    """A PNG for each word of the question, each turn's latent tokens and each word of the answer.
+    """Save a PNG for each word of the question, each turn's latent tokens and each word of the answer.
 
     Raises:
         InputError: if matplotlib is not installed.

@@ -80,16 +80,16 @@ class Maps:
     view: View
 
     def of_word(self, word: Word) -> np.ndarray:
-        """The mean over a word's tokens, `(G, h, w)`."""
+        """Return the mean over a word's tokens, `(G, h, w)`."""
         return self.values[:, word.first : word.end].mean(1)
 
     def on_image(self, word: Word, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The same at the pixels of the image `(G, H, W)`, or of one of another size (width, height)."""
+        """Return the same at the pixels of the image `(G, H, W)`, or of one of another size (width, height)."""
         return self.view.resize(self.of_word(word), size)
 
 
 def find_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[Word, ...]:
-    """The words of a text, with the tokens of each; special tokens belong to none."""
+    """Find the words of a text, with the tokens of each; special tokens belong to none."""
     special = set(tokenizer.all_special_ids)
     bounds: list[list[int]] = []
     read: list[int] = []

@@ -193,7 +193,7 @@ def _check_content(name: str, role: str, content: Any) -> None:
 
 
 def address_of(block: dict[str, Any]) -> Any:
-    """The address in OpenAI's `image_url` block."""
+    """Return the address in OpenAI's `image_url` block."""
     url = block.get("image_url")
     return url.get("url") if isinstance(url, dict) else url
 
@@ -369,7 +369,7 @@ def prepare_messages(messages: Any, protector: TextProtector, where: str, keep_i
 
 
 def join_questions(messages: list[dict[str, Any]]) -> str:
-    """What a conversation asks, of prepared messages."""
+    """Return what a conversation asks, of prepared messages."""
     return "".join(message["content"][-1]["text"].strip() for message in messages if message["role"] == "user")
 
 

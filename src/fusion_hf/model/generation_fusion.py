@@ -14,7 +14,7 @@ from .configuration_fusion import FusionConfig
 from .input_checks_fusion import check_continuation
 from .modeling_fusion_base import cache_keyword, either_cache, rename_cache
 from .modeling_fusion_decoder import PlaceholderMasks
-from .turns_fusion import PromptTurns, can_find_turns, complete_turns, find_prompt_ends
+from .turns_fusion import PromptTurns, can_find_turns, complete_turns, count_blocks, find_prompt_ends
 
 # what describes the prompt's image and turns: needed while the prompt is processed, never after it
 PROMPT_INPUTS = (
@@ -38,10 +38,7 @@ REFUSED = {
 
 
 def refuse(what: str) -> NoReturn:
-    """
-    Raises:
-        ValueError: with the reason that all refusals of this file have.
-    """
+    """Raise a `ValueError` with the reason that all refusals of this file have."""
     raise ValueError(f"{what}: FUSION's samplers need each prompt as a whole, with its image and turns, in one pass.")
 
 
@@ -220,14 +217,8 @@ def find_uncached_turns(
 
 
 def _check_border(config: FusionConfig, cached_ids: torch.Tensor, ends: torch.Tensor) -> None:
-    """
-    Check that a cache holds the latent block of each turn whose end it holds, and no other.
-
-    Raises:
-        ValueError: if it does not. Where a later question has the image, a block is behind its turn's end.
-    """
-    latent = cached_ids == config.latent_token_id  # (B, S)
-    blocks = latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)  # (B)
+    """Check that a cache holds the blocks of the turns that end in it: one may be behind its turn's end."""
+    blocks = count_blocks(cached_ids == config.latent_token_id)  # (B)
     turns = ((ends >= 0) & (ends < cached_ids.shape[1])).sum(1)
     for row, (found, expected) in enumerate(zip(blocks.tolist(), turns.tolist(), strict=True)):
         if found != expected:
@@ -238,7 +229,7 @@ def _check_border(config: FusionConfig, cached_ids: torch.Tensor, ends: torch.Te
 
 
 def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """Ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
+    """Return ids that index logits: image and latent placeholders, behind the vocabulary, become a mark inside it."""
     return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
 
 

@@ -175,7 +175,7 @@ def _check_jpeg(content: bytes) -> None:
 
 
 def max_jpeg_scans(pixels: int) -> int:
-    """How many scans a JPEG of so many pixels may have."""
+    """Return how many scans a JPEG of so many pixels may have."""
     return min(MAX_JPEG_SCANS, max(MIN_JPEG_SCANS, JPEG_SCAN_PIXELS // max(pixels, 1)))
 
 

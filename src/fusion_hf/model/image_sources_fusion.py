@@ -55,20 +55,20 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def is_group(images: Any) -> bool:
-    """Whether it stands for several images, or for none."""
+    """Return whether it stands for several images, or for none."""
     if is_array(images):
         return bool(images.ndim > max(IMAGE_DIMENSIONS))
     return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
 
 
 def is_array(image: Any) -> bool:
-    """Whether it is an array or a tensor. Processes that decode images have no torch."""
+    """Return whether it is an array or a tensor. Processes that decode images have no torch."""
     return isinstance(image, np.ndarray) or is_torch_tensor(image)
 
 
 def defer_images(images: Any) -> list[Image.Image]:
     """
-    The images of `flatten_images`, to be opened when it is their turn; None stands for no image.
+    Return the images of `flatten_images`, to be opened when it is their turn; None stands for no image.
 
     transformers passes nothing but images of PIL, arrays and tensors from a processor to its image processor. So each
     is an empty image of PIL that carries its source. A class of our own would not do: with `trust_remote_code`,
@@ -84,7 +84,7 @@ def _defer(source: Any) -> Image.Image:
 
 
 def is_deferred(image: Any) -> bool:
-    """Whether it comes from `defer_images`."""
+    """Return whether it comes from `defer_images`."""
     return isinstance(image, Image.Image) and SOURCE in image.info
 
 
@@ -188,12 +188,12 @@ def _download(url: str) -> bytes:
         is_address = False
     if not is_address:
         raise OSError("this is no address")
-    download = _Download(url, MAX_DOWNLOAD_BYTES, MAX_DOWNLOAD_SECONDS)
+    download = _DownloadThread(url, MAX_DOWNLOAD_BYTES, MAX_DOWNLOAD_SECONDS)
     download.start()
     return download.result()
 
 
-class _Download(threading.Thread):
+class _DownloadThread(threading.Thread):
     """
     A download in a thread of its own: no setting of an HTTP client bounds its whole time, since each byte that
     arrives, of the headers too, begins the waiting anew.

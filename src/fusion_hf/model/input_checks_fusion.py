@@ -23,6 +23,7 @@ from .turns_fusion import (
     can_find_turns,
     check_question_form,
     complete_turns,
+    count_blocks,
     find_prompt_ends,
     is_known_question,
     locate_prompt_ends,
@@ -164,9 +165,8 @@ def _are_ends_in_turns(masks: PlaceholderMasks, mask: torch.Tensor | None, ends:
     number = torch.arange(1, ends.shape[1] + 1, device=ends.device).clamp(max=most).expand(batch, -1)  # (B, R)
     is_present = ends != ABSENT
     is_inside = (final.gather(1, number) < ends) & (ends < first.gather(1, number + 1)) & (ends <= last)
-    num_blocks = (torch.diff(masks.latent.long(), dim=1, prepend=turn.new_zeros(batch, 1)) > 0).sum(1)
     count = is_present.sum(1)
-    return (is_inside | ~is_present).all() & ((count <= num_blocks) & (count <= turn[:, -1])).all()
+    return (is_inside | ~is_present).all() & ((count <= count_blocks(masks.latent)) & (count <= turn[:, -1])).all()
 
 
 def _are_ends_headers(

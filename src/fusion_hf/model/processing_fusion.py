@@ -57,7 +57,7 @@ class FusionProcessor(ProcessorMixin):
         chat_format (`str`, *optional*): headers and separators of the backbone, a key of `CHAT_FORMATS`; default: the
             one whose tokens the tokenizer knows.
         num_image_tokens (`int`, *optional*): image tokens that the LLM reads per image. There is a default, 729, for
-            tiles of 384 pixels only.
+            tiles of 384 pixels only. Without either, calls need `image_token_grid`.
         query_len (`int`): default number of latent tokens per turn.
         instruct_pad_token_id (`int`): padding of the question, and ignored in it.
 
@@ -97,8 +97,8 @@ class FusionProcessor(ProcessorMixin):
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(map(repr, CHAT_FORMATS))}.")
         check_tokenizer(tokenizer, chat_format)
         self.chat_format = chat_format
-        if num_image_tokens is None:
-            num_image_tokens = _default_image_tokens(image_processor)
+        if num_image_tokens is None and image_processor.size["height"] == DEFAULT_SIDE:
+            num_image_tokens = DEFAULT_IMAGE_TOKENS
         self.num_image_tokens = num_image_tokens
         self.query_len = _checked_query_len(query_len)
         self.instruct_pad_token_id = instruct_pad_token_id
@@ -120,12 +120,18 @@ class FusionProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
         Read `processor_config.json` or, in a folder to which the tokenizer and the image processor were saved one by
-        one (as `Pipeline.save_pretrained` does), the same values of the model's `config.json`.
+        one (as `Pipeline.save_pretrained` does), the same values of the model's `config.json`. An `image_token_grid`
+        (FUSION-L: 16) is the side of the grid that the model's configuration gets under the same name.
 
         Raises:
-            ValueError: names what neither file holds.
+            ValueError: names what neither file holds, or an impossible grid.
         """
         values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        grid = unused.pop("image_token_grid", None)
+        if grid is not None:
+            if not isinstance(grid, int) or grid < 1:
+                raise ValueError(f"image_token_grid is {grid!r}; allowed: a whole number from 1.")
+            unused["num_image_tokens"] = grid**2
         missing = [name for name in FIELDS_OF_CONFIG if name not in values and name not in unused]
         if missing:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -220,12 +226,7 @@ class FusionProcessor(ProcessorMixin):
     def _check_headers(
         self, prepared: list[list[dict[str, Any]]], chat_template: str | None, template: str, kwargs: dict[str, Any]
     ) -> None:
-        """
-        Check that a template of the caller's own says where answers begin.
-
-        Raises:
-            ValueError: if it does not write the chat format's assistant header.
-        """
+        """Check that a template of the caller's own says where answers begin: writes the format's assistant header."""
         header = self._format.assistant_header
         if header.replace("\n", "\\n") in template:
             return
@@ -247,7 +248,7 @@ class FusionProcessor(ProcessorMixin):
         query_len: int | None = None,
         image_token_grid: int | None = None,
         questions: str | list[str] | None = None,
-        process_images: bool = True,
+        process_images: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -257,9 +258,9 @@ class FusionProcessor(ProcessorMixin):
         (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
         swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
         default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
-        behind its image. `process_images=False` is for prompts whose images the model gets in another way, such as
-        `global_features` that were computed for an earlier question: `<image>` is written as for an image, but none is
-        taken, opened or resized, and there are no `pixel_values`.
+        behind its image. `process_images=False` (default: True) is for prompts whose images the model gets in another
+        way, such as `global_features` that were computed for an earlier question: `<image>` is written as for an
+        image, but none is taken, opened or resized, and there are no `pixel_values`.
 
         Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
         `prompt_end_positions` `(B, R)` and, if there is an image, `pixel_values` `(B, 5, 3, H, W)`.
@@ -272,6 +273,7 @@ class FusionProcessor(ProcessorMixin):
             raise ValueError(
                 "`questions` must be None for a processor `without_turns()`: the model finds them in ids."
             )
+        process_images = process_images is not False
         if images is not None and not process_images:
             raise ValueError("`images` must be None with `process_images=False`, which is for images that you keep.")
         if text is None:
@@ -300,11 +302,7 @@ class FusionProcessor(ProcessorMixin):
     def _without_first_token(
         self, texts: list[Any], text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[list[tuple[Any, bool]], dict[str, Any]]:
-        """
-        Texts without the tokenizer's first token, each with whether it had one, and the arguments to tokenize them.
-
-        The tokenizer puts it before the ids, once, as that of the authors does.
-        """
+        """Texts without the tokenizer's first token, each with whether it had one: it is put before the ids, once."""
         begins = [bool(self.begin) and isinstance(text, str) and text.startswith(self.begin) for text in texts]
         if not all(begins) and not (any(begins) and text_kwargs.get("add_special_tokens", True)):
             return [(text, False) for text in texts], kwargs
@@ -315,12 +313,7 @@ class FusionProcessor(ProcessorMixin):
     def _tokenize(
         self, prompts: list["_ArrangedText"], needs_padding: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> list[PromptTokens]:
-        """
-        Tokens of prompts, padded as the arguments say, or where they become tensors.
-
-        Raises:
-            ValueError: for a prompt that is longer than the tokenizer's maximum.
-        """
+        """Tokens of prompts, padded as the arguments say, or where they become tensors."""
         if needs_padding and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
             kwargs = kwargs | {"padding": True}
         kwargs = kwargs | {"return_offsets_mapping": True}
@@ -388,9 +381,15 @@ class FusionProcessor(ProcessorMixin):
         """Image tokens of one image: of the given grid, or `num_image_tokens`. The model knows how many it can give.
 
         Raises:
-            ValueError: if what is given is no whole number from 1.
+            ValueError: if what is given is no whole number from 1, or if nothing is given and there is no default.
         """
         if image_token_grid is None:
+            if self.num_image_tokens is None:
+                side = self.image_processor.size["height"]
+                raise ValueError(
+                    f"`num_image_tokens` is missing, and tiles have {side} pixels a side. Pass the `num_image_tokens` "
+                    "of the model's configuration to the processor."
+                )
             return self.num_image_tokens
         if not isinstance(image_token_grid, int) or image_token_grid < 1:
             raise ValueError(f"image_token_grid is {image_token_grid!r}; allowed: a whole number from 1.")
@@ -412,15 +411,10 @@ class FusionProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=without_marks, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        return IMAGE_TOKEN * self.num_image_tokens
+        return IMAGE_TOKEN * self.count_image_tokens()
 
     def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_ArrangedText":
-        """
-        Image mark first, latent marks as whole blocks, the family's prefix in front.
-
-        Raises:
-            ValueError: for what is no text, several image marks, and blocks that are not of the length of the call.
-        """
+        """Image mark first, latent marks as whole blocks of the call's length, the family's prefix in front."""
         if not isinstance(text, str):
             raise ValueError(f"text holds a {type(text).__name__}; allowed: a string or a list of strings.")
         length = self.query_len if query_len is None else _checked_query_len(query_len)
@@ -534,16 +528,6 @@ def _order_marks(text: str) -> str:
     return MARKS.sub(lambda _: next(ordered), text)
 
 
-def _default_image_tokens(image_processor: Any) -> int:
-    side = image_processor.size["height"]
-    if side != DEFAULT_SIDE:
-        raise ValueError(
-            f"`num_image_tokens` is missing, and tiles have {side} pixels a side. Pass the `num_image_tokens` of the "
-            "model's configuration."
-        )
-    return DEFAULT_IMAGE_TOKENS
-
-
 def _checked_query_len(query_len: int) -> int:
     is_number = isinstance(query_len, (int, np.integer)) and not isinstance(query_len, bool)
     if not is_number or not is_perfect_square(query_len):
@@ -552,13 +536,7 @@ def _checked_query_len(query_len: int) -> int:
 
 
 def _check_images(images: Any, texts: list[str]) -> None:
-    """
-    Check that prompts have as many image marks as there are images. Images in one list per prompt must be those of the
-    prompt's marks: flattened, they could go to another one.
-
-    Raises:
-        ValueError: names both numbers.
-    """
+    """Compare prompts' image marks with images, prompt by prompt where lists say which images are whose."""
     parts = list(images) if is_group(images) else [images]
     total, marks = len(defer_images(images)), sum(text.count(IMAGE_TOKEN) for text in texts)
     is_nested = total > 0 and any(part is None or is_group(part) for part in parts)

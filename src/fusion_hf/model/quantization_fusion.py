@@ -43,7 +43,7 @@ class FusionQuantizationMixin:
 
 def skip_by_default(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
     """
-    A quantization configuration that leaves NOT_QUANTIZED alone, unless it says itself what it leaves alone.
+    Return a quantization configuration that leaves NOT_QUANTIZED alone, unless it says itself what it leaves alone.
 
     Raises:
         ValueError: if it is neither a configuration nor one's dict.
@@ -82,7 +82,7 @@ def put_scales_back(layer: Any, prefix: str, keep_vars: bool) -> None:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a weight is stored as: itself, or a quantized one's integers, scales and zero points."""
+    """Yield what a weight is stored as: itself, or a quantized one's integers, scales and zero points."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return

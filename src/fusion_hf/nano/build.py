@@ -26,7 +26,7 @@ FINEST_WAVE = 32  # the finest position wave is this many times as short as the 
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) -> FusionProcessor:
-    """The processor of `config`; its chat template has an empty system message, for a vocabulary of so few words."""
+    """Build the processor of `config`; its template has an empty system message, for a vocabulary of so few words."""
     tokenizer.padding_side = "left"
     image_processor = FusionImageProcessor(size={"height": TILE_SIDE, "width": TILE_SIDE})
     return FusionProcessor(
@@ -41,7 +41,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) ->
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
-    """Every mechanism of the large models at about two million parameters."""
+    """Build every mechanism of the large models at about two million parameters."""
     ids = tokenizer.convert_tokens_to_ids(["<image>", "<latent_image>", "<vision_start>", "<vision_end>"])
     config = FusionConfig(
         text_config=LlamaConfig(

@@ -36,7 +36,7 @@ _INDEX = {word: index for index, word in enumerate(PATCH_WORDS)}
 
 
 def patch_words(spec: DrawnImage, side: int) -> np.ndarray:
-    """The words that tell what each patch of a drawn image shows: zeros and ones `(side, side, PATCH_WORDS)`.
+    """Find the words that tell what each patch of a drawn image shows: zeros and ones `(side, side, PATCH_WORDS)`.
 
     These are colour, kind or letter, the written word as a whole, and of two shapes, where each is from the other.
     """

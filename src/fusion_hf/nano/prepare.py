@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fusion_hf.drawing.drawn_images import CATEGORIES, DrawnImage
+from fusion_hf.drawing.drawn_images import CATEGORIES
 from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, Stage, evaluation_records, stage_records
 
 DATA = "data"
@@ -29,7 +29,7 @@ MIXTURES: dict[Stage, DrawnMixture] = {
 
 
 def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
-    """A share of each kind of image, for a trial."""
+    """Take a share of each kind of image, for a trial."""
     drawn = {category: round(share * getattr(mixture, category)) for category in CATEGORIES}
     return DrawnMixture(**drawn, easy_vqa=share * mixture.easy_vqa)
 
@@ -44,14 +44,12 @@ def validation_sample(seed: int) -> list[NanoRecord]:
 
 def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Path:
     """`folder/name.json` and, under `folder/name`, each record's image, once."""
-    files: dict[Path | DrawnImage, str] = {}
-    for record in records:
-        files.setdefault(record.image, f"{name}/{len(files)}.png")
     (folder / name).mkdir(parents=True, exist_ok=True)
     first = {record.image: record for record in records}
+    files = {image: f"{name}/{number}.png" for number, image in enumerate(first)}
     jobs = [(first[image], folder / file) for image, file in files.items()]
     with ProcessPoolExecutor() as pool:
-        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="image"))
+        list(tqdm(pool.map(_draw, jobs, chunksize=CHUNK), total=len(jobs), desc=name, unit="image", disable=None))
     path = folder / f"{name}.json"
     lines = [json.dumps(record.to_llava(files[record.image])) for record in records]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

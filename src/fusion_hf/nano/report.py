@@ -48,7 +48,7 @@ class Figures:
 def measure(
     model: FusionForConditionalGeneration, processor: FusionProcessor, seed: int, steps: dict[str, int]
 ) -> Figures:
-    """Greedy answers to every test question: with its image, with another one, and with the fewest latent tokens."""
+    """Answer every test question greedily: with its image, with another one, and with the fewest latent tokens."""
     records = test_records(seed)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
     answers = generate_answers(model, processor, records)
@@ -66,7 +66,7 @@ def measure(
 
 
 def shuffled(records: Sequence[NanoRecord]) -> list[NanoRecord]:
-    """For each record one about another image, drawn at random."""
+    """Draw for each record one about another image."""
     rng = random.Random(SHUFFLE_SEED)
     others = []
     for record in records:
@@ -101,7 +101,7 @@ def write_card(folder: Path, figures: Figures, parameters: int) -> None:
 
 
 def card_text(figures: Figures, parameters: int) -> str:
-    """The card without its metadata."""
+    """Write the card without its metadata."""
 
     def percent(values: dict[str, float], name: str) -> str:
         return f"{100 * values[name]:.2f} %"

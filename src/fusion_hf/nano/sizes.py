@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fusion_hf.data.record_parsing import HUMAN, MODEL
+from fusion_hf.data.record_parsing import llava_record
 from fusion_hf.drawing.drawn_images import DrawnImage, DrawnShape, Split, draw_spec
 
 QUESTION = "what color is the smaller shape?"
@@ -26,7 +26,7 @@ def area(shape: DrawnShape) -> float:
 
 
 def smaller(spec: DrawnImage) -> DrawnShape | None:
-    """The smaller one of two shapes; None if that is not clear."""
+    """Find the smaller one of two shapes; None if that is not clear."""
     small, large = sorted(spec.shapes, key=area)
     return small if area(large) >= CLEARLY * area(small) else None
 
@@ -36,7 +36,7 @@ def write_split(folder: Path, split: Split, count: int) -> Path:
     (folder / split).mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     index = 0
-    with tqdm(total=count, desc=split, unit="image") as bar:
+    with tqdm(total=count, desc=split, unit="image", disable=None) as bar:
         while len(records) < count:
             spec = draw_spec("spatial", split, index, seed="sizes")
             index += 1
@@ -44,8 +44,7 @@ def write_split(folder: Path, split: Split, count: int) -> Path:
                 continue
             name = f"{split}/{len(records)}.png"
             spec.render().save(folder / name)
-            turns = [{"from": HUMAN, "value": f"<image>\n{QUESTION}"}, {"from": MODEL, "value": shape.color}]
-            records.append({"id": name, "image": name, "conversations": turns})
+            records.append(llava_record(name, name, [(QUESTION, shape.color)]))
             bar.update()
     random.Random(split).shuffle(records)
     path = folder / f"{split}.json"

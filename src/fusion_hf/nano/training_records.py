@@ -9,7 +9,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from fusion_hf.data.easy_vqa import EasyVqaImage, read_easy_vqa
-from fusion_hf.data.record_parsing import HUMAN, MODEL
+from fusion_hf.data.record_parsing import llava_record
 from fusion_hf.drawing.drawn_images import CATEGORIES, Category, DrawnImage, Split, draw_spec
 from fusion_hf.drawing.drawn_questions import (
     DrawnQuestion,
@@ -54,20 +54,15 @@ class NanoRecord:
     key: str
 
     def open_image(self) -> Image.Image:
-        """The image as RGB, 64 x 64."""
+        """Open the image as RGB, 64 x 64."""
         if isinstance(self.image, DrawnImage):
             return self.image.render()
         with Image.open(self.image) as image:
             return image.convert("RGB")
 
     def to_llava(self, image: str | None = None) -> dict[str, Any]:
-        """The record as the training data of LLaVA is shaped, with a file's name or a PIL image as the image."""
-        conversations = []
-        for index, (question, answer) in enumerate(self.turns):
-            mark = "<image>\n" if index == 0 else ""
-            conversations.append({"from": HUMAN, "value": mark + question})
-            conversations.append({"from": MODEL, "value": answer})
-        return {"id": self.key, "image": self.open_image() if image is None else image, "conversations": conversations}
+        """Write the record as LLaVA's training data is shaped, with a file's name or a PIL image as the image."""
+        return llava_record(self.key, self.open_image() if image is None else image, self.turns)
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def stage_records(
     seed: int | str = 0,
     mixture: DrawnMixture | None = None,
 ) -> list[NanoRecord]:
-    """The shuffled records of a training stage.
+    """Make the shuffled records of a training stage.
 
     Stage 1: one caption per image. Stage 1.5: one caption and one conversation per image. Stage 2: conversations
     that use every question of every image. Each stage draws its own images.
@@ -113,12 +108,12 @@ def stage_records(
 
 
 def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[NanoRecord]:
-    """Single questions for choosing settings: all of easy-vqa's split, and `drawn` images of each other category."""
+    """Ask single questions to choose settings: all of easy-vqa's split, and `drawn` images of each other category."""
     return _single_questions(easy_vqa_images(split) + _drawn_for_evaluation(split, seed, drawn))
 
 
 def test_records(seed: int = 0, drawn: int = 1000) -> list[NanoRecord]:
-    """Single questions for the final figures only: easy-vqa's test questions, and `drawn` images per category."""
+    """Ask single questions for the final figures only: easy-vqa's test questions, and `drawn` images per category."""
     easy_vqa = [_easy_vqa_image(image, "test") for image in read_easy_vqa("test")]
     return _single_questions(easy_vqa + _drawn_for_evaluation("test", seed, drawn))
 
@@ -139,7 +134,7 @@ def easy_vqa_images(split: Literal["train", "validation"]) -> list[DescribedImag
 
 
 def draw_images(split: Split, mixture: DrawnMixture, seed: int | str) -> list[DescribedImage]:
-    """The drawn images of a split; other seeds give other images."""
+    """Draw the images of a split; other seeds give other images."""
     return [
         _drawn_image(category, split, index, seed)
         for category in CATEGORIES
@@ -148,7 +143,7 @@ def draw_images(split: Split, mixture: DrawnMixture, seed: int | str) -> list[De
 
 
 def caption_records(images: Iterable[DescribedImage], rng: random.Random) -> list[NanoRecord]:
-    """One caption per image; images whose content is not known (a few of easy-vqa) are left out."""
+    """Write one caption per image; images whose content is not known (a few of easy-vqa) are left out."""
     return [
         NanoRecord(image.image, ((rng.choice(CAPTION_PROMPTS), image.caption),), image.category, image.key)
         for image in images
@@ -159,7 +154,7 @@ def caption_records(images: Iterable[DescribedImage], rng: random.Random) -> lis
 def question_records(
     images: Iterable[DescribedImage], rng: random.Random, conversations_per_image: int | None = None
 ) -> list[NanoRecord]:
-    """Conversations about each image: all of its questions, or the first few conversations only."""
+    """Make conversations about each image: all of its questions, or the first few conversations only."""
     records = []
     for image in images:
         for turns in group_turns(image.questions, rng)[:conversations_per_image]:
@@ -169,7 +164,7 @@ def question_records(
 
 
 def group_turns(questions: Sequence[DrawnQuestion], rng: random.Random) -> list[list[DrawnQuestion]]:
-    """Shuffles questions and groups them into conversations in which no question gives away another's answer."""
+    """Shuffle questions and group them into conversations in which no question gives away another's answer."""
     waiting = rng.sample(questions, len(questions))
     conversations = []
     while waiting:
@@ -184,7 +179,7 @@ def group_turns(questions: Sequence[DrawnQuestion], rng: random.Random) -> list[
 
 
 def training_texts(seed: int = 0, mixture: DrawnMixture | None = None) -> list[str]:
-    """Every question, answer and caption of the three stages' training records, for building the tokenizer."""
+    """Collect every question, answer and caption of the three stages' training records, for building the tokenizer."""
     records = [record for stage in STAGES for record in stage_records(stage, "train", seed, mixture)]
     return [text for record in records for turn in record.turns for text in turn]
 

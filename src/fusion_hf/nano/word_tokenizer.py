@@ -13,15 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 PAD_TOKEN = "<pad>"  # id 0: the value that FUSION treats as padding in the instruct ids
 END_TOKEN = "<|im_end|>"
-SPECIAL_TOKENS = (
-    PAD_TOKEN,
-    "<|im_start|>",
-    END_TOKEN,
-    "<vision_start>",
-    "<vision_end>",
-    "<image>",
-    "<latent_image>",
-)
+SPECIAL_TOKENS = (PAD_TOKEN, "<|im_start|>", END_TOKEN, "<vision_start>", "<vision_end>", "<image>", "<latent_image>")
 MAX_VOCABULARY = 512
 MODEL_MAX_LENGTH = 1024
 # What the chat template writes around the questions and answers.
@@ -31,7 +23,7 @@ TEMPLATE_TEXTS = ("system\nYou are a helpful AI assistant.", "user\n", "assistan
 def build_tokenizer(
     texts: Iterable[str], max_vocabulary: int = MAX_VOCABULARY, model_max_length: int = MODEL_MAX_LENGTH
 ) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer from the most frequent words of `texts`.
+    """Build the tokenizer from the most frequent words of `texts`.
 
     Args:
         texts: questions, answers and captions of the training records.

@@ -34,10 +34,7 @@ class ExportSettings:
 
     @classmethod
     def read(cls, folder: Path) -> "ExportSettings":
-        """
-        Raises:
-            InputError: if the folder is none that was exported.
-        """
+        """Read the settings of an exported folder, or raise an `InputError` if it is none."""
         try:
             return cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -45,10 +42,7 @@ class ExportSettings:
 
 
 def check_packages() -> None:
-    """
-    Raises:
-        InputError: if what writes ONNX is not installed; names the extra that has it.
-    """
+    """Raise an `InputError` that names the extra if what writes ONNX is not installed."""
     require(("onnx", "onnxscript"), "Export to ONNX", "onnx")
 
 

@@ -60,7 +60,7 @@ class ExportedFusion:
 
     def answer(self, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
         """
-        The most likely answer to a conversation about an image that ends with a question.
+        Return the most likely answer to a conversation about an image that ends with a question.
 
         Raises:
             InputError: without an image, or for a conversation that is too long.
@@ -124,7 +124,7 @@ class ExportedFusion:
         self, ids: np.ndarray, ends: np.ndarray, image_features: Arrays, past: Arrays
     ) -> tuple[np.ndarray, Arrays]:
         """
-        One pass over ids `(1, S)` behind a cache: logits `(1, 1, V)` of the last one, and the longer cache.
+        Run one pass over ids `(1, S)` behind a cache: logits `(1, 1, V)` of the last one, and the longer cache.
 
         Args:
             ends: `prompt_end_positions` `(1, R)`, counted from the first of `ids`.

@@ -46,13 +46,13 @@ class ApiError(Exception):
 
 
 def wrong_value(param: str, value: object, allowed: str, code: str | None = None) -> ApiError:
-    """The error of a field's value; a long one is repeated in part, and so is a long name."""
+    """Return the error of a field's value; a long one is repeated in part, and so is a long name."""
     param = short_name(param)
     return ApiError(BAD_REQUEST, f"{param} is {reprlib.repr(value)}; allowed: {allowed}.", param, code)
 
 
 def overloaded(message: str, status: int = OVERLOADED) -> ApiError:
-    """The error of a request that may be sent again soon."""
+    """Return the error of a request that may be sent again soon."""
     return ApiError(status, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
 
 

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_hf.common.errors import short_name
+from fusion_hf.common.image_hosts import HostPolicy
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.model_info import ModelInfo
 from fusion_hf.model.configuration_fusion import TokenBudget
@@ -41,7 +42,7 @@ from fusion_hf.serving.api_errors import (
 from fusion_hf.serving.chat_requests import ChatRequest, load_json, parse_chat_request
 from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
 from fusion_hf.serving.engine import Engine, Finished, Piece
-from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
+from fusion_hf.serving.image_fetching import fetch_image
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.replies import END, Completion, model_object, sse
 
@@ -67,7 +68,7 @@ class Service:
 
 
 def build_app(service: Service) -> Starlette:
-    """The application; it answers in the event loop that runs it, by the engine in its state."""
+    """Build the application; it answers in the event loop that runs it, by the engine in its state."""
     engine = Engine(service.chat_model, service.limits, service.budget)
     info = ModelInfo.of(service.chat_model, service.budget)
     chat = ChatEndpoint(service, engine, info.fingerprint)
@@ -109,7 +110,7 @@ def build_app(service: Service) -> Starlette:
 
 
 def error_reply(error: ApiError) -> JSONResponse:
-    """The error as HTTP."""
+    """Return the error as HTTP."""
     return JSONResponse(error.content, error.status, error.headers)
 
 
@@ -163,10 +164,7 @@ class Intake:
 
     @contextmanager
     def take_slot(self) -> Iterator[None]:
-        """
-        Raises:
-            ApiError: if as many requests are here as may be.
-        """
+        """Count a request as here, or raise an `ApiError` if as many are here as may be."""
         self._check_slots()
         self.taken += 1
         try:
@@ -303,7 +301,7 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
-    """The work's result; None if the client goes away before."""
+    """Return the work's result; None if the client goes away before."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_wait_until_gone(receive))
     try:

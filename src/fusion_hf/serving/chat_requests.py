@@ -48,10 +48,7 @@ class ChatRequest:
 
 
 def load_json(body: bytes) -> dict[str, Any]:
-    """
-    Raises:
-        ApiError: if it is no JSON object in UTF-8, or one that is deep or has very many values.
-    """
+    """Read a JSON object, or raise an `ApiError` if it is none in UTF-8, is deep or has very many values."""
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_MARKS:
         raise ApiError(BAD_REQUEST, f"The body has too many values; allowed: {MAX_JSON_MARKS}.")
     try:

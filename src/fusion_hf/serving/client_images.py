@@ -19,13 +19,13 @@ BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # so many characters are so many bytes
 
 
 def is_data_uri(uri: str) -> bool:
-    """Whether it says that it is one."""
+    """Return whether it says that it is one."""
     return uri[:5].lower() == "data:"
 
 
 def decode_data_uri(uri: str, limits: Limits) -> bytes:
     """
-    The bytes in `data:image/...;base64,...`.
+    Decode the bytes in `data:image/...;base64,...`.
 
     Raises:
         ApiError: if it is none, or has more than `limits.image_bytes`.
@@ -46,13 +46,13 @@ def decode_data_uri(uri: str, limits: Limits) -> bytes:
 
 
 def too_large(limits: Limits) -> ApiError:
-    """The error of an image's file with too many bytes."""
+    """Return the error of an image's file with too many bytes."""
     return ApiError(TOO_LARGE, f"The image is too large; allowed: {limits.image_bytes} bytes.", PARAM)
 
 
 def decode_client_image(content: bytes, processor: FusionImageProcessor, max_pixels: int) -> Image.Image:
     """
-    The image in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
+    Decode the image in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
 
     Raises:
         ApiError: if it is none, is broken or has more than `max_pixels`.

@@ -241,9 +241,8 @@ class Engine:
         return ends if isinstance(ends, list) else [ends]
 
     def _budget(self, request: ChatRequest) -> TokenBudget:
-        given = {"query_len": request.query_len, "image_token_grid": request.image_token_grid}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return self.chat_model.token_budget(**self.budget._asdict() | chosen)
+        grid = request.image_token_grid or self.budget.image_token_grid
+        return self.chat_model.token_budget(request.query_len or self.budget.query_len, grid)
 
     def _check_length_roughly(self, messages: list[dict[str, Any]], budget: TokenBudget) -> None:
         """Refuse at once what would take long to tokenise only to be refused: surely too long prompts."""
@@ -270,7 +269,7 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 
 
 def too_late() -> ApiError:
-    """The error of a request whose turn did not come in time."""
+    """Return the error of a request whose turn did not come in time."""
     return overloaded("No answer began within the time that a request may take.")
 
 

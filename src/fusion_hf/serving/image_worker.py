@@ -112,7 +112,7 @@ def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[b
     try:
         image = decode_client_image(content, processor, settings.max_pixels)
         if settings.tiles:
-            return True, processor.cut(image, processor.size, processor.resample).tobytes()
+            return True, processor.split_tiles(image, processor.size, processor.resample).tobytes()
         return True, vet(content, image)
     except ApiError as error:
         return False, error.message.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]

@@ -75,7 +75,7 @@ class ImageWorkers:
         await asyncio.gather(*self._recoveries)
 
     async def cut_tiles(self, content: bytes) -> np.ndarray:
-        """The tiles `(5, 3, H, W)`, uint8, of the image in a file's bytes.
+        """Return the tiles `(5, 3, H, W)`, uint8, of the image in a file's bytes.
 
         Raises:
             ApiError: if the image cannot be used, or there is no time for it.
@@ -84,7 +84,7 @@ class ImageWorkers:
         return np.frombuffer(result, dtype=np.uint8).reshape(self._shape)
 
     async def vet(self, content: bytes) -> tuple[str, bytes]:
-        """The image's MIME type, and the bytes in which others may decode it.
+        """Return the image's MIME type, and the bytes in which others may decode it.
 
         Raises:
             ApiError: if the image cannot be used, or there is no time for it.
@@ -158,7 +158,7 @@ class _Worker:
             await self._process.wait()
 
     async def ask(self, content: bytes, most: int) -> bytes:
-        """The process's result for an image, of up to `most` bytes.
+        """Return the process's result for an image, of up to `most` bytes.
 
         Raises:
             ApiError: if the image cannot be used, or has ended the process.

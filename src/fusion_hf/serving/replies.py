@@ -26,12 +26,12 @@ def model_object(name: str, created: int, info: ModelInfo) -> dict[str, Any]:
 
 
 def sse(content: dict[str, Any]) -> bytes:
-    """An event of a stream."""
+    """Return an event of a stream."""
     return f"data: {json.dumps(content)}\n\n".encode()
 
 
 def usage(finished: Finished) -> dict[str, int]:
-    """Tokens of a request."""
+    """Return tokens of a request."""
     return {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
@@ -49,7 +49,7 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        """The reply of a request that does not stream."""
+        """Return the reply of a request that does not stream."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -59,13 +59,13 @@ class Completion:
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage(finished)}
 
     def chunk(self, delta: dict[str, str], with_usage: bool, reason: str | None = None) -> bytes:
-        """A piece of a streamed answer."""
+        """Return a piece of a streamed answer."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         more = {"usage": None} if with_usage else {}
         return sse({**self._head("chat.completion.chunk"), "choices": [choice], **more})
 
     def usage_chunk(self, finished: Finished) -> bytes:
-        """The last chunk, for who asked for it."""
+        """Return the last chunk, for who asked for it."""
         return sse({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)})
 
     def _head(self, kind: str) -> dict[str, Any]:

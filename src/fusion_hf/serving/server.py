@@ -24,7 +24,7 @@ SWITCH_SECONDS = 0.001
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    A listening socket; port 0 is any free one.
+    Return a listening socket; port 0 is any free one.
 
     Raises:
         InputError: if there is no such address here, or the port is taken.

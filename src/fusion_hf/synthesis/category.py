@@ -128,12 +128,12 @@ class Category:
             raise ValueError(f"qa_prompt has the placeholders {_written(found)}; allowed: {_written(names)}.")
 
     def describe(self, caption: str) -> str:
-        """The prompt that asks for a description."""
+        """Write the prompt that asks for a description."""
         return Template(self.describe_prompt).substitute(caption=caption)
 
     def ask(self, descriptions: tuple[str, ...], seed: int) -> str:
         """
-        The prompt that asks for questions and answers, in a style drawn by the seed.
+        Write the prompt that asks for questions and answers, in a style drawn by the seed.
 
         Raises:
             ValueError: if there is not one description for each image.
@@ -145,7 +145,7 @@ class Category:
         return Template(self.qa_prompt).substitute(values, style=self.style(seed).text)
 
     def style(self, seed: int) -> Style:
-        """The one of this seed."""
+        """Choose the one of this seed."""
         shares = [style.share for style in self.styles]
         return random.Random(f"{self.name}/style/{seed}").choices(self.styles, shares)[0]
 
@@ -159,7 +159,7 @@ class Category:
 @cache
 def load_categories(folder: Path = FOLDER) -> dict[str, Category]:
     """
-    All categories of a folder by name, in the order of their files' names.
+    Load all categories of a folder by name, in the order of their files' names.
 
     Raises:
         InputError: for a file that is no category, or if there is none.

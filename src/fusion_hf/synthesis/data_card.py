@@ -1,7 +1,6 @@
 """The data card of a run, and its contact sheet as an image and as a page."""
 
 import html
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import chain, groupby
@@ -11,14 +10,14 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image, ImageDraw, ImageOps
 
+from fusion_hf.common.endpoints import data_uri
 from fusion_hf.common.outputs import write_atomically
-from fusion_hf.data.record_parsing import HUMAN
+from fusion_hf.data.record_parsing import HUMAN, IMAGE_TOKEN
 from fusion_hf.synthesis.balance import LONGER
 from fusion_hf.synthesis.image_generation import encode_png
 from fusion_hf.synthesis.run_config import DRAWN_LICENSE, PROCEDURAL
 from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
-from fusion_hf.synthesis.synth_record import IMAGE_MARK
 
 CARD, SHEET, PAGE = "README.md", "contact_sheet.png", "contact_sheet.html"
 SIDE, GAP, LABEL = 192, 8, 20  # pixels: of an image's box, between boxes, of a line of text
@@ -95,12 +94,12 @@ def contact_page(samples: list[Sample]) -> str:
     ]
     for sample in samples:
         name = html.escape(sample.record["id"])
-        source = f"data:image/png;base64,{b64encode(encode_png(sample.image)).decode()}"
+        source = data_uri(encode_png(sample.image), "image/png")
         parts.append(f"<h2>{html.escape(sample.category)}: {name}</h2>")
         parts.append(f'<section><img src="{source}" alt="{name}"><dl>')
         for turn in sample.record["conversations"]:
             tag = "dt" if turn["from"] == HUMAN else "dd"
-            text = turn["value"].removeprefix(f"{IMAGE_MARK}\n")
+            text = turn["value"].removeprefix(f"{IMAGE_TOKEN}\n")
             parts.append(f"<{tag}>{html.escape(text)}</{tag}>")
         parts.append("</dl></section>")
     return "\n".join(parts) + "\n"

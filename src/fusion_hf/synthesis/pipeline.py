@@ -71,7 +71,7 @@ def run(config: SynthesisConfig, quiet: bool = True) -> bool:
     if config.pool is not None and config.backend == MODELS and not plan_file(folders.work).exists():
         check_pool(config.pool)
     begin(config)
-    executors = make_executors(config.executor, make_stages(config), folders, quiet)
+    executors = make_executors(config.executor, StageBuilder(config).all(), folders, quiet)
     if config.executor.kind == "slurm":
         executors[-1].run()  # which launches those before it
         return False
@@ -126,18 +126,16 @@ def _without(values: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str,
     return None if values is None else {name: value for name, value in values.items() if name not in names}
 
 
-def make_stages(config: SynthesisConfig) -> list[Stage]:
-    """Make all stages of a run, in their order."""
-    return _StageBuilder(config).all()
+class StageBuilder:
+    """Makes the stages of a run."""
 
-
-class _StageBuilder:
     def __init__(self, config: SynthesisConfig):
         self.config = config
         self.folders = RunFolders(config.output)
         self.made: list[Stage] = []
 
     def all(self) -> list[Stage]:
+        """Make all of them, in their order."""
         if self.config.backend == PROCEDURAL:
             self._add("write", [DrawRecords(self.config), FilterRecords(self._progress("write")), *self._write()])
         else:

@@ -1,6 +1,5 @@
 """Where records begin: captions that are given to tasks, which decides everything after it, or drawn records."""
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from fusion_hf.synthesis.image_generation import MODEL, SEED, compose_pair, enco
 from fusion_hf.synthesis.readers import read_captions
 from fusion_hf.synthesis.record_documents import document_line, plan_file, task_file, to_document
 from fusion_hf.synthesis.run_config import PROCEDURAL, RunFolders, SynthesisConfig
-from fusion_hf.synthesis.structured_answers import MAX_SEED
+from fusion_hf.synthesis.structured_answers import MAX_SEED, hash_prompt
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 STAGE = "pool"
@@ -42,7 +41,7 @@ def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
 
 def new_record(caption: str, category: str, seed: int, number: int) -> SynthRecord:
     """Make the record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
-    digest = hashlib.sha256(f"{seed}/{number}/{category}/{caption}".encode("utf-8", "backslashreplace")).hexdigest()
+    digest = hash_prompt(f"{seed}/{number}/{category}/{caption}")
     identity = f"{category.lower()}-{digest[:ID_DIGITS]}"
     return SynthRecord(identity, category, caption, random.Random(digest).randrange(MAX_SEED))
 

@@ -48,12 +48,7 @@ class _ChatServer(InferenceServer):
 
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:
-    """
-    The parts of a response that are used.
-
-    Raises:
-        InferenceError: if it has not the shape of the protocol.
-    """
+    """The parts of a response that are used; an InferenceError if it has not the shape of the protocol."""
     try:
         choice = answer["choices"][0]
         content = choice["message"].get("content") or ""

@@ -227,7 +227,7 @@ class RunFolders:
         self.images, self.progress = self.work / "pictures", self.work / "progress"
 
     def stage(self, name: str) -> Path:
-        """The records as a stage leaves them."""
+        """Name the folder of the records as a stage leaves them."""
         return self.work / name
 
     def logs(self, stage: str) -> Path:

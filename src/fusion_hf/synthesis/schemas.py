@@ -79,25 +79,19 @@ class ChoiceQuestion(AnswerModel):
         return (Choice(self.question, tuple(self.options), LETTERS.index(self.answer)).turn(),)
 
 
-class SeveralTurns(AnswerModel):
-    """Turns about one picture, or about a pair."""
+class ConversationAnswer(AnswerModel):
+    """Several turns about one picture, or about a pair."""
 
-    turns: list[QuestionAnswer] | list[ChoiceQuestion]
+    turns: list[QuestionAnswer]
 
     def content(self) -> tuple[RecordTurn, ...]:
         return tuple(turn for asked in self.turns for turn in asked.content())
 
 
-class ConversationAnswer(SeveralTurns):
-    """Several turns about one picture, or about a pair."""
-
-    turns: list[QuestionAnswer]
-
-
-class ChoiceConversation(SeveralTurns):
+class ChoiceConversation(ConversationAnswer):
     """Several turns of multiple choice."""
 
-    turns: list[ChoiceQuestion]
+    turns: list[ChoiceQuestion]  # type: ignore[assignment]
 
 
 class ReasonedAnswer(AnswerModel):
@@ -120,7 +114,7 @@ DESCRIBE_SCHEMAS: dict[int, type[AnswerModel]] = {1: SceneDescription, 2: Descri
 @cache
 def answer_model(name: str, least: int, most: int) -> type[AnswerModel]:
     """
-    The model called `name`, with bounds on its turns if it has several.
+    Make the model called `name`, with bounds on its turns if it has several.
 
     Raises:
         ValueError: for an unknown name.

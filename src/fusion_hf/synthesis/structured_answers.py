@@ -39,7 +39,7 @@ class StructuredAnswer:
 
 
 def hash_prompt(prompt: str) -> str:
-    """Hash a prompt: SHA-256 in hexadecimal digits."""
+    """Hash a text, such as a prompt: SHA-256 in hexadecimal digits."""
     return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()
 
 

@@ -5,9 +5,7 @@ from typing import Any
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import make_dataclass
-from fusion_hf.data.record_parsing import HUMAN, MODEL
-
-IMAGE_MARK = "<image>"  # the processor's IMAGE_TOKEN, whose import takes seconds
+from fusion_hf.data.record_parsing import llava_record
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,4 @@ class SynthRecord:
         if not self.turns or len(self.images) != 1:
             amounts = f"{len(self.turns)} turns and {len(self.images)} images"
             raise ValueError(f"record {self.id} has {amounts}; allowed: one image, and one turn or more")
-        conversations = []
-        for index, turn in enumerate(self.turns):
-            mark = f"{IMAGE_MARK}\n" if index == 0 else ""
-            conversations += [
-                {"from": HUMAN, "value": mark + turn.question},
-                {"from": MODEL, "value": turn.answer},
-            ]
-        return {"id": self.id, "image": self.images[0], "conversations": conversations}
+        return llava_record(self.id, self.images[0], ((turn.question, turn.answer) for turn in self.turns))

@@ -1,10 +1,11 @@
-"""LoRA in the language model, beside parts that are trained as a whole; one file of safetensors holds both.
+"""LoRA in some parts, beside others that are trained as a whole; one file of safetensors holds both.
 
 An adapter is read strictly. PEFT passes over what it does not find, and a model without half of its adapter answers,
 only badly: here every key that is missing or too many is an error.
 """
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +28,14 @@ from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.cast_dtype import cast_weights
 from fusion_hf.training.gradient_checkpointing import hide_peft_deprecation
 from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, MODULES_OF_PART, part_of
+from fusion_hf.training.recipe_keys import LORA_BIASES, NO_BIAS
+from fusion_hf.training.run_card import write_run_card
 
 HEAD = "lm_head"
+UNUSED_ORIGINAL = ".original_module."  # in names: what PEFT keeps of a part that is trained as a whole
 WHOLE_MODULES = tuple(name for names in MODULES_OF_PART.values() for name in names)
 # What an adapter's configuration may say; of all other fields only PEFT's default is understood.
-USED = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+USED = (*("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"),)
 NOTES = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -45,46 +49,52 @@ NOTES = (
 
 def add_lora(model: FusionForConditionalGeneration, arguments: FusionTrainingArguments) -> PeftModel:
     """
-    Freeze a model, put LoRA into its language model, and let the other parts in `arguments.train` train as a whole.
+    Freeze a model, put LoRA into some of its parts, and let the others in `arguments.train` train as a whole.
 
     Raises:
-        InputError: if `lora_targets` names no linear layer, or `train` leaves the language model out.
+        InputError: if `lora_targets` names no linear layer.
     """
-    if LANGUAGE_MODEL not in arguments.train:
-        allowed = f"a list with {LANGUAGE_MODEL}, or lora_rank: 0"
-        raise InputError(f"train is {arguments.train}, but LoRA trains the {LANGUAGE_MODEL}; allowed: {allowed}.")
-    rank = arguments.lora_rank
-    whole = [name for part in arguments.train if part != LANGUAGE_MODEL for name in MODULES_OF_PART[part]]
+    rank, parts = arguments.lora_rank, arguments.adapted_parts
+    whole = [name for part in arguments.train if part not in parts for name in MODULES_OF_PART[part]]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if arguments.lora_alpha is None else arguments.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=arguments.lora_dropout,
-        target_modules=find_targets(model, arguments.lora_targets),
+        target_modules=find_targets(model, arguments.lora_targets, parts),
         modules_to_save=whole or None,
+        use_dora=arguments.lora_dora,
+        use_rslora=arguments.lora_rslora,
+        bias=arguments.lora_bias,  # type: ignore[arg-type]
     )
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # reentrant checkpoints pass gradients on only if an input has them
     with hide_peft_deprecation():
         adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():  # with `all`, PEFT trains every bias that there is
+        if part_of(name) not in arguments.train or UNUSED_ORIGINAL in name:
+            parameter.requires_grad_(False)
     config.base_model_name_or_path = arguments.model  # not the cache's folder, which no other machine has
     return adapted
 
 
-def find_targets(model: nn.Module, targets: Iterable[str] | None = None) -> list[str]:
+def find_targets(
+    model: nn.Module, targets: Iterable[str] | None = None, parts: Collection[str] = (LANGUAGE_MODEL,)
+) -> list[str]:
     """
-    Names of the linear layers that get LoRA: never those of samplers, which lie inside the language model's layers.
+    Name the linear layers that get LoRA. Samplers lie inside the language model's layers, but are a part apart.
 
     Args:
         model: a FUSION.
-        targets: names, or the ends of names, such as `q_proj`. None: all of the language model's, without its head.
+        targets: names, or the ends of names, such as `q_proj`. None: all of the parts', without the head.
+        parts: that get LoRA.
 
     Raises:
-        InputError: if one of `targets` is no linear layer of the language model.
+        InputError: if one of `targets` is no linear layer of the parts.
     """
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part_of(f"{name}.") == LANGUAGE_MODEL
+        if isinstance(module, nn.Linear) and part_of(f"{name}.") in parts
     ]
     if targets is None:
         return [name for name in linear if name != HEAD]
@@ -100,21 +110,24 @@ def find_targets(model: nn.Module, targets: Iterable[str] | None = None) -> list
 
 def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfig:
     """
-    4 bits (nf4) for the language model's layers; tower, projectors, samplers and head keep their type.
+    4 bits (nf4) or 8 for the language model's layers; tower, projectors, samplers and head keep their type.
 
     Raises:
         InputError: if bitsandbytes is not there, or does not know the device.
     """
+    key, bits = ("load_in_8bit", 8) if arguments.load_in_8bit else ("load_in_4bit", 4)
     if find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit needs bitsandbytes: pip install 'fusion_hf[quant]', or load_in_4bit=false.")
+        raise InputError(f"{key} needs bitsandbytes: pip install 'fusion_hf[quant]', or {key}=false.")
     from bitsandbytes import supported_torch_devices
 
     if arguments.device.type not in supported_torch_devices:
         allowed = ", ".join(sorted(supported_torch_devices))
         raise InputError(
-            f"load_in_4bit is true on {arguments.device.type}, where this bitsandbytes has no 4 bits; "
-            f"allowed: {allowed}, or load_in_4bit=false."
+            f"{key} is true on {arguments.device.type}, where this bitsandbytes has no {bits} bits; "
+            f"allowed: {allowed}, or {key}=false."
         )
+    if arguments.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -126,7 +139,7 @@ def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfi
 
 def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> PeftModel:
     """
-    A model with the adapter that a LoRA run left in `folder`, for inference.
+    Load the adapter that a LoRA run left in `folder` into a model, for inference.
 
     Raises:
         InputError: if the adapter is not exactly one for this model; names the file, and the first key or field.
@@ -159,15 +172,17 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
     named = base_of(adapter, base)
     with new_folder(output) as folder:
         start = ChatModel.load(named, device="cpu", dtype="float32")
-        merged = load_adapter(start.model, adapter).merge_and_unload(safe_merge=True)
+        has_terminal = sys.stderr.isatty()
+        merged = load_adapter(start.model, adapter).merge_and_unload(progressbar=has_terminal, safe_merge=True)
         merged.save_pretrained(folder)
         start.processor.save_pretrained(folder)
         cast_weights(folder, dtype)
+        write_run_card(folder, adapter, named, output.resolve().name)
 
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
     """
-    That `folder` holds all of a model's adapter and nothing else, before PEFT loads it.
+    Check that `folder` holds all of a model's adapter and nothing else, before PEFT loads it.
 
     Raises:
         InputError: if not; names the file and the first key.
@@ -176,7 +191,7 @@ def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
 
 
 def read_config(folder: Path, model: nn.Module) -> LoraConfig:
-    """The configuration in an adapter's folder; see `load_adapter`."""
+    """Read the configuration in an adapter's folder; see `load_adapter`."""
     content = read_adapter(folder)
     _check_config(content, folder / ADAPTER_CONFIG, model)
     return LoraConfig(**{name: content[name] for name in USED if name in content})
@@ -197,6 +212,11 @@ def _check_config(content: dict[str, Any], path: Path, model: nn.Module) -> None
     for name in ("lora_alpha", "lora_dropout"):
         if type(content.get(name)) not in (int, float):
             raise InputError(f"{path}: {name} is {short_name(repr(content.get(name)))}; allowed: a number.")
+    for name in ("use_dora", "use_rslora"):
+        if type(content.get(name, False)) is not bool:
+            raise InputError(f"{path}: {name} is {short_name(repr(content[name]))}; allowed: true or false.")
+    if content.get("bias", NO_BIAS) not in LORA_BIASES:
+        raise InputError(f"{path}: bias is {short_name(repr(content['bias']))}; allowed: {', '.join(LORA_BIASES)}.")
     targets, whole = content.get("target_modules"), content.get("modules_to_save") or []
     for name, names in (("target_modules", targets), ("modules_to_save", whole)):
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
@@ -212,7 +232,7 @@ def _check_config(content: dict[str, Any], path: Path, model: nn.Module) -> None
 
 
 def read_weights(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in an adapter's folder, which have just the names and shapes of `expected`; see `load_adapter`."""
+    """Read the tensors in an adapter's folder, with just the names and shapes of `expected`; see `load_adapter`."""
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise InputError(f"{path} is missing; adapters are read from safetensors only.")

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.training.distributed import choose_cpu, spare_tf32
-from fusion_hf.training.recipe_keys import PARTS, VISION_TOWER, OwnArguments
+from fusion_hf.training.recipe_keys import OwnArguments
 
 # transformers' arguments that FusionTrainer does not ask: the allowed value, and what there is instead
 UNHEARD = {
@@ -48,7 +48,7 @@ class FusionTrainingArguments(OwnArguments, TrainingArguments):
             if getattr(self, name) != allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {allowed!r}. {instead}.")
         if self.train is None:
-            self.train = [part for part in PARTS if part != VISION_TOWER or not self.lora_rank]
+            self.train = self.default_train
         spare_tf32(self)
         choose_cpu(self)
         super().__post_init__()

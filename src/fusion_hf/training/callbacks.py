@@ -1,22 +1,17 @@
 """What happens at moments of a step: the loss is checked, the speed is measured, a signal ends the run."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.training.checkpoints import StopSignal, writing
 from fusion_hf.training.distributed import any_rank
-from fusion_hf.training.parameter_groups import count_by_part
 from fusion_hf.training.throughput import ThroughputMeter, matrix_rate
-
-logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"  # what each log of the trainer says, a line each
 FLOPS_PER_TERAFLOP = 1e12
@@ -38,12 +33,7 @@ class FiniteLossCallback(TrainerCallback):
         self.grad_norm: torch.Tensor | float | None = None
 
     def add(self, loss: torch.Tensor) -> None:
-        """
-        Add a micro-batch's share of the step's loss.
-
-        Args:
-            loss: `()`. It stays on its device, since reading it would wait for the device.
-        """
+        """Add a micro-batch's share `()` of the step's loss; it stays on its device, since reading it would wait."""
         self.loss = self.loss + loss.float()
 
     def reset(self) -> None:
@@ -74,7 +64,7 @@ class FiniteLossCallback(TrainerCallback):
 
 class ThroughputCallback(TrainerCallback):
     """
-    Measures speed and utilisation, and says at the beginning what is trained.
+    Measures speed and utilisation.
 
     Args:
         peak_tflops: of one device; None: a matrix product's are measured.
@@ -100,19 +90,16 @@ class ThroughputCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Measure what a device can do, and name what is trained."""
+        """Measure what a device can do, and forget what was logged after the checkpoint that the run goes on from."""
         if self.peak_tflops is not None:
             self.peak_flops = self.peak_tflops * FLOPS_PER_TERAFLOP
         else:
             dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
             self.peak_flops = matrix_rate(args.device, dtype)
-        if args.should_save and model is not None:
+        if args.should_save:
             forget_after(Path(args.output_dir) / LOG_FILE, state.global_step)
-            counts = count_by_part(model, trained_only=True)
-            logger.info("trained parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,11 +133,7 @@ class StopCallback(TrainerCallback):
 
 def append_log(run_dir: Path, values: dict[str, Any]) -> None:
     """
-    Add a line to the log of a run.
-
-    Args:
-        run_dir: the run's folder.
-        values: of the line.
+    Add a line to the log in a run's folder.
 
     Raises:
         CheckpointError: if it cannot be written.

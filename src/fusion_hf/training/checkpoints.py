@@ -66,7 +66,7 @@ def unseal(folder: Path) -> None:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a checkpoint is not complete, in a few words; None if it is."""
+    """Say why a checkpoint is not complete, in a few words; None if it is."""
     manifest = folder / MANIFEST
     try:
         found = manifest.stat()
@@ -106,12 +106,12 @@ def _problem_of_file(folder: Path, name: str, size: object) -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint's manifest is there and agrees with its files' sizes."""
+    """Return whether a checkpoint's manifest is there and agrees with its files' sizes."""
     return problem(folder) is None
 
 
 def find_last(run_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step; None if there is none."""
+    """Find the complete checkpoint of the highest step; None if there is none."""
     return next((folder for folder in reversed(_checkpoints(run_dir)) if is_complete(folder)), None)
 
 
@@ -135,8 +135,7 @@ def set_aside(run_dir: Path) -> list[Path]:
     renamed = []
     for folder in _checkpoints(run_dir):
         if (reason := problem(folder)) is not None:
-            renamed.append(_rename(folder, INCOMPLETE))
-            logger.warning("%s is not complete, %s: renamed to %s", folder.name, reason, renamed[-1].name)
+            renamed.append(_rename(folder, INCOMPLETE, f"is not complete, {reason}"))
     return renamed
 
 
@@ -146,22 +145,17 @@ def supersede(run_dir: Path, step: int) -> list[Path]:
     A later start would else go on from one of them, and `rotate` take the new ones for the oldest. For one process.
     Returns the new names.
     """
-    renamed = []
-    for folder in _checkpoints(run_dir):
-        if _step(folder) > step:
-            renamed.append(_rename(folder, SUPERSEDED))
-            logger.warning(
-                "%s is not of the run that begins at step %d: renamed to %s", folder.name, step, renamed[-1].name
-            )
-    return renamed
+    later = [folder for folder in _checkpoints(run_dir) if _step(folder) > step]
+    return [_rename(folder, SUPERSEDED, f"is not of the run that begins at step {step}") for folder in later]
 
 
-def _rename(folder: Path, prefix: str) -> Path:
+def _rename(folder: Path, prefix: str, reason: str) -> Path:
     target, number = folder.with_name(f"{prefix}-{folder.name}"), 0
     while target.exists() or target.is_symlink():
         number += 1
         target = folder.with_name(f"{prefix}-{folder.name}-{number}")
     folder.rename(target)
+    logger.warning("%s %s: renamed to %s", folder.name, reason, target.name)
     return target
 
 

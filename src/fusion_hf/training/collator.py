@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusion_hf.data.record_parsing import ROLE_OF_SPEAKER
+from fusion_hf.data.record_layouts import describe_missing_turns, with_known_turns
+from fusion_hf.data.record_parsing import RecordProblem, llava_turns
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, IMAGE_TOKEN, REPEATED, as_dicts, check_messages
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget
 from fusion_hf.model.image_processing_fusion import values_of_bytes
@@ -33,7 +34,8 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     code writes a block for each message with a mark, further ones get an image block that repeats the first.
 
     Args:
-        record: `conversations` (`[{"from", "value"}]`) or `messages` (`[{"role", "content"}]`), and an image or none.
+        record: `conversations` (`[{"from", "value"}]`), `messages` (`[{"role", "content"}]`), TRL's `prompt` and
+            `completion` or FineVision's `texts` (`[{"user", "assistant"}]`), and an image or none.
 
     Returns:
         The messages, without the record's other fields.
@@ -43,12 +45,16 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
             the record, the message and the block.
     """
     name = f"Record {record.get('id')!r}"
-    if record.get("messages") is not None:
-        given = as_dicts(record["messages"])
-    elif record.get("conversations") is not None:
-        given = _read_turns(record["conversations"], name)
+    known = with_known_turns(record)
+    if known.get("messages") is not None:
+        given = as_dicts(known["messages"])
+    elif known.get("conversations") is not None:
+        try:
+            given = [{"role": role, "content": text} for role, text in llava_turns(known["conversations"])]
+        except RecordProblem as problem:
+            raise ValueError(f"{name}: {problem.detail}.") from problem
     else:
-        raise ValueError(f"{name} has neither messages nor conversations, but {', '.join(record) or 'no field'}.")
+        raise ValueError(f"{name}: {describe_missing_turns(record)}.")
     images = [image for key in IMAGE_KEYS for image in _as_list(record.get(key)) if image is not None]
     is_marked, marked = False, []
     messages = [dict(message) for message in given] if all(isinstance(each, dict) for each in given) else []
@@ -73,21 +79,6 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
             image = {"type": "image", REPEATED: True} if number else {"type": "image", "image": images[0]}
             message["content"] = [image, *blocks]
     return messages
-
-
-def _read_turns(turns: Any, name: str) -> list[dict[str, Any]]:
-    """Messages of LLaVA's turns `{"from", "value"}`."""
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{name}: conversations must be a list of turns, got {turns!r}.")
-    for number, turn in enumerate(turns):
-        if turn.get("from") not in ROLE_OF_SPEAKER:
-            allowed = ", ".join(ROLE_OF_SPEAKER)
-            raise ValueError(
-                f"{name}: conversations[{number}] has a speaker {turn.get('from')!r}; allowed: {allowed}."
-            )
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"{name}: conversations[{number}].value must be a string, got {turn.get('value')!r}.")
-    return [{"role": ROLE_OF_SPEAKER[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -118,7 +109,7 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
 
 
 def images_of_block(block: dict[str, Any]) -> list[Any]:
-    """The images of an image block; one in most cases, and none where the block only says that there is one."""
+    """List the images of an image block; one in most cases, and none where the block only says that there is one."""
     if block.get("bytes") is not None:  # as the library datasets has it, whose `path` only names the bytes
         return [block["bytes"]]
     return [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
@@ -203,7 +194,7 @@ class FusionDataCollator:
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> Batch:
         """
-        Model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
+        Make model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
         `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
         `shift_labels` (see `labelled_positions`).
 
@@ -252,7 +243,7 @@ class FusionDataCollator:
         return all(getattr(self.processor, name) == getattr(config, name) for name in names)
 
     def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's inputs of a compact batch, on the device where it is; others as they are."""
+        """Make the model's inputs of a compact batch, on the device where it is; others stay as they are."""
         inputs = dict(batch)
         if "pixel_bytes" not in inputs:
             return inputs
@@ -278,12 +269,7 @@ class FusionDataCollator:
         return given.pop() if given else self.draw(conversations)
 
     def _check_answers(self, conversations: list[list[dict[str, Any]]], texts: list[str]) -> None:
-        """
-        Check that a chat template of your own says where answers are.
-
-        Raises:
-            ValueError: if it does not write the chat format's headers and ends around them.
-        """
+        """Refuse a chat template of your own that does not write the chat format's headers and ends around answers."""
         for messages, text in zip(conversations, texts, strict=True):
             expected = sum(message["role"] == "assistant" for message in messages)
             found = len(self.answer.findall(text))
@@ -295,14 +281,9 @@ class FusionDataCollator:
                 )
 
     def _check_prompts(self, batch: Batch) -> None:
-        """
-        Check here, in a data worker, what the model would refuse: its own check is of all samples at once.
-
-        Raises:
-            ValueError: for what disagrees; names the sample and both counts.
-        """
+        """Check here, in a data worker, what the model would refuse: its own check is of all samples at once."""
         pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
-        budget = TokenBudget(batch["query_len"], isqrt(self.processor.num_image_tokens))
+        budget = TokenBudget(batch["query_len"], isqrt(self.processor.count_image_tokens()))
         check_prompt(
             self.processor,
             batch["input_ids"],
@@ -314,7 +295,7 @@ class FusionDataCollator:
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
         """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
-        expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.num_image_tokens)
+        expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.count_image_tokens())
         answers = [match.span() for match in self.answer.finditer(expanded)]
         first, last = np.array([(-1, -1), *answers]).T  # an empty one, for what begins before any answer
         starts, ends = offsets.T
@@ -322,7 +303,7 @@ class FusionDataCollator:
 
 
 def images_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """The images of messages, as `record_to_messages` gives them."""
+    """List the images of messages, as `record_to_messages` gives them."""
     blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
     return [block["image"] for block in blocks if block["type"] == "image" and not block.get(REPEATED)]
 

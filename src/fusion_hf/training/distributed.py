@@ -128,5 +128,5 @@ def sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true in at least one process. All processes must ask."""
+    """Return whether `flag` is true in at least one process. All processes must ask."""
     return bool(sum_over_ranks(torch.tensor(int(flag)), device))

@@ -14,7 +14,7 @@ from fusion_hf.training.distributed import sum_over_ranks
 
 
 def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] | None:
-    """The messages before a record's first answer, and that answer; None if it has none or the record was skipped."""
+    """Find the messages before a record's first answer, and that answer; None if it has none or was skipped."""
     if "skipped" in record:
         return None
     messages = record_to_messages(record)
@@ -25,7 +25,7 @@ def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] |
 
 
 def text_of(content: str | list[dict[str, Any]]) -> str:
-    """The text of a message's content, without its image."""
+    """Join the text of a message's content, without its image."""
     if isinstance(content, str):
         return content
     return "".join(block["text"] for block in content if block["type"] == "text")
@@ -59,7 +59,8 @@ def exact_matches(
     was_training = model.training
     model.eval()
     hits = asked = 0
-    for start in tqdm(range(0, rounds, batch_size), desc="answer", unit="batch", disable=rank > 0, leave=False):
+    is_hidden = True if rank > 0 else None  # None: shown where there is a terminal
+    for start in tqdm(range(0, rounds, batch_size), desc="answer", unit="batch", disable=is_hidden, leave=False):
         taken = padded[start : start + batch_size]
         pairs = [first_question(records[index]) for index in taken]
         dialogs = [pair if pair is not None else ([{"role": "user", "content": ""}], "") for pair in pairs]

@@ -47,17 +47,17 @@ class StepFlops:
 
 
 def step_flops(
-    config: FusionConfig, shape: BatchShape, trained: Collection[str] = PARTS, lora: bool = False
+    config: FusionConfig, shape: BatchShape, trained: Collection[str] = PARTS, adapted: Collection[str] = ()
 ) -> StepFlops:
     """
-    FLOPs of one micro-batch.
+    Count the FLOPs of one micro-batch.
 
     Args:
         trained: parts whose weights are trained, of `PARTS`. The others' weights get no gradient, and their inputs
             get one where something trained lies before them.
-        lora: the language model holds adapters: gradients pass through all of it.
+        adapted: parts that hold adapters: gradients pass through all of them.
     """
-    counter = _Counter(config, shape, frozenset(trained), lora)
+    counter = _Counter(config, shape, frozenset(trained), frozenset(adapted))
     counter.count()
     return counter.total
 
@@ -65,8 +65,8 @@ def step_flops(
 class _Counter:
     """Follows the forward pass; `*_gradient` say whether a tensor of it requires a gradient."""
 
-    def __init__(self, config: FusionConfig, shape: BatchShape, trained: frozenset[str], lora: bool):
-        self.config, self.shape, self.trained, self.lora = config, shape, trained, lora
+    def __init__(self, config: FusionConfig, shape: BatchShape, trained: frozenset[str], adapted: frozenset[str]):
+        self.config, self.shape, self.trained, self.adapted = config, shape, trained, adapted
         self.patches = config.num_patches_per_side**2
         self.total = StepFlops()
 
@@ -90,7 +90,7 @@ class _Counter:
     def linear(self, part: str, rows: int, size: tuple[int, int], gradient: bool, in_layer: bool = False) -> bool:
         """A weight of `size` on `rows` rows; returns whether its output requires a gradient."""
         self.product(part, 2 * rows * size[0] * size[1], gradient, in_layer, weighs=True)
-        return gradient or part in self.trained
+        return gradient or part in self.trained or part in self.adapted
 
     def attention(self, part: str, count: int, rows: int, keys: int, width: int, gradient: bool) -> None:
         """`count` attentions: scores and weighted sums, all heads together `width` wide."""
@@ -154,7 +154,7 @@ class _Counter:
         head = text.to_dict().get("head_dim") or width // text.num_attention_heads
         queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
         rows = self.shape.batch * self.shape.sequence
-        gradient |= self.lora
+        gradient |= LANGUAGE_MODEL in self.adapted
         for layer in range(text.num_hidden_layers):
             for size in ((width, queries), (width, keys), (width, keys), (queries, width)):
                 self.linear(LANGUAGE_MODEL, rows, size, gradient, True)

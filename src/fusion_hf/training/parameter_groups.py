@@ -18,7 +18,7 @@ MODULES_OF_PART = {
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its name."""
+    """Name the part that a parameter belongs to."""
     modules = set(name.split(".")[:-1])
     return next((part for part, own in MODULES_OF_PART.items() if modules.intersection(own)), LANGUAGE_MODEL)
 
@@ -36,7 +36,7 @@ def parameter_groups(
     decayed: set[str],
 ) -> list[dict[str, Any]]:
     """
-    One group of an optimizer per part, and per part one without weight decay.
+    Make one group of an optimizer per part, and per part one without weight decay.
 
     Args:
         parameters: names and parameters; frozen ones are left out.
@@ -50,19 +50,14 @@ def parameter_groups(
         part, decays = part_of(name), name in decayed
         group = groups.setdefault(
             (part, decays),
-            {
-                "params": [],
-                "lr": learning_rates[part],
-                "weight_decay": weight_decay if decays else 0.0,
-                "part": part,
-            },
+            {"params": [], "lr": learning_rates[part], "weight_decay": weight_decay if decays else 0.0, "part": part},
         )
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
-    """Number of parameters of each part."""
+    """Count the parameters of each part."""
     counts, partitioned = dict.fromkeys(PARTS, 0), is_deepspeed_zero3_enabled()
     for name, parameter in model.named_parameters():  # a tied parameter comes once
         if parameter.requires_grad or not trained_only:

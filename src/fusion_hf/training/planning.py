@@ -15,7 +15,14 @@ from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig
 from fusion_hf.training.flops import BatchShape, StepFlops, step_flops
 from fusion_hf.training.parameter_groups import count_by_part
 from fusion_hf.training.recipe import split_batch
-from fusion_hf.training.recipe_keys import FULL, LANGUAGE_MODEL, OPTIMIZER_BYTES, PARTS, check_optimizer
+from fusion_hf.training.recipe_keys import (
+    FULL,
+    LANGUAGE_MODEL,
+    OPTIMIZER_BYTES,
+    OwnArguments,
+    check_optimizer,
+    keys_of,
+)
 from fusion_hf.training.simulation import (
     ACCUMULATED,
     KEPT,
@@ -37,6 +44,7 @@ HALF = 2  # bytes of a bfloat16 or float16
 UNFUSED = "adamw_torch"  # makes one float32 copy of all trained weights while it steps
 # NF4 with an 8-bit scale for each 64 weights, and a float32 for each 256 of those
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + FULL / (64 * 256)
+EIGHT_BIT_BYTES = 1.0  # and a scale for each row, which is not counted
 LIVE_WEIGHTS = 10**9  # ZeRO-3 keeps as many gathered at a time (`stage3_max_live_parameters`)
 BUCKETS = 2  # ZeRO sends one while it fills the other; each holds `hidden_size ** 2` gradients
 # FSDP2: the layer that computes, the one that arrives, the gradients of one, and what is being sent of them
@@ -71,7 +79,8 @@ class WeightCounts:
     """Numbers of weights, adapters among them.
 
     Args:
-        by_part, trained: of each part. quantized: frozen ones kept in 4 bits. largest_quantized: of one such layer.
+        by_part, trained: of each part. quantized: frozen ones kept in 4 or 8 bits, in `quantized_bytes` each.
+        largest_quantized: of one such layer.
         originals: copies of parts trained beside adapters, which PEFT keeps as they were.
         largest_layer: of the largest layer that FSDP gathers as a whole. outside: in no such layer.
     """
@@ -83,6 +92,7 @@ class WeightCounts:
     largest_layer: int
     outside: int
     originals: int = 0
+    quantized_bytes: float = FOUR_BIT_BYTES
 
     @property
     def total(self) -> int:
@@ -144,9 +154,11 @@ class PlannedRun:
     max_length: int
     query_lens: tuple[int, ...]
     lora_rank: int
+    lora_parts: tuple[str, ...]
     lora_dropout: float
     lora_targets: tuple[str, ...] | None
     quantized: bool
+    quantized_bytes: float
     epochs: float
     max_steps: int
 
@@ -158,19 +170,22 @@ class PlannedRun:
         """
         optimizer = check_optimizer(values)
         rank, targets = values.get("lora_rank") or 0, values.get("lora_targets")
-        trained = values.get("train") or PARTS
+        own = OwnArguments(**{key: values[key] for key in keys_of(OwnArguments) if key in values})
+        trained = own.train or own.default_train
         half = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
         return cls(
-            trained=tuple(part for part in trained if not rank or part != LANGUAGE_MODEL),
+            trained=tuple(part for part in trained if part not in own.adapted_parts),
             checkpointing=bool(values.get("gradient_checkpointing")),
             half=half,
             optimizer=optimizer,
             max_length=values.get("max_length") or DEFAULT_MAX_LENGTH,
             query_lens=tuple(values.get("query_lens") or config.query_lens),
             lora_rank=rank,
+            lora_parts=own.adapted_parts,
             lora_dropout=values.get("lora_dropout", LORA_DROPOUT),
             lora_targets=None if targets is None else tuple(targets),
-            quantized=bool(values.get("load_in_4bit")),
+            quantized=own.load_in_4bit or own.load_in_8bit,
+            quantized_bytes=EIGHT_BIT_BYTES if own.load_in_8bit else FOUR_BIT_BYTES,
             epochs=values.get("num_train_epochs") or 3.0,  # transformers' default
             max_steps=values.get("max_steps") or -1,
         )
@@ -221,15 +236,16 @@ class Planner:
     # ---- memory ----
 
     def weights(self, run: PlannedRun | None = None) -> WeightCounts:
-        """The model's weights under the recipe."""
+        """Count the model's weights under the recipe."""
         run = self.run if run is None else run
         setting = self.setting(run, DDP, KEPT)
         if setting not in self._weights:
-            self._weights[setting] = count_weights(self.config, setting)
+            counts = count_weights(self.config, setting)
+            self._weights[setting] = replace(counts, quantized_bytes=run.quantized_bytes)
         return self._weights[setting]
 
     def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
-        """How the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
+        """Say how the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
         casts = sharding in (NONE, DDP)
         full = casts or run.half is None
         return StepSetting(
@@ -239,6 +255,7 @@ class Planner:
             checkpointing=run.checkpointing,
             gradients=gradients,
             lora_rank=run.lora_rank,
+            lora_parts=run.lora_parts,
             lora_dropout=run.lora_dropout,
             lora_targets=run.lora_targets,
             quantized=run.quantized,
@@ -253,7 +270,7 @@ class Planner:
         run: PlannedRun | None = None,
         shape: BatchShape | None = None,
     ) -> GpuMemory:
-        """What one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
+        """Count what one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
         run = self.run if run is None else run
         sharded = sharding not in (NONE, DDP)
         gradients = REDUCED if sharded else KEPT if accumulation == 1 else ACCUMULATED
@@ -283,7 +300,7 @@ class Planner:
         )
 
     def states(self, sharding: str, gpus: int, run: PlannedRun | None = None) -> StateBytes:
-        """What lasts through a step, without a simulation."""
+        """Count what lasts through a step, without a simulation."""
         run = self.run if run is None else run
         bucket = self.config.text_config.hidden_size**2  # transformers' `auto`
         return count_states(self.weights(run), sharding, gpus, run.half is not None, run.optimizer, bucket)
@@ -315,7 +332,7 @@ class Planner:
 
     def plan(self, machine: Machine, records: int | None = None, record_tokens: int | None = None) -> TrainingPlan:
         """
-        The plan for a machine.
+        Make the plan for a machine.
 
         Args:
             records: of the data set, once through. record_tokens: of an average record, in the language model.
@@ -330,7 +347,7 @@ class Planner:
         if record_tokens is None:
             record_tokens = min(self.run.max_length, self.config.num_image_tokens + latents + TEXT_TOKENS)
         shape = BatchShape(1, record_tokens, AVERAGE_INSTRUCT_TOKENS, 1, latents)
-        flops = step_flops(self.config, shape, self.run.trained, lora=self.run.lora_rank > 0)
+        flops = step_flops(self.config, shape, self.run.trained, self.run.lora_parts)
         return TrainingPlan(
             machine=replace(machine, sharding=memory.sharding),
             weights=self.weights(),
@@ -344,7 +361,7 @@ class Planner:
         )
 
     def largest_batch(self, machine: Machine, share: int) -> int | None:
-        """Most records per pass, of the divisors of a GPU's `share` of a step, that fit."""
+        """Find the most records per pass, of the divisors of a GPU's `share` of a step, that fit."""
         largest = None
         if self.states(machine.sharding, machine.gpus).lasting > machine.usable:
             return None
@@ -357,7 +374,7 @@ class Planner:
     def work(
         self, records: int, tokens: int, flops: StepFlops, batch: int, accumulation: int, machine: Machine
     ) -> Work:
-        """Of all steps, at average records without padding."""
+        """Add up all steps, at average records without padding."""
         per_step = batch * accumulation * machine.gpus
         steps = self.run.max_steps if self.run.max_steps > 0 else ceil(ceil(records / per_step) * self.run.epochs)
         seen = round(records * self.run.epochs) if self.run.max_steps <= 0 else steps * per_step
@@ -365,7 +382,7 @@ class Planner:
         return Work(records, steps, seen * tokens, seen * flops.training, seen * hardware)
 
     def what_helps(self, machine: Machine, memory: GpuMemory) -> dict[str, int]:
-        """Bytes that a GPU would need after each of a few changes, made one at a time."""
+        """Count the bytes that a GPU would need after each of a few changes, made one at a time."""
         run, share = self.run, memory.batch * memory.accumulation
         changes = {}
 
@@ -382,12 +399,12 @@ class Planner:
         tried(f"max_length={run.max_length // 2}", replace(run, max_length=run.max_length // 2))
         if not run.lora_rank:
             frozen = tuple(part for part in run.trained if part != LANGUAGE_MODEL)
-            tried("lora_rank=16", replace(run, trained=frozen, lora_rank=16))
+            tried("lora_rank=16", replace(run, trained=frozen, lora_rank=16, lora_parts=(LANGUAGE_MODEL,)))
         return changes
 
 
 def count_weights(config: FusionConfig, setting: StepSetting) -> WeightCounts:
-    """The model's weights, from the meta device."""
+    """Count the model's weights, on the meta device."""
     with fake_model(config, setting) as model:
         layers = [
             sum(parameter.numel() for parameter in module.parameters())
@@ -411,7 +428,7 @@ def count_states(
     weights: WeightCounts, sharding: str, gpus: int, half: bool, optimizer: str, bucket: int
 ) -> StateBytes:
     """
-    Bytes per GPU that last through a step.
+    Count the bytes per GPU that last through a step.
 
     - `none`, `ddp`: float32 weights, gradients and moments on each GPU; DDP's buckets are a second set of gradients.
     - `zero2`: 16-bit weights on each; 16-bit gradients, float32 weights and moments divided by W; float32 gradients,
@@ -424,18 +441,18 @@ def count_states(
     """
     trained = weights.total_trained
     computed = HALF if half else FULL
-    four_bit = int(weights.quantized * FOUR_BIT_BYTES)
+    quantized = int(weights.quantized * weights.quantized_bytes)
     plain = weights.total + weights.originals - weights.quantized
     moments = trained * OPTIMIZER_BYTES[optimizer]
     copies = trained * FULL if optimizer == UNFUSED else 0
     dequantized = weights.largest_quantized * computed
     if sharding in (NONE, DDP):
         buckets = trained * FULL if sharding == DDP and gpus > 1 else 0
-        return StateBytes(plain * FULL + four_bit, trained * FULL, moments, buckets + dequantized, copies)
+        return StateBytes(plain * FULL + quantized, trained * FULL, moments, buckets + dequantized, copies)
     if sharding == FSDP2:
         gathered = computed * (weights.outside + FSDP_LAYERS * weights.largest_layer)
         return StateBytes(
-            _share(plain * FULL, gpus) + four_bit,
+            _share(plain * FULL, gpus) + quantized,
             _share(trained * FULL, gpus),
             _share(moments, gpus),
             gathered + dequantized,
@@ -444,7 +461,7 @@ def count_states(
     masters = trained * FULL
     gathered = 0 if sharding == ZERO2 else min(weights.total, LIVE_WEIGHTS) * computed
     return StateBytes(
-        (plain * computed if sharding == ZERO2 else _share(plain * computed, gpus)) + four_bit,
+        (plain * computed if sharding == ZERO2 else _share(plain * computed, gpus)) + quantized,
         _share(trained * computed, gpus),
         _share(masters + moments, gpus),
         gathered + BUCKETS * bucket * computed + dequantized,

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
+
 THUMBNAIL = (16, 16)  # enough to tell images apart, and cheap
-UNREADABLE = (OSError, SyntaxError, ValueError)  # of an image, which the processor is going to say
 
 
 class BatchDraw:
@@ -68,7 +69,7 @@ def _bytes_of(value: Any) -> bytes:
     if isinstance(value, Image.Image):
         try:
             return value.resize(THUMBNAIL, Image.Resampling.NEAREST).tobytes()
-        except UNREADABLE:
+        except BROKEN_IMAGE:  # which the processor is going to say
             return b""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return np.asarray(value).tobytes()

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import check_place
 from fusion_hf.common.yaml_config import check_keys, convert_value, parse_override, read_yaml_keys
+from fusion_hf.data.image_places import ImagePlaces
 from fusion_hf.data.mixture import read_entries
-from fusion_hf.hub.folders import find_folder
-from fusion_hf.training.recipe_keys import OwnArguments, all_keys, own_keys
+from fusion_hf.hub.folders import FINISHED_FILE, find_folder
+from fusion_hf.training.recipe_keys import OwnArguments, all_keys, keys_of
+from fusion_hf.training.reporters import check_reporters
 
 if TYPE_CHECKING:
     from fusion_hf.training.arguments import FusionTrainingArguments
 
-FINISHED_FILE = "finished.json"  # in `output_dir`, when the model is there
 CHECKPOINT_CHOICES = ("auto", "none")
 REQUIRED = ("model", "data", "output_dir")
 PATHS = ("data", "data_root", "eval_data")  # a recipe's own are relative to its folder
@@ -29,13 +30,14 @@ DECISIVE = (
     *("sampler_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs"),
     *("max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"),
     *("data_seed", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "load_in_4bit"),
+    *("lora_parts", "lora_dora", "lora_rslora", "lora_bias", "load_in_8bit"),
     *("on_truncated", "max_image_pixels", "query_len_draw", "loss_average"),
 )
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
-    The keys and values of a recipe, checked and converted.
+    Read the keys and values of a recipe, checked and converted.
 
     Args:
         path: a YAML file of keys and values. Its relative `data` paths are relative to its folder.
@@ -50,6 +52,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     for key in PATHS:
         if isinstance(values.get(key), str):
             values[key] = _relative_to(path.parent, values[key])
+    if isinstance(values.get("image_roots"), list):
+        values["image_roots"] = [
+            _relative_to(path.parent, name) if isinstance(name, str) else name for name in values["image_roots"]
+        ]
     overridden = dict(parse_override(text, "learning_rate=1e-5") for text in overrides)
     check_keys(overridden, all_keys(), "The command line")
     values |= overridden
@@ -57,7 +63,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     for key in REQUIRED:
         if values.get(key) is None:
             raise InputError(f"{path} gives no {key}; add it, or say {key}=... on the command line.")
-    OwnArguments(**{key: values[key] for key in own_keys() if key in values}).check()
+    OwnArguments(**{key: values[key] for key in keys_of(OwnArguments) if key in values}).check()
     return values
 
 
@@ -69,7 +75,7 @@ def _relative_to(folder: Path, name: str) -> str:
 
 def check_files(values: Mapping[str, Any]) -> None:
     """
-    What a run reads is there, and its folder can be written. A finished run reads nothing.
+    Check that what a run reads is there, and its folder can be written. A finished run reads nothing.
 
     Raises:
         InputError: for the first thing that is missing; names the key.
@@ -77,10 +83,12 @@ def check_files(values: Mapping[str, Any]) -> None:
     output = Path(values["output_dir"])
     if (output / FINISHED_FILE).is_file():
         return
+    check_reporters(values.get("report_to"))
     for key, root in (("data", values.get("data_root")), ("eval_data", None)):
         if values.get(key) is not None:
             for entry in read_entries(values[key], root, key):
                 entry.locate()  # data sets of the Hub are taken as given
+    ImagePlaces.named(*(values.get(key) for key in ("image_roots", "image_hosts", "private_image_hosts")))
     given = values.get("resume_from_checkpoint")
     if given not in (None, *CHECKPOINT_CHOICES) and not Path(str(given)).is_dir():
         raise InputError(f"resume_from_checkpoint is {given!r}; allowed: auto, none, or a checkpoint's folder.")
@@ -90,7 +98,7 @@ def check_files(values: Mapping[str, Any]) -> None:
 
 def convert(key: str, value: Any) -> Any:
     """
-    A YAML value as the type that the key has: YAML reads `1e-5` as text, and `1` where 1.0 is meant.
+    Convert a YAML value to the type that the key has: YAML reads `1e-5` as text, and `1` where 1.0 is meant.
 
     Raises:
         InputError: if it cannot be one; names the key, the value and the type.
@@ -106,7 +114,7 @@ def convert(key: str, value: Any) -> Any:
 
 
 def default_of(key: str) -> Any:
-    """The value of a key that a recipe does not give; None where it follows from others."""
+    """Find the value of a key that a recipe does not give; None where it follows from others."""
     from fusion_hf.training.arguments import FusionTrainingArguments
 
     (field,) = [field for field in fields(FusionTrainingArguments) if field.name == key]
@@ -124,7 +132,7 @@ def changed_keys(began: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
 
 def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     """
-    Records per process and pass, and passes per step: together with the processes they make the global batch.
+    Count records per process and pass, and passes per step: with the processes they make the global batch.
 
     `per_device_train_batch_size` and `gradient_accumulation_steps` follow from one another; without either, a process
     takes its share in one pass.
@@ -137,10 +145,8 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     if total is None:
         from transformers import TrainingArguments
 
-        return (
-            TrainingArguments.per_device_train_batch_size if batch is None else batch,
-            1 if passes is None else passes,
-        )
+        batch = TrainingArguments.per_device_train_batch_size if batch is None else batch
+        return batch, 1 if passes is None else passes
     for key in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(key) is not None and values[key] < 1:
             raise InputError(f"{key} is {values[key]}; allowed: 1 or more.")
@@ -160,7 +166,7 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
 
 
 def make_arguments(values: Mapping[str, Any], world_size: int) -> "FusionTrainingArguments":
-    """The arguments of a run of `world_size` processes."""
+    """Make the arguments of a run of `world_size` processes."""
     from fusion_hf.training.arguments import FusionTrainingArguments
     from fusion_hf.training.gradient_checkpointing import RENAMED_KEYS
 

@@ -25,6 +25,8 @@ PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
 GROUP_BY = ("modality_length", "none")
+NO_BIAS = "none"
+LORA_BIASES = (NO_BIAS, "lora_only", "all")
 LEAST = {"max_skipped": 0, "eval_samples": 0, "eval_max_new_tokens": 1, "lora_rank": 0, "max_image_pixels": 1}
 FULL = 4  # bytes of a float32
 # bytes per trained weight that an optimizer keeps
@@ -63,6 +65,15 @@ class OwnArguments:
         "error", "`error`: images that end too early are broken; `load`: they are trained on", ON_TRUNCATED
     )
     max_image_pixels: int | None = _key(None, "images with more are broken; default: the image processor's number")
+    image_roots: list[str] | None = field(
+        default=None, metadata={"help": "further folders of images: absolute paths and links may lead there"}
+    )
+    image_hosts: list[str] | None = field(
+        default=None, metadata={"help": "hosts that images at http(s) addresses are fetched from"}
+    )
+    private_image_hosts: list[str] | None = field(
+        default=None, metadata={"help": "the same for hosts of a private network or of this machine"}
+    )
     eval_data: str | None = _key(None, "held-out records, as `data`")
     eval_samples: int = _key(0, "so many records of `eval_data` are answered at each evaluation, and compared exactly")
     eval_max_new_tokens: int = _key(32, "longest answer there")
@@ -89,13 +100,23 @@ class OwnArguments:
     group_by: str = _key(
         "modality_length", "`modality_length`: steps of like records, as upstream; or `none`", GROUP_BY
     )
-    lora_rank: int = _key(0, "rank of LoRA in the language model; 0: no LoRA")
+    lora_rank: int = _key(0, "rank of LoRA in the linear layers of `lora_parts`; 0: no LoRA")
+    lora_parts: list[str] | None = field(
+        default=None,
+        metadata={"help": "parts that get LoRA and are not trained as a whole; default: the language model"},
+    )
     lora_alpha: float | None = _key(None, "scale of LoRA; default: twice the rank")
     lora_dropout: float = _key(0.05, "dropout before LoRA")
     lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "names of linear layers; default: all of the language model's"}
+        default=None, metadata={"help": "names of linear layers; default: all of `lora_parts`"}
+    )
+    lora_dora: bool = _key(False, "DoRA: the lengths of the weights' rows are trained apart from their directions")
+    lora_rslora: bool = _key(False, "rsLoRA: `lora_alpha` is divided by the root of the rank, not by the rank")
+    lora_bias: str = _key(
+        NO_BIAS, "biases that are trained as well: `lora_only`, of layers with LoRA; `all`, of `train`", LORA_BIASES
     )
     load_in_4bit: bool = _key(False, "keep the frozen language model in 4 bits (bitsandbytes)")
+    load_in_8bit: bool = _key(False, "keep it in 8 bits")
     save_dtype: str = _key(
         "float32", "type of the finished model's weights; checkpoints are always exact", DTYPE_NAMES
     )
@@ -109,10 +130,12 @@ class OwnArguments:
         for each in fields(OwnArguments):
             if "choices" in each.metadata:
                 _allow(each.name, getattr(self, each.name), each.metadata["choices"])
-        for part in PARTS if self.train is None else self.train:
-            _allow("train", part, PARTS)
-        if self.train == []:
-            raise InputError(f"train is empty; allowed: some of {', '.join(PARTS)}.")
+        for name in ("train", "lora_parts"):
+            given = getattr(self, name)
+            for part in PARTS if given is None else given:
+                _allow(name, part, PARTS)
+            if given == []:
+                raise InputError(f"{name} is empty; allowed: some of {', '.join(PARTS)}.")
         for length in self.query_lens if self.query_lens is not None else [1]:
             if not is_square(length):
                 raise InputError(f"query_lens holds {length}; allowed: perfect squares (1, 4, 9, 16, ...).")
@@ -121,8 +144,40 @@ class OwnArguments:
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name} is {value}; allowed: {least} or more.")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
         if self.load_in_4bit and not self.lora_rank:
             raise InputError("load_in_4bit is true, but lora_rank is 0; 4-bit weights do not train: set lora_rank.")
+        if self.load_in_8bit and not self.lora_rank:
+            raise InputError("load_in_8bit is true, but lora_rank is 0; 8-bit weights do not train: set lora_rank.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit are true; allowed: one of them.")
+        for name in ("lora_parts", "lora_dora", "lora_rslora", "lora_bias"):
+            value = getattr(self, name)
+            if value not in (None, False, NO_BIAS) and not self.lora_rank:
+                raise InputError(f"{name} is {value!r}, but lora_rank is 0; set lora_rank, or leave {name} out.")
+        for part in self.adapted_parts:
+            if self.train is not None and part not in self.train:
+                allowed = f"a list with {part}, lora_parts without it, or lora_rank: 0"
+                raise InputError(f"train is {self.train}, but LoRA trains the {part}; allowed: {allowed}.")
+        if self.lora_rank and LANGUAGE_MODEL in (self.train or ()) and LANGUAGE_MODEL not in self.adapted_parts:
+            allowed = f"lora_parts with {LANGUAGE_MODEL}, or train without it"
+            raise InputError(f"lora_parts is {self.lora_parts}, but train has {LANGUAGE_MODEL}; allowed: {allowed}.")
+
+    @property
+    def adapted_parts(self) -> tuple[str, ...]:
+        """Parts that get LoRA; none without a rank."""
+        if not self.lora_rank:
+            return ()
+        return (LANGUAGE_MODEL,) if self.lora_parts is None else tuple(self.lora_parts)
+
+    @property
+    def default_train(self) -> list[str]:
+        """Parts that are trained where `train` does not say."""
+        if not self.lora_rank:
+            return list(PARTS)
+        return [part for part in PARTS if part in (PROJECTORS, SAMPLERS, *self.adapted_parts)]
 
 
 def _allow(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -138,19 +193,14 @@ class KeyTypes:
     takes_none: bool
 
 
-def own_keys() -> dict[str, KeyTypes]:
-    """Ours, by name."""
-    return keys_of(OwnArguments)
-
-
 @cache
 def all_keys() -> Mapping[str, KeyTypes]:
-    """All keys that a recipe can have, by name."""
-    return {**transformers_keys(), **own_keys()}
+    """List all keys that a recipe can have, by name."""
+    return {**transformers_keys(), **keys_of(OwnArguments)}
 
 
 def transformers_keys() -> dict[str, KeyTypes]:
-    """Those of transformers' `TrainingArguments`, by name."""
+    """List those of transformers' `TrainingArguments`, by name."""
     folders = (spec.submodule_search_locations if (spec := find_spec("transformers")) is not None else None) or ()
     for folder in folders:
         path = Path(folder) / SOURCE
@@ -164,7 +214,7 @@ def transformers_keys() -> dict[str, KeyTypes]:
 
 
 def keys_of(arguments: Any) -> dict[str, KeyTypes]:
-    """Those of a class of arguments, by name."""
+    """List those of a class of arguments, by name."""
     hints = typing.get_type_hints(arguments)
     return {each.name: _key_of(hints[each.name], each.default is None) for each in fields(arguments) if each.init}
 
@@ -227,7 +277,7 @@ def _kinds(hint: Any) -> Iterable[type]:
 
 def check_optimizer(values: Mapping[str, Any]) -> str:
     """
-    The optimizer of a recipe.
+    Name the optimizer of a recipe.
 
     Raises:
         InputError: for one whose memory is not known.

@@ -91,12 +91,9 @@ class RecordLoading(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As Trainer's, of named records of `eval_dataset` or of others."""
-        given = (
-            eval_dataset
-            if isinstance(eval_dataset, str)
-            else with_query_lens(eval_dataset, self.fusion_config.query_len)
-        )
-        return _shielded(super().get_eval_dataloader(given))
+        if not isinstance(eval_dataset, str):
+            eval_dataset = with_query_lens(eval_dataset, self.fusion_config.query_len)
+        return _shielded(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As Trainer's, of records."""

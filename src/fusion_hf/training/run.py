@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 import yaml
 from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.common.yaml_config import read_yaml_keys
 from fusion_hf.data import load_records
-from fusion_hf.hub.folders import find_folder
+from fusion_hf.hub.folders import FINISHED_FILE, RECIPE_FILE, find_folder
+from fusion_hf.hub.model_cards import CARD
 from fusion_hf.inference.loading import load_model
 from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.training.arguments import FusionTrainingArguments
@@ -25,13 +28,16 @@ from fusion_hf.training.checkpoints import StopSignal, find_last, problem, set_a
 from fusion_hf.training.collator import FusionDataCollator
 from fusion_hf.training.distributed import keep_names
 from fusion_hf.training.parameter_groups import freeze_except
-from fusion_hf.training.recipe import FINISHED_FILE, changed_keys, make_arguments
+from fusion_hf.training.recipe import changed_keys, make_arguments
+from fusion_hf.training.run_card import write_run_card
+from fusion_hf.training.run_report import count_records, count_skipped
 from fusion_hf.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, SKIPPED_FILE = "recipe.yaml", "skipped.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 AUTO, NONE = "auto", "none"  # of `resume_from_checkpoint`
+SECRET = "hub_token"  # which no file in a folder that may be published says
 
 
 def run(values: Mapping[str, Any]) -> bool:
@@ -50,8 +56,14 @@ def run(values: Mapping[str, Any]) -> bool:
     arguments = make_arguments(values, int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(arguments.output_dir)
     if (output / FINISHED_FILE).is_file():
+        if (
+            arguments.process_index == 0 and not (output / CARD).is_file()
+        ):  # of a version that wrote none, or after a kill
+            _write_card(arguments, output)
         logger.warning("%s holds a finished model: nothing to do. Give another output_dir to train again.", output)
         return True
+    if not sys.stderr.isatty():
+        _hide_bars(arguments)
     with arguments.main_process_first(desc="look for checkpoints"):
         if arguments.process_index == 0:
             _begin(output, values, arguments)
@@ -69,6 +81,12 @@ def run(values: Mapping[str, Any]) -> bool:
             return False
         _finish(trainer, output)
     return True
+
+
+def _hide_bars(arguments: FusionTrainingArguments) -> None:
+    """What is written to a file or a pipe has no bars, whose control characters nobody interprets there."""
+    arguments.disable_tqdm = True
+    transformers_logging.disable_progress_bar()
 
 
 def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArguments) -> None:
@@ -91,7 +109,8 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
                 "begin anew."
             )
     with writing(output, RECIPE_FILE):
-        write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).encode())
+        written = {key: value for key, value in values.items() if key != SECRET}
+        write_atomically(recipe, yaml.safe_dump(written, sort_keys=False, allow_unicode=True).encode())
     given = arguments.resume_from_checkpoint
     if given not in (None, AUTO):
         supersede(output, _step_in(output, given))
@@ -124,14 +143,14 @@ def _checkpoint(arguments: FusionTrainingArguments) -> str | None:
 
 def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, torch.nn.Module]:
     """
-    The processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
+    Load the processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
 
     Raises:
         InputError: if there is no complete FUSION.
     """
     folder = find_folder(str(arguments.model))
     options: dict[str, Any] = {}
-    if arguments.load_in_4bit:
+    if arguments.load_in_4bit or arguments.load_in_8bit:
         from fusion_hf.training.adapters import quantization_config
 
         options["quantization_config"] = quantization_config(arguments)
@@ -151,7 +170,7 @@ def make_trainer(
     arguments: FusionTrainingArguments,
     stop: StopSignal | None = None,
 ) -> FusionTrainer:
-    """The trainer of a run, with its records."""
+    """Make the trainer of a run, with its records."""
     collator = FusionDataCollator(
         processor,
         query_lens=arguments.query_lens,
@@ -162,17 +181,12 @@ def make_trainer(
     records = _records(arguments, str(arguments.data), processor)
     held_out = None if arguments.eval_data is None else _records(arguments, arguments.eval_data, processor)
     return FusionTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=records,
-        eval_dataset=held_out,
-        stop=stop,
+        model=model, args=arguments, data_collator=collator, train_dataset=records, eval_dataset=held_out, stop=stop
     )
 
 
 def _records(arguments: FusionTrainingArguments, source: str, processor: FusionProcessor) -> Any:
-    is_training = source == arguments.data
+    is_training, images, most_pixels = source == arguments.data, processor.image_processor, arguments.max_image_pixels
     with arguments.main_process_first(desc="index of the records"):  # the others find it made
         return load_records(
             source,
@@ -183,13 +197,12 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
             cache=arguments.data_cache,
             streaming=arguments.streaming and is_training,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            max_image_pixels=(
-                processor.image_processor.max_image_pixels
-                if arguments.max_image_pixels is None
-                else arguments.max_image_pixels
-            ),
-            exif_transpose=processor.image_processor.exif_transpose,
+            max_image_pixels=images.max_image_pixels if most_pixels is None else most_pixels,
+            exif_transpose=images.exif_transpose,
             on_truncated=arguments.on_truncated,  # type: ignore[arg-type]
+            image_roots=arguments.image_roots,
+            image_hosts=arguments.image_hosts,
+            private_image_hosts=arguments.private_image_hosts,
         )
 
 
@@ -204,4 +217,16 @@ def _finish(trainer: FusionTrainer, output: Path) -> None:
             return
         if not arguments.lora_rank:  # an adapter stays as exact as it was trained
             cast_weights(output, arguments.save_dtype)
-        write_atomically(output / FINISHED_FILE, f"{json.dumps({'steps': trainer.state.global_step})}\n".encode())
+        facts = {
+            "steps": trainer.state.global_step,
+            "records": count_records(trainer.train_dataset),
+            "skipped": count_skipped(trainer.train_dataset),
+            "best_step": trainer.state.best_global_step if arguments.load_best_model_at_end else None,
+        }
+        write_atomically(output / FINISHED_FILE, f"{json.dumps(facts)}\n".encode())
+        _write_card(arguments, output)
+
+
+def _write_card(arguments: FusionTrainingArguments, output: Path) -> None:
+    name = arguments.hub_model_id or output.resolve().name
+    write_run_card(output, output, str(arguments.model), name, is_adapter=arguments.lora_rank > 0)

@@ -1,5 +1,6 @@
 """How a trainer writes checkpoints and finished models: whole, or not at all."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ class SealedCheckpoints(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint in the way that the launch configuration says; a finished model as a whole, in any case."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        with whole_weights(self.accelerator):
+        with nullcontext() if _internal_call else whole_weights(self.accelerator):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

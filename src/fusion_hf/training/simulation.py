@@ -22,7 +22,7 @@ from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig, TokenB
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.training.flops import BatchShape
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
-from fusion_hf.training.parameter_groups import freeze_except
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, freeze_except
 
 FORWARD, BACKWARD = "forward", "backward"
 # what happens with a gradient as soon as it is there
@@ -38,9 +38,9 @@ class StepSetting:
         weights: their data type. autocast: the data type of matrix products, None: that of the weights.
         checkpointing: whether layers are computed a second time instead of kept.
         gradients: `KEPT`, `ACCUMULATED` or `REDUCED`.
-        lora_rank: of adapters in the language model; 0: none. lora_dropout: before them.
+        lora_rank: of adapters in `lora_parts`; 0: none. lora_dropout: before them.
         lora_targets: ends of layers' names; None: all linear ones.
-        quantized: whether the language model's linear layers are kept in 4 bits.
+        quantized: whether the language model's linear layers are kept in 4 or 8 bits.
     """
 
     trained: tuple[str, ...]
@@ -49,6 +49,7 @@ class StepSetting:
     checkpointing: bool
     gradients: str
     lora_rank: int = 0
+    lora_parts: tuple[str, ...] = (LANGUAGE_MODEL,)
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] | None = None
     quantized: bool = False
@@ -111,7 +112,7 @@ class _Storages(TorchDispatchMode):
 
 @contextmanager
 def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionForConditionalGeneration]:
-    """A model without contents; inside the context, tensors that are made have none either."""
+    """Make a model without contents; inside the context, tensors that are made have none either."""
     config = copy.deepcopy(config)
     rope = config.text_config.rope_parameters
     # long and dynamic RoPE look at positions, which have no values here; their tensors are the same
@@ -130,13 +131,13 @@ def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionFor
 
 
 def add_adapters(model: FusionForConditionalGeneration, setting: StepSetting) -> None:
-    """Freeze the language model and add LoRA to its linear layers, all or those whose names end in a target."""
+    """Add LoRA to frozen linear layers of some parts: all of them, or those whose names end in a target."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from fusion_hf.training.adapters import find_targets
 
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    targets = find_targets(model, setting.lora_targets)
+    targets = find_targets(model, setting.lora_targets, setting.lora_parts)
     if setting.quantized:
         for layer in quantized_layers(model):
             # products see 16 bits, made from 4 for the moment: nothing is cast, and nothing but the layer kept
@@ -148,7 +149,7 @@ def add_adapters(model: FusionForConditionalGeneration, setting: StepSetting) ->
 
 
 def quantized_layers(model: FusionForConditionalGeneration) -> list[nn.Linear]:
-    """Layers of the language model that are kept in 4 bits, where it is; adapters and samplers are not."""
+    """Layers of the language model that are kept in 4 or 8 bits, where it is; adapters and samplers are not."""
     return [
         module
         for name, module in model.model.language_model.named_modules()
@@ -171,7 +172,7 @@ def make_batch(config: FusionConfig, shape: BatchShape) -> dict[str, Any]:
 
 
 def simulate(config: FusionConfig, shape: BatchShape, setting: StepSetting) -> StepPeak:
-    """What one micro-batch holds at its peak, from its inputs to its gradients.
+    """Measure what one micro-batch holds at its peak, from its inputs to its gradients.
 
     Takes seconds, whatever the model's size. The optimizer's step is not part of it.
     """

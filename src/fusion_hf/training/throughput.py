@@ -37,7 +37,7 @@ class ThroughputMeter:
         images: torch.Tensor,
         flops: float,
     ) -> None:
-        """One micro-batch: its shares of the step's losses `()`, its tokens and images `()`, its FLOPs."""
+        """Add a micro-batch: its shares of the step's losses `()`, its tokens and images `()`, its FLOPs."""
         self.language_loss = self.language_loss + language_loss
         self.mapping_loss = self.mapping_loss + mapping_loss
         self.tokens = self.tokens + tokens

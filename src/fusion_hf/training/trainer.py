@@ -24,16 +24,11 @@ from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.memory_fitting import MemoryFitting
-from fusion_hf.training.parameter_groups import (
-    LANGUAGE_MODEL,
-    PROJECTORS,
-    SAMPLERS,
-    VISION_TOWER,
-    parameter_groups,
-)
+from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PROJECTORS, SAMPLERS, VISION_TOWER, parameter_groups
 from fusion_hf.training.query_len_records import with_query_lens
 from fusion_hf.training.recipe_keys import MICRO_BATCHES
 from fusion_hf.training.record_loading import EpochCallback, RecordLoading
+from fusion_hf.training.run_report import RunReportCallback
 from fusion_hf.training.sealed_checkpoints import SealedCheckpoints
 from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 
@@ -117,7 +112,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         self.finite_loss = FiniteLossCallback()
         self.throughput = ThroughputCallback(args.peak_tflops)
         self.stop = StopCallback(stop)
-        for callback in (EpochCallback(self), self.finite_loss, self.throughput, self.stop):
+        for callback in (EpochCallback(self), self.finite_loss, self.throughput, self.stop, RunReportCallback(self)):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -125,6 +120,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
+        if isinstance(resume_from_checkpoint, str) and self.args.should_save:
+            logger.info("goes on from %s", resume_from_checkpoint)
         warn_of_half_weights(self.model, keeps_float32=self.is_deepspeed_enabled)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -135,8 +132,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
 
     @property
     def trained_parts(self) -> list[str]:
-        """Parts whose own weights get gradients; adapters take the language model's place."""
-        return [part for part in self.args.train if part != LANGUAGE_MODEL or not self.args.lora_rank]
+        """Parts whose own weights get gradients; adapters take the place of the others'."""
+        return [part for part in self.args.train if part not in self.args.adapted_parts]
 
     def forget_step(self) -> None:
         """Forget what was measured of a step that was broken off."""
@@ -151,7 +148,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, "LossCounts | None"]:
-        """The batches of a step, and what its losses are means over, in all of them and all processes."""
+        """Get the batches of a step, and what its losses are means over, in all of them and all processes."""
         self.throughput.meter.begin_step()
         batches = []
         for _ in range(num_batches):
@@ -219,7 +216,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
                     query_len=inputs["query_len"],
                 ),
                 self.trained_parts,
-                lora=self.args.lora_rank > 0,
+                self.args.adapted_parts,
             ).training,
         )
 
@@ -252,7 +249,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         return self.optimizer
 
     def learning_rates(self) -> dict[str, float]:
-        """The peak learning rate of each part."""
+        """Choose the peak learning rate of each part."""
         args = self.args
         given = {
             VISION_TOWER: args.vision_tower_learning_rate,

@@ -5,7 +5,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +28,7 @@ from fusion_hf.conversion.stored_tensors import read_folder
 from fusion_hf.evaluation.stage_comparison import FEATURES, StageComparison
 from fusion_hf.hub.parity import PARITY
 from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.devices import choose_device
 from fusion_hf.inference.loading import load_config
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.verification.authors_process import AuthorsEnvironment, check_packages, run_worker
@@ -107,6 +108,7 @@ def verify(
         InputError: If the two cannot be compared.
     """
     config = _read_config(options.folder)
+    options = replace(options, device=str(choose_device(options.device)))
     check_packages(environment)
     conversion = prepare(ConversionOptions(options.checkpoint, None, options.vision_config), inputs)
     if config.query_len not in conversion.config.query_lens:

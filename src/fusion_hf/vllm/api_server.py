@@ -61,7 +61,7 @@ def serve(options: ServerOptions) -> None:
 
 
 def server_arguments(options: ServerOptions) -> list[str]:
-    """The command line for vLLM's server; the user's own arguments come last, and win."""
+    """Return the command line for vLLM's server; the user's own arguments come last, and win."""
     limits = options.middleware.limits
     # the same answers as of FUSION's own server: the most likely one, unless a client asks for another
     defaults = {"temperature": 0.0, "max_new_tokens": limits.answer_tokens}
@@ -92,10 +92,7 @@ def model_length(model: str, wanted: int) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """
-    Raises:
-        InputError: for what vLLM does not know.
-    """
+    """Parse a command line as vLLM does, or raise an `InputError` for what it does not know."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="fusion-hf serve --engine vllm --"))
     try:
         parsed = parser.parse_args(list(arguments))

@@ -33,7 +33,7 @@ class LatentUpdate(NamedTuple):
     updates: LatentUpdates
 
     def place(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """A copy of `(S, D)` with the latent tokens in place."""
+        """Return a copy of `(S, D)` with the latent tokens in place."""
         valid = self.updates.valid
         latents = self.latents.unsqueeze(1).expand(-1, valid.shape[1], -1, -1)[valid].flatten(0, 1)
         return inputs_embeds.index_copy(0, self.updates.latent_positions[valid].flatten(), latents.to(inputs_embeds))
@@ -50,7 +50,7 @@ class LatentUpdate(NamedTuple):
 
 def find_prompts(parser: PromptParser, input_ids: torch.Tensor | None) -> list[StepPrompt]:
     """
-    The prompts with questions in the present step. A step of decoding alone is not looked at.
+    Find the prompts with questions in the present step. A step of decoding alone is not looked at.
 
     Raises:
         RuntimeError: if a prompt arrives in pieces.
@@ -85,7 +85,7 @@ def make_updates(
     grey_windows: Callable[[int], torch.Tensor],
 ) -> list[LatentUpdate]:
     """
-    One update for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each image, in order.
+    Make one update for each number of latent tokens. `contexts`: `(q * w * w or more, D)` of each image, in order.
 
     Raises:
         RuntimeError: if there are more or fewer images than prompts with one.

@@ -30,6 +30,7 @@ from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 from fusion_hf.model.modeling_fusion_vision import (
     FusionProjector,
     FusionVisionModel,
+    encode_blank_image,
     encode_tiles,
     pool_context,
     reduce_grid,
@@ -158,10 +159,8 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
     def _grey_windows(self, query_len: int) -> torch.Tensor:
         """What samplers see in prompts without image, `(q, w * w, D)`."""
         if self.grey is None:
-            size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
             weight = self.vision_projector.linear_1.weight
-            features = self.vision_projector(self.vision_tower(weight.new_zeros(1, channels, size, size)).features)
-            self.grey = stitch_tiles(features.repeat(NUM_TILES, 1, 1), self.config.num_patches_per_side)
+            self.grey = encode_blank_image(self.vision_tower, self.vision_projector, weight)
         return pool_context(self.grey, query_len, self.config.window_size)[1][0]
 
     def embed_input_ids(
@@ -171,7 +170,7 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings `(S, D)` with image tokens in place; zeros for latent tokens, which `forward` fills in."""
+        """Return embeddings `(S, D)` with image tokens in place; zeros for latent tokens, which `forward` fills in."""
         free = (input_ids == self.config.image_token_id) | (input_ids == self.config.latent_token_id)
         embeds = self.language_model.embed_input_ids(torch.where(free, 0, input_ids))
         embeds = torch.where(free.unsqueeze(-1), 0, embeds)

@@ -50,7 +50,7 @@ class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
     """Question ids and numbers of tokens arrive as processor arguments, which vLLM hashes with the image."""
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
-        """The largest image there is, for vLLM's measurement of memory."""
+        """Return the largest image there is, for vLLM's measurement of memory."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         config = self.info.get_hf_config()
         inputs.hf_processor_mm_kwargs = {

@@ -45,7 +45,7 @@ class PromptParser:
         return cls(config)
 
     def read(self, ids: list[int]) -> PromptLayout:
-        """The turns of a whole prompt: its latent blocks and the ends of its assistant headers, in order.
+        """Read the turns of a whole prompt: its latent blocks and the ends of its assistant headers, in order.
 
         Raises:
             ValueError: if the blocks differ in length, the image comes late, or a turn has no header behind its

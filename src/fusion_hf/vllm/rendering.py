@@ -95,11 +95,7 @@ class FusionRenderer(HfRenderer):
         return await super()._process_tokens_async(self._checked(prompt), skip_mm_cache=skip_mm_cache)
 
     def _checked(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """The prompt with the question beside its image, where it becomes part of the image's hash.
-
-        Raises:
-            ValueError: where ids, image, question and request disagree: the model would answer wrongly, or stop.
-        """
+        """Put the question beside its image, into whose hash it goes; a ValueError says what disagrees in a prompt."""
         prompt = dict(prompt)
         origin, arguments = prompt.pop(ORIGIN, None), prompt.pop("mm_processor_kwargs", None) or {}
         if origin is None:

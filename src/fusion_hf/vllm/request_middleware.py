@@ -11,13 +11,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fusion_hf.common.endpoints import data_uri
+from fusion_hf.common.endpoints import data_uri, read_key
+from fusion_hf.common.image_hosts import HostPolicy
 from fusion_hf.serving.api_errors import CHAT, ApiError, no_such_path, wrong_value
 from fusion_hf.serving.app import HEALTH, MODELS, Intake, KeyCheck, error_reply, replay, unless_gone
 from fusion_hf.serving.chat_requests import parse_max_tokens
 from fusion_hf.serving.client_images import decode_data_uri, is_data_uri
 from fusion_hf.serving.fields import REQUEST, WITHOUT_TOOLS, Fields
-from fusion_hf.serving.image_fetching import HostPolicy, fetch_image
+from fusion_hf.serving.image_fetching import fetch_image
 from fusion_hf.serving.image_workers import ImageWorkers
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
@@ -61,7 +62,7 @@ class MiddlewareSettings:
 
     @classmethod
     def from_environment(cls) -> "MiddlewareSettings":
-        """The settings that were left; the defaults where there are none."""
+        """Return the settings that were left; the defaults where there are none."""
         values = json.loads(os.environ.get(VARIABLE, "{}"))
         return cls(**values | {"limits": Limits(**values.get("limits", {}))})
 
@@ -74,7 +75,7 @@ class RequestMiddleware:
         self.settings = MiddlewareSettings.from_environment()
         self.hosts = HostPolicy.parse(self.settings.public_hosts, self.settings.private_hosts)
         variable = self.settings.api_key_env
-        self.checked = KeyCheck(self._pass, None if variable is None else os.environ[variable])
+        self.checked = KeyCheck(self._pass, None if variable is None else read_key(variable))
         self.intake = Intake(self.settings.limits)
         self.images = ImageWorkers(None, self.settings.limits)
 

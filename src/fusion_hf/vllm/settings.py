@@ -61,7 +61,7 @@ class FusionSettings(VerifyAndUpdateConfig):
 
 
 def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
-    """One of BACKENDS for a GPU; None elsewhere, where vLLM chooses one of them itself."""
+    """Choose one of BACKENDS for a GPU; None elsewhere, where vLLM chooses one of them itself."""
     if current_platform.is_rocm():
         return AttentionBackendEnum.TRITON_ATTN
     if not current_platform.is_cuda():

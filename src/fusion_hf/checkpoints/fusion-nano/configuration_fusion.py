@@ -28,8 +28,14 @@ NUM_CONNECTOR_GROUPS = 2  # the connector averages two groups of hidden states, 
 
 
 def is_perfect_square(number: int) -> bool:
-    """Whether `number` latents can be laid out as a square of at least one."""
+    """Return whether `number` latents can be laid out as a square of at least one."""
     return number > 0 and isqrt(number) ** 2 == number
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise a `ValueError` that names a value and what is allowed, unless a condition holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
 
 
 class FusionConfig(PreTrainedConfig):
@@ -153,6 +159,14 @@ class FusionConfig(PreTrainedConfig):
         self.check_values()
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the values and, since arguments replace them, check what came out, as transformers does not."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        config.check_values()
+        return loaded
+
     @property
     def num_patches_per_side(self) -> int:
         """Patches per side of one tile, P."""
@@ -180,45 +194,31 @@ class FusionConfig(PreTrainedConfig):
 
     def check_values(self) -> None:
         """Raise a `ValueError` for the first field whose value is impossible."""
-        text, vision = self.text_config, self.vision_config
-        _require(is_perfect_square(self.query_len), "query_len", self.query_len, "a perfect square (1, 4, 9, 16, ...)")
-        _require(len(self.query_lens) > 0, "query_lens", self.query_lens, "at least one perfect square")
+        text, vision, side = self.text_config, self.vision_config, self.num_patches_per_side
+        self._require(is_perfect_square(self.query_len), "query_len", "a perfect square (1, 4, 9, 16, ...)")
+        self._require(len(self.query_lens) > 0, "query_lens", "at least one perfect square")
         for length in self.query_lens:
-            _require(is_perfect_square(length), "query_lens", self.query_lens, f"perfect squares only, not {length}")
-        _require(self.window_size > 0, "window_size", self.window_size, "at least 1")
+            self._require(is_perfect_square(length), "query_lens", f"perfect squares only, not {length}")
+        self._require(self.window_size > 0, "window_size", "at least 1")
         layers = text.num_hidden_layers
         for layer in self.sampler_layers:
             allowed = f"layers of the language model: 0 to {layers - 1}"
-            _require(0 <= layer < layers, "sampler_layers", self.sampler_layers, allowed)
+            self._require(0 <= layer < layers, "sampler_layers", allowed)
         distinct = len(set(self.sampler_layers)) == len(self.sampler_layers)
-        _require(distinct, "sampler_layers", self.sampler_layers, "each layer once")
-        _require(
-            self.sampler_num_heads > 0 and text.hidden_size % self.sampler_num_heads == 0,
-            "sampler_num_heads",
-            self.sampler_num_heads,
-            f"a divisor of the language model's width {text.hidden_size}",
-        )
+        self._require(distinct, "sampler_layers", "each layer once")
+        divides = self.sampler_num_heads > 0 and text.hidden_size % self.sampler_num_heads == 0
+        self._require(divides, "sampler_num_heads", f"a divisor of the language model's width {text.hidden_size}")
         most = vision.num_hidden_layers // NUM_CONNECTOR_GROUPS
-        _require(
-            0 < self.vision_early_layers <= most,
-            "vision_early_layers",
-            self.vision_early_layers,
-            f"1 to {most}: two groups of that size must fit into the tower's {vision.num_hidden_layers} layers",
-        )
-        _require(
-            self.early_text_attention in EARLY_TEXT_ATTENTION,
-            "early_text_attention",
-            self.early_text_attention,
-            " | ".join(map(repr, EARLY_TEXT_ATTENTION)),
-        )
-        side = self.num_patches_per_side
-        _require(
-            self.image_token_grid is None or 0 < self.image_token_grid <= side,
-            "image_token_grid",
-            self.image_token_grid,
-            f"None or 1 to {side}, the tower's patches per side",
-        )
-        _require(self.mapping_loss_weight >= 0, "mapping_loss_weight", self.mapping_loss_weight, "0 or more")
+        allowed = f"1 to {most}: two groups of that size must fit into the tower's {vision.num_hidden_layers} layers"
+        self._require(0 < self.vision_early_layers <= most, "vision_early_layers", allowed)
+        allowed = " | ".join(map(repr, EARLY_TEXT_ATTENTION))
+        self._require(self.early_text_attention in EARLY_TEXT_ATTENTION, "early_text_attention", allowed)
+        fits = self.image_token_grid is None or 0 < self.image_token_grid <= side
+        self._require(fits, "image_token_grid", f"None or 1 to {side}, the tower's patches per side")
+        self._require(self.mapping_loss_weight >= 0, "mapping_loss_weight", "0 or more")
+
+    def _require(self, condition: bool, name: str, allowed: str) -> None:
+        require(condition, f"FusionConfig.{name}", getattr(self, name), allowed)
 
 
 class TokenBudget(NamedTuple):
@@ -246,11 +246,6 @@ class TokenBudget(NamedTuple):
     def num_image_tokens(self) -> int:
         """Image tokens of one image."""
         return self.image_token_grid**2
-
-
-def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"FusionConfig.{name} is {value!r}; allowed: {allowed}.")
 
 
 def _build_sub_config(

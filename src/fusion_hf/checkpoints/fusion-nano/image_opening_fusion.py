@@ -62,7 +62,7 @@ class Turn(NamedTuple):
     swaps: bool = False
 
     def place(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int]:
-        """The upper left corner, in the upright image, of a box of an image of `size`."""
+        """Return the upper left corner, in the upright image, of a box of an image of `size`."""
         left = size[0] - box[2] if self.mirrors_columns else box[0]
         top = size[1] - box[3] if self.mirrors_rows else box[1]
         return (top, left) if self.swaps else (left, top)
@@ -173,7 +173,7 @@ def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_tr
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1 (upright) if it cannot be read."""
+    """Read the EXIF orientation of an image, 1 to 8; 1 (upright) if it cannot be read."""
     try:
         exif = image.info.get("exif")
         if isinstance(exif, bytes):

@@ -108,7 +108,7 @@ class FusionImageProcessor(PilBackend):
         return open_source(image_url_or_urls)
 
     def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """One image, array or tensor as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
+        """Return one image, array or tensor as RGB PIL image: resizing needs PIL's, so nothing is converted twice."""
         return self._to_rgb(image, **kwargs).image
 
     def _to_rgb(
@@ -141,7 +141,7 @@ class FusionImageProcessor(PilBackend):
         sources, size = flatten_images(images), kwargs["size"]
         pixel_values = np.empty((len(sources), NUM_TILES + 1, 3, size.height, size.width), dtype=np.uint8)
         are_shares = [
-            self._cut_source(source, tiles, **kwargs) for source, tiles in zip(sources, pixel_values, strict=True)
+            self._write_tiles(source, tiles, **kwargs) for source, tiles in zip(sources, pixel_values, strict=True)
         ]
         tables = None if kwargs["as_bytes"] else _tables_of(are_shares, **kwargs)
         if tables is not None:
@@ -150,7 +150,7 @@ class FusionImageProcessor(PilBackend):
         data = {"pixel_values": list(pixel_values) if return_tensors is None else pixel_values}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _cut_source(
+    def _write_tiles(
         self, source: Any, out: np.ndarray, size: SizeDict, resample: PILImageResampling, **kwargs: Any
     ) -> bool:
         """Write the tiles of an image into `out`, and tell whether it was given in shares."""
@@ -158,16 +158,16 @@ class FusionImageProcessor(PilBackend):
             rgb = self._to_rgb(open_source(source), **kwargs)
         except ImageError as error:
             raise type(error)(error.reason, f"The image {describe_source(source)}") from error
-        self.cut(rgb.image, size, resample, out=out)
+        self.split_tiles(rgb.image, size, resample, out=out)
         return rgb.is_share
 
     @staticmethod
-    def cut(
+    def split_tiles(
         image: Image.Image, size: SizeDict, resample: PILImageResampling, out: np.ndarray | None = None
     ) -> np.ndarray:
         """
-        An RGB image as bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview. They are
-        written into `out`, if it is given.
+        Resize an RGB image to bytes `(5, 3, height, width)`: four tiles in row-major order, then the overview. They
+        are written into `out`, if it is given.
         """
         height, width = size.height, size.width
         tiles = np.empty((NUM_TILES + 1, 3, height, width), dtype=np.uint8) if out is None else out
@@ -240,12 +240,7 @@ def _check_settings(
     input_data_format: str | ChannelDimension | None,
     **kwargs: Any,
 ) -> None:
-    """
-    Refuse what a call may ask of an image processor and the tiles leave no room for.
-
-    Raises:
-        ValueError: names the setting.
-    """
+    """Refuse, with a ValueError, what a call may ask of an image processor and the tiles leave no room for."""
     if not do_resize:
         raise ValueError(f"do_resize is {do_resize}; allowed: True. The tiles are cut from a resized image.")
     if not size.height or not size.width:

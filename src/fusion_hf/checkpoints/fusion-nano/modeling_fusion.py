@@ -39,6 +39,8 @@ from .modeling_fusion_vision import (
     EncodedImage,
     FusionProjector,
     FusionVisionModel,
+    blank_pixels,
+    encode_blank_image,
     encode_tiles,
     pool_context,
     reduce_grid,
@@ -84,12 +86,6 @@ class FusionModel(FusionPreTrainedModel):
             layer.__class__ = DECODER_LAYERS[model_type]
             layer.vision_sampler = FusionSampler(self.config) if index in self.config.sampler_layers else None
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -123,17 +119,6 @@ class FusionModel(FusionPreTrainedModel):
         check_tiles(self.config, pixel_values)
         features = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[:, :NUM_TILES])
         return stitch_tiles(features, self.config.num_patches_per_side)
-
-    def encode_blank_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """What samplers see in prompts without image: features `(B, D, 2P, 2P)` of mid grey, of one tile for all."""
-        features = self.vision_projector(self.vision_tower(self._blank_pixels(inputs_embeds, 1)).features)  # (1, N, D)
-        features = stitch_tiles(features.repeat(NUM_TILES, 1, 1), self.config.num_patches_per_side)
-        return features.expand(len(inputs_embeds), -1, -1, -1)
-
-    def _blank_pixels(self, inputs_embeds: torch.Tensor, *shape: int) -> torch.Tensor:
-        """Mid grey pixels `(*shape, 3, H, W)`, which are zeros, of the type of the embeddings."""
-        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        return inputs_embeds.new_zeros(*shape, channels, size, size)
 
     def guide_tower(
         self,
@@ -237,10 +222,11 @@ class FusionModel(FusionPreTrainedModel):
         if pixel_values is None and global_features is not None:
             context = global_features.to(inputs_embeds)
         elif pixel_values is None and not output_mapping_loss:
-            context = self.encode_blank_image(inputs_embeds)
+            context = encode_blank_image(self.vision_tower, self.vision_projector, inputs_embeds)
+            context = context.expand(len(input_ids), -1, -1, -1)  # (B, D, 2P, 2P)
         else:
             if pixel_values is None:
-                pixel_values = self._blank_pixels(inputs_embeds, len(input_ids), NUM_TILES + 1)
+                pixel_values = blank_pixels(self.config.vision_config, inputs_embeds, len(input_ids), NUM_TILES + 1)
             image = self.encode_image(
                 pixel_values, instruct_input_ids, instruct_attention_mask, global_features, **kwargs
             )
@@ -411,15 +397,6 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         self.model = FusionModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`FusionModel.get_image_features`]."""

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_fusion import (
     EARLY_TEXT_ATTENTION,
     NUM_CONNECTOR_GROUPS,
+    NUM_TILES,
     TILES_PER_SIDE,
     FusionConfig,
 )
@@ -213,10 +214,21 @@ def _one_by_one(tiles: torch.Tensor) -> bool:
 
 
 def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
-    """Features `(4 B, N, D)` of images' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
+    """Return features `(4 B, N, D)` of images' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
     features = features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, features.shape[-1])
     # (B, row, column, y, x, D) -> (B, D, row, y, column, x)
     return features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def blank_pixels(config: SiglipVisionConfig, like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Mid grey pixels `(*shape, 3, H, W)`, which are zeros, of the type and on the device of `like`."""
+    return like.new_zeros(*shape, config.num_channels, config.image_size, config.image_size)
+
+
+def encode_blank_image(tower: FusionVisionModel, projector: FusionProjector, like: torch.Tensor) -> torch.Tensor:
+    """What samplers see in prompts without image: features `(1, D, 2P, 2P)` of mid grey, of one tile for all."""
+    features = projector(tower(blank_pixels(tower.config, like, 1)).features)  # (1, N, D)
+    return stitch_tiles(features.repeat(NUM_TILES, 1, 1), tower.config.image_size // tower.config.patch_size)
 
 
 def adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:

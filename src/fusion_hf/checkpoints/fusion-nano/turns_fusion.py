@@ -22,35 +22,10 @@ IGNORED = -100  # in labels
 LOADED_TOKENIZERS = 8  # most folders whose tokenizers are kept
 # Questions in many scripts, whose ids in a prompt are compared with those of the same text alone.
 SAMPLES = (
-    *(
-        "What is this?",
-        "was",
-        "a",
-        "I",
-        "3 cats",
-        "(a) or (b)?",
-        '"Stop"',
-        "don't",
-        "<b>",
-        "x = 2",
-        "/home",
-        "e.g. it",
-    ),
-    *(
-        "¿Qué es?",
-        "Où ?",
-        "Что это?",
-        "Τι είναι;",
-        "这是什么?",
-        "これは何?",
-        "이게 뭐야?",
-        "ما هذا؟",
-        "זה מה",
-        "यह क्या है?",
-        "นี่อะไร",
-        "😀?",
-    ),
-)
+    "What is this?", "was", "a", "I", "3 cats", "(a) or (b)?", '"Stop"', "don't", "<b>", "x = 2", "/home", "e.g. it",
+    "¿Qué es?", "Où ?", "Что это?", "Τι είναι;", "这是什么?", "これは何?",
+    "이게 뭐야?", "ما هذا؟", "זה מה", "यह क्या है?", "นี่อะไร", "😀?",
+)  # fmt: skip
 
 
 class PromptTurns(NamedTuple):
@@ -215,10 +190,7 @@ def is_known_question(question: torch.Tensor, config: FusionConfig) -> torch.Ten
 
 
 def _check_question_ids(question: torch.Tensor, config: FusionConfig) -> None:
-    """
-    Raises:
-        ValueError: if an id of questions `(B, T)` has no embedding.
-    """
+    """Raise a `ValueError` if an id of questions `(B, T)` has no embedding."""
     if question.numel() == 0:
         return
     least, most = int(question.min()), int(question.max())
@@ -232,12 +204,7 @@ def _check_question_ids(question: torch.Tensor, config: FusionConfig) -> None:
 
 
 def _put_right(ends: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """
-    Prompt ends `(B, R)` as they are in the ids, where a collator moved rows and did not move their positions.
-
-    Raises:
-        ValueError: if a row's positions are not those of its headers and were not moved with its padding.
-    """
+    """Move prompt ends `(B, R)` with rows that a collator moved; a ValueError if they fit no headers even so."""
     rows = [[end for end in row if end != ABSENT] for row in ends.tolist()]
     known = [[end for end in row if end != ABSENT] for row in found.tolist()]
     length = found.new_zeros(len(rows)) if mask is None else mask.long().sum(1)
@@ -257,10 +224,7 @@ def _put_right(ends: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | Non
 
 
 def _is_moved_batch(rows: list[list[int]], moved: list[int | None], lengths: list[int]) -> bool:
-    """
-    Whether rows that were padded on the left lost that padding: prompts, which all ended at one position, before their
-    answers followed, or whole rows, which all ended there.
-    """
+    """Whether left padding was lost: by prompts that ended together before answers followed, or by whole rows."""
     given = [(row[-1], shift, length) for row, shift, length in zip(rows, moved, lengths, strict=True) if row]
     shifts = [shift for _, shift, _ in given if shift is not None]
     if len(shifts) < len(given) or len(set(shifts)) < 2 or min(shifts) < 0:
@@ -299,7 +263,7 @@ def find_prompt_ends(
     """
     latent = input_ids == config.latent_token_id
     most = int(number_turns(latent | (input_ids == config.image_token_id))[:, -1].max())
-    return locate_prompt_ends(input_ids, attention_mask, config, most)[:, : int(_count_blocks(latent).max())]
+    return locate_prompt_ends(input_ids, attention_mask, config, most)[:, : int(count_blocks(latent).max())]
 
 
 def most_turns(length: int) -> int:
@@ -315,7 +279,7 @@ def number_turns(is_block: torch.Tensor) -> torch.Tensor:
     return begins.cumsum(1)
 
 
-def _count_blocks(latent: torch.Tensor) -> torch.Tensor:
+def count_blocks(latent: torch.Tensor) -> torch.Tensor:
     """Return the number `(B,)` of runs of latent tokens in prompts that have them marked `(B, S)`."""
     return latent[:, :1].sum(1) + (latent[:, 1:] & ~latent[:, :-1]).sum(1)
 
@@ -356,7 +320,7 @@ def locate_prompt_ends(
     found = found[:, 1:].gather(1, is_alone.long().argsort(dim=1, stable=True))
     # truncation may leave the end of a turn whose latent block was behind it
     turns = torch.arange(most, device=found.device)
-    return found.masked_fill(turns >= _count_blocks(latent)[:, None], ABSENT)
+    return found.masked_fill(turns >= count_blocks(latent)[:, None], ABSENT)
 
 
 def find_questions(

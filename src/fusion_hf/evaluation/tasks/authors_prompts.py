@@ -49,10 +49,8 @@ def mmmu(row: Row) -> str:
     """`<image 1>` stays as it is written."""
     if row["question_type"] != "multiple-choice":
         return f"{row['question']}\n\n{WORD}"
-    options = "\n".join(
-        f"{chr(ord('A') + place)}. {text}" for place, text in enumerate(ast.literal_eval(row["options"]))
-    )
-    return f"{row['question']}\n{options}\n\n{LETTER}"
+    options = [f"{chr(ord('A') + place)}. {text}" for place, text in enumerate(ast.literal_eval(row["options"]))]
+    return "\n".join([row["question"], *options, "", LETTER])
 
 
 def textvqa(row: Row) -> str:

@@ -41,7 +41,7 @@ def prepare_easy_vqa(folder: Path, task_name: str) -> Path:
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The image of a question."""
+    """Open the image of a question."""
     with Image.open(doc["image"]) as image:
         return [image.convert("RGB")]
 

@@ -11,7 +11,7 @@ IMAGE_TYPE = pa.struct([(BYTES, pa.binary()), (PATH, pa.string())])  # as `datas
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Whether a column's type is that of encoded images."""
+    """Return whether a column's type is that of encoded images."""
     if not pa.types.is_struct(kind):
         return False
     names = {kind.field(place).name for place in range(kind.num_fields)}
@@ -23,7 +23,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def local_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The same rows, where columns of images, and nothing else, are decoded, and images are without a path.
+    """Let columns of images, and nothing else, be decoded, and images be without a path.
 
     The files' own say on how columns are decoded is not heard.
     """

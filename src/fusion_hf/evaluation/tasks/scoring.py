@@ -39,7 +39,7 @@ def mmbench_cn_without_judge(results: list[Row], args: Namespace) -> float:
 
 
 def seed_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The questions about one image."""
+    """Choose the questions about one image."""
     chosen = [row for row, kind in enumerate(dataset["data_type"]) if kind == SEED_IMAGE]
     return local_images(dataset.select(chosen))
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fusion_hf.data.record_parsing import IMAGE_TOKEN
 from fusion_hf.synthesis.filters.mentions import unquoted
-from fusion_hf.synthesis.synth_record import IMAGE_MARK, SynthRecord
+from fusion_hf.synthesis.synth_record import SynthRecord
 
 _TEXT = r"(?:description|caption|passage|prompt|context(?! of)|paragraph|(?:given|provided) (?:text|information))"
 MARKUP = "has markup"
@@ -61,8 +62,8 @@ class MetaTalkFilter:
     def check(self, record: SynthRecord) -> str | None:
         for number, turn in enumerate(record.turns, 1):
             for name, text in (("question", turn.question), ("answer", turn.answer)):
-                if IMAGE_MARK in text:
-                    return f"turn {number}: the {name} has an {IMAGE_MARK} mark"
+                if IMAGE_TOKEN in text:
+                    return f"turn {number}: the {name} has an {IMAGE_TOKEN} mark"
                 if problem := _problem(text):
                     return f"turn {number}: the {name} {problem}"
         for number, text in enumerate(record.descriptions, 1):

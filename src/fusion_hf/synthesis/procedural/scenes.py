@@ -123,7 +123,7 @@ class Scene:
         return facts | {"background": list(facts["background"]), "shapes": list(facts["shapes"]), "side": CANVAS_SIDE}
 
     def caption(self) -> str:
-        """One sentence."""
+        """Say it in one sentence."""
         word = self.spec.word
         if word is None:
             return drawn_caption(self.spec)
@@ -150,7 +150,7 @@ class Scene:
         return self.spec.word is not None and self.spec.word.top >= BAND
 
     def places_told(self) -> list[str]:
-        """A sentence for each name whose shapes have places of their own."""
+        """Write a sentence for each name whose shapes have places of their own."""
         told = []
         for name, count in self.names.items():
             places = [place_of(shape) for shape in self.shapes if shape.name == name]
@@ -165,16 +165,16 @@ class Scene:
         return [n for n, shape in enumerate(self.shapes) if value in (EVERYTHING, f"{shape.kind}s", shape.color)]
 
     def stated(self) -> str:
-        """The description as a filter reads it: it also rules out the groups that are counted and have no member."""
+        """Describe it as a filter reads it, which also rules out the groups that are counted and have no member."""
         missing = [f"no {group}" for group in self.counted if not self.members(group)]
         return f"{self.description()} There are {listing(missing)}." if missing else self.description()
 
     def relation(self) -> str | None:
-        """Where the first of two shapes is from the second, one of `DIRECTIONS`."""
+        """Tell where the first of two shapes is from the second, one of `DIRECTIONS`."""
         return direction(*self.shapes) if self.spec.category == "spatial" else None
 
     def description(self) -> str:
-        """All that is in the image, in sentences."""
+        """Say all that is in the image, in sentences."""
         closing, opening = divmod(self.wording, len(OPENINGS))
         total = len(self.shapes)
         sentences = []
@@ -368,7 +368,7 @@ class ScenePair:
     difference: SceneDifference
 
     def worded(self, wording: int) -> "ScenePair":
-        """The same pair with both descriptions in this wording: they differ in nothing but the one thing."""
+        """Word both descriptions in the same way: they differ in nothing but the one thing."""
         first, second = (replace(scene, wording=wording, counted=(EVERYTHING,)) for scene in (self.first, self.second))
         return ScenePair(first, second, self.difference)
 
@@ -403,7 +403,7 @@ def _changed(scene: Scene, index: int, shape: DrawnShape, difference: SceneDiffe
 
 
 def change_color(scene: Scene, rng: random.Random) -> ScenePair:
-    """One shape in another colour."""
+    """Give one shape another colour."""
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     color = rng.choice([color for color in COLORS if color != shape.color])
@@ -412,7 +412,7 @@ def change_color(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
-    """One shape of another kind in its place."""
+    """Give one shape another kind in its place."""
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     kind = rng.choice([kind for kind in SHAPES if kind != shape.kind])
@@ -421,7 +421,7 @@ def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_place(scene: Scene, rng: random.Random) -> ScenePair:
-    """One shape that is the only one of its name in a free place."""
+    """Move one shape that is the only one of its name to a free place."""
     single = [index for index, shape in enumerate(scene.shapes) if scene.names[shape.name] == 1]
     if not single:
         return change_color(scene, rng)
@@ -433,7 +433,7 @@ def change_place(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_count(scene: Scene, rng: random.Random) -> ScenePair:
-    """One shape less."""
+    """Take one shape away."""
     index = rng.randrange(len(scene.shapes))
     name = scene.shapes[index].name
     shapes = (*scene.shapes[:index], *scene.shapes[index + 1 :])
@@ -443,7 +443,7 @@ def change_count(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_text(scene: Scene, rng: random.Random) -> ScenePair:
-    """Another word or number on the sign."""
+    """Write another word or number on the sign."""
     word = scene.spec.word
     assert word is not None, "a sign has one"
     text = written_text(rng)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.helpers.tiny import QUERY_LEN, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import PreTrainedTokenizerFast
 
 from fusion_hf import FusionConfig, FusionImageProcessor
 
@@ -17,35 +18,20 @@ BEHIND_VOCAB = (VOCAB_SIZE, VOCAB_SIZE + 1)  # image and latent placeholder wher
 SMALL_IDS = (3, 4)
 IMAGE_SIZE, PATCH_SIZE = 16, 4
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
-QUERY_LEN = 4
 TILES = 5
 
 
-def tiny_config(backbone: str = "llama", tower_layers: int = 2, **kwargs: Any) -> FusionConfig:
-    """A configuration with an LLM of two layers; `kwargs` go to `FusionConfig`."""
-    text = {
-        "vocab_size": VOCAB_SIZE,
+def suite_config(backbone: str = "llama", **changes: Any) -> FusionConfig:
+    """A configuration with two layers in the LLM and in the tower; `changes` go to `FusionConfig`."""
+    text = {"vocab_size": VOCAB_SIZE, "intermediate_size": 37, "num_hidden_layers": 2}
+    vision = {
         "hidden_size": 32,
         "intermediate_size": 37,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
     }
-    vision = SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=tower_layers,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    defaults = {"query_len": QUERY_LEN, "query_lens": [1, 4], "window_size": 2, "sampler_layers": [0]}
-    defaults |= {"sampler_num_heads": 4}
-    return FusionConfig(text_config=CONFIG_MAPPING[backbone](**text), vision_config=vision, **(defaults | kwargs))
+    return tiny_config(backbone, text, vision, **{"sampler_layers": [0]} | changes)
 
 
 def text_ids(batch_size: int, length: int) -> torch.Tensor:
@@ -60,10 +46,10 @@ def framed(batch_size: int, token_id: int, length: int) -> torch.Tensor:
     return block
 
 
-def tiny_inputs(
+def suite_inputs(
     batch_size: int, turns: int = 1, answer: int = 0, placeholders: tuple[int, int] = BEHIND_VOCAB
 ) -> dict[str, torch.Tensor]:
-    """Prompts with one picture; `answer` tokens follow each of `turns` questions."""
+    """Prompts with one image; `answer` tokens follow each of `turns` questions."""
     image_id, latent_id = placeholders
     pieces = [text_ids(batch_size, 3), framed(batch_size, image_id, IMAGE_TOKENS)]
     ends = []
@@ -85,7 +71,7 @@ def text_inputs(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte, and the special tokens of a ChatML backbone and of FUSION."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
@@ -99,7 +85,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_image_processor() -> FusionImageProcessor:
+def suite_image_processor() -> FusionImageProcessor:
     return FusionImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
@@ -126,9 +112,9 @@ class FusionModelTester:
 
     def get_config(self) -> FusionConfig:
         image_id, latent_id = self.placeholders
-        return tiny_config(self.backbone, image_token_id=image_id, latent_token_id=latent_id)
+        return suite_config(self.backbone, image_token_id=image_id, latent_token_id=latent_id)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FusionConfig, dict[str, torch.Tensor]]:
         if self.text_only:
             return self.get_config(), text_inputs(text_ids(self.batch_size, 11))
-        return self.get_config(), tiny_inputs(self.batch_size, self.turns, self.answer, self.placeholders)
+        return self.get_config(), suite_inputs(self.batch_size, self.turns, self.answer, self.placeholders)

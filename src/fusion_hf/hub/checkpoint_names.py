@@ -1,0 +1,89 @@
+"""The authors' checkpoints by their names in transformers: `from_pretrained` gets the converted folder in their place.
+
+transformers offers no place for this: `AutoTokenizer` and `AutoImageProcessor` read the files of a repository, and may
+fail, before they ask for a registered class. So the public `from_pretrained` of each class that loads a FUSION looks
+at the name first. The name of any other model goes through as it is; the Hub is not asked more than without this.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError
+
+from fusion_hf.common.errors import InputError
+from fusion_hf.hub.folders import CONFIG, REPOSITORY, HubOptions, convert_checkpoint, is_authors_type, read_config
+
+MARK = "_takes_authors_names"
+HUB_ERRORS = (OSError, HTTPError, HFValidationError, ValueError)
+
+
+def take_authors_names(*classes: type) -> None:
+    """Let `from_pretrained` of these classes take the authors' checkpoints; a second call changes nothing."""
+    for each in classes:
+        loader = each.from_pretrained.__func__  # type: ignore[attr-defined]
+        if not hasattr(loader, MARK):
+            each.from_pretrained = classmethod(_with_names(loader))  # type: ignore[attr-defined]
+
+
+def _with_names(loader: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(loader)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = find_converted(pretrained_model_name_or_path, **kwargs)
+        return loader(cls, pretrained_model_name_or_path if folder is None else str(folder), *args, **kwargs)
+
+    setattr(from_pretrained, MARK, True)
+    return from_pretrained
+
+
+def find_converted(
+    name: Any,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    **others: Any,
+) -> Path | None:
+    """The model folder of an authors' checkpoint, made if need be; None for every other name.
+
+    Args:
+        name, revision, cache_dir, token, local_files_only, subfolder: as of `from_pretrained`.
+        others: further arguments of it, which do not say where a model is.
+
+    Raises:
+        InputError: if the checkpoint cannot be converted.
+    """
+    if subfolder or not isinstance(name, (str, Path)):
+        return None
+    hub = HubOptions(cache_dir, token, local_files_only)
+    folder = Path(name)
+    if folder.is_dir():
+        return convert_checkpoint(str(name), folder, hub) if _is_authors(folder / CONFIG) else None
+    repository = str(name)
+    if not REPOSITORY.fullmatch(repository):
+        return None
+    known = try_to_load_from_cache(repository, CONFIG, cache_dir, revision)
+    if isinstance(known, str) and not _is_authors(Path(known)):
+        return None
+    try:
+        config = hf_hub_download(
+            repository,
+            CONFIG,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+    except HUB_ERRORS:  # which the loader names better
+        return None
+    return convert_checkpoint(repository, Path(config).parent, hub) if _is_authors(Path(config)) else None
+
+
+def _is_authors(config: Path) -> bool:
+    try:
+        return is_authors_type(read_config(config))
+    except InputError:  # the loader says what is wrong with it
+        return False
