@@ -92,6 +92,11 @@ class ParsedRecord:
     messages: Messages
     length: int
 
+    @property
+    def turns(self) -> int:
+        """Questions, each of which has latent tokens."""
+        return sum(message["role"] == "user" for message in self.messages)
+
 
 def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> ParsedRecord:
     """

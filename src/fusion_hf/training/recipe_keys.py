@@ -24,7 +24,7 @@ VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
-GROUP_BY = ("modality_length", "none")
+MODALITY_LENGTH, LENGTH, _ = GROUP_BY = ("modality_length", "length", "none")
 NO_BIAS = "none"
 LORA_BIASES = (NO_BIAS, "lora_only", "all")
 LEAST = {"max_skipped": 0, "eval_samples": 0, "eval_max_new_tokens": 1, "lora_rank": 0, "max_image_pixels": 1}
@@ -98,7 +98,9 @@ class OwnArguments:
     )
     max_length: int | None = _key(None, "longer conversations are cut on the right; default: the tokenizer's maximum")
     group_by: str = _key(
-        "modality_length", "`modality_length`: steps of like records, as upstream; or `none`", GROUP_BY
+        MODALITY_LENGTH,
+        "`modality_length`: steps of like records, as upstream; `length`: of about as many tokens; or `none`",
+        GROUP_BY,
     )
     lora_rank: int = _key(0, "rank of LoRA in the linear layers of `lora_parts`; 0: no LoRA")
     lora_parts: list[str] | None = field(
