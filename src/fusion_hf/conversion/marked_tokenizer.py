@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusion_hf.conversion.inputs import InputLocation
 from fusion_hf.conversion.model_files import ConversionError, first_line, read_json
@@ -127,7 +127,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         return state, {role: _content(config.get(role)) for role in SPECIAL_ROLES}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # its own configuration: a checkpoint's, of a type that transformers does not know, may not be read
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ConversionError(
