@@ -139,8 +139,8 @@ def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfi
 
 def keep_gradients(model: nn.Module) -> None:
     """
-    Keep bitsandbytes' fast kernel for 4 bits on CPUs out of a training. The first pass of an evaluation switches it on;
-    it stays on, and has no gradient (seen in 0.50.2).
+    Keep out of a training what bitsandbytes has for 4 bits on CPUs: the first pass of an evaluation switches it on,
+    and it stays on, without a gradient (seen in 0.50.2).
     """
     for module in model.modules():
         if type(module).__name__ == LINEAR_4BIT:
