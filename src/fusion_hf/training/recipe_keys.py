@@ -155,6 +155,11 @@ class OwnArguments:
             raise InputError("load_in_8bit is true, but lora_rank is 0; 8-bit weights do not train: set lora_rank.")
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit are true; allowed: one of them.")
+        if self.load_in_8bit and self.lora_dora:  # seen with PEFT 0.21 and bitsandbytes 0.50 on a CPU
+            raise InputError(
+                "lora_dora and load_in_8bit are true; allowed: DoRA with load_in_4bit, since measuring 8-bit weights "
+                "loses their scales."
+            )
         for name in ("lora_parts", "lora_dora", "lora_rslora", "lora_bias"):
             value = getattr(self, name)
             if value not in (None, False, NO_BIAS) and not self.lora_rank:
