@@ -1,9 +1,11 @@
 """The converted tokenizer gives the ids that the authors' training saw."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tests.helpers.checkpoints import upstream_config, write_checkpoint, write_json
 from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,6 +16,7 @@ from fusion_hf.conversion.model_files import ConversionError
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "parity" / "tokenization.json"
 MAX_LENGTH = 4096
+TEXTS = ["What color is the shape?", "The shape is a red circle.", "There are two dogs on the left."]
 IMAGE, LATENT = -200, -300  # upstream's placeholders
 # family -> (writer, model type, rows of the embedding, pad token, what the authors' tokenizer puts before a prompt)
 FAMILIES = {
@@ -65,6 +68,29 @@ def test_marks_and_settings(family):
     assert tokenizer.model_max_length == MAX_LENGTH
     text = "Zwei  Hunde 狗\n<tag> 🙂"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_sentencepiece_model_alone(tmp_path):
+    """As in checkpoints whose authors saved the slow tokenizer only; the reference is sentencepiece itself."""
+    trained, turns = io.BytesIO(), ["<|user|>", "<|assistant|>", "<|end|>"]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=350,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=turns,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"})
+    write_json(tmp_path / "config.json", upstream_config("phi"))
+    reference = SentencePieceProcessor(model_proto=trained.getvalue())
+    tokenizer = load_tokenizer(tmp_path, "phi3", MAX_LENGTH)
+    for text in (*TEXTS, "<|user|>\nWhat is it?<|end|>\n<|assistant|>\nZwei 狗"):
+        assert tokenizer(" " + text).input_ids == reference.encode(text)  # which begins texts with a space
 
 
 def test_files_that_transformers_converts(tmp_path):

@@ -140,8 +140,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ConversionError(
-            f"The tokenizer in {folder} cannot be read: {first_line(error)}. A tokenizer.model needs the packages "
-            "sentencepiece and protobuf; or give a folder with a tokenizer.json as --tokenizer."
+            f"The tokenizer in {folder} cannot be read: {first_line(error)}. A tokenizer.model needs "
+            "pip install 'fusion_hf[convert]'; or give a folder with a tokenizer.json as --tokenizer."
         ) from error
     return state, {role: tokenizer.special_tokens_map.get(role) for role in SPECIAL_ROLES}
 
