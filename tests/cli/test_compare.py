@@ -64,6 +64,17 @@ def test_a_model_that_has_moved(run, runs, tmp_path):
     assert result.returncode == 0
 
 
+def test_an_answer_that_is_not_made_again_is_a_finding(run, runs, tmp_path):
+    """As that of another engine, which a record names and this package cannot rebuild."""
+    record = make_run(tmp_path / "run")
+    path = tmp_path / "run/samples/now/easy_vqa.jsonl"
+    path.write_text(path.read_text().replace('"answer": "red"', '"answer": "blue"', 1))
+    result = run("compare", runs[0], record, "--stages")
+    assert "no stage differs in 1 questions; what made the recorded answers is not rebuilt" in result.stdout
+    assert "note: RUN_B: 1 of 1 recorded answers are others than here, such as 'blue' and here 'red'" in result.stdout
+    assert result.returncode == 1
+
+
 def test_samples_of_lmms_eval_in_a_process_of_their_own(run_cold):
     result = run_cold("compare", SAMPLES.format("a"), SAMPLES.format("b"))
     assert (result.returncode, result.stderr) == (0, "")

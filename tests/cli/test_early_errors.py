@@ -12,6 +12,7 @@ from tests.helpers.light_runs import light_environment, run_light
 
 from fusion_hf.conversion.inputs import DECODER_TYPES
 from fusion_hf.data import record_parsing
+from fusion_hf.hub.folders import nano_path
 from fusion_hf.model.modeling_fusion_decoder import DECODER_LAYERS
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.training import recipe_keys
@@ -19,12 +20,13 @@ from fusion_hf.training.arguments import FusionTrainingArguments
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+CODE = ROOT / "tests" / "fixtures" / "authors_stand_in"
 CONFIG = ROOT / "configs" / "models" / "fusion-3b.json"
 HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
 REPEATS = 3
 COMMANDS = (
     *("ask", "chat", "maps", "demo", "train", "plan", "merge", "push", "export", "data", "evaluate", "synthesize"),
-    *("init-recipe", "serve", "convert", "compare", "cache"),
+    *("init-recipe", "serve", "convert", "verify", "compare", "cache"),
 )
 # the command line, and what its error says; `run.yaml` and `mix.yaml` name files that are missing
 ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -118,6 +120,15 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("convert --checkpoint authors --output new", ("authors has no weights", "model.safetensors")),
     ("convert --checkpoint authors --output new --base llama", ("--base is for LoRA", "authors")),
     ("convert --checkpoint authors --output new --image-token-grid 0", ("'0'", "whole number from 1")),
+    ("verify llama --checkpoint authors --authors-code empty --authors-python PYTHON", ("empty has no fusion/",)),
+    ("verify llama --checkpoint authors --authors-code CODE --authors-python ./gone", ("--authors-python: './gone'",)),
+    ("verify ./gone --checkpoint authors --authors-code CODE --authors-python PYTHON", ("./gone is no folder",)),
+    ("verify llama --checkpoint authors --authors-code CODE --authors-python PYTHON", ("is a 'llama' model",)),
+    ("verify NANO --checkpoint authors --authors-code CODE --authors-python PYTHON", ("authors has no weights",)),
+    ("verify NANO --checkpoint llama --authors-code CODE --authors-python PYTHON", ("model_type is 'llama'",)),
+    ("verify NANO --checkpoint authors --authors-code CODE", ("--authors-python", "--help")),
+    ("verify NANO --checkpoint authors --tolerance 2", ("'2'", "below 1")),
+    ("verify NANO --checkpoint authors --timeout 0", ("'0'", "whole number from 1")),
     ("build --text llama --vision empty --output new", ("llama has no weights",)),
     ("build --text empty --vision empty --output new", ("empty/config.json does not exist",)),
     ("build --text authors --vision empty --output new", ("'fusion_phi' model", "phi3")),
@@ -150,7 +161,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_errors(folder: Path):
     """In one process: each alone would take longer to start than to fail."""
     before = sorted(folder.iterdir())
-    places = {"PICTURE": str(PICTURE), "CONFIG": str(CONFIG)}
+    places = {"PICTURE": str(PICTURE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
+    places["NANO"] = nano_path()
     commands = [[places.get(word, word) for word in line.split()] for line, _ in ERRORS]
     for (line, parts), result in zip(ERRORS, run_light(folder, commands), strict=True):
         assert result.status == 2 and result.out == "", (line, result)

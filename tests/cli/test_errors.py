@@ -147,6 +147,11 @@ class TestModel:
         (folder / "model.safetensors").unlink()
         check_one_line(run("ask", picture, QUESTION, "--model", folder), "cannot be loaded", "model.safetensors")
 
+    def test_missing_tokenizer(self, run_here, picture, nano, tmp_path):
+        folder = self.copy(nano, tmp_path)
+        (folder / "tokenizer.json").unlink()
+        check_one_line(run_here("ask", picture, QUESTION, "--model", folder), "no tokenizer.json", "--tokenizer")
+
     def test_truncated_weights(self, run_here, picture, nano, tmp_path):
         folder = self.copy(nano, tmp_path)
         weights = folder / "model.safetensors"

@@ -15,6 +15,7 @@ from tests.helpers.hub_server import COMMIT, REFUSED, HubServer
 from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub import publishing
+from fusion_hf.hub.parity import HEADING, PARITY, card_with_parity, digest_file
 from fusion_hf.hub.publishing import check_files
 
 REPOSITORY = "somebody/fusion"
@@ -252,6 +253,59 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "invalid metadata",
     ),
 }
+
+
+CERTIFICATE = {
+    "equal": True,
+    "dtype": "float32",
+    "query_len": 36,
+    "num_tokens": 16,
+    "authors": {"model_class": "FusionPhiForCausalLM", "commit": "0" * 40, "versions": {"transformers": "4.48.1"}},
+    "questions": [{}, {}, {}, {}],
+    "stages": [{"name": "tower, tiles", "parts": 27, "relative": 2.9e-7, "tolerance": 1e-5}],
+}
+
+
+def certify(folder: Path, **changes: object) -> None:
+    digests = {"model.safetensors": digest_file(folder / "model.safetensors")}
+    content = CERTIFICATE | {"weights": {"compared": 1234, "folder": digests}} | changes
+    (folder / PARITY).write_text(json.dumps(content))
+
+
+def test_the_certificate_is_in_the_card(hub: HubServer, folder: Path, push: Push):
+    """The folder's own card stays as it is; one that shows the figures already gets them no second time."""
+    certify(folder)
+    card = (folder / "README.md").read_text()
+    assert push(folder).returncode == 0
+    sent = hub.state.repositories[REPOSITORY]
+    assert json.loads(sent[PARITY]) == json.loads((folder / PARITY).read_text())
+    text = sent["README.md"].decode()
+    assert text.startswith(card.rstrip()) and (folder / "README.md").read_text() == card
+    assert text.count(HEADING) == 1 and "FusionPhiForCausalLM, commit `000000000000`" in text
+    assert "| weights | 1,234 tensors | equal to the bit | |" in text
+    assert "| tower, tiles | 27 | 2.9e-07 | 1e-05 |" in text
+    (folder / "README.md").write_text(text)
+    assert card_with_parity(folder, text) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"equal": False}, "parity.json says that the folder differs"),
+        ({"stages": [{"name": "pixels"}]}, "parity.json is no certificate"),
+        ({"weights": {"compared": 1, "folder": {"model.safetensors": "0" * 64}}}, "parity.json is of other weights"),
+        (
+            {"weights": {"compared": 1, "folder": {"../model.safetensors": "0" * 64}}},
+            "parity.json is of other weights",
+        ),
+    ],
+)
+def test_a_certificate_that_is_not_of_the_folder(folder: Path, changes: dict[str, object], message: str):
+    certify(folder)
+    check_files(folder)
+    certify(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        check_files(folder)
 
 
 @pytest.mark.parametrize("name", BROKEN)

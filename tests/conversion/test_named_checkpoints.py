@@ -195,8 +195,10 @@ def test_commands_offline(tmp_path, run):
     second = write_named_checkpoint(tmp_path / "second" / "FUSION-tiny", suffix=".bin", seed=1)
     write_cache(tmp_path / "home", {"main": first, "v1": second})
     (tmp_path / "questions.jsonl").write_text(json.dumps({"question": QUESTION, "image": str(IMAGE)}) + "\n")
+    (tmp_path / "run.yaml").write_text(f"model: {first}\ndata: records.json\noutput_dir: out\n")
     few = ["--max-new-tokens", 3]
-    of_name, of_folder, tagged, other_folder, of_file, listed = run(
+    planned, of_name, of_folder, tagged, other_folder, of_file, listed = run(
+        ["plan", "run.yaml", "--records", 10, "--gpus", 1, "--gpu-memory", 80],
         ["ask", IMAGE, QUESTION, "--model", NAME, *few],
         ["ask", IMAGE, QUESTION, "--model", first, *few],
         ["ask", IMAGE, QUESTION, "--model", f"{NAME}@v1", *few],
@@ -204,6 +206,7 @@ def test_commands_offline(tmp_path, run):
         ["ask", "--input", "questions.jsonl", "--output", "answers.jsonl", "--model", f"{NAME}@{COMMITS['v1']}", *few],
         ["cache"],
     )
+    assert planned[0] == 0 and "It fits." in planned[1]
     assert of_name[0] == 0 and of_name[1:] == of_folder[1:] and of_name[2] == "", (of_name, of_folder)
     assert tagged[0] == 0 and tagged[1:] == other_folder[1:] and tagged[1] != of_name[1], (tagged, other_folder)
     assert of_file[0] == 0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import write_checkpoint, write_json
+from tests.helpers.checkpoints import upstream_config, write_checkpoint, write_json
 from tests.helpers.tokenizers import write_llama3_tokenizer, write_phi3_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -65,6 +65,21 @@ def test_marks_and_settings(family):
     assert tokenizer.model_max_length == MAX_LENGTH
     text = "Zwei  Hunde 狗\n<tag> 🙂"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_files_that_transformers_converts(tmp_path):
+    """A tokenizer without a `tokenizer.json`, beside a configuration that transformers cannot read: long RoPE."""
+    write_json(tmp_path / "config.json", upstream_config("phi"))
+    vocabulary = {letter: index for index, letter in enumerate("abc")} | {"ab": 3}
+    write_json(tmp_path / "vocab.json", vocabulary)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    added = {str(number): {"content": text, "special": True} for number, text in ((4, "<|end|>"), (5, "<unk>"))}
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added, "unk_token": "<unk>"},
+    )
+    tokenizer = load_tokenizer(tmp_path, "phi3", MAX_LENGTH)
+    assert tokenizer("abc<|end|>").input_ids == [3, 2, 4]
 
 
 def test_converting_twice_changes_nothing(family, tmp_path):

@@ -75,6 +75,24 @@ def test_changed_answers_of_the_same_score_are_counted():
     assert task.metrics[0].test.difference == 0
 
 
+def test_questions_with_metrics_of_their_own_are_told_by_these():
+    """As MME's, of which one half has the score of perception, the other that of cognition."""
+    runs = [samples(), samples([0, 1, 1, 0, 0, 1, 1, 1])]
+    for run in runs:
+        for sample in run[4:]:
+            vars(sample)["scores"] = {"cognition": sample.scores[METRIC]}
+    task = compare(*(make(run, "mine") for run in runs))
+    assert [(metric.metric, metric.test.questions) for metric in task.metrics] == [(METRIC, 4), ("cognition", 4)]
+    assert task.directions == {"worse": 1, "better": 1}
+
+
+def test_too_few_questions_can_show_nothing():
+    runs = make(samples()[:3]), make(samples([0, 1, 1]))
+    assert "so few questions can never show a difference: it takes 6 changed scores" in write_text(
+        *runs, compare_runs(*runs)
+    )
+
+
 def test_the_intersection_is_stated():
     task = compare(make(samples()[:6], exact_match=0.9), make(samples()[2:], exact_match=0.8))
     assert (len(task.pairs), task.alone) == (4, (2, 2))
@@ -159,7 +177,7 @@ def test_other_scoring_than_exact_match_is_not_guessed():
     own = samples(metric="anls")
     vars(own[0])["scores"] = {"anls": 0.5}
     task = compare(make(own), authors(TARGETS))
-    assert task.metrics == [] and task.main_metric is None
+    assert task.metrics == []
     assert any("RUN_B has no scores of single questions" in note for note in task.notes)
     assert task.directions == {"not scored": 3}
 
@@ -192,7 +210,7 @@ def test_text_and_json_say_the_same():
     assert f"95% interval {metric['interval']['low']:+.4f} to {metric['interval']['high']:+.4f}" in text
     assert "answers: 3 changed (1 worse, 2 better)" in text
     assert f"a difference of {metric['detectable']:.4f} would be shown with a power of 80%" in text
-    assert "fewer than 6 changed scores (0.7500 of the questions) can never be significant" in text
+    assert "fewer than 6 changed scores (0.7500 of all) can never be significant" in text
     assert [change["direction"] for change in content["tasks"][0]["changes"]] == ["worse", "better", "better"]
 
 

@@ -46,7 +46,7 @@ def test_a_server_is_as_a_model_in_the_process(local: Path, server: Server, tmp_
     assert by_question(tmp_path) == by_question(local)
     assert len(by_question(local)) > LIMIT // 2
     assert record["parallel"] == 3
-    assert record["model"] == {**here["model"], "url": f"{server.url}/v1"}
+    assert record["model"] == {**here["model"], "url": f"{server.url}/v1", "settings": None}
     (table,) = tmp_path.glob("record-*.md")
     assert f"at {server.url}/v1" in table.read_text(encoding="utf-8")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

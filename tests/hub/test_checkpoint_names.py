@@ -101,7 +101,11 @@ def test_a_repository_of_the_authors(cache, loader, converted):
 
 
 @pytest.mark.parametrize(
-    "name", ["some/other", "some/gone", "authors/it/more", "..", nano_path(), Path("gone"), None, {"a": 1}, "a\0b"]
+    "name",
+    [
+        *("some/other", "some/gone", "authors/it/more", "..", "README.md", "a" * 300, "a\0b"),
+        *(nano_path(), Path("gone"), None, {"a": 1}),
+    ],
 )
 def test_other_names(cache, loader, converted, name, monkeypatch):
     """Go through as they are, and a model whose configuration is in the cache costs no request."""
@@ -115,6 +119,21 @@ def test_other_names(cache, loader, converted, name, monkeypatch):
 
 def fail() -> Path:
     raise OSError("not found")
+
+
+def test_find_folder_takes_a_revision(cache, converted, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, revision, commit in (
+        ("authors/it", None, COMMIT),
+        ("authors/it", "v1", TAGGED),
+        ("authors/it@v1", None, TAGGED),
+        ("authors/it@v1", "main", TAGGED),
+    ):
+        assert find_folder(name, revision) == Path("converted")
+        assert converted.pop()[:2] == ("authors/it", cache / "models--authors--it" / "snapshots" / commit)
+    with pytest.raises(InputError, match="authors/it@v2"):
+        find_folder("authors/it", "v2")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"model_type": 7}', '{"model_type": "fusion"}', "{}"])

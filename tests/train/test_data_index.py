@@ -197,3 +197,25 @@ def test_names_of_indexes_stay():
     """An index that an earlier version made is found under the same name."""
     kinds = {source.kind for source in (JsonLines, JsonArray, Table, TarRecords)}
     assert kinds == {"JsonLines", "JsonArray", "Table", "TarShard"}
+
+
+def test_turns_are_counted_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An index of an earlier version, which has none, stays until then."""
+    file, cache = write_format(tmp_path, "json"), tmp_path / "cache"
+    with monkeypatch.context() as earlier:
+        schema, batch = index_module._schema, index_module._batch
+
+        def without_turns(rows: list[tuple], _: object) -> object:
+            whole = batch(rows, schema(source))
+            return whole.drop_columns(["turns"])
+
+        source = JsonArray(file, tmp_path)
+        earlier.setattr(index_module, "_batch", without_turns)
+        load_records(file, cache=cache)
+    (made,) = indexes(cache)
+    before = made.stat().st_mtime_ns
+    records = load_records(file, cache=cache)
+    assert made.stat().st_mtime_ns == before
+    assert records.turns.tolist() == [2] * NUM_RECORDS and records.turns.dtype == "int32"
+    assert indexes(cache) == [made] and made.stat().st_mtime_ns != before
+    assert load_records(file, cache=cache).turns.tolist() == [2] * NUM_RECORDS

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import struct
 import tarfile
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from tests.helpers.serving import ImageHost
 from tests.helpers.training_data import add_member, color, make_picture, png, write_json, write_jsonl
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.image_fetching import SECONDS
+from fusion_hf.common.image_fetching import MAX_REDIRECTS, SECONDS
 from fusion_hf.data import index as index_module
 from fusion_hf.data import load_records
+from fusion_hf.data.check import SAMPLE
 from fusion_hf.data.image_files import MAX_FETCHED_BYTES
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.tar_shards import CAPTION_QUESTION, MAX_HEADER_BYTES
@@ -456,3 +458,24 @@ def test_a_whole_index_of_an_earlier_version_is_kept(tmp_path: Path, monkeypatch
     before = made.stat().st_mtime_ns
     check(load_records(file, cache=cache)[0])
     assert made.stat().st_mtime_ns == before
+
+
+# the document
+
+
+def test_the_documented_layouts_are_read(tmp_path: Path):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```jsonl\n(.*?)```", text, re.DOTALL)
+    (picture(tmp_path / "images") / "1.png").rename(tmp_path / "images" / "1.jpg")
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    records = load_records(tmp_path / "a.jsonl", cache=tmp_path / "cache")
+    assert len(records) == 7
+    for number in range(len(records)):
+        check(records[number], MESSAGES[:2])
+
+
+def test_the_documented_limits():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    limits = f"at most {MAX_REDIRECTS} redirects, {MAX_FETCHED_BYTES // 2**20} MiB and {SECONDS:g} seconds"
+    assert limits in " ".join(text.split())
+    assert f"decodes {SAMPLE} of each file" in text and f'it answers "{CAPTION_QUESTION}"' in text

@@ -134,6 +134,7 @@ def test_injected_layers_are_the_targets(model_folder: Path, tmp_path: Path) -> 
         ({"lora_bias": "some"}, "lora_bias is 'some'; allowed: none, lora_only, all"),
         ({"lora_rank": 0, "load_in_8bit": True}, "load_in_8bit is true, but lora_rank is 0"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "allowed: one of them"),
+        ({"lora_dora": True, "load_in_8bit": True}, "allowed: DoRA with load_in_4bit"),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, keys: dict[str, Any], error: str) -> None:

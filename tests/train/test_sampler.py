@@ -5,7 +5,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from fusion_hf.training.sampler import StepLayout, StepSampler, query_len_of_step
+from fusion_hf.training.sampler import StepLayout, StepSampler, estimate_tokens, query_len_of_step
 
 QUERY_LENS = [4, 16, 36]
 
@@ -101,3 +101,38 @@ def test_every_query_len_is_drawn_about_as_often():
     drawn = [query_len_of_step(step, QUERY_LENS, 0) for step in range(3000)]
     assert all(abs(drawn.count(length) / 3000 - 1 / 3) < 0.04 for length in QUERY_LENS)
     assert drawn != [query_len_of_step(step, QUERY_LENS, 1) for step in range(3000)]
+
+
+def sized(layout: StepLayout, seed: int = 0) -> StepSampler:
+    words = lengths(4000, 1000)
+    turns = np.random.default_rng(1).integers(1, 12, len(words))
+    return StepSampler(len(words), layout, QUERY_LENS, seed, words, sizes=estimate_tokens(words, turns, QUERY_LENS))
+
+
+@pytest.mark.parametrize("layout", [StepLayout(4), StepLayout(2, 2, 2), StepLayout(3, 4)])
+def test_by_size_every_record_comes_once(layout: StepLayout):
+    sampler = sized(layout)
+    indices = [key.index for key in sampler]
+    assert sorted(indices[: sampler.num_records]) == list(range(5000)) and len(indices) == len(sampler)
+    assert indices == [key.index for key in sized(layout)]
+    assert indices != [key.index for key in sized(layout, seed=1)]
+    sampler.set_epoch(1)
+    assert indices != [key.index for key in sampler]
+
+
+def test_by_size_all_of_a_step_is_about_as_large():
+    """In each micro-batch and in each process, and of one modality."""
+    layout = StepLayout(4, 2, 2)
+    sampler = sized(layout)
+    steps = [[key.index for key in step] for step in steps_of(sampler)][:-3]
+    assert all(len({bool(sampler.lengths[index] > 0) for index in step}) == 1 for step in steps)
+    spreads = [np.ptp(sampler.sizes[step]) for step in steps]
+    assert np.median(spreads) < 0.05 * np.ptp(sampler.sizes)
+    means = [sampler.sizes[step].mean() for step in steps]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+
+
+def test_estimated_tokens():
+    """1.35 a word, 6 a turn, and of records with an image the mean of the latents and their two marks."""
+    found = estimate_tokens(np.array([100, -100]), np.array([2, 3]), [4, 36])
+    np.testing.assert_allclose(found, [135 + 2 * (6 + 20 + 2), 135 + 3 * 6])

@@ -23,6 +23,7 @@ from fusion_hf.cli import (
     serve,
     synthesize,
     train,
+    verify,
 )
 from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.parser import Parser
@@ -46,6 +47,7 @@ COMMANDS: Mapping[str, Any] = {
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
+    "verify": verify,
     "cache": cache,
 }
 

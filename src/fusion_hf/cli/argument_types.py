@@ -39,6 +39,17 @@ def square(text: str) -> int:
     return number
 
 
+def tolerance(text: str) -> float:
+    """Read a number from 0 to below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise wrong_argument(text, "a number from 0 to below 1")
+    return number
+
+
 def device(text: str) -> str:
     """Read the name of a device of torch; whether this machine has it, torch knows."""
     if not DEVICE.fullmatch(text):

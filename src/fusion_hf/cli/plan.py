@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_hf.cli.argument_types import positive, wrong_argument
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
-from fusion_hf.hub.folders import MODEL_TYPE, read_config
+from fusion_hf.hub.folders import MODEL_TYPE, is_authors_type, read_config
 
 if TYPE_CHECKING:
     from fusion_hf.training.planning import GpuMemory, TrainingPlan
@@ -64,10 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     if values.get("global_batch_size") is not None:
         split_batch(values, arguments.gpus)
     records = arguments.records if arguments.records is not None else count_records(values["data"])
+    from fusion_hf.conversion.upstream_config import read_checkpoint_config
     from fusion_hf.inference.loading import load_config
     from fusion_hf.training.planning import Machine, Planner
 
-    config = load_config(file)
+    config = read_checkpoint_config(file) if is_authors_type(read_config(file)) else load_config(file)
     machine = Machine(arguments.gpus, int(arguments.gpu_memory * GIB), arguments.sharding)
     plan = Planner(config, values).plan(machine, records, arguments.tokens_per_record)
     text = json.dumps(as_json(plan, arguments.tflops), indent=2) if arguments.json else table(plan, arguments.tflops)
@@ -95,8 +96,9 @@ def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise InputError(f"model {values['model']!r} is not on disk, so its size is not known; give --config FILE.")
-    model_type = read_config(file).get("model_type")
-    if model_type != MODEL_TYPE:
+    content = read_config(file)
+    model_type = content.get("model_type")
+    if model_type != MODEL_TYPE and not is_authors_type(content):
         shown = short_name(repr(model_type))
         raise InputError(f"{file} is of a {shown} model; allowed: {MODEL_TYPE!r}.")
     return file

@@ -7,6 +7,8 @@ behind every special token, so that form is rewritten here.
 
 import json
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fusion_hf.conversion.inputs import InputLocation
 from fusion_hf.conversion.model_files import ConversionError, first_line, read_json
+from fusion_hf.hub.folders import CONFIG
 from fusion_hf.model.chat_fusion import CHAT_FORMATS, VISION_MARKS
 
 logger = logging.getLogger(__name__)
 
 MARKS = VISION_MARKS  # in the order of their ids
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
 NUM_PLACEHOLDERS = 2  # <image> and <latent_image> have an id but no row in the embedding
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 WHITE_SPACE = "\u2581"
@@ -127,7 +131,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         return state, {role: _content(config.get(role)) for role in SPECIAL_ROLES}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # without the checkpoint's configuration, whose type transformers does not know, and we take for a FUSION's
+        with tempfile.TemporaryDirectory() as alone:
+            for file in folder.iterdir():
+                if file.suffix in TOKENIZER_SUFFIXES and file.name != CONFIG:
+                    shutil.copyfile(file, Path(alone) / file.name)
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ConversionError(

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
 
-from fusion_hf.conversion.inputs import FUSION_FIELDS, TEXT_MODEL_TYPES, check_upstream
+from fusion_hf.conversion.inputs import FUSION_FIELDS, TEXT_MODEL_TYPES, TOWER_FIELD, check_upstream, find_named_tower
 from fusion_hf.conversion.model_files import ConversionError, first_line, parse_query_lens, read_json
 from fusion_hf.model.configuration_fusion import FusionConfig
 
@@ -58,6 +58,18 @@ def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_to
         sampler_layers=sampler_layers(number, start, stride, text.num_hidden_layers),
         image_token_grid=image_token_grid,
     )
+
+
+def read_checkpoint_config(file: Path) -> FusionConfig:
+    """The configuration that a checkpoint with this `config.json` gets, without looking at its weights.
+
+    Raises:
+        ConversionError: see `convert_config`.
+    """
+    upstream = read_json(file)
+    vision = find_named_tower(upstream)
+    tower = read_tower_config(vision.path) if vision else named_tower(upstream.get(TOWER_FIELD))
+    return convert_config(upstream, tower, None)
 
 
 def convert_text_config(values: dict[str, Any], model_type: str) -> PreTrainedConfig:

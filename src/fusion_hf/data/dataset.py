@@ -203,6 +203,12 @@ class RecordDataset(Dataset):
         return np.concatenate([part.index.lengths(part.rows) for part in self.parts])
 
     @property
+    def turns(self) -> np.ndarray:
+        """Questions of every record, int32."""
+        indexes = [open_index(part.source, part.index.file.parent, needs_turns=True) for part in self.parts]
+        return np.concatenate([index.turns(part.rows) for index, part in zip(indexes, self.parts, strict=True)])
+
+    @property
     def num_skipped(self) -> int:
         """Different records skipped so far, by any process."""
         return len(self.reader.broken)

@@ -23,13 +23,15 @@ from fusion_hf.data.sources import RecordSource
 
 READING, READING_VERSION = b"reading", b"2"  # in an index: which layouts were known when it was made
 FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
+TURNS = "turns"
 ROWS_PER_BATCH = 65_536
 SUFFIX = ".arrow"
 
 
 class Index:
     """
-    Rows of a source: `place` (numbers for the source's `read`), `length` (0 if broken), and a problem or None.
+    Rows of a source: `place` (numbers for the source's `read`), `length` and `turns` (0 if broken), and a problem or
+    None. Earlier versions wrote no `turns`.
 
     Args:
         file: an Arrow file that `open_index` wrote.
@@ -57,14 +59,19 @@ class Index:
         lengths = self.table.column("length").to_numpy()
         return lengths[rows.start : rows.stop] if isinstance(rows, range) else lengths[rows]
 
+    def turns(self, rows: "range | np.ndarray") -> np.ndarray:
+        """Questions of some records, int32."""
+        turns = self.table.column(TURNS).to_numpy()
+        return turns[rows.start : rows.stop] if isinstance(rows, range) else turns[rows]
+
     @property
     def num_broken(self) -> int:
         return len(self) - self.table.column("problem").null_count
 
-    @property
-    def is_outdated(self) -> bool:
-        """Whether an earlier version made it, which did not read all layouts, and something is broken in it."""
-        return self.num_broken > 0 and (self.table.schema.metadata or {}).get(READING) != READING_VERSION
+    def is_outdated(self, needs_turns: bool) -> bool:
+        """Whether an earlier version made it, and called broken what is read now, or did not count turns."""
+        is_former = (self.table.schema.metadata or {}).get(READING) != READING_VERSION
+        return (is_former and self.num_broken > 0) or (needs_turns and TURNS not in self.table.column_names)
 
     def broken(self) -> np.ndarray:
         """List the records that are broken, in increasing order."""
@@ -86,21 +93,24 @@ def default_cache() -> Path:
     return Path(folder).expanduser() / "fusion_hf" / "data"
 
 
-def open_index(source: RecordSource, cache: Path) -> Index:
+def open_index(source: RecordSource, cache: Path, needs_turns: bool = False) -> Index:
     """
     Open the index of a source: what lies in `cache`, else a new one.
+
+    Args:
+        needs_turns: of an earlier version that has none, a new one is made, too.
 
     Raises:
         InputError: if the source cannot be read or has no records, or nothing can be written to `cache`.
     """
     file = cache / f"{source.fingerprint(FORMAT_VERSION)}{SUFFIX}"
-    if (index := _existing(file)) is not None and not index.is_outdated:
+    if (index := _existing(file)) is not None and not index.is_outdated(needs_turns):
         return index
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
             index = _existing(file)  # which another process may have written while this one waited
-            if index is not None and not index.is_outdated:
+            if index is not None and not index.is_outdated(needs_turns):
                 return index
             _write(source, file)
     except OSError as error:
@@ -130,7 +140,9 @@ def _write(source: RecordSource, file: Path) -> None:
 def _schema(source: RecordSource) -> pa.Schema:
     places = [(f"place_{name}", pa.int64()) for name in source.place_names]
     problems = [(name, pa.string()) for name in ("problem", "detail", "id")]
-    return pa.schema([*places, ("length", pa.int32()), *problems], metadata={READING: READING_VERSION})
+    return pa.schema(
+        [*places, ("length", pa.int32()), (TURNS, pa.int32()), *problems], metadata={READING: READING_VERSION}
+    )
 
 
 def _batches(source: RecordSource) -> Iterator[pa.RecordBatch]:
@@ -143,9 +155,9 @@ def _batches(source: RecordSource) -> Iterator[pa.RecordBatch]:
         for index, item in enumerate(source.scan()):
             try:
                 record = parse_record(item.raw, index, source.image_key)
-                rows.append((*item.place, record.length, None, None, None))
+                rows.append((*item.place, record.length, record.turns, None, None, None))
             except RecordProblem as problem:
-                rows.append((*item.place, 0, problem.kind, problem.detail, problem.identity))
+                rows.append((*item.place, 0, 0, problem.kind, problem.detail, problem.identity))
             if len(rows) == ROWS_PER_BATCH:
                 yield _batch(rows, schema)
                 rows.clear()

@@ -103,4 +103,4 @@ def _first(names: tuple[str, ...], keys: list[str]) -> str | None:
 
 
 def _listed(fields: Mapping[str, Any]) -> str:
-    return short_name(", ".join(fields)) if fields else "no field"
+    return short_name(", ".join(map(str, fields))) if fields else "no field"

@@ -92,6 +92,11 @@ class ParsedRecord:
     messages: Messages
     length: int
 
+    @property
+    def turns(self) -> int:
+        """Questions, each of which has latent tokens."""
+        return sum(message["role"] == "user" for message in self.messages)
+
 
 def parse_record(raw: Raw, index: int, image_key: str = IMAGE_KEY) -> ParsedRecord:
     """
@@ -253,7 +258,8 @@ def _list_of_objects(value: Any, name: str) -> Sequence[dict[str, Any]]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise RecordProblem("shape", f"{name} is {_type_name(value)}; allowed: a list of objects")
     if name in TURN_KEYS and value and (known := name_of_list(value[0], name)) not in (None, name):
-        raise RecordProblem("shape", f"{name} holds objects with {', '.join(value[0])}; rename {name!r} to {known!r}")
+        found = short_name(", ".join(map(str, value[0])))
+        raise RecordProblem("shape", f"{name} holds objects with {found}; rename {name!r} to {known!r}")
     return value
 
 
@@ -291,7 +297,10 @@ def check_images(turns: list[tuple[str, str]], images: list[ImageReference]) -> 
         RecordProblem: if there are several images, or a mark without one.
     """
     if len(images) > 1:
-        raise RecordProblem("several images", f"it has {len(images)} images; allowed: one or none")
+        raise RecordProblem(
+            "several images",
+            f"it has {len(images)} images; allowed: one or none, since a conversation is about one image",
+        )
     if not images and any(IMAGE_TOKEN in text for _, text in turns):
         raise RecordProblem("mark without image", f"it has an {IMAGE_TOKEN} mark, but no image")
 

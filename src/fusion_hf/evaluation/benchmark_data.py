@@ -1,8 +1,10 @@
 """Tasks of lmms-eval, pointed at their data, and what is wrong with data that lie in local folders."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,21 @@ def prepare_tasks(names: Sequence[str], prompts: str, data_root: Path | None, fo
     if prompts not in (AUTHORS, LMMS_EVAL):
         raise InputError(f"prompts is {prompts!r}; allowed: {AUTHORS}, {LMMS_EVAL}.")
     return [_prepare(find_benchmark(name), prompts, data_root, folder) for name in names]
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Silence lmms-eval and its tasks: what they print is neither an error nor a figure of a command."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def load_task(prepared: PreparedTask) -> Any:
+    """Load a task as lmms-eval knows it."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
+    return get_task_dict([prepared.task_name], manager, "chat")[prepared.task_name]
 
 
 def _prepare(benchmark: Benchmark, prompts: str, data_root: Path | None, folder: Path) -> PreparedTask:

@@ -5,9 +5,12 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from fusion_hf.common.endpoints import data_uri
 from fusion_hf.evaluation.run_answers import RunAnswers
 from fusion_hf.evaluation.run_comparison import BETTER, SAME, SIDES, UNKNOWN, WORSE, Pair, TaskComparison
+from fusion_hf.evaluation.task_images import TaskImages
 from fusion_hf.model.image_opening_fusion import ImageError, open_image
 
 MOST = 100  # examples of a direction of a task: a page stays below 10 MB
@@ -30,6 +33,7 @@ def write_page(first: RunAnswers, second: RunAnswers, tasks: Sequence[TaskCompar
         first, second: The runs.
         tasks: What `compare_runs` made of them.
     """
+    data = [TaskImages(run.record) for run in (first, second)]
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Changed answers</title>',
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
@@ -40,21 +44,21 @@ def write_page(first: RunAnswers, second: RunAnswers, tasks: Sequence[TaskCompar
     for task in tasks:
         parts.append(f"<h2>{_text(task.task)}: {len(task.changed)} of {len(task.pairs)} answers changed</h2>")
         parts += [f"<p>{_text(note)}</p>" for note in task.notes]
-        parts += _examples(task)
+        parts += _examples(task, data)
     return "\n".join([*parts, "</html>"]) + "\n"
 
 
-def _examples(task: TaskComparison) -> Iterator[str]:
+def _examples(task: TaskComparison, data: Sequence[TaskImages]) -> Iterator[str]:
     for direction in DIRECTIONS:
-        pairs = [pair for pair in task.changed if pair.direction(task.main_metric) == direction]
+        pairs = [pair for pair in task.changed if task.direction(pair) == direction]
         if not pairs:
             continue
         shown = f", the first {MOST}" if len(pairs) > MOST else ""
         yield f"<h3>{_text(direction)} in {SIDES[1]}: {len(pairs)}{shown}</h3>"
-        yield from (_example(pair) for pair in pairs[:MOST])
+        yield from (_example(pair, _image(task.task, pair, data)) for pair in pairs[:MOST])
 
 
-def _example(pair: Pair) -> str:
+def _example(pair: Pair, image: str) -> str:
     target = pair.first.target if pair.first.target is not None else pair.second.target
     rows = {
         "question": pair.question,
@@ -68,7 +72,7 @@ def _example(pair: Pair) -> str:
         if value is not None
     )
     return (
-        f"<article><figure>{_image(pair)}<figcaption>question {pair.first.doc_id}</figcaption></figure>"
+        f"<article><figure>{image}<figcaption>question {pair.first.doc_id}</figcaption></figure>"
         f"<table>{cells}</table></article>"
     )
 
@@ -77,14 +81,20 @@ def _scores(scores: dict[str, float]) -> str:
     return f"\n[{', '.join(f'{name} {value:g}' for name, value in scores.items())}]" if scores else ""
 
 
-def _image(pair: Pair) -> str:
+def _image(task: str, pair: Pair, data: Sequence[TaskImages]) -> str:
+    """An image from its file or, where no run names one, from the task's data."""
     path = pair.first.image or pair.second.image
     if path is None:
-        return "<p>No run names the file of this image.</p>"
+        found = (images.find(task, pair.first.doc_id) for images in data)
+        image = next((each for each in found if each is not None), None)
+        return "<p>No run names the file of this image.</p>" if image is None else _shown(image.convert("RGB"))
     try:
-        image = open_image(Path(path))
+        return _shown(open_image(Path(path)))
     except ImageError as error:
         return f"<p>{_text(path)} cannot be shown: {_text(str(error))}</p>"
+
+
+def _shown(image: Image.Image) -> str:
     image.thumbnail((SIDE, SIDE))
     stream = io.BytesIO()
     image.save(stream, "JPEG")

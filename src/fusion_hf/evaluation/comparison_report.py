@@ -54,18 +54,18 @@ def _describe_task(task: TaskComparison) -> dict[str, Any]:
         ],
         "changed": len(task.changed),
         "directions": task.directions,
-        "changes": [_describe_change(pair, task.main_metric) for pair in task.changed],
+        "changes": [_describe_change(pair, task.direction(pair)) for pair in task.changed],
     }
 
 
-def _describe_change(pair: Pair, metric: str | None) -> dict[str, Any]:
+def _describe_change(pair: Pair, direction: str) -> dict[str, Any]:
     return {
         "doc_id": pair.first.doc_id,
         "question": pair.question,
         "target": pair.first.target if pair.first.target is not None else pair.second.target,
         "answers": [pair.first.answer, pair.second.answer],
         "scores": [pair.first.scores, pair.second.scores],
-        "direction": pair.direction(metric),
+        "direction": direction,
     }
 
 
@@ -122,10 +122,11 @@ def _power_lines(test: PairedTest) -> Iterator[str]:
         yield f"    a difference of {test.detectable:.4f} would be shown with a power of {POWER:.0%}"
     else:
         yield "    no score tells how much the questions vary, so the difference that they can show is unknown"
-    yield (
-        f"    fewer than {test.least_changed} changed scores ({test.least_changed / test.questions:.4f} of the "
-        "questions) can never be significant"
-    )
+    if test.least_changed > test.questions:
+        yield f"    so few questions can never show a difference: it takes {test.least_changed} changed scores"
+        return
+    share = test.least_changed / test.questions
+    yield f"    fewer than {test.least_changed} changed scores ({share:.4f} of all) can never be significant"
 
 
 def describe_stages(report: "StageReport") -> dict[str, Any]:
@@ -135,6 +136,7 @@ def describe_stages(report: "StageReport") -> dict[str, Any]:
         "task": report.task,
         "first": None if first is None else first.stage,
         "differing": report.differing,
+        "is_reproduced": report.is_reproduced,
         "settings": [
             {"name": each.name, "values": [each.first, each.second], "stages": list(each.stages)}
             for each in report.settings
@@ -158,7 +160,8 @@ def write_stages(report: "StageReport") -> str:
     """Write for a terminal where two runs begin to differ; see `describe_stages`."""
     first = report.first
     if first is None:
-        lines = [f"{report.task}: no stage differs in {len(report.questions)} questions"]
+        rest = "" if report.is_reproduced else "; what made the recorded answers is not rebuilt, see the notes"
+        lines = [f"{report.task}: no stage differs in {len(report.questions)} questions{rest}"]
     else:
         lines = [f"{report.task}: the first stage that differs is {first.stage}: {first.detail}"]
     for stage in report.differing:

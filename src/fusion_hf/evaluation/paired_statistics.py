@@ -39,7 +39,8 @@ class PairedTest:
         bootstrap: Of the difference, by drawing clusters with a fixed seed; None as above.
         p_value: That there is no difference, by the standard error and Student's distribution: it takes clusters into
             account.
-        method, method_p_value: McNemar's test where all scores are 0 or 1, Wilcoxon's otherwise: of single questions.
+        method, method_p_value: McNemar's test where scores have two values at most, Wilcoxon's otherwise: of single
+            questions.
         won, lost: Questions that score more, or less, in the second run.
         detectable: The difference that so many questions, if they vary as these do, show with a power of `POWER`.
         least_changed: If all changes went in one direction: how many questions had to change for the test to show it.
@@ -85,7 +86,7 @@ def compare_scores(
     numbers = {key: number for number, key in enumerate(dict.fromkeys(clusters))}
     groups = np.array([numbers[key] for key in clusters])  # (n), cluster of each question
     mean, error = differences.mean().item(), _standard_error(differences, groups)
-    binary = set(np.unique([a, b])) <= {0.0, 1.0}
+    binary = len(np.unique([a, b])) <= 2  # 0 and 1, or 0 and 100
     return PairedTest(
         questions=len(a),
         clusters=len(numbers),

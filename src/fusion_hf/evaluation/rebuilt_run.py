@@ -12,6 +12,7 @@ from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Message
 from fusion_hf.evaluation.run_answers import RunAnswers
 from fusion_hf.evaluation.sample_log import AnsweredQuestion, AskedQuestion
 from fusion_hf.evaluation.staged_model import Decoding, StagedModel, StagedQuestion
+from fusion_hf.evaluation.task_images import TaskImages
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.devices import AUTO, DTYPES, choose_device
 
@@ -27,12 +28,14 @@ class RebuiltRun:
         name: For errors: RUN_A or RUN_B.
         run: Its answers.
         model: Its model, with the batch size of the run.
-        images: Opened so far, by their files.
+        task_images: Those that are in no file.
+        images: Opened so far, by their files or questions.
     """
 
     name: str
     run: RunAnswers
     model: LocalModel
+    task_images: TaskImages
     images: dict[str, Image.Image] = field(default_factory=dict)
 
     @classmethod
@@ -61,7 +64,7 @@ class RebuiltRun:
         budget = {"query_len": record.model.query_len, "image_token_grid": record.model.image_token_grid}
         dtype = record.model.dtype if record.model.dtype in DTYPES else AUTO  # a server may not say
         model = LocalModel.load(place, _device_of(record.model.device), dtype, batch_size=record.batch_size, **budget)
-        side = cls(name, run, model)
+        side = cls(name, run, model, TaskImages(record))
         side._check_model(place, option)
         return side
 
@@ -88,11 +91,14 @@ class RebuiltRun:
         """How the tokens of an answer are chosen."""
         return Decoding(self.model.chat_model.model.generation_config, wanted_of(sample))
 
-    def open_image(self, sample: AnsweredQuestion, other: AnsweredQuestion | None = None) -> Image.Image | None:
+    def open_image(
+        self, task: str, sample: AnsweredQuestion, other: AnsweredQuestion | None = None
+    ) -> Image.Image | None:
         """
         Open the image of a question.
 
         Args:
+            task: The question is of this one.
             sample: This run's.
             other: The other run's, which may know the file where this one does not.
 
@@ -100,19 +106,24 @@ class RebuiltRun:
             The image; None for a question without one.
 
         Raises:
-            InputError: If the records name no file, or it is another image by now.
+            InputError: If neither a file nor the data have it, or it is another image by now.
         """
         asked = sample.asked
         if asked is None or asked.image_sha256 is None:
             return None
         path = sample.image or (None if other is None else other.image)
-        if path is None:
-            raise InputError(f"no record names the file of the image of question {sample.doc_id}")
-        if path not in self.images:
-            self.images[path] = self.model.chat_model.open_image(path)
-        image = self.images[path]
+        source = self.task_images.find(task, sample.doc_id) if path is None else path
+        if source is None:
+            raise InputError(
+                f"no record names the file of the image of question {sample.doc_id}, and it is not found in the data "
+                "by lmms-eval"
+            )
+        key = path or f"{task} {sample.doc_id}"
+        if key not in self.images:
+            self.images[key] = self.model.chat_model.open_image(source)
+        image = self.images[key]
         if self.is_local and hash_image(image) != asked.image_sha256:
-            raise InputError(f"{path} is not the image of question {sample.doc_id} of {self.name} any more")
+            raise InputError(f"the image of question {sample.doc_id} is not that of {self.name} any more: {key}")
         return image
 
     @property
@@ -145,7 +156,7 @@ class RebuiltRun:
 
     def _prompt(self, task: str, sample: AnsweredQuestion) -> EvaluationPrompt:
         assert sample.asked is not None
-        messages = conversation(sample.asked, self.open_image(sample), "url")
+        messages = conversation(sample.asked, self.open_image(task, sample), "url")
         return self.model.reader.prompt(Request(task, sample.doc_id, lambda: messages, wanted_of(sample)))
 
     def rows(self, prompts: Sequence[EvaluationPrompt]) -> list[StagedQuestion]:

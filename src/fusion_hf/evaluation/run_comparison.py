@@ -45,12 +45,13 @@ class Pair:
                 return sample.asked.image_sha256
         return self.first.image or self.second.image or ("question", self.first.doc_id)
 
-    def direction(self, metric: str | None) -> Direction:
-        """What the change did to the score."""
-        if metric is None or metric not in self.first.scores or metric not in self.second.scores:
-            return UNKNOWN
-        difference = self.second.scores[metric] - self.first.scores[metric]
-        return BETTER if difference > 0 else WORSE if difference < 0 else SAME
+    def direction(self, metrics: Sequence[str]) -> Direction:
+        """What the change did to the score: to the first of the metrics that this question has in both runs."""
+        for metric in metrics:
+            if metric in self.first.scores and metric in self.second.scores:
+                difference = self.second.scores[metric] - self.first.scores[metric]
+                return BETTER if difference > 0 else WORSE if difference < 0 else SAME
+        return UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ class TaskComparison:
         """The questions whose answers differ."""
         return [pair for pair in self.pairs if pair.is_changed]
 
-    @property
-    def main_metric(self) -> str | None:
-        return self.metrics[0].metric if self.metrics else None
+    def direction(self, pair: Pair) -> Direction:
+        """What the change of an answer did to its score."""
+        return pair.direction([metric.metric for metric in self.metrics])
 
     @property
     def directions(self) -> dict[Direction, int]:
         """How many changed answers score better, worse, the same."""
-        return dict(Counter(pair.direction(self.main_metric) for pair in self.changed))
+        return dict(Counter(map(self.direction, self.changed)))
 
 
 def compare_runs(first: RunAnswers, second: RunAnswers, names: Sequence[str] | None = None) -> list[TaskComparison]:

@@ -75,6 +75,11 @@ class StageReport:
         return first_difference([*(stage for each in self.questions for stage in each.stages), self.scoring])
 
     @property
+    def is_reproduced(self) -> bool:
+        """Whether both models give the recorded answers here."""
+        return all(each.recorded == each.rebuilt for each in self.questions)
+
+    @property
     def differing(self) -> list[str]:
         """All stages that differ by themselves, in their order."""
         found = {stage.stage for each in self.questions for stage in each.stages if stage.differs}
@@ -174,7 +179,10 @@ class _Exchange:
         self.pair = pair
         self.samples = (pair.first, pair.second)
         self.asked = [sample.asked for sample in self.samples if sample.asked is not None]
-        self.images = [first.open_image(pair.first, pair.second), second.open_image(pair.second, pair.first)]
+        self.images = [
+            first.open_image(task, pair.first, pair.second),
+            second.open_image(task, pair.second, pair.first),
+        ]
         runs = (first, second)
         self.staged = [run.staged for run in runs]
         self.decodings = [run.decoding_of(sample) for run, sample in zip(runs, self.samples, strict=True)]

@@ -4,8 +4,8 @@ import argparse
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from lmms_eval.evaluator import evaluate
-from lmms_eval.tasks import TaskManager, get_task_dict
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.answer_cache import AnswerCache
 from fusion_hf.evaluation.answering import RequestAnswerer
-from fusion_hf.evaluation.benchmark_data import PreparedTask, check_data, prepare_tasks
+from fusion_hf.evaluation.benchmark_data import PreparedTask, check_data, load_task, prepare_tasks, silence
 from fusion_hf.evaluation.judges import JudgeWatch, address_of, check_judge
 from fusion_hf.evaluation.lmms_adapter import FusionChat, RequestsFailed, own_device
 from fusion_hf.evaluation.local import LocalModel
 from fusion_hf.evaluation.processes import ALONE, Processes, environment
+from fusion_hf.evaluation.question_scores import keep_results, score_questions
 from fusion_hf.evaluation.run_record import FAILED, SCORED, SUBMITTED, TIME, RunRecord, TaskRecord, read_metrics
 from fusion_hf.evaluation.sample_log import AskedQuestion, make_samples, samples_file, write_samples
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
@@ -102,13 +102,6 @@ def _begin_record(
     )
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """What lmms-eval and its tasks print is neither an error nor a figure of this command."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
-
-
 class _Evaluation:
     """One task. The first process prepares and scores, all answer: what one process scores, two score as well."""
 
@@ -126,7 +119,7 @@ class _Evaluation:
     def record(self) -> TaskRecord:
         """The task's record, in all processes."""
         try:
-            with nullcontext() if self.options.debug else _silence():
+            with nullcontext() if self.options.debug else silence():
                 done = self._evaluate()
         except Exception as error:  # whatever it is, the other tasks go on
             if self.options.debug:
@@ -204,14 +197,12 @@ class _Evaluation:
 
     def _load(self, prepared: PreparedTask, model: FusionChat) -> dict[str, Any]:
         """The task as lmms-eval knows it, set up as its `simple_evaluate` does."""
-        manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
-        task_dict = get_task_dict([prepared.task_name], manager, "chat")
-        task = task_dict[prepared.task_name]
+        task = load_task(prepared)
         model.task_dict[prepared.task_name] = task.dataset
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
-        return task_dict
+        return {prepared.task_name: task}
 
     def _answer_share(self, model: FusionChat, task: Any) -> None:
         """Answer this process's part of the requests, whole windows of them, whose images stay together."""
@@ -235,12 +226,19 @@ class _Evaluation:
         torch.manual_seed(SEED)
         folder = str(self._submissions)
         arguments = argparse.Namespace(output_path=folder, process_with_media=False, reasoning_tags=None)
+        task = task_dict[prepared.task_name]
+        kept = keep_results(task)
         with environment(ALONE), JudgeWatch():
             results = evaluate(
                 lm=model, task_dict=task_dict, limit=self.options.limit, log_samples=True, cli_args=arguments
             )
-        samples = make_samples(results["samples"][prepared.task_name], self._asked(prepared.task_name))
-        write_samples(samples_file(self.samples, self.name), samples)
+        scored = score_questions(
+            results["samples"][prepared.task_name],
+            kept,
+            task.aggregation(),
+            [metric.partition(",")[0] for metric in prepared.benchmark.metrics],
+        )
+        write_samples(samples_file(self.samples, self.name), make_samples(scored, self._asked(prepared.task_name)))
         metrics = read_metrics(results["results"][prepared.task_name])
         names = {metric.metric for metric in metrics}
         absent = [metric for metric in prepared.benchmark.metrics if metric not in names]

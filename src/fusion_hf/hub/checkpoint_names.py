@@ -2,7 +2,8 @@
 
 transformers offers no place for this: `AutoTokenizer` and `AutoImageProcessor` read the files of a repository, and may
 fail, before they ask for a registered class. So the public `from_pretrained` of each class that loads a FUSION looks
-at the name first. The name of any other model goes through as it is; the Hub is not asked more than without this.
+at the name first. The name of any other model goes through as it is. If its configuration is in the cache, the Hub is
+not asked about it; else it is fetched here rather than a little later.
 """
 
 from collections.abc import Callable
@@ -59,11 +60,14 @@ def find_converted(
     if subfolder or not isinstance(name, (str, Path)):
         return None
     hub = HubOptions(cache_dir, token, local_files_only)
-    folder = Path(name)
-    if folder.is_dir():
-        return convert_checkpoint(str(name), folder, hub) if _is_authors(folder / CONFIG) else None
-    repository = str(name)
-    if not REPOSITORY.fullmatch(repository):
+    folder, repository = Path(name), str(name)
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, ValueError):  # longer than a name can be, or with a null character
+        return None
+    if is_folder:
+        return convert_checkpoint(repository, folder, hub) if _is_authors(folder / CONFIG) else None
+    if exists or not REPOSITORY.fullmatch(repository):
         return None
     known = try_to_load_from_cache(repository, CONFIG, cache_dir, revision)
     if isinstance(known, str) and not _is_authors(Path(known)):

@@ -20,6 +20,7 @@ from fusion_hf import __version__
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub.folders import ADAPTER_CONFIG, CONFIG, FINISHED_FILE, RECIPE_FILE, WEIGHTS_INDEX
 from fusion_hf.hub.model_cards import CARD, LIBRARY, TASK, licence_of_card
+from fusion_hf.hub.parity import card_with_parity, check_parity
 
 CODE_FOLDER, CODE_PATTERN = Path(__file__).parents[1] / "model", "*_fusion*.py"  # the code that every model folder has
 WEIGHTS = "model.safetensors"
@@ -87,6 +88,7 @@ def check_files(folder: Path) -> list[SentFile]:
         _check_file(path, code)
     _check_weights(folder, {path.name for path in paths if path.suffix == SAFETENSORS})
     _check_card(folder / CARD)
+    check_parity(folder)
     return [SentFile(path.name, path.stat().st_size) for path in paths]
 
 
@@ -163,8 +165,11 @@ def _check_card(path: Path) -> None:
 
 
 def card_for(folder: Path, repository: str) -> bytes:
-    """The card of a folder, whose examples load the model from a repository and not from the folder's own name."""
-    text = (folder / CARD).read_text(encoding="utf-8")
+    """
+    The card of a folder, whose examples load the model from a repository and not from the folder's own name, with the
+    figures of its certificate.
+    """
+    text = card_with_parity(folder, (folder / CARD).read_text(encoding="utf-8"))
     match = MODEL_ID.search(text)
     if match is None:
         return text.encode()

@@ -16,6 +16,8 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 
+TOKENIZER_FILE = "tokenizer.json"
+
 
 class LoadedModel(NamedTuple):
     """A model and its processor, as they are in their folder."""
@@ -48,6 +50,11 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
         InputError: If they cannot be read, or if weights are missing: those would be random numbers, and so would
             the answers.
     """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise InputError(
+            f"The model {folder} has no {TOKENIZER_FILE} and cannot read questions. Copy it there, or convert the "
+            "checkpoint with fusion-hf convert --tokenizer DIR_OR_REPO."
+        )
     with _name_folder(folder):
         processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
         model, info = FusionForConditionalGeneration.from_pretrained(

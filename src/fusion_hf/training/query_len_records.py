@@ -38,6 +38,11 @@ class QueryLenRecords(Dataset):
         """Words of each record, negative without an image `(len,)`: what `StepSampler` groups by."""
         return np.array([_words(record) for record in self.records], dtype=np.int32)
 
+    @cached_property
+    def turns(self) -> np.ndarray:
+        """Questions of each record `(len,)`."""
+        return np.array([_turns(record) for record in self.records], dtype=np.int32)
+
 
 class QueryLenIterable(IterableDataset):
     """
@@ -167,6 +172,10 @@ def with_query_lens(records: Any, query_len: int | None = None) -> Any:
     if isinstance(records, RecordDataset) and query_len is None:
         return records
     return QueryLenRecords(records, query_len)
+
+
+def _turns(record: dict[str, Any]) -> int:
+    return sum(message["role"] == "user" for message in record_to_messages(record))
 
 
 def _words(record: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL = "vision_tower", "projectors
 PARTS = (VISION_TOWER, PROJECTORS, SAMPLERS, LANGUAGE_MODEL)
 TOKENS, MICRO_BATCHES = LOSS_AVERAGES = ("tokens", "micro_batches")
 STEP, MICRO_BATCH = QUERY_LEN_DRAWS = ("step", "micro_batch")
-GROUP_BY = ("modality_length", "none")
+MODALITY_LENGTH, LENGTH, _ = GROUP_BY = ("modality_length", "length", "none")
 NO_BIAS = "none"
 LORA_BIASES = (NO_BIAS, "lora_only", "all")
 LEAST = {"max_skipped": 0, "eval_samples": 0, "eval_max_new_tokens": 1, "lora_rank": 0, "max_image_pixels": 1}
@@ -98,7 +98,9 @@ class OwnArguments:
     )
     max_length: int | None = _key(None, "longer conversations are cut on the right; default: the tokenizer's maximum")
     group_by: str = _key(
-        "modality_length", "`modality_length`: steps of like records, as upstream; or `none`", GROUP_BY
+        MODALITY_LENGTH,
+        "`modality_length`: steps of like records, as upstream; `length`: of about as many tokens; or `none`",
+        GROUP_BY,
     )
     lora_rank: int = _key(0, "rank of LoRA in the linear layers of `lora_parts`; 0: no LoRA")
     lora_parts: list[str] | None = field(
@@ -153,6 +155,11 @@ class OwnArguments:
             raise InputError("load_in_8bit is true, but lora_rank is 0; 8-bit weights do not train: set lora_rank.")
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit are true; allowed: one of them.")
+        if self.load_in_8bit and self.lora_dora:  # seen with PEFT 0.21 and bitsandbytes 0.50 on a CPU
+            raise InputError(
+                "lora_dora and load_in_8bit are true; allowed: DoRA with load_in_4bit, since measuring 8-bit weights "
+                "loses their scales."
+            )
         for name in ("lora_parts", "lora_dora", "lora_rslora", "lora_bias"):
             value = getattr(self, name)
             if value not in (None, False, NO_BIAS) and not self.lora_rank:

@@ -13,8 +13,8 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.checkpoints import shield_data_worker
 from fusion_hf.training.query_len_records import QueryLenIterable, QueryLenStream, with_query_lens
-from fusion_hf.training.recipe_keys import MICRO_BATCH
-from fusion_hf.training.sampler import StepLayout, StepSampler
+from fusion_hf.training.recipe_keys import LENGTH, MICRO_BATCH, MODALITY_LENGTH
+from fusion_hf.training.sampler import StepLayout, StepSampler, estimate_tokens
 
 
 class RecordLoading(Trainer):
@@ -45,13 +45,17 @@ class RecordLoading(Trainer):
         if isinstance(dataset, IterableDataset):
             return None
         args = self.args
-        grouped = args.group_by == "modality_length"
+        grouped = args.group_by in (MODALITY_LENGTH, LENGTH)
+        sizes = None
+        if args.group_by == LENGTH:
+            sizes = estimate_tokens(dataset.lengths, dataset.turns, self.query_lens)  # type: ignore[union-attr]
         self.train_sampler = StepSampler(
             len(dataset),  # type: ignore[arg-type]
             StepLayout(args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps),
             self.query_lens,
             self.seed,
             lengths=dataset.lengths if grouped else None,  # type: ignore[union-attr]
+            sizes=sizes,
             per_micro_batch=self.draws_per_micro_batch,
             drop_last=args.dataloader_drop_last,
         )

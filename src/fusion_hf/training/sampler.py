@@ -13,6 +13,9 @@ from torch.utils.data import Sampler
 
 from fusion_hf.data import SampleKey
 
+LENGTH_WINDOW = 50  # steps whose records are sorted together, as transformers' `group_by_length` does
+TOKENS_PER_WORD, TURN_TOKENS, BLOCK_MARKS = 1.35, 6, 2  # about, of chat formats and tokenizers
+
 
 def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_batch: int | None = None) -> int:
     """
@@ -21,6 +24,19 @@ def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_bat
     """
     key = f"query_len/{seed}/{step}" if micro_batch is None else f"query_len/{seed}/{step}/{micro_batch}"
     return random.Random(key).choice(list(query_lens))
+
+
+def estimate_tokens(lengths: np.ndarray, turns: np.ndarray, query_lens: Sequence[int]) -> np.ndarray:
+    """
+    About how many tokens a record has beside its image: by how much it is longer than others.
+
+    Args:
+        lengths: words of each record, negative without an image `(num_records,)`.
+        turns: questions, each of which has latent tokens if there is an image `(num_records,)`.
+        query_lens: what the number of latent tokens is drawn from.
+    """
+    latents = np.where(lengths > 0, np.mean(query_lens) + BLOCK_MARKS, 0)
+    return np.abs(lengths) * TOKENS_PER_WORD + turns * (TURN_TOKENS + latents)
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,10 @@ class StepSampler(Sampler[SampleKey]):
     micro-batch: the authors' grouping (LLaVA's `group_by_modality_length`). Their last two incomplete steps are joined
     at the end of the epoch and may hold both.
 
+    With `sizes` as well, all micro-batches of a step hold records of about the same size, so that little of them is
+    padding and no process waits long for another: of each `LENGTH_WINDOW` steps' records, the largest make one step,
+    and so on. Steps come in any order, and the incomplete ones at the end of the epoch.
+
     Args:
         num_records: of the data set.
         layout: how a step is split.
@@ -55,6 +75,7 @@ class StepSampler(Sampler[SampleKey]):
         seed: of the order and of the drawing.
         lengths (`(num_records,)`, *optional*): words of each record, negative without an image. None: the order is
             one random permutation.
+        sizes (`(num_records,)`, *optional*): of each record, see `estimate_tokens`; only with `lengths`.
         per_micro_batch: draw from `query_lens` for each micro-batch of a step.
         drop_last: the loader leaves out micro-batches that are not full.
     """
@@ -64,6 +85,7 @@ class StepSampler(Sampler[SampleKey]):
     query_lens: Sequence[int]
     seed: int
     lengths: np.ndarray | None = None
+    sizes: np.ndarray | None = None
     per_micro_batch: bool = False
     drop_last: bool = False
     epoch: int = field(default=0, init=False)
@@ -112,6 +134,9 @@ class StepSampler(Sampler[SampleKey]):
         size = self.layout.global_batch_size
         modalities = [np.flatnonzero(self.lengths > 0), np.flatnonzero(self.lengths < 0)]
         shuffled = [generator.permutation(indices.astype(np.uint32)) for indices in modalities if len(indices)]
+        if self.sizes is not None:
+            yield from self._by_size(shuffled, generator)
+            return
         # the last step of each modality, complete or not, waits for the end
         last = [(number, (len(indices) - 1) // size) for number, indices in enumerate(shuffled)]
         steps = [(number, step) for number, count in last for step in range(count)]
@@ -123,6 +148,23 @@ class StepSampler(Sampler[SampleKey]):
             yield from self._split(remaining[0])
         else:
             yield from (int(index) for index in np.sort(np.concatenate(remaining)))
+
+    def _by_size(self, shuffled: list[np.ndarray], generator: np.random.Generator) -> Iterator[int]:
+        """All records of the modalities, in steps and micro-batches of about the same size."""
+        assert self.sizes is not None
+        size = self.layout.global_batch_size
+        steps, remaining = [], []
+        for indices in shuffled:
+            complete = len(indices) // size * size
+            for begin in range(0, complete, size * LENGTH_WINDOW):
+                window = indices[begin : min(begin + size * LENGTH_WINDOW, complete)]
+                largest_first = window[np.argsort(-self.sizes[window], kind="stable")]
+                steps += np.split(largest_first, len(window) // size)
+            remaining.append(indices[complete:])
+        for position in generator.permutation(len(steps)):
+            yield from (int(index) for index in steps[position])
+        rest = np.concatenate(remaining)
+        yield from (int(index) for index in rest[np.argsort(-self.sizes[rest], kind="stable")])
 
     def _split(self, indices: np.ndarray) -> list[int]:
         """A step's records in micro-batches of about the same number of words: each goes to the shortest one yet."""

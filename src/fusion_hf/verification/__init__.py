@@ -1,0 +1,1 @@
+"""Certificates: what a converted folder computes, beside what the authors' own code computes."""

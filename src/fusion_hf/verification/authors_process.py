@@ -1,0 +1,164 @@
+"""Run `authors_worker.py` by the Python of the authors' environment, bounded in time; imports nothing heavy.
+
+Code of another repository is executed here, with the rights of the user. That is only ever done with a folder that the
+user names for it.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_hf.common.errors import InputError, short_name
+from fusion_hf.common.outputs import json_bytes
+
+WORKER = Path(__file__).with_name("authors_worker.py")
+REPORT, JOB, LOG = "report.json", "job.json", "worker.log"
+# files that the worker imports
+NEEDED = ("fusion/model/__init__.py", "fusion/constants.py", "fusion/conversation.py", "fusion/mm_utils.py")
+IMPORTS = "import torch, transformers, safetensors, PIL"
+IMPORT_SECONDS = 300  # of a cold disk
+NOT_GIVEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
+NO_SPACE = "No space left on device"
+LOG_TAIL = 20_000  # bytes of what the process wrote that are looked at
+LINES, LONGEST_REASON = 2, 300  # in an error: what failed, and the line of code above it
+
+
+@dataclass(frozen=True)
+class AuthorsEnvironment:
+    """A checkout of the authors' repository, and the Python whose packages it runs with."""
+
+    code: Path
+    python: str
+
+
+def find_environment(code: Path, python: str) -> AuthorsEnvironment:
+    """
+    See that there is a repository and a Python; nothing is executed.
+
+    Args:
+        code: The folder of the checkout.
+        python: A file, or the name of a command.
+
+    Raises:
+        InputError: If either is missing.
+    """
+    for name in NEEDED:
+        if not (code / name).is_file():
+            raise InputError(
+                f"--authors-code: {short_name(str(code))} has no {name}; give a checkout of the authors' repository."
+            )
+    found = shutil.which(Path(python).expanduser())
+    if found is None:
+        raise InputError(
+            f"--authors-python: {short_name(python)!r} is no program; give the Python of an environment with the "
+            "authors' requirements."
+        )
+    # not resolved: the link in an environment says which environment it is
+    return AuthorsEnvironment(code.resolve(), str(Path(found).absolute()))
+
+
+def check_packages(environment: AuthorsEnvironment) -> None:
+    """
+    See that the Python has the packages that the worker needs.
+
+    Raises:
+        InputError: If an import fails, or takes too long.
+    """
+    command = [environment.python, "-c", IMPORTS]
+    try:
+        done = subprocess.run(
+            command, env=_variables(), stdin=subprocess.DEVNULL, capture_output=True, timeout=IMPORT_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"--authors-python: `{IMPORTS}` took more than {IMPORT_SECONDS} s.") from error
+    except OSError as error:
+        raise InputError(f"--authors-python: {environment.python} cannot be run: {error.strerror}.") from error
+    if done.returncode != 0:
+        reason = _last_lines(done.stderr)
+        raise InputError(f"--authors-python: {environment.python} cannot do `{IMPORTS}`: {reason}.")
+
+
+def run_worker(environment: AuthorsEnvironment, job: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
+    """
+    Let the worker do a job, and wait for it.
+
+    Args:
+        environment: What runs it.
+        job: See `authors_worker.main`; `code` and `folder` are added.
+        folder: An empty one, for the job and its results.
+        seconds: How long it may take.
+
+    Returns:
+        The worker's report.
+
+    Raises:
+        InputError: If it fails, or takes longer; the error has the last lines that it wrote.
+    """
+    (folder / JOB).write_bytes(json_bytes({**job, "code": str(environment.code), "folder": str(folder)}))
+    command = [environment.python, str(WORKER), str(folder / JOB)]
+    with (folder / LOG).open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=_variables(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"The authors' code did not end within {seconds:g} s (--timeout); its last lines: {_log_end(folder)}."
+            ) from error
+        finally:
+            _end(process)
+    if status != 0:
+        raise InputError(_failure(status, folder))
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def _variables() -> dict[str, str]:
+    """The environment of their process: no secrets, no path of this package, no network, no files in the checkout."""
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_GIVEN}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {**kept, **offline, "PYTHONDONTWRITEBYTECODE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let nothing of a process go on, nor of those that it started."""
+    if process.poll() is None:
+        if os.name == "posix":
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+
+
+def _failure(status: int, folder: Path) -> str:
+    line = _log_end(folder)
+    if NO_SPACE in line:
+        return f"{folder} has no space left for what the authors' code computes; set TMPDIR to a larger disk."
+    if status < 0:
+        cause = " (often: no memory left)" if -status == signal.SIGKILL else ""
+        return f"The authors' code was ended by signal {-status}{cause}; its last lines: {line}."
+    return f"The authors' code ended with status {status}: {line}."
+
+
+def _log_end(folder: Path) -> str:
+    with (folder / LOG).open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
+        return _last_lines(log.read())
+
+
+def _last_lines(text: bytes) -> str:
+    lines = [line.strip() for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
+    return " | ".join(lines[-LINES:])[-LONGEST_REASON:].rstrip(".") if lines else "nothing was written"

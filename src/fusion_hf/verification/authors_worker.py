@@ -1,0 +1,261 @@
+"""The authors' model in a process of its own: what it makes of images and questions, stage by stage.
+
+`python authors_worker.py JOB.json` is run by the Python of the authors' environment, with their repository on its
+path. So this file imports nothing of the package, and the package has nothing of theirs. Job and report are JSON;
+tensors are safetensors. `load`, `make_prompt` and `generate` also serve other measurements of their code.
+
+The authors' code is for CUDA and for float16. Each place that works around something says around what.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+NUM_TILES = 4
+OVERVIEW, TILES = "overview", "tiles"
+# how the authors' scripts read the tokenizer, and which of their prompts they choose, by the model's type
+SLOW_TOKENIZERS = ("fusion_phi", "fusion_llama")
+CONVERSATIONS = {
+    "fusion_phi": "phi_3",
+    "fusion_llama": "llama_3",
+    "fusion_qwen": "qwen_2",
+    "fusion_mistral": "mistral_instruct",
+}
+
+
+class Recorder:
+    """
+    Keeps what modules compute while one prompt is processed: the first value of each name.
+
+    Both sides of a comparison use it. Modules are called again in later steps, with one token; those values are not
+    kept. Tiles are told from the overview by their number.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._handles: list[Any] = []
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a tensor, without a batch of one; `{image}` in the name becomes the kind of what is in it."""
+        name = name.format(image=TILES if tensor.shape[0] == NUM_TILES else OVERVIEW)
+        if name not in self.tensors:
+            kept = tensor.detach().squeeze(0) if tensor.shape[0] == 1 else tensor.detach()
+            self.tensors[name] = kept.to("cpu", copy=True).contiguous()
+
+    def watch_output(
+        self, module: nn.Module, name: str, choose: Callable[[Any, Any], torch.Tensor] | None = None
+    ) -> None:
+        """Keep what a module returns, or what `choose` makes of its arguments and that."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            self.keep(name, first if choose is None else choose(args, output))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def watch_input(
+        self, module: nn.Module, name: str, choose: Callable[[Any], torch.Tensor] = lambda args: args[0]
+    ) -> None:
+        """Keep what `choose` takes of a module's positional arguments."""
+
+        def hook(module: nn.Module, args: Any) -> None:
+            self.keep(name, choose(args))
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def watch_layers(self, layers: nn.ModuleList, name: str) -> None:
+        """Keep what enters the first of some layers, and what each of them returns."""
+        self.watch_input(layers[0], f"{name}.embeddings")
+        for index, layer in enumerate(layers):
+            self.watch_output(layer, f"{name}.layers.{index}")
+
+    def close(self) -> None:
+        """Leave the modules alone."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass
+class Loaded:
+    """The authors' model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    model_type: str
+
+
+@dataclass
+class Prompt:
+    """What the authors' model takes: ids with their marks (1, S), ids of the question (1, T), and tiles."""
+
+    input_ids: torch.Tensor
+    instructs: torch.Tensor
+    images: torch.Tensor
+
+
+def load(job: dict[str, Any]) -> Loaded:
+    """
+    The authors' model for inference, by the steps of their `load_pretrained_model`.
+
+    That function itself moves the tower to CUDA in float16, whatever device is asked for.
+    """
+    importlib.import_module("fusion.model")  # which registers their classes
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+
+    logging.set_verbosity_error()
+    checkpoint, model_type = job["checkpoint"], job["model_type"]
+    slow = {"use_fast": False} if model_type in SLOW_TOKENIZERS else {}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **slow)
+    config = AutoConfig.from_pretrained(checkpoint)
+    # the tower would be fetched by its name, although its weights are in the checkpoint
+    config.mm_vision_tower = job["tower"]
+    config.unfreeze_mm_vision_tower = bool(job["has_tower"])
+    # it is drawn at random for each prompt, from those of training
+    config.query_len = str(job["query_len"])
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=config, torch_dtype=getattr(torch, job["weights_dtype"]), output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"the checkpoint lacks {len(info['missing_keys'])} weights, such as {info['missing_keys'][0]}"
+        )
+    add_marks(tokenizer, model)
+    tower = model.get_vision_tower()
+    if not tower.is_loaded:
+        tower.load_model()
+    model = model.to(device=job["device"], dtype=getattr(torch, job["dtype"])).eval()
+    # sampling, penalties and ends of the checkpoint's own settings: so many tokens are compared, whatever they are
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return Loaded(model, tokenizer, model_type)
+
+
+def add_marks(tokenizer: Any, model: Any) -> None:
+    """Add the marks that the checkpoint's tokenizer lacks, as `load_pretrained_model` does."""
+    constants = importlib.import_module("fusion.constants")
+    if getattr(model.config, "mm_use_im_patch_token", True):
+        tokenizer.add_tokens([constants.DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        marks = [constants.DEFAULT_IM_START_TOKEN, constants.DEFAULT_IM_END_TOKEN]
+        tokenizer.add_tokens(marks, special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+
+
+def make_prompt(loaded: Loaded, image_path: str, question: str) -> Prompt:
+    """Image and question as the authors' `run_fusion.py` prepares them, which moves them to CUDA in float16."""
+    from PIL import Image
+
+    constants = importlib.import_module("fusion.constants")
+    templates = importlib.import_module("fusion.conversation").conv_templates
+    utils = importlib.import_module("fusion.mm_utils")
+    start, end, mark = constants.DEFAULT_IM_START_TOKEN, constants.DEFAULT_IM_END_TOKEN, constants.DEFAULT_IMAGE_TOKEN
+    framed = start + mark + end if loaded.model.config.mm_use_im_start_end else mark
+    text = framed + "\n" + question
+    conversation = templates[CONVERSATIONS[loaded.model_type]].copy()
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    ids = utils.tokenizer_image_token(conversation.get_prompt(), loaded.tokenizer, return_tensors="pt")
+    asked = text.replace(mark, "").replace(start, "").replace(end, "").strip()
+    instructs = torch.tensor(loaded.tokenizer(asked).input_ids, dtype=torch.long)
+    with Image.open(image_path) as image:
+        processor = loaded.model.get_vision_tower().image_processor
+        images = utils.process_images([image.convert("RGB")], processor, loaded.model.config)
+    device = loaded.model.device
+    return Prompt(
+        ids.unsqueeze(0).to(device), instructs.unsqueeze(0).to(device), images.to(device, loaded.model.dtype)
+    )
+
+
+def generate(loaded: Loaded, prompt: Prompt, num_tokens: int) -> Any:
+    """Greedy tokens of a prompt, with their logits."""
+    with torch.inference_mode():
+        return loaded.model.generate(
+            prompt.input_ids,
+            images=prompt.images,
+            instructs=prompt.instructs,
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+
+def watch(model: Any) -> Recorder:
+    """Record the authors' modules under the names that both sides use."""
+    recorder, core = Recorder(), model.get_model()
+    recorder.watch_output(core.aux_projector, "projector_back")
+    recorder.watch_layers(model.get_vision_tower().vision_tower.vision_model.encoder.layers, "tower.{image}")
+    recorder.watch_output(core.mm_projector, "projector.{image}")
+    recorder.watch_layers(core.layers, "text")
+    recorder.watch_output(core.norm, "text.norm")
+    config = model.config
+    for index, sampler in enumerate(core.vision_sampler_layers):
+        layer = config.start_of_vision_sampler_layers + index * config.stride_of_vision_sampler_layers
+        if index == 0:
+            recorder.watch_input(sampler, "context", lambda args: args[1])
+        recorder.watch_output(sampler, f"samplers.{layer}")
+    return recorder
+
+
+def record(loaded: Loaded, image_path: str, question: str, num_tokens: int) -> dict[str, torch.Tensor]:
+    """All stages of one question: ids, pixels, features, the logits of `num_tokens` steps and their tokens."""
+    prompt = make_prompt(loaded, image_path, question)
+    recorder = watch(loaded.model)
+    try:
+        output = generate(loaded, prompt, num_tokens)
+    finally:
+        recorder.close()
+    return recorder.tensors | {
+        "ids": prompt.input_ids[0].cpu(),
+        "instruct_ids": prompt.instructs[0].cpu(),
+        "pixels": prompt.images[0].cpu().contiguous(),
+        "logits": torch.cat(output.logits).float().cpu(),
+        "tokens": output.sequences[0, -num_tokens:].cpu().contiguous(),
+    }
+
+
+def describe(loaded: Loaded) -> dict[str, Any]:
+    """Versions, and how the authors' ids mark the image and latent tokens."""
+    import transformers
+
+    constants = importlib.import_module("fusion.constants")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model_class": type(loaded.model).__name__,
+        "image_mark": constants.IMAGE_TOKEN_INDEX,
+        "latent_mark": constants.LATENT_IMAGE_TOKEN_INDEX,
+    }
+
+
+def main(path: Path) -> None:
+    """Do a job: write `question_N.safetensors` for each question, and `report.json` at last, into its folder."""
+    job = json.loads(path.read_text(encoding="utf-8"))
+    sys.path[0] = job["code"]  # instead of the folder of this file, whose modules are none of theirs
+    torch.backends.cudnn.allow_tf32 = False  # which rounds the patch embedding on recent GPUs
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    loaded = load(job)
+    folder = Path(job["folder"])
+    for number, question in enumerate(job["questions"]):
+        tensors = record(loaded, question["image"], question["text"], job["num_tokens"])
+        save_file(tensors, folder / f"question_{number}.safetensors")
+    (folder / "report.json").write_text(json.dumps(describe(loaded)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
