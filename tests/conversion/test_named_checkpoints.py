@@ -44,6 +44,14 @@ for arguments in json.loads(sys.argv[1]):
     print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
 """
 
+AUTO_CLASSES = """
+import fusion_hf, sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], revision="main", token="hf_test", dtype="auto")
+processor = AutoProcessor.from_pretrained(sys.argv[1], revision="main", token="hf_test")
+print(type(model).__name__, type(processor).__name__, model.config.num_image_tokens, processor.num_image_tokens)
+"""
+
 
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -243,6 +251,14 @@ def test_from_the_hub(tmp_path, run):
         }
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
         (fetched,) = run(command, HF_HUB_DISABLE_PROGRESS_BARS="1", **online)
+        done = subprocess.run(
+            [sys.executable, "-c", AUTO_CLASSES, NAME],
+            env={**os.environ, **online, "HF_HOME": str(tmp_path / "another"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=SECONDS,
+        )
+    assert done.stdout.split() == ["FusionForConditionalGeneration", "FusionProcessor", "16", "16"], done.stderr
     assert fetched[0] == 0 and not {"modeling_fusion.py", "original/params.json"} & set(hub.state.downloads), fetched
     (offline,) = run(command)
     assert offline == fetched

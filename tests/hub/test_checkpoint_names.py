@@ -110,15 +110,15 @@ def test_a_repository_of_the_authors(cache, loader, converted):
 def test_other_names(cache, loader, converted, name, monkeypatch):
     """Go through as they are, and a model whose configuration is in the cache costs no request."""
     asked: list[str] = []
-    monkeypatch.setattr(
-        checkpoint_names, "hf_hub_download", lambda name, *args, **kwargs: asked.append(name) or fail()
-    )
+
+    def fail(api: Any, name: str, **options: Any) -> str:
+        asked.append(name)
+        raise OSError("not reached")
+
+    monkeypatch.setattr(checkpoint_names.HfApi, "model_info", fail)
+    monkeypatch.setattr(checkpoint_names, "hf_hub_download", None)  # which tries for long
     assert loader.from_pretrained(name, cache_dir=cache)[1] is name
     assert not converted and asked == [str(name)] * (str(name) in ("some/gone", "gone"))
-
-
-def fail() -> Path:
-    raise OSError("not found")
 
 
 def test_find_folder_takes_a_revision(cache, converted, monkeypatch):

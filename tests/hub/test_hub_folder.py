@@ -35,7 +35,7 @@ from transformers import pipeline
 pipe = pipeline("image-text-to-text", model=FOLDER, trust_remote_code=True)
 print(pipe(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"].strip())
 several = [messages, [{"role": "user", "content": [
-    {"type": "image", "image": picture}, {"type": "text", "text": "what shape is present?"}]}]]
+    {"type": "image", "image": image}, {"type": "text", "text": "what shape is present?"}]}]]
 for answer in pipe(text=several, max_new_tokens=4, return_full_text=False):
     print(answer[0]["generated_text"].strip())
 """

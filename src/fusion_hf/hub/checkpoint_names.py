@@ -11,13 +11,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.hub.folders import CONFIG, REPOSITORY, HubOptions, convert_checkpoint, is_authors_type, read_config
 
 MARK = "_takes_authors_names"
+SECONDS = 10.0  # until the Hub answers the first request
 HUB_ERRORS = (OSError, HTTPError, HFValidationError, ValueError)
 
 
@@ -73,6 +74,9 @@ def find_converted(
     if isinstance(known, str) and not _is_authors(Path(known)):
         return None
     try:
+        if not isinstance(known, str) and not local_files_only:
+            # one try, where a download is tried for half a minute, and then once more by the loader
+            HfApi().model_info(repository, revision=revision, timeout=SECONDS, token=token)
         config = hf_hub_download(
             repository,
             CONFIG,

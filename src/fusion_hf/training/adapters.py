@@ -23,7 +23,7 @@ from fusion_hf.hub.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, read
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import DTYPES
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
-from fusion_hf.model.quantization_fusion import NOT_QUANTIZED
+from fusion_hf.model.quantization_fusion import LINEAR_4BIT, NOT_QUANTIZED
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.cast_dtype import cast_weights
 from fusion_hf.training.gradient_checkpointing import hide_peft_deprecation
@@ -135,6 +135,16 @@ def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfi
         bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
         llm_int8_skip_modules=list(NOT_QUANTIZED),  # the argument is older than 4 bits
     )
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """
+    Keep out of a training what bitsandbytes has for 4 bits on CPUs: the first pass of an evaluation switches it on,
+    and it stays on, without a gradient (seen in 0.50.2).
+    """
+    for module in model.modules():
+        if type(module).__name__ == LINEAR_4BIT:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> PeftModel:

@@ -157,8 +157,9 @@ def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, tor
     model, processor = load_model(folder, torch.float32, **options)
     keep_names(model)
     if arguments.lora_rank:
-        from fusion_hf.training.adapters import add_lora
+        from fusion_hf.training.adapters import add_lora, keep_gradients
 
+        keep_gradients(model)
         return processor, add_lora(model, arguments)
     freeze_except(model, arguments.train)
     return processor, model

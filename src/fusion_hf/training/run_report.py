@@ -55,7 +55,12 @@ class RunReportCallback(TrainerCallback):
 
 def count_records(records: Any) -> int | None:
     """How many records a data set has; None if it does not know."""
-    return len(records) if isinstance(records, Sized) and not isinstance(records, StreamedRecords) else None
+    if not isinstance(records, Sized) or isinstance(records, StreamedRecords):
+        return None
+    try:
+        return len(records)
+    except TypeError:  # of a data set around one without a length
+        return None
 
 
 def count_skipped(records: Any) -> int:

@@ -171,9 +171,7 @@ def make_prompt(loaded: Loaded, image_path: str, question: str) -> Prompt:
         processor = loaded.model.get_vision_tower().image_processor
         images = utils.process_images([image.convert("RGB")], processor, loaded.model.config)
     device = loaded.model.device
-    return Prompt(
-        ids.unsqueeze(0).to(device), instructs.unsqueeze(0).to(device), images.to(device, loaded.model.dtype)
-    )
+    return Prompt(ids.unsqueeze(0).to(device), instructs.unsqueeze(0).to(device), images.to(device))
 
 
 def generate(loaded: Loaded, prompt: Prompt, num_tokens: int) -> Any:
@@ -181,7 +179,7 @@ def generate(loaded: Loaded, prompt: Prompt, num_tokens: int) -> Any:
     with torch.inference_mode():
         return loaded.model.generate(
             prompt.input_ids,
-            images=prompt.images,
+            images=prompt.images.to(loaded.model.dtype),
             instructs=prompt.instructs,
             do_sample=False,
             max_new_tokens=num_tokens,
