@@ -94,6 +94,19 @@ def test_answers_of_the_authors_against_a_record(run, runs, tmp_path):
     assert run("compare", path, runs[0], "--stages").stderr.startswith("error: RUN_A is no record of `fusion-hf")
 
 
+def test_answers_to_own_questions(run_here, tmp_path):
+    answers = {"a": ["red", "2"], "b": ["red", "3"]}
+    for name, texts in answers.items():
+        lines = [json.dumps({"id": number, "answer": text}) for number, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    right = [{"question_id": 0, "text": "which?", "answer": "red"}, {"question_id": 1, "text": "?", "answer": "3"}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, right)))
+    result = run_here(
+        "compare", *(tmp_path / f"{name}.jsonl" for name in answers), "--questions", tmp_path / "own.jsonl"
+    )
+    assert "own: 2 questions\n  exact_match: 0.5000 and 1.0000" in result.stdout and result.stderr == ""
+
+
 def test_wrong_input(run_here, runs, tmp_path):
     torn = tmp_path / "t_samples_easy_vqa.jsonl"
     torn.write_text('{"doc_id": 0, "filtered_resps": "red", "target": "red"}\n{"doc_id": 1, "filt')
@@ -109,6 +122,7 @@ def test_wrong_input(run_here, runs, tmp_path):
         (["compare", runs[0], other], "other questions of easy_vqa: question 0 has the target"),
         (["compare", runs[0], tmp_path / "gone"], "is no run; allowed: a record of"),
         (["compare", *runs, "--tasks", "pope"], "--tasks has 'pope'; allowed: easy_vqa."),
+        (["compare", *runs, "--questions", torn], "allowed with --questions: an answers.jsonl"),
         (["compare", *runs, "--model-a", "x"], "--model-a is x; allowed only with --stages"),
     ):
         result = run_here(*given)

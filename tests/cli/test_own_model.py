@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from tests.helpers.hub_server import HubServer
+from tests.helpers.hub_server import HubServer, own_environment
 from tests.train.conftest import make_records
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 600  # a hung process fails its test
 TERMINAL_SIZE = (24, 100)
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -32,16 +31,7 @@ def hub() -> Iterator[HubServer]:
 @pytest.fixture
 def environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
     """As a user's, whose Hub is the stand-in."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CUDA_"))}
-    return kept | {
-        "PYTHONPATH": str(ROOT / "src"),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_test",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return own_environment(hub, tmp_path / "home")
 
 
 def fusion_hf(
@@ -103,8 +93,8 @@ def test_lora_merged_and_published(tmp_path: Path, environment: dict[str, str], 
     merged = fusion_hf(tmp_path, environment, "merge", "runs/records-lora", "--output", "merged")
     assert merged.stderr == ""
     assert re.fullmatch(
-        r"Merged runs/records-lora into \S+fusion-nano, as float32\. Wrote merged: model\.safetensors \(6\.4 MB\), "
-        r"\d+ other files; 6\.\d MB in all\.\n",
+        r"Merged runs/records-lora with its base \S+fusion-nano, as float32\. "
+        r"Wrote merged: model\.safetensors \(6\.4 MB\), \d+ other files; 6\.\d MB in all\.\n",
         merged.stdout,
     )
     assert "Unloading and merging" in merge_in_a_terminal(tmp_path, environment)

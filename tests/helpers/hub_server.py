@@ -3,13 +3,16 @@
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.helpers.http_server import HttpServer, Request, Response
 
+ROOT = Path(__file__).parents[2]
 COMMIT = "c" * 40
 REFUSED = "somebody/else"  # nobody may write here
 NAME = "([^/]+/[^/]+)"  # of a repository, in an address
@@ -143,6 +146,20 @@ class HubServer(HttpServer):
         self.state.commits.append(commit)
         address = f"{self.url}/{name}/commit/{COMMIT}"
         return Response.json({"success": True, "commitOid": COMMIT, "commitUrl": address, "hookOutput": ""})
+
+
+def own_environment(hub: HubServer, home: Path) -> dict[str, str]:
+    """A user's environment variables, whose Hub is the stand-in."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CUDA_"))}
+    return kept | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def _missing(code: str) -> Response:

@@ -29,9 +29,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             name,
             metavar=name.upper(),
             help=f"{which} run: a record of `fusion-hf evaluate` or its folder, a file or folder of lmms-eval's "
-            "--log_samples, or the authors' answers.jsonl",
+            "--log_samples, or an answers.jsonl of the authors or of `fusion-hf ask`",
         )
     parser.add_argument("--tasks", metavar="NAMES", help="by commas; default: all that both runs have")
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="JSONL",
+        help="for two answers.jsonl: their questions, with the right `answer` in each line; scored by exact match",
+    )
     parser.add_argument("--page", metavar="FILE.html", help="write the changed answers with their images")
     parser.add_argument(
         "--stages", action="store_true", help="for runs that should be equal: name the first stage that differs"
@@ -59,6 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.evaluation.run_comparison import compare_runs
 
     first, second = (read_run(Path(given)) for given in (arguments.run_a, arguments.run_b))
+    if arguments.questions is not None:
+        from fusion_hf.evaluation.own_questions import score_answers
+
+        first, second = (score_answers(run, arguments.questions) for run in (first, second))
     names = None if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
     tasks = compare_runs(first, second, names)
     reports = _find_stages(arguments, first, second, tasks) if arguments.stages else []

@@ -48,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.training.adapters import merge
 
     merge(adapter, output, base, arguments.dtype)
-    sys.stdout.write(printable(f"Merged {adapter} into {base}, as {arguments.dtype}. {wrote(output)}\n"))
+    sys.stdout.write(printable(f"Merged {adapter} with its base {base}, as {arguments.dtype}. {wrote(output)}\n"))
     return 0

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.evaluation.paired_statistics import CONFIDENCE, POWER, PairedTest
-from fusion_hf.evaluation.run_answers import RunAnswers
+from fusion_hf.evaluation.run_answers import AUTHORS, RunAnswers
 from fusion_hf.evaluation.run_comparison import (
     SIDES,
     MetricComparison,
@@ -80,7 +80,7 @@ def write_text(first: RunAnswers, second: RunAnswers, tasks: Sequence[TaskCompar
 
 def _name(run: RunAnswers) -> str:
     if run.record is None:
-        return f"{run.path} ({run.kind})"
+        return str(run.path) if run.kind == AUTHORS else f"{run.path} ({run.kind})"
     model = run.record.model
     return f"{run.path}: {model.name} ({model.revision}), {model.dtype} on {model.device}"
 
@@ -88,7 +88,8 @@ def _name(run: RunAnswers) -> str:
 def _task_lines(task: TaskComparison) -> Iterator[str]:
     clusters = task.metrics[0].test.clusters if task.metrics else len({pair.cluster for pair in task.pairs})
     grouped = "" if clusters == len(task.pairs) else f", in {clusters} groups by their images"
-    yield f"{task.task}: {len(task.pairs)} questions{grouped}"
+    name = f"{task.task}: " if task.task else ""  # answers alone are of no task
+    yield f"{name}{len(task.pairs)} questions{grouped}"
     for metric in task.metrics:
         yield from _metric_lines(metric)
     counts = ", ".join(f"{count} {direction}" for direction, count in task.directions.items())

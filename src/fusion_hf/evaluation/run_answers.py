@@ -26,7 +26,8 @@ RECORDS, LMMS_SAMPLES = "record-*.json", "*_samples_*.jsonl"
 MARK = "_samples_"  # of lmms-eval's file names: between the time and the task
 ANSWERS = "answers"  # the folder of kept answers beside a record
 ALLOWED = (
-    "a record of `fusion-hf evaluate`, its folder, samples of lmms-eval's --log_samples, the authors' answers.jsonl"
+    "a record of `fusion-hf evaluate`, its folder, samples of lmms-eval's --log_samples, an answers.jsonl of the "
+    "authors or of `fusion-hf ask`"
 )
 
 
@@ -73,7 +74,7 @@ def read_run(path: Path) -> RunAnswers:
 
     Args:
         path: A record of `fusion-hf evaluate` or the folder with it, of several the newest; a file of lmms-eval's
-            `--log_samples` or a folder with some; the authors' `answers.jsonl`.
+            `--log_samples` or a folder with some; an `answers.jsonl` of the authors or of `fusion-hf ask`.
 
     Raises:
         InputError: If it is nothing of that, torn, or has a question twice.
@@ -161,11 +162,12 @@ def _lmms_sample(path: Path, number: int, entry: dict[str, Any]) -> AnsweredQues
         answer=read_answer(entry),
         target=None if target is None else str(target),
         scores=read_scores(entry),
-        asked=_asked_text(text) if isinstance(text, str) else None,
+        asked=asked_text(text) if isinstance(text, str) else None,
     )
 
 
-def _asked_text(text: str) -> AskedQuestion:
+def asked_text(text: str) -> AskedQuestion:
+    """A question of which nothing but its words is known."""
     return AskedQuestion([{"role": "user", "content": [{"type": "text", "text": text}]}], text)
 
 
@@ -183,13 +185,21 @@ def _lmms_metrics(path: Path, name: str) -> dict[str, float]:
 def _read_authors(path: Path) -> RunAnswers:
     samples = []
     for number, entry in enumerate(read_lines(path), start=1):
-        identity, text, prompt = entry.get("question_id"), entry.get("text"), entry.get("prompt")
+        identity, text, prompt = read_id(entry), entry.get("text", entry.get("answer")), entry.get("prompt")
         if not isinstance(identity, str | int) or not isinstance(text, str):
-            raise InputError(f"{path} has no question_id and text in line {number}, as the authors' answers have.")
-        asked = _asked_text(prompt) if isinstance(prompt, str) else None
+            raise InputError(
+                f"{path} has no question_id and text in line {number}, as the authors' answers have, and no id and "
+                "answer, as those of `fusion-hf ask`."
+            )
+        asked = asked_text(prompt) if isinstance(prompt, str) else None
         samples.append(AnsweredQuestion(number - 1, text, question_id=identity, asked=asked))
     check_ids([sample.question_id for sample in samples], path)
     return RunAnswers(path, AUTHORS, {"": TaskAnswers("", samples)})
+
+
+def read_id(entry: dict[str, Any]) -> Any:
+    """What a line of answers or questions calls its question."""
+    return entry.get("question_id", entry.get("id"))
 
 
 def check_ids(ids: Iterable[Any], path: Path) -> None:

@@ -174,7 +174,7 @@ def _compare_task(name: str, first: TaskAnswers, second: TaskAnswers, notes: lis
         notes = [*notes, "No run says which questions are about the same image: each counts as independent."]
     metrics = [_compare_metric(metric, pairs, first, second, alone) for metric in _metric_names(name, pairs)]
     if not metrics:
-        notes = [*notes, _why_not_scored(pairs)]
+        notes = [*notes, _why_not_scored(name, pairs)]
     return TaskComparison(name, pairs, alone, metrics, [*notes, *scored_note])
 
 
@@ -201,7 +201,9 @@ def _metric_names(task: str, pairs: Sequence[Pair]) -> list[str]:
     return [name for name in published if name in common] or list(common)
 
 
-def _why_not_scored(pairs: Sequence[Pair]) -> str:
+def _why_not_scored(task: str, pairs: Sequence[Pair]) -> str:
+    if not task:
+        return "Answers alone have no scores: only the answers are compared. --questions names the right ones."
     sides = [
         side
         for side, scored in zip(
@@ -296,26 +298,27 @@ def _with_scores(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
     if all(scored) or not any(scored):
         return pairs, []
     known = [pair.first if scored[0] else pair.second for pair in pairs]
-    metric = next((name for name in known[0].scores if _is_exact_match(name, known)), None)
+    metric = next((name for name in known[0].scores if _gives_exact_match(name, known)), None)
     if metric is None:
         return pairs, []
     made = []
     for pair, sample in zip(pairs, known, strict=True):
         other = pair.second if scored[0] else pair.first
-        mended = AnsweredQuestion(**{**vars(other), "scores": {metric: _exact_match(other.answer, sample.target)}})
+        mended = AnsweredQuestion(**{**vars(other), "scores": {metric: exact_match(other.answer, sample.target)}})
         made.append(Pair(pair.first, mended) if scored[0] else Pair(mended, pair.second))
     side = SIDES[1] if scored[0] else SIDES[0]
     return made, [f"{side} is scored here by exact match, which gives every {metric} of the other run."]
 
 
-def _is_exact_match(metric: str, samples: Sequence[AnsweredQuestion]) -> bool:
+def _gives_exact_match(metric: str, samples: Sequence[AnsweredQuestion]) -> bool:
     return all(
-        metric in sample.scores and sample.scores[metric] == _exact_match(sample.answer, sample.target)
+        metric in sample.scores and sample.scores[metric] == exact_match(sample.answer, sample.target)
         for sample in samples
     )
 
 
-def _exact_match(answer: str, target: str | None) -> float:
+def exact_match(answer: str, target: str | None) -> float:
+    """Score an answer: 1 where it is the right text, white space around it aside."""
     return float(target is not None and answer.strip() == target.strip())
 
 

@@ -96,7 +96,7 @@ def _make_sample(entry: Mapping[str, Any], asked: AskedQuestion | None) -> Answe
         question_id=identity,
         target=str(entry["target"]),
         scores=read_scores(entry),
-        image=_find_image(row.get(IMAGE)),
+        image=find_image(row.get(IMAGE)),
         asked=asked,
     )
 
@@ -119,7 +119,7 @@ def read_scores(entry: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
-def _find_image(source: Any) -> str | None:
+def find_image(source: Any) -> str | None:
     """The file of an image, where a row of data names one that is there."""
     if not isinstance(source, str):
         return None
