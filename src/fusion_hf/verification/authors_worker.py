@@ -96,7 +96,7 @@ class Loaded:
 
 
 @dataclass
-class Prompt:
+class AuthorsPrompt:
     """What the authors' model takes: ids with their marks (1, S), ids of the question (1, T), and tiles."""
 
     input_ids: torch.Tensor
@@ -151,7 +151,7 @@ def add_marks(tokenizer: Any, model: Any) -> None:
     model.resize_token_embeddings(len(tokenizer))
 
 
-def make_prompt(loaded: Loaded, image_path: str, question: str) -> Prompt:
+def make_prompt(loaded: Loaded, image_path: str, question: str) -> AuthorsPrompt:
     """Image and question as the authors' `run_fusion.py` prepares them, which moves them to CUDA in float16."""
     from PIL import Image
 
@@ -171,10 +171,10 @@ def make_prompt(loaded: Loaded, image_path: str, question: str) -> Prompt:
         processor = loaded.model.get_vision_tower().image_processor
         images = utils.process_images([image.convert("RGB")], processor, loaded.model.config)
     device = loaded.model.device
-    return Prompt(ids.unsqueeze(0).to(device), instructs.unsqueeze(0).to(device), images.to(device))
+    return AuthorsPrompt(ids.unsqueeze(0).to(device), instructs.unsqueeze(0).to(device), images.to(device))
 
 
-def generate(loaded: Loaded, prompt: Prompt, num_tokens: int) -> Any:
+def generate(loaded: Loaded, prompt: AuthorsPrompt, num_tokens: int) -> Any:
     """Greedy tokens of a prompt, with their logits."""
     with torch.inference_mode():
         return loaded.model.generate(

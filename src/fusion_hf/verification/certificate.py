@@ -32,7 +32,7 @@ from fusion_hf.inference.devices import choose_device
 from fusion_hf.inference.loading import load_config
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.verification.authors_process import AuthorsEnvironment, check_packages, run_worker
-from fusion_hf.verification.questions import AskedQuestion
+from fusion_hf.verification.questions import VerificationQuestion
 from fusion_hf.verification.stages import TOLERANCES, AuthorsMarks, QuestionComparison, compare_question, record
 from fusion_hf.verification.weights import WeightsComparison, compare_weights
 
@@ -91,7 +91,7 @@ def verify(
     options: VerificationOptions,
     environment: AuthorsEnvironment,
     inputs: ConversionInputs,
-    questions: Sequence[AskedQuestion],
+    questions: Sequence[VerificationQuestion],
 ) -> Certificate:
     """
     Compare a converted folder with the authors' code, and write `parity.json` into it.
@@ -166,7 +166,7 @@ def _make_job(
     options: VerificationOptions,
     config: FusionConfig,
     inputs: ConversionInputs,
-    questions: Sequence[AskedQuestion],
+    questions: Sequence[VerificationQuestion],
     folder: Path,
 ) -> dict[str, Any]:
     """What the worker is to do; images are written as they are decoded here, so that both sides have the same."""
@@ -214,7 +214,7 @@ def _make_tower(inputs: ConversionInputs, has_tower: bool, folder: Path) -> Path
 def _content(
     options: VerificationOptions,
     environment: AuthorsEnvironment,
-    questions: Sequence[AskedQuestion],
+    questions: Sequence[VerificationQuestion],
     weights: WeightsComparison,
     compared: list[QuestionComparison],
     report: dict[str, Any],
@@ -296,7 +296,7 @@ def _figures(stages: Sequence[StageComparison]) -> dict[str, float | None]:
     return {name: number if math.isfinite(number) else None for name, number in figures.items()}
 
 
-def _describe_question(question: AskedQuestion, compared: QuestionComparison) -> dict[str, Any]:
+def _describe_question(question: VerificationQuestion, compared: QuestionComparison) -> dict[str, Any]:
     image = question.image
     return {
         "question": question.text,

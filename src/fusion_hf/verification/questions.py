@@ -21,25 +21,25 @@ MAX_QUESTIONS = 64
 
 
 @dataclass(frozen=True)
-class AskedQuestion:
+class VerificationQuestion:
     """An image in mode RGB and a question about it."""
 
     image: Image.Image
     text: str
 
 
-def draw_questions() -> list[AskedQuestion]:
+def draw_questions() -> list[VerificationQuestion]:
     """One drawn image of each kind, each in another size, with its first question."""
     asked = []
     for category, size in zip(CATEGORIES, SIZES, strict=True):
         spec = draw_spec(category, "test", 0)
         text = drawn_questions(spec, random.Random(0))[0].text
         # edges as sharp as can be, which tell filters apart
-        asked.append(AskedQuestion(spec.render().resize(size, Image.Resampling.NEAREST), text))
+        asked.append(VerificationQuestion(spec.render().resize(size, Image.Resampling.NEAREST), text))
     return asked
 
 
-def read_questions(path: Path) -> list[AskedQuestion]:
+def read_questions(path: Path) -> list[VerificationQuestion]:
     """
     Read questions of the form of `fusion-hf ask --input`: one question about one image in each.
 
@@ -62,5 +62,5 @@ def read_questions(path: Path) -> list[AskedQuestion]:
             image = open_image(root / question.image)
         except ImageError as error:
             raise InputError(f"{place}: {question.image} cannot be used: {error.reason}.") from error
-        asked.append(AskedQuestion(image, question.messages[0]["content"].replace(IMAGE_TOKEN, "").strip()))
+        asked.append(VerificationQuestion(image, question.messages[0]["content"].replace(IMAGE_TOKEN, "").strip()))
     return asked

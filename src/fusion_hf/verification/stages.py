@@ -22,7 +22,7 @@ from fusion_hf.inference.chat_model import ChatModel, question_message
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.verification.authors_worker import OVERVIEW, TILES, Recorder
-from fusion_hf.verification.questions import AskedQuestion
+from fusion_hf.verification.questions import VerificationQuestion
 
 # the largest relative error that counts as equal. Normalised pixels are computed in other orders, even in float32.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
@@ -89,7 +89,7 @@ def _rewritten(args: Any, output: torch.Tensor) -> torch.Tensor:
     return output[:, args[1].latent_positions[0, 0]]
 
 
-def record(chat_model: ChatModel, question: AskedQuestion, num_tokens: int) -> dict[str, torch.Tensor]:
+def record(chat_model: ChatModel, question: VerificationQuestion, num_tokens: int) -> dict[str, torch.Tensor]:
     """All stages of one question as this package computes them, of as many tokens as the worker."""
     model, processor = chat_model.model, chat_model.processor
     inputs = processor.apply_chat_template(
