@@ -274,7 +274,8 @@ def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_typ
         return
     if base is None:
         kind = "a LoRA run" if (checkpoint.path / ADAPTER_CONFIG).is_file() else "an adapter-only run"
-        raise ConversionError(f"{checkpoint.name} is {kind}: `fusion-hf convert` needs the model that it was trained on, as --base.")
+        needed = "`fusion-hf convert` needs the model that it was trained on, as --base"
+        raise ConversionError(f"{checkpoint.name} is {kind}: {needed}.")
     base_type = read_json(base.path / "config.json").get("model_type")
     if TEXT_MODEL_TYPES.get(str(base_type), base_type) != text_type:
         raise ConversionError(f"--base: {base.name} is a {base_type!r} model; the checkpoint needs {text_type!r}.")
