@@ -164,7 +164,7 @@ def test_broken_records_are_reported_in_their_places(nano: ChatModel, tmp_path: 
         ({"id": "null", "image": "a\0b", "question": question}, "is no file"),
         ({"id": "truncated", "image": "truncated.png", "question": question}, "cannot be decoded"),
         ({"id": "text", "image": "text.png", "question": question}, "cannot be opened"),
-        ({"id": "data", "image": "data:image/png;base64,AAAA", "question": question}, "is no file"),
+        ({"id": "data", "image": "data:image/png;base64,AAAA", "question": question}, "cannot be decoded"),
         ({"id": "address", "image": "https://\u0000", "question": question}, "is no address"),
         ({"id": "unreachable", "image": "http://127.0.0.1:9/a.png", "question": question}, "cannot be opened"),
         ({"id": "empty", "question": " \n"}, "the question is empty"),
