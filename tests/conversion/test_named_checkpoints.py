@@ -197,6 +197,7 @@ def write_cache(home: Path, checkpoints: dict[str, Path]) -> None:
         shutil.copytree(checkpoint, folder / "snapshots" / COMMITS[ref])
 
 
+@pytest.mark.slow
 def test_commands_offline(tmp_path, run):
     """From the Hub's cache, by name and revision, in processes of their own; weights are not needed a second time."""
     first = write_named_checkpoint(tmp_path / "first" / "FUSION-tiny")
@@ -239,6 +240,7 @@ def test_commands_offline(tmp_path, run):
     assert gone[0] == 2 and f"The model {NAME}" in gone[2] and "shards" in gone[2]
 
 
+@pytest.mark.slow
 def test_from_the_hub(tmp_path, run):
     """Fetched, converted, and the same answer without the network."""
     checkpoint = write_named_checkpoint(tmp_path / "FUSION-tiny", num_shards=1)

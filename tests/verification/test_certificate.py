@@ -136,6 +136,7 @@ def test_other_kinds_of_folders(certify: Certify, copy: Path):
     assert not (copy / PARITY).exists()
 
 
+@pytest.mark.slow
 def test_command(converted: Converted, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """In real processes: the worker by another Python, a file of questions; the status is 1 where anything differs."""
     image = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
