@@ -233,15 +233,17 @@ def test_a_decoder_that_crashes_or_hangs(
     number: signal.Signals, status: int, part: str, monkeypatch: pytest.MonkeyPatch
 ):
     async def work(workers: ImageWorkers) -> None:
-        task, pid = await begin(workers, one_bit_png(COSTLY_SIDE))
-        os.kill(pid, number)
-        with pytest.raises(ApiError, match=part) as error:
-            await task
+        await workers.cut_tiles(IMAGE_FILE.read_bytes())  # processes may take long to start
+        with monkeypatch.context() as brief:
+            brief.setattr("fusion_hf.serving.image_workers.WAIT_SECONDS", 2.0)
+            task, pid = await begin(workers, one_bit_png(COSTLY_SIDE))
+            os.kill(pid, number)
+            with pytest.raises(ApiError, match=part) as error:
+                await task
         assert error.value.status == status
         assert (await workers.cut_tiles(IMAGE_FILE.read_bytes())).shape == (5, 3, 48, 48)
         await wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
-    monkeypatch.setattr("fusion_hf.serving.image_workers.WAIT_SECONDS", 2.0)
     run(work, replace(FOREVER, image_seconds=3))
 
 
