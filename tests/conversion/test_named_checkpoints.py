@@ -18,6 +18,7 @@ from tests.helpers.named_checkpoints import write_named_checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from fusion_hf.cli import main
 from fusion_hf.cli.convert import main as run_convert
 from fusion_hf.cli.serve import model_of_vllm
 from fusion_hf.common.errors import InputError
@@ -169,6 +170,8 @@ def test_made_once_and_found_again(tmp_path, assets, monkeypatch):
     assert changed != place and conversions == [place, changed]
     write_json(checkpoint.parent / "siglip-tower" / "config.json", TOWER | {"layer_norm_eps": 1e-5})
     assert find_folder(str(checkpoint)) not in (place, changed)
+    assert main(["cache", "--remove", str(checkpoint)]) == 0  # as commands name it
+    assert converted_models.converted_models() == []
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path, assets):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from fusion_hf.cli.terminal import printable
 from fusion_hf.common.errors import InputError, short_name
@@ -18,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="List the authors' checkpoints that other commands and from_pretrained have converted into the "
         "Hugging Face cache: name, size, revision and folder. What is removed is converted again when it is needed.",
     )
-    parser.add_argument("--remove", metavar="NAME", help="remove all conversions of this repository or folder name")
+    parser.add_argument("--remove", metavar="NAME", help="remove all conversions of this repository or folder")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
@@ -29,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
         lines = [_line(model) for model in models] or [f"There are no converted checkpoints in {cache_folder()}."]
         sys.stdout.writelines(f"{line}\n" for line in lines)
         return 0
-    chosen = [model for model in models if arguments.remove in (model.name, model.folder.name)]
+    folder = Path(arguments.remove)
+    name = folder.resolve().name if folder.is_dir() else arguments.remove
+    chosen = [model for model in models if name in (model.name, model.folder.name)]
     if not chosen:
         known = ", ".join(sorted({model.name for model in models})) or "none"
         raise InputError(f"--remove is {short_name(arguments.remove)!r}; converted checkpoints: {known}.")
