@@ -15,7 +15,7 @@ PAGE = DOCS / "tutorial_own_images.md"
 IMAGES = {"tutorial_training.svg": (1, 4), "tutorial_publishing.svg": (5, 8)}
 SECTION = re.compile(r"^## (\d+)\..*$", re.MULTILINE)
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PROMPT = "$ "
+PROMPT, NO_BREAK_SPACE = "$ ", "\u00a0"
 COLUMNS = 100  # of the terminal: longer lines go on in the next row
 FONT_SIZE, LINE_HEIGHT, CHARACTER_WIDTH, MARGIN = 13, 18, 7.9, 16  # pixels
 BACKGROUND, OUTPUT, COMMAND = "#16181d", "#c8ccd4", "#8fd18f"
@@ -40,18 +40,22 @@ def draw(lines: list[str]) -> str:
     height = 2 * MARGIN + LINE_HEIGHT * len(lines)
     texts = [
         f'<text x="{MARGIN}" y="{MARGIN + LINE_HEIGHT * row + FONT_SIZE}" '
-        f'fill="{COMMAND if line.startswith(PROMPT) else OUTPUT}">{html.escape(line, quote=False)}</text>'
+        f'fill="{COMMAND if line.startswith(PROMPT) else OUTPUT}">{_escape(line)}</text>'
         for row, line in enumerate(lines)
     ]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" font-family="monospace" font-size="{FONT_SIZE}" style="white-space: pre">',
+            f'height="{height}" font-family="monospace" font-size="{FONT_SIZE}">',
             f'<rect width="100%" height="100%" rx="8" fill="{BACKGROUND}"/>',
             *texts,
             "</svg>\n",
         ]
     )
+
+
+def _escape(line: str) -> str:
+    return html.escape(line, quote=False).replace(" ", NO_BREAK_SPACE)  # viewers make one of several ordinary ones
 
 
 def main() -> None:
