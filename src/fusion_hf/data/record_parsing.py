@@ -94,7 +94,7 @@ class ParsedRecord:
 
     @property
     def turns(self) -> int:
-        """Questions, each of which has latent tokens."""
+        """Count the questions. Each one has latent tokens."""
         return sum(message["role"] == "user" for message in self.messages)
 
 

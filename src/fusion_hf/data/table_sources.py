@@ -257,7 +257,7 @@ def _is_out_of_reach(repository: str) -> bool:
         return False  # which `datasets` knows
     try:
         HfApi().dataset_info(repository, timeout=HUB_SECONDS)
-    except (HfHubHTTPError, HFValidationError):  # an answer, of which `datasets` says more
+    except (HfHubHTTPError, HFValidationError):  # `datasets` says more about this answer
         return False
     except (HTTPError, OSError):
         return True

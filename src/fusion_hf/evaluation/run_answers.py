@@ -167,7 +167,7 @@ def _lmms_sample(path: Path, number: int, entry: dict[str, Any]) -> AnsweredQues
 
 
 def asked_text(text: str) -> AskedQuestion:
-    """A question of which nothing but its words is known."""
+    """A question that is known by its words only."""
     return AskedQuestion([{"role": "user", "content": [{"type": "text", "text": text}]}], text)
 
 

@@ -19,7 +19,7 @@ from fusion_hf.training.reporters import MODULES, NOWHERE, is_installed
 TEMPLATE = Path(__file__).with_name("recipe.jinja")
 FULL, LORA, QLORA = METHODS = ("full", "lora", "qlora")
 TITLES = {FULL: "Full fine-tuning", LORA: "LoRA", QLORA: "QLoRA"}
-HELD_OUT_SHARE, MOST_HELD_OUT = 10, 500  # every tenth record, at most so many
+HELD_OUT_SHARE, MOST_HELD_OUT = 10, 500  # every tenth record is held out, up to this number
 BATCHES = (4, 8, 16, 32, 64, 128)  # the largest that leaves an epoch `LEAST_STEPS`
 LEAST_STEPS = 50
 WANTED_STEPS = 150  # of a run of few records, which sees them so often, but not more often than `MOST_EPOCHS`

@@ -7,7 +7,7 @@ from typing import Any
 from fusion_hf.common.errors import InputError
 
 NOWHERE, EVERYWHERE = "none", "all"
-# transformers' names -> the modules of which one must be there
+# transformers' names -> modules; one of them must be installed
 MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),

@@ -22,7 +22,7 @@ from fusion_hf.training.recipe import DECISIVE
 TEMPLATE = Path(__file__).with_name("run_card.jinja")
 # of a recipe, what others need to do the same; not its folders, nor names and tokens of accounts
 SHOWN = (*DECISIVE, "eval_data", "eval_samples", "bf16", "fp16", "gradient_checkpointing", "save_dtype")
-PLACES = ("model", "data", "data_root", "eval_data")  # of which a card shows the last part
+PLACES = ("model", "data", "data_root", "eval_data")  # a card shows only the last part of these paths
 FINETUNED, ADAPTER = "finetune", "adapter"  # how the Hub calls what became of a base model
 EVALUATION = "eval_"
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "answers")
