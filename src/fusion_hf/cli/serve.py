@@ -88,6 +88,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{number} with {engine}" for engine, number in PARALLEL.items()),
     )
     parser.add_argument(
+        "--image-cache-bytes",
+        type=whole_number(0),
+        default=DEFAULTS.image_cache_bytes,
+        metavar="N",
+        help="features of images that are kept for further questions; 0: none; not with vLLM; default: %(default)s",
+    )
+    parser.add_argument(
         "--max-seconds",
         type=positive,
         metavar="N",
@@ -137,7 +144,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_vllm(arguments: argparse.Namespace) -> None:
     """Serve by vLLM; an InputError for options that vLLM decides by itself, or without vLLM."""
-    decided = {"--device": (arguments.device, "auto"), "--max-seconds": (arguments.max_seconds, None)}
+    decided = {
+        "--device": (arguments.device, "auto"),
+        "--image-cache-bytes": (arguments.image_cache_bytes, DEFAULTS.image_cache_bytes),
+        "--max-seconds": (arguments.max_seconds, None),
+    }
     for option, (value, allowed) in decided.items():
         if value != allowed:
             raise InputError(f"{option} is {value!r}; with --engine vllm it is not taken: vLLM decides by itself.")
@@ -182,6 +193,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     return Limits(
         **{name: getattr(arguments, f"max_{name}") for name in MAXIMA},
         answer_tokens=arguments.max_new_tokens,
+        image_cache_bytes=arguments.image_cache_bytes,
         parallel=arguments.parallel or PARALLEL[arguments.engine],
         queue_length=arguments.queue_length,
         seconds=arguments.max_seconds or DEFAULTS.seconds,

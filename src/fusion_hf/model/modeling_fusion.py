@@ -250,9 +250,10 @@ class FusionModel(FusionPreTrainedModel):
         pixel_values: torch.Tensor | None,
         global_features: torch.Tensor | None,
         turns: PromptTurns,
+        query_len: int,
     ) -> PromptTurns:
         """Complete turns without reading a value, which breaks a compiled graph, unless something is missing."""
-        check_image(self.config, len(input_ids), pixel_values, global_features)
+        check_image(self.config, len(input_ids), pixel_values, global_features, query_len)
         if input_ids.shape[1] == 1:  # no turn begins in a later step of generation
             return turns
         if lacks_turns(pixel_values, turns):
@@ -317,7 +318,7 @@ class FusionModel(FusionPreTrainedModel):
             if check_inputs and not torch.compiler.is_compiling():
                 turns = check_prompt_inputs(self.config, *given, budget, cache)
             else:
-                turns = self._trust(*given)
+                turns = self._trust(*given, budget.query_len)
             prompt = self.embed_prompt(
                 input_ids,
                 budget=budget,
@@ -477,8 +478,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
                 split sequences also give `shift_labels`, which are aligned with the logits already.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
             global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the images, one row
-                per sample, on any device. Only the overview is encoded then, the last of `pixel_values`, which may be
-                the overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
+                per sample, on any device. They may be max-pooled to the side `isqrt(query_len) * window_size`, which
+                changes nothing. Only the overview is encoded then, the last of `pixel_values`, which may be the
+                overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
                 which hold each sample's image, and `prompt_end_positions` are those of the new turns.
             image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
                 reads it from the configuration.

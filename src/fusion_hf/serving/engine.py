@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.image_feature_cache import ImageFeatureCache
+from fusion_hf.inference.image_features import join_features
 from fusion_hf.model.configuration_fusion import TokenBudget
-from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, ApiError, overloaded
 from fusion_hf.serving.chat_requests import ChatRequest
 from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor, StopCondition
@@ -107,7 +108,7 @@ class Engine:
     """
 
     def __init__(self, chat_model: ChatModel, limits: Limits, budget: TokenBudget):
-        self.chat_model = chat_model
+        self.chat_model = replace(chat_model, image_cache=ImageFeatureCache(limits.image_cache_bytes))
         self.budget = budget  # of requests that say nothing about it
         self.limits = limits
         self.max_prompt_tokens = min(limits.prompt_tokens, chat_model.max_length - 1)
@@ -207,15 +208,16 @@ class Engine:
     def _generate(self, job: _Job) -> Finished:
         request, chat_model = job.request, self.chat_model
         budget = self._budget(request)
-        pixel_values = None
-        if job.tiles is not None:
-            pixel_values = to_pixel_values(job.tiles, chat_model.processor.image_processor)
         with self._lock:
             if job.is_over:  # a prompt takes long, and nobody waits for it
                 raise too_late()
-            inputs = chat_model.prepare(request.messages, **budget._asdict(), pixel_values=pixel_values)
+            inputs = chat_model.prepare_batch(
+                [request.messages], budget, process_images=False, add_generation_prompt=True
+            )
             prompt_tokens = inputs["input_ids"].shape[1]
             self._check_length(prompt_tokens)
+            if job.tiles is not None:
+                inputs.update(join_features([chat_model.encode_cut_image(job.tiles, budget.query_len)]))
             text = AnswerText(chat_model.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))
 
             def is_over() -> bool:
@@ -271,16 +273,3 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 def too_late() -> ApiError:
     """Return the error of a request whose turn did not come in time."""
     return overloaded("No answer began within the time that a request may take.")
-
-
-def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:
-    """What the processor makes of an image with these tiles `(5, 3, H, W)`: `pixel_values` `(1, 5, 3, H, W)`."""
-    table = values_of_bytes(
-        processor.do_rescale,
-        processor.rescale_factor,
-        processor.do_normalize,
-        processor.image_mean,
-        processor.image_std,
-    )
-    planes = [values[tiles[:, channel]] for channel, values in enumerate(table)]
-    return torch.from_numpy(np.stack(planes, axis=1)[None])

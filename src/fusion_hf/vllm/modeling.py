@@ -6,7 +6,6 @@ width.
 
 import re
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.processor import cached_processor_from_config
 
-from fusion_hf.inference.image_features import ImageFeatureCache
+from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 from fusion_hf.model.modeling_fusion_vision import (
@@ -40,9 +39,6 @@ from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.vllm.latent_updates import find_prompts, make_updates
 from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
 from fusion_hf.vllm.prompt_layout import PromptParser
-
-# of images for further questions about them: in 16 bits with 36 latent tokens, 67 images for FUSION 3B, 50 for 8B
-CACHE_BYTES = 2**27
 
 # vLLM's models whose layers take and return (hidden states, residual)
 BACKBONES = {
@@ -101,7 +97,7 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
                 architectures=[_backbone(config.text_config)],
             )
         # windows (q * w * w, D): vLLM's own cache is of images with their questions, and has nothing for the next one
-        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(CACHE_BYTES, attrgetter("nbytes"))
+        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache()
         # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
         self.contexts: list[torch.Tensor] = []
         self.grey: torch.Tensor | None = None
