@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import find_folder, nano_path
+from fusion_hf.inference.cpu_linear import use_onednn
 from fusion_hf.inference.devices import AUTO, check_quantized_dtype, choose_device, choose_dtype
 from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.inference.loading import load_config, load_model
@@ -59,7 +60,10 @@ class ChatModel:
         if "quantization_config" in vars(config):
             kind = check_quantized_dtype(config, dtype)
         model, processor = load_model(folder, kind, config=config)
-        return cls(model.to(chosen).eval(), processor)
+        model = model.to(chosen).eval()
+        if chosen.type == "cpu":
+            use_onednn(model)
+        return cls(model, processor)
 
     @property
     def max_length(self) -> int:
