@@ -16,6 +16,7 @@ from torch import nn
 from fusion_hf import FusionForConditionalGeneration, use_onednn
 from fusion_hf.inference import ChatModel, cpu_linear
 from fusion_hf.inference.cpu_linear import OneDNNLinear, OneDNNSiglipMLP
+from fusion_hf.inference.cpu_speed import trial_tensors
 
 pytestmark = pytest.mark.skipif(platform.machine() not in cpu_linear.PROCESSORS, reason="measured on x86-64 alone")
 
@@ -69,7 +70,7 @@ def is_computed_as_usual(model: nn.Module, other: nn.Module, products: list[str 
 
 def test_torch_has_the_operator() -> None:
     """It is not public: where it ends, or takes other arguments, this fails, and models compute as before."""
-    rows, weight, bias = cpu_linear._trial_tensors(torch.float32)
+    rows, weight, bias = trial_tensors(1, torch.float32)
     expected = nn.functional.linear(rows, weight, bias)
     torch.testing.assert_close(cpu_linear._linear(rows, weight, bias), expected)
     assert cpu_linear._gelu_agrees()

@@ -47,7 +47,8 @@ class ChatModel:
         Args:
             name: a model folder or a repository of the Hub, the authors' as well; None: the bundled `fusion-nano`.
             device: `"auto"` or a device of torch.
-            dtype: `"auto"` or a key of `DTYPES`. A quantized model has the type that it was saved in.
+            dtype: `"auto"` (see `choose_dtype`) or a key of `DTYPES`. A quantized model has the type that it was saved
+                in.
             revision: branch, tag or commit of a repository; None: the main branch, or what `name` has behind `@`.
 
         Raises:
@@ -55,8 +56,8 @@ class ChatModel:
         """
         chosen = choose_device(device)
         folder = find_folder(nano_path() if name is None else name, revision)
-        kind = choose_dtype(dtype, chosen)
         config = load_config(folder)
+        kind = choose_dtype(dtype, chosen, config.dtype)
         if "quantization_config" in vars(config):
             kind = check_quantized_dtype(config, dtype)
         model, processor = load_model(folder, kind, config=config)

@@ -6,8 +6,6 @@ block while that is in the caches.
 """
 
 import platform
-import time
-from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -16,12 +14,11 @@ from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
+from fusion_hf.inference.cpu_speed import CLEARLY_FASTER, Computation, compare_times, trial_tensors
+
 PROCESSORS = ("x86_64", "AMD64")  # on which this was measured
 GELUS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}  # oneDNN's names of what configurations call so
 SMALLEST_WEIGHT = 2**16  # elements: the product of a smaller one takes less time than the call
-TRIALS = 5
-TRIAL_WIDTHS = (1024, 2048)  # 8 MiB in float32: more than a core's own caches
-CLEARLY_FASTER = 0.8  # of the usual time: the same machine must not decide otherwise for noise
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a trial, relative
 
 
@@ -129,7 +126,7 @@ def _applies(rows: torch.Tensor, layer: nn.Linear) -> bool:
 @cache
 def _rows_are_faster(threads: int) -> bool:
     """Whether so many threads compute a single row of float32 clearly faster by oneDNN, and agree."""
-    rows, weight, bias = _trial_tensors(torch.float32)
+    rows, weight, bias = trial_tensors(1, torch.float32)
 
     def usual() -> torch.Tensor:
         return nn.functional.linear(rows, weight, bias)
@@ -137,17 +134,14 @@ def _rows_are_faster(threads: int) -> bool:
     def by_onednn() -> torch.Tensor:
         return _linear(rows, weight, bias)
 
-    if not _agree(usual, by_onednn):
-        return False
-    times = [(_seconds(usual), _seconds(by_onednn)) for _ in range(TRIALS)]
-    return min(other for _, other in times) < CLEARLY_FASTER * min(time for time, _ in times)
+    return _agree(usual, by_onednn) and compare_times(by_onednn, usual) < CLEARLY_FASTER
 
 
 @cache
 def _gelu_agrees() -> bool:
     """Whether oneDNN's products with GELU are torch's."""
     for dtype in TOLERANCE:
-        rows, weight, bias = _trial_tensors(dtype)
+        rows, weight, bias = trial_tensors(1, dtype)
         product = nn.functional.linear(rows, weight, bias)
         for name, algorithm in GELUS.items():
             if not _agree(partial(ACT2FN[name], product), partial(_linear, rows, weight, bias, algorithm)):
@@ -155,15 +149,7 @@ def _gelu_agrees() -> bool:
     return True
 
 
-def _trial_tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One row `(1, in)`, a weight `(out, in)` and a bias `(out,)`, without a draw from torch's generator."""
-    width, outputs = TRIAL_WIDTHS
-    values = torch.linspace(-1, 1, width * outputs).view(outputs, width)
-    # products between -4 and 4, where GELU bends
-    return values[:1].to(dtype), (values * 4 / width).to(dtype), torch.linspace(-1, 1, outputs, dtype=dtype)
-
-
-def _agree(usual: Callable[[], torch.Tensor], by_onednn: Callable[[], torch.Tensor]) -> bool:
+def _agree(usual: Computation, by_onednn: Computation) -> bool:
     """Whether torch has the operator, which is not public, with these arguments, and it gives the usual values."""
     expected = usual()
     try:
@@ -172,10 +158,3 @@ def _agree(usual: Callable[[], torch.Tensor], by_onednn: Callable[[], torch.Tens
         return False
     tolerance = TOLERANCE[expected.dtype]
     return torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
