@@ -14,7 +14,7 @@ ROOM = 64  # tokens for which a layer has place before it is copied into a large
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer with room behind its last token. Whoever replaces its tensors gives it another room with the next token."""
+    """A layer with room behind its last token. If its tensors are replaced, the next token gives it another room."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -35,9 +35,7 @@ class RoomyLayer(DynamicLayer):
         begin = 0 if self.keys.numel() == 0 else self.keys.shape[-2]
         end = begin + key_states.shape[-2]
         if not self._has_room(end):
-            self._rooms = tuple(
-                states.new_empty((*states.shape[:-2], end + ROOM, states.shape[-1])) for states in new
-            )
+            self._rooms = tuple(states.new_empty((*states.shape[:-2], end + ROOM, states.shape[-1])) for states in new)
             if begin > 0:
                 for room, states in zip(self._rooms, old, strict=True):
                     room[..., :begin, :] = states

@@ -14,7 +14,7 @@ ROOM = 64  # tokens for which a layer has place before it is copied into a large
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer with room behind its last token. Whoever replaces its tensors gives it another room with the next token."""
+    """A layer with room behind its last token. If its tensors are replaced, the next token gives it another room."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
