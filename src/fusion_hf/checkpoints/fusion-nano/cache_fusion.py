@@ -35,9 +35,7 @@ class RoomyLayer(DynamicLayer):
         begin = 0 if self.keys.numel() == 0 else self.keys.shape[-2]
         end = begin + key_states.shape[-2]
         if not self._has_room(end):
-            self._rooms = tuple(
-                states.new_empty((*states.shape[:-2], end + ROOM, states.shape[-1])) for states in new
-            )
+            self._rooms = tuple(states.new_empty((*states.shape[:-2], end + ROOM, states.shape[-1])) for states in new)
             if begin > 0:
                 for room, states in zip(self._rooms, old, strict=True):
                     room[..., :begin, :] = states
