@@ -57,6 +57,7 @@ QUESTION = "what is the astronaut holding in the left hand, and what color is it
 TOKENS = 33  # of an answer whose later tokens are timed
 ANSWER_TOKENS = 16  # of each of several answers
 IMAGES, QUESTIONS = 8, 10
+MANY = ("answer", "answer_each")  # commands of several questions
 TURNS = ("what color is the suit?", "what is written on it?")
 ANSWER = "it is orange and has a round badge with letters in the middle of it."
 PATIENCE = 600  # seconds for an answer of a process
@@ -92,6 +93,7 @@ class Bench:
     size: str
     threads: int
     rounds: int
+    sides: Sequence[str] = ALL
 
     @property
     def photos(self) -> dict[str, str]:
@@ -177,25 +179,30 @@ def alternate(
     bench: Bench, names: Sequence[str], do: str, same: str | None = None, **arguments: Any
 ) -> tuple[Rounds, dict[str, dict[str, Any]]]:
     """
-    Ask each contestant once a round, after a round that does not count.
+    Ask each contestant once a round, after once that does not count: one question where a round has many.
 
     Args:
+        names: Of the contestants; those that `bench.sides` leaves out are not asked.
         same: Of the answers, what has to be equal in both sides' float32.
 
     Returns:
         The answers' numbers of all rounds, and the last answers.
     """
+    one = {"do": "generate", "image": bench.photos[SMALL_PHOTO], "question": QUESTION, "tokens": ANSWER_TOKENS}
+    warm_up = one if do in MANY else {"do": do, **arguments}
     rounds: Rounds = defaultdict(lambda: defaultdict(list))
-    with contestants(bench, names) as processes:
-        last = {name: process.ask(do, **arguments) for name, process in processes.items()}
-        if same is not None and last[THEIRS][same] != last[OURS][same]:
-            raise RuntimeError(f"{do}: {same} of ours differ from theirs.")
+    last: dict[str, dict[str, Any]] = {}
+    with contestants(bench, [name for name in names if name in bench.sides]) as processes:
+        for process in processes.values():
+            process.ask(**warm_up)
         for index in tqdm(range(bench.rounds), desc=do):
             for name in turned(list(processes), index):
                 last[name] = processes[name].ask(do, **arguments)
                 for figure, value in last[name].items():
                     if isinstance(value, float):
                         rounds[figure][name].append(value)
+            if same is not None and {THEIRS, OURS} <= last.keys() and last[THEIRS][same] != last[OURS][same]:
+                raise RuntimeError(f"{do}: {same} of ours differ from theirs.")
     return rounds, last
 
 
@@ -369,11 +376,19 @@ def summarize_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
     return {"equal": certificate["equal"], "stages": certificate["stages"], "questions": len(certificate["questions"])}
 
 
+def add_rounds(former: Rounds, rounds: Rounds) -> Rounds:
+    """All rounds of a part: ratios pair them by their places, so that the same contestants have to be in both."""
+    return {
+        figure: {name: former.get(figure, {}).get(name, []) + values for name, values in by_name.items()}
+        for figure, by_name in rounds.items()
+    }
+
+
 def run(options: argparse.Namespace, environment: AuthorsEnvironment, folder: Path) -> None:
     """Measure the parts that were asked for; the file has each as soon as it is done."""
     names = dict.fromkeys([NANO, options.size])
     checkpoints = {name: make_checkpoint(environment, folder, name) for name in names}
-    bench = Bench(environment, folder, checkpoints, options.size, options.threads, options.rounds)
+    bench = Bench(environment, folder, checkpoints, options.size, options.threads, options.rounds, options.sides)
     result = read_result(options.output)
     result["settings"] = {"size": options.size, "threads": options.threads, "dtype": "float32 and bfloat16"}
     result |= surroundings("cpu")
@@ -381,7 +396,8 @@ def run(options: argparse.Namespace, environment: AuthorsEnvironment, folder: Pa
     result["authors"] = certificate["authors"]
     result["verified"] = {name: summarize_certificate(each.certificate) for name, each in checkpoints.items()}
     for part in options.parts:
-        result[part] = {figure: dict(values) for figure, values in PARTS[part](bench).items()}
+        former = result.get(part, {}) if options.add else {}
+        result[part] = add_rounds(former, PARTS[part](bench))
         write_result(result, options.output)
     sys.stdout.write(describe(TABLE, result) + "\n")
 
@@ -393,7 +409,9 @@ def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Nam
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where checkpoints are kept; default: nowhere")
     parser.add_argument("--size", choices=(NANO, MIDDLE), default=MIDDLE, help="of the model that is timed")
     parser.add_argument("--parts", type=names_among(list(PARTS)), default=list(PARTS), help="some of them")
+    parser.add_argument("--sides", type=names_among(ALL), default=list(ALL), help="which are asked")
     parser.add_argument("--rounds", type=positive, default=5, help="that count")
+    parser.add_argument("--add", action="store_true", help="to the rounds that the output has of the same sides")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--output", type=Path, help="a JSON file, to which the parts are added")
     options = parser.parse_args(command_line)

@@ -34,6 +34,12 @@ def test_ratios_are_taken_within_rounds():
     assert sum(row[1] != NOT_MEASURED for row in cells.values()) == 6  # with the table's head
 
 
+def test_rounds_are_added():
+    former, new = {"step": {"ours": [1.0], "theirs": [2.0]}}, {"step": {"ours": [3.0], "theirs": [4.0]}}
+    assert authors.add_rounds(former, new) == {"step": {"ours": [1.0, 3.0], "theirs": [2.0, 4.0]}}
+    assert authors.add_rounds({}, new) == new
+
+
 @pytest.mark.parametrize(
     ("code", "python", "named"),
     [("nowhere", sys.executable, "--authors-code"), (STAND_IN, "no-such-python", "--authors-python")],
