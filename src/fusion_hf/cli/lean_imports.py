@@ -145,18 +145,21 @@ def _values_in_memory(torch: Any) -> Iterator[None]:
         torch.empty(0)  # the first time, torch lists the functions that heed a device
     draw, arange, tensor = torch.nn.init.normal_, torch.arange, torch.tensor
     torch.nn.init.normal_ = lambda weight, *args, **kwargs: weight if weight.is_meta else draw(weight, *args, **kwargs)
-    torch.arange, torch.tensor = _on_cpu(arange), _on_cpu(tensor)
+    torch.arange, torch.tensor = _on_cpu(arange, torch), _on_cpu(tensor, torch)
     try:
         yield
     finally:
         torch.nn.init.normal_, torch.arange, torch.tensor = draw, arange, tensor
 
 
-def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+def _on_cpu(make: Callable[..., Any], torch: Any) -> Callable[..., Any]:
+    """A function that makes tensors, as it is but for those without memory, which it makes on the CPU."""
+
     @wraps(make)
     def made(*args: Any, **kwargs: Any) -> Any:
-        # transformers makes an empty tensor to ask on which device it makes modules
-        if kwargs.get("device") is None and args != ([],):
+        # by an empty tensor, transformers asks on which device it makes modules
+        asks = len(args) == 1 and isinstance(args[0], list) and not args[0]
+        if kwargs.get("device") is None and not asks and torch.empty(0).is_meta:
             kwargs["device"] = "cpu"
         return make(*args, **kwargs)
 
