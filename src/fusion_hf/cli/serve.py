@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         given = " ".join(arguments.engine_arguments)
         raise InputError(f"There are arguments behind `--`, {given!r}; allowed: with --engine vllm.")
     name = arguments.name or _name(arguments.model or nano_path())
+    hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
@@ -127,7 +128,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
     from fusion_hf.cli.model_loading import load_chat_model
 
-    hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     listener = listen(arguments.host, arguments.port)  # a taken port is told before the model is loaded
     chat_model = load_chat_model(arguments)
     service = Service(

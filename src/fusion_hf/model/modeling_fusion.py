@@ -34,7 +34,13 @@ from .modeling_fusion_base import (
     check_engine,
     either_cache,
 )
-from .modeling_fusion_decoder import DECODER_LAYERS, EmbeddedPrompt, FusionSampler, PlaceholderMasks
+from .modeling_fusion_decoder import (
+    DECODER_LAYERS,
+    EmbeddedPrompt,
+    FusionSampler,
+    PlaceholderMasks,
+    decoder_layer,
+)
 from .modeling_fusion_vision import (
     EncodedImage,
     FusionProjector,
@@ -83,7 +89,7 @@ class FusionModel(FusionPreTrainedModel):
             raise ValueError(f"text_config.model_type is {model_type!r}; FUSION supports: {supported}.")
         for index, layer in enumerate(self.language_model.layers):
             # same weights, one more keyword: building the layers a second time would double the peak memory
-            layer.__class__ = DECODER_LAYERS[model_type]
+            layer.__class__ = decoder_layer(model_type)
             layer.vision_sampler = FusionSampler(self.config) if index in self.config.sampler_layers else None
 
     @can_return_tuple
