@@ -99,7 +99,7 @@ def test_decoding_reads_nothing_on_the_host(load, folder, reference, monkeypatch
     monkeypatch.setattr(modeling.VllmFusionForConditionalGeneration, "forward", watched)
     assert largest_difference(reference, load(folder, max_num_seqs=5)) < TOLERANCE
     assert min(steps.values()) > 1, steps
-    with pytest.raises(AssertionError, match="tolist"), no_reads(monkeypatch):
+    with pytest.raises(AssertionError, match="turns_fusion"), no_reads(monkeypatch):
         modeling.PromptParser.of(reference.config, reference.processor).read(reference_ids(reference))
 
 
