@@ -20,9 +20,11 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.processor import cached_processor_from_config
 
+from fusion_hf.inference.cpu_linear import use_onednn
 from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler
@@ -103,7 +105,11 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         self.grey: torch.Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if current_platform.is_cpu():  # vLLM's own layers have kernels of their own
+            for part in (self.vision_tower, self.vision_projector, self.vision_projector_back, self.samplers):
+                use_onednn(part)
+        return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """
@@ -190,16 +196,16 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         prompts = find_prompts(self.parser, input_ids)
-        updates = []
-        if prompts:
-            updates = make_updates(prompts, self.contexts, self.config.window_size, self._grey_windows)
+        model = self.language_model.model
+        if not prompts:  # what vLLM may have compiled, or capture in a graph
+            return model(None, positions, None, inputs_embeds)
+        updates = make_updates(prompts, self.contexts, self.config.window_size, self._grey_windows)
         for update in updates:
             inputs_embeds = update.place(inputs_embeds)
-        model = self.language_model.model
         hidden_states, residual = inputs_embeds, None
         for index, layer in enumerate(model.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
-            if updates and str(index) in self.samplers:
+            if str(index) in self.samplers:
                 for update in updates:
                     update.rewrite(self.samplers[str(index)], hidden_states, residual)
         return model.norm(hidden_states, residual)[0]
