@@ -12,8 +12,7 @@ from tests.helpers.flash import FlashStandIn
 from tests.helpers.tiny import BACKBONES, Sample, make_inputs, tiny_config, tiny_model
 
 from fusion_hf import CompiledGenerator, FusionForConditionalGeneration
-from fusion_hf.model import modeling_fusion
-from fusion_hf.model.modeling_fusion_vision import in_one_pass
+from fusion_hf.model.modeling_fusion_vision import FusionVisionModel
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 SAMPLES = [Sample([5], seed=1), Sample([4, 7], [3], seed=2), Sample([6], image=False, seed=3)]
@@ -27,7 +26,7 @@ EARLY = ("uniform", "uniform_padded", "masked")
 def together(is_wanted: bool) -> Iterator[None]:
     """All five parts of an image in one pass, or in two, whatever the device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_fusion, "in_one_pass", lambda tower, pixel_values, asked: is_wanted)
+        patch.setattr(FusionVisionModel, "takes_tiles", lambda tower, pixel_values, asked: is_wanted)
         yield
 
 
@@ -130,15 +129,15 @@ def test_a_prompt_is_compiled_with_them() -> None:
 def test_where_it_is_chosen() -> None:
     tower = tiny_model(tiny_config()).model.vision_tower
     pixels = {name: SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda")}
-    assert in_one_pass(tower, pixels["cuda"], {})
-    assert not in_one_pass(tower, pixels["cpu"], {})
-    assert not in_one_pass(tower, pixels["cuda"], {"output_attentions": True})
-    assert not in_one_pass(tower, pixels["cuda"], {"output_hidden_states": True})
+    assert tower.takes_tiles(pixels["cuda"], {})
+    assert not tower.takes_tiles(pixels["cpu"], {})
+    assert not tower.takes_tiles(pixels["cuda"], {"output_attentions": True})
+    assert not tower.takes_tiles(pixels["cuda"], {"output_hidden_states": True})
     handle = tower.layers[-1].register_forward_hook(lambda *args: None)
-    assert not in_one_pass(tower, pixels["cuda"], {})
+    assert not tower.takes_tiles(pixels["cuda"], {})
     handle.remove()
     tower.set_attn_implementation("eager")
-    assert not in_one_pass(tower, pixels["cuda"], {})
+    assert not tower.takes_tiles(pixels["cuda"], {})
 
 
 @pytest.mark.gpu

@@ -76,7 +76,7 @@ def decode_ahead(
     """
     reports = Reports(delay_of(input_ids.device))
     step: Callable[..., Any] = model
-    if not generation_config.disable_compile:
+    if model._valid_auto_compile_criteria(model_kwargs, generation_config):  # some quantized weights do not compile
         step = model.get_compiled_call(generation_config.compile_config)
     put = (lambda tokens: None) if streamer is None else streamer.put
     pad = _padding(generation_config, stopping_criteria)

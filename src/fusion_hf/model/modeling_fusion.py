@@ -44,7 +44,6 @@ from .modeling_fusion_vision import (
     blank_pixels,
     encode_blank_image,
     encode_tiles,
-    in_one_pass,
     pool_context,
     reduce_grid,
     stitch_tiles,
@@ -151,15 +150,14 @@ class FusionModel(FusionPreTrainedModel):
         Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
         given, over the four tiles without it.
         """
-        tiles = None
-        if global_features is None and in_one_pass(self.vision_tower, pixel_values, kwargs):
+        if global_features is None and self.vision_tower.takes_tiles(pixel_values, kwargs):
             check_tiles(self.config, pixel_values)
-            tiles = pixel_values[:, :NUM_TILES]
+            kwargs["tiles"] = pixel_values[:, :NUM_TILES]
         guided, instruct_embeds, mask = self.guide_tower(
-            pixel_values[:, -1], instruct_input_ids, instruct_attention_mask, tiles=tiles, **kwargs
+            pixel_values[:, -1], instruct_input_ids, instruct_attention_mask, **kwargs
         )
         num_patches = guided.patch_embeddings.shape[1]
-        if tiles is None:
+        if guided.tile_features is None:
             projected = self.vision_projector(guided.features)  # (B, N + T, D)
         else:
             packing = Packing.of(guided.features, guided.tile_features)

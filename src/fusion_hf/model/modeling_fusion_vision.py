@@ -187,6 +187,18 @@ class FusionVisionModel(SiglipPreTrainedModel):
         self.layers = nn.ModuleList([FusionVisionLayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    def takes_tiles(self, pixel_values: torch.Tensor, asked: dict[str, Any]) -> bool:
+        """
+        Whether tiles run through the layers together with overviews, for which `asked` are other arguments.
+
+        They fill a GPU better than one after the other, but not a CPU. Eager attention has weights that somebody wants
+        to see, and what watches layers expects overviews and tiles by themselves.
+        """
+        if pixel_values.device.type != "cuda" or self.config._attn_implementation == "eager":
+            return False
+        recorded = any(asked.get(name, getattr(self.config, name)) for name in RECORDED)
+        return not recorded and not any(layer._forward_hooks for layer in self.layers)
+
     @capture_outputs
     def forward(
         self,
@@ -276,19 +288,6 @@ class EncodedImage(NamedTuple):
     instruct_features: torch.Tensor  # (B, T, D)
     instruct_mask: torch.Tensor  # (B, T)
     guided: FusionVisionModelOutput  # of the overview with its question
-
-
-def in_one_pass(tower: FusionVisionModel, pixel_values: torch.Tensor, asked: dict[str, Any]) -> bool:
-    """
-    Whether tiles and overviews run through the tower together, for which `asked` are other arguments.
-
-    They fill a GPU better than one after the other, but not a CPU. Eager attention has weights that somebody wants to
-    see, and what watches layers expects overviews and tiles by themselves.
-    """
-    if pixel_values.device.type != "cuda" or tower.config._attn_implementation == "eager":
-        return False
-    recorded = any(asked.get(name, getattr(tower.config, name)) for name in RECORDED)
-    return not recorded and not any(layer._forward_hooks for layer in tower.layers)
 
 
 def encode_tiles(tower: FusionVisionModel, projector: FusionProjector, tiles: torch.Tensor) -> torch.Tensor:
