@@ -27,7 +27,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-gpu test-oldest test-newest lint format nano bench bench-gpu bench-report notebooks clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-gpu test-oldest test-newest lint format nano bench bench-gpu bench-report docs notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -170,6 +170,14 @@ bench-gpu:  ## everything that only a GPU can show, in six minutes of one
 
 bench-report: $(TEST)  ## write the tables and plots of the documents from benchmarks/results
 	$(BIN)/python benchmarks/report.py
+
+docs: $(VENV)/.installed-docs  ## build the documentation site in docs/_build; a broken link is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+$(VENV)/.installed-docs: $(TEST)
+	$(INSTALL) -e ".[docs]"
+	@touch $@
 
 notebooks: $(TEST)  ## execute the notebooks again, in place
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/run.py
