@@ -194,7 +194,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
         They fill a GPU better than one after the other, but not a CPU. Eager attention has weights that somebody wants
         to see, and what watches layers expects overviews and tiles by themselves.
         """
-        if pixel_values.device.type != "cuda" or self.config._attn_implementation == "eager":
+        if not _is_on_gpu(pixel_values) or self.config._attn_implementation == "eager":
             return False
         recorded = any(asked.get(name, getattr(self.config, name)) for name in RECORDED)
         return not recorded and not any(layer._forward_hooks for layer in self.layers)
@@ -251,6 +251,10 @@ class FusionVisionModel(SiglipPreTrainedModel):
         if packing is not None:
             features, tile_features = packing.split(features)
         return FusionVisionModelOutput(features, patch_embeddings, tile_features)
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _uniform_weights(key_mask: torch.Tensor, early_text_attention: str) -> torch.Tensor | None:
