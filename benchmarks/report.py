@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+import authors_report
 import budget_report
 import gpu_report
 import maps_report
@@ -409,6 +410,7 @@ TABLES = [
     TRAINING,
     COMPARISON,
     QUANTIZATION,
+    authors_report.TABLE,
 ]
 PLOTS = [
     Plot(
