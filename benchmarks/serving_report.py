@@ -1,4 +1,4 @@
-"""Table of the servers, from `benchmarks/results`: `report.py` writes it with its own."""
+"""Tables of the servers, from `benchmarks/results`: `report.py` writes it with its own."""
 
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from blocks import (
 
 DOCUMENT = DOCS / "serving.md"
 CLIENTS = ("1", "8", "32", "8, one picture")
+FORMER_CLIENTS = ("1", "2", "4", "8")
 PATHS = {
     "vllm": "`--engine vllm`",
     "transformers": "`--engine transformers`",
@@ -72,9 +73,31 @@ COLUMNS = {
 TABLE = Table("serving", DOCUMENT, COLUMNS, rows(), measured_with)
 
 
+def ratio_to_former(kind: str, clients: str) -> Cell:
+    def cell(result: Result) -> str | None:
+        return format_spread(result.get(f"{kind}_ratios_to_former", {}).get(clients))
+
+    return cell
+
+
+def former_rows() -> list[Row]:
+    """Of the own server, by that which made a token of one answer after the other."""
+    kinds = {"rate": "requests per second", "first_token": "time to first token"}
+    return [
+        Row(f"{words}, together by in turns, clients: {clients}", "", ratio_to_former(kind, clients))
+        for clients in FORMER_CLIENTS
+        for kind, words in kinds.items()
+    ]
+
+
+TOGETHER = Table("serving-together", DOCUMENT, {"CPU": "serving_former_cpu.json"}, former_rows(), measured_with)
+
+
 def update(document: str, folder: Path) -> str:
-    """The document with the table from the results in `folder`."""
-    return replace_block(document, TABLE, render(TABLE, load_results(TABLE, folder)))
+    """The document with the tables from the results in `folder`."""
+    for table in (TABLE, TOGETHER):
+        document = replace_block(document, table, render(table, load_results(table, folder)))
+    return document
 
 
 def write() -> None:
