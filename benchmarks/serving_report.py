@@ -18,6 +18,7 @@ from blocks import (
 
 DOCUMENT = DOCS / "serving.md"
 CLIENTS = ("1", "8", "32", "8, one picture")
+FORMER_CLIENTS = ("1", "2", "4", "8")
 PATHS = {
     "vllm": "`--engine vllm`",
     "transformers": "`--engine transformers`",
@@ -72,6 +73,26 @@ COLUMNS = {
 TABLE = Table("serving", DOCUMENT, COLUMNS, rows(), measured_with)
 
 
+def ratio_to_former(kind: str, clients: str) -> Cell:
+    def cell(result: Result) -> str | None:
+        return format_spread(result.get(f"{kind}_ratios_to_former", {}).get(clients))
+
+    return cell
+
+
+def former_rows() -> list[Row]:
+    """Of the own server, by that which made a token of one answer after the other."""
+    kinds = {"rate": "requests per second", "first_token": "time to first token"}
+    return [
+        Row(f"{words}, together by in turns, clients: {clients}", "", ratio_to_former(kind, clients))
+        for clients in FORMER_CLIENTS
+        for kind, words in kinds.items()
+    ]
+
+
+TOGETHER = Table("serving-together", DOCUMENT, {"CPU": "serving_former_cpu.json"}, former_rows(), measured_with)
+
+
 # what `engine.py` compares, with the aim that vLLM's batches have
 ENGINES = {
     "vllm, oneDNN by batch, oneDNN": ("vLLM by `batch_generate`, both with oneDNN", "1.3 or more"),
@@ -118,7 +139,7 @@ ENGINE_TABLE = Table("engine", DOCUMENT, ENGINE_COLUMNS, engine_rows(), measured
 
 def update(document: str, folder: Path) -> str:
     """The document with the tables from the results in `folder`."""
-    for table in (TABLE, ENGINE_TABLE):
+    for table in (TABLE, TOGETHER, ENGINE_TABLE):
         document = replace_block(document, table, render(table, load_results(table, folder)))
     return document
 
