@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+import authors_report
 import budget_report
 import maps_report
 import serving_report
@@ -406,6 +407,7 @@ TABLES = [
     COMPARISON,
     QUANTIZATION,
     ONE_CPU,
+    authors_report.TABLE,
 ]
 PLOTS = [
     Plot(
