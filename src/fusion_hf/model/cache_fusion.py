@@ -68,7 +68,7 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer, RoomyLayer):
 
 def give_room(cache: Cache | None) -> None:
     """Let an empty cache of transformers' own kind grow without copies; others stay as they are."""
-    if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
+    if cache is None or type(cache) is not DynamicCache or cache.get_seq_length() > 0:
         return
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
