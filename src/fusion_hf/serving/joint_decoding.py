@@ -17,6 +17,7 @@ from transformers import BatchFeature, Cache, DynamicCache, GenerationConfig, Lo
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.model.cache_fusion import give_room
 from fusion_hf.model.compatibility_fusion import CACHE_NAMES
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import cache_keyword
@@ -87,7 +88,7 @@ class Row:
 
     def process(self, model: FusionForConditionalGeneration) -> torch.Tensor:
         """Process all ids, and keep their cache; returns the logits `(1, V)` of the next one."""
-        cache = DynamicCache(config=model.config.text_config)
+        cache = new_cache(model)
         outputs = model(input_ids=self.ids, **self.inputs, **cache_keyword(cache))
         self.cache = cache
         return outputs.logits[:, -1].float()
@@ -151,7 +152,7 @@ class RowBatch:
         if len(rows) == 1 and sources[0][0] is not before:
             self._cache = sources[0][0]
         else:
-            self._cache = DynamicCache(config=self._model.config.text_config)
+            self._cache = new_cache(self._model)
             length = max(row.length for row in rows) - 1
             num_layers = len(sources[0][0].layers)
             caches = {id(cache): cache for cache, _ in sources}.values()
@@ -163,6 +164,14 @@ class RowBatch:
                 values = torch.cat([_fit(layer.values[place], length) for layer, place in parts])
                 self._cache.update(keys, values, index)
         self._rows = list(rows)
+
+
+def new_cache(model: FusionForConditionalGeneration) -> Cache:
+    """Return an empty cache, as `generate` has it."""
+    cache = DynamicCache(config=model.config.text_config)
+    if model.device.type == "cpu":
+        give_room(cache)
+    return cache
 
 
 def _fit(states: torch.Tensor, length: int) -> torch.Tensor:
