@@ -29,6 +29,8 @@ from blocks import (
     render,
     replace_block,
 )
+from cpu_report import ROWS as CPU_ROWS
+from cpu_report import cpu_conditions
 from plot import Panel, Point, draw
 from quantization_report import ROWS as QUANTIZATION_ROWS
 from quantization_report import quantization_conditions
@@ -398,11 +400,13 @@ QUANTIZATION = Table(
     QUANTIZATION_ROWS,
     quantization_conditions,
 )
+ONE_CPU = Table("types on a CPU", GUIDE, {"Intel, without AMX": "types_cpu.json"}, CPU_ROWS, cpu_conditions)
 TABLES = [
     INFERENCE,
     TRAINING,
     COMPARISON,
     QUANTIZATION,
+    ONE_CPU,
     authors_report.TABLE,
 ]
 PLOTS = [
