@@ -27,7 +27,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-gpu test-oldest test-newest lint format nano bench notebooks clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-gpu test-oldest test-newest lint format nano bench docs notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -163,6 +163,14 @@ nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
 bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
+
+docs: $(VENV)/.installed-docs  ## build the documentation site in docs/_build; a broken link is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+$(VENV)/.installed-docs: $(TEST)
+	$(INSTALL) -e ".[docs]"
+	@touch $@
 
 notebooks: $(TEST)  ## execute the notebooks again, in place
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/run.py

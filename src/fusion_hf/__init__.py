@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusion_hf.hub.folders import nano_path
     from fusion_hf.inference.batching import batch_generate
     from fusion_hf.inference.compilation import CompiledGenerator
+    from fusion_hf.inference.cpu_linear import use_onednn
     from fusion_hf.maps import AttentionMaps, attention_maps
     from fusion_hf.model.configuration_fusion import FusionConfig
     from fusion_hf.model.image_processing_fusion import FusionImageProcessor
@@ -34,6 +35,7 @@ _MODULES = {
     "attention_maps": "fusion_hf.maps",
     "batch_generate": "fusion_hf.inference.batching",
     "nano_path": "fusion_hf.hub.folders",
+    "use_onednn": "fusion_hf.inference.cpu_linear",
 }
 
 
@@ -68,4 +70,5 @@ __all__ = [
     "attention_maps",
     "batch_generate",
     "nano_path",
+    "use_onednn",
 ]

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from tests.docs.markdown import ROOT, fenced_blocks
 
-DOCUMENTS = ("README.md", "docs/attention_maps.md", "docs/demo.md", "docs/evaluation.md", "docs/inference.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/attention_maps.md",
+    "docs/demo.md",
+    "docs/evaluation.md",
+    "docs/inference.md",
+    "docs/quickstart.md",
+)
 
 
 @pytest.fixture(scope="session")

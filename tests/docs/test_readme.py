@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.docs.markdown import fenced_blocks
 from tests.helpers.forked import run_forked
 
 from fusion_hf.cli import build, convert, make_parser
@@ -18,25 +19,25 @@ EXPECTED = re.compile(r"^print\(.*\)  # (.*)$", re.MULTILINE)
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-def execute(arguments: list[str], workspace: Path) -> str:
-    """What a process prints; it must not read anything, and it must succeed."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=workspace,
-        env=OFFLINE,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=SECONDS,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_python_block_runs(python_block: str, workspace: Path):
-    printed = execute(["-c", python_block], workspace).splitlines()
+    """In a forked process, which has imported everything: so the block must import this package itself."""
+    assert re.search("^(import|from) fusion_hf", python_block, re.MULTILINE)
+    result = run_forked([python_block], workspace, is_code=True)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.splitlines()
     for expected in EXPECTED.findall(python_block):
         assert expected in printed
+
+
+def test_first_block_runs_in_a_fresh_process(workspace: Path):
+    """Importing this package is what makes the auto classes know FUSION."""
+    block = fenced_blocks("README.md", "python")[0]
+    command = [sys.executable, "-c", block]
+    result = subprocess.run(
+        command, cwd=workspace, env=OFFLINE, capture_output=True, encoding="utf-8", timeout=SECONDS
+    )
+    assert result.returncode == 0, result.stderr
+    assert EXPECTED.findall(block) == ["red"] == result.stdout.splitlines()
 
 
 def test_bash_line(bash_line: str, workspace: Path, root: Path):

@@ -1,4 +1,4 @@
-"""The command in processes that are forked from one that has imported everything.
+"""The command, and snippets, in processes that are forked from one that has imported everything.
 
 A process of its own takes seconds to import torch; this server forks one in no time, and has no state of other tests.
 It is no place for what depends on a fresh interpreter: its environment, its streams' encoding, or what it imports.
@@ -26,11 +26,13 @@ def start_forked(
     stdin: str = "",
     file_size_limit: int | None = None,
     new_session: bool = False,
+    is_code: bool = False,
 ) -> ForkServerProcess:
     """
     Begin `fusion-hf ARGUMENTS`.
 
     Args:
+        arguments: or, with `is_code`, a single text, which is run as a script.
         folder: gets its streams, `stdin.txt`, `stdout.txt` and `stderr.txt`.
         cwd: default: this process's.
         file_size_limit: writing larger files fails in the process.
@@ -38,18 +40,24 @@ def start_forked(
     """
     (folder / "stdin.txt").write_text(stdin, encoding="utf-8")
     words = [str(argument) for argument in arguments]
-    process = SERVER.Process(target=_run, args=(words, folder, cwd or Path.cwd(), file_size_limit, new_session))
+    process = SERVER.Process(
+        target=_run, args=(words, folder, cwd or Path.cwd(), file_size_limit, new_session, is_code)
+    )
     process.start()
     return process
 
 
 def run_forked(
-    arguments: Sequence[object], cwd: Path | None = None, stdin: str = "", file_size_limit: int | None = None
+    arguments: Sequence[object],
+    cwd: Path | None = None,
+    stdin: str = "",
+    file_size_limit: int | None = None,
+    is_code: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """What `fusion-hf ARGUMENTS` gives."""
+    """What `fusion-hf ARGUMENTS` gives, or a script with `is_code`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        process = start_forked(arguments, folder, cwd, stdin, file_size_limit)
+        process = start_forked(arguments, folder, cwd, stdin, file_size_limit, is_code=is_code)
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
@@ -59,7 +67,9 @@ def run_forked(
         return subprocess.CompletedProcess(list(arguments), process.exitcode, out, err)
 
 
-def _run(words: list[str], folder: Path, cwd: Path, file_size_limit: int | None, new_session: bool) -> None:
+def _run(
+    words: list[str], folder: Path, cwd: Path, file_size_limit: int | None, new_session: bool, is_code: bool
+) -> None:
     from fusion_hf.cli import main
 
     assert "torch" in sys.modules, "the server has imported nothing"
@@ -76,4 +86,8 @@ def _run(words: list[str], folder: Path, cwd: Path, file_size_limit: int | None,
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a command that no server forked
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.argv = ["fusion-hf", *words]
-    sys.exit(main(words))
+    if is_code:
+        exec(compile(words[0], "<snippet>", "exec"), {"__name__": "__main__"})
+        sys.stdout.flush()
+    else:
+        sys.exit(main(words))

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import find_folder, nano_path
+from fusion_hf.inference.cpu_linear import use_onednn
 from fusion_hf.inference.devices import AUTO, check_quantized_dtype, choose_device, choose_dtype
 from fusion_hf.inference.image_features import ImageFeatures
 from fusion_hf.inference.loading import load_config, load_model
@@ -46,7 +47,8 @@ class ChatModel:
         Args:
             name: a model folder or a repository of the Hub, the authors' as well; None: the bundled `fusion-nano`.
             device: `"auto"` or a device of torch.
-            dtype: `"auto"` or a key of `DTYPES`. A quantized model has the type that it was saved in.
+            dtype: `"auto"` (see `choose_dtype`) or a key of `DTYPES`. A quantized model has the type that it was saved
+                in.
             revision: branch, tag or commit of a repository; None: the main branch, or what `name` has behind `@`.
 
         Raises:
@@ -54,12 +56,15 @@ class ChatModel:
         """
         chosen = choose_device(device)
         folder = find_folder(nano_path() if name is None else name, revision)
-        kind = choose_dtype(dtype, chosen)
         config = load_config(folder)
+        kind = choose_dtype(dtype, chosen, config.dtype)
         if "quantization_config" in vars(config):
             kind = check_quantized_dtype(config, dtype)
         model, processor = load_model(folder, kind, config=config)
-        return cls(model.to(chosen).eval(), processor)
+        model = model.to(chosen).eval()
+        if chosen.type == "cpu":
+            use_onednn(model)
+        return cls(model, processor)
 
     @property
     def max_length(self) -> int:

@@ -4,6 +4,7 @@ import torch
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.user_values import DTYPE_NAMES, torch_dtype
+from fusion_hf.inference.cpu_speed import is_bfloat16_faster
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 AUTO = "auto"
@@ -26,10 +27,22 @@ def choose_device(name: str = AUTO) -> torch.device:
     raise InputError(f"device is {name!r}; allowed here: {allowed}.")
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Choose the type called `name`; `"auto"` is bfloat16 on CUDA and float32 elsewhere."""
+def choose_dtype(name: str, device: torch.device, saved: torch.dtype | None = None) -> torch.dtype:
+    """
+    Choose the type called `name`.
+
+    Args:
+        name: A key of `DTYPES`, or `"auto"`: bfloat16 on CUDA, and on a CPU that computes faster in it where the model
+            was saved in it; else float32.
+        device: What the model is to run on.
+        saved: The type of the model's files.
+
+    Raises:
+        InputError: If there is no such type.
+    """
     if name == AUTO:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast_cpu = device.type == "cpu" and saved == torch.bfloat16 and is_bfloat16_faster()
+        return torch.bfloat16 if device.type == "cuda" or fast_cpu else torch.float32
     if name not in DTYPES:
         raise InputError(f"dtype is {name!r}; allowed: {', '.join([AUTO, *DTYPES])}.")
     return DTYPES[name]

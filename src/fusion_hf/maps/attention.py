@@ -22,16 +22,20 @@ MAX_NEW_TOKENS = 256
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """
-    What `attention_maps` returns. P patches per side, g side of the grid of image tokens, s * s latents, w window.
+    Hold an answer and what the model looked at for it, as `attention_maps` returns it.
 
-    answer: the text, the same as without maps.
-    answer_ids: its tokens.
-    question: from each token of all questions to the patches of the overview, in the tower, `(G, T, P, P)`. Layers
-        whose question rows are uniform are left out. A row's sum is what is left beside the other question tokens.
-    latents: from the latent tokens of each turn to the image, `(samplers, turns, s * w, s * w)`. Each latent token
-        sees a window, in which its weights sum to one.
-    answer_tokens: from where each token was chosen to the image tokens, in the language model, `(G, tokens, g, g)`. A
-        row's sum is the share of the image among all that was read.
+    P patches per side, g side of the grid of image tokens, s * s latents, w window.
+
+    Attributes:
+        answer: the text, the same as without maps.
+        answer_ids: its tokens.
+        question: from each token of all questions to the patches of the overview, in the tower, `(G, T, P, P)`.
+            Layers whose question rows are uniform are left out. A row's sum is what is left beside the other question
+            tokens.
+        latents: from the latent tokens of each turn to the image, `(samplers, turns, s * w, s * w)`. Each latent token
+            sees a window, in which its weights sum to one.
+        answer_tokens: from where each token was chosen to the image tokens, in the language model, `(G, tokens, g,
+            g)`. A row's sum is the share of the image among all that was read.
     """
 
     answer: str

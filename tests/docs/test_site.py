@@ -1,0 +1,45 @@
+"""The documentation site: every page is in it, and its generated pages have every command and key."""
+
+import re
+from dataclasses import fields
+
+import docstrings
+import generated_pages
+from tests.docs.markdown import ROOT
+
+from fusion_hf.cli import COMMANDS, make_parser
+from fusion_hf.training.recipe_keys import OwnArguments
+
+DOCS = ROOT / "docs"
+CONTENTS = re.compile(r"^```{toctree}$(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_is_in_the_contents():
+    listed = set("\n".join(CONTENTS.findall((DOCS / "index.md").read_text("utf-8"))).splitlines())
+    pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    assert pages - listed == set()
+    assert {f"generated/{path}" for path in ("cli", "recipe_keys")} <= listed
+
+
+def test_page_of_the_command_line():
+    page = generated_pages.command_page()
+    for name, parser in make_parser().commands.choices.items():
+        (section,) = re.findall(rf"^## fusion-hf {name}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        options = {option for action in parser._actions for option in action.option_strings}
+        assert [option for option in options if f"`{option}`" not in section] == []
+    assert len(re.findall("^## ", page, re.MULTILINE)) == len(COMMANDS)
+    assert "%(" not in page
+
+
+def test_page_of_the_recipe_keys():
+    page = generated_pages.recipe_page()
+    assert [key.name for key in fields(OwnArguments) if f"| `{key.name}` |" not in page] == []
+    assert "| `on_broken` | `error` |" in page
+
+
+def test_docstrings_become_restructured_text():
+    lines = ["Call [`X`] with **kwargs.", "", "    ```python", "    >>> 1", "    ```", "    **bold** and a `**b`."]
+    assert list(docstrings.convert(lines)) == [
+        *("Call `X` with \\*\\*kwargs.", "", "", "    .. code-block:: python", "", "        >>> 1", ""),
+        "    **bold** and a `**b`.",
+    ]
