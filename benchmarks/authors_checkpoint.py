@@ -12,6 +12,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -33,6 +34,7 @@ TEXT = (
     "what color is the shape? what is written on the sign? how many shapes are there? describe the image in detail. "
     "You are a helpful AI assistant. You are a helpful, highly intelligent language and vision assistant."
 )
+IMAGE_MARKS = ("<vision_start>", "<vision_end>")
 PIECES = 400
 ROPE_STEPS = 2  # numbers of a head for each angle
 
@@ -73,8 +75,8 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
     return tokenizer
 
 
-def make_llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes in pairs with Llama 3's marks; texts begin with the first of them."""
+def make_llama_tokenizer(vocabulary: int | None) -> PreTrainedTokenizerFast:
+    """Bytes in pairs with Llama 3's marks; texts begin with the first of them. No text has what fills `vocabulary`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -82,6 +84,12 @@ def make_llama_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([TEXT], trainer)
     marks = LLAMA_MARKS.split()
+    if vocabulary is not None:
+        state = json.loads(backend.to_str())
+        pieces = state["model"]["vocab"]
+        own = len(marks) + len(IMAGE_MARKS)
+        pieces.update({f"<unused{number}>": number for number in range(len(pieces), vocabulary - own)})
+        backend = Tokenizer.from_str(json.dumps(state))
     backend.add_special_tokens(marks)
     first = backend.token_to_id(marks[0])
     template = processors.TemplateProcessing(
@@ -91,16 +99,17 @@ def make_llama_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=marks[0], eos_token=marks[-1])
 
 
-def write_tower(folder: Path, family: str, width: int) -> dict[str, int]:
+def write_tower(folder: Path, family: str, width: int, more: dict[str, int]) -> dict[str, int]:
     """The tower's configuration, in a folder that has its name; returns its sizes."""
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width // 2, "num_attention_heads": 2, **TOWERS[family]}
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
+    sizes |= more | TOWERS[family]
     folder.mkdir(parents=True)
     content = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, **sizes}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     return sizes
 
 
-def text_sizes(kind: str, width: int, layers: int) -> dict[str, object]:
+def text_sizes(kind: str, width: int, layers: int) -> dict[str, Any]:
     """What the language model's configuration is made of."""
     heads = 4
     sizes = {
@@ -120,15 +129,23 @@ def text_sizes(kind: str, width: int, layers: int) -> dict[str, object]:
     return {**sizes, **lengths, "rope_scaling": rope, "pad_token_id": 0}
 
 
-def make(code: Path, kind: str, family: str, output: Path, width: int, layers: int) -> None:
-    """Write a checkpoint as the authors' training saves one."""
+def make(code: Path, kind: str, family: str, output: Path, width: int, layers: int, sizes: dict[str, Any]) -> None:
+    """
+    Write a checkpoint as the authors' training saves one.
+
+    Args:
+        sizes: What to have instead of the sizes that `width` and `layers` give: `tower` and `text`, by the names of
+            their configurations, and `vocabulary`, of `kind` `"llama"` only.
+    """
     sys.path[0] = str(code)
     importlib.import_module("fusion.model")
     output.mkdir(parents=True)
     tower = output / f"{family}-tower"
-    tower_sizes = write_tower(tower, family, width // 2)
-    tokenizer = make_phi_tokenizer(output) if kind == "phi" else make_llama_tokenizer()
-    tokenizer.add_tokens(["<vision_start>", "<vision_end>"], special_tokens=True)
+    tower_sizes = write_tower(tower, family, width // 2, sizes.get("tower", {}))
+    vocabulary = sizes.get("vocabulary")
+    tokenizer = make_phi_tokenizer(output) if kind == "phi" else make_llama_tokenizer(vocabulary)
+    tokenizer.add_tokens(list(IMAGE_MARKS), special_tokens=True)
+    text = text_sizes(kind, width, layers) | sizes.get("text", {})
     samplers = {"start_of_vision_sampler_layers": 0, "stride_of_vision_sampler_layers": 3}
     config = AutoConfig.for_model(
         f"fusion_{kind}",
@@ -143,12 +160,12 @@ def make(code: Path, kind: str, family: str, output: Path, width: int, layers: i
         unfreeze_mm_vision_tower=True,
         query_len="4,16,36,64,144",
         window_size=3,
-        num_of_vision_sampler_layers=(layers + 2) // 3,
+        num_of_vision_sampler_layers=(text["num_hidden_layers"] + 2) // 3,
         image_aspect_ratio="static_hd",
         tokenizer_padding_side="right",
         tokenizer_model_max_length=4096,
         **samplers,
-        **text_sizes(kind, width, layers),
+        **text,
     )
     torch.manual_seed(0)
     save_random_tower(tower)
@@ -191,5 +208,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: see `make`")
     given = parser.parse_args()
-    make(given.code.resolve(), given.kind, given.tower, given.output.resolve(), given.width, given.layers)
+    make(given.code.resolve(), given.kind, given.tower, given.output.resolve(), given.width, given.layers, given.sizes)

@@ -46,8 +46,6 @@ from measure import (
     names_among,
     numbers,
     paired_ratios,
-    peak_allocated,
-    peak_resident,
     positive,
     read_rate,
     seconds,
@@ -56,6 +54,7 @@ from measure import (
     turned,
     write_result,
 )
+from memory import peak_allocated, peak_resident
 from PIL import Image
 from profiling import describe_operations, profile_contestant
 from report import COMPARISON, INFERENCE

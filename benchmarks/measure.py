@@ -1,33 +1,24 @@
 """Clocks, memory, the machine's own rates and its name; how rounds are ordered and summed up."""
 
 import argparse
-import ctypes
-import gc
 import json
 import platform
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.inference.devices import DTYPES
 
 MATRIX_PRODUCTS = 4  # in one measurement of the machine's rate
 READ_COLUMNS = 1024  # of the matrix that is read
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
-BYTES_PER_KIB = 1024
 PACKAGES = ("transformers", "numpy", "pillow")
 
 Spread = dict[str, float]
@@ -116,49 +107,6 @@ def read_rate(size: int, device: torch.device) -> float:
     matrix = torch.ones(size, dtype=torch.uint8, device=device).view(torch.float32).view(-1, READ_COLUMNS)
     vector = matrix.new_ones(READ_COLUMNS)
     return size / min(seconds(matrix.sum, device), seconds(lambda: torch.mv(matrix, vector), device))
-
-
-def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
-    """
-    Most bytes that tensors made by one call held at a time, in the allocator's own count.
-
-    CUDA's allocator keeps the peak. For the CPU's, the profiler records each allocation and release, and their running
-    sum is taken: exact, and the same in every run. What libraries allocate by themselves is not in either.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    del result  # alive until here: what the call returns is part of its memory
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))
-
-
-def peak_resident(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Growth of the process's resident memory during one call, at its highest; None where it cannot be measured."""
-    if device.type != "cpu" or sys.platform != "linux":
-        return None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse pages that earlier calls have freed
-    CLEAR_REFS.write_text(RESET_PEAK)
-    before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    """A memory field of this process's status, in bytes."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * BYTES_PER_KIB
 
 
 def turned(items: list[str], index: int) -> list[str]:

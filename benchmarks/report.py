@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+import authors_report
 import budget_report
 import maps_report
 import serving_report
@@ -402,6 +403,7 @@ TABLES = [
     TRAINING,
     COMPARISON,
     QUANTIZATION,
+    authors_report.TABLE,
 ]
 PLOTS = [
     Plot(

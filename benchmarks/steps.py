@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
-from measure import matmul_rate, paired_ratios, peak_allocated, peak_resident, seconds, summarize, turned
+from measure import matmul_rate, paired_ratios, seconds, summarize, turned
+from memory import peak_allocated, peak_resident
 from reference import build_reference
 from workload import TrainingSize, build_eager, make_batch, make_shallow, make_weights, sharing_copy
 

@@ -25,7 +25,6 @@ from measure import (
     generation_seconds,
     paired_ratios,
     parse_on_machine,
-    peak_allocated,
     positive,
     read_result,
     seconds,
@@ -34,6 +33,7 @@ from measure import (
     turned,
     write_result,
 )
+from memory import peak_allocated
 from tqdm import tqdm
 from transformers import DynamicCache
 from workload import SIZES, Size, build_model, make_image_processor, make_photo, make_prompt

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from measure import peak_allocated
+from memory import peak_allocated
 from reference import ReferenceSampler, ReferenceVisionModel, build_reference
 from workload import SIZES, build_eager, build_model, make_prompt
 

@@ -10,6 +10,7 @@ from transformers import Cache, GenerationMixin, StaticCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
+from .cache_fusion import give_room
 from .configuration_fusion import FusionConfig
 from .input_checks_fusion import check_continuation
 from .modeling_fusion_base import cache_keyword, either_cache, rename_cache
@@ -87,6 +88,8 @@ class FusionGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Give image and turns only to passes over the whole prompt: the first one, or all without a cache."""
         cache = either_cache(cache, past_key_values)
+        if is_first_iteration and input_ids.device.type == "cpu":
+            give_room(cache)
         uses_flash = "flash" in self.config.text_config._attn_implementation
         if uses_flash and isinstance(cache, StaticCache) and kwargs.get("attention_mask") is None:
             # `generate` drops masks without padding, but here they tell which of the cache's places are used

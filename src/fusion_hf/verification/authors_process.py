@@ -73,7 +73,7 @@ def check_packages(environment: AuthorsEnvironment) -> None:
     command = [environment.python, "-c", IMPORTS]
     try:
         done = subprocess.run(
-            command, env=_variables(), stdin=subprocess.DEVNULL, capture_output=True, timeout=IMPORT_SECONDS
+            command, env=process_variables(), stdin=subprocess.DEVNULL, capture_output=True, timeout=IMPORT_SECONDS
         )
     except subprocess.TimeoutExpired as error:
         raise InputError(f"--authors-python: `{IMPORTS}` took more than {IMPORT_SECONDS} s.") from error
@@ -106,7 +106,7 @@ def run_worker(environment: AuthorsEnvironment, job: dict[str, Any], folder: Pat
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=_variables(),
+            env=process_variables(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -125,7 +125,7 @@ def run_worker(environment: AuthorsEnvironment, job: dict[str, Any], folder: Pat
     return json.loads((folder / REPORT).read_text(encoding="utf-8"))
 
 
-def _variables() -> dict[str, str]:
+def process_variables() -> dict[str, str]:
     """The environment of their process: no secrets, no path of this package, no network, no files in the checkout."""
     kept = {name: value for name, value in os.environ.items() if name not in NOT_GIVEN}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

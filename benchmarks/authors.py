@@ -1,0 +1,438 @@
+"""FUSION beside the authors' running code, on one CPU: the same weights, each side in processes of its own.
+
+You bring a checkout of their repository, and the Python of an environment with their requirements:
+
+    python benchmarks/authors.py --authors-code DIR --authors-python PYTHON --folder WORK \\
+        --output benchmarks/results/authors_intel.json
+    python benchmarks/report.py
+
+Their classes build a checkpoint with random weights; `fusion-hf convert` converts it, and `fusion-hf verify` shows
+that ids, tokens and logits are equal, before anything is timed. A process of each side is started for each part. All
+of them warm up, and then they are asked in turn, beginning with another one in each round. With `--parts`, some parts
+are measured and added to what the output holds; with `--folder`, checkpoints are kept for the next run.
+"""
+
+import argparse
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from authors_report import OURS, OURS_BFLOAT16, TABLE, THEIRS, THEIRS_BFLOAT16
+from blocks import describe
+from measure import names_among, positive, read_result, surroundings, turned, write_result
+from safetensors.torch import save_file
+from tqdm import tqdm
+from workload import SIZES, Size, make_photo
+
+from fusion_hf.common.errors import InputError
+from fusion_hf.hub.parity import PARITY
+from fusion_hf.model.processing_fusion import FusionProcessor
+from fusion_hf.training.collator import FusionDataCollator
+from fusion_hf.verification.authors_process import (
+    WORKER,
+    AuthorsEnvironment,
+    check_packages,
+    find_environment,
+    process_variables,
+)
+
+HERE = Path(__file__).parent
+NANO, MIDDLE = "nano", "middle"  # checkpoints
+KIND, TOWER = "llama", "siglip"
+BOTH, ALL = (THEIRS, OURS), (THEIRS, THEIRS_BFLOAT16, OURS, OURS_BFLOAT16)
+PHOTOS = {"12 MP": (4000, 3000), "1152 x 864": (1152, 864)}
+SMALL_PHOTO = "1152 x 864"
+QUESTION = "what is the astronaut holding in the left hand, and what color is it?"
+TOKENS = 33  # of an answer whose later tokens are timed
+ANSWER_TOKENS = 16  # of each of several answers
+IMAGES, QUESTIONS = 8, 10
+MANY = ("answer", "answer_each")  # commands of several questions
+TURNS = ("what color is the suit?", "what is written on it?")
+ANSWER = "it is orange and has a round badge with letters in the middle of it."
+PATIENCE = 600  # seconds for an answer of a process
+LOSS_TOLERANCE = 1e-4  # relative, of float32
+OUR_IMPORTS = "import fusion_hf.cli.model_loading, fusion_hf.inference.conversation"
+THEIR_IMPORTS = "import fusion.model; from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer"
+
+Command = list[str]
+Rounds = dict[str, dict[str, list[float]]]  # figure -> contestant -> a value of each round
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What their classes made, and what conversion made of it."""
+
+    authors: Path
+    tower: Path
+    converted: Path
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """What `fusion-hf verify` found."""
+        return json.loads((self.converted / PARITY).read_text())
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts are measured with."""
+
+    environment: AuthorsEnvironment
+    folder: Path
+    checkpoints: dict[str, Checkpoint]
+    size: str
+    threads: int
+    rounds: int
+    sides: Sequence[str] = ALL
+
+    @property
+    def photos(self) -> dict[str, str]:
+        """Files by their names in `PHOTOS`."""
+        return {name: str(write_photo(self.folder, size)) for name, size in PHOTOS.items()}
+
+    def variables(self, name: str) -> dict[str, str]:
+        """The environment of a contestant's process."""
+        own = {"PYTHONPATH": str(self.environment.code)} if name.startswith(THEIRS) else {}
+        return process_variables() | own | {"OMP_NUM_THREADS": str(self.threads)}
+
+    def job(self, name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What a contestant's process is told."""
+        config = json.loads((checkpoint.converted / "config.json").read_text())
+        return {
+            "threads": self.threads,
+            "dtype": "bfloat16" if name in (THEIRS_BFLOAT16, OURS_BFLOAT16) else "float32",
+            "folder": str(checkpoint.converted),
+            "checkpoint": str(checkpoint.authors),
+            "tower": str(checkpoint.tower),
+            "code": str(self.environment.code),
+            "worker": str(WORKER),
+            "model_type": f"fusion_{KIND}",
+            "has_tower": True,
+            "weights_dtype": "float32",
+            "device": "cpu",
+            **{key: config[key] for key in ("query_len", "image_token_id", "latent_token_id")},
+        }
+
+    def command(self, name: str, job: dict[str, Any]) -> Command:
+        """What starts a contestant's process."""
+        if name.startswith(THEIRS):
+            return [self.environment.python, str(HERE / "authors_side.py"), json.dumps(job)]
+        return [sys.executable, str(HERE / "our_side.py"), json.dumps(job)]
+
+
+class Contestant:
+    """A process that answers commands."""
+
+    def __init__(self, bench: Bench, name: str):
+        self.name = name
+        command = bench.command(name, bench.job(name, bench.checkpoints[bench.size]))
+        self.process = subprocess.Popen(
+            command, env=bench.variables(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.parameters = self._reply()["parameters"]
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Its answer to one command."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        self.process.stdin.flush()
+        return self._reply()
+
+    def end(self) -> None:
+        """Let it go, and wait."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        line = self.process.stdout.readline() if ready else b""
+        if not line:
+            raise RuntimeError(f"The process of {self.name!r} gave no answer; what it wrote is above.")
+        return json.loads(line)
+
+
+@contextmanager
+def contestants(bench: Bench, names: Sequence[str]) -> Iterator[dict[str, Contestant]]:
+    """Processes with their models loaded."""
+    started: dict[str, Contestant] = {}
+    try:
+        for name in names:
+            started[name] = Contestant(bench, name)
+        yield started
+    finally:
+        for contestant in started.values():
+            contestant.end()
+
+
+def alternate(
+    bench: Bench, names: Sequence[str], do: str, same: str | None = None, **arguments: Any
+) -> tuple[Rounds, dict[str, dict[str, Any]]]:
+    """
+    Ask each contestant once a round, after once that does not count: one question where a round has many.
+
+    Args:
+        names: Of the contestants; those that `bench.sides` leaves out are not asked.
+        same: Of the answers, what has to be equal in both sides' float32.
+
+    Returns:
+        The answers' numbers of all rounds, and the last answers.
+    """
+    one = {"do": "generate", "image": bench.photos[SMALL_PHOTO], "question": QUESTION, "tokens": ANSWER_TOKENS}
+    warm_up = one if do in MANY else {"do": do, **arguments}
+    rounds: Rounds = defaultdict(lambda: defaultdict(list))
+    last: dict[str, dict[str, Any]] = {}
+    with contestants(bench, [name for name in names if name in bench.sides]) as processes:
+        for process in processes.values():
+            process.ask(**warm_up)
+        for index in tqdm(range(bench.rounds), desc=do):
+            for name in turned(list(processes), index):
+                last[name] = processes[name].ask(do, **arguments)
+                for figure, value in last[name].items():
+                    if isinstance(value, float):
+                        rounds[figure][name].append(value)
+            if same is not None and {THEIRS, OURS} <= last.keys() and last[THEIRS][same] != last[OURS][same]:
+                raise RuntimeError(f"{do}: {same} of ours differ from theirs.")
+    return rounds, last
+
+
+def measure_start(bench: Bench) -> Rounds:
+    """Seconds of whole processes: one that answers with one token, and one that only imports."""
+    photo = bench.photos[SMALL_PHOTO]
+    rounds: Rounds = defaultdict(lambda: defaultdict(list))
+    for index in tqdm(range(-1, bench.rounds), desc="start"):
+        for name in turned(list(BOTH), index):
+            for figure, command in start_commands(bench, name, photo).items():
+                begin = time.perf_counter()
+                # not in this folder, whose modules are not what is imported
+                subprocess.run(
+                    command, env=bench.variables(name), cwd=bench.folder, check=True, stdout=subprocess.DEVNULL
+                )
+                if index >= 0:  # the first round fills the disk's cache
+                    rounds[figure][name].append(time.perf_counter() - begin)
+    return rounds
+
+
+def start_commands(bench: Bench, name: str, photo: str) -> dict[str, Command]:
+    """Command lines by their figures."""
+    if name == OURS:
+        ask = [sys.executable, "-m", "fusion_hf", "ask", photo, QUESTION, "--max-new-tokens", "1"]
+        ask += ["--device", "cpu", "--dtype", "float32"]
+        commands = {size: [*ask, "--model", str(each.converted)] for size, each in bench.checkpoints.items()}
+        imports = [sys.executable, "-c", OUR_IMPORTS]
+    else:
+        cold = {"cold": {"path": photo, "question": QUESTION}}
+        commands = {
+            size: bench.command(name, bench.job(name, each) | cold) for size, each in bench.checkpoints.items()
+        }
+        imports = [bench.environment.python, "-c", THEIR_IMPORTS]
+    return {f"start_{size}": command for size, command in commands.items()} | {"imports": imports}
+
+
+def measure_preprocessing(bench: Bench) -> Rounds:
+    """Seconds from a decoded image to pixel values."""
+    result: Rounds = {}
+    for name, path in bench.photos.items():
+        rounds, _ = alternate(bench, BOTH, "preprocess", image=path)
+        result[f"preprocessing {name}"] = rounds["preprocessing"]
+    return result
+
+
+def measure_tokens(bench: Bench) -> Rounds:
+    """Seconds to the first token, and of each later one."""
+    photo = bench.photos[SMALL_PHOTO]
+    return alternate(bench, ALL, "generate", same="tokens", image=photo, question=QUESTION, tokens=TOKENS)[0]
+
+
+def measure_eight(bench: Bench) -> Rounds:
+    """Seconds of a question about each of eight images, from files to answers."""
+    images = [str(write_photo(bench.folder, PHOTOS[SMALL_PHOTO], number)) for number in range(IMAGES)]
+    arguments = {"images": images, "questions": questions(IMAGES), "tokens": ANSWER_TOKENS}
+    return alternate(bench, ALL, "answer", same="answers", **arguments)[0]
+
+
+def measure_ten(bench: Bench) -> Rounds:
+    """Seconds of ten questions about one image."""
+    arguments = {"image": bench.photos[SMALL_PHOTO], "questions": questions(QUESTIONS), "tokens": ANSWER_TOKENS}
+    return alternate(bench, ALL, "answer_each", same="answers", **arguments)[0]
+
+
+def measure_memory(bench: Bench) -> Rounds:
+    """Bytes of resident memory; each of its own fresh processes, once a round."""
+    rounds: Rounds = defaultdict(lambda: defaultdict(list))
+    arguments = {"image": bench.photos[SMALL_PHOTO], "question": QUESTION, "tokens": ANSWER_TOKENS}
+    for name in ALL:
+        with contestants(bench, [name]) as processes:
+            for figure, value in processes[name].ask("memory", **arguments).items():
+                rounds[figure][name].append(value)
+    return rounds
+
+
+def measure_training(bench: Bench) -> Rounds:
+    """Seconds and bytes of a training step, with gradient checkpointing on both sides."""
+    batch = str(write_batch(bench))
+    rounds, last = alternate(bench, BOTH, "step", batch=batch)
+    losses = [answer["loss"] for answer in last.values()]
+    if abs(losses[0] / losses[1] - 1) > LOSS_TOLERANCE:
+        raise RuntimeError(f"The losses {losses} differ after as many steps.")
+    rounds["loss"] = {name: [answer["loss"]] for name, answer in last.items()}
+    for name in BOTH:
+        with contestants(bench, [name]) as processes:
+            processes[name].ask("step", batch=batch)  # makes AdamW's moments
+            for figure, value in processes[name].ask("step_memory", batch=batch).items():
+                rounds[figure][name] = [value]
+    return rounds
+
+
+PARTS: dict[str, Callable[[Bench], Rounds]] = {
+    "start": measure_start,
+    "preprocessing": measure_preprocessing,
+    "tokens": measure_tokens,
+    "eight": measure_eight,
+    "ten": measure_ten,
+    "memory": measure_memory,
+    "training": measure_training,
+}
+
+
+def questions(count: int) -> list[str]:
+    """As many that differ."""
+    return [f"{QUESTION} answer in {number} words." for number in range(count)]
+
+
+def write_photo(folder: Path, size: tuple[int, int], number: int = 0) -> Path:
+    """A photo without the losses of JPEG, which two decoders may read as different bytes; each number another one."""
+    path = folder / f"photo_{size[0]}_{number}.png"
+    if not path.exists():
+        make_photo(size).rotate(number).save(path)
+    return path
+
+
+def write_batch(bench: Bench) -> Path:
+    """Two conversations of two turns, in the package's form, which each side makes its own of."""
+    processor = FusionProcessor.from_pretrained(bench.checkpoints[bench.size].converted)
+    turns = [turn for text in TURNS for turn in (("human", text), ("gpt", ANSWER))]
+    conversation = [{"from": speaker, "value": text} for speaker, text in turns]
+    images = [str(write_photo(bench.folder, PHOTOS[SMALL_PHOTO], number)) for number in range(2)]
+    batch = FusionDataCollator(processor)([{"image": image, "conversations": conversation} for image in images])
+    path = bench.folder / "batch.safetensors"
+    save_file({name: value.contiguous() for name, value in batch.items() if isinstance(value, torch.Tensor)}, path)
+    return path
+
+
+def builder_sizes(size: Size) -> dict[str, Any]:
+    """Of a benchmark's model, as `authors_checkpoint` takes them; layers and patches of the tower are theirs."""
+    return {
+        "tower": {
+            "hidden_size": size.vision_width,
+            "intermediate_size": size.vision_mlp,
+            "num_attention_heads": size.vision_heads,
+        },
+        "text": {
+            "hidden_size": size.text_width,
+            "intermediate_size": size.text_mlp,
+            "num_hidden_layers": size.text_layers,
+            "num_attention_heads": size.text_heads,
+            "num_key_value_heads": size.text_heads,
+        },
+        "vocabulary": size.vocab_size,
+    }
+
+
+def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) -> Checkpoint:
+    """Build, convert and verify a checkpoint, if the folder does not hold it."""
+    authors, converted = folder / f"{name}-authors", folder / name
+    tower = folder / f"{name}-tower" / f"{TOWER}-tower"  # their classes choose by the folder's name
+    checkpoint = Checkpoint(authors, tower, converted)
+    if (converted / PARITY).is_file():
+        return checkpoint
+    sizes = {} if name == NANO else builder_sizes(SIZES[name])
+    build = [environment.python, str(HERE / "authors_checkpoint.py"), "--code", str(environment.code)]
+    build += ["--kind", KIND, "--tower", TOWER, "--sizes", json.dumps(sizes), "--output", str(authors)]
+    subprocess.run(build, env=process_variables(), check=True)
+    source = ["--checkpoint", str(authors), "--vision-config", str(authors / f"{TOWER}-tower")]
+    fusion = [sys.executable, "-m", "fusion_hf"]
+    subprocess.run([*fusion, "convert", *source, "--output", str(converted)], check=True)
+    sides = ["--authors-code", str(environment.code), "--authors-python", environment.python]
+    subprocess.run([*fusion, "verify", str(converted), *source, *sides], check=True)
+    tower.mkdir(parents=True)
+    (tower / "config.json").write_bytes((authors / f"{TOWER}-tower" / "config.json").read_bytes())
+    save_file({}, tower / "model.safetensors", metadata={"format": "pt"})  # the checkpoint has the weights
+    return checkpoint
+
+
+def summarize_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
+    """Of `fusion-hf verify`: that all is equal, and how closely."""
+    return {"equal": certificate["equal"], "stages": certificate["stages"], "questions": len(certificate["questions"])}
+
+
+def add_rounds(former: Rounds, rounds: Rounds) -> Rounds:
+    """All rounds of a part: ratios pair them by their places, so that the same contestants have to be in both."""
+    return {
+        figure: {name: former.get(figure, {}).get(name, []) + values for name, values in by_name.items()}
+        for figure, by_name in rounds.items()
+    }
+
+
+def run(options: argparse.Namespace, environment: AuthorsEnvironment, folder: Path) -> None:
+    """Measure the parts that were asked for; the file has each as soon as it is done."""
+    names = dict.fromkeys([NANO, options.size])
+    checkpoints = {name: make_checkpoint(environment, folder, name) for name in names}
+    bench = Bench(environment, folder, checkpoints, options.size, options.threads, options.rounds, options.sides)
+    result = read_result(options.output)
+    result["settings"] = {"size": options.size, "threads": options.threads, "dtype": "float32 and bfloat16"}
+    result |= surroundings("cpu")
+    certificate = checkpoints[options.size].certificate
+    result["authors"] = certificate["authors"]
+    result["verified"] = {name: summarize_certificate(each.certificate) for name, each in checkpoints.items()}
+    for part in options.parts:
+        former = result.get(part, {}) if options.add else {}
+        result[part] = add_rounds(former, PARTS[part](bench))
+        write_result(result, options.output)
+    sys.stdout.write(describe(TABLE, result) + "\n")
+
+
+def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Namespace, AuthorsEnvironment]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--authors-code", type=Path, required=True, metavar="DIR", help="a checkout of theirs")
+    parser.add_argument("--authors-python", required=True, metavar="PYTHON", help="of an environment for it")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where checkpoints are kept; default: nowhere")
+    parser.add_argument("--size", choices=(NANO, MIDDLE), default=MIDDLE, help="of the model that is timed")
+    parser.add_argument("--parts", type=names_among(list(PARTS)), default=list(PARTS), help="some of them")
+    parser.add_argument("--sides", type=names_among(ALL), default=list(ALL), help="which are asked")
+    parser.add_argument("--rounds", type=positive, default=5, help="that count")
+    parser.add_argument("--add", action="store_true", help="to the rounds that the output has of the same sides")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--output", type=Path, help="a JSON file, to which the parts are added")
+    options = parser.parse_args(command_line)
+    try:
+        environment = find_environment(options.authors_code, options.authors_python)
+        check_packages(environment)
+    except InputError as error:
+        parser.error(str(error))
+    return options, environment
+
+
+def main(command_line: list[str] | None = None) -> None:
+    options, environment = parse_arguments(command_line)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        run(options, environment, options.folder.resolve())
+        return
+    with TemporaryDirectory() as folder:
+        run(options, environment, Path(folder).resolve())
+
+
+if __name__ == "__main__":
+    main()
