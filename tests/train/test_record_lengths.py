@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
-from tests.helpers.training_data import make_records
 from torch.utils.data import ConcatDataset, Subset
 
 from fusion_hf.training import record_lengths
@@ -107,7 +106,7 @@ def test_parts_of_data_sets_are_measured_as_these(tables, no_decoding):
 
 
 def test_progress_is_shown(capsys):
-    records = make_records(4)
+    records = [{"messages": turns(number, "what ?")} for number in range(4)]
     assert len(QueryLenRecords(records, show_progress=True).lengths) == 4
     assert "lengths" in capsys.readouterr().err
     assert len(QueryLenRecords(records).lengths) == 4
