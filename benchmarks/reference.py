@@ -74,6 +74,8 @@ class ReferenceLayer(SiglipEncoderLayer):
 class ReferenceVisionModel(nn.Module):
     """Tower and connector with the parameter names of `FusionVisionModel`, so that its weights load."""
 
+    splits_on_cpu = False  # theirs has all tiles in a layer at once
+
     def __init__(self, config: SiglipVisionConfig, early_layers: int):
         super().__init__()
         self.early_layers = early_layers

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.input_checks_fusion import check_prompt, is_consistent
+from fusion_hf.model.modeling_fusion_base import LossCounts
 from fusion_hf.model.turns_fusion import PromptTurns, as_padding_mask, complete_turns, order_prompt_ends
+from fusion_hf.training.collator import find_label_positions
 
 HEADER = [7, 8]  # of the tiny prompts here, whose questions end with it
 SCALAR = "aten::_local_scalar_dense"
@@ -22,6 +24,7 @@ SCALAR = "aten::_local_scalar_dense"
 READS = {SCALAR, "aten::nonzero", "aten::unique_dim", "aten::masked_select", "aten::equal"}
 READ_METHODS = ("tolist", "cpu", "numpy", "item")
 READS_OF_MASKS = 3  # at most: two of the language model's mask, one of the tower's
+READS_WITHOUT_MASK = 2  # at most: whether rows are packed, and that of the tower's mask
 
 
 class ReadCounter(TorchDispatchMode):
@@ -94,6 +97,21 @@ def test_reads_of_a_training_step(monkeypatch: pytest.MonkeyPatch, samples: list
     of_masks = read_counts(monkeypatch, model, inputs, check_inputs=False)
     assert set(of_masks) <= {SCALAR} and of_masks[SCALAR] <= READS_OF_MASKS
     assert read_counts(monkeypatch, model, inputs) == of_masks + Counter({SCALAR: 2})
+
+
+def test_reads_of_a_step_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`FusionTrainer` gives no mask for padding on the right, and says where the labels are."""
+    model = tiny_model(tiny_config())
+    inputs = make_inputs(model.config, BATCHES["padded"])
+    positions = find_label_positions(label_answers(inputs))
+    counts = LossCounts(*torch.ones(3))
+    labels = label_answers(inputs)
+    model.train()
+    with counted_reads(monkeypatch) as reads:
+        taken = {**inputs, "attention_mask": None}
+        given = {"labels": labels, "label_positions": positions, "loss_counts": counts, "check_inputs": False}
+        model(**taken, **given).loss.backward()
+    assert set(reads) <= {SCALAR} and reads[SCALAR] <= READS_WITHOUT_MASK
 
 
 @pytest.mark.gpu

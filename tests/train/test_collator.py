@@ -12,7 +12,7 @@ from tests.helpers.training_runs import write_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, labelled_positions
+from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, find_label_positions
 from fusion_hf.training.query_len_records import with_query_lens
 
 WORDS = "what color is the shape of circles red two <|im_end|> <latent_image> assistant".split()
@@ -166,7 +166,7 @@ def test_a_compact_batch_becomes_the_same_numbers(processor, pictures):
     collator = FusionDataCollator(processor, [4], compact=True)
     compact = collator(records)
     unpacked = collator.unpack(compact)
-    assert unpacked.keys() - plain.keys() == {"logits_to_keep", "shift_labels"}
+    assert unpacked.keys() - plain.keys() == {"label_positions"}
     assert unpacked["query_len"] == plain.pop("query_len")
     for name, expected in plain.items():
         assert unpacked[name].dtype == expected.dtype
@@ -196,10 +196,10 @@ def test_a_plain_batch_is_unpacked_already(processor):
 
 
 def test_positions_are_those_before_labels():
-    labels = torch.tensor([[-100, 5, -100, -100, 7], [-100, -100, -100, -100, 8]])
-    positions = labelled_positions(labels)
-    assert positions["logits_to_keep"].tolist() == [0, 3]
-    assert positions["shift_labels"].tolist() == [[5, 7], [-100, 8]]
+    labels = torch.tensor([[-100, 5, -100, -100, 7], [6, -100, -100, -100, 8]])
+    assert find_label_positions(labels).tolist() == [0, 3, 8]  # nothing is before the 6
+    assert labels[1, 0] == 6
+    assert find_label_positions(labels[:, :1]).tolist() == []
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("records", [make_records(4, seed=3), [{"skipped": "broken"}]], ids=["records", "no label"])
-def test_logits_before_labels_are_enough_for_loss_and_gradient(model, records):
+def test_labelled_tokens_are_enough_for_loss_and_gradient(model, records):
     model, processor = model
     results = []
     for compact in (False, True):
@@ -219,11 +219,11 @@ def test_logits_before_labels_are_enough_for_loss_and_gradient(model, records):
         # the mean over no label is no number, in both
         (outputs.loss if torch.isfinite(outputs.loss) else outputs.mapping_loss).backward()
         gradients = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
-        results.append((outputs.loss, gradients, outputs.logits.shape[1]))
-    (loss, gradient, length), (compact_loss, compact_gradient, compact_length) = results
+        results.append((outputs.loss, gradients))
+        assert (outputs.logits is None) == compact
+    (loss, gradient), (compact_loss, compact_gradient) = results
     torch.testing.assert_close(compact_loss, loss, rtol=1e-6, atol=1e-7, equal_nan=True)
     torch.testing.assert_close(compact_gradient, gradient, rtol=1e-4, atol=1e-7)
-    assert compact_length < length
 
 
 def test_batches_pass_unchanged_from_a_worker(processor):

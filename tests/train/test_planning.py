@@ -70,6 +70,7 @@ def modelled(case: Case) -> int:
         "gradient_checkpointing": case.checkpointing,
         "train": list(case.train),
         "optim": "adamw_torch_fused",
+        "use_cpu": True,
     }
     planner = Planner(config, recipe)
     memory = planner.memory(NONE, 1, batch, case.accumulation, shape=shape)

@@ -154,7 +154,7 @@ class FusionDataCollator:
         max_length (`int`, *optional*): longer conversations are cut on the right; default: the tokenizer's maximum.
         seed (`int`): of the drawing.
         compact (`bool`): what a training step needs and no more. Images stay bytes, a quarter of the size of the
-            numbers that `unpack` makes of them, and logits are asked for before labelled tokens only.
+            numbers that `unpack` makes of them, and the loss is asked for without logits.
         max_image_pixels (`int`, *optional*): images with more are refused; default: the image processor's.
 
     Example:
@@ -195,8 +195,8 @@ class FusionDataCollator:
     def __call__(self, records: Sequence[dict[str, Any]]) -> Batch:
         """
         Make model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
-        `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `logits_to_keep` and
-        `shift_labels` (see `labelled_positions`).
+        `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `label_positions` (see
+        `find_label_positions`).
 
         Raises:
             ValueError: for records, and prompts, that the model could not read.
@@ -234,7 +234,7 @@ class FusionDataCollator:
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
         self._check_prompts(batch)
         if self.compact:
-            batch.update(labelled_positions(batch["labels"]))
+            batch["label_positions"] = find_label_positions(batch["labels"])
         return batch
 
     def checks_for(self, config: FusionConfig) -> bool:
@@ -308,12 +308,13 @@ def images_of(messages: list[dict[str, Any]]) -> list[Any]:
     return [block["image"] for block in blocks if block["type"] == "image" and not block.get(REPEATED)]
 
 
-def labelled_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def find_label_positions(labels: torch.Tensor) -> torch.Tensor:
     """
-    The model's `logits_to_keep` `(K,)`, positions before a token that has a label in some row of `labels` `(B, S)`,
-    and `shift_labels` `(B, K)` of these tokens. The loss is the same; most tokens are those of the image and the
-    question, and their logits are the largest tensors of a step.
+    Find where the labelled tokens of `labels` `(B, S)` are predicted: the model's `label_positions` `(M,)`.
+
+    The loss is the same without the logits of all other positions. Most tokens are those of the image and the
+    question, and the logits of all would be the largest tensors of a step.
     """
-    next_labels = labels[:, 1:]
-    positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
-    return {"logits_to_keep": positions, "shift_labels": next_labels[:, positions]}
+    has_label = labels != IGNORE_INDEX
+    has_label[:, 0] = False  # no position is before the first token of a row
+    return has_label.flatten().nonzero().flatten() - 1

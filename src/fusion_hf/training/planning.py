@@ -159,6 +159,7 @@ class PlannedRun:
     lora_targets: tuple[str, ...] | None
     quantized: bool
     quantized_bytes: float
+    on_cpu: bool
     epochs: float
     max_steps: int
 
@@ -186,6 +187,7 @@ class PlannedRun:
             lora_targets=None if targets is None else tuple(targets),
             quantized=own.load_in_4bit or own.load_in_8bit,
             quantized_bytes=EIGHT_BIT_BYTES if own.load_in_8bit else FOUR_BIT_BYTES,
+            on_cpu=bool(values.get("use_cpu")),
             epochs=values.get("num_train_epochs") or 3.0,  # transformers' default
             max_steps=values.get("max_steps") or -1,
         )
@@ -259,6 +261,7 @@ class Planner:
             lora_dropout=run.lora_dropout,
             lora_targets=run.lora_targets,
             quantized=run.quantized,
+            on_cpu=run.on_cpu,
         )
 
     def memory(

@@ -9,8 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fusion_hf.data import RecordDataset, SampleKey, StreamedRecords
-from fusion_hf.training.collator import images_of, record_to_messages
-from fusion_hf.training.exact_match import text_of
+from fusion_hf.training.record_lengths import measure_records
 from fusion_hf.training.sampler import StepLayout, query_len_of_step
 
 
@@ -20,10 +19,11 @@ class QueryLenRecords(Dataset):
 
     Args:
         query_len: of keys that are plain indices. None: the collator draws.
+        show_progress: whether to show how far the records have been measured.
     """
 
-    def __init__(self, records: Any, query_len: int | None = None):
-        self.records, self.query_len = records, query_len
+    def __init__(self, records: Any, query_len: int | None = None, show_progress: bool = False):
+        self.records, self.query_len, self.show_progress = records, query_len, show_progress
 
     def __len__(self) -> int:
         return len(self.records)
@@ -34,14 +34,18 @@ class QueryLenRecords(Dataset):
         return record if query_len is None else {**record, "query_len": query_len}
 
     @cached_property
+    def _measured(self) -> np.ndarray:
+        return measure_records(self.records, self.show_progress)
+
+    @property
     def lengths(self) -> np.ndarray:
         """Words of each record, negative without an image `(len,)`: what `StepSampler` groups by."""
-        return np.array([_words(record) for record in self.records], dtype=np.int32)
+        return self._measured[:, 0]
 
-    @cached_property
+    @property
     def turns(self) -> np.ndarray:
         """Questions of each record `(len,)`."""
-        return np.array([_turns(record) for record in self.records], dtype=np.int32)
+        return self._measured[:, 1]
 
 
 class QueryLenIterable(IterableDataset):
@@ -155,30 +159,21 @@ def _with_batches(records: Iterable[dict[str, Any]], batch_size: int) -> Iterato
         yield worker + position // batch_size * workers, record
 
 
-def with_query_lens(records: Any, query_len: int | None = None) -> Any:
+def with_query_lens(records: Any, query_len: int | None = None, show_progress: bool = False) -> Any:
     """
     Prepare records for the trainer: a data set that takes `StepSampler`'s keys, or an iterable one.
 
     Args:
         records: a sequence of records, a data set, or named ones (a dictionary).
         query_len: of all records. None: a sampler or the trainer says it.
+        show_progress: whether to show how far records are measured, see `measure_records`.
     """
     if records is None:
         return None
     if isinstance(records, dict):
-        return {name: with_query_lens(named, query_len) for name, named in records.items()}
+        return {name: with_query_lens(named, query_len, show_progress) for name, named in records.items()}
     if isinstance(records, IterableDataset):
         return records if query_len is None else FixedQueryLenIterable(records, query_len)
     if isinstance(records, RecordDataset) and query_len is None:
         return records
-    return QueryLenRecords(records, query_len)
-
-
-def _turns(record: dict[str, Any]) -> int:
-    return sum(message["role"] == "user" for message in record_to_messages(record))
-
-
-def _words(record: dict[str, Any]) -> int:
-    messages = record_to_messages(record)
-    count = max(1, sum(len(text_of(message["content"]).split()) for message in messages))
-    return count if images_of(messages) else -count
+    return QueryLenRecords(records, query_len, show_progress)

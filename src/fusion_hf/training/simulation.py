@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusion_hf.model.configuration_fusion import NUM_TILES, FusionConfig, TokenBudget
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_base import chunked_loss
 from fusion_hf.training.flops import BatchShape
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, freeze_except
@@ -41,6 +42,7 @@ class StepSetting:
         lora_rank: of adapters in `lora_parts`; 0: none. lora_dropout: before them.
         lora_targets: ends of layers' names; None: all linear ones.
         quantized: whether the language model's linear layers are kept in 4 or 8 bits.
+        on_cpu: whether the step runs on a CPU, which takes an image's tiles a few at a time.
     """
 
     trained: tuple[str, ...]
@@ -53,6 +55,7 @@ class StepSetting:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] | None = None
     quantized: bool = False
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionFor
             add_adapters(model, setting)
         if setting.checkpointing:
             enable_checkpointing(model)
+        model.model.vision_tower.splits_on_cpu = setting.on_cpu
     with FakeTensorMode(allow_non_fake_inputs=True):
         # "cpu" has, other than "meta", fused attention and autocast
         yield model.to_empty(device="cpu")
@@ -204,7 +208,7 @@ def _on_gradient(parameter: nn.Parameter, gradients: str, storages: _Storages) -
 def _loss(
     model: FusionForConditionalGeneration, batch: dict[str, Any], shape: BatchShape, setting: StepSetting
 ) -> torch.Tensor:
-    """As the model's forward with labels computes it `()`, without the checks, which need the ids' values."""
+    """As the model's forward with labels of all tokens computes it `()`, without the checks, which need values."""
     cast = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
     with cast:
         prompt = model.model.embed_prompt(
@@ -219,12 +223,14 @@ def _loss(
         hidden = model.model.language_model(
             inputs_embeds=prompt.inputs_embeds, attention_mask=batch["attention_mask"], use_cache=False, **updates
         ).last_hidden_state
-        logits = model.lm_head(hidden)
-        loss = model.loss_function(
-            logits=logits, labels=batch["labels"], vocab_size=model.config.text_config.vocab_size
+        loss = chunked_loss(
+            model.lm_head,
+            model.loss_function,
+            hidden[:, :-1].flatten(0, 1),
+            batch["labels"][:, 1:].flatten(),
+            vocab_size=model.config.text_config.vocab_size,
+            num_labels=batch["labels"].sum(),
         )
         if prompt.mapping_loss is not None:
             loss = loss + model.config.mapping_loss_weight * prompt.mapping_loss
-    if setting.autocast is not None:
-        logits = logits.float()  # accelerate hands all outputs out in float32
     return loss

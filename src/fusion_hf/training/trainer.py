@@ -19,7 +19,7 @@ from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, L
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.callbacks import FiniteLossCallback, StopCallback, ThroughputCallback, append_log
 from fusion_hf.training.checkpoints import StopSignal
-from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator
+from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator, find_label_positions
 from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
 from fusion_hf.training.flops import BatchShape, step_flops
@@ -35,7 +35,7 @@ from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 logger = logging.getLogger(__name__)
 
 PREDICTION = "Prediction"  # what Trainer calls it
-COMPACT_LOGITS = ("logits_to_keep", "shift_labels")  # of a compact batch
+LABEL_POSITIONS = "label_positions"  # of a batch whose loss is computed without logits
 
 
 class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
@@ -103,7 +103,9 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=with_query_lens(train_dataset),
+            train_dataset=with_query_lens(
+                train_dataset, show_progress=args.process_index == 0 and not args.disable_tqdm
+            ),
             # an evaluation compares models, so it draws no number of latent tokens
             eval_dataset=with_query_lens(eval_dataset, self.fusion_config.query_len),
             **kwargs,
@@ -183,14 +185,24 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: LossCounts | None = None,
     ) -> Any:
-        """This part's share of the step's loss `()`. Without `num_items_in_batch` (evaluation): the batch's own."""
+        """
+        This part's share of the step's loss `()`. Without `num_items_in_batch` (evaluation): the batch's own.
+
+        There are logits only with `return_outputs`, and not of a batch that brings `label_positions`.
+        """
         share = 1.0
+        if not return_outputs and LABEL_POSITIONS not in inputs:
+            inputs = {**inputs, LABEL_POSITIONS: find_label_positions(inputs["labels"])}
         if num_items_in_batch is not None and self.args.loss_average == MICRO_BATCHES:
             # its own counts, since without a label the mean over none would be no number
             num_items_in_batch = LossCounts(*self._count(inputs).float())
             share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size)
         is_checked = num_items_in_batch is not None and self.data_collator.checks_for(self.fusion_config)
-        outputs = model(**inputs, loss_counts=num_items_in_batch, check_inputs=not is_checked)
+        taken = inputs
+        if is_checked and self.data_collator.compact:
+            # padding is on the right, where no token before it looks; attention without a mask is faster
+            taken = {**inputs, "attention_mask": None}
+        outputs = model(**taken, loss_counts=num_items_in_batch, check_inputs=not is_checked)
         loss = outputs.loss
         if num_items_in_batch is not None:
             loss = loss * share
@@ -310,8 +322,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As Trainer's; logits are those of all positions, as the labels are, and come alone."""
-        if not prediction_loss_only:
-            inputs = {name: value for name, value in inputs.items() if name not in COMPACT_LOGITS}
-            if ignore_keys is None:
-                ignore_keys = [field.name for field in fields(FusionCausalLMOutputWithPast) if field.name != "logits"]
+        positions = {LABEL_POSITIONS: find_label_positions(inputs["labels"])} if prediction_loss_only else {}
+        inputs = {name: value for name, value in inputs.items() if name != LABEL_POSITIONS} | positions
+        if not prediction_loss_only and ignore_keys is None:
+            ignore_keys = [field.name for field in fields(FusionCausalLMOutputWithPast) if field.name != "logits"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

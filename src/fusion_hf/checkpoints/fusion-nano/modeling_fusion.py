@@ -32,6 +32,7 @@ from .modeling_fusion_base import (
     MappingLossReceiver,
     cache_keyword,
     check_engine,
+    chunked_loss,
     either_cache,
 )
 from .modeling_fusion_decoder import (
@@ -54,7 +55,7 @@ from .modeling_fusion_vision import (
     reduce_grid,
     stitch_tiles,
 )
-from .turns_fusion import PromptTurns, complete_turns, ignore_placeholders, lacks_turns, order_prompt_ends
+from .turns_fusion import IGNORED, PromptTurns, complete_turns, ignore_placeholders, lacks_turns, order_prompt_ends
 
 logger = logging.get_logger(__name__)
 HIDDEN_MAPPING_LOSS = (
@@ -469,6 +470,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        label_positions: torch.Tensor | None = None,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
@@ -491,6 +493,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             query_len (`int`, *optional*): None reads it from the configuration.
             labels (`(B, S)`, *optional*): -100 is ignored, and so are image and latent placeholders. Trainers that
                 split sequences also give `shift_labels`, which are aligned with the logits already.
+            label_positions (`(M,)`, *optional*): where labelled tokens are predicted, `row * S + position`: the token
+                behind each is a label of the same row. The loss is computed of these alone, some at a time, and no
+                logits are returned.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
             global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the images, one row
                 per sample, on any device. They may be max-pooled to the side `isqrt(query_len) * window_size`, which
@@ -533,21 +538,34 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             check_inputs=check_inputs,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = None
+        if labels is None or label_positions is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
         loss = language_loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             # without a single label, the mean of the whole batch would be no number, that of a part is zero
             num_labels = None if loss_counts is None else loss_counts.labels.clamp(min=1)
-            language_loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=vocab_size,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_labels,
-            )
+            if label_positions is None:
+                language_loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=vocab_size,
+                    shift_labels=shift_labels,
+                    num_items_in_batch=num_labels,
+                )
+            else:
+                targets = labels.flatten().index_select(0, label_positions + 1)  # (M,)
+                language_loss = chunked_loss(
+                    self.lm_head,
+                    self.loss_function,
+                    outputs.last_hidden_state.flatten(0, 1).index_select(0, label_positions),  # (M, D)
+                    targets,
+                    vocab_size=vocab_size,
+                    num_labels=(targets != IGNORED).sum() if num_labels is None else num_labels,
+                )
             loss = language_loss
             if outputs.mapping_loss is not None:
                 loss = loss + self.config.mapping_loss_weight * outputs.mapping_loss

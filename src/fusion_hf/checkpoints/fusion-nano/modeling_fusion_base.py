@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import (
@@ -27,6 +28,8 @@ from .quantization_fusion import FusionQuantizationMixin
 # the names under which the generic backends of engines put their own attention into a model of transformers
 ENGINE_ATTENTION = {"vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI"}
 PAGED_ATTENTION = "paged|"  # begins the names of attention that continuous batching uses
+# that are there at a time where nobody asks for them: 64 MiB in float32
+LOGITS_PER_CHUNK = 2**24
 # what tower and language model can be told to use; flash attention needs its package and a GPU
 ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4)))
 
@@ -88,8 +91,9 @@ class FusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     loss (`()`, *optional*): `language_loss + mapping_loss_weight * mapping_loss`.
     language_loss (`()`, *optional*): mean cross entropy over labelled tokens.
     mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
-    logits (`(B, S, vocabulary)`). hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the
-    last entry is after the final norm. image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*).
+    logits (`(B, S, vocabulary)`): None with `label_positions`.
+    hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the last entry is after the final
+    norm. image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*).
     image_outputs ([`BaseModelOutputWithPooling`], *optional*): see [`FusionModelOutputWithPast`].
     """
 
@@ -108,6 +112,46 @@ class LossCounts(NamedTuple):
     labels: torch.Tensor
     instruct_tokens: torch.Tensor
     images: torch.Tensor
+
+
+def chunked_loss(
+    head: nn.Module,
+    loss_function: Callable[..., torch.Tensor],
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int,
+    num_labels: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Compute the language loss of labelled tokens without keeping their logits, which are computed again for gradients.
+
+    Args:
+        head: the language head.
+        loss_function: of transformers, which divides by `num_items_in_batch`.
+        hidden_states (`(M, D)`): before each labelled token. M may be 0.
+        labels (`(M,)`): these tokens.
+        vocab_size: columns of the logits.
+        num_labels (`()`): what the mean is taken over.
+
+    Returns:
+        The loss `()`, the same as of all logits at once but for the order of a sum.
+    """
+
+    def loss(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return loss_function(
+            logits=head(rows),
+            labels=None,
+            shift_labels=targets,
+            vocab_size=vocab_size,
+            num_items_in_batch=num_labels,
+        )
+
+    size = max(1, LOGITS_PER_CHUNK // vocab_size)
+    *chunks, last = zip(hidden_states.split(size), labels.split(size), strict=True)
+    losses = [checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]
+    # the backward pass begins with the last one, whose logits need not be computed again
+    return torch.stack([*losses, loss(*last)]).sum()
 
 
 class MappingLossGradient(torch.autograd.Function):

@@ -35,6 +35,7 @@ from .configuration_fusion import (
 
 # what the tower can be asked to return
 RECORDED = ("output_hidden_states", "output_attentions")
+TILES_AT_A_TIME = 2  # in a layer of which a CPU computes activations a second time: enough for its products
 
 
 class Packing(NamedTuple):
@@ -179,6 +180,8 @@ class FusionVisionModel(SiglipPreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["FusionVisionLayer"]
     _can_record_outputs = {"hidden_states": FusionVisionLayer, "attentions": FusionVisionAttention}
+    # A GPU would rather have all tiles at once. The memory planner, whose tensors are a CPU's, can ask for its way.
+    splits_on_cpu = True
 
     def __init__(self, config: SiglipVisionConfig, early_layers: int):
         super().__init__(config)
@@ -207,6 +210,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
         text_mask: torch.Tensor | None = None,
         early_text_attention: str = "uniform",
         tiles: torch.Tensor | None = None,
+        rows_at_a_time: int | None = None,
         **kwargs: Any,
     ) -> FusionVisionModelOutput:
         """
@@ -217,6 +221,8 @@ class FusionVisionModel(SiglipPreTrainedModel):
             early_text_attention (`str`): see [`FusionConfig`].
             tiles (`torch.Tensor` of shape `(B, 4, 3, H, W)`, *optional*): what no question guides, in the same pass;
                 nothing can be recorded then.
+            rows_at_a_time (`int`, *optional*): how many of the B tiles pass a layer together, so that its activations
+                take less memory. Not with a question.
         """
         batch = len(pixel_values)
         pixels = pixel_values if tiles is None else torch.cat([pixel_values, tiles.flatten(0, 1)])
@@ -245,7 +251,9 @@ class FusionVisionModel(SiglipPreTrainedModel):
             elif group < NUM_CONNECTOR_GROUPS:
                 sums[group] = sums[group] + hidden_states
             layer_kwargs = early_kwargs if index < self.early_layers else {}
-            hidden_states = layer(hidden_states, attention_mask, **layer_kwargs, **kwargs)
+            parts = [hidden_states] if rows_at_a_time is None else hidden_states.split(rows_at_a_time)
+            outputs = [layer(part, attention_mask, **layer_kwargs, **kwargs) for part in parts]
+            hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         means = [total / self.early_layers for total in sums]
         features, tile_features = torch.cat([hidden_states, *means], dim=-1), None
         if packing is not None:
@@ -296,13 +304,19 @@ class EncodedImage(NamedTuple):
 
 def encode_tiles(tower: FusionVisionModel, projector: FusionProjector, tiles: torch.Tensor) -> torch.Tensor:
     """Projected features `(4 B, N, D)` of tiles `(B, 4, 3, H, W)`, which no question guides."""
-    parts = tiles.split(1) if _one_by_one(tiles) else [tiles]
-    return torch.cat([projector(tower(part.flatten(0, 1)).features) for part in parts])
+    on_cpu, splits = _is_lone_cpu(tiles), False
+    if on_cpu and torch.is_grad_enabled():
+        is_checkpointed = tower.training and any(layer.gradient_checkpointing for layer in tower.layers)
+        splits = is_checkpointed and tower.splits_on_cpu
+    # four tiles fill a CPU, and activations of more leave its caches
+    parts = tiles.split(1) if on_cpu and not torch.is_grad_enabled() else [tiles]
+    settings = {"rows_at_a_time": TILES_AT_A_TIME} if splits else {}
+    return torch.cat([projector(tower(part.flatten(0, 1), **settings).features) for part in parts])
 
 
-def _one_by_one(tiles: torch.Tensor) -> bool:
-    """Whether to encode one image after another: four tiles fill a CPU, and activations of more leave its caches."""
-    if tiles.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _is_lone_cpu(tiles: torch.Tensor) -> bool:
+    """Whether tiles may be encoded in parts: on a CPU, where no other process has to do the same."""
+    if tiles.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     # all ranks of FSDP must call the tower equally often, whatever their images
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
