@@ -67,7 +67,8 @@ class AuthorsSide:
         return self.answer([path] * len(questions), questions, tokens)
 
     def train(self) -> None:
-        self.model.train()
+        """As their `train.py` does after the first stage: their tower's class freezes it whenever it is loaded."""
+        self.model.train().requires_grad_(True)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def read_batch(self, path: str) -> dict[str, Any]:

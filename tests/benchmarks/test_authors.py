@@ -3,12 +3,19 @@
 import json
 import os
 import sys
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 
 import authors
 import pytest
 from authors_report import ROWS, TABLE
 from blocks import NOT_MEASURED, render
+from our_side import OurSide
+
+from fusion_hf import nano_path
+from fusion_hf.training.collator import IGNORE_INDEX
 
 STAND_IN = Path(__file__).parents[1] / "fixtures" / "authors_stand_in"
 CODE, PYTHON = "FUSION_AUTHORS_CODE", "FUSION_AUTHORS_PYTHON"
@@ -58,6 +65,34 @@ def test_a_process_that_ends_is_an_error(tmp_path):
     bench = authors.Bench(environment, tmp_path, {"nano": checkpoint}, "nano", threads=1, rounds=1)
     with pytest.raises(RuntimeError, match="'theirs' gave no answer"):
         authors.Contestant(bench, "theirs")
+
+
+@pytest.mark.parametrize(("theirs", "refused"), [([2.0, 1.0], False), ([2.0, 1.001], True), ([2.001, 1.0], True)])
+def test_training_is_compared_by_the_losses_of_all_rounds(theirs, refused, tmp_path, monkeypatch):
+    class Answers:
+        def ask(self, do, **arguments):
+            return {"step_allocated": 1}
+
+    @contextmanager
+    def contestants(bench, names):
+        yield dict.fromkeys(names, Answers())
+
+    rounds = defaultdict(dict, loss={"theirs": theirs, "ours": [2.0, 1.0]})
+    monkeypatch.setattr(authors, "alternate", lambda *arguments, **options: (rounds, {}))
+    monkeypatch.setattr(authors, "write_batch", lambda bench: tmp_path)
+    monkeypatch.setattr(authors, "contestants", contestants)
+    with pytest.raises(RuntimeError, match=r"losses .* differ") if refused else nullcontext():
+        assert authors.measure_training(None)["step_allocated"] == {"theirs": [1], "ours": [1]}
+
+
+def test_our_side_reads_a_training_batch(tmp_path):
+    nano = Path(nano_path())
+    bench = authors.Bench(None, tmp_path, {"nano": authors.Checkpoint(nano, nano, nano)}, "nano", threads=1, rounds=1)
+    side = OurSide({"folder": str(nano), "dtype": "float32"})
+    batch = side.read_batch(str(authors.write_batch(bench)))
+    assert batch.keys() <= signature(side.model.forward).parameters.keys()
+    assert (batch["labels"].flatten()[batch["label_positions"] + 1] != IGNORE_INDEX).all()
+    assert len(batch["label_positions"]) == (batch["labels"] != IGNORE_INDEX).sum() > 0
 
 
 @pytest.mark.slow
