@@ -28,7 +28,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-vllm-sources test-gpu test-oldest test-newest lint format nano bench docs notebooks clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-vllm-sources test-gpu test-oldest test-newest lint format nano bench bench-gpu bench-report docs notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -170,6 +170,13 @@ nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
 bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
+
+# Without a step that installs: machines with a GPU may have no network.
+bench-gpu:  ## everything that only a GPU can show, in six minutes of one
+	$(BIN)/python benchmarks/gpu.py
+
+bench-report: $(TEST)  ## write the tables and plots of the documents from benchmarks/results
+	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.installed-docs  ## build the documentation site in docs/_build; a broken link is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html

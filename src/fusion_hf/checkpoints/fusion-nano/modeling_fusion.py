@@ -36,9 +36,11 @@ from .modeling_fusion_base import (
 )
 from .modeling_fusion_decoder import DECODER_LAYERS, EmbeddedPrompt, FusionSampler, PlaceholderMasks
 from .modeling_fusion_vision import (
+    RECORDED,
     EncodedImage,
     FusionProjector,
     FusionVisionModel,
+    Packing,
     blank_pixels,
     encode_blank_image,
     encode_tiles,
@@ -54,8 +56,6 @@ HIDDEN_MAPPING_LOSS = (
     "states, once for each backward pass. If you accumulate gradients over k batches, divide "
     "`config.mapping_loss_weight` by k. Set it to 0 to train without the mapping loss."
 )
-# asked of the tower as of the language model
-RECORDED = ("output_hidden_states", "output_attentions")
 
 
 class FusionModel(FusionPreTrainedModel):
@@ -150,11 +150,20 @@ class FusionModel(FusionPreTrainedModel):
         Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
         given, over the four tiles without it.
         """
+        if global_features is None and self.vision_tower.takes_tiles(pixel_values, kwargs):
+            check_tiles(self.config, pixel_values)
+            kwargs["tiles"] = pixel_values[:, :NUM_TILES]
         guided, instruct_embeds, mask = self.guide_tower(
             pixel_values[:, -1], instruct_input_ids, instruct_attention_mask, **kwargs
         )
         num_patches = guided.patch_embeddings.shape[1]
-        projected = self.vision_projector(guided.features)  # (B, N + T, D)
+        if guided.tile_features is None:
+            projected = self.vision_projector(guided.features)  # (B, N + T, D)
+        else:
+            packing = Packing.of(guided.features, guided.tile_features)
+            packed = packing.join(guided.features, guided.tile_features)
+            projected, tile_features = packing.split(self.vision_projector(packed))
+            global_features = stitch_tiles(tile_features, self.config.num_patches_per_side)
         if global_features is None:
             global_features = self.get_global_features(pixel_values)
         return EncodedImage(
