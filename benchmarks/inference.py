@@ -23,9 +23,9 @@ from blocks import describe
 from contestants import (
     COMPILED,
     EAGER,
+    GENERATORS,
     NAMES,
     OURS,
-    PROMPT_COMPILED,
     REFERENCE,
     Contestant,
     build_contestants,
@@ -248,7 +248,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, An
         "tokens_per_second": measure_throughput(contestants, arguments.batches, arguments.slow_repeats, device),
     }
     if arguments.profile:
-        names = [name for name in contestants if name in (OURS, *COMPILED) and name != PROMPT_COMPILED]
+        names = [name for name in contestants if name in (OURS, *COMPILED) and name not in GENERATORS]
         tokens = benchmark.size.new_tokens
         result["profile"] = {name: profile_contestant(contestants[name], tokens, device) for name in names}
     return result
@@ -263,6 +263,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         benchmark = Benchmark(size, DTYPES[arguments.dtype], device, names)
         slow = measure(benchmark, arguments)
         work = benchmark.work()
+    return describe_run(benchmark, arguments, slow, work)
+
+
+def describe_run(
+    benchmark: Benchmark, arguments: argparse.Namespace, slow: dict[str, Any], work: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """What the JSON file holds, of what is measured so far. `slow`: of what has rounds of its own."""
     measured = {figure: dict(variants) for figure, variants in benchmark.measured.items()}
     medians = {
         figure: {name: median(values) for name, values in variants.items()} for figure, variants in measured.items()

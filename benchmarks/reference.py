@@ -14,6 +14,8 @@ and logits of the whole prompt. In training, all logits are computed, as theirs 
 `scaled_dot_product_attention` in their code too.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import SiglipVisionConfig
@@ -103,6 +105,10 @@ class ReferenceVisionModel(nn.Module):
             early = index < self.early_layers
             states.append(layer(states[-1], attention_mask, uniform_from=uniform_from if early else None))
         return FusionVisionModelOutput(self.connect(states), patch_embeddings)
+
+    def takes_tiles(self, pixel_values: torch.Tensor, asked: dict[str, Any]) -> bool:
+        """The authors call the tower once for tiles and once for overviews."""
+        return False
 
     def connect(self, states: list[torch.Tensor]) -> torch.Tensor:
         """All hidden states `(B, S, Dv)` to `(B, S, 3 * Dv)`."""

@@ -5,6 +5,7 @@ from statistics import median
 
 import authors_report
 import budget_report
+import gpu_report
 import maps_report
 import serving_report
 import synthesis_report
@@ -29,6 +30,8 @@ from blocks import (
     render,
     replace_block,
 )
+from cpu_report import ROWS as CPU_ROWS
+from cpu_report import cpu_conditions
 from plot import Panel, Point, draw
 from quantization_report import ROWS as QUANTIZATION_ROWS
 from quantization_report import quantization_conditions
@@ -277,6 +280,11 @@ COMPARISON_ROWS = [
         paired((*PER_TOKEN, "ours_compiled"), (*PER_TOKEN, "llava_onevision_compiled")),
     ),
     Row(
+        "decoding, per token, compiled: own loop / transformers' loop",
+        "",
+        paired((*PER_TOKEN, "ours_ahead"), (*PER_TOKEN, "ours_compiled")),
+    ),
+    Row(
         "decoding, per token, compiled / not compiled", "", paired((*PER_TOKEN, "ours_compiled"), (*PER_TOKEN, "ours"))
     ),
     *(
@@ -284,6 +292,7 @@ COMPARISON_ROWS = [
         for rate, name, label, aim in (
             ("read", "ours", "ours", ""),
             ("read", "ours_compiled", "ours, compiled", DECODING_AIM),
+            ("read", "ours_ahead", "ours, compiled, own loop", DECODING_AIM),
             ("read", "llava_onevision", f"{LLAVA}, one tile", ""),
             ("read", "llava_onevision_compiled", f"{LLAVA}, one tile, compiled", ""),
             ("copy", "ours_compiled", "ours, compiled", ""),
@@ -398,11 +407,13 @@ QUANTIZATION = Table(
     QUANTIZATION_ROWS,
     quantization_conditions,
 )
+ONE_CPU = Table("types on a CPU", GUIDE, {"Intel, without AMX": "types_cpu.json"}, CPU_ROWS, cpu_conditions)
 TABLES = [
     INFERENCE,
     TRAINING,
     COMPARISON,
     QUANTIZATION,
+    ONE_CPU,
     authors_report.TABLE,
 ]
 PLOTS = [
@@ -447,6 +458,7 @@ def write_documents() -> None:
     budget_report.write()
     synthesis_report.write()
     maps_report.write()
+    gpu_report.write()
     serving_report.write()
 
 

@@ -7,7 +7,12 @@ Both servers are processes of `fusion-hf serve` with one model of random weights
 client; `batch` is `batch_generate` in this process with as many rows as there are clients. Only one of them works at a
 time. A round measures each of them at each number of clients, in an order that changes from round to round. Every
 request has a picture and a question of its own, so that nothing can be cached, and gets the same number of tokens;
-with `--one-picture`, the questions of a measurement are about one picture.
+with `--one-picture`, the questions of a measurement are about one picture. `--former` measures the own server of an
+earlier checkout of this repository as well, `benchmarks/results/serving_former_cpu.json` for instance:
+
+    git worktree add ../former COMMIT
+    python benchmarks/serving.py --paths transformers --former ../former --clients 1,2,4,8 --threads 2
+
 Needs the extra `serve` and openai, and vLLM unless `--paths` leaves it out.
 """
 
@@ -54,8 +59,8 @@ from fusion_hf.conversion.model_folder import make_processor
 from fusion_hf.inference import ChatModel
 from fusion_hf.model.processing_fusion import FusionProcessor
 
-VLLM, TRANSFORMERS, BATCH = "vllm", "transformers", "batch"
-PATHS = (VLLM, TRANSFORMERS, BATCH)
+VLLM, TRANSFORMERS, BATCH, FORMER = "vllm", "transformers", "batch", "former"
+PATHS = (VLLM, TRANSFORMERS, BATCH)  # and FORMER, where its code is given
 CLIENTS = (1, 8, 32)
 ONE_PICTURE = (8,)
 LEAST_REQUESTS = 8  # of one measurement
@@ -154,8 +159,9 @@ def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
 
 
 @contextmanager
-def running_server(engine: str, folder: Path, options: argparse.Namespace) -> Iterator[openai.OpenAI]:
+def running_server(path: str, folder: Path, options: argparse.Namespace) -> Iterator[openai.OpenAI]:
     """A client of `fusion-hf serve`."""
+    engine = TRANSFORMERS if path == FORMER else path
     command = [sys.executable, "-m", "fusion_hf", "serve", "--engine", engine, "--model", str(folder), "--port", "0"]
     command += [
         "--name",
@@ -165,10 +171,12 @@ def running_server(engine: str, folder: Path, options: argparse.Namespace) -> It
         "--dtype",
         options.dtype,
     ]
-    command += ["--max-prompt-tokens", "2048", "--max-new-tokens", "64"]
+    command += ["--max-prompt-tokens", "2048", "--max-new-tokens", str(options.new_tokens)]
     if engine == TRANSFORMERS:
         command += ["--device", options.device, "--max-seconds", str(ANSWER_SECONDS)]
     environment = {**os.environ, **ONE_PROCESS, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    if path == FORMER:
+        environment["PYTHONPATH"] = str(options.former.resolve() / "src")
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8")
         assert process.stdout is not None
@@ -186,39 +194,39 @@ def running_server(engine: str, folder: Path, options: argparse.Namespace) -> It
             process.stdout.close()
 
 
-def ask(client: openai.OpenAI, question: Question) -> float:
+def ask(client: openai.OpenAI, new_tokens: int, question: Question) -> float:
     """Seconds to the first token of a whole streamed answer."""
     start, first = time.perf_counter(), None
     stream = client.chat.completions.create(
         model=NAME,
         messages=question.messages,
-        max_tokens=NEW_TOKENS,
+        max_tokens=new_tokens,
         stream=True,
         stream_options={"include_usage": True},
     )
     for chunk in stream:
         if first is None and chunk.choices and chunk.choices[0].delta.content:
             first = time.perf_counter() - start
-        if chunk.usage is not None and chunk.usage.completion_tokens != NEW_TOKENS:
-            raise RuntimeError(f"an answer has {chunk.usage.completion_tokens} tokens, not {NEW_TOKENS}")
+        if chunk.usage is not None and chunk.usage.completion_tokens != new_tokens:
+            raise RuntimeError(f"an answer has {chunk.usage.completion_tokens} tokens, not {new_tokens}")
     if first is None:
         raise RuntimeError("an answer had no text")
     return first
 
 
-def ask_all(client: openai.OpenAI, clients: int, questions: Sequence[Question]) -> Measurement:
+def ask_all(client: openai.OpenAI, new_tokens: int, clients: int, questions: Sequence[Question]) -> Measurement:
     """So many clients, each of which asks again as soon as it is answered."""
     with ThreadPoolExecutor(clients) as pool:
         start = time.perf_counter()
-        first_token = list(pool.map(partial(ask, client), questions))
+        first_token = list(pool.map(partial(ask, client, new_tokens), questions))
         return Measurement(len(questions), time.perf_counter() - start, first_token)
 
 
-def answer_batches(chat_model: ChatModel, clients: int, questions: Sequence[Question]) -> Measurement:
+def answer_batches(chat_model: ChatModel, new_tokens: int, clients: int, questions: Sequence[Question]) -> Measurement:
     """All questions, `clients` of them in a batch."""
     records = [question.record for question in questions]
     start = time.perf_counter()
-    results = batch_generate(records, chat_model, batch_size=clients, max_new_tokens=NEW_TOKENS, progress=False)
+    results = batch_generate(records, chat_model, batch_size=clients, max_new_tokens=new_tokens, progress=False)
     seconds = time.perf_counter() - start
     if failed := [result for result in results if "answer" not in result]:
         raise RuntimeError(f"a batch failed: {failed[0]}")
@@ -231,12 +239,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, li
     measured: dict[str, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
         ways: dict[str, Any] = {}
-        for path in options.paths:
+        for path in (*options.paths, *([FORMER] if options.former else [])):
             if path == BATCH:
                 chat_model = ChatModel.load(str(folder), options.device, options.dtype)
-                ways[path] = partial(answer_batches, chat_model)
+                ways[path] = partial(answer_batches, chat_model, options.new_tokens)
             else:
-                ways[path] = partial(ask_all, stack.enter_context(running_server(path, folder, options)))
+                client = stack.enter_context(running_server(path, folder, options))
+                ways[path] = partial(ask_all, client, options.new_tokens)
         for way in ways.values():
             way(1, questions.take(1))
         cases = [Case(path, clients) for clients in options.clients for path in ways]
@@ -267,8 +276,11 @@ def summarize_all(measured: dict[str, dict[str, list[Measurement]]]) -> dict[str
         "rounds": {"requests_per_second": rates, "first_token_seconds": first},
     }
     if VLLM in rates:
-        result["rate_ratios"] = ratios(rates)
-        result["first_token_ratios"] = ratios(first)
+        result["rate_ratios"] = ratios(rates, VLLM)
+        result["first_token_ratios"] = ratios(first, VLLM)
+    if FORMER in rates:
+        result["rate_ratios_to_former"] = ratios(rates, TRANSFORMERS)[FORMER]
+        result["first_token_ratios_to_former"] = ratios(first, TRANSFORMERS)[FORMER]
     return result
 
 
@@ -276,13 +288,13 @@ def spreads(figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     return {path: {name: summarize(values) for name, values in rows.items()} for path, rows in figures.items()}
 
 
-def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """vLLM's figure by that of each other path, within rounds."""
-    ours = figures[VLLM]
+def ratios(figures: dict[str, dict[str, list[float]]], path_above: str) -> dict[str, Any]:
+    """A path's figure by that of each other one, within rounds."""
+    ours = figures[path_above]
     return {
         path: {clients: paired_ratios(ours[clients], values) for clients, values in rows.items()}
         for path, rows in figures.items()
-        if path != VLLM
+        if path != path_above
     }
 
 
@@ -295,6 +307,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--one-picture", type=numbers, default=list(ONE_PICTURE), help="clients that all ask about the same picture"
     )
     parser.add_argument("--paths", type=names_among(PATHS), default=list(PATHS), help=f"of {', '.join(PATHS)}")
+    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="of each answer")
+    parser.add_argument("--former", type=Path, help="folder with earlier code, whose own server is measured as well")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)
     with tempfile.TemporaryDirectory() as name:
@@ -309,7 +323,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "dtype": options.dtype,
             "threads": options.threads,
             "rounds": options.rounds,
-            "new_tokens": NEW_TOKENS,
+            "new_tokens": options.new_tokens,
             "photo": list(PHOTO),
             "least_requests": LEAST_REQUESTS,
         },

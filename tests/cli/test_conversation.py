@@ -53,6 +53,7 @@ class Watch:
 
 @pytest.fixture
 def watch(chat_model: ChatModel) -> Iterator[Watch]:
+    chat_model.image_cache.clear()
     watch = Watch(chat_model)
     yield watch
     for handle in watch.handles:
@@ -89,6 +90,7 @@ def test_a_picture_is_resized_once(
         return split_tiles(image, *args, **kwargs)
 
     monkeypatch.setattr(FusionImageProcessor, "split_tiles", staticmethod(counted))
+    chat_model.image_cache.clear()
     conversation = Conversation(chat_model, image, MOST, fast=fast)
     for question in QUESTIONS:
         conversation.ask(question)
@@ -109,6 +111,13 @@ def test_a_picture_that_was_seen_before(chat_model: ChatModel, image: Image.Imag
     answers = [Conversation(chat_model, image, MOST, image_features=seen).ask(question) for question in QUESTIONS[:2]]
     assert watch.tiles == [1, 1]
     assert answers == [Conversation(chat_model, image, MOST).ask(question) for question in QUESTIONS[:2]]
+
+
+def test_two_conversations_share_the_tiles(chat_model: ChatModel, image: Image.Image, watch: Watch):
+    again = image.copy()
+    answers = [Conversation(chat_model, each, MOST).ask(QUESTIONS[0]) for each in (image, again)]
+    assert watch.tiles == [TILES, 1, 1]
+    assert answers == [chat_model.answer([question_message(QUESTIONS[0], image)], MOST)] * 2
 
 
 @pytest.mark.parametrize("budget", [{}, {"query_len": 4}, {"image_token_grid": 3}], ids=str)

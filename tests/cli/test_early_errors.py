@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.light_runs import light_environment, run_light
 
+from fusion_hf import cli
 from fusion_hf.conversion.inputs import DECODER_TYPES
 from fusion_hf.data import record_parsing
 from fusion_hf.hub.folders import nano_path
@@ -90,6 +91,14 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ask --input questions.jsonl --output new.jsonl --model ./gone", ("./gone is no folder",)),
     ("chat gone.png", ("'gone.png' is no file",)),
     ("chat PICTURE --model ./gone", ("./gone is no folder",)),
+    ("chat PICTURE --max-new-tokens 0", ("'0'", "whole number from 1")),
+    ("demo --model ./gone", ("./gone is no folder",)),
+    ("demo --port 70000", ("'70000'", "65535")),
+    ("serve --model ./gone", ("./gone is no folder",)),
+    ("serve --api-key-env NO_SUCH_KEY", ("NO_SUCH_KEY", "--api-key-env")),
+    ("serve --allow-image-host a/b", ("'a/b'",)),
+    ("serve --parallel 0", ("'0'", "whole number from 1")),
+    ("cache --remove gone", ("--remove is 'gone'",)),
     ("evaluate", ("--tasks is missing", "pope")),
     ("evaluate --tasks x", ("--tasks has 'x'", "pope")),
     ("evaluate --tasks pope --model ./gone", ("./gone is no folder",)),
@@ -173,6 +182,10 @@ def test_errors(folder: Path):
             assert word.startswith("-") or "." not in word or result.error.count(word) <= 1, (line, result)
     made = set(folder.iterdir()) - set(before)
     assert {path.name for path in made} <= {"refuse"}
+
+
+def test_every_command_has_such_errors():
+    assert {line.split()[0] for line, _ in ERRORS} == {*cli.COMMANDS, "build"}
 
 
 @pytest.mark.parametrize("command", ["train run.yaml lerning_rate=1", "convert --checkpoint gone --output new"])

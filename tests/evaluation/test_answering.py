@@ -42,8 +42,11 @@ def test_batches_answer_as_one_by_one(chat_model, questions, one_by_one):
 
 def test_tiles_of_a_picture_are_encoded_once(chat_model, questions, monkeypatch):
     encoded = []
-    encode_images = ChatModel.encode_images
-    monkeypatch.setattr(ChatModel, "encode_images", lambda self, p: encoded.append(len(p)) or encode_images(self, p))
+    encode_tiles = ChatModel.encode_tiles
+    monkeypatch.setattr(
+        ChatModel, "encode_tiles", lambda self, p, q: encoded.append(len(p)) or encode_tiles(self, p, q)
+    )
+    chat_model.image_cache.clear()
     RequestAnswerer(LocalModel(chat_model, batch_size=4)).answer(questions)
     with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
     assert sum(encoded) == len(with_picture)

@@ -8,6 +8,7 @@ from tests.helpers.tiny import BACKBONES, QUERY_LEN, Sample, make_inputs, tiny_c
 from transformers import DynamicCache
 
 from fusion_hf import FusionForConditionalGeneration
+from fusion_hf.inference.image_features import pool_map
 from fusion_hf.model.modeling_fusion import LossCounts
 
 SAMPLES = [Sample([5], seed=1), Sample([4, 7, 2], [3, 6], seed=2), Sample([6], image=False, seed=3)]
@@ -57,6 +58,22 @@ def test_features_of_the_tiles_alone_and_with_the_overview(
     assert torch.equal(model.get_global_features(pixel_values[:, :TILES]), features)
     with pytest.raises(ValueError, match=r"shape \(3, 3, 3, 32, 32\); allowed: \(B, 5, 3, 32, 32\) or \(B, 4, 3"):
         model.get_global_features(pixel_values[:, :3])
+
+
+@torch.no_grad()
+def test_logits_of_pooled_features(backbone: FusionForConditionalGeneration) -> None:
+    """What is kept of an image for a number of latent tokens is all that the model sees of it: to the bit."""
+    model = backbone
+    for query_len, side in ((4, 4), (9, 6), (16, 8)):
+        inputs = make_inputs(model.config, SAMPLES, query_len, padding_side="left")
+        features = model.get_global_features(inputs["pixel_values"])
+        pooled = pool_map(features, query_len, model.config.window_size)
+        assert pooled.shape[-1] == min(side, SIDE)
+        assert torch.equal(model(**inputs, global_features=pooled).logits, model(**inputs).logits)
+        answers = [model.generate(**inputs, **GREEDY, **given) for given in ({}, {"global_features": pooled})]
+        assert torch.equal(*answers)
+    with pytest.raises(ValueError, match=r"\(3, 32, 2, 2\).* or pooled to 8 x 8 for a query_len of 16"):
+        model(**inputs, global_features=features[..., :2, :2])
 
 
 def test_pictures_are_encoded_one_by_one_where_nothing_is_trained(

@@ -1,17 +1,12 @@
-"""Pieces of an answer, and turns at the model."""
-
-import threading
-import time
+"""Pieces of an answer, and how its tokens are drawn."""
 
 import pytest
 import torch
 
 from fusion_hf.inference import ChatModel
 from fusion_hf.serving.chat_requests import Sampling
-from fusion_hf.serving.engine import FairLock
 from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor
 
-ROUNDS = 4
 TEXT = " A rotten 苹果, naïve 🙂\n\n  and more.  \n"
 
 
@@ -95,29 +90,3 @@ def test_tokens_that_are_equally_likely_stay_so():
     draw = SamplingLogitsProcessor(Sampling(1e-38, seed=1))
     drawn = {int(draw(torch.empty(1, 0), torch.tensor([[3.0, 1.0, 3.0]])).argmax()) for _ in range(100)}
     assert drawn == {0, 2}
-
-
-def test_turns_go_round():
-    turns = FairLock()
-    order: list[int] = []
-    inside: list[int] = []
-
-    def work(name: int) -> None:
-        with turns:
-            for _ in range(ROUNDS):
-                inside.append(name)
-                order.append(name)
-                time.sleep(0.001)
-                assert inside.pop() == name and not inside
-                turns.yield_to_others()
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
-    with turns:
-        for number, thread in enumerate(threads, 1):
-            thread.start()
-            while len(turns._waiting) < number:
-                time.sleep(0.001)
-        assert order == []
-    for thread in threads:
-        thread.join()
-    assert order == [0, 1, 2] * ROUNDS

@@ -19,11 +19,11 @@ from tests.helpers.costly_images import flat, one_bit_png
 from tests.helpers.image_files import jpeg_of_many_scans
 from tests.helpers.serving import IMAGE_FILE, POLL_SECONDS, STOP_SECONDS
 
+from fusion_hf.inference.chat_model import to_pixel_values
 from fusion_hf.model.image_opening_fusion import FORMATS, ORIENTATION_TAG
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.serving.api_errors import ApiError
 from fusion_hf.serving.client_images import PARAM
-from fusion_hf.serving.engine import to_pixel_values
 from fusion_hf.serving.image_workers import GRACE_SECONDS, MAX_WORKERS, ImageWorkers
 from fusion_hf.serving.limits import Limits
 

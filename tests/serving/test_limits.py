@@ -1,7 +1,6 @@
-"""What a server gives to many clients at once: turns, a queue with an end, and nothing to those who are gone."""
+"""What a server gives to many clients at once: places, a queue with an end, and nothing to those who are gone."""
 
 import asyncio
-import math
 import socket
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from fusion_hf.serving.app import unless_gone
 LONG = 700  # tokens: seconds
 HURRY = 0.5  # of the time of a whole answer, within which a slot must be free that nobody waits for
 LONGEST = 900  # tokens
-SHARING = 4  # answers that take turns at the model
+SHARING = 4  # answers that decode together
 DRAWN = {"temperature": 2.0, "seed": 1}  # so that there is text all the time
 
 
@@ -131,8 +130,8 @@ def test_waiting_clients_that_leave(endless_model: Path):
 @pytest.mark.slow
 def test_time_limit(endless_model: Path, narrow: Server):
     """An answer ends with what there is; a request whose turn does not come is told so."""
-    # answers that share the model have time for a part of their tokens, however fast this machine is
-    limit = max(1, math.ceil(seconds_of(narrow, LONGEST)))
+    # answers that decode together are not made in half the time of one alone
+    limit = max(1, int(seconds_of(narrow, LONGEST) / 2))
     with run_server("--model", endless_model, "--parallel", SHARING, "--max-seconds", limit) as server:
         client = server.client()
         with ThreadPoolExecutor(SHARING + 1) as pool:

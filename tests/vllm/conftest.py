@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -42,8 +43,8 @@ def load(environment: None) -> Iterator[Callable[..., Any]]:
             "disable_log_stats": True,
         }
         engines.append(LLM(str(folder), **(defaults | ENGINE_ARGUMENTS | arguments)))
-        # `tests.helpers.vllm_gpu_runner` has asked for the other one
-        is_wanted = "VLLM_USE_V2_MODEL_RUNNER" in os.environ
+        # GPUs have the other one, for which `tests.helpers.vllm_gpu_runner` has asked on a CPU
+        is_wanted = "VLLM_USE_V2_MODEL_RUNNER" in os.environ or torch.cuda.is_available()
         assert engines[-1].llm_engine.vllm_config.use_v2_model_runner == is_wanted
         return engines[-1]
 

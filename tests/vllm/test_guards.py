@@ -27,8 +27,10 @@ UNSAFE = {
     "max_num_batched_tokens": {"max_num_batched_tokens": CHUNK, "max_num_seqs": 2},
     "long_prefill_token_threshold": THRESHOLD,
     "async_scheduling": {"async_scheduling": True},
+    "cudagraph_mode": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
     "kv_transfer_config": STORED,
     "attention_backend": {"attention_backend": "FLASHINFER"},
+    "mode is 'STOCK_TORCH_COMPILE'": {"compilation_config": {"mode": 1}},
     "speculative_config": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
 }
 

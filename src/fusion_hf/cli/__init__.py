@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: the process's own.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    return guarded(lambda: _run(given), DEBUG in given)
+    return guarded(lambda: _run(given, argv is None), DEBUG in given)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], owns_process: bool) -> int:
     arguments = make_parser().parse_args(argv)
+    arguments.owns_process = owns_process
     return COMMANDS[arguments.command].run(arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_hf.cli.argument_types import positive
+from fusion_hf.cli.lean_imports import lean_imports
 from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
@@ -78,12 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
         check_image_exists(image)
     arguments.model = find_model(arguments)
 
-    from tqdm import tqdm
+    with lean_imports(arguments.owns_process):
+        from tqdm import tqdm
 
-    from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
-    from fusion_hf.inference.conversation import Conversation
+        from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
+        from fusion_hf.inference.conversation import Conversation
 
-    chat_model = load_chat_model(arguments)
+        chat_model = load_chat_model(arguments)
     settings = answer_settings(arguments)
     if len(arguments.images) == len(questions) == 1:
         conversation = Conversation(chat_model, chat_model.open_image(arguments.images[0]), **settings)
@@ -133,8 +135,9 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     check_output(Path(arguments.output))
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.model_loading import silence_libraries
-    from fusion_hf.inference.batching import BATCH_SIZE, batch_generate
+    with lean_imports(arguments.owns_process):
+        from fusion_hf.cli.model_loading import silence_libraries
+        from fusion_hf.inference.batching import BATCH_SIZE, batch_generate
 
     if not arguments.debug:
         silence_libraries()

@@ -5,6 +5,7 @@ import contextlib
 import sys
 from typing import Any
 
+from fusion_hf.cli.lean_imports import lean_imports
 from fusion_hf.cli.model_options import answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import check_image_exists, one_line
 from fusion_hf.common.errors import InputError
@@ -35,10 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_image_exists(arguments.image)
     arguments.model = find_model(arguments)
 
-    from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
-    from fusion_hf.inference.conversation import Conversation
+    with lean_imports(arguments.owns_process):
+        from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
+        from fusion_hf.inference.conversation import Conversation
 
-    chat_model = load_chat_model(arguments)
+        chat_model = load_chat_model(arguments)
     image = chat_model.open_image(arguments.image)
     conversation = Conversation(chat_model, image, fast=arguments.fast, **answer_settings(arguments))
     streamer = AnswerStreamer(chat_model.processor.tokenizer)

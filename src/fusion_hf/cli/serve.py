@@ -88,6 +88,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{number} with {engine}" for engine, number in PARALLEL.items()),
     )
     parser.add_argument(
+        "--image-cache-bytes",
+        type=whole_number(0),
+        default=DEFAULTS.image_cache_bytes,
+        metavar="N",
+        help="features of images that are kept for further questions; 0: none; not with vLLM; default: %(default)s",
+    )
+    parser.add_argument(
         "--max-seconds",
         type=positive,
         metavar="N",
@@ -112,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         given = " ".join(arguments.engine_arguments)
         raise InputError(f"There are arguments behind `--`, {given!r}; allowed: with --engine vllm.")
     name = arguments.name or _name(arguments.model or nano_path())
+    hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     arguments.model = find_model(arguments)
     try:
         from fusion_hf.serving.app import Service
@@ -120,7 +128,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"Serving needs the extra `serve` ({error}): {INSTALL}") from error
     from fusion_hf.cli.model_loading import load_chat_model
 
-    hosts = HostPolicy.parse(arguments.allow_image_host, arguments.allow_private_image_host)
     listener = listen(arguments.host, arguments.port)  # a taken port is told before the model is loaded
     chat_model = load_chat_model(arguments)
     service = Service(
@@ -137,7 +144,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_vllm(arguments: argparse.Namespace) -> None:
     """Serve by vLLM; an InputError for options that vLLM decides by itself, or without vLLM."""
-    decided = {"--device": (arguments.device, "auto"), "--max-seconds": (arguments.max_seconds, None)}
+    decided = {
+        "--device": (arguments.device, "auto"),
+        "--image-cache-bytes": (arguments.image_cache_bytes, DEFAULTS.image_cache_bytes),
+        "--max-seconds": (arguments.max_seconds, None),
+    }
     for option, (value, allowed) in decided.items():
         if value != allowed:
             raise InputError(f"{option} is {value!r}; with --engine vllm it is not taken: vLLM decides by itself.")
@@ -182,6 +193,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     return Limits(
         **{name: getattr(arguments, f"max_{name}") for name in MAXIMA},
         answer_tokens=arguments.max_new_tokens,
+        image_cache_bytes=arguments.image_cache_bytes,
         parallel=arguments.parallel or PARALLEL[arguments.engine],
         queue_length=arguments.queue_length,
         seconds=arguments.max_seconds or DEFAULTS.seconds,

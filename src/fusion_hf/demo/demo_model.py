@@ -95,12 +95,11 @@ class DemoModel:
 
     def _open_session(self, image: Image.Image) -> Session:
         begin = now()
-        pixel_values = self.chat_model.preprocess([image])
-        cut = now()
-        (image_features,) = self.chat_model.encode_tiles(pixel_values)
-        times = ImageTimes(cut - begin, now() - cut)
         processor = self.chat_model.processor.image_processor
-        tiles = processor([image], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        tiles = processor([image], as_bytes=True, return_tensors="np")["pixel_values"][0]
+        cut = now()
+        image_features = self.chat_model.encode_cut_image(tiles)  # for questions of every `query_len`
+        times = ImageTimes(cut - begin, now() - cut)
         image.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
         settings = {**self.budget._asdict(), "image_features": image_features}
         conversation = Conversation(self.chat_model, image, self.max_new_tokens, **settings)

@@ -20,13 +20,12 @@ from fusion_hf.inference.batching import count_tokens, longest_together, plan_ba
 from fusion_hf.inference.chat_model import ChatModel
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
-from fusion_hf.inference.image_features import ImageFeatureCache, ImageFeatures
+from fusion_hf.inference.image_features import join_features
 from fusion_hf.inference.model_info import ModelInfo
 
 BATCH_SIZE = 1
 NO_SETTINGS = ("auto_map", "image_processor_type", "processor_class", "transformers_version")  # names of code
-KEPT_IMAGES = 64  # whose tiles' features stay in memory: of a model of 8B in bfloat16, 24 MB each
-WINDOW = 64  # requests whose images are open at a time; at most as many images as are kept
+WINDOW = 64  # requests whose images are open at a time
 
 
 class LocalModel:
@@ -64,7 +63,6 @@ class LocalModel:
             lambda messages: render(chat_model, messages, self.budget),
             lambda text: count_tokens(chat_model, text, self.budget),
         )
-        self._features: ImageFeatureCache[ImageFeatures] = ImageFeatureCache(KEPT_IMAGES)
 
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
@@ -159,21 +157,11 @@ class LocalModel:
 
     def _inputs(self, batch: list[EvaluationPrompt], conversations: list[Messages], **template: Any) -> BatchFeature:
         """What the model takes for conversations that all have an image, or all none."""
-        has_images = batch[0].image is not None
         inputs = self.chat_model.prepare_batch(conversations, self.budget, process_images=False, **template)
-        if has_images:
-            features = self._features.collect(
-                [prompt.image_hash for prompt in batch], lambda rows: self._encode([batch[row] for row in rows])
-            )
-            inputs.update(
-                pixel_values=torch.cat([each.overview for each in features]),
-                global_features=torch.cat([each.global_features for each in features]),
-            )
+        if batch[0].image is not None:
+            images, digests = [prompt.image for prompt in batch], [prompt.image_hash for prompt in batch]
+            inputs.update(join_features(self.chat_model.encode_images(images, self.budget.query_len, digests)))
         return inputs
-
-    def _encode(self, prompts: list[EvaluationPrompt]) -> list[ImageFeatures]:
-        """Features of the prompts' images, whose tiles are encoded together."""
-        return self.chat_model.encode_images([prompt.image for prompt in prompts if prompt.image is not None])
 
 
 def describe_settings(chat_model: ChatModel, folder: str | None) -> dict[str, Any]:

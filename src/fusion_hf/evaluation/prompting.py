@@ -10,7 +10,7 @@ from PIL import Image
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.sample_log import AskedQuestion
-from fusion_hf.model.image_opening_fusion import UPRIGHT, read_orientation
+from fusion_hf.inference.image_digests import hash_image
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 # lmms-eval puts its few-shot delimiter where a task names no end; an answer of two paragraphs must not be cut there
@@ -175,10 +175,3 @@ class RequestReader:
 
 def _without_image(block: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image"} if block["type"] == "image" else block
-
-
-def hash_image(image: Image.Image) -> str:
-    """Hash an image's pixels, whatever file they came from, and how it is to be turned."""
-    orientation = read_orientation(image)
-    turned = "" if orientation == UPRIGHT else f" {orientation}"
-    return hashlib.sha256(f"{image.mode} {image.size}{turned}".encode() + image.tobytes()).hexdigest()

@@ -8,13 +8,14 @@ from PIL import Image
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.local import LocalModel
-from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Messages, Request, hash_image
+from fusion_hf.evaluation.prompting import EvaluationPrompt, Generation, Messages, Request
 from fusion_hf.evaluation.run_answers import RunAnswers
 from fusion_hf.evaluation.sample_log import AnsweredQuestion, AskedQuestion
 from fusion_hf.evaluation.staged_model import Decoding, StagedModel, StagedQuestion
 from fusion_hf.evaluation.task_images import TaskImages
 from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.devices import AUTO, DTYPES, choose_device
+from fusion_hf.inference.image_digests import hash_image
 
 CHECKED = ("image_processor", "generation_config", "chat_template", "tokenizer_sha256")  # not in a revision
 

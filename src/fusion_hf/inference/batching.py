@@ -20,6 +20,8 @@ from fusion_hf.inference.answer_file import ANSWERS, LLAVA, OUTPUT_FORMATS, Answ
 from fusion_hf.inference.chat_model import ChatModel, check_call
 from fusion_hf.inference.devices import AUTO
 from fusion_hf.inference.halving import run_halving
+from fusion_hf.inference.image_digests import hash_image
+from fusion_hf.inference.image_features import ImageFeatures, join_features
 from fusion_hf.inference.llava_answers import llava_answers
 from fusion_hf.inference.question_files import (
     Entry,
@@ -56,6 +58,15 @@ class _Prompt:
     index: int
     question: Question
     length: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A prompt whose image is open: its messages say where that is."""
+
+    prompt: _Prompt
+    messages: list[dict[str, Any]]
+    image: Image.Image | None
 
 
 def batch_generate(
@@ -169,36 +180,53 @@ class _Run:
     def _answer(self, batch: list[_Prompt]) -> dict[int, Result]:
         """Results by index; what cannot be answered does not keep the others from it."""
         results: dict[int, Result] = {}
-        whole: list[tuple[_Prompt, list[dict[str, Any]]]] = []
+        whole: list[_Whole] = []
+        opened: dict[str, Image.Image] = {}  # of this batch alone
         for prompt in batch:
+            source = prompt.question.image
             try:
-                image = None if prompt.question.image is None else self._open(prompt.question.image)
+                if isinstance(source, str) and source not in opened:
+                    opened[source] = self._open(source)
+                image = opened[source] if isinstance(source, str) else None if source is None else self._open(source)
             except (ValueError, OSError) as error:  # the latter of a name that no file can have
                 results[prompt.index] = _error(prompt.question.id, str(error))
                 continue
-            block = None if image is None else {"type": "image", "image": image}
-            whole.append((prompt, prompt.question.with_image(block)))
+            block = None if image is None else {"type": "image"}
+            whole.append(_Whole(prompt, prompt.question.with_image(block), image))
         if len(whole) > 1:
-            answers = self._generate([messages for _, messages in whole])
+            answers = self._generate(whole)
             return results | {
-                prompt.index: _answered(prompt, answer) for (prompt, _), answer in zip(whole, answers, strict=True)
+                each.prompt.index: _answered(each.prompt, a) for each, a in zip(whole, answers, strict=True)
             }
-        for prompt, messages in whole:
+        for each in whole:
+            features = None if each.image is None else self._encode(whole)[0]
+            settings = {**self.budget._asdict(), "image_features": features}
             try:
-                answer = self.chat_model.answer(messages, self.max_new_tokens, **self.budget._asdict())
-                results[prompt.index] = _answered(prompt, answer)
+                answer = self.chat_model.answer(each.messages, self.max_new_tokens, **settings)
+                results[each.prompt.index] = _answered(each.prompt, answer)
             except InputError as error:  # more tokens than the model reads
-                results[prompt.index] = _error(prompt.question.id, str(error))
+                results[each.prompt.index] = _error(each.prompt.question.id, str(error))
         return results
 
     @torch.inference_mode()
-    def _generate(self, conversations: list[list[dict[str, Any]]]) -> list[str]:
+    def _generate(self, batch: list[_Whole]) -> list[str]:
         """Their answers, none of which reaches the model's maximum before `max_new_tokens`."""
         model, processor = self.chat_model.model, self.chat_model.processor
-        inputs = self.chat_model.prepare_batch(conversations, self.budget, add_generation_prompt=True)
+        conversations = [each.messages for each in batch]
+        inputs = self.chat_model.prepare_batch(
+            conversations, self.budget, process_images=False, add_generation_prompt=True
+        )
+        if any(each.image is not None for each in batch):
+            inputs.update(join_features(self._encode(batch)))
         output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+
+    def _encode(self, batch: list[_Whole]) -> list[ImageFeatures]:
+        """Features of the images; grey where there is none."""
+        images = [each.image for each in batch]
+        digests = [None if image is None else hash_image(image) for image in images]
+        return self.chat_model.encode_images(images, self.budget.query_len, digests)
 
     def _open(self, image: str | bytes | Image.Image) -> Image.Image:
         """Open an image of a record; a broken one makes an `InputError`, `ValueError` or `OSError`."""

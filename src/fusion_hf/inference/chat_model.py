@@ -1,9 +1,10 @@
 """A model with its processor that answers questions: what `fusion-hf ask` and `fusion-hf chat` are made of."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HTTPError
 from PIL import Image
@@ -15,9 +16,13 @@ from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import find_folder, nano_path
 from fusion_hf.inference.cpu_linear import use_onednn
 from fusion_hf.inference.devices import AUTO, check_quantized_dtype, choose_device, choose_dtype
-from fusion_hf.inference.image_features import ImageFeatures
+from fusion_hf.inference.encoder_state import EncoderState
+from fusion_hf.inference.image_digests import digest_pixels
+from fusion_hf.inference.image_feature_cache import ImageFeatureCache
+from fusion_hf.inference.image_features import ImageFeatures, join_features, pool_map
 from fusion_hf.inference.loading import load_config, load_model
-from fusion_hf.model.configuration_fusion import TokenBudget, is_perfect_square
+from fusion_hf.model.configuration_fusion import NUM_TILES, TokenBudget, is_perfect_square
+from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.model.image_sources_fusion import describe_source
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
@@ -27,6 +32,11 @@ from fusion_hf.model.processing_fusion import FusionProcessor
 class ChatModel:
     """
     A model and its processor, ready to answer.
+
+    Args:
+        model: What answers.
+        processor: Its processor.
+        image_cache: What keeps features of images; `ImageFeatureCache(limit=0)` keeps none.
 
     Example:
         >>> from fusion_hf.inference import ChatModel, question_message
@@ -38,6 +48,7 @@ class ChatModel:
 
     model: FusionForConditionalGeneration
     processor: FusionProcessor
+    image_cache: ImageFeatureCache[ImageFeatures] = field(default_factory=ImageFeatureCache, compare=False, repr=False)
 
     @classmethod
     def load(
@@ -122,23 +133,69 @@ class ChatModel:
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def encode_image(self, image: Image.Image) -> ImageFeatures:
-        """Encode what all questions about an image share, as `answer` takes it."""
-        return self.encode_images([image])[0]
+    def encode_image(self, image: Image.Image, query_len: int | None = None) -> ImageFeatures:
+        """Encode what all questions about an image share, as `answer` takes it; see `encode_images`."""
+        return self.encode_images([image], query_len)[0]
 
-    def encode_images(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
-        """Encode the same of several images, whose tiles are encoded together."""
-        return self.encode_tiles(self.preprocess(images))
+    def encode_images(
+        self,
+        images: Sequence[Image.Image | None],
+        query_len: int | None = None,
+        digests: Sequence[str | None] | None = None,
+    ) -> list[ImageFeatures]:
+        """
+        Encode the same of several images, whose tiles are encoded together: of equal ones once, and of those in
+        `image_cache` not at all.
+
+        Args:
+            images: Of any kind that the image processor takes; None: grey, as for a prompt without image in a batch.
+            query_len: Latent tokens of the questions that follow; None: any number, which takes up to nine times as
+                much memory.
+            digests: Of the images, where they are known, so that those in the cache are not resized either; they must
+                tell apart all images that this model is given.
+        """
+        if digests is None:
+            pixel_values = self._pixel_values(images)
+            digests = [digest_pixels(each) for each in pixel_values.numpy()]
+            return self._collect(digests, lambda rows: pixel_values[rows], query_len)
+        return self._collect(digests, lambda rows: self._pixel_values([images[row] for row in rows]), query_len)
+
+    def encode_cut_image(self, tiles: np.ndarray, query_len: int | None = None) -> ImageFeatures:
+        """Encode the same of an image whose tiles `(5, 3, H, W)` were cut before, as bytes; see `encode_images`."""
+        processor = self.processor.image_processor
+        return self._collect([digest_pixels(tiles)], lambda _: to_pixel_values(tiles, processor), query_len)[0]
+
+    def _collect(
+        self, digests: Sequence[str | None], load: Callable[[list[int]], torch.Tensor], query_len: int | None
+    ) -> list[ImageFeatures]:
+        """Features by the images' digests; `load` gives `pixel_values` of those that are missing."""
+
+        def encode(rows: list[int]) -> list[ImageFeatures]:
+            return self.encode_tiles(load(rows).to(self.model.device, self.model.dtype), query_len)
+
+        state = EncoderState.of(self.model, self.processor)
+        return self.image_cache.collect([(digest, query_len) for digest in digests], encode, state)
+
+    def _pixel_values(self, images: Sequence[Image.Image | None]) -> torch.Tensor:
+        """`(n, 5, 3, H, W)`; zeros, which are mid grey, where there is no image."""
+        processor, present = self.processor.image_processor, [image for image in images if image is not None]
+        values = torch.zeros(len(images), NUM_TILES + 1, 3, processor.size["height"], processor.size["width"])
+        if present:
+            places = torch.tensor([image is not None for image in images])
+            values[places] = processor(present, return_tensors="pt")["pixel_values"]
+        return values
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Do the first half of `encode_images`: `pixel_values` `(n, 5, 3, H, W)`."""
+        """Return the `pixel_values` `(n, 5, 3, H, W)` of images, on the model's device."""
         inputs = self.processor.image_processor(list(images), return_tensors="pt")
         return inputs["pixel_values"].to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def encode_tiles(self, pixel_values: torch.Tensor) -> list[ImageFeatures]:
-        """Do the second half: encode what `preprocess` gave."""
+    def encode_tiles(self, pixel_values: torch.Tensor, query_len: int | None = None) -> list[ImageFeatures]:
+        """Encode what `preprocess` gave, without looking into `image_cache`."""
         overviews, features = pixel_values[:, -1:], self.model.get_global_features(pixel_values)
+        if query_len is not None:
+            features = pool_map(features, query_len, self.model.config.window_size)
         # copies: a part would keep the whole in memory
         return [
             ImageFeatures(overviews[i : i + 1].clone(), features[i : i + 1].clone()) for i in range(len(overviews))
@@ -157,7 +214,7 @@ class ChatModel:
         Args:
             conversations: Chat messages.
             budget: Tokens per image.
-            process_images: Whether the inputs get the images' pixels; False: you add `pixel_values`.
+            process_images: Whether the inputs get the images' pixels; False: you add what `join_features` gives.
             template: Further arguments of `apply_chat_template`.
 
         Returns:
@@ -189,14 +246,12 @@ class ChatModel:
         query_len: int | None = None,
         image_features: ImageFeatures | None = None,
         image_token_grid: int | None = None,
-        pixel_values: torch.Tensor | None = None,
     ) -> BatchFeature:
         """
         Turn a conversation that ends with a question into what `generate` takes.
 
         Args:
             messages, query_len, image_features, image_token_grid: As of `answer`.
-            pixel_values: The tiles `(1, 5, 3, H, W)` of the messages' image, where they were cut before.
 
         Returns:
             Inputs of the model for one prompt.
@@ -205,15 +260,12 @@ class ChatModel:
             InputError: See `answer`.
         """
         budget = self.token_budget(query_len, image_token_grid)
-        process_images = image_features is None and pixel_values is None
-        inputs = self.prepare_batch([messages], budget, process_images, add_generation_prompt=True)
+        inputs = self.prepare_batch([messages], budget, image_features is None, add_generation_prompt=True)
         prompt = inputs["input_ids"].shape[1]
         if prompt >= self.max_length:
             raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
-        if pixel_values is not None:
-            inputs["pixel_values"] = pixel_values.to(self.model.device, self.model.dtype)
         if image_features is not None:
-            inputs.update(pixel_values=image_features.overview, global_features=image_features.global_features)
+            inputs.update(join_features([image_features]))
         return inputs
 
     @torch.inference_mode()
@@ -272,7 +324,8 @@ class ChatModel:
         image_token_grid: int | None = None,
     ) -> Iterator[str]:
         """Yield the answers to questions about one image, each asked by itself; its tiles are encoded once for all."""
-        image_features = self.encode_image(image)
+        budget = self.token_budget(query_len, image_token_grid)
+        image_features = self.encode_image(image, budget.query_len)
         for question in questions:
             messages = [question_message(question, image)]
             yield self.answer(
@@ -306,3 +359,16 @@ def question_message(question: str, image: Image.Image | None = None) -> dict[st
     """A user's chat message, with the image if it is the first of its conversation."""
     content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:
+    """What the processor makes of an image with these tiles `(5, 3, H, W)`: `pixel_values` `(1, 5, 3, H, W)`."""
+    table = values_of_bytes(
+        processor.do_rescale,
+        processor.rescale_factor,
+        processor.do_normalize,
+        processor.image_mean,
+        processor.image_std,
+    )
+    planes = [values[tiles[:, channel]] for channel, values in enumerate(table)]
+    return torch.from_numpy(np.stack(planes, axis=1)[None])

@@ -5,12 +5,14 @@ Shapes: B batch, S prompt length, T question tokens, R user turns, n new tokens.
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CompileConfig, StaticCache
 
+from fusion_hf.inference.decoding import decode_ahead
 from fusion_hf.model.compatibility_fusion import CACHE_NAMES
 from fusion_hf.model.configuration_fusion import FusionConfig, TokenBudget, require
 from fusion_hf.model.generation_fusion import find_missing_turns
@@ -129,7 +131,12 @@ class CompiledGenerator:
         inputs = _fill_up(inputs, self.batch_size)
         with torch._dynamo.config.patch(recompile_limit=SHAPES_AT_MOST):
             output = self._model.generate(
-                **inputs, **self._options, **cache_keyword(self._cache(padded)), max_new_tokens=new_tokens
+                **inputs,
+                **self._options,
+                **cache_keyword(self._cache(padded)),
+                max_new_tokens=new_tokens,
+                # transformers gives no streamer to such a function
+                custom_generate=partial(decode_ahead, streamer=inputs.get("streamer")),
             )
         return torch.cat([input_ids, output[:batch, inputs["input_ids"].shape[1] :]], dim=1)
 

@@ -26,7 +26,8 @@ class Conversation:
         image: what the questions are about.
         max_new_tokens, query_len, image_token_grid: see `ChatModel.answer`.
         fast: keep the language model's cache from question to question.
-        image_features: what `ChatModel.encode_image` made of the image; None: it is made with the first question.
+        image_features: what `ChatModel.encode_image` made of the image, for any number of latent tokens; None: it is
+            made with the first question, unless the model still has it.
 
     Raises:
         InputError: if `query_len` or `image_token_grid` is impossible.
@@ -70,7 +71,7 @@ class Conversation:
         """
         messages = [*self.messages, question_message(question, None if self.messages else self.image)]
         if self._image_features is None:
-            self._image_features = self.chat_model.encode_image(self.image)
+            self._image_features = self.chat_model.encode_image(self.image, self.budget.query_len)
         if self.fast:
             answer = self._answer_fast(messages, self._image_features, streamer)
         else:

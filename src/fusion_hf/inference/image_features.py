@@ -1,59 +1,51 @@
-"""Features of an image that do not depend on the question, and a cache of them for further questions."""
+"""Features of an image that do not depend on the question."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from math import isqrt
 
 import torch
 
-Features = TypeVar("Features")
+from fusion_hf.model.modeling_fusion_vision import adaptive_max_pool
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The overview's pixels and the features of the four tiles."""
+    """
+    The overview's pixels and the features of the four tiles: a map `(1, D, 2P, 2P)` for any number of latent tokens,
+    or one that is pooled for `query_len` of them, see `pool_map`.
+    """
 
     overview: torch.Tensor  # (1, 1, 3, H, W)
-    global_features: torch.Tensor  # (1, D, 2P, 2P)
-
-
-class ImageFeatureCache(Generic[Features]):
-    """
-    Keep features of the images that were asked about last: tiles take four fifths of an image's time.
-
-    Args:
-        limit: The most that all features together may cost; those that were used longest ago go first.
-        cost: Of an image's features; None: one each, so that `limit` is a number of images.
-    """
-
-    def __init__(self, limit: int, cost: Callable[[Features], int] | None = None):
-        self.limit = limit
-        self._cost = cost or (lambda _: 1)
-        self._entries: OrderedDict[Hashable, Features] = OrderedDict()
+    global_features: torch.Tensor  # (1, D, side, side)
 
     @property
-    def total_cost(self) -> int:
-        return sum(map(self._cost, self._entries.values()))
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.overview.nbytes + self.global_features.nbytes
 
-    def collect(self, keys: Sequence[Hashable], encode: Callable[[list[int]], Sequence[Features]]) -> list[Features]:
-        """
-        Get the features of several images.
 
-        Args:
-            keys: Of the images; equal ones have equal features.
-            encode: Makes features of the images whose indices in `keys` it is given, all at once.
+def join_features(features: Sequence[ImageFeatures]) -> dict[str, torch.Tensor]:
+    """Return what the model takes of the images of a batch, whose maps have one side."""
+    return {
+        "pixel_values": torch.cat([each.overview for each in features]),
+        "global_features": torch.cat([each.global_features for each in features]),
+    }
 
-        Returns:
-            The features of each key.
-        """
-        indices = {key: index for index, key in enumerate(keys) if key not in self._entries}
-        if indices:
-            self._entries.update(zip(indices, encode(list(indices.values())), strict=True))
-        for key in keys:
-            self._entries.move_to_end(key)
-        collected = [self._entries[key] for key in keys]
-        total = self.total_cost
-        while total > self.limit:
-            total -= self._cost(self._entries.popitem(last=False)[1])
-        return collected
+
+def pool_map(global_features: torch.Tensor, query_len: int, window_size: int) -> torch.Tensor:
+    """
+    Reduce maps to what the model sees of them with a number of latent tokens, which makes no difference to it.
+
+    The maximum over a latent token's part of the map is that over its windows, whatever their sides are.
+
+    Args:
+        global_features: `(B, D, 2P, 2P)`.
+        query_len: Latent tokens per question.
+        window_size: Side of a latent token's windows.
+
+    Returns:
+        `(B, D, s, s)` of the side `isqrt(query_len) * window_size`, or the maps themselves if they are no larger.
+    """
+    side = isqrt(query_len) * window_size
+    return global_features if side >= global_features.shape[-1] else adaptive_max_pool(global_features, side)

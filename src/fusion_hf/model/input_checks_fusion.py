@@ -6,6 +6,7 @@ the values themselves looked at, row by row, to name the fault.
 Shapes: B batch, S sequence length, R turns (user messages), T question tokens. Source: FUSION, arXiv 2504.09925.
 """
 
+from math import isqrt
 from typing import Protocol
 
 import torch
@@ -66,7 +67,7 @@ def check_prompt_inputs(
         ValueError: where shapes, types or values disagree; names both.
     """
     if input_ids.shape[1] == 1:  # no turn begins in a later step of generation
-        check_image(config, len(input_ids), pixel_values, global_features)
+        check_image(config, len(input_ids), pixel_values, global_features, budget.query_len)
         ends, has_question = given.prompt_end_positions, pixel_values is not None or global_features is not None
         if has_question or (ends is not None and ends.numel() > 0):
             check_reuse(config, input_ids, pixel_values, global_features, given, cache)
@@ -78,7 +79,7 @@ def check_prompt_inputs(
     if question is not None:
         check_question_form(question, question_mask, input_ids)
     mask = as_padding_mask(attention_mask, input_ids)
-    check_image(config, len(input_ids), pixel_values, global_features)
+    check_image(config, len(input_ids), pixel_values, global_features, budget.query_len)
     if bool(is_consistent(config, input_ids, mask, pixel_values, given, budget)):
         check_reuse(config, input_ids, pixel_values, global_features, given, cache)
         return given
@@ -230,10 +231,14 @@ def check_tiles(config: FusionConfig, pixel_values: torch.Tensor) -> None:
 
 
 def check_image(
-    config: FusionConfig, batch: int, pixel_values: torch.Tensor | None, global_features: torch.Tensor | None
+    config: FusionConfig,
+    batch: int,
+    pixel_values: torch.Tensor | None,
+    global_features: torch.Tensor | None,
+    query_len: int,
 ) -> None:
     """
-    Check that images, or the features of their tiles, fit the model and a batch of this size.
+    Check that images, or the features of their tiles, fit the model, the latent tokens and a batch of this size.
 
     Raises:
         ValueError: names both shapes.
@@ -247,12 +252,14 @@ def check_image(
             shapes = " or ".join(map(str, needed))
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; {batch} samples need {shapes}.")
     if global_features is not None:
-        side = TILES_PER_SIDE * config.num_patches_per_side
-        features = (batch, config.text_config.hidden_size, side, side)
-        if tuple(global_features.shape) != features:
+        whole, pooled = TILES_PER_SIDE * config.num_patches_per_side, isqrt(query_len) * config.window_size
+        width = config.text_config.hidden_size
+        features = (batch, width, whole, whole)
+        if tuple(global_features.shape) not in (features, (batch, width, pooled, pooled)):
             raise ValueError(
                 f"global_features has shape {tuple(global_features.shape)}; {batch} samples of this model need "
-                f"{features}: one row for each sample, from this model's get_global_features."
+                f"{features}: one row for each sample, from this model's get_global_features, or pooled to {pooled} x "
+                f"{pooled} for a query_len of {query_len}."
             )
         if not global_features.is_floating_point():
             raise ValueError(f"global_features is of type {global_features.dtype}; allowed: floating-point types.")

@@ -35,11 +35,19 @@ from .modeling_fusion_base import (
     chunked_loss,
     either_cache,
 )
-from .modeling_fusion_decoder import DECODER_LAYERS, EmbeddedPrompt, FusionSampler, PlaceholderMasks
+from .modeling_fusion_decoder import (
+    DECODER_LAYERS,
+    EmbeddedPrompt,
+    FusionSampler,
+    PlaceholderMasks,
+    decoder_layer,
+)
 from .modeling_fusion_vision import (
+    RECORDED,
     EncodedImage,
     FusionProjector,
     FusionVisionModel,
+    Packing,
     blank_pixels,
     encode_blank_image,
     encode_tiles,
@@ -55,8 +63,6 @@ HIDDEN_MAPPING_LOSS = (
     "states, once for each backward pass. If you accumulate gradients over k batches, divide "
     "`config.mapping_loss_weight` by k. Set it to 0 to train without the mapping loss."
 )
-# asked of the tower as of the language model
-RECORDED = ("output_hidden_states", "output_attentions")
 
 
 class FusionModel(FusionPreTrainedModel):
@@ -84,7 +90,7 @@ class FusionModel(FusionPreTrainedModel):
             raise ValueError(f"text_config.model_type is {model_type!r}; FUSION supports: {supported}.")
         for index, layer in enumerate(self.language_model.layers):
             # same weights, one more keyword: building the layers a second time would double the peak memory
-            layer.__class__ = DECODER_LAYERS[model_type]
+            layer.__class__ = decoder_layer(model_type)
             layer.vision_sampler = FusionSampler(self.config) if index in self.config.sampler_layers else None
 
     @can_return_tuple
@@ -151,11 +157,20 @@ class FusionModel(FusionPreTrainedModel):
         Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
         given, over the four tiles without it.
         """
+        if global_features is None and self.vision_tower.takes_tiles(pixel_values, kwargs):
+            check_tiles(self.config, pixel_values)
+            kwargs["tiles"] = pixel_values[:, :NUM_TILES]
         guided, instruct_embeds, mask = self.guide_tower(
             pixel_values[:, -1], instruct_input_ids, instruct_attention_mask, **kwargs
         )
         num_patches = guided.patch_embeddings.shape[1]
-        projected = self.vision_projector(guided.features)  # (B, N + T, D)
+        if guided.tile_features is None:
+            projected = self.vision_projector(guided.features)  # (B, N + T, D)
+        else:
+            packing = Packing.of(guided.features, guided.tile_features)
+            packed = packing.join(guided.features, guided.tile_features)
+            projected, tile_features = packing.split(self.vision_projector(packed))
+            global_features = stitch_tiles(tile_features, self.config.num_patches_per_side)
         if global_features is None:
             global_features = self.get_global_features(pixel_values)
         return EncodedImage(
@@ -251,9 +266,10 @@ class FusionModel(FusionPreTrainedModel):
         pixel_values: torch.Tensor | None,
         global_features: torch.Tensor | None,
         turns: PromptTurns,
+        query_len: int,
     ) -> PromptTurns:
         """Complete turns without reading a value, which breaks a compiled graph, unless something is missing."""
-        check_image(self.config, len(input_ids), pixel_values, global_features)
+        check_image(self.config, len(input_ids), pixel_values, global_features, query_len)
         if input_ids.shape[1] == 1:  # no turn begins in a later step of generation
             return turns
         if lacks_turns(pixel_values, turns):
@@ -318,7 +334,7 @@ class FusionModel(FusionPreTrainedModel):
             if check_inputs and not torch.compiler.is_compiling():
                 turns = check_prompt_inputs(self.config, *given, budget, cache)
             else:
-                turns = self._trust(*given)
+                turns = self._trust(*given, budget.query_len)
             prompt = self.embed_prompt(
                 input_ids,
                 budget=budget,
@@ -514,8 +530,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
                 logits are returned.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
             global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the images, one row
-                per sample, on any device. Only the overview is encoded then, the last of `pixel_values`, which may be
-                the overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
+                per sample, on any device. They may be max-pooled to the side `isqrt(query_len) * window_size`, which
+                changes nothing. Only the overview is encoded then, the last of `pixel_values`, which may be the
+                overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
                 which hold each sample's image, and `prompt_end_positions` are those of the new turns.
             image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
                 reads it from the configuration.

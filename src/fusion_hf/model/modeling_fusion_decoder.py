@@ -4,18 +4,13 @@ Shapes: B batch, S sequence length, R user turns, q latent tokens per turn, w wi
 Source: FUSION, arXiv 2504.09925, "context-aware recursive alignment decoding".
 """
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 from .configuration_fusion import FusionConfig
 
@@ -110,39 +105,36 @@ class FusionDecoderLayerMixin:
         return hidden_states
 
 
-# Static classes, since made ones don't pickle. A new backbone is a class here and a line in the table.
-class FusionLlamaDecoderLayer(FusionDecoderLayerMixin, LlamaDecoderLayer):
-    pass
-
-
-class FusionMistralDecoderLayer(FusionDecoderLayerMixin, MistralDecoderLayer):
-    pass
-
-
-class FusionPhi3DecoderLayer(FusionDecoderLayerMixin, Phi3DecoderLayer):
-    pass
-
-
-class FusionQwen2DecoderLayer(FusionDecoderLayerMixin, Qwen2DecoderLayer):
-    pass
-
-
-class FusionQwen3DecoderLayer(FusionDecoderLayerMixin, Qwen3DecoderLayer):
-    pass
-
-
-class FusionSmolLM3DecoderLayer(FusionDecoderLayerMixin, SmolLM3DecoderLayer):
-    pass
-
-
-DECODER_LAYERS: dict[str, type[FusionDecoderLayerMixin]] = {
-    "llama": FusionLlamaDecoderLayer,
-    "mistral": FusionMistralDecoderLayer,
-    "phi3": FusionPhi3DecoderLayer,
-    "qwen2": FusionQwen2DecoderLayer,
-    "qwen3": FusionQwen3DecoderLayer,
-    "smollm3": FusionSmolLM3DecoderLayer,
+# the layers that get samplers, by the model type of their language model. A new backbone is a line here.
+DECODER_LAYERS = {
+    "llama": "LlamaDecoderLayer",
+    "mistral": "MistralDecoderLayer",
+    "phi3": "Phi3DecoderLayer",
+    "qwen2": "Qwen2DecoderLayer",
+    "qwen3": "Qwen3DecoderLayer",
+    "smollm3": "SmolLM3DecoderLayer",
 }
+# by the names of their classes, which pickles have and `_no_split_modules` compares
+FUSION_LAYERS = {f"Fusion{name}": model_type for model_type, name in DECODER_LAYERS.items()}
+
+
+def decoder_layer(model_type: str) -> type[FusionDecoderLayerMixin]:
+    """Return the class of a layer that knows `latent_updates`; no other language model is imported for it."""
+    name = DECODER_LAYERS[model_type]
+    return globals().get(f"Fusion{name}") or _make_layer(model_type, name)
+
+
+def _make_layer(model_type: str, name: str) -> type[FusionDecoderLayerMixin]:
+    base = getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
+    layer = type(f"Fusion{name}", (FusionDecoderLayerMixin, base), {"__module__": __name__})
+    return globals().setdefault(layer.__name__, layer)  # one for all threads
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class of a layer when a pickle or an import asks for it by its name."""
+    if name in FUSION_LAYERS:
+        return decoder_layer(FUSION_LAYERS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class EmbeddedPrompt(NamedTuple):

@@ -14,11 +14,13 @@ from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip.modeling_siglip import (
     SiglipAttention,
     SiglipEncoderLayer,
     SiglipPreTrainedModel,
     SiglipVisionEmbeddings,
+    eager_attention_forward,
 )
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
@@ -31,7 +33,30 @@ from .configuration_fusion import (
     FusionConfig,
 )
 
+# what the tower can be asked to return
+RECORDED = ("output_hidden_states", "output_attentions")
 TILES_AT_A_TIME = 2  # in a layer of which a CPU computes activations a second time: enough for its products
+
+
+class Packing(NamedTuple):
+    """The shapes of two parts, overviews with their questions and tiles, whose tokens follow each other in one row."""
+
+    guided: tuple[int, int]  # B, N + T
+    tiles: tuple[int, int]  # 4 B, N
+
+    @classmethod
+    def of(cls, guided: torch.Tensor, tiles: torch.Tensor) -> "Packing":
+        """Describe `(B, N + T, ...)` and `(4 B, N, ...)`."""
+        return cls((guided.shape[0], guided.shape[1]), (tiles.shape[0], tiles.shape[1]))
+
+    def join(self, guided: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+        """`(B, N + T, D)` and `(4 B, N, D)` to `(1, B (N + T) + 4 B N, D)`."""
+        return torch.cat([guided.flatten(0, 1), tiles.flatten(0, 1)]).unsqueeze(0)
+
+    def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undo `join`."""
+        rows = self.guided[0] * self.guided[1]
+        return packed[0, :rows].unflatten(0, self.guided), packed[0, rows:].unflatten(0, self.tiles)
 
 
 class FusionVisionAttention(SiglipAttention):
@@ -43,22 +68,60 @@ class FusionVisionAttention(SiglipAttention):
         attention_mask: torch.Tensor | None = None,
         num_patches: int | None = None,
         uniform_weights: torch.Tensor | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(B, N + T, Dv)`): patches, then question tokens.
+            hidden_states (`torch.Tensor` of shape `(B, N + T, Dv)`): patches, then question tokens; with `packing`,
+                `(1, B (N + T) + 4 B N, Dv)`: tiles behind them.
             num_patches (`int`, *optional*): N, given in early layers only.
             uniform_weights (`torch.Tensor` of shape `(B, 1, N + T)`, *optional*): weights that sum to one, over the
                 keys that a question row averages. None in an early layer: patches do not see the question instead.
+            packing ([`Packing`], *optional*): the parts of `hidden_states`, each of which attends to itself.
 
-        Returns the output `(B, N + T, Dv)` and, with eager attention, the weights `(B, heads, N + T, N + T)`.
+        Returns the output, of the shape of `hidden_states`, and, with eager attention and without `packing`, the
+        weights `(B, heads, N + T, N + T)`.
         """
+        if packing is not None:
+            packed = self._attend_packed(hidden_states, attention_mask, packing)
+            if num_patches is None:
+                return packed, None
+            (hidden_states, _), (output, tiles) = packing.split(hidden_states), packing.split(packed)
+            output, _ = self._guide(hidden_states, output, None, num_patches, uniform_weights, **kwargs)
+            return packing.join(output, tiles), None
         output, weights = super().forward(hidden_states, attention_mask, **kwargs)
         if self.config._attn_implementation != "eager":
             weights = None  # flex attention has each row's normalizer in this place on a GPU
         if num_patches is None:
             return output, weights
+        return self._guide(hidden_states, output, weights, num_patches, uniform_weights, **kwargs)
+
+    def _attend_packed(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, packing: Packing
+    ) -> torch.Tensor:
+        """Each linear layer over all tokens `(1, rows, Dv)` at once; the mask is that of overviews and questions."""
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        projected = [packing.split(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        dropout, outputs = self.dropout if self.training else 0.0, []
+        for part, mask in zip(zip(*projected, strict=True), (attention_mask, None), strict=True):
+            heads = [rows.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for rows in part]  # (b, heads, n, d)
+            output, _ = attend(
+                self, *heads, mask, is_causal=self.is_causal, scaling=self.scale, dropout=dropout
+            )  # (b, n, heads, d)
+            outputs.append(output.flatten(2))
+        return self.out_proj(packing.join(*outputs))
+
+    def _guide(
+        self,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor,
+        weights: torch.Tensor | None,
+        num_patches: int,
+        uniform_weights: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output and weights of an early layer, from those of an attention of all tokens to all."""
         patches, text = output.split([num_patches, output.shape[1] - num_patches], dim=1)
         if uniform_weights is None:
             patches, patch_weights = super().forward(hidden_states[:, :num_patches], None, **kwargs)
@@ -88,11 +151,13 @@ class FusionVisionModelOutput(ModelOutput):
     """
     features (`(B, N + T, 3 * Dv)`): last hidden state and the means of two groups of hidden states, for every token.
     patch_embeddings (`(B, N, Dv)`): what enters the first layer for each patch.
+    tile_features (`(4 B, N, 3 * Dv)`, *optional*): those of the tiles that were given.
     hidden_states, attentions (*optional*): of every layer, over patches and question tokens; only where asked for.
     """
 
     features: torch.Tensor = None  # type: ignore[assignment]  # outputs have a default for every field
     patch_embeddings: torch.Tensor = None  # type: ignore[assignment]
+    tile_features: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -125,6 +190,18 @@ class FusionVisionModel(SiglipPreTrainedModel):
         self.layers = nn.ModuleList([FusionVisionLayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    def takes_tiles(self, pixel_values: torch.Tensor, asked: dict[str, Any]) -> bool:
+        """
+        Whether tiles run through the layers together with overviews, for which `asked` are other arguments.
+
+        They fill a GPU better than one after the other, but not a CPU. Eager attention has weights that somebody wants
+        to see, and what watches layers expects overviews and tiles by themselves.
+        """
+        if not _is_on_gpu(pixel_values) or self.config._attn_implementation == "eager":
+            return False
+        recorded = any(asked.get(name, getattr(self.config, name)) for name in RECORDED)
+        return not recorded and not any(layer._forward_hooks for layer in self.layers)
+
     @capture_outputs
     def forward(
         self,
@@ -132,6 +209,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         early_text_attention: str = "uniform",
+        tiles: torch.Tensor | None = None,
         rows_at_a_time: int | None = None,
         **kwargs: Any,
     ) -> FusionVisionModelOutput:
@@ -141,10 +219,15 @@ class FusionVisionModel(SiglipPreTrainedModel):
             text_embeds (`torch.Tensor` of shape `(B, T, Dv)`, *optional*): the question in the tower's width.
             text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): true where a question token is valid.
             early_text_attention (`str`): see [`FusionConfig`].
+            tiles (`torch.Tensor` of shape `(B, 4, 3, H, W)`, *optional*): what no question guides, in the same pass;
+                nothing can be recorded then.
             rows_at_a_time (`int`, *optional*): how many of the B tiles pass a layer together, so that its activations
                 take less memory. Not with a question.
         """
-        patch_embeddings = self.embeddings(pixel_values)  # (B, N, Dv)
+        batch = len(pixel_values)
+        pixels = pixel_values if tiles is None else torch.cat([pixel_values, tiles.flatten(0, 1)])
+        embeddings = self.embeddings(pixels)
+        patch_embeddings = embeddings[:batch]  # (B, N, Dv)
         hidden_states, attention_mask = patch_embeddings, None
         early_kwargs: dict[str, Any] = {}
         if text_embeds is not None and text_mask is not None and text_embeds.shape[1] > 0:
@@ -153,6 +236,11 @@ class FusionVisionModel(SiglipPreTrainedModel):
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask)
             weights = _uniform_weights(key_mask, early_text_attention)
             early_kwargs = {"num_patches": patch_embeddings.shape[1], "uniform_weights": weights}
+        packing = None
+        if tiles is not None:
+            packing = Packing.of(hidden_states, embeddings[batch:])
+            hidden_states = packing.join(hidden_states, embeddings[batch:])
+            kwargs["packing"] = packing
 
         # running sums of h_0 .. h_{k-1} and h_k .. h_{2k-1}: the states themselves are never kept
         sums: list[torch.Tensor] = []
@@ -167,7 +255,14 @@ class FusionVisionModel(SiglipPreTrainedModel):
             outputs = [layer(part, attention_mask, **layer_kwargs, **kwargs) for part in parts]
             hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         means = [total / self.early_layers for total in sums]
-        return FusionVisionModelOutput(torch.cat([hidden_states, *means], dim=-1), patch_embeddings)
+        features, tile_features = torch.cat([hidden_states, *means], dim=-1), None
+        if packing is not None:
+            features, tile_features = packing.split(features)
+        return FusionVisionModelOutput(features, patch_embeddings, tile_features)
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _uniform_weights(key_mask: torch.Tensor, early_text_attention: str) -> torch.Tensor | None:

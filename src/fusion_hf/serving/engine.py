@@ -1,29 +1,29 @@
-"""Answers to many requests by one model: each by itself, taking turns token by token, in the order of arrival."""
+"""Answers to many requests by one model, in the order of arrival."""
 
 import asyncio
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import BatchFeature, LogitsProcessorList
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.image_feature_cache import ImageFeatureCache
+from fusion_hf.inference.image_features import join_features
 from fusion_hf.model.configuration_fusion import TokenBudget
-from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, ApiError, overloaded
 from fusion_hf.serving.chat_requests import ChatRequest
-from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor, StopCondition
+from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor
 from fusion_hf.serving.image_workers import ImageWorkers
+from fusion_hf.serving.joint_decoding import Row
 from fusion_hf.serving.limits import Limits
+from fusion_hf.serving.model_thread import Answer, ModelThread, row_of
 
 logger = logging.getLogger(__name__)
 TOO_LONG = "context_length_exceeded"
@@ -45,21 +45,27 @@ class Finished:
     completion_tokens: int
 
 
-@dataclass(eq=False)
-class _Job:
+class _Job(Answer):
     """A request on its way; `events` belongs to the event loop `loop`, the rest to whoever has it."""
 
-    request: ChatRequest
-    image: bytes | None  # the file, until it is decoded
-    deadline: float  # of the monotonic clock
-    loop: asyncio.AbstractEventLoop
-    tiles: np.ndarray | None = None  # (5, 3, H, W), uint8
-    events: asyncio.Queue[Piece | Finished | ApiError] = field(default_factory=asyncio.Queue)
-    is_begun: bool = False
-    is_cancelled: bool = False
+    def __init__(self, engine: "Engine", request: ChatRequest, image: bytes | None, deadline: float):
+        """The image is a file, until it is decoded; the deadline is of the monotonic clock."""
+        super().__init__()
+        self.engine = engine
+        self.request = request
+        self.image = image
+        self.tiles: np.ndarray | None = None  # (5, 3, H, W), uint8
+        self.deadline = deadline
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[Piece | Finished | ApiError] = asyncio.Queue()
+        self.is_begun = self.is_cancelled = False
+        self.text = AnswerText(
+            engine.chat_model.processor.tokenizer, request.stop, lambda piece: self.emit(Piece(piece))
+        )
+        self.prompt_tokens = 0
 
     def emit(self, event: Piece | Finished | ApiError) -> None:
-        """Called by the thread that answers."""
+        """May be called by any thread."""
         if not self.is_cancelled:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -67,56 +73,61 @@ class _Job:
     def is_over(self) -> bool:
         return self.is_cancelled or time.monotonic() > self.deadline
 
+    def begin(self) -> Row:
+        if self.is_over:  # a prompt takes long, and nobody waits for it
+            raise too_late()
+        inputs = self.engine.prepare(self.request, self.tiles)
+        self.prompt_tokens = inputs["input_ids"].shape[1]
+        sampling = self.request.sampling
+        draw = [SamplingLogitsProcessor(sampling)] if sampling.temperature > 0 else []
+        return Row.prepare(
+            self.engine.chat_model, inputs, self.request.max_tokens, self.text, LogitsProcessorList(draw)
+        )
 
-class FairLock:
-    """A lock that threads get in the order in which they ask for it."""
+    def take(self, token: int) -> bool:
+        length, is_last = row_of(self).length, token in self.engine.end_ids
+        self.text.put(torch.tensor([token]))
+        if not (is_last or self.text.is_stopped or length >= row_of(self).max_length or self.is_over):
+            return False
+        self.text.end()
+        reason = "stop" if is_last or self.text.is_stopped else "length"
+        self.emit(Finished(reason, self.prompt_tokens, length - self.prompt_tokens))
+        return True
 
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._is_taken = False
-        self._waiting: deque[threading.Event] = deque()
-
-    def __enter__(self) -> None:
-        with self._guard:
-            if not self._is_taken:
-                self._is_taken = True
-                return
-            mine = threading.Event()
-            self._waiting.append(mine)
-        mine.wait()
-
-    def __exit__(self, *error: object) -> None:
-        with self._guard:
-            if self._waiting:
-                self._waiting.popleft().set()
-            else:
-                self._is_taken = False
-
-    def yield_to_others(self) -> None:
-        """Let everybody who waits have a turn before one's own next."""
-        if self._waiting:
-            self.__exit__()
-            self.__enter__()
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        try:
+            yield
+        except ApiError as error:
+            self.emit(error)
+        except InputError as error:
+            self.emit(ApiError(BAD_REQUEST, str(error)))
+        except torch.OutOfMemoryError:
+            logger.exception("a request needs too much memory")
+            self.emit(overloaded("The model has too little memory for this request now."))
+        except Exception:  # the last resort: the client gets an answer, the log gets the reason
+            logger.exception("a request failed")
+            self.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
 
 
 class Engine:
     """
-    Up to `limits.parallel` answers are on their way at the same time. Only one of them uses the model at any moment:
-    after each token the next one is up, so that a long answer keeps no other from being made, the model's code need
-    not bear several threads, and each answer is that of a request alone.
+    Up to `limits.parallel` answers are on their way at the same time. Their prompts are processed one after the other,
+    in the order of arrival, and what follows is decoded together: see `ModelThread`.
     """
 
     def __init__(self, chat_model: ChatModel, limits: Limits, budget: TokenBudget):
-        self.chat_model = chat_model
+        self.chat_model = replace(chat_model, image_cache=ImageFeatureCache(limits.image_cache_bytes))
         self.budget = budget  # of requests that say nothing about it
         self.limits = limits
         self.max_prompt_tokens = min(limits.prompt_tokens, chat_model.max_length - 1)
+        ends = chat_model.model.generation_config.eos_token_id
+        self.end_ids = set(ends if isinstance(ends, list) else [ends])
         self.longest_token = max(map(len, chat_model.processor.tokenizer.get_vocab()))  # characters
         self._images = ImageWorkers(chat_model.processor.image_processor, limits)
         self._is_ending = False
-        self._lock = FairLock()
         self._slots = asyncio.Semaphore(limits.parallel)
-        self._threads = ThreadPoolExecutor(limits.parallel, thread_name_prefix="answer")
+        self._model_thread = ModelThread(chat_model, limits.parallel)
         self._jobs: dict[asyncio.Task[None], _Job] = {}
 
     @property
@@ -136,7 +147,7 @@ class Engine:
         """
         if self._is_ending:
             raise too_late()
-        job = _Job(request, image, deadline, asyncio.get_running_loop())
+        job = _Job(self, request, image, deadline)
         del image  # which would stay until the answer's end
         task = asyncio.create_task(self._run(job))
         self._jobs[task] = job
@@ -156,8 +167,9 @@ class Engine:
                 task.cancel()
 
     async def start(self) -> None:
-        """Start what decodes images."""
+        """Start what decodes images, and what answers."""
         await self._images.start()
+        self._model_thread.start()
 
     def finish_soon(self) -> None:
         """End all answers with what there is, and begin no more."""
@@ -172,10 +184,10 @@ class Engine:
         await self._images.close()
         for job in self._jobs.values():
             job.is_cancelled = True
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._model_thread.close()
 
     async def _run(self, job: _Job) -> None:
-        with self._errors_to(job):
+        with job.catch():
             self._check_length_roughly(job.request.messages, self._budget(job.request))
             if job.image is not None:
                 # before the job has a slot: whatever an image costs, the model is there for others
@@ -183,62 +195,23 @@ class Engine:
             async with self._slots:
                 job.is_begun = True
                 if not job.is_cancelled:
-                    await job.loop.run_in_executor(self._threads, self._work, job)
+                    await asyncio.wrap_future(self._model_thread.submit(job))
 
-    def _work(self, job: _Job) -> None:
-        with self._errors_to(job):
-            job.emit(self._generate(job))
+    def prepare(self, request: ChatRequest, tiles: np.ndarray | None) -> BatchFeature:
+        """
+        Return what the model reads of a request.
 
-    @contextmanager
-    def _errors_to(self, job: _Job) -> Iterator[None]:
-        try:
-            yield
-        except ApiError as error:
-            job.emit(error)
-        except InputError as error:
-            job.emit(ApiError(BAD_REQUEST, str(error)))
-        except torch.OutOfMemoryError:
-            logger.exception("a request needs too much memory")
-            job.emit(overloaded("The model has too little memory for this request now."))
-        except Exception:  # the last resort: the client gets an answer, the log gets the reason
-            logger.exception("a request failed")
-            job.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
-
-    def _generate(self, job: _Job) -> Finished:
-        request, chat_model = job.request, self.chat_model
+        Raises:
+            ApiError, InputError: if it cannot read that.
+        """
         budget = self._budget(request)
-        pixel_values = None
-        if job.tiles is not None:
-            pixel_values = to_pixel_values(job.tiles, chat_model.processor.image_processor)
-        with self._lock:
-            if job.is_over:  # a prompt takes long, and nobody waits for it
-                raise too_late()
-            inputs = chat_model.prepare(request.messages, **budget._asdict(), pixel_values=pixel_values)
-            prompt_tokens = inputs["input_ids"].shape[1]
-            self._check_length(prompt_tokens)
-            text = AnswerText(chat_model.processor.tokenizer, request.stop, lambda piece: job.emit(Piece(piece)))
-
-            def is_over() -> bool:
-                if job.is_over or text.is_stopped:
-                    return True
-                self._lock.yield_to_others()
-                return job.is_over
-
-            draw = [SamplingLogitsProcessor(request.sampling)] if request.sampling.temperature > 0 else []
-            output = chat_model.generate(
-                inputs,
-                request.max_tokens,
-                text,
-                stopping_criteria=StoppingCriteriaList([StopCondition(is_over)]),
-                logits_processor=LogitsProcessorList(draw),
-            )
-        written = output.sequences[0, prompt_tokens:].tolist()
-        is_whole = text.is_stopped or written[-1] in self._end_ids()
-        return Finished("stop" if is_whole else "length", prompt_tokens, len(written))
-
-    def _end_ids(self) -> list[int]:
-        ends = self.chat_model.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
+        inputs = self.chat_model.prepare_batch(
+            [request.messages], budget, process_images=False, add_generation_prompt=True
+        )
+        self._check_length(inputs["input_ids"].shape[1])
+        if tiles is not None:
+            inputs.update(join_features([self.chat_model.encode_cut_image(tiles, budget.query_len)]))
+        return inputs
 
     def _budget(self, request: ChatRequest) -> TokenBudget:
         grid = request.image_token_grid or self.budget.image_token_grid
@@ -271,16 +244,3 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 def too_late() -> ApiError:
     """Return the error of a request whose turn did not come in time."""
     return overloaded("No answer began within the time that a request may take.")
-
-
-def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:
-    """What the processor makes of an image with these tiles `(5, 3, H, W)`: `pixel_values` `(1, 5, 3, H, W)`."""
-    table = values_of_bytes(
-        processor.do_rescale,
-        processor.rescale_factor,
-        processor.do_normalize,
-        processor.image_mean,
-        processor.image_std,
-    )
-    planes = [values[tiles[:, channel]] for channel, values in enumerate(table)]
-    return torch.from_numpy(np.stack(planes, axis=1)[None])

@@ -1,10 +1,9 @@
 """One answer while it is made: its text piece by piece, where it ends, and how its tokens are drawn."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, TopPLogitsWarper
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.serving.chat_requests import Sampling
@@ -80,16 +79,6 @@ class AnswerText(BaseStreamer):
         if len(text) > self._sent:
             self.emit(text[self._sent :])
             self._sent = len(text)
-
-
-class StopCondition(StoppingCriteria):
-    """Ends a single answer as soon as `is_over` says so; asked after each token."""
-
-    def __init__(self, is_over: Callable[[], bool]):
-        self.is_over = is_over
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.is_over(), dtype=torch.bool, device=input_ids.device)
 
 
 class SamplingLogitsProcessor(LogitsProcessor):

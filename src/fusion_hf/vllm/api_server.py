@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.entrypoints.launchers.api_server.entry import run_server_worker
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -17,6 +15,13 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.serving.server import BoundedProtocol, address_of, listen
 from fusion_hf.vllm.request_middleware import MiddlewareSettings, RequestMiddleware
 from fusion_hf.vllm.settings import ENGINE_ARGUMENTS
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.common.startup import cli_env_setup
+except ModuleNotFoundError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
 # one step of an accelerator may take several prompts, each as a whole; a CPU is busy with one
 TOKENS_PER_STEP = 0 if current_platform.is_cpu() else 8192

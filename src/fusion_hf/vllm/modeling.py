@@ -6,7 +6,6 @@ width.
 
 import re
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.processor import cached_processor_from_config
 
-from fusion_hf.inference.image_features import ImageFeatureCache
+from fusion_hf.inference.cpu_linear import use_onednn
+from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 from fusion_hf.model.configuration_fusion import NUM_CONNECTOR_GROUPS, NUM_TILES, FusionConfig
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 from fusion_hf.model.modeling_fusion_vision import (
@@ -40,9 +41,6 @@ from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.vllm.latent_updates import find_prompts, make_updates
 from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
 from fusion_hf.vllm.prompt_layout import PromptParser
-
-# of images for further questions about them: in 16 bits with 36 latent tokens, 67 images for FUSION 3B, 50 for 8B
-CACHE_BYTES = 2**27
 
 # vLLM's models whose layers take and return (hidden states, residual)
 BACKBONES = {
@@ -101,13 +99,17 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
                 architectures=[_backbone(config.text_config)],
             )
         # windows (q * w * w, D): vLLM's own cache is of images with their questions, and has nothing for the next one
-        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache(CACHE_BYTES, attrgetter("nbytes"))
+        self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache()
         # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
         self.contexts: list[torch.Tensor] = []
         self.grey: torch.Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if current_platform.is_cpu():  # vLLM's own layers have kernels of their own
+            for part in (self.vision_tower, self.vision_projector, self.vision_projector_back, self.samplers):
+                use_onednn(part)
+        return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """
@@ -194,16 +196,16 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         prompts = find_prompts(self.parser, input_ids)
-        updates = []
-        if prompts:
-            updates = make_updates(prompts, self.contexts, self.config.window_size, self._grey_windows)
+        model = self.language_model.model
+        if not prompts:  # what vLLM may have compiled, or capture in a graph
+            return model(None, positions, None, inputs_embeds)
+        updates = make_updates(prompts, self.contexts, self.config.window_size, self._grey_windows)
         for update in updates:
             inputs_embeds = update.place(inputs_embeds)
-        model = self.language_model.model
         hidden_states, residual = inputs_embeds, None
         for index, layer in enumerate(model.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
-            if updates and str(index) in self.samplers:
+            if str(index) in self.samplers:
                 for update in updates:
                     update.rewrite(self.samplers[str(index)], hidden_states, residual)
         return model.norm(hidden_states, residual)[0]

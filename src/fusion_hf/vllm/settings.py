@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -20,6 +21,10 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "TRITON_ATTN")
 FLASH_CAPABILITY = 80  # from which on FlashAttention works, as vLLM writes 8.0
 REASON = "FUSION's samplers rewrite latent tokens from the end of the prompt, so a prompt must be processed as a whole"
+GRAPHS = (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+# `STOCK_TORCH_COMPILE` compiles the whole model, with what it does to prompts
+MODES = (CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
+HOST = "FUSION reads where prompts are on the host, so only steps without prompts can be captured or compiled"
 UNTOLD = "FUSION's samplers need to know where prompts begin in a step, which other attention does not tell a model"
 
 
@@ -28,19 +33,17 @@ class FusionSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Our renderer, room in the vocabulary for the placeholders, and no compilation."""
+        """Our renderer, and room in the vocabulary for the placeholders."""
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = RENDERER
         config = model_config.hf_config
         # penalties and prompt log-probabilities index a row of logits by the prompt's ids
         architecture = model_config.model_arch_config
         architecture.vocab_size = max(architecture.vocab_size, config.image_token_id + 1, config.latent_token_id + 1)
-        # the rewriting reads positions on the host, which no captured graph may do
-        model_config.enforce_eager = True
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise a `ValueError` for settings by which a prompt could arrive in pieces."""
+        """Raise a `ValueError` for settings by which a prompt could arrive in pieces, or be captured in a graph."""
         scheduler, longest = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
         budget = scheduler.max_num_batched_tokens
         threshold = scheduler.long_prefill_token_threshold
@@ -58,6 +61,29 @@ class FusionSettings(VerifyAndUpdateConfig):
         _require(speculative is None, "speculative_config", speculative, "None")
         _require(transfer is None, "kv_transfer_config", transfer, "None")
         _require(chosen <= set(BACKENDS), "attention_backend", ", ".join(sorted(chosen)), ", ".join(BACKENDS), UNTOLD)
+        choose_execution(vllm_config)
+
+
+def choose_execution(vllm_config: VllmConfig) -> None:
+    """
+    Run everything as it is written, unless `compilation_config` says more.
+
+    `cudagraph_mode` `FULL_DECODE_ONLY` makes graphs of steps of decoding, and `mode` compiles the language model for
+    steps without prompts. vLLM would choose both by itself, and for prompts too.
+
+    Raises:
+        ValueError: for other modes.
+    """
+    compilation = vllm_config.compilation_config
+    graphs, mode = compilation.cudagraph_mode, compilation.mode
+    _require(graphs in (None, *GRAPHS), "cudagraph_mode", _name(graphs), ", ".join(map(_name, GRAPHS)), HOST)
+    _require(mode in (None, *MODES), "mode", _name(mode), ", ".join(map(_name, MODES)), HOST)
+    compilation.cudagraph_mode = graphs or CUDAGraphMode.NONE
+    compilation.mode = mode or CompilationMode.NONE
+    if compilation.cudagraph_mode == CUDAGraphMode.NONE and compilation.mode == CompilationMode.NONE:
+        vllm_config.model_config.enforce_eager = True
+    # vLLM warms up with prompts of any ids, which are no chats
+    vllm_config.kernel_config.enable_jit_warmup = False
 
 
 def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
@@ -71,6 +97,10 @@ def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
     if plain and current_platform.has_device_capability(FLASH_CAPABILITY):
         return AttentionBackendEnum.FLASH_ATTN
     return AttentionBackendEnum.TRITON_ATTN
+
+
+def _name(mode: CUDAGraphMode | CompilationMode | None) -> str:
+    return "None" if mode is None else mode.name
 
 
 def _require(condition: bool, name: str, value: object, allowed: str, reason: str = REASON) -> None:

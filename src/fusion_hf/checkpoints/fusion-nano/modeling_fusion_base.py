@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 
 from .compatibility_fusion import CACHE_NAMES
 from .configuration_fusion import FusionConfig
-from .modeling_fusion_decoder import DECODER_LAYERS
+from .modeling_fusion_decoder import FUSION_LAYERS
 from .quantization_fusion import FusionQuantizationMixin
 
 # the names under which the generic backends of engines put their own attention into a model of transformers
@@ -200,7 +200,7 @@ class FusionPreTrainedModel(FusionQuantizationMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FusionVisionLayer", *(layer.__name__ for layer in DECODER_LAYERS.values())]
+    _no_split_modules = ["FusionVisionLayer", *FUSION_LAYERS]
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True

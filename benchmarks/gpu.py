@@ -1,0 +1,67 @@
+"""Everything that only a GPU can show, in a few minutes of one.
+
+    python benchmarks/gpu.py
+    python benchmarks/report.py
+
+Parts run in the order of their worth, each for a limited time in a process of its own, and what they have measured
+is written at once, into the files that `report.py` reads: a part that fails or hangs takes nothing with it. What
+became of each is in `gpu.json`. Nothing is downloaded. `--device cpu --small` runs every part with small sizes, to
+try the script where there is no GPU; its files have other names.
+"""
+
+import argparse
+import os
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# asked without starting CUDA in this process, of which all parts are forks
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+from blocks import RESULTS
+from gpu_parts import GPU, SMALL, make_parts
+from gpu_schedule import FAILED, SUMMARY, ForkedRunner, Outcome, encode, run_parts
+from measure import check_device, positive
+
+from fusion_hf.common.outputs import write_atomically
+
+SECONDS = 360
+
+
+def write_summary(path: Path, seconds: int, outcomes: dict[str, Outcome]) -> None:
+    """What became of the parts so far."""
+    summary: dict[str, Any] = {"seconds": seconds}
+    summary["parts"] = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    write_atomically(path, encode(summary))
+    name, last = list(outcomes.items())[-1]
+    print(f"{name}: {last.status}, {last.seconds} s {last.error}", flush=True)
+
+
+def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
+    names = [part.name for part in make_parts(SMALL)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu needs --small")
+    parser.add_argument("--small", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--parts", choices=names, nargs="+", default=names, help="what is measured")
+    parser.add_argument("--seconds", type=positive, default=SECONDS, help="for all parts; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder; default: benchmarks/results")
+    arguments = parser.parse_args(command_line)
+    if arguments.small != (arguments.device == "cpu"):
+        parser.error("--device cpu and --small go together")
+    check_device(parser, arguments.device)
+    return arguments
+
+
+def main(command_line: list[str] | None = None) -> int:
+    arguments = parse_arguments(command_line)
+    setting = SMALL if arguments.small else GPU
+    summary = arguments.output / (f"small_{SUMMARY}" if arguments.small else SUMMARY)
+    parts = [part for part in make_parts(setting) if part.name in arguments.parts]
+    note = partial(write_summary, summary, arguments.seconds)
+    outcomes = run_parts(parts, arguments.seconds, ForkedRunner(arguments.output), note)
+    return int(any(outcome.status == FAILED for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

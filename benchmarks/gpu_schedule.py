@@ -1,0 +1,162 @@
+"""Parts of a measurement one after the other in a limited time, each in a process of its own."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fusion_hf.common.outputs import write_atomically
+
+MEASURED, FAILED, STOPPED, NO_TIME = "measured", "failed", "stopped: no time", "not run: no time"
+SUMMARY = "gpu.json"
+EXIT_SECONDS = 5  # in which a process whose part is over has to end
+
+Result = dict[str, Any]
+# hands on what is measured so far: of the part, or what the named file is to hold
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    Something to measure.
+
+    Args:
+        limit: seconds that it may take. least: seconds without which it is not begun.
+        measure: is given an `Emit`.
+    """
+
+    name: str
+    limit: float
+    least: float
+    measure: Callable[[Emit], None]
+
+
+@dataclass
+class Outcome:
+    """What became of a part. `error`: the text of what ended it."""
+
+    status: str
+    seconds: float = 0.0
+    error: str = ""
+    result: Result | None = None
+
+
+def run_parts(
+    parts: Sequence[Part],
+    seconds: float,
+    run: Callable[[Part, float], Outcome],
+    note: Callable[[dict[str, Outcome]], None],
+    now: Callable[[], float] = time.monotonic,
+) -> dict[str, Outcome]:
+    """
+    Run the parts in their order, as long as there is time.
+
+    Args:
+        seconds: for all of them.
+        run: runs a part for at most so many seconds.
+        note: is given what is known after each part.
+    """
+    end = now() + seconds
+    outcomes: dict[str, Outcome] = {}
+    for part in parts:
+        left = end - now()
+        outcomes[part.name] = Outcome(NO_TIME) if left < part.least else run(part, min(part.limit, left))
+        note(outcomes)
+    return outcomes
+
+
+class _Teller:
+    """Sends results out of a part's process and, where an error ends it, the error's text."""
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+
+    def __enter__(self) -> Emit:
+        return self.emit
+
+    def emit(self, result: Result, file: str | None = None) -> None:
+        # as it will be in the file: what cannot be written is this part's error
+        self.connection.send((file, encode(result)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        text = "" if error is None else "".join(traceback.format_exception_only(error)).strip()
+        self.connection.send((text, None))
+
+
+def encode(result: Result) -> bytes:
+    """What a file holds."""
+    return f"{json.dumps(result, indent=1)}\n".encode()
+
+
+def _work(measure: Callable[[Emit], None], connection: Connection) -> None:
+    os.setsid()  # so that what the part starts can be ended with it
+    with _Teller(connection) as emit:
+        measure(emit)
+
+
+class ForkedRunner:
+    """
+    Runs parts in forks of this process, which has imported everything and must not have touched CUDA.
+
+    A part that fails, dies or hangs harms no other. What it has handed on until then stays.
+
+    Args:
+        folder: where the files of parts are written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.context = multiprocessing.get_context("fork")
+
+    def __call__(self, part: Part, seconds: float) -> Outcome:
+        start = time.monotonic()
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_work, args=(part.measure, sender), name=part.name)
+        process.start()
+        sender.close()
+        outcome = Outcome(STOPPED)
+        if self._listen(receiver, start + seconds, outcome):
+            process.join(EXIT_SECONDS)
+            if outcome.status == STOPPED:  # it has not said how it ended
+                outcome.error = f"The process ended with status {process.exitcode}."
+                outcome.status = FAILED
+        _end(process)
+        outcome.seconds = round(time.monotonic() - start, 1)
+        return outcome
+
+    def _listen(self, receiver: Connection, end: float, outcome: Outcome) -> bool:
+        """Write what a part hands on. Returns whether it ended in time."""
+        while receiver.poll(max(end - time.monotonic(), 0)):
+            try:
+                name, content = receiver.recv()
+            except EOFError:
+                return True
+            if content is None:
+                outcome.error, outcome.status = name, FAILED if name else MEASURED
+                return True
+            if name is None:
+                outcome.result = json.loads(content)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / name, content)
+        return False
+
+
+def _end(process: Any) -> None:
+    """End a part's process, if it has not ended, and all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # nothing is left, or it has no group of its own yet
+        process.kill()
+    process.join()

@@ -1,0 +1,183 @@
+"""The next tokens of several answers by one forward pass.
+
+Each prompt is processed by itself, since a prompt's pass has an image and turns of its own. After it FUSION decodes as
+its language model does, and what rows have in common is what `generate` has for a batch with padding on the left: the
+keys of shorter rows are behind places that the mask leaves out. Positions are counted per row.
+
+Shapes: B rows, S ids of a row, L of the longest one, V vocabulary, H heads, D width of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import BatchFeature, Cache, DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.model.cache_fusion import give_room
+from fusion_hf.model.compatibility_fusion import CACHE_NAMES
+from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
+from fusion_hf.model.modeling_fusion_base import cache_keyword
+
+POSITIONS = ("attention_mask", "position_ids")  # of a single row they follow from its length
+
+
+@dataclass(eq=False)
+class Row:
+    """
+    A prompt and the answer to it, as far as it is written.
+
+    ids: `(1, S)`.
+    inputs: what a pass over all ids needs beside them.
+    processors: of logits, before the most likely token is taken.
+    max_length: S at most.
+    cache: keys and values of all ids but the last one; None: not known, or in a `RowBatch`.
+    """
+
+    ids: torch.Tensor
+    inputs: dict[str, Any]
+    processors: LogitsProcessorList
+    max_length: int
+    cache: Cache | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        chat_model: ChatModel,
+        inputs: BatchFeature,
+        max_new_tokens: int,
+        streamer: BaseStreamer,
+        processors: LogitsProcessorList,
+    ) -> "Row":
+        """
+        Check and complete arguments as `ChatModel.generate` does, and stop where its first pass would begin.
+
+        Args:
+            chat_model: What answers.
+            inputs: What `ChatModel.prepare` gave.
+            max_new_tokens: Of the answer.
+            streamer: Is given the prompt.
+            processors: Logits processors behind those of the model.
+
+        Returns:
+            A row without a cache.
+        """
+
+        def begin(
+            model: FusionForConditionalGeneration,
+            input_ids: torch.Tensor,
+            logits_processor: LogitsProcessorList,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Row:
+            left_out = {"stopping_criteria", *POSITIONS, *CACHE_NAMES}
+            kept = {name: value for name, value in model_kwargs.items() if name not in left_out}
+            return cls(input_ids, kept, logits_processor, generation_config.max_length)
+
+        return chat_model.generate(
+            inputs, max_new_tokens, streamer, logits_processor=processors, custom_generate=begin
+        )
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.ids.shape[1]
+
+    def process(self, model: FusionForConditionalGeneration) -> torch.Tensor:
+        """Process all ids, and keep their cache; returns the logits `(1, V)` of the next one."""
+        cache = new_cache(model)
+        outputs = model(input_ids=self.ids, **self.inputs, **cache_keyword(cache))
+        self.cache = cache
+        return outputs.logits[:, -1].float()
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next id `(1)` by its logits `(1, V)`, and append it."""
+        chosen = self.processors(self.ids, logits).argmax(-1)
+        self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
+        return chosen
+
+
+class RowBatch:
+    """The cache of rows that decode together: joined, and left, between two steps."""
+
+    def __init__(self, model: FusionForConditionalGeneration):
+        self._model = model
+        self._rows: list[Row] = []
+        self._cache: Cache | None = None
+
+    def step(self, rows: Sequence[Row]) -> torch.Tensor:
+        """
+        Process the last id of each row.
+
+        Args:
+            rows: Those of the step before that remain, in any order, and new ones with their own caches.
+
+        Returns:
+            Logits `(B, V)` in float32.
+        """
+        self._arrange(rows)
+        lengths = [row.length for row in rows]
+        device, longest = rows[0].ids.device, max(lengths)
+        mask = None
+        if min(lengths) < longest:
+            padding = torch.tensor([longest - length for length in lengths], device=device)
+            mask = (torch.arange(longest, device=device) >= padding[:, None]).long()  # (B, L)
+        outputs = self._model(
+            input_ids=torch.cat([row.ids[:, -1:] for row in rows]),
+            attention_mask=mask,
+            position_ids=torch.tensor(lengths, device=device)[:, None] - 1,
+            use_cache=True,
+            **cache_keyword(self._cache),
+        )
+        return outputs.logits[:, -1].float()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows, self._cache = [], None
+
+    def _arrange(self, rows: Sequence[Row]) -> None:
+        if self._rows == rows:
+            return
+        before, here = self._cache, {row: place for place, row in enumerate(self._rows)}
+        sources: list[tuple[Cache, int]] = []
+        for row in rows:
+            cache = before if row in here else row.cache
+            assert cache is not None
+            sources.append((cache, here.get(row, 0)))
+            row.cache = None
+        self.clear()
+        if len(rows) == 1 and sources[0][0] is not before:
+            self._cache = sources[0][0]
+        else:
+            self._cache = new_cache(self._model)
+            length = max(row.length for row in rows) - 1
+            num_layers = len(sources[0][0].layers)
+            caches = {id(cache): cache for cache, _ in sources}.values()
+            for index in range(num_layers):
+                # out of the list: two copies of one layer are in memory, not of all
+                layers = {id(cache): cache.layers.pop(0) for cache in caches}
+                parts = [(layers[id(cache)], place) for cache, place in sources]
+                keys = torch.cat([_fit(layer.keys[place], length) for layer, place in parts])
+                values = torch.cat([_fit(layer.values[place], length) for layer, place in parts])
+                self._cache.update(keys, values, index)
+        self._rows = list(rows)
+
+
+def new_cache(model: FusionForConditionalGeneration) -> Cache:
+    """Return an empty cache, as `generate` has it."""
+    cache = DynamicCache(config=model.config.text_config)
+    if model.device.type == "cpu":
+        give_room(cache)
+    return cache
+
+
+def _fit(states: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    Pad a row's keys or values `(H, S, D)` on the left, or cut off padding there: `(1, H, length, D)`. A layer with a
+    sliding window has kept the last ones only, and keeps no more of what it is given.
+    """
+    kept = states[:, -length:]
+    return functional.pad(kept, (0, 0, length - kept.shape[1], 0))[None]

@@ -1,0 +1,144 @@
+"""`fusion-hf ask` imports what it uses, and what it leaves out changes no number."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tests.helpers.tiny import BACKBONES, Sample, make_inputs, tiny_config, tiny_model
+from transformers.utils.import_utils import define_import_structure
+
+from fusion_hf.cli.lean_imports import ABSENT, KNOWN, known_structure
+from fusion_hf.model import modeling_fusion_decoder
+from fusion_hf.model.modeling_fusion_decoder import DECODER_LAYERS, FUSION_LAYERS, decoder_layer
+
+ROOT = Path(__file__).parents[2]
+IMAGE = ROOT / "docs" / "assets" / "red_circle.png"
+# `fusion-nano` is a Llama
+UNUSED = (
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"),
+    *("scipy.optimize", "sklearn", "pandas", "datasets", "peft", "gradio", "torchvision"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in DECODER_LAYERS if name != "llama"),
+    "transformers.trainer",
+)
+ASK = """
+import json, sys
+from fusion_hf.cli import main
+status = main()
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+# logits of tiny models, and buffers, which are computed and not loaded
+COMPUTE = """
+import json, sys
+from pathlib import Path
+from fusion_hf.cli.lean_imports import lean_imports
+folder = Path(sys.argv[1])
+with lean_imports(True):
+    import torch
+    from fusion_hf import FusionForConditionalGeneration
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    models = {name: FusionForConditionalGeneration.from_pretrained(folder / name) for name in names}
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+from safetensors.torch import load_file, save_file
+for name, model in models.items():
+    inputs = load_file(folder / name / "inputs.st")
+    with torch.inference_mode():
+        found = {"logits": model.eval()(**inputs, query_len=4).logits}
+    found |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    save_file(found, folder / name / "found.st")
+"""
+
+
+def _run(script: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ask_imports_what_it_uses():
+    """One pass over a model of 28 MB, in a process of its own."""
+    answer, modules = _run(ASK, "ask", IMAGE, "what color is the circle?", "--max-new-tokens", 8).splitlines()
+    status, imported = json.loads(modules)
+    assert status == 0 and answer == "red"
+    assert "transformers.models.llama.modeling_llama" in imported
+    assert sorted(set(UNUSED) & set(imported)) == []
+
+
+def _compared(folder: Path, changes: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """Logits and buffers of models loaded with lean imports are those of models made here, bit for bit."""
+    from safetensors.torch import save_file
+
+    models = {}
+    for name, (backbone, text) in changes.items():
+        model = tiny_model(tiny_config(backbone, text=text))
+        model.save_pretrained(folder / name)
+        inputs = make_inputs(model.config, [Sample(seed=3)])
+        assert inputs.pop("query_len") == 4
+        save_file(inputs, folder / name / "inputs.st")
+        models[name] = (model, inputs)
+    _run(COMPUTE, folder)
+    for name, (model, inputs) in models.items():
+        found = load_file(folder / name / "found.st")
+        with torch.inference_mode():
+            assert torch.equal(model(**inputs, query_len=4).logits, found.pop("logits")), name
+        buffers = dict(model.named_buffers())
+        assert buffers.keys() == found.keys(), name
+        assert all(torch.equal(buffers[key], value) for key, value in found.items()), name
+
+
+@pytest.mark.slow
+def test_numbers_of_all_backbones(tmp_path: Path):
+    half = [1.0, 2.0, 3.0, 4.0]  # of a head of 8
+    long_rope = {"rope_type": "longrope", "short_factor": half, "long_factor": half, "rope_theta": 10000.0}
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    texts: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in BACKBONES}
+    texts["long"] = ("phi3", {"rope_parameters": long_rope, "original_max_position_embeddings": 256})
+    texts["scaled"] = ("llama", {"rope_parameters": llama3})
+    _compared(tmp_path, texts)
+
+
+def test_all_models_are_listed():
+    """As `transformers.models` would list them by reading their files once more."""
+    path = Path(transformers.__file__).parent / "models" / "__init__.py"
+    known, listed = known_structure(define_import_structure, path), define_import_structure(path)
+    assert _filled(known) == _filled(listed)
+
+
+def _filled(structure: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    return {backends: modules for backends, modules in structure.items() if modules}
+
+
+def test_names_are_those_of_the_libraries():
+    """A release that renames one would only be slower to start; here it is noticed."""
+    for name, known in KNOWN.items():
+        module = __import__(name, fromlist=["_"])
+        assert all(hasattr(module, each) for each in known), name
+    for name in ABSENT:
+        assert hasattr(transformers.utils, name) and hasattr(transformers.utils.import_utils, name)
+
+
+@pytest.mark.parametrize("model_type", DECODER_LAYERS)
+def test_layers_have_their_names(model_type: str):
+    layer = decoder_layer(model_type)
+    assert layer is decoder_layer(model_type) is getattr(modeling_fusion_decoder, layer.__name__)
+    assert FUSION_LAYERS[layer.__name__] == model_type
+    assert pickle.loads(pickle.dumps(layer)) is layer  # noqa: S301
+
+
+def test_a_class_that_is_none_of_them():
+    with pytest.raises(AttributeError, match="FusionGemmaDecoderLayer"):
+        modeling_fusion_decoder.FusionGemmaDecoderLayer  # noqa: B018
