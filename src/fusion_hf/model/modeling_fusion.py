@@ -543,14 +543,11 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         Raises:
             ValueError: where ids, images, blocks and turns disagree (with both counts).
         """
-        shift_labels = kwargs.pop("shift_labels", None)
-        if shift_labels is not None:
-            shift_labels = ignore_placeholders(shift_labels, self.config)
-        if labels is not None:
-            labels = ignore_placeholders(labels, self.config)
-            looks = check_inputs and not torch.compiler.is_compiling()
-            if looks and prompt_end_positions is not None and input_ids is not None:
-                check_labelled_ends(input_ids, labels, prompt_end_positions, self.config)
+        shift_labels = ignore_placeholders(kwargs.pop("shift_labels", None), self.config)
+        labels = ignore_placeholders(labels, self.config)
+        looks = check_inputs and not torch.compiler.is_compiling()
+        if looks and labels is not None and prompt_end_positions is not None and input_ids is not None:
+            check_labelled_ends(input_ids, labels, prompt_end_positions, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -577,12 +574,10 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
 
         loss = language_loss = None
         if labels is not None:
-            language_loss = self._language_loss(
-                outputs.last_hidden_state, logits, labels, shift_labels, loss_positions, loss_counts
-            )
-            loss = language_loss
-            if outputs.mapping_loss is not None:
-                loss = loss + self.config.mapping_loss_weight * outputs.mapping_loss
+            states = outputs.last_hidden_state
+            language_loss = self._language_loss(states, logits, labels, shift_labels, loss_positions, loss_counts)
+            weight = self.config.mapping_loss_weight
+            loss = language_loss if outputs.mapping_loss is None else language_loss + weight * outputs.mapping_loss
         return FusionCausalLMOutputWithPast(
             loss=loss,
             language_loss=language_loss,
