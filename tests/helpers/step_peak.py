@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from benchmarks.measure import peak_allocated
+from benchmarks.memory import peak_allocated
 from tests.helpers.tiny import Sample, make_inputs, tiny_config, tiny_model
 
 from fusion_hf import FusionConfig

@@ -468,13 +468,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         # without a single label, the mean of the whole batch would be no number, that of a part is zero
         num_labels = None if loss_counts is None else loss_counts.labels.clamp(min=1)
         if loss_positions is None:
-            return self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=vocab_size,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_labels,
-            )
+            settings = {"vocab_size": vocab_size, "shift_labels": shift_labels, "num_items_in_batch": num_labels}
+            return self.loss_function(logits=logits, labels=labels, **settings)
         targets = labels.flatten().index_select(0, loss_positions + 1)  # (M,)
         return chunked_loss(
             self.lm_head,
