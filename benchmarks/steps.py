@@ -15,7 +15,7 @@ from reference import build_reference
 from workload import TrainingSize, build_eager, make_batch, make_shallow, make_weights, sharing_copy
 
 from fusion_hf import FusionForConditionalGeneration
-from fusion_hf.training.collator import find_label_positions
+from fusion_hf.training.collator import find_loss_positions
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
@@ -51,8 +51,8 @@ class StepBenchmark:
         self.weights = dict(self.models[OURS].named_parameters())
         batch = make_batch(self.config, size, device)
         self.tokens = batch["input_ids"].shape
-        positions = {"label_positions": find_label_positions(batch["labels"])}  # as FusionTrainer's batches have them
-        self.num_logits = positions["label_positions"].numel()
+        positions = {"loss_positions": find_loss_positions(batch["labels"])}  # as FusionTrainer's batches have them
+        self.num_logits = positions["loss_positions"].numel()
         # the authors compute all logits
         self.batches = {name: batch if "reference" in name else {**batch, **positions} for name in self.models}
         self.out_of_memory: list[str] = []

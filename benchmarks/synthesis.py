@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from filter_accuracy import measure
-from measure import BYTES_PER_KIB, paired_ratios, positive, read_result, summarize, surroundings, write_result
+from measure import paired_ratios, positive, read_result, summarize, surroundings, write_result
+from memory import BYTES_PER_KIB
 from tqdm import tqdm
 
 PACKAGES = ("datatrove",)

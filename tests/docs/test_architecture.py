@@ -32,7 +32,7 @@ def test_names_exist(root: Path):
     package = root / "src" / "fusion_hf"
     code = "".join(file.read_text(encoding="utf-8") for file in package.rglob("*.py"))
     names = re.findall(r"`(_?[A-Za-z]\w*(?:/\w+)*(?:\.\w+)*)`", text)
-    files = [name for name in names if "/" in name or name.endswith(".py")]
+    files = [name for name in names if "/" in name or name.endswith(".py") or (root / name).is_file()]
     assert [name for name in files if not any((place / name).exists() for place in (package, root))] == []
     identifiers = {part for name in names if name not in files for part in name.split(".")}
     assert sorted(name for name in identifiers if not re.search(rf"\b{name}\b", code)) == []

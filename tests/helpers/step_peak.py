@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from benchmarks.measure import peak_allocated
+from benchmarks.memory import peak_allocated
 from tests.helpers.tiny import Sample, make_inputs, tiny_config, tiny_model
 
 from fusion_hf import FusionConfig
-from fusion_hf.training.collator import find_label_positions
+from fusion_hf.training.collator import find_loss_positions
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 from fusion_hf.training.parameter_groups import PARTS, freeze_except
 
@@ -70,8 +70,8 @@ class Case:
         inputs = make_inputs(config, samples, self.query_len)
         labels = inputs["input_ids"].where(inputs["input_ids"] < config.text_config.vocab_size, -100)
         # as if every token had a label: what is planned for
-        positions = find_label_positions(torch.ones_like(labels))
-        return {**inputs, "labels": labels, "label_positions": positions}
+        positions = find_loss_positions(torch.ones_like(labels))
+        return {**inputs, "labels": labels, "loss_positions": positions}
 
 
 def measure(case: Case) -> int:

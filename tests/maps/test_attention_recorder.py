@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import peak_allocated
+from memory import peak_allocated
 from tests.helpers.flash import FlashStandIn
 from tests.helpers.tiny import BACKBONES, QUERY_LEN, Sample, make_inputs, tiny_config, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask

@@ -16,7 +16,7 @@ from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.input_checks_fusion import check_prompt, is_consistent
 from fusion_hf.model.modeling_fusion_base import LossCounts
 from fusion_hf.model.turns_fusion import PromptTurns, as_padding_mask, complete_turns, order_prompt_ends
-from fusion_hf.training.collator import find_label_positions
+from fusion_hf.training.collator import find_loss_positions
 
 HEADER = [7, 8]  # of the tiny prompts here, whose questions end with it
 SCALAR = "aten::_local_scalar_dense"
@@ -103,13 +103,13 @@ def test_reads_of_a_step_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None
     """`FusionTrainer` gives no mask for padding on the right, and says where the labels are."""
     model = tiny_model(tiny_config())
     inputs = make_inputs(model.config, BATCHES["padded"])
-    positions = find_label_positions(label_answers(inputs))
+    positions = find_loss_positions(label_answers(inputs))
     counts = LossCounts(*torch.ones(3))
     labels = label_answers(inputs)
     model.train()
     with counted_reads(monkeypatch) as reads:
         taken = {**inputs, "attention_mask": None}
-        given = {"labels": labels, "label_positions": positions, "loss_counts": counts, "check_inputs": False}
+        given = {"labels": labels, "loss_positions": positions, "loss_counts": counts, "check_inputs": False}
         model(**taken, **given).loss.backward()
     assert set(reads) <= {SCALAR} and reads[SCALAR] <= READS_WITHOUT_MASK
 

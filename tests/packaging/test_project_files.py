@@ -67,7 +67,7 @@ def test_absolute_links(tmp_path: Path):
     subprocess.run([sys.executable, script, readme, REPOSITORY, "v1"], check=True)
     changed = readme.read_text("utf-8")
     assert f"[bounds]({REPOSITORY}/blob/v1/docs/serving.md#security) {others}" in changed
-    assert f"{REPOSITORY}/raw/v1/docs/assets/red_circle.png" in changed
+    assert f"{REPOSITORY}/raw/v1/docs/assets/architecture.svg" in changed
     links = re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", changed)
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     paths = {link.split("/v1/")[1].partition("#")[0] for link in links if link.startswith(REPOSITORY)}

@@ -14,7 +14,7 @@ from tests.helpers.serving import STOP_SECONDS, ask, start_server, user
 from fusion_hf.cli import main
 from fusion_hf.cli.terminal import USER_ERROR
 
-PARALLEL = 4
+PARALLEL = 16
 WITHOUT_EXTRA = """
 import sys
 sys.modules["starlette"] = sys.modules["starlette.applications"] = None
@@ -80,7 +80,9 @@ def test_missing_extra():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
 def test_signals_end_answers(endless_model: Path, tmp_path: Path, number: signal.Signals, status: int):
     """A server that is told to end does not wait for long answers, and has no traceback for it. It speaks IPv6."""
-    with start_server("--model", endless_model, "--host", "::1", errors=tmp_path / "errors") as (process, server):
+    with start_server(
+        "--model", endless_model, "--host", "::1", "--parallel", PARALLEL, errors=tmp_path / "errors"
+    ) as (process, server):
         assert server.url.startswith("http://[::1]:")
         client = server.client()
         with ThreadPoolExecutor(PARALLEL) as pool:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from fusion_hf.inference import ChatModel
 from fusion_hf.serving.chat_requests import Sampling
 from fusion_hf.serving.generation import SamplingLogitsProcessor
-from fusion_hf.serving.joint_decoding import Row
+from fusion_hf.serving.joint_decoding import DecodingRow
 from fusion_hf.serving.model_thread import Answer, ModelThread, row_of
 
 SECONDS = 60  # a hung thread fails its test
@@ -76,8 +76,8 @@ class Request(Answer):
         self.script.logits.clear()
         return output.sequences[0, self.inputs["input_ids"].shape[1] :].tolist(), logits
 
-    def begin(self) -> Row:
-        return Row.prepare(self.chat_model, self.inputs, self.tokens, Ignored(), self.processors())
+    def begin(self) -> DecodingRow:
+        return DecodingRow.prepare(self.chat_model, self.inputs, self.tokens, Ignored(), self.processors())
 
     def take(self, token: int) -> bool:
         self.written.append(token)

@@ -9,7 +9,7 @@ from tests.helpers.tiny import BACKBONES, VOCABULARY, Sample, make_inputs, tiny_
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.model import modeling_fusion_base, modeling_fusion_vision
 from fusion_hf.model.modeling_fusion_base import LossCounts
-from fusion_hf.training.collator import find_label_positions
+from fusion_hf.training.collator import find_loss_positions
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
 CHUNK = 3  # labelled tokens at a time
@@ -62,8 +62,8 @@ def test_chunks_have_the_loss_and_the_gradient_of_all_logits(
     assert head_rows == [inputs["labels"].numel()]
     head_rows.clear()
 
-    positions = find_label_positions(inputs["labels"])
-    found, chunked = differentiate(model, **inputs, loss_counts=counts, label_positions=positions)
+    positions = find_loss_positions(inputs["labels"])
+    found, chunked = differentiate(model, **inputs, loss_counts=counts, loss_positions=positions)
     assert found.logits is None
     assert max(head_rows) <= CHUNK
     num_chunks = -(-len(positions) // CHUNK)
@@ -95,8 +95,8 @@ def test_a_part_without_labels_has_a_gradient_of_zeros_everywhere() -> None:
     inputs = labelled(model)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     counts = LossCounts(torch.tensor(40.0), torch.tensor(50.0), torch.tensor(7.0))
-    positions = find_label_positions(inputs["labels"])
-    outputs, gradients = differentiate(model, **inputs, loss_counts=counts, label_positions=positions)
+    positions = find_loss_positions(inputs["labels"])
+    outputs, gradients = differentiate(model, **inputs, loss_counts=counts, loss_positions=positions)
     assert outputs.language_loss == 0
     assert gradients["lm_head.weight"].count_nonzero() == 0
     assert all(weight.grad is not None for weight in model.parameters())

@@ -12,7 +12,7 @@ from tests.helpers.training_runs import write_model
 
 from fusion_hf import FusionForConditionalGeneration, FusionProcessor, nano_path
 from fusion_hf.training import FusionDataCollator
-from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, find_label_positions
+from fusion_hf.training.collator import IGNORE_INDEX, SMALL_BYTES, Batch, find_loss_positions
 from fusion_hf.training.query_len_records import with_query_lens
 
 WORDS = "what color is the shape of circles red two <|im_end|> <latent_image> assistant".split()
@@ -166,7 +166,7 @@ def test_a_compact_batch_becomes_the_same_numbers(processor, pictures):
     collator = FusionDataCollator(processor, [4], compact=True)
     compact = collator(records)
     unpacked = collator.unpack(compact)
-    assert unpacked.keys() - plain.keys() == {"label_positions"}
+    assert unpacked.keys() - plain.keys() == {"loss_positions"}
     assert unpacked["query_len"] == plain.pop("query_len")
     for name, expected in plain.items():
         assert unpacked[name].dtype == expected.dtype
@@ -197,9 +197,9 @@ def test_a_plain_batch_is_unpacked_already(processor):
 
 def test_positions_are_those_before_labels():
     labels = torch.tensor([[-100, 5, -100, -100, 7], [6, -100, -100, -100, 8]])
-    assert find_label_positions(labels).tolist() == [0, 3, 8]  # nothing is before the 6
+    assert find_loss_positions(labels).tolist() == [0, 3, 8]  # nothing is before the 6
     assert labels[1, 0] == 6
-    assert find_label_positions(labels[:, :1]).tolist() == []
+    assert find_loss_positions(labels[:, :1]).tolist() == []
 
 
 @pytest.fixture(scope="module")

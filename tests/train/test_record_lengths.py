@@ -90,7 +90,7 @@ def test_a_list_is_measured_without_opening(pictures, no_decoding):
         for number, path in enumerate(pictures)
     ]
     found = measure_records(records)
-    assert found[:3].tolist() == [[5, 1], [-3, 1], [7, 1]]
+    assert found[:3].tolist() == [[5, 1], [-4, 1], [7, 1]]
 
 
 def test_a_transform_of_the_users_is_heard(tables):

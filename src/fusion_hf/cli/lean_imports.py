@@ -3,9 +3,9 @@ Importing transformers, and loading a model, without what a process that asks on
 
 Beside what a model needs, transformers imports torch's compiler (`torch._dynamo`), distributed tensors, FSDP and, for
 losses of object detection, scipy. That is half of the time until a model is loaded, and has no switch. So a command
-that owns its process says that scipy and torch's distributed package are absent, which transformers supports, and puts
-stand-ins into the place of the compiler. Asked for anything else than what is written here, a stand-in makes room for
-the module itself. Answers are the same, bit for bit.
+that owns its process says that scipy, scikit-learn and torch's distributed package are absent, which transformers
+supports, and puts stand-ins into the place of the compiler. Asked for anything else than what is written here, a
+stand-in makes room for the module itself. Answers are the same, bit for bit.
 """
 
 import gc
@@ -22,7 +22,7 @@ from typing import Any
 COMPILER = "torch._dynamo"
 INDEXING = "torch._dynamo._trace_wrapped_higher_order_op"
 # questions of transformers about what is installed
-ABSENT = ("is_scipy_available", "is_torch_distributed_available")
+ABSENT = ("is_scipy_available", "is_sklearn_available", "is_torch_distributed_available")
 # where these are imported already, they have taken what they need
 TAKERS = (COMPILER, "transformers.generation.utils", "transformers.modeling_utils", "transformers.masking_utils")
 

@@ -454,6 +454,32 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             outputs.loss = outputs.loss + weighted
         return outputs
 
+    def _language_loss(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor,
+        shift_labels: torch.Tensor | None,
+        loss_positions: torch.Tensor | None,
+        loss_counts: LossCounts | None,
+    ) -> torch.Tensor:
+        """Of logits, or of the hidden states `(B, S, D)` at `loss_positions`, see `forward`; `()`."""
+        vocab_size = self.config.text_config.vocab_size
+        # without a single label, the mean of the whole batch would be no number, that of a part is zero
+        num_labels = None if loss_counts is None else loss_counts.labels.clamp(min=1)
+        if loss_positions is None:
+            settings = {"vocab_size": vocab_size, "shift_labels": shift_labels, "num_items_in_batch": num_labels}
+            return self.loss_function(logits=logits, labels=labels, **settings)
+        targets = labels.flatten().index_select(0, loss_positions + 1)  # (M,)
+        return chunked_loss(
+            self.lm_head,
+            self.loss_function,
+            hidden_states.flatten(0, 1).index_select(0, loss_positions),  # (M, D)
+            targets,
+            vocab_size=vocab_size,
+            num_labels=(targets != IGNORED).sum() if num_labels is None else num_labels,
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -470,7 +496,8 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        label_positions: torch.Tensor | None = None,
+        # no name with `label` in it: Trainer would take it for another kind of labels
+        loss_positions: torch.Tensor | None = None,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
         image_token_grid: int | None = None,
@@ -493,7 +520,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             query_len (`int`, *optional*): None reads it from the configuration.
             labels (`(B, S)`, *optional*): -100 is ignored, and so are image and latent placeholders. Trainers that
                 split sequences also give `shift_labels`, which are aligned with the logits already.
-            label_positions (`(M,)`, *optional*): where labelled tokens are predicted, `row * S + position`: the token
+            loss_positions (`(M,)`, *optional*): where labelled tokens are predicted, `row * S + position`: the token
                 behind each is a label of the same row. The loss is computed of these alone, some at a time, and no
                 logits are returned.
             loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
@@ -511,14 +538,11 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         Raises:
             ValueError: where ids, images, blocks and turns disagree (with both counts).
         """
-        shift_labels = kwargs.pop("shift_labels", None)
-        if shift_labels is not None:
-            shift_labels = ignore_placeholders(shift_labels, self.config)
-        if labels is not None:
-            labels = ignore_placeholders(labels, self.config)
-            looks = check_inputs and not torch.compiler.is_compiling()
-            if looks and prompt_end_positions is not None and input_ids is not None:
-                check_labelled_ends(input_ids, labels, prompt_end_positions, self.config)
+        shift_labels = ignore_placeholders(kwargs.pop("shift_labels", None), self.config)
+        labels = ignore_placeholders(labels, self.config)
+        looks = check_inputs and not torch.compiler.is_compiling()
+        if looks and labels is not None and prompt_end_positions is not None and input_ids is not None:
+            check_labelled_ends(input_ids, labels, prompt_end_positions, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -539,36 +563,16 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
             **kwargs,
         )
         logits = None
-        if labels is None or label_positions is None:
+        if labels is None or loss_positions is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
         loss = language_loss = None
         if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            # without a single label, the mean of the whole batch would be no number, that of a part is zero
-            num_labels = None if loss_counts is None else loss_counts.labels.clamp(min=1)
-            if label_positions is None:
-                language_loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=vocab_size,
-                    shift_labels=shift_labels,
-                    num_items_in_batch=num_labels,
-                )
-            else:
-                targets = labels.flatten().index_select(0, label_positions + 1)  # (M,)
-                language_loss = chunked_loss(
-                    self.lm_head,
-                    self.loss_function,
-                    outputs.last_hidden_state.flatten(0, 1).index_select(0, label_positions),  # (M, D)
-                    targets,
-                    vocab_size=vocab_size,
-                    num_labels=(targets != IGNORED).sum() if num_labels is None else num_labels,
-                )
-            loss = language_loss
-            if outputs.mapping_loss is not None:
-                loss = loss + self.config.mapping_loss_weight * outputs.mapping_loss
+            states = outputs.last_hidden_state
+            language_loss = self._language_loss(states, logits, labels, shift_labels, loss_positions, loss_counts)
+            weight = self.config.mapping_loss_weight
+            loss = language_loss if outputs.mapping_loss is None else language_loss + weight * outputs.mapping_loss
         return FusionCausalLMOutputWithPast(
             loss=loss,
             language_loss=language_loss,

@@ -91,7 +91,7 @@ class FusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     loss (`()`, *optional*): `language_loss + mapping_loss_weight * mapping_loss`.
     language_loss (`()`, *optional*): mean cross entropy over labelled tokens.
     mapping_loss (`()`, *optional*): sum of the two mapping losses, unweighted.
-    logits (`(B, S, vocabulary)`): None with `label_positions`.
+    logits (`(B, S, vocabulary)`): None with `loss_positions`.
     hidden_states[i] is what LLM layer i reads, samplers of earlier layers applied; the last entry is after the final
     norm. image_hidden_states (`(B, image_token_grid ** 2, D)`, *optional*).
     image_outputs ([`BaseModelOutputWithPooling`], *optional*): see [`FusionModelOutputWithPast`].

@@ -239,8 +239,10 @@ def _shift(given: list[int], exact: list[int]) -> int | None:
     return shifts.pop() if len(shifts) == 1 and len(given) <= len(exact) else None
 
 
-def ignore_placeholders(labels: torch.Tensor, config: FusionConfig) -> torch.Tensor:
+def ignore_placeholders(labels: torch.Tensor | None, config: FusionConfig) -> torch.Tensor | None:
     """Set image and latent placeholders in labels `(B, S)` to -100: the language model has no such words to learn."""
+    if labels is None:
+        return None
     return labels.masked_fill((labels == config.image_token_id) | (labels == config.latent_token_id), IGNORED)
 
 

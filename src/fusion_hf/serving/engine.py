@@ -21,7 +21,7 @@ from fusion_hf.serving.api_errors import BAD_REQUEST, INTERNAL, ApiError, overlo
 from fusion_hf.serving.chat_requests import ChatRequest
 from fusion_hf.serving.generation import AnswerText, SamplingLogitsProcessor
 from fusion_hf.serving.image_workers import ImageWorkers
-from fusion_hf.serving.joint_decoding import Row
+from fusion_hf.serving.joint_decoding import DecodingRow
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.model_thread import Answer, ModelThread, row_of
 
@@ -73,14 +73,14 @@ class _Job(Answer):
     def is_over(self) -> bool:
         return self.is_cancelled or time.monotonic() > self.deadline
 
-    def begin(self) -> Row:
+    def begin(self) -> DecodingRow:
         if self.is_over:  # a prompt takes long, and nobody waits for it
             raise too_late()
         inputs = self.engine.prepare(self.request, self.tiles)
         self.prompt_tokens = inputs["input_ids"].shape[1]
         sampling = self.request.sampling
         draw = [SamplingLogitsProcessor(sampling)] if sampling.temperature > 0 else []
-        return Row.prepare(
+        return DecodingRow.prepare(
             self.engine.chat_model, inputs, self.request.max_tokens, self.text, LogitsProcessorList(draw)
         )
 

@@ -26,7 +26,7 @@ POSITIONS = ("attention_mask", "position_ids")  # of a single row they follow fr
 
 
 @dataclass(eq=False)
-class Row:
+class DecodingRow:
     """
     A prompt and the answer to it, as far as it is written.
 
@@ -51,7 +51,7 @@ class Row:
         max_new_tokens: int,
         streamer: BaseStreamer,
         processors: LogitsProcessorList,
-    ) -> "Row":
+    ) -> "DecodingRow":
         """
         Check and complete arguments as `ChatModel.generate` does, and stop where its first pass would begin.
 
@@ -72,7 +72,7 @@ class Row:
             logits_processor: LogitsProcessorList,
             generation_config: GenerationConfig,
             **model_kwargs: Any,
-        ) -> Row:
+        ) -> DecodingRow:
             left_out = {"stopping_criteria", *POSITIONS, *CACHE_NAMES}
             kept = {name: value for name, value in model_kwargs.items() if name not in left_out}
             return cls(input_ids, kept, logits_processor, generation_config.max_length)
@@ -105,10 +105,10 @@ class RowBatch:
 
     def __init__(self, model: FusionForConditionalGeneration):
         self._model = model
-        self._rows: list[Row] = []
+        self._rows: list[DecodingRow] = []
         self._cache: Cache | None = None
 
-    def step(self, rows: Sequence[Row]) -> torch.Tensor:
+    def step(self, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """
         Process the last id of each row.
 
@@ -138,7 +138,7 @@ class RowBatch:
         """Forget all rows."""
         self._rows, self._cache = [], None
 
-    def _arrange(self, rows: Sequence[Row]) -> None:
+    def _arrange(self, rows: Sequence[DecodingRow]) -> None:
         if self._rows == rows:
             return
         before, here = self._cache, {row: place for place, row in enumerate(self._rows)}

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 import torch
 
 from fusion_hf.inference.chat_model import ChatModel
-from fusion_hf.serving.joint_decoding import Row, RowBatch
+from fusion_hf.serving.joint_decoding import DecodingRow, RowBatch
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ class Answer(ABC):
     """
 
     def __init__(self) -> None:
-        self.row: Row | None = None
+        self.row: DecodingRow | None = None
         self.ended: Future[None] = Future()
 
     @abstractmethod
-    def begin(self) -> Row:
+    def begin(self) -> DecodingRow:
         """Return the row, whose prompt is processed next."""
 
     @abstractmethod
@@ -164,7 +164,7 @@ class ModelThread:
         self._end(answer)
 
 
-def row_of(answer: Answer) -> Row:
+def row_of(answer: Answer) -> DecodingRow:
     """Return the row of an answer that has begun."""
     assert answer.row is not None
     return answer.row

@@ -195,8 +195,8 @@ class FusionDataCollator:
     def __call__(self, records: Sequence[dict[str, Any]]) -> Batch:
         """
         Make model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
-        `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `label_positions` (see
-        `find_label_positions`).
+        `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `loss_positions` (see
+        `find_loss_positions`).
 
         Raises:
             ValueError: for records, and prompts, that the model could not read.
@@ -234,7 +234,7 @@ class FusionDataCollator:
         batch = Batch(features.convert_to_tensors("pt"), query_len=query_len)
         self._check_prompts(batch)
         if self.compact:
-            batch["label_positions"] = find_label_positions(batch["labels"])
+            batch["loss_positions"] = find_loss_positions(batch["labels"])
         return batch
 
     def checks_for(self, config: FusionConfig) -> bool:
@@ -308,9 +308,9 @@ def images_of(messages: list[dict[str, Any]]) -> list[Any]:
     return [block["image"] for block in blocks if block["type"] == "image" and not block.get(REPEATED)]
 
 
-def find_label_positions(labels: torch.Tensor) -> torch.Tensor:
+def find_loss_positions(labels: torch.Tensor) -> torch.Tensor:
     """
-    Find where the labelled tokens of `labels` `(B, S)` are predicted: the model's `label_positions` `(M,)`.
+    Find where the labelled tokens of `labels` `(B, S)` are predicted: the model's `loss_positions` `(M,)`.
 
     The loss is the same without the logits of all other positions. Most tokens are those of the image and the
     question, and the logits of all would be the largest tensors of a step.

@@ -19,7 +19,7 @@ from fusion_hf.model.modeling_fusion_base import FusionCausalLMOutputWithPast, L
 from fusion_hf.training.arguments import FusionTrainingArguments
 from fusion_hf.training.callbacks import FiniteLossCallback, StopCallback, ThroughputCallback, append_log
 from fusion_hf.training.checkpoints import StopSignal
-from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator, find_label_positions
+from fusion_hf.training.collator import IGNORE_INDEX, FusionDataCollator, find_loss_positions
 from fusion_hf.training.distributed import enable_cpu_fsdp, sum_over_ranks
 from fusion_hf.training.exact_match import exact_matches
 from fusion_hf.training.flops import BatchShape, step_flops
@@ -35,7 +35,7 @@ from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 logger = logging.getLogger(__name__)
 
 PREDICTION = "Prediction"  # what Trainer calls it
-LABEL_POSITIONS = "label_positions"  # of a batch whose loss is computed without logits
+LOSS_POSITIONS = "loss_positions"  # of a batch whose loss is computed without logits
 
 
 class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
@@ -188,11 +188,11 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         """
         This part's share of the step's loss `()`. Without `num_items_in_batch` (evaluation): the batch's own.
 
-        There are logits only with `return_outputs`, and not of a batch that brings `label_positions`.
+        There are logits only with `return_outputs`, and not of a batch that brings `loss_positions`.
         """
         share = 1.0
-        if not return_outputs and LABEL_POSITIONS not in inputs:
-            inputs = {**inputs, LABEL_POSITIONS: find_label_positions(inputs["labels"])}
+        if not return_outputs and LOSS_POSITIONS not in inputs:
+            inputs = {**inputs, LOSS_POSITIONS: find_loss_positions(inputs["labels"])}
         if num_items_in_batch is not None and self.args.loss_average == MICRO_BATCHES:
             # its own counts, since without a label the mean over none would be no number
             num_items_in_batch = LossCounts(*self._count(inputs).float())
@@ -322,8 +322,8 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As Trainer's; logits are those of all positions, as the labels are, and come alone."""
-        positions = {LABEL_POSITIONS: find_label_positions(inputs["labels"])} if prediction_loss_only else {}
-        inputs = {name: value for name, value in inputs.items() if name != LABEL_POSITIONS} | positions
+        positions = {LOSS_POSITIONS: find_loss_positions(inputs["labels"])} if prediction_loss_only else {}
+        inputs = {name: value for name, value in inputs.items() if name != LOSS_POSITIONS} | positions
         if not prediction_loss_only and ignore_keys is None:
             ignore_keys = [field.name for field in fields(FusionCausalLMOutputWithPast) if field.name != "logits"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
