@@ -50,10 +50,10 @@ class OurSide:
 
     def read_batch(self, path: str) -> dict[str, Any]:
         """As `FusionTrainer`'s batches are: logits are asked for before labelled tokens only."""
-        from fusion_hf.training.collator import find_label_positions
+        from fusion_hf.training.collator import find_loss_positions
 
         batch = load_file(path)
-        positions = {"label_positions": find_label_positions(batch["labels"])}
+        positions = {"loss_positions": find_loss_positions(batch["labels"])}
         return batch | positions | {"query_len": self.model.config.query_len}
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:

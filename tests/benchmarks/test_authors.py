@@ -91,8 +91,8 @@ def test_our_side_reads_a_training_batch(tmp_path):
     side = OurSide({"folder": str(nano), "dtype": "float32"})
     batch = side.read_batch(str(authors.write_batch(bench)))
     assert batch.keys() <= signature(side.model.forward).parameters.keys()
-    assert (batch["labels"].flatten()[batch["label_positions"] + 1] != IGNORE_INDEX).all()
-    assert len(batch["label_positions"]) == (batch["labels"] != IGNORE_INDEX).sum() > 0
+    assert (batch["labels"].flatten()[batch["loss_positions"] + 1] != IGNORE_INDEX).all()
+    assert len(batch["loss_positions"]) == (batch["labels"] != IGNORE_INDEX).sum() > 0
 
 
 @pytest.mark.slow
