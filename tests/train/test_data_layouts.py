@@ -465,7 +465,7 @@ def test_a_whole_index_of_an_earlier_version_is_kept(tmp_path: Path, monkeypatch
 
 def test_the_documented_layouts_are_read(tmp_path: Path):
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"```jsonl\n(.*?)```", text, re.DOTALL)
+    (lines,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     (picture(tmp_path / "images") / "1.png").rename(tmp_path / "images" / "1.jpg")
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     records = load_records(tmp_path / "a.jsonl", cache=tmp_path / "cache")
