@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contestants import (
+    AHEAD,
     COMPILED,
     LLAVA,
     LLAVA_TILED,
@@ -142,7 +143,7 @@ def test_bytes_of_a_token(ours, contestants):
 def test_what_is_compared_with_what():
     assert missing_originals(["ours", "smolvlm"]) == []
     assert missing_originals(["llava_onevision_compiled"]) == [OURS, LLAVA]
-    assert default_names(SIZE) == list(NAMES)
+    assert default_names(SIZE) == [name for name in NAMES if name != AHEAD]  # its loop is for GPUs
     assert default_names(SIZES["3b"]) == [name for name in NAMES if name not in ("eager", "reference")]
 
 
