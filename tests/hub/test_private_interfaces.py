@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, SiglipVisionConfig, Trainer
+from transformers import GenerationMixin, PreTrainedModel, SiglipVisionConfig, Trainer
 
 import fusion_hf
 
@@ -24,10 +24,16 @@ ATTRIBUTES: dict[str, Any] = {
     "_attn_implementation": SiglipVisionConfig(),  # which attention a part of the model uses
     "_dynamo": torch,
     "_exit": os,
+    "_forward_hooks": torch.nn.Module(),  # whoever watches a layer sees it computed as usual
+    "_forward_pre_hooks": torch.nn.Module(),
     "_from_config": PreTrainedModel,  # a part with the attention of its configuration
     "_get_dataloader": Trainer,
     "_get_output_dir": Trainer,
+    "_linear_pointwise": torch.ops.mkldnn,  # use_onednn leaves a model as it is without it
     "_name_or_path": SiglipVisionConfig(),  # where the model was loaded from, with the tokenizer beside it
+    "_update_model_kwargs_for_generation": GenerationMixin,  # a step of decoding, as transformers' own loop
+    "_valid_auto_compile_criteria": GenerationMixin,
+    "_version": torch.zeros(1),  # counts writes, so that features of former weights are forgotten
 }
 MODULES = {"torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch.utils._pytree"}
 
