@@ -18,6 +18,11 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 EXACT, ROUNDED = 1e-5, 0.05
 FLASH = "flash"  # stands for the stand-in's name in parameters
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", FLASH)
+# flex attention is compiled for each part: one pair is enough of it to notice a fault
+PAIRS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair == ("flex_attention", "eager") else ())
+    for pair in product(IMPLEMENTATIONS, repeat=2)
+]
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def use(model: FusionForConditionalGeneration, vision: str, text: str) -> None:
     assert model.model.language_model.config._attn_implementation == names[1]
 
 
-@pytest.mark.parametrize(("vision", "text"), list(product(IMPLEMENTATIONS, repeat=2)))
+@pytest.mark.parametrize(("vision", "text"), PAIRS)
 def test_all_implementations_agree(
     llama: FusionForConditionalGeneration, flash: FlashStandIn, vision: str, text: str
 ) -> None:

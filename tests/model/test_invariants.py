@@ -177,7 +177,7 @@ def test_logits_processors_that_index_by_id(llama: FusionForConditionalGeneratio
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_attention_implementations_agree(llama: FusionForConditionalGeneration, implementation: str) -> None:
     inputs = make_inputs(llama.config, SAMPLES)
     expected = attended(llama(**inputs), inputs)

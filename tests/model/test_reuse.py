@@ -306,6 +306,7 @@ def test_long_rope_makes_a_continued_cache_anew() -> None:
     assert output.past_key_values.get_seq_length() == expected.shape[1] - 1
 
 
+@pytest.mark.slow  # test_compilation.py has a shorter one
 @torch.no_grad()
 def test_compiled_with_features(model: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(model.config, SAMPLES)

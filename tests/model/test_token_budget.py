@@ -122,6 +122,7 @@ def test_reused_features_and_continued_caches(
     assert torch.equal(model.generate(**inputs, **GREEDY, **given, cache=cache), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -> None:
     torch._dynamo.reset()  # else sizes that other tests in this process have compiled become unknowns here

@@ -313,6 +313,7 @@ def write_skips(broken: BrokenRecords, begin: int) -> None:
         broken.handle([("file", index, RecordProblem("shape", "x", "id"))])
 
 
+@pytest.mark.slow
 def test_many_processes_write_whole_lines(tmp_path: Path):
     broken = BrokenRecords("skip", 1000, tmp_path / "skipped.jsonl")
     context = multiprocessing.get_context("fork")
