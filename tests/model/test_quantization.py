@@ -72,7 +72,7 @@ def test_from_pretrained_uses_it(monkeypatch):
 
 @pytest.mark.parametrize("given", ["int8", 8, torch.int8])
 def test_what_is_no_configuration_is_refused(given):
-    with pytest.raises(ValueError, match=rf"quantization_config is {given!r}; allowed: .*BitsAndBytesConfig"):
+    with pytest.raises(ValueError, match=rf"quantization_config.*.*BitsAndBytesConfig.*got {given!r}"):
         FusionForConditionalGeneration.from_pretrained(nano_path(), quantization_config=given)
 
 

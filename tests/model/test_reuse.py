@@ -56,7 +56,7 @@ def test_features_of_the_tiles_alone_and_with_the_overview(
     features = model.get_global_features(pixel_values)
     assert features.shape == (len(SAMPLES), model.config.text_config.hidden_size, SIDE, SIDE)
     assert torch.equal(model.get_global_features(pixel_values[:, :TILES]), features)
-    with pytest.raises(ValueError, match=r"shape \(3, 3, 3, 32, 32\); allowed: \(B, 5, 3, 32, 32\) or \(B, 4, 3"):
+    with pytest.raises(ValueError, match=r"\(B, 5, 3, 32, 32\) or \(B, 4, 3.*got \(3, 3, 3, 32, 32\)"):
         model.get_global_features(pixel_values[:, :3])
 
 
@@ -177,7 +177,7 @@ def test_features_without_what_they_need_are_refused(
 ) -> None:
     features = torch.zeros(len(SAMPLES), 32, SIDE, SIDE)
     text = torch.randint(3, 50, (len(SAMPLES), 7))
-    with pytest.raises(ValueError, match=r"of type torch\.int64; allowed: floating-point"):
+    with pytest.raises(ValueError, match=r"floating-point tensor, got torch\.int64"):
         model(**inputs, global_features=features.long())
     with pytest.raises(ValueError, match=r"\(3, 5, 3, 32, 32\) or \(3, 1, 3, 32, 32\)"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:, :2]}, global_features=features)
@@ -268,7 +268,7 @@ def test_what_cannot_continue_a_cache_is_refused(model: FusionForConditionalGene
         model(**given | {"prompt_end_positions": inputs["prompt_end_positions"][:, :0]})
     with pytest.raises(ValueError, match=r"global_features need pixel_values.* or past_key_values"):
         model(**given | {"cache": DynamicCache()})
-    with pytest.raises(ValueError, match=f"has {QUERY_LEN} tokens, but query_len is 9"):
+    with pytest.raises(ValueError, match=f"must have 9 tokens .`query_len`., got {QUERY_LEN}"):
         model(**given | {"query_len": 9})
     with pytest.raises(ValueError, match=r"shape \(1, 32, 6, 6\); 1 samples"):
         model(**given | {"global_features": torch.zeros(1, 32, 6, 6)})

@@ -82,7 +82,7 @@ def test_threads_may_use_different_grids(processor: FusionProcessor) -> None:
 
 @pytest.mark.parametrize("grid", [0, -2, 2.5, "4"])
 def test_image_token_grid_that_is_no_whole_number_from_1(processor: FusionProcessor, grid: Any) -> None:
-    message = rf"image_token_grid is {re.escape(repr(grid))}; allowed: a whole number from 1"
+    message = rf"image_token_grid.*a whole number from 1.*got {re.escape(repr(grid))}"
     with pytest.raises(ValueError, match=message):
         processor(text="a", image_token_grid=grid)
     with pytest.raises(ValueError, match=message):
@@ -182,7 +182,7 @@ def test_empty_question(processor: FusionProcessor) -> None:
 
 def test_too_long_question(processor: FusionProcessor) -> None:
     maximum = processor.tokenizer.model_max_length
-    with pytest.raises(ValueError, match=rf"A prompt has \d+ tokens; allowed: tokenizer.model_max_length = {maximum}"):
+    with pytest.raises(ValueError, match=rf"at most {maximum} tokens \(`tokenizer.model_max_length`\), got \d+"):
         processor.apply_chat_template([user("word " * 20_000, PICTURE)], **CALL)
 
 
@@ -230,7 +230,7 @@ def test_messages_that_cannot_be(processor: FusionProcessor, messages: Any, erro
         ("a", [PICTURE], "found 0 <image> tokens and 1 images"),
         ("<image> a", [PICTURE, PICTURE], "found 1 <image> tokens and 2 images"),
         ("<image><image> a", [PICTURE, PICTURE], "has 2 <image> marks; FUSION reads 1"),
-        ("<latent_image><latent_image> a", None, "has 2 tokens, but query_len is 16"),
+        ("<latent_image><latent_image> a", None, "must have 16 tokens .`query_len`., got 2"),
         ([3], None, "text holds a int"),
         (3, None, "`text` must be a string or a list of one or more strings, got 3"),
         ([], None, "`text` must be a string or a list of one or more strings"),
@@ -243,12 +243,12 @@ def test_counts_that_disagree(processor: FusionProcessor, text: Any, images: Any
 
 @pytest.mark.parametrize("query_len", [0, 5, -4, "4", 4.0, True])
 def test_query_len_that_is_no_square(processor: FusionProcessor, query_len: Any) -> None:
-    with pytest.raises(ValueError, match=rf"query_len is {query_len!r}; allowed: a perfect square"):
+    with pytest.raises(ValueError, match=rf"query_len.*a perfect square.*got {query_len!r}"):
         processor(text="a", query_len=query_len)
 
 
 def test_unknown_chat_format(processor: FusionProcessor) -> None:
-    with pytest.raises(ValueError, match="chat_format is 'vicuna'; allowed: 'phi3', 'llama3', 'chatml'"):
+    with pytest.raises(ValueError, match="chat_format.*'phi3', 'llama3', 'chatml'.*got 'vicuna'"):
         FusionProcessor(FusionImageProcessor(), processor.tokenizer, chat_format="vicuna")
 
 

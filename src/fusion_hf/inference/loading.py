@@ -1,6 +1,6 @@
-"""Loading a model with its processor from a folder, and a refusal of one that is not complete.
+"""Loading a complete model with its processor from a folder.
 
-Whose model it is does not matter: the classes are this package's own, and no code of a model folder is ever run.
+The classes are always those of this package. No code in a model folder is ever run.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class LoadedModel(NamedTuple):
-    """A model and its processor, as they are in their folder."""
+    """A model and its processor as stored in their folder."""
 
     model: FusionForConditionalGeneration
     processor: FusionProcessor
@@ -30,8 +30,11 @@ def load_config(folder: Path) -> FusionConfig:
     """
     Load the configuration in a model folder.
 
+    Args:
+        folder: Model folder.
+
     Raises:
-        InputError: If it cannot be read.
+        InputError: If the configuration cannot be read.
     """
     with _name_folder(folder):
         return FusionConfig.from_pretrained(folder)
@@ -42,18 +45,20 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
     Load the model and the processor in a folder.
 
     Args:
-        folder: The model folder.
-        dtype: Of the weights.
-        options: Further arguments of `from_pretrained` of the model, such as `config` and `quantization_config`.
+        folder: Model folder.
+        dtype: Dtype of the weights.
+        options: Further arguments of the model's `from_pretrained`, such as `config` and `quantization_config`.
+
+    Returns:
+        The model and its processor.
 
     Raises:
-        InputError: If they cannot be read, or if weights are missing: those would be random numbers, and so would
-            the answers.
+        InputError: If the files cannot be read, or if weights are missing. Missing weights would be random.
     """
     if not (folder / TOKENIZER_FILE).is_file():
         raise InputError(
-            f"The model {folder} has no {TOKENIZER_FILE} and cannot read questions. Copy it there, or convert the "
-            "checkpoint with fusion-hf convert --tokenizer DIR_OR_REPO."
+            f"The model {folder} has no {TOKENIZER_FILE}, so it cannot read questions. Copy that file there, or "
+            "convert the checkpoint with `fusion-hf convert --tokenizer DIR_OR_REPO`."
         )
     with _name_folder(folder):
         processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -62,13 +67,13 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
         )
     absent = sorted(info["missing_keys"])
     if absent:
-        raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again.")
+        raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}. Copy them again.")
     return LoadedModel(model, processor)
 
 
 @contextmanager
 def _name_folder(folder: Path) -> Iterator[None]:
-    """Make an `InputError` of what the folder's files make the libraries raise."""
+    """Convert the errors that the files of a folder cause in the libraries to an [`InputError`]."""
     try:
         yield
     except InputError:
