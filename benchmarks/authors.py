@@ -62,7 +62,12 @@ TURNS = ("what color is the suit?", "what is written on it?")
 ANSWER = "it is orange and has a round badge with letters in the middle of it."
 PATIENCE = 600  # seconds for an answer of a process
 LOSS_TOLERANCE = 1e-4  # relative, of float32
-OUR_IMPORTS = "import fusion_hf.cli.model_loading, fusion_hf.inference.conversation"
+# as `fusion-hf ask` does
+OUR_IMPORTS = """
+from fusion_hf.cli.lean_imports import lean_imports
+with lean_imports(True):
+    import fusion_hf.cli.model_loading, fusion_hf.inference.conversation
+"""
 THEIR_IMPORTS = "import fusion.model; from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer"
 
 Command = list[str]
