@@ -41,9 +41,7 @@ class OurSide:
         from fusion_hf.inference.batching import batch_generate  # which a cold start does without
 
         records = [{"image": path, "question": text} for path, text in zip(paths, questions, strict=True)]
-        results = batch_generate(
-            records, self.fresh, batch_size=len(records), max_new_tokens=tokens, progress=False
-        )
+        results = batch_generate(records, self.fresh, batch_size=len(records), max_new_tokens=tokens, progress=False)
         return [result["answer"] for result in results]
 
     def answer_each(self, path: str, questions: list[str], tokens: int) -> list[str]:
