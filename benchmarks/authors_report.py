@@ -1,6 +1,6 @@
 """Table of `authors.py`'s results: `report.py` writes it with its own."""
 
-from blocks import BYTES_PER_MIB, PERFORMANCE, Cell, Result, Row, Table, format_spread
+from blocks import BYTES_PER_MIB, PAGES, Cell, Result, Row, Table, format_spread
 from measure import paired_ratios, summarize
 
 THEIRS, THEIRS_BFLOAT16, OURS, OURS_BFLOAT16 = "theirs", "theirs_bfloat16", "ours", "ours_bfloat16"
@@ -81,7 +81,7 @@ def measured_with(result: Result) -> str:
 
 TABLE = Table(
     "authors",
-    PERFORMANCE,
+    PAGES / "authors.md",
     {"Intel": "authors_intel.json", "AMD": "authors_amd.json"},
     ROWS,
     measured_with,

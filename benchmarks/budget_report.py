@@ -7,8 +7,8 @@ from typing import Any
 from blocks import (
     BYTES_PER_MIB,
     DOCS,
-    GUIDE,
     NOT_MEASURED,
+    PAGES,
     RESULTS,
     Result,
     Table,
@@ -18,6 +18,7 @@ from blocks import (
 )
 from plot import Panel, Point, draw
 
+DOCUMENT = PAGES / "token_budget.md"
 PLOT = DOCS / "assets" / "token_budget.svg"
 PLOTTED = "CPU"  # the column whose numbers are drawn
 EASY = "easy-vqa"
@@ -33,8 +34,8 @@ def measured_with(part: Result) -> str:
 
 
 COLUMNS = {PLOTTED: "token_budget_cpu.json", "GPU": "token_budget_cuda.json"}
-TIMES = Table("token budget, times", GUIDE, COLUMNS, [], measured_with)
-ACCURACY = Table("token budget, accuracy", GUIDE, {PLOTTED: COLUMNS[PLOTTED]}, [], measured_with)
+TIMES = Table("token budget, times", DOCUMENT, COLUMNS, [], measured_with)
+ACCURACY = Table("token budget, accuracy", DOCUMENT, {PLOTTED: COLUMNS[PLOTTED]}, [], measured_with)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -158,7 +159,7 @@ def panels_of(result: Result) -> list[Panel]:
 
 def write() -> None:
     """Into the documentation."""
-    GUIDE.write_text(update(GUIDE.read_text(), RESULTS))
+    DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))
     result = load_results(TIMES, RESULTS)[PLOTTED]
     if result is not None:
         draw(PLOT, panels_of(result))

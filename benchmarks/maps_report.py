@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from blocks import DOCS, NOT_MEASURED, RESULTS, Block, Result, conditions, replace_block
+from blocks import NOT_MEASURED, PAGES, RESULTS, Block, Result, conditions, replace_block
 
-DOCUMENT = DOCS / "attention_maps.md"
+DOCUMENT = PAGES / "attention_maps.md"
 SOURCE = "maps_cpu.json"
 FIGURES = Block("maps on shapes", DOCUMENT)
 KINDS = {

@@ -13,10 +13,9 @@ from blocks import (
     ALLOCATED,
     BYTES_PER_MIB,
     DOCS,
-    GUIDE,
     NOT_MEASURED,
     OUT_OF_MEMORY,
-    PERFORMANCE,
+    PAGES,
     RESULTS,
     Cell,
     Plot,
@@ -29,6 +28,7 @@ from blocks import (
     load_results,
     render,
     replace_block,
+    show,
 )
 from cpu_report import ROWS as CPU_ROWS
 from cpu_report import cpu_conditions
@@ -384,30 +384,30 @@ def training_conditions(result: Result) -> str:
 
 
 INFERENCE = Table(
-    "benchmark", PERFORMANCE, {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions
+    "benchmark", PAGES / "inference.md", {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions
 )
 TRAINING = Table(
     "training benchmark",
-    PERFORMANCE,
+    PAGES / "training.md",
     {"CPU": "training_cpu.json", "GPU, 3B": "training_cuda_3b.json", "GPU, 8B": "training_cuda_8b.json"},
     TRAINING_ROWS,
     training_conditions,
 )
 COMPARISON = Table(
     "comparison",
-    GUIDE,
+    PAGES / "models.md",
     {"CPU": "cpu.json", "GPU, 3B": "cuda_3b.json", "GPU, 8B": "cuda_8b.json"},
     COMPARISON_ROWS,
     comparison_conditions,
 )
 QUANTIZATION = Table(
     "quantization",
-    GUIDE,
+    PAGES / "quantization.md",
     {"CPU": "quantization_cpu.json", "GPU": "quantization_cuda.json"},
     QUANTIZATION_ROWS,
     quantization_conditions,
 )
-ONE_CPU = Table("types on a CPU", GUIDE, {"Intel, without AMX": "types_cpu.json"}, CPU_ROWS, cpu_conditions)
+ONE_CPU = Table("types on a CPU", PAGES / "cpu.md", {"Intel, without AMX": "types_cpu.json"}, CPU_ROWS, cpu_conditions)
 TABLES = [
     INFERENCE,
     TRAINING,
@@ -419,7 +419,7 @@ TABLES = [
 PLOTS = [
     Plot(
         f"growth on a {device}",
-        GUIDE,
+        PAGES / "models.md",
         DOCS / "assets" / f"inference_growth_{device.lower()}.svg",
         f"Growth of the time to the first token, and throughput, on a {device}",
         source,
@@ -442,8 +442,9 @@ def update(document: Path, folder: Path) -> str:
             text = replace_block(text, table, render(table, load_results(table, folder)))
     for plot in PLOTS:
         if plot.document == document:
-            picture = f"![{plot.description}]({plot.picture.relative_to(document.parent)})"
-            text = replace_block(text, plot, picture if load_panels(plot, folder) else f"{plot.name}: {NOT_MEASURED}.")
+            text = replace_block(
+                text, plot, show(plot) if load_panels(plot, folder) else f"{plot.name}: {NOT_MEASURED}."
+            )
     return text
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from blocks import (
-    DOCS,
+    PAGES,
     RESULTS,
     Cell,
     Result,
@@ -16,7 +16,7 @@ from blocks import (
     replace_block,
 )
 
-DOCUMENT = DOCS / "serving.md"
+DOCUMENT = PAGES / "serving.md"
 CLIENTS = ("1", "8", "32", "8, one picture")
 FORMER_CLIENTS = ("1", "2", "4", "8")
 PATHS = {

@@ -16,7 +16,8 @@ CONTENTS = re.compile(r"^```{toctree}$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def test_every_page_is_in_the_contents():
     listed = set("\n".join(CONTENTS.findall((DOCS / "index.md").read_text("utf-8"))).splitlines())
-    pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    paths = [path.relative_to(DOCS).with_suffix("") for path in (*DOCS.glob("*.md"), *DOCS.glob("benchmarks/*.md"))]
+    pages = {path.as_posix() for path in paths} - {"index"}
     assert pages - listed == set()
     assert {f"generated/{path}" for path in ("cli", "recipe_keys")} <= listed
 

@@ -21,6 +21,12 @@ TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter", "cannot b
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # `write_problem` finds those that the disk causes
 
 
+def cache_folder() -> Path:
+    """Return `$HF_HOME/fusion_hf` if that is set, else `~/.cache/fusion_hf` (or below `$XDG_CACHE_HOME`)."""
+    folder = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder).expanduser() / "fusion_hf"
+
+
 def write_problem(error: BaseException, folder: Path) -> str | None:
     """
     Return why a disk refused a write, or None if the disk did not cause the error.
