@@ -34,10 +34,10 @@ def check_one_line(result, *parts: str, status: int = 2) -> None:
         ([], "COMMAND"),
         (["paint"], "paint"),
         (["ask", "picture.png"], "QUESTION"),
-        (["ask", "nowhere.png", QUESTION], "'nowhere.png' is no file"),
+        (["ask", "nowhere.png", QUESTION], "An image must be an existing file or an http(s) URL, got 'nowhere.png'"),
         (["ask", "docs/assets/red_circle.png", "what", "color", "is it?"], "quotation marks"),
         (["ask", "docs", QUESTION], "docs is a folder"),
-        (["ask", "x" * 10_000, QUESTION], "is no file"),
+        (["ask", "x" * 10_000, QUESTION], "must be an existing file"),
         (["ask", "docs/assets/red_circle.png", ""], "question is empty"),
         (["ask", "docs/assets/red_circle.png", " \n"], "question is empty"),
         (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "10"], "perfect square"),
@@ -45,7 +45,7 @@ def check_one_line(result, *parts: str, status: int = 2) -> None:
         (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "many"], "perfect square"),
         (["ask", "docs/assets/red_circle.png", QUESTION, "--max-new-tokens", "0"], "whole number from 1"),
         (["ask", "docs/assets/red_circle.png", QUESTION, "--image-token-grid", "0"], "whole number from 1"),
-        (["chat", "nowhere.png"], "'nowhere.png' is no file"),
+        (["chat", "nowhere.png"], "An image must be an existing file or an http(s) URL, got 'nowhere.png'"),
     ],
 )
 def test_wrong_command_line(run, arguments, part):
@@ -71,7 +71,7 @@ def test_unreadable_pictures(run, tmp_path):
     assert len(lines) == len(files)
     for line, path in zip(lines, files.values(), strict=True):
         assert line.startswith(f"error: {path}: ")
-        assert line.endswith("Give another image, or save it as PNG or JPEG.")
+        assert line.endswith("Use another image, or save it as PNG or JPEG.")
     assert str(BOMB_SIDE**2) in lines[-2] and "limit" in lines[-2]
     assert f"{LARGE_SIDE} x {LARGE_SIDE}" in lines[-1] and "more than max_image_pixels = " in lines[-1]
 
@@ -89,7 +89,7 @@ def test_question_longer_than_the_model_reads(run, picture, nano):
 
 def test_more_latent_tokens_than_the_model_reads(run_here, picture):
     check_one_line(
-        run_here("ask", picture, QUESTION, "--query-len", 10**8), "query_len is 100000000", "below the model's"
+        run_here("ask", picture, QUESTION, "--query-len", 10**8), "`query_len`", "got 100000000", "below the model's"
     )
 
 
@@ -97,12 +97,17 @@ def test_more_latent_tokens_than_the_model_reads(run_here, picture):
 def test_more_image_tokens_than_the_tower_gives(run_here, picture, command):
     name, *question = command
     result = run_here(name, picture, *question, "--image-token-grid", 7)
-    check_one_line(result, "image_token_grid is 7", "allowed: a whole number from 1 to 6")
+    check_one_line(result, "`image_token_grid` must be a whole number from 1 to 6", "got 7")
 
 
 @pytest.mark.parametrize("option", ["--device", "--dtype"])
 def test_unknown_device_or_type(run_here, picture, option):
-    check_one_line(run_here("ask", picture, QUESTION, option, "abacus"), "'abacus'", "allowed", "auto")
+    check_one_line(
+        run_here("ask", picture, QUESTION, option, "abacus"),
+        "'abacus'",
+        "auto",
+        "cpu" if option == "--device" else "float32",
+    )
 
 
 class TestModel:
@@ -126,10 +131,10 @@ class TestModel:
     @pytest.mark.parametrize(
         ("config", "part"),
         [
-            ({"model_type": "llama"}, "is a 'llama' model"),
-            ({}, "is a None model"),
+            ({"model_type": "llama"}, "must be 'fusion', got 'llama'"),
+            ({}, "must be 'fusion', got None"),
             ({"model_type": "fusion_phi"}, "fusion-hf convert"),
-            ({"model_type": "fusion", "query_len": 10}, "FusionConfig.query_len is 10"),
+            ({"model_type": "fusion", "query_len": 10}, "perfect square (1, 4, 9, 16, ...), got 10"),
         ],
     )
     def test_other_configuration(self, run_here, picture, nano, tmp_path, config, part):

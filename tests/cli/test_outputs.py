@@ -110,7 +110,7 @@ def test_an_error_of_the_work_is_not_the_disks(tmp_path: Path):
 
 def test_space_is_asked_for_before(tmp_path: Path):
     check_space(tmp_path, 1)
-    with pytest.raises(InputError, match=r"1000000000\.000 GB will be written, and .* GB free"):
+    with pytest.raises(InputError, match=r"must have 1000000000\.000 GB of free space, got"):
         check_space(tmp_path, 10**18)
 
 

@@ -214,7 +214,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "no code": (lambda f: (f / "modeling_fusion_vision.py").unlink(), "has no modeling_fusion_vision.py"),
-    "no card": (lambda f: (f / "README.md").unlink(), "has no README.md; write its model card"),
+    "no card": (lambda f: (f / "README.md").unlink(), "has no README.md. Write its model card"),
     "pickle": (lambda f: (f / "training_args.bin").write_bytes(b"\x80\x04."), "training_args.bin is no file"),
     "pickle in disguise": (lambda f: (f / "spiece.model").write_bytes(b"\x80\x04."), "spiece.model begins like"),
     "archive in disguise": (lambda f: (f / "a.txt").write_bytes(b"PK\x03\x04rest"), "a.txt begins like"),
@@ -292,11 +292,11 @@ def test_the_certificate_is_in_the_card(hub: HubServer, folder: Path, push: Push
     ("changes", "message"),
     [
         ({"equal": False}, "parity.json says that the folder differs"),
-        ({"stages": [{"name": "pixels"}]}, "parity.json is no certificate"),
-        ({"weights": {"compared": 1, "folder": {"model.safetensors": "0" * 64}}}, "parity.json is of other weights"),
+        ({"stages": [{"name": "pixels"}]}, "parity.json is not a certificate"),
+        ({"weights": {"compared": 1, "folder": {"model.safetensors": "0" * 64}}}, "parity.json does not belong to"),
         (
             {"weights": {"compared": 1, "folder": {"../model.safetensors": "0" * 64}}},
-            "parity.json is of other weights",
+            "parity.json does not belong to",
         ),
     ],
 )
@@ -322,10 +322,10 @@ def test_a_broken_folder_is_named(name: str, folder: Path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda f: (f / "chat_template.jinja").write_text("{{ nothing.at.all }}"), "does not answer by itself"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ nothing.at.all }}"), "does not work on its own"),
         (lambda f: rewrite(f / "config.json", sampler_layers=[0, 1, 2]), "missing_keys"),
         (lambda f: rewrite(f / "config.json", sampler_layers=[0]), "unexpected_keys"),
-        (lambda f: rewrite(f / "config.json", auto_map={}), "does not answer by itself"),
+        (lambda f: rewrite(f / "config.json", auto_map={}), "does not work on its own"),
     ],
 )
 def test_a_folder_that_does_not_answer_by_itself(
@@ -354,7 +354,7 @@ def test_of_a_run_the_model_is_sent(folder: Path):
     before = [file.name for file in check_files(folder)]
     assert [file.name for file in check_files(make_run(folder))] == before
     (folder / "notes.bin").touch()
-    with pytest.raises(InputError, match=r"notes\.bin is no file of a model folder"):
+    with pytest.raises(InputError, match=r"notes\.bin does not belong in a model folder"):
         check_files(folder)
 
 

@@ -308,7 +308,7 @@ def test_a_server_that_dies_fails_once_and_the_rest_is_not_asked(script: Scripte
     answers = answerer.answer([ask(str(number), number) for number in range(300)])
     assert texts(answers) == [f"you said {number}" for number in range(5)] + [None] * 295
     (failure,) = answerer.failures
-    assert "/v1/chat/completions gives no answer: connection failed (" in failure.reason
+    assert "/v1/chat/completions does not answer: connection failed (" in failure.reason
     assert failure.reason.endswith("in 8 tries; no further question was asked")
     assert max(int(prompt_of(payload)) for payload in script.requests) < 10
     script.faults = lambda payload, repeat: None
@@ -333,7 +333,7 @@ def test_a_server_that_does_not_answer(script: Scripted):
     model.client.timeout = 0.2
     answerer = RequestAnswerer(model)
     assert answerer.answer([ask("a")]) == [None]
-    assert "gives no answer: no response in 0.2 s; no further" in answerer.failures[0].reason
+    assert "does not answer: no response in 0.2 s; no further" in answerer.failures[0].reason
     assert len(script.requests) == 1
 
 
@@ -395,7 +395,7 @@ def test_nobody_is_there():
 
 
 def test_a_server_of_another_protocol():
-    message = "models gives no answer: the response is no JSON"
+    message = "models does not answer: the response is not JSON"
     with HttpServer(lambda _: Response(b"<html>hello</html>")) as shop, pytest.raises(InputError, match=message):
         ServedModel.connect(f"{shop.url}/v1")
 
@@ -472,8 +472,8 @@ def test_keys_that_are_none(monkeypatch, value: str | None, message: str):
         ("http://[::1/v1", "is no address"),
         ("http://host:99999/v1", "is no address"),
         ("http://a b/v1", "allowed: http"),
-        ("http://me:secret@host/v1", "Give a key by --api-key-env"),
-        ("http://host/v1?key=secret", "Give a key by --api-key-env"),
+        ("http://me:secret@host/v1", "Pass a key by --api-key-env"),
+        ("http://host/v1?key=secret", "Pass a key by --api-key-env"),
     ],
 )
 def test_addresses_that_are_none(url: str, message: str):

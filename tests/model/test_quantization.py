@@ -84,7 +84,7 @@ def test_an_unknown_method_is_refused_with_those_there_are():
 def test_a_missing_library_names_the_extra():
     command = [sys.executable, "-c", WITHOUT_LIBRARIES]
     printed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()
-    assert printed == ['True Quantization needs the extra: pip install "fusion_hf[quant]"'] * 3
+    assert printed == ['True For quantization, run `pip install "fusion_hf[quant]"`.'] * 3
 
 
 def test_other_missing_modules_are_no_matter_of_the_extra():

@@ -203,18 +203,18 @@ def test_too_long_question(processor: FusionProcessor) -> None:
             r"messages\[1\].content\[0\].*'text'.*'assistant', got 'image'",
         ),
         ([], "list of messages"),
-        ({"role": "user", "content": "a"}, "list of messages, got {'role'"),
-        (None, "list of messages, got None"),
-        ([[user("a")], [user("a"), user("b")]], r"conversation\[1\].messages\[1\].role must be 'assistant'"),
-        ([[user("a")], [user([], PICTURE)]], r"conversation\[1\].messages\[0\].content\[1\].text must be a string"),
+        ({"role": "user", "content": "a"}, "list of at least one message, got {'role'"),
+        (None, "list of at least one message, got None"),
+        ([[user("a")], [user("a"), user("b")]], r"conversation\[1\].messages\[1\].role. must be 'assistant'"),
+        ([[user("a")], [user([], PICTURE)]], r"conversation\[1\].messages\[0\].content\[1\].text. must be a string"),
         (["hello"], r"messages\[0\]"),
-        ([user("a"), user("b")], r"messages\[1\].role must be 'assistant'.*got 'user'"),
-        ([{"role": "assistant", "content": "a"}, user("b")], r"messages\[0\].role must be 'user'.*got 'assistant'"),
-        ([user("a"), {"role": "system", "content": "b"}], r"messages\[1\].role must be 'assistant'.*got 'system'"),
-        ([user("a"), {"role": "assistant", "content": "b"}], r"messages\[1\].role must be 'user' with"),
-        ([{"role": "user", "content": 3}], r"messages\[0\].content must be a string or a list of blocks, got int"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text must be a string"),
-        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\] must have a type"),
+        ([user("a"), user("b")], r"messages\[1\].role. must be 'assistant'.*got 'user'"),
+        ([{"role": "assistant", "content": "a"}, user("b")], r"messages\[0\].role. must be 'user'.*got 'assistant'"),
+        ([user("a"), {"role": "system", "content": "b"}], r"messages\[1\].role. must be 'assistant'.*got 'system'"),
+        ([user("a"), {"role": "assistant", "content": "b"}], r"messages\[1\].role. must be 'user' with"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content. must be a string or a list of blocks, got int"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text. must be a string"),
+        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\].type. must be one of"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\].image_url"),
     ],
 )
@@ -229,9 +229,9 @@ def test_messages_that_cannot_be(processor: FusionProcessor, messages: Any, erro
         ("<image> a", None, "found 1 <image> tokens and 0 images"),
         ("a", [PICTURE], "found 0 <image> tokens and 1 images"),
         ("<image> a", [PICTURE, PICTURE], "found 1 <image> tokens and 2 images"),
-        ("<image><image> a", [PICTURE, PICTURE], "has 2 <image> marks; FUSION reads 1"),
+        ("<image><image> a", [PICTURE, PICTURE], "at most 1 <image>, got 2"),
         ("<latent_image><latent_image> a", None, "must have 16 tokens .`query_len`., got 2"),
-        ([3], None, "text holds a int"),
+        ([3], None, "a string or a list of strings, got 3"),
         (3, None, "`text` must be a string or a list of one or more strings, got 3"),
         ([], None, "`text` must be a string or a list of one or more strings"),
     ],
@@ -248,7 +248,7 @@ def test_query_len_that_is_no_square(processor: FusionProcessor, query_len: Any)
 
 
 def test_unknown_chat_format(processor: FusionProcessor) -> None:
-    with pytest.raises(ValueError, match="chat_format.*'phi3', 'llama3', 'chatml'.*got 'vicuna'"):
+    with pytest.raises(ValueError, match=r"chat_format.*'phi3', 'llama3', 'chatml'.*got 'vicuna'"):
         FusionProcessor(FusionImageProcessor(), processor.tokenizer, chat_format="vicuna")
 
 
@@ -285,7 +285,7 @@ def test_the_tokenizers_own_template_takes_plain_messages(processor: FusionProce
 
 def test_images_stay_with_their_prompts(processor: FusionProcessor) -> None:
     texts = ["<image><latent_image>a", "<image><latent_image>b"]
-    with pytest.raises(ValueError, match=r"Prompt 0 has 1 <image> marks, but images\[0\] has 2"):
+    with pytest.raises(ValueError, match=r"Prompt 0 has 1 <image>, but `images\[0\]` has 2"):
         processor(images=[[PICTURE, PICTURE], []], text=texts, return_tensors="pt")
     nested = processor(images=[[PICTURE], [PICTURE]], text=texts, return_tensors="pt")
     assert torch.equal(

@@ -49,28 +49,31 @@ def changed(section: str | None, **values: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (changed(None, recods=3), r"key 'recods'; did you mean 'records'"),
-        (changed("writer", modle="x"), r"config.yaml: writer has the key 'modle'; did you mean 'model'"),
-        (changed("writer", temperature="hot"), r"writer.temperature is 'hot'; allowed: a number"),
-        (changed("writer", tries=True), r"writer.tries is True; allowed: a whole number"),
-        (changed("writer", tries=0), r"tries is 0; allowed: more than 0"),
-        (changed("writer", url="ftp://host"), r"url is 'ftp://host'; allowed: http://HOST"),
-        (changed("writer", url="https://name:secret@host"), r"url has more than scheme, host.* key by key_variable"),
+        (changed(None, recods=3), r"key 'recods'. Did you mean 'records'"),
+        (changed("writer", modle="x"), r"config.yaml: writer has the unknown key 'modle'. Did you mean 'model'"),
+        (changed("writer", temperature="hot"), r"writer.temperature.*a number.*got 'hot'"),
+        (changed("writer", tries=True), r"writer.tries.*a whole number.*got True"),
+        (changed("writer", tries=0), r"tries.*more than 0.*got 0"),
+        (changed("writer", url="ftp://host"), r"url.*http://HOST.*got 'ftp://host'"),
+        (
+            changed("writer", url="https://name:secret@host"),
+            r"url. must have only a scheme.* key by key_variable",
+        ),
         (changed("writer", url=None), r"url is None for server 'endpoint'"),
         (changed("writer", server="vllm"), r"url is 'http://localhost:8000' for server 'vllm'"),
-        (changed("writer", structured="xml"), r"structured is 'xml'; allowed: 'json_schema', 'json_object', 'prompt'"),
-        (changed("pool", kind="csv"), r"pool.kind is 'csv'; allowed: 'text', 'jsonl', 'parquet', 'hub'"),
+        (changed("writer", structured="xml"), r"structured.*'json_schema', 'json_object', 'prompt'.*got 'xml'"),
+        (changed("pool", kind="csv"), r"pool.kind.*'text', 'jsonl', 'parquet', 'hub'.*got 'csv'"),
         (changed("images", kind="openai"), r"url is None for kind 'openai'"),
         (changed(None, pool=None), r"has no pool, which the backend `models` needs"),
         (changed(None, categories={"SynthColour": 1}), r"categories has 'SynthColour'; allowed: Synth"),
         (changed(None, categories={"SynthColor": 0}), r"categories.SynthColor is 0.0; allowed: a share above 0"),
-        (changed(None, records=0), r"records is 0; allowed: more than 0"),
+        (changed(None, records=0), r"records.*more than 0.*got 0"),
         (changed(None, executor={"kind": "slurm"}), r"options has no time; Slurm needs time and partition"),
         (changed(None, executor={"options": {"time": "1"}}), r"options and stages are for kind slurm and ray"),
         (changed(None, executor={"workers": 0}), r"workers is 0; allowed: 1 or more, or -1"),
         (changed(None, image_check={}), r"endpoint and fusion, or neither"),
         ({"records": 3}, r"config.yaml has no output"),
-        (["records"], r"holds a list; allowed: keys with values"),
+        (["records"], r"must be a mapping of keys to values, got a list"),
     ],
 )
 def test_errors_name_key_value_and_what_is_allowed(values: object, message: str, tmp_path: Path):
@@ -82,12 +85,12 @@ def test_errors_name_key_value_and_what_is_allowed(values: object, message: str,
 def test_what_is_no_yaml(text: str, tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match="is no YAML"):
+    with pytest.raises(InputError, match="is not valid YAML"):
         load_config(path)
 
 
 def test_an_override_needs_a_value(tmp_path: Path):
-    with pytest.raises(InputError, match="is no override"):
+    with pytest.raises(InputError, match="An override must be"):
         load_config(write(tmp_path, MINIMAL), ["records"])
     with pytest.raises(InputError, match="records is 10"):
         load_config(write(tmp_path, MINIMAL), ["records.x=1"])

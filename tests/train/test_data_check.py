@@ -107,7 +107,10 @@ def test_pictures_under_another_root(data: Path, tmp_path: Path, capsys: pytest.
         (["good.json", "--on-truncated", "skip"], "invalid choice: 'skip'"),
         (["good.json", "--max-image-pixels", "0"], "a whole number from 1"),
         (["good.json", "--image-root", "none"], "image_roots: none is no folder"),
-        (["good.json", "--allow-image-host", "a/b"], "The image host is 'a/b'"),
+        (
+            ["good.json", "--allow-image-host", "a/b"],
+            "NAME:PORT or an IP address, got 'a/b'",
+        ),
         ([], "the following arguments are required: MIXTURE_OR_FILE"),
     ],
 )
