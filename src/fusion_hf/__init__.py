@@ -50,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 def _convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
-    """Convert a model. Conversion may import model folders but not the reverse, so both are connected here."""
+    """Convert a checkpoint. `hub` must not import `conversion`, so the package connects both here."""
     from fusion_hf.conversion.converted_models import convert_once
 
     return convert_once(name, folder, hub)

@@ -251,16 +251,16 @@ def test_a_batch_of_arrays_goes_to_its_prompts(processor: FusionProcessor) -> No
 @pytest.mark.parametrize(
     ("images", "error"),
     [
-        ([[PHOTO, PHOTO], []], "Prompt 0 has 1 <image>, but `images[0]` has 2 images"),
-        ([BATCH[:2], BATCH[:0]], "Prompt 0 has 1 <image>, but `images[0]` has 2 images"),
-        ([[PHOTO], [[]]], "Prompt 1 has 1 <image>, but `images[1]` has 0 images"),
-        ([PHOTO, BATCH[:2]], "Prompt 1 has 1 <image>, but `images[1]` has 2 images"),
+        ([[PHOTO, PHOTO], []], "Prompt 0 must have one <image> for each of the 2 images in `images[0]`"),
+        ([BATCH[:2], BATCH[:0]], "Prompt 0 must have one <image> for each of the 2 images in `images[0]`"),
+        ([[PHOTO], [[]]], "Prompt 1 must have one <image> for each of the 0 images in `images[1]`"),
+        ([PHOTO, BATCH[:2]], "Prompt 1 must have one <image> for each of the 2 images in `images[1]`"),
         ([[PHOTO, PHOTO]], "one list for each of 2 prompts, got 1"),
         ([[PHOTO], [PHOTO], [PHOTO]], "found 2 <image> tokens and 3 images"),
         ([[PHOTO], [PHOTO], []], "one list for each of 2 prompts, got 3"),
         (BATCH, "found 2 <image> tokens and 3 images"),
         (PHOTO, "found 2 <image> tokens and 1 images"),
-        ([PHOTO, None], "Prompt 1 has 1 <image>, but `images[1]` has 0 images"),
+        ([PHOTO, None], "Prompt 1 must have one <image> for each of the 0 images in `images[1]`"),
     ],
 )
 def test_batches_that_do_not_fit_the_prompts(processor: FusionProcessor, images: Any, error: str) -> None:
@@ -271,7 +271,7 @@ def test_batches_that_do_not_fit_the_prompts(processor: FusionProcessor, images:
 
 def test_none_stands_for_a_prompt_without_image(processor: FusionProcessor) -> None:
     """Flattened, the image would go to the first prompt."""
-    with pytest.raises(ValueError, match=r"Prompt 0 has 1 <image>, but `images\[0\]` has 0 images"):
+    with pytest.raises(ValueError, match=r"Prompt 0 must have one <image> for each of the 0 images in `images\[0\]`"):
         processor(images=[None, PHOTO], text=["<image><latent_image>a", "<latent_image>b"])
     found = processor(images=[None, PHOTO], text=["<latent_image>a", "<image><latent_image>b"], return_tensors="np")
     np.testing.assert_array_equal(found["pixel_values"][1:], pixels(processor.image_processor, PHOTO))

@@ -285,7 +285,7 @@ def test_the_tokenizers_own_template_takes_plain_messages(processor: FusionProce
 
 def test_images_stay_with_their_prompts(processor: FusionProcessor) -> None:
     texts = ["<image><latent_image>a", "<image><latent_image>b"]
-    with pytest.raises(ValueError, match=r"Prompt 0 has 1 <image>, but `images\[0\]` has 2"):
+    with pytest.raises(ValueError, match=r"Prompt 0 must have one <image> for each of the 2 images in `images\[0\]`"):
         processor(images=[[PICTURE, PICTURE], []], text=texts, return_tensors="pt")
     nested = processor(images=[[PICTURE], [PICTURE]], text=texts, return_tensors="pt")
     assert torch.equal(

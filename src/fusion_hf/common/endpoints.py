@@ -95,7 +95,16 @@ def check_url(url: str, key_setting: str) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Encode the content of an image file, of a type such as `image/png`, as a data URI."""
+    """
+    Encode an image file as a data URI.
+
+    Args:
+        content: Content of the file.
+        kind: Media type, such as `image/png`.
+
+    Returns:
+        The data URI.
+    """
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -160,7 +169,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def own_words(body: bytes, key_variable: str | None) -> str:
-    """Quote an endpoint's message in one short line, without control characters and without the API key."""
+    """
+    Quote an endpoint's message in one short line, without control characters and without the API key.
+
+    Args:
+        body: Body of the response.
+        key_variable: Environment variable with the API key, if there is one.
+
+    Returns:
+        The message.
+    """
     text = " ".join(body[: 4 * SHOWN].decode("utf-8", "replace").split())
     key = "" if key_variable is None else read_key(key_variable)
     text = text.replace(key, "<key>") if key else text

@@ -83,7 +83,7 @@ async def _get(target: Target, address: Address, max_bytes: int) -> bytes | str:
         if response.status != OK:
             raise ImageRefused(target.url.geturl(), f"its server answers {response.status}")
         if given.get("content-encoding", "identity") != "identity":
-            raise ImageRefused(target.url.geturl(), "its server sends it compressed")
+            raise ImageRefused(target.url.geturl(), "its server sends compressed content")
         async for chunk in response.aiter_stream():
             content += chunk
             if len(content) > max_bytes:

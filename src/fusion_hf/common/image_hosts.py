@@ -125,7 +125,13 @@ def check_url(url: str, policy: HostPolicy) -> Target:
 
 
 def is_allowed(address: Address, may_be_private: bool = False) -> bool:
-    """Return whether connections to an address are allowed: public ones, or private ones if `may_be_private`."""
+    """
+    Return whether connections to an address are allowed.
+
+    Args:
+        address: IP address of a host.
+        may_be_private: Whether addresses of private networks and of this machine are allowed as well as public ones.
+    """
     if isinstance(address, ipaddress.IPv6Address):
         inner = _inner_address(address)
         if inner is not None:

@@ -257,7 +257,17 @@ def describe_kinds(kinds: Iterable[type]) -> str:
 
 
 def wrong_value(where: str, value: Any, allowed: str) -> InputError:
-    """Create the error for a value that is not allowed. `allowed` completes the phrase "must be"."""
+    """
+    Create the error for a value that is not allowed.
+
+    Args:
+        where: Place of the value, such as "recipe.yaml: model".
+        value: The value.
+        allowed: Description of the allowed values, which completes the phrase "must be".
+
+    Returns:
+        The error.
+    """
     place, separator, name = where.rpartition(": ")
     return InputError(f"{place}{separator}`{name}` must be {allowed}, got {short_name(repr(value))}.")
 

@@ -86,7 +86,7 @@ def _read(location: InputLocation, table: tuple[Row, ...], grows: bool = False) 
 
 
 def _vocab_size(text: TensorSource, tokenizer: PreTrainedTokenizerFast | None) -> int:
-    """Return the rows of the new embedding: those the tokenizer uses (the authors drop spare rows), and two more."""
+    """Return the number of rows of the new embedding: those in use (the authors drop spare rows), plus two."""
     embedding = text.tensors.get(UPSTREAM_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise ConversionError(f"--text: the weights must have a matrix {UPSTREAM_EMBEDDING}, but it is missing.")

@@ -69,7 +69,7 @@ GIANT = "google/siglip2-giant-opt-patch16-384"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """The row of a model in the published table. `values` by column are None if nothing is published."""
+    """The row of a model in the published table. Entries of `values` are None if they are not published."""
 
     name: str
     group: str

@@ -100,7 +100,7 @@ def check_files(folder: Path) -> list[SentFile]:
 
 
 def _check_file(path: Path, code: dict[str, Path]) -> None:
-    """Check that a file is no code except this package's own, and of a type that cannot contain code."""
+    """Check that a file is either code of this package or of a type that cannot contain code."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, but a model folder contains only files. Move it away.")
     if path.suffix == ".py":

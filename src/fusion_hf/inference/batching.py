@@ -263,7 +263,14 @@ def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenB
 
 
 def count_tokens(chat_model: ChatModel, text: str, budget: TokenBudget) -> int:
-    """Return an upper bound for the number of tokens in a text that `render` returned."""
+    """
+    Return an upper bound for the number of tokens of a prompt.
+
+    Args:
+        chat_model: Model whose tokenizer counts the tokens.
+        text: Prompt from [`render`].
+        budget: Token counts of the call.
+    """
     prefix = 1  # the first token of some tokenizers
     image_tokens = text.count(IMAGE_TOKEN) * budget.num_image_tokens
     return prefix + len(chat_model.processor.tokenizer(text)["input_ids"]) + image_tokens

@@ -465,7 +465,16 @@ def question_message(question: str, image: Image.Image | None = None) -> dict[st
 
 
 def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:
-    """Convert tiles `(5, 3, H, W)` to the `pixel_values` `(1, 5, 3, H, W)` that the processor computes for them."""
+    """
+    Convert the tiles of an image to the `pixel_values` that the processor would compute.
+
+    Args:
+        tiles: Tiles and overview as bytes `(5, 3, H, W)`.
+        processor: Image processor of the model.
+
+    Returns:
+        `pixel_values` `(1, 5, 3, H, W)`.
+    """
     table = values_of_bytes(
         processor.do_rescale,
         processor.rescale_factor,

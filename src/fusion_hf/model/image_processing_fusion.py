@@ -35,7 +35,7 @@ NUMPY_FLOATS = ("torch.float16", "torch.float32", "torch.float64")
 class FusionImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     exif_transpose (`bool`): Whether to turn the image upright by its EXIF orientation. The authors' code does not.
-        Pass False for the same pixels as theirs on rotated photos.
+        Pass False to get the same pixels as theirs for rotated photos.
     max_image_pixels (`int`): Maximum number of pixels of an image, checked before decoding.
     as_bytes (`bool`, *optional*): Whether to return all pixels as bytes. Rescaling and normalization are then left to
         you.

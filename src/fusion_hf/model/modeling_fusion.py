@@ -422,11 +422,11 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """See [`FusionModel.get_image_features`]."""
+        """Encode the overviews of images, see [`FusionModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
     def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See [`FusionModel.get_global_features`]."""
+        """Encode the tiles of images, see [`FusionModel.get_global_features`]."""
         return self.model.get_global_features(pixel_values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -46,11 +46,29 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, guided: torch.Tensor, tiles: torch.Tensor) -> "Packing":
-        """Create the packing of `(B, N + T, ...)` and `(4 B, N, ...)`."""
+        """
+        Create the packing of two tensors.
+
+        Args:
+            guided (`(B, N + T, ...)`): Overviews with their questions.
+            tiles (`(4 B, N, ...)`): Tiles.
+
+        Returns:
+            [`Packing`]: Their shapes.
+        """
         return cls((guided.shape[0], guided.shape[1]), (tiles.shape[0], tiles.shape[1]))
 
     def join(self, guided: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-        """Concatenate `(B, N + T, D)` and `(4 B, N, D)` to `(1, B (N + T) + 4 B N, D)`."""
+        """
+        Concatenate both parts in one row.
+
+        Args:
+            guided (`(B, N + T, D)`): Overviews with their questions.
+            tiles (`(4 B, N, D)`): Tiles.
+
+        Returns:
+            `(1, B (N + T) + 4 B N, D)`: The row.
+        """
         return torch.cat([guided.flatten(0, 1), tiles.flatten(0, 1)]).unsqueeze(0)
 
     def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -370,18 +388,47 @@ def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def blank_pixels(config: SiglipVisionConfig, like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Create mid grey pixels `(*shape, 3, H, W)`, which are zeros, with the dtype and device of `like`."""
+    """
+    Create mid grey pixels, which are zeros.
+
+    Args:
+        config (`SiglipVisionConfig`): Configuration of the tower.
+        like (`torch.Tensor`): Tensor with the dtype and the device for the result.
+        shape (`int`): Leading dimensions of the result.
+
+    Returns:
+        `(*shape, 3, H, W)`: The pixels.
+    """
     return like.new_zeros(*shape, config.num_channels, config.image_size, config.image_size)
 
 
 def encode_blank_image(tower: FusionVisionModel, projector: FusionProjector, like: torch.Tensor) -> torch.Tensor:
-    """Encode the blank image that samplers read in prompts without an image: features `(1, D, 2P, 2P)` of mid grey."""
+    """
+    Encode the blank (mid grey) image that samplers read in prompts without an image.
+
+    Args:
+        tower ([`FusionVisionModel`]): Vision tower.
+        projector ([`FusionProjector`]): Projector to the width of the language model.
+        like (`torch.Tensor`): Tensor with the dtype and the device for the pixels.
+
+    Returns:
+        `(1, D, 2P, 2P)`: Projected features as one map.
+    """
     features = projector(tower(blank_pixels(tower.config, like, 1)).features)  # (1, N, D)
     return stitch_tiles(features.repeat(NUM_TILES, 1, 1), tower.config.image_size // tower.config.patch_size)
 
 
 def adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
-    """Max-pool maps `(B, D, H, W)` to `(B, D, side, side)`."""
+    """
+    Max-pool maps to a square.
+
+    Args:
+        feature_map (`(B, D, H, W)`): The maps.
+        side (`int`): Side of the result.
+
+    Returns:
+        `(B, D, side, side)`: The pooled maps.
+    """
     if feature_map.device.type == "mps":  # Metal does not support sizes that do not divide evenly
         return nn.functional.adaptive_max_pool2d(feature_map.cpu(), side).to(feature_map.device)
     return nn.functional.adaptive_max_pool2d(feature_map, side)

@@ -37,7 +37,17 @@ class PromptTokens(NamedTuple):
         )
 
     def pad(self, length: int, token: int, on_left: bool) -> "PromptTokens":
-        """Pad the attended tokens to a length with `token`, on the left or on the right."""
+        """
+        Pad the attended tokens to a length.
+
+        Args:
+            length (`int`): Number of tokens of the result.
+            token (`int`): Id of the padding token.
+            on_left (`bool`): Whether to pad on the left instead of the right.
+
+        Returns:
+            [`PromptTokens`]: The padded tokens.
+        """
         kept = self.select([i for i, mask in enumerate(self.mask) if mask])
         missing = length - len(kept.ids)
         added = PromptTokens([token] * missing, [0] * missing, [(0, 0)] * missing)
@@ -68,12 +78,31 @@ def pad_rows(rows: list[list[int]], value: int) -> list[list[int]]:
 
 
 def shift_offsets(offsets: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Move character spans `count` characters to the left, or to the right if negative. Padding has no span."""
+    """
+    Move character spans to the left.
+
+    Args:
+        offsets (`list[tuple[int, int]]`): Spans of the tokens. Padding has empty spans.
+        count (`int`): Number of characters, negative to move to the right.
+
+    Returns:
+        `list[tuple[int, int]]`: The moved spans.
+    """
     return [(max(start - count, 0), max(end - count, 0)) if end > start else (0, 0) for start, end in offsets]
 
 
 def describe_replacement(text: str, shift: int, num_image_tokens: int) -> list[dict[str, Any]]:
-    """Describe the replacement of a text's image mark, as transformers does, with spans moved by `shift`."""
+    """
+    Describe the replacement of a text's image mark, in the format of transformers.
+
+    Args:
+        text (`str`): Text with at most one image mark.
+        shift (`int`): Number of characters before the prompt that the caller passed.
+        num_image_tokens (`int`): Number of image tokens that replace the mark.
+
+    Returns:
+        `list[dict]`: One replacement, or an empty list for a text without an image.
+    """
     found, block = re.search(IMAGE_TOKEN, text), IMAGE_TOKEN * num_image_tokens
     if found is None:
         return []

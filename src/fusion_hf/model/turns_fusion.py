@@ -105,7 +105,13 @@ def as_padding_mask(attention_mask: Any, input_ids: torch.Tensor) -> torch.Tenso
 
 
 def lacks_turns(pixel_values: torch.Tensor | None, given: PromptTurns) -> bool:
-    """Return whether the pass over a prompt with blocks needs turns or questions that the caller did not pass."""
+    """
+    Return whether turns or questions are missing that a prompt with latent blocks needs.
+
+    Args:
+        pixel_values (*optional*): Images of the prompts.
+        given ([`PromptTurns`]): Turns as the caller passed them.
+    """
     return given.prompt_end_positions is None or (given.instruct_input_ids is None and pixel_values is not None)
 
 
@@ -201,7 +207,7 @@ def check_question_form(question: torch.Tensor, mask: torch.Tensor | None, input
 
 
 def is_known_question(question: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """Return, as `()`, whether all ids of questions `(B, T)` have an embedding."""
+    """Check, as a boolean `()`, that all ids of questions `(B, T)` have an embedding."""
     return ((question >= 0) & (question < config.text_config.vocab_size)).all()
 
 
@@ -256,7 +262,16 @@ def _shift(given: list[int], exact: list[int]) -> int | None:
 
 
 def ignore_placeholders(labels: torch.Tensor | None, config: FusionConfig) -> torch.Tensor | None:
-    """Set image and latent placeholders in labels `(B, S)` to -100, because the LLM has no such words to learn."""
+    """
+    Set image and latent placeholders in labels to -100, because the language model has no such words to learn.
+
+    Args:
+        labels (`(B, S)`, *optional*): The labels.
+        config ([`FusionConfig`]): Configuration of the model.
+
+    Returns:
+        `(B, S)`: A copy of the labels, or None.
+    """
     if labels is None:
         return None
     return labels.masked_fill((labels == config.image_token_id) | (labels == config.latent_token_id), IGNORED)
@@ -438,7 +453,16 @@ def _without_blocks(message: list[int], config: FusionConfig) -> list[int] | Non
 
 @lru_cache(maxsize=LOADED_TOKENIZERS)
 def load_tokenizer(folder: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a model folder or repository once per process. Return None if there is no tokenizer."""
+    """
+    Load the tokenizer of a model, once per process.
+
+    Args:
+        folder (`str`): Model folder or repository.
+        revision (`str`, *optional*): Commit of a repository.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer, or None if there is none.
+    """
     if not folder:
         return None
     try:

@@ -26,7 +26,13 @@ FINEST_WAVE = 32  # frequency of the finest position wave, relative to the coars
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) -> FusionProcessor:
-    """Build the processor. Its template has an empty system message, because the vocabulary has so few words."""
+    """
+    Build the processor. Its template has an empty system message, because the vocabulary has so few words.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model.
+    """
     tokenizer.padding_side = "left"
     image_processor = FusionImageProcessor(size={"height": TILE_SIDE, "width": TILE_SIDE})
     return FusionProcessor(

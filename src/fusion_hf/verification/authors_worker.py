@@ -161,7 +161,17 @@ def add_marks(tokenizer: Any, model: Any) -> None:
 
 
 def make_prompt(loaded: Loaded, image_path: str, question: str) -> AuthorsPrompt:
-    """Prepare an image and a question as the authors' `run_fusion.py` does, without moving them to CUDA in float16."""
+    """
+    Prepare an image and a question as the authors' `run_fusion.py` does, without moving them to CUDA in float16.
+
+    Args:
+        loaded: The authors' model.
+        image_path: Path of the image.
+        question: Text of the question.
+
+    Returns:
+        Inputs of the authors' model.
+    """
     from PIL import Image
 
     constants = importlib.import_module("fusion.constants")
@@ -184,7 +194,17 @@ def make_prompt(loaded: Loaded, image_path: str, question: str) -> AuthorsPrompt
 
 
 def generate(loaded: Loaded, prompt: AuthorsPrompt, num_tokens: int) -> Any:
-    """Generate tokens greedily, and return them with their logits."""
+    """
+    Generate tokens greedily.
+
+    Args:
+        loaded: The authors' model.
+        prompt: Its inputs.
+        num_tokens: Number of tokens to generate.
+
+    Returns:
+        The output of the authors' `generate`, with logits.
+    """
     with torch.inference_mode():
         return loaded.model.generate(
             prompt.input_ids,
@@ -216,7 +236,18 @@ def watch(model: Any) -> Recorder:
 
 
 def record(loaded: Loaded, image_path: str, question: str, num_tokens: int) -> dict[str, torch.Tensor]:
-    """Record all stages of one question: ids, pixels, features, and the logits and tokens of `num_tokens` steps."""
+    """
+    Record all stages of one question.
+
+    Args:
+        loaded: The authors' model.
+        image_path: Path of the image.
+        question: Text of the question.
+        num_tokens: Number of tokens to generate.
+
+    Returns:
+        Ids, pixels, features, logits and tokens by name.
+    """
     prompt = make_prompt(loaded, image_path, question)
     recorder = watch(loaded.model)
     try:

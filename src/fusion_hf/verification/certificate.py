@@ -115,8 +115,11 @@ def verify(
     check_packages(environment)
     conversion = prepare(ConversionOptions(options.checkpoint, None, options.vision_config), inputs)
     if config.query_len not in conversion.config.query_lens:
-        got = f"its `query_len` is {config.query_len}"
-        raise InputError(f"{options.folder} was not converted from {options.checkpoint}: {got}.")
+        known = ", ".join(map(str, conversion.config.query_lens))
+        raise InputError(
+            f"{options.folder} was not converted from {options.checkpoint}: its `query_len` must be one of {known}, "
+            f"got {config.query_len}."
+        )
     weights = compare_weights(conversion, options.folder, _stored_dtype(config))
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     with tempfile.TemporaryDirectory(prefix="fusion-verify-") as name:
@@ -264,7 +267,7 @@ def _differences(weights: WeightsComparison, compared: list[QuestionComparison])
 
 
 def _summarise(compared: list[QuestionComparison]) -> list[dict[str, Any]]:
-    """Return the largest figures of each kind over all questions, one row of a table each."""
+    """Return the rows of a table with the largest figures of each kind over all questions."""
     rows: dict[str, list[StageComparison]] = {}
     for question in compared:
         for stage in question.stages:

@@ -181,7 +181,17 @@ def _equal_beginning(first: list[int], second: list[int]) -> Iterator[int]:
 
 
 def expand_ids(ids: list[int], config: FusionConfig, marks: AuthorsMarks) -> list[int]:
-    """Expand the authors' ids: their first mark becomes the image tokens, and other marks become latent tokens."""
+    """
+    Expand the marks in the authors' ids to the placeholders of this package.
+
+    Args:
+        ids: Ids of the authors' prompt. Its first mark stands for the image, and other marks for latent blocks.
+        config: Configuration of the model.
+        marks: Ids of the authors' marks.
+
+    Returns:
+        The ids as this package writes them.
+    """
     blocks = [[config.image_token_id] * config.num_image_tokens]
     result: list[int] = []
     for number in ids:

@@ -14,7 +14,7 @@ ROOM = 64  # number of further tokens for which a layer allocates memory each ti
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with spare memory behind its last token. It allocates anew if its tensors were replaced."""
+    """A cache layer with spare memory behind its last token. It allocates new memory if its tensors are replaced."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)

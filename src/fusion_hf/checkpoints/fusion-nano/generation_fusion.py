@@ -94,7 +94,20 @@ class FusionGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare the inputs of one pass. Only passes over the whole prompt receive the image and the turns."""
+        """
+        Prepare the inputs of one pass. Only passes over the whole prompt receive the image and the turns.
+
+        Args:
+            input_ids (`(B, S)`): Ids of prompts and answers so far.
+            next_sequence_length (`int`, *optional*): Number of ids that the pass reads. Defaults to all.
+            past_key_values, cache ([`Cache`], *optional*): The cache, under one of its two names.
+            inputs_embeds (`(B, S, D)`, *optional*): Embeddings instead of ids, for the first pass.
+            is_first_iteration (`bool`): Whether this is the first pass of a `generate` call.
+            kwargs: Further inputs of the model.
+
+        Returns:
+            `dict`: Arguments of the model's `forward`.
+        """
         cache = either_cache(cache, past_key_values)
         if is_first_iteration and input_ids.device.type == "cpu":
             give_room(cache)
@@ -265,7 +278,16 @@ def _check_border(config: FusionConfig, cached_ids: torch.Tensor, ends: torch.Te
 
 
 def in_vocabulary(input_ids: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """Return ids that can index logits: placeholders, which lie outside the vocabulary, become `<vision_start>`."""
+    """
+    Replace placeholders, which lie outside the vocabulary, by `<vision_start>`, so that ids can index logits.
+
+    Args:
+        input_ids (`(B, S)`): Ids of prompts and answers.
+        config ([`FusionConfig`]): Configuration of the model.
+
+    Returns:
+        `(B, S)`: The ids.
+    """
     return torch.where(input_ids < config.text_config.vocab_size, input_ids, config.vision_start_token_id)
 
 

@@ -75,7 +75,16 @@ class DecoderCost:
     per_byte: float = 0.0
 
     def seconds(self, pixels: int, size: int) -> float:
-        """Estimate the seconds needed to decode an image with `pixels` pixels in a file of `size` bytes."""
+        """
+        Estimate the time that decoding takes.
+
+        Args:
+            pixels (`int`): Number of pixels of the image.
+            size (`int`): Size of its file in bytes.
+
+        Returns:
+            `float`: The time in seconds.
+        """
         return (self.per_pixel * pixels + self.per_byte * size) / 1e9
 
 
@@ -162,7 +171,7 @@ MPF = b"MPF\0"
 
 
 def _check_jpeg(content: bytes) -> None:
-    """Check the number of scans for the pixels, and the tags of EXIF and of the index of a multi-picture file."""
+    """Check that the scans fit the pixels, and check the tags of EXIF and of the index of a multi-picture file."""
     scans = pixels = 0
     is_arithmetic = False
     exif = b""

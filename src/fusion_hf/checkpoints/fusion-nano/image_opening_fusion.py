@@ -62,7 +62,16 @@ class Turn(NamedTuple):
     swaps: bool = False
 
     def place(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int]:
-        """Return the upper left corner that a box of an image of `size` has in the upright image."""
+        """
+        Return the position of a part of an image in the upright image.
+
+        Args:
+            box (`tuple[int, int, int, int]`): Left, top, right and bottom of the part in the original image.
+            size (`tuple[int, int]`): Width and height of the original image.
+
+        Returns:
+            `tuple[int, int]`: Left and top of the part in the upright image.
+        """
         left = size[0] - box[2] if self.mirrors_columns else box[0]
         top = size[1] - box[3] if self.mirrors_rows else box[1]
         return (top, left) if self.swaps else (left, top)

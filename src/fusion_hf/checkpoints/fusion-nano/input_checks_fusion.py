@@ -128,7 +128,7 @@ def is_consistent(
 
 
 def _are_images_right(masks: PlaceholderMasks, pixel_values: torch.Tensor | None, budget: TokenBudget) -> torch.Tensor:
-    """Return whether each image has all of its tokens before the first latent block, and has pixels; `()`."""
+    """Check, as a boolean `()`, that each image has all its tokens before the first latent block, and has pixels."""
     count, positions = masks.image.sum(1), torch.arange(masks.image.shape[1], device=masks.image.device)
     last_image = torch.where(masks.image, positions, -1).amax(1)  # (B)
     first_latent = torch.where(masks.latent, positions, masks.latent.shape[1]).amin(1)
@@ -139,7 +139,7 @@ def _are_images_right(masks: PlaceholderMasks, pixel_values: torch.Tensor | None
 
 
 def _are_blocks_whole(latent: torch.Tensor, query_len: int) -> torch.Tensor:
-    """Return whether all runs of latent tokens in `(B, S)` have the length `query_len`; `()`."""
+    """Check, as a boolean `()`, that all runs of latent tokens in `(B, S)` have the length `query_len`."""
     order = latent.cumsum(1) - 1
     is_start, is_end = latent.clone(), latent.clone()
     is_start[:, 1:] &= ~latent[:, :-1]
@@ -151,7 +151,7 @@ def _are_blocks_whole(latent: torch.Tensor, query_len: int) -> torch.Tensor:
 
 
 def _are_ends_in_turns(masks: PlaceholderMasks, mask: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
-    """Return whether each end `(B, R)` is behind the blocks of its turn and before those of the next one; `()`."""
+    """Check, as a boolean `()`, that the ends `(B, R)` are behind the blocks of their turns and before the next."""
     is_block = masks.image | masks.latent
     batch, length = is_block.shape
     positions = torch.arange(length, device=ends.device).expand(batch, -1)
@@ -174,7 +174,7 @@ def _are_ends_in_turns(masks: PlaceholderMasks, mask: torch.Tensor | None, ends:
 def _are_ends_headers(
     config: FusionConfig, input_ids: torch.Tensor, mask: torch.Tensor | None, ends: torch.Tensor
 ) -> torch.Tensor:
-    """Return whether the ends `(B, R)` are the first assistant headers of all rows that have headers; `()`."""
+    """Check, as a boolean `()`, that the ends `(B, R)` are the first headers of all rows with assistant headers."""
     found = locate_prompt_ends(input_ids, mask, config, most_turns(input_ids.shape[1]))  # (B, most)
     has_headers = (found != ABSENT).any(1)
     missing = max(0, ends.shape[1] - found.shape[1])

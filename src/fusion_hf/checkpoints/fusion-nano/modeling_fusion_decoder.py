@@ -71,13 +71,33 @@ class FusionSampler(nn.Module):
         return hidden_states.scatter_add(1, positions, change.flatten(1, 2).to(hidden_states.dtype))
 
     def change(self, latents: torch.Tensor, questions: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Compute the change of latents `(B, R, q, D)` from questions of the same shape and `(B, q, w * w, D)`."""
+        """
+        Compute the change of latent tokens.
+
+        Args:
+            latents (`(B, R, q, D)`): Latent tokens of each turn.
+            questions (`(B, R, q, D)`): Hidden state of the last prompt token of each turn, repeated for each latent
+                token.
+            windows (`(B, q, w * w, D)`): Cells of the global context.
+
+        Returns:
+            `(B, R, q, D)`: What is added to the latent tokens.
+        """
         inputs = self.proj_in(torch.cat([questions, latents], dim=-1))  # (B, R, q, D)
         outputs = self.norm(self.attend(inputs, windows) + inputs)
         return self.linear_2(self.act(self.linear_1(outputs)))
 
     def attend(self, inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Let latent token j of every turn attend to window j, whose keys and values are shared by all turns."""
+        """
+        Let latent token j of every turn attend to window j. All turns share the keys and values.
+
+        Args:
+            inputs (`(B, R, q, D)`): Latent tokens, combined with their questions.
+            windows (`(B, q, w * w, D)`): Cells of the global context.
+
+        Returns:
+            `(B, R, q, D)`: The attention outputs.
+        """
         batch, turns, latents, width = inputs.shape
         context = self.proj_context(windows.to(inputs.dtype))  # (B, q, w * w, D)
         heads = (self.num_heads, width // self.num_heads)
@@ -169,7 +189,16 @@ class PlaceholderMasks(NamedTuple):
 
     @classmethod
     def find(cls, input_ids: torch.Tensor, config: FusionConfig) -> "PlaceholderMasks":
-        """Find the placeholders of prompts `(B, S)` by their ids."""
+        """
+        Find the placeholders of prompts by their ids.
+
+        Args:
+            input_ids (`(B, S)`): Ids of the prompts.
+            config ([`FusionConfig`]): Configuration of the model.
+
+        Returns:
+            [`PlaceholderMasks`]: Masks of the placeholders.
+        """
         return cls(input_ids == config.image_token_id, input_ids == config.latent_token_id)
 
     def any(self) -> bool:

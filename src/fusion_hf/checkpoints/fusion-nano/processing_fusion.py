@@ -577,7 +577,8 @@ def _check_images(images: Any, texts: list[str]) -> None:
     for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
         marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
         if marks != count:
-            raise ValueError(f"Prompt {number} has {marks} {IMAGE_TOKEN}, but `images[{number}]` has {count} images.")
+            allowed = f"one {IMAGE_TOKEN} for each of the {count} images in `images[{number}]`"
+            raise ValueError(f"Prompt {number} must have {allowed}, got {marks}.")
 
 
 def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
