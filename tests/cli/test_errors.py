@@ -111,7 +111,7 @@ class TestModel:
 
     @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a b", "owner/..", "no\x1bwhere"])
     def test_impossible_name(self, run_here, picture, name):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is no folder")
+        check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is neither a folder")
 
     def test_file(self, run_here, picture):
         check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "README.md is a file")
@@ -119,10 +119,12 @@ class TestModel:
     def test_no_network(self, run_cold, picture, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}
         result = run_cold("ask", picture, QUESTION, "--model", "someone/something", **variables)
-        check_one_line(result, "someone/something is no folder", "the Hub cannot be reached")
+        check_one_line(result, "someone/something is not a folder", "the Hub cannot be reached")
 
     def test_folder_without_a_model(self, run_here, picture):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", "docs"), "docs has no config.json")
+        check_one_line(
+            run_here("ask", picture, QUESTION, "--model", "docs"), "docs must be a folder", "no config.json"
+        )
 
     @pytest.mark.parametrize(
         ("config", "part"),

@@ -178,7 +178,7 @@ def test_without_a_token(folder: Path, push: Push, hub: HubServer):
     [
         (("--repo-id", "a/b/c"), "--repo-id: "),
         (("--repo-id", "me/nano", "--tag", "no spaces"), "--tag is 'no spaces'"),
-        (("--repo-id", "me/nano", "--model", "nowhere"), "nowhere is no folder"),
+        (("--repo-id", "me/nano", "--model", "nowhere"), "got nowhere, which is not a folder"),
     ],
 )
 def test_wrong_arguments(run_here, nano: Path, options: tuple[str, ...], message: str):
@@ -215,7 +215,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "no code": (lambda f: (f / "modeling_fusion_vision.py").unlink(), "has no modeling_fusion_vision.py"),
     "no card": (lambda f: (f / "README.md").unlink(), "has no README.md. Write its model card"),
-    "pickle": (lambda f: (f / "training_args.bin").write_bytes(b"\x80\x04."), "training_args.bin is no file"),
+    "pickle": (lambda f: (f / "training_args.bin").write_bytes(b"\x80\x04."), "training_args.bin does not belong"),
     "pickle in disguise": (lambda f: (f / "spiece.model").write_bytes(b"\x80\x04."), "spiece.model begins like"),
     "archive in disguise": (lambda f: (f / "a.txt").write_bytes(b"PK\x03\x04rest"), "a.txt begins like"),
     "other code": (lambda f: (f / "evil.py").write_text("1"), "evil.py is code"),

@@ -231,7 +231,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(ask: Ask, monkeypatch: pyte
             assert "sk-" not in f"{error} {error!r} {client!r} {vars(client)}"  # though server and library repeat it
 
 
-@pytest.mark.parametrize(("value", "message"), [("", f"has no {VARIABLE}"), ("ü", "ASCII"), ("a\nb", "ASCII")])
+@pytest.mark.parametrize(("value", "message"), [("", f"{VARIABLE} .*is not set"), ("ü", "ASCII"), ("a\nb", "ASCII")])
 def test_what_is_no_key_is_named(monkeypatch: pytest.MonkeyPatch, value: str, message: str):
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(InputError, match=message):

@@ -255,7 +255,7 @@ def test_folders_without_what_is_needed(tmp_path, refuse):
     (tmp_path / "vision_config.json").write_text(json.dumps(TOWER))
     assert "config.json does not exist" in refuse()
     write_json(tmp_path / "checkpoint" / "config.json", upstream_config())
-    assert "has no weights" in refuse()
+    assert "must have weights" in refuse()
 
 
 def test_base_where_it_belongs(tmp_path, refuse):

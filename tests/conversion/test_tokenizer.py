@@ -139,7 +139,7 @@ def test_tokenizer_of_another_model(tmp_path):
 
 def test_broken_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "evil"}}')
-    with pytest.raises(ConversionError, match="is no tokenizer"):
+    with pytest.raises(ConversionError, match="is not a tokenizer"):
         load_tokenizer(tmp_path, "phi3", MAX_LENGTH)
     backend = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()

@@ -191,7 +191,7 @@ def test_too_long_question(processor: FusionProcessor) -> None:
     [
         (
             [user("a", PICTURE), {"role": "assistant", "content": "b"}, user("c", PICTURE)],
-            "has 2 images; FUSION reads 1",
+            "at most 1 image, got 2",
         ),
         ([{"role": "tool", "content": "a"}], r"messages\[0\].*'system', 'user', 'assistant', got 'tool'"),
         (

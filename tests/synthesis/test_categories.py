@@ -77,7 +77,7 @@ def test_styles_follow_their_shares():
         ({"colour": 1}, "Mine.yaml has the unknown key 'colour'.*Allowed: stage, .*describe_prompt"),
         ({"share": None}, "Mine.yaml has no share"),
         ({"share": 2}, "share.*a number above 0.*got 2"),
-        ({"stage": 1}, "Mine.yaml: stage.*'1', '1.5'.*got 1"),
+        ({"stage": 1}, "Mine.yaml: .stage.*'1', '1.5'.*got 1"),
         ({"pictures": 3}, "pictures.*1, 2.*got 3"),
         ({"pictures": True}, "pictures is True"),
         ({"schema": "Poem"}, "schema.*'Conversation'.*got 'Poem'"),

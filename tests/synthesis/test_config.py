@@ -57,7 +57,7 @@ def changed(section: str | None, **values: object) -> dict[str, object]:
         (changed("writer", url="ftp://host"), r"url.*http://HOST.*got 'ftp://host'"),
         (
             changed("writer", url="https://name:secret@host"),
-            r"url. must have only a scheme.* key by key_variable",
+            r"url must have only a scheme.* key by key_variable",
         ),
         (changed("writer", url=None), r"url is None for server 'endpoint'"),
         (changed("writer", server="vllm"), r"url is 'http://localhost:8000' for server 'vllm'"),

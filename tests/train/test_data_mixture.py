@@ -169,7 +169,7 @@ def test_more_records_than_there_are(tmp_path: Path):
         ("datasets: []", "must hold `datasets"),
         ("datasets: [{json_path: a.json}]\nmore: 1", "and nothing else"),
         ("datasets: [{sampling_strategy: all}]", "entry 1 has no json_path"),
-        ("datasets: [{json_path: 5}]", "entry 1: json_path.*text, got 5"),
+        ("datasets: [{json_path: 5}]", "entry 1: .json_path.*text, got 5"),
         (
             "datasets: [{json_path: a.json, sampling_stategy: all}]",
             "entry 1 has the unknown key 'sampling_stategy'.*Allowed: json_path",

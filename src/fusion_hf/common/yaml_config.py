@@ -205,7 +205,7 @@ def _make(kind: type[T], values: Any, where: str, separator: str, given: Mapping
     check_keys(values, known, where)
     for name, each in known.items():
         if name not in values and each.default is MISSING and each.default_factory is MISSING:
-            raise InputError(f"{where} has no key {name!r}, which is required. Allowed: {', '.join(known)}.")
+            raise InputError(f"{where} has no {name}, which is required. Allowed: {', '.join(known)}.")
     made = {name: _convert(hints[name], value, f"{where}{separator}{name}") for name, value in values.items()}
     try:
         return kind(**made, **given)
