@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/publishing.md",
     "docs/quickstart.md",
     "docs/token_budget.md",
+    "docs/verification.md",
 )
 
 

@@ -5,12 +5,15 @@ from dataclasses import fields
 
 import docstrings
 import generated_pages
-from tests.docs.markdown import ROOT
+from tests.docs.conftest import DOCUMENTS
+from tests.docs.markdown import ROOT, fenced_blocks
 
 from fusion_hf.cli import COMMANDS, make_parser
 from fusion_hf.training.recipe_keys import OwnArguments
 
 DOCS = ROOT / "docs"
+# pages that have tests of their own
+TESTED_BY_THEIR_OWN = ("interchange", "serving", "synthesis", "training", "trl", "tutorial_own_images")
 CONTENTS = re.compile(r"^```{toctree}$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -20,6 +23,13 @@ def test_every_page_is_in_the_contents():
     pages = {path.as_posix() for path in paths} - {"index"}
     assert pages - listed == set()
     assert {f"generated/{path}" for path in ("cli", "recipe_keys")} <= listed
+
+
+def test_the_snippets_of_every_page_are_executed():
+    pages = {f"docs/{path.name}" for path in DOCS.glob("*.md")}
+    with_snippets = {page for page in pages if fenced_blocks(page, "python") or fenced_blocks(page, "bash")}
+    assert "docs/generation.md" in with_snippets
+    assert with_snippets - set(DOCUMENTS) - {f"docs/{name}.md" for name in TESTED_BY_THEIR_OWN} == set()
 
 
 def test_page_of_the_command_line():
