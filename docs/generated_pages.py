@@ -5,6 +5,7 @@ Sphinx calls `write_pages` before it reads the pages (docs/conf.py).
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,16 @@ def write_pages(app: "Sphinx") -> None:
     """Write all generated pages below the folder of the sources."""
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
-    for name, make in {"cli.md": command_page, **PAGES}.items():
-        page = make()
+    for name, page in make_pages().items():
         path = folder / name
         if not path.is_file() or path.read_text("utf-8") != page:  # an unchanged page is not built again
             path.write_text(page, "utf-8")
+
+
+@cache
+def make_pages() -> dict[str, str]:
+    """Make the text of all generated pages, by file name."""
+    return {name: make() for name, make in {"cli.md": command_page, **PAGES}.items()}
 
 
 def command_page() -> str:
