@@ -39,7 +39,10 @@ def accuracy(dtype: str) -> Cell:
         if part is None:
             return None
         asked, right = part["asked"], part["right"][dtype]
-        return ", ".join(f"{name} {right.get(name, 0) / count:.1%} of {count}" for name, count in asked.items())
+        return ", ".join(
+            f"{name.replace('vqa', 'VQA')} {right.get(name, 0) / count:.1%} of {count}"
+            for name, count in asked.items()
+        )
 
     return cell
 

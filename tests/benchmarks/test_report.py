@@ -40,7 +40,7 @@ def rows_of(table, folder):
 def test_a_column_without_a_result_says_so(tmp_path, cpu):
     (tmp_path / INFERENCE.columns["CPU"]).write_text(json.dumps(cpu))
     rows = rows_of(INFERENCE, tmp_path)
-    assert rows[0] == ["figure", "aim", "CPU", "GPU"]
+    assert rows[0] == ["figure", "target", "CPU", "GPU"]
     assert all(row[-1] == NOT_MEASURED for row in rows[1:])
     assert all(row[-2] != NOT_MEASURED for row in rows[1:])
 
