@@ -62,7 +62,14 @@ def render_times(column: str, result: Result | None) -> str:
     if result is None or "times" not in result:
         return f"{column}: {NOT_MEASURED}."
     part = result["times"]
-    head = ["image tokens", "latents", "prompt tokens", "first token", "of it, language model", "later tokens"]
+    head = [
+        "image tokens",
+        "latents",
+        "prompt tokens",
+        "first token",
+        "first token, language model alone",
+        "later tokens",
+    ]
     lines = markdown(
         [*head, "cache, MiB", "peak, language model, MiB", "peak, MiB"], list(map(times_row, part["rows"]))
     )

@@ -9,7 +9,7 @@ CHOSEN, ALL = "oneDNN where it is faster", "oneDNN for all products"
 HALF = "bfloat16"
 FIGURES = (
     ("times", "first_token_seconds", "time to first token"),
-    ("times", "four_tiles_seconds", "of it, four tiles"),
+    ("times", "four_tiles_seconds", "encoding four tiles"),
     ("times", "per_token_seconds", "later tokens"),
     ("eight", "eight_questions_seconds", "eight questions on eight images"),
 )

@@ -168,8 +168,8 @@ INFERENCE_ROWS = [
     Row("preprocessing / the two PIL resizes", "below 1.2", ratio("preprocessing_seconds", "pil_resizes")),
     Row("time to first token / reference", "at most 0.5", ratio("first_token_seconds", "reference")),
     Row("time to first token / eager", "", ratio("first_token_seconds", "eager")),
-    Row("of it, image / reference", "", ratio("vision_seconds", "reference")),
-    Row("of it, image / eager", "", ratio("vision_seconds", "eager")),
+    Row("time to encode the image / reference", "", ratio("vision_seconds", "reference")),
+    Row("time to encode the image / eager", "", ratio("vision_seconds", "eager")),
     Row("decoding, per token / reference", "", ratio("per_token_seconds", "reference")),
     Row("decoding, per token / eager", "", ratio("per_token_seconds", "eager")),
     Row("samplers alone, eight turns / reference", "", ratio("samplers_seconds", "reference")),
@@ -179,7 +179,7 @@ INFERENCE_ROWS = [
     Row("decoding, of the copying bandwidth: ours", "", fraction("decoding_of_copy_rate", "ours")),
     Row("peak activation memory / reference", "at most 0.4", ratio("first_token_allocated_bytes", "reference")),
     Row("peak activation memory / eager", "", ratio("first_token_allocated_bytes", "eager")),
-    Row("of it, image / reference", "", ratio("vision_allocated_bytes", "reference")),
+    Row("peak activation memory of the image / reference", "", ratio("vision_allocated_bytes", "reference")),
     Row("peak activation memory: ours", "", mebibytes("first_token_allocated_bytes", "ours")),
     Row("peak activation memory: eager", "", mebibytes("first_token_allocated_bytes", "eager")),
     Row("peak activation memory: reference", "", mebibytes("first_token_allocated_bytes", "reference")),
@@ -189,18 +189,20 @@ INFERENCE_ROWS = [
 
 CHECKPOINTED, WITH_BOTH = "ours, checkpointing", "checkpointing in both"
 TRAINING_ROWS = [
-    Row("step / reference", "at most 0.6", step_ratio("step_seconds", "ours", "reference")),
+    Row("training step / reference", "at most 0.6", step_ratio("step_seconds", "ours", "reference")),
     Row(
-        f"step / reference; {CHECKPOINTED}",
+        f"training step / reference; {CHECKPOINTED}",
         "at most 0.6",
         step_ratio("step_seconds", "ours_checkpointed", "reference"),
     ),
     Row(
-        f"step / reference; {WITH_BOTH}", "", step_ratio("step_seconds", "ours_checkpointed", "reference_checkpointed")
+        f"training step / reference; {WITH_BOTH}",
+        "",
+        step_ratio("step_seconds", "ours_checkpointed", "reference_checkpointed"),
     ),
-    Row("step / eager", "", step_ratio("step_seconds", "ours", "eager")),
-    Row("step, with checkpointing / without", "", step_ratio("step_seconds", "ours_checkpointed", "ours")),
-    Row("of it, forward and backward / reference", "", step_ratio("passes_seconds", "ours", "reference")),
+    Row("training step / eager", "", step_ratio("step_seconds", "ours", "eager")),
+    Row("training step, with checkpointing / without", "", step_ratio("step_seconds", "ours_checkpointed", "ours")),
+    Row("forward and backward / reference", "", step_ratio("passes_seconds", "ours", "reference")),
     Row("forward and backward, of the matrix-product rate: ours", "", step_fraction("ours")),
     Row(f"forward and backward, of the matrix-product rate: {CHECKPOINTED}", "", step_fraction("ours_checkpointed")),
     Row("forward and backward, of the matrix-product rate: eager", "", step_fraction("eager")),
@@ -256,8 +258,8 @@ COMPARISON_ROWS = [
         "",
         paired((*FIRST_TOKEN, "ours_prompt_compiled"), (*FIRST_TOKEN, "ours")),
     ),
-    Row("image / LLaVA-OneVision, one tile", "", ratio("vision_seconds", "llava_onevision")),
-    *(Row(f"image, per tile / {label}", "", per_tile(name)) for name, label in LABELS.items()),
+    Row("time to encode the image / LLaVA-OneVision, one tile", "", ratio("vision_seconds", "llava_onevision")),
+    *(Row(f"time to encode a tile / {label}", "", per_tile(name)) for name, label in LABELS.items()),
     Row("prefill, of the matrix-product rate: ours", PREFILL_AIM, fraction("prefill_of_matrix_rate", "ours")),
     Row(
         "prefill, of the matrix-product rate: ours, prompt compiled",
