@@ -130,6 +130,7 @@ STATUSES = (
     (400, "A field, a message, an image or the length of the prompt is wrong. `param` names the field."),
     (401, "The key is missing or wrong."),
     (404, "There is no such path or model."),
+    (405, "The path has no such method."),
     (408, "The body did not arrive in time."),
     (413, "The body or the image file is too large."),
     (415, "`Content-Type` is not `application/json`."),
@@ -137,6 +138,13 @@ STATUSES = (
     (500, "The request failed inside the server. The server's log says why."),
     (503, "The server is overloaded, or no answer began in time. Try again after `Retry-After`."),
 )
+# the options that are not `--max-` and the name of the limit
+LIMIT_OPTIONS = {
+    "answer_tokens": "--max-new-tokens",
+    "image_cache_bytes": "--image-cache-bytes",
+    "parallel": "--concurrency",
+    "queue_length": "--queue-length",
+}
 LIMIT_STATUSES = {
     "image_bytes": "413",
     "image_pixels": "400",
@@ -209,12 +217,12 @@ def server_page() -> str:
         "",
         "## Limits",
         "",
-        "The options of [`fusion-hf serve`](cli.md#fusion-hf-serve) change these limits.",
+        "These options of [`fusion-hf serve`](cli.md#fusion-hf-serve) set the limits.",
         "",
         *table(
-            ("limit", "default", "meaning", "status beyond it"),
+            ("option", "default", "meaning", "status beyond it"),
             [
-                (f"`{name}`", f"{getattr(default, name)}", meaning, LIMIT_STATUSES[name])
+                (f"`{option_of(name)}`", f"{getattr(default, name)}", meaning, LIMIT_STATUSES[name])
                 for name, (_, meaning) in limits.items()
             ],
         ),
@@ -224,6 +232,11 @@ def server_page() -> str:
         "",
         *table(("status", "reason"), [(str(status), reason) for status, reason in STATUSES]),
     )
+
+
+def option_of(limit: str) -> str:
+    """Name the option of `fusion-hf serve` that sets a limit."""
+    return LIMIT_OPTIONS.get(limit, f"--max-{limit.replace('_', '-')}")
 
 
 def names_of(names: Iterable[str]) -> str:

@@ -58,7 +58,9 @@ def test_page_of_the_server():
     accepted = {*REQUEST.known, *REQUEST.neutral, *REQUEST.ignored}
     assert [name for name in accepted if f"`{name}`" not in page] == []
     assert "`top_k` | `-1`, `0` |" in page
-    assert f"| `body_bytes` | {Limits().body_bytes} |" in page
+    assert f"| `--max-body-bytes` | {Limits().body_bytes} |" in page
+    options = make_parser().commands.choices["serve"]._option_string_actions
+    assert [limit.name for limit in fields(Limits) if generated_reference.option_of(limit.name) not in options] == []
 
 
 def test_page_of_the_benchmarks():
