@@ -478,4 +478,4 @@ def test_the_documented_limits():
     text = (Path(__file__).parents[2] / "docs" / "training_data.md").read_text(encoding="utf-8")
     limits = f"at most {MAX_REDIRECTS} redirects, {MAX_FETCHED_BYTES // 2**20} MiB and {SECONDS:g} seconds"
     assert limits in " ".join(text.split())
-    assert f"decodes {SAMPLE} of each file" in text and f'it answers "{CAPTION_QUESTION}"' in text
+    assert f"decodes {SAMPLE} of each file" in " ".join(text.split()) and f'it answers "{CAPTION_QUESTION}"' in text
