@@ -16,6 +16,7 @@ DOCUMENTS = (
     "docs/cpu.md",
     "docs/demo.md",
     "docs/evaluation.md",
+    "docs/evaluation_compare.md",
     "docs/generation.md",
     "docs/image_reuse.md",
     "docs/images.md",
