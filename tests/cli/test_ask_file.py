@@ -91,7 +91,7 @@ def test_locked_by_another_process(run, questions, tmp_path):
         (["--input", "no.jsonl", "--output", "b.jsonl"], "no.jsonl cannot be read (No such file or directory)"),
         (["--input", "docs", "--output", "b.jsonl"], "docs cannot be read (Is a directory)"),
         (["--input", "README.md", "--output", "no/b.jsonl"], "must be in an existing folder, got no/b.jsonl"),
-        (["--input", "README.md", "--output", "README.md"], "README.md, which exists already"),
+        (["--input", "README.md", "--output", "README.md"], "must be a new file, got README.md, which exists"),
     ],
 )
 def test_wrong_command_lines(run_here, arguments, part):

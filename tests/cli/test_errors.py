@@ -34,10 +34,10 @@ def check_one_line(result, *parts: str, status: int = 2) -> None:
         ([], "COMMAND"),
         (["paint"], "paint"),
         (["ask", "picture.png"], "QUESTION"),
-        (["ask", "nowhere.png", QUESTION], "An image must be an existing file or an http(s) URL, got 'nowhere.png'"),
+        (["ask", "nowhere.png", QUESTION], "'nowhere.png' is no file"),
         (["ask", "docs/assets/red_circle.png", "what", "color", "is it?"], "quotation marks"),
         (["ask", "docs", QUESTION], "docs is a folder"),
-        (["ask", "x" * 10_000, QUESTION], "must be an existing file"),
+        (["ask", "x" * 10_000, QUESTION], "is no file"),
         (["ask", "docs/assets/red_circle.png", ""], "question is empty"),
         (["ask", "docs/assets/red_circle.png", " \n"], "question is empty"),
         (["ask", "docs/assets/red_circle.png", QUESTION, "--query-len", "10"], "perfect square"),
@@ -114,7 +114,7 @@ class TestModel:
         check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is neither a folder")
 
     def test_file(self, run_here, picture):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "README.md is a file")
+        check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "must be a folder or a repository", "the file README.md")
 
     def test_no_network(self, run_cold, picture, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}

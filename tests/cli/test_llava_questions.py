@@ -62,7 +62,7 @@ def test_own_names_come_first():
     (result,) = batch_generate([record], progress=False)
     assert result["id"] == "mine" and "answer" in result
     (broken,) = batch_generate([{"question_id": [5], "text": "what color is the shape?"}], progress=False)
-    assert "id is list" in broken["error"]
+    assert "`id` must be text or a whole number, got list" in broken["error"]
 
 
 def test_an_unknown_format():

@@ -97,7 +97,8 @@ def test_folders_that_none_can_replace(tmp_path: Path, kind: str):
         output = Path("/proc/new")  # where nobody can make a folder
     with pytest.raises(InputError) as error:
         check_output(output)
-    assert str(error.value).startswith(f"--output: {short_name(str(output))} ")
+    message = str(error.value)
+    assert message.startswith("--output") and short_name(str(output)) in message
 
 
 def test_an_error_of_the_work_is_not_the_disks(tmp_path: Path):

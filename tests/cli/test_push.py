@@ -177,7 +177,7 @@ def test_without_a_token(folder: Path, push: Push, hub: HubServer):
     ("options", "message"),
     [
         (("--repo-id", "a/b/c"), "--repo-id: "),
-        (("--repo-id", "me/nano", "--tag", "no spaces"), "--tag is 'no spaces'"),
+        (("--repo-id", "me/nano", "--tag", "no spaces"), "--tag must be letters, digits"),
         (("--repo-id", "me/nano", "--model", "nowhere"), "got nowhere, which is not a folder"),
     ],
 )
@@ -228,11 +228,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no text": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "chat_template.jinja cannot be read"),
     "code of another repository": (
         lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "evil/repo--modeling_fusion.FusionModel"}),
-        "auto_map names 'evil/repo--modeling_fusion.FusionModel'",
+        "got 'evil/repo--modeling_fusion.FusionModel'",
     ),
     "code of another file": (
         lambda f: rewrite(f / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.Evil"]}),
-        "auto_map names 'evil.Evil'",
+        "got 'evil.Evil'",
     ),
     "broken weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read"),
     "weights too many": (
@@ -241,11 +241,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing shard": (lambda f: split(f, "gone.safetensors"), "has no gone.safetensors"),
     "wrong index": (lambda f: split(f, "model.safetensors"), "disagree about extra"),
-    "card without metadata": (lambda f: (f / "README.md").write_text("# nano"), "library_name is None"),
-    "card without licence": (lambda f: change_card(f, "license: apache-2.0\n", ""), "license is None"),
+    "card without metadata": (lambda f: (f / "README.md").write_text("# nano"), "`library_name` must be 'transformers' in the metadata, got None"),
+    "card without licence": (lambda f: change_card(f, "license: apache-2.0\n", ""), "`license` must be the identifier of a licence in the metadata, got None"),
     "card of another task": (
         lambda f: change_card(f, "image-text-to-text", "text-generation"),
-        "pipeline_tag is 'text-generation'",
+        "got 'text-generation'",
     ),
     "card without YAML": (lambda f: change_card(f, "language: en", "language: [en"), "invalid metadata"),
     "card with broken results": (
@@ -291,7 +291,7 @@ def test_the_certificate_is_in_the_card(hub: HubServer, folder: Path, push: Push
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"equal": False}, "parity.json says that the folder differs"),
+        ({"equal": False}, "parity.json shows that the folder differs"),
         ({"stages": [{"name": "pixels"}]}, "parity.json is not a certificate"),
         ({"weights": {"compared": 1, "folder": {"model.safetensors": "0" * 64}}}, "parity.json does not belong to"),
         (
@@ -366,7 +366,7 @@ def test_without_a_recipe_nothing_is_passed_over(folder: Path):
 
 def test_a_run_that_has_not_ended(folder: Path):
     (make_run(folder) / "finished.json").unlink()
-    with pytest.raises(InputError, match="has not ended"):
+    with pytest.raises(InputError, match="is not finished"):
         check_files(folder)
 
 

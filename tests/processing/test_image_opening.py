@@ -289,16 +289,16 @@ def test_the_second_image_of_a_multi_picture_file_does_not_count():
 
 REFUSED = {
     "scans.jpg": "3000 scans, more than the limit of 64",
-    "flat.jp2": "JPEG2000 of 33547264 pixels",
-    "flat.webp": "WEBP of 33547264 pixels",
-    "runs.bmp": "BMP of 33547264 pixels",
-    "odd.pgm": "PPM of 33547264 pixels",
-    "lab.tif": "TIFF of 33547264 pixels",
+    "flat.jp2": "JPEG2000 image with 33547264 pixels",
+    "flat.webp": "WEBP image with 33547264 pixels",
+    "runs.bmp": "BMP image with 33547264 pixels",
+    "odd.pgm": "PPM image with 33547264 pixels",
+    "lab.tif": "TIFF image with 33547264 pixels",
     "padding.jpg": "too many parts",
     "chunks.png": "too many parts",
     "comments.ppm": "200000 comments, more than the limit of 1000",
-    "tags.tif": "bytes in its tags; allowed: ",
-    "tags.jpg": "bytes in its tags; allowed: ",
+    "tags.tif": "bytes in its tags, more than the limit of ",
+    "tags.jpg": "bytes in its tags, more than the limit of ",
     "tile.tif": "1073741824 pixels in a tile, more than the limit of 4194304",
 }
 

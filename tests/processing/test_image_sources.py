@@ -184,14 +184,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "stream": (io.BytesIO(b"just text"), r"of type BytesIO cannot be opened: it cannot be decoded"),
     "text stream": (io.StringIO("text"), r"its stream must return bytes.*got str"),
     "datasets, neither": ({"bytes": None, "path": None}, r"keys 'bytes' and 'path'.*got 'bytes', 'path'"),
-    "datasets, no file": ({"bytes": None, "path": "no/such.png"}, r"'no/such\.png' must be a file"),
+    "datasets, no file": ({"bytes": None, "path": "no/such.png"}, r"An image must be a file.*got 'no/such\.png'"),
     "datasets, broken": ({"bytes": b"text", "path": "a.png"}, r"of 4 bytes cannot be opened"),
     "another dict": ({"uri": "a.png"}, r"keys 'bytes' and 'path'.*got 'uri'"),
     "truncated": (CONTENT[:20_000], r"of 20000 bytes cannot be used: it cannot be decoded"),
     "bomb": (png_claiming(50_000), r"cannot be opened.*exceeds limit"),
     "number": (3, r"of type int cannot be opened: an image must be a path"),
     "set": ({"a.png"}, r"of type set cannot be opened: an image must be a path"),
-    "directory": (Path("/"), r"'/' must be a file"),
+    "directory": (Path("/"), "An image must be a file.*got '/'"),
 }
 
 
@@ -208,7 +208,7 @@ def test_sources_without_an_image(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
-    with pytest.raises(InputError, match="Give another image"):
+    with pytest.raises(InputError, match="Use another image"):
         ChatModel(None, processor).open_image(source)  # type: ignore[arg-type]
 
 
@@ -400,7 +400,7 @@ def test_no_thread_stays_behind(seconds: float) -> None:
 @pytest.mark.slow
 def test_the_stated_time() -> None:
     """In a process of its own, as it is installed: the time that the guide states."""
-    guide = Path(__file__).parents[2].joinpath("docs", "inference.md").read_text(encoding="utf-8")
+    guide = Path(__file__).parents[2].joinpath("docs", "images.md").read_text(encoding="utf-8")
     assert f"within {MAX_DOWNLOAD_SECONDS:g} seconds" in guide
     script = "import sys; from fusion_hf import FusionImageProcessor; FusionImageProcessor()(sys.argv[1])"
     begins: list[float] = []

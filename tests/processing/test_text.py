@@ -82,7 +82,7 @@ def test_threads_may_use_different_grids(processor: FusionProcessor) -> None:
 
 @pytest.mark.parametrize("grid", [0, -2, 2.5, "4"])
 def test_image_token_grid_that_is_no_whole_number_from_1(processor: FusionProcessor, grid: Any) -> None:
-    message = rf"image_token_grid.*a whole number from 1.*got {re.escape(repr(grid))}"
+    message = rf"image_token_grid.*a whole number of at least 1.*got {re.escape(repr(grid))}"
     with pytest.raises(ValueError, match=message):
         processor(text="a", image_token_grid=grid)
     with pytest.raises(ValueError, match=message):
@@ -202,7 +202,7 @@ def test_too_long_question(processor: FusionProcessor) -> None:
             [user("a"), {"role": "assistant", "content": [{"type": "image", "image": PICTURE}]}],
             r"messages\[1\].content\[0\].*'text'.*'assistant', got 'image'",
         ),
-        ([], "list of messages"),
+        ([], r"list of at least one message, got \[\]"),
         ({"role": "user", "content": "a"}, "list of at least one message, got {'role'"),
         (None, "list of at least one message, got None"),
         ([[user("a")], [user("a"), user("b")]], r"conversation\[1\].messages\[1\].role. must be 'assistant'"),

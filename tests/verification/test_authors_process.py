@@ -33,13 +33,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_no_repository(tmp_path: Path):
-    with pytest.raises(InputError, match=r"--authors-code: .* has no fusion/model/__init__.py"):
+    with pytest.raises(InputError, match=r"--authors-code must be .* has no fusion/model/__init__.py"):
         find_environment(tmp_path, sys.executable)
 
 
 @pytest.mark.parametrize("name", ["no-such-python", "/no/such/python", "."])
 def test_no_python(code: Path, name: str):
-    with pytest.raises(InputError, match=r"--authors-python: .* is no program"):
+    with pytest.raises(InputError, match=r"--authors-python must be .* is not a program"):
         find_environment(code, name)
 
 
