@@ -257,7 +257,11 @@ def test_two_processes_do_not_share_an_output(nano: ChatModel, questions: Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("nowhere/answers.jsonl", "must be in an existing folder, got .*nowhere/answers.jsonl"), (".", "must be a file, got the folder")]
+    ("name", "part"),
+    [
+        ("nowhere/answers.jsonl", "must be in an existing folder, got .*nowhere/answers.jsonl"),
+        (".", "must be a file, got the folder"),
+    ],
 )
 def test_impossible_outputs(questions: Path, tmp_path: Path, name: str, part: str):
     with pytest.raises(InputError, match=part):

@@ -114,7 +114,11 @@ class TestModel:
         check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is neither a folder")
 
     def test_file(self, run_here, picture):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "must be a folder or a repository", "the file README.md")
+        check_one_line(
+            run_here("ask", picture, QUESTION, "--model", "README.md"),
+            "must be a folder or a repository",
+            "the file README.md",
+        )
 
     def test_no_network(self, run_cold, picture, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}

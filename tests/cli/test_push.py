@@ -241,8 +241,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing shard": (lambda f: split(f, "gone.safetensors"), "has no gone.safetensors"),
     "wrong index": (lambda f: split(f, "model.safetensors"), "disagree about extra"),
-    "card without metadata": (lambda f: (f / "README.md").write_text("# nano"), "`library_name` must be 'transformers' in the metadata, got None"),
-    "card without licence": (lambda f: change_card(f, "license: apache-2.0\n", ""), "`license` must be the identifier of a licence in the metadata, got None"),
+    "card without metadata": (
+        lambda f: (f / "README.md").write_text("# nano"),
+        "`library_name` must be 'transformers' in the metadata, got None",
+    ),
+    "card without licence": (
+        lambda f: change_card(f, "license: apache-2.0\n", ""),
+        "`license` must be the identifier of a licence in the metadata, got None",
+    ),
     "card of another task": (
         lambda f: change_card(f, "image-text-to-text", "text-generation"),
         "got 'text-generation'",

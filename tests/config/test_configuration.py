@@ -13,7 +13,7 @@ from fusion_hf import FusionConfig
     ("changes", "message"),
     [
         ({"query_len": 8}, r"query_len.*a perfect square.*got 8"),
-        ({"query_lens": [4, 7]}, r"query_lens.*perfect squares, without 7.*got \[4, 7\]"),
+        ({"query_lens": [4, 7]}, r"query_lens.*perfect squares.*got \[4, 7\]"),
         ({"query_lens": []}, r"query_lens.*at least one.*got \[\]"),
         ({"window_size": 0}, r"window_size.*at least 1.*got 0"),
         ({"sampler_layers": [0, 4]}, r"sampler_layers.*layers of the language model .0 to 3.*got \[0, 4\]"),

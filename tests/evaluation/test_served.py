@@ -464,7 +464,7 @@ def test_keys_that_are_none(monkeypatch, value: str | None, message: str):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("127.0.0.1:8000", "--url must be http://HOST:PORT/v1, or https, got '127.0.0.1:8000'"),
+        ("127.0.0.1:8000", "--url must be an http(s) URL such as http://HOST:PORT/v1, got '127.0.0.1:8000'"),
         ("file:///etc/passwd", "must be http"),
         ("http://", "must be http"),
         ("http://[::1/v1", "got an invalid URL"),

@@ -187,7 +187,7 @@ def test_switches(processor: FusionImageProcessor, photo: Image.Image) -> None:
     raw = pixels(processor, photo, do_rescale=False, do_normalize=False)
     assert raw.min() >= 0 and raw.max() > 1
     torch.testing.assert_close((raw / 255 - 0.5) / 0.5, pixels(processor, photo), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="`do_resize` must be True.*got False"):
+    with pytest.raises(ValueError, match=r"`do_resize` must be True.*got False"):
         pixels(processor, photo, do_resize=False)
 
 

@@ -149,9 +149,7 @@ def test_pictures_of_an_entry_have_their_root(tmp_path: Path):
 )
 def test_no_strategy(tmp_path: Path, strategy):
     make_file(tmp_path / "a.json", 2)
-    with pytest.raises(
-        InputError, match=r"mixture.yaml, entry 1: .*sampling_strategy.*all, first:N, end:N, random:N"
-    ):
+    with pytest.raises(InputError, match=r"mixture.yaml, entry 1: .*sampling_strategy.*all, first:N, end:N, random:N"):
         ids(tmp_path, {"json_path": "a.json", "sampling_strategy": strategy})
 
 

@@ -32,7 +32,7 @@ class RetryableError(Exception):
     A failure that may be temporary.
 
     Attributes:
-        seconds: Seconds that the endpoint asks to wait.
+        seconds: Seconds that the endpoint asks you to wait.
     """
 
     def __init__(self, reason: str, seconds: float | None = None):
@@ -83,13 +83,13 @@ def check_url(url: str, key_setting: str) -> str:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of its host or port
-        raise ValueError("url must be http://HOST:PORT/v1, or https, got an invalid URL.") from None
+        raise ValueError("url must be an http(s) URL such as http://HOST:PORT/v1, got an invalid URL.") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise ValueError(
             f"url must have only a scheme, host, port and path, because records show it. Pass a key by {key_setting}."
         )
     if not is_address or not url.isprintable() or " " in url:
-        raise ValueError(f"url must be http://HOST:PORT/v1, or https, got {short_name(repr(url))}.")
+        raise ValueError(f"url must be an http(s) URL such as http://HOST:PORT/v1, got {short_name(repr(url))}.")
     return url.rstrip("/")
 
 

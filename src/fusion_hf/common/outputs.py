@@ -1,4 +1,4 @@
-"""Output files and folders of commands, checked before the work, and complete or absent after it."""
+"""Output files and folders of commands. They are checked before work starts, and are complete or absent after it."""
 
 import json
 import os

@@ -118,14 +118,14 @@ class BuildInputs:
 
 def find_conversion_inputs(options: ConversionOptions, flag: str = "--model") -> ConversionInputs:
     """
-    Fetch what is on the Hub, and see that everything is there and can be put where it is to go.
+    Fetch the inputs of a conversion from the Hub, and check that they are complete and the result can be written.
 
     Args:
         options: What to convert.
         flag: The option that names the checkpoint, for errors.
 
     Raises:
-        ConversionError, InputError: for the first thing that does not fit.
+        ConversionError, InputError: If something does not fit.
     """
     _check_result(options)
     wanted: Wanted = "headers" if options.dry_run else "all"

@@ -90,7 +90,7 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{path} must have a `weight_map` of tensor names to shard names.")
+        raise ConversionError(f"{path} must have a `weight_map` from tensor names to shard names.")
     for shard in weight_map.values():
         # Windows paths are refused on other systems as well, and the reverse
         if not isinstance(shard, str) or PurePath(shard).name != shard or "\\" in shard or shard in ("", "..", "."):

@@ -121,7 +121,7 @@ def check_can_push(repository: str, private: bool = False) -> None:
         private: Whether the repository must be private.
 
     Raises:
-        ConversionError: If the name is impossible, nobody is logged in, or the Hub cannot be reached.
+        ConversionError: If the name is invalid, nobody is logged in, or the Hub cannot be reached.
     """
     try:
         check_repository(repository, "--repo-id")

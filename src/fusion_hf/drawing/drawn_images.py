@@ -119,7 +119,7 @@ class DrawnImage:
     word: DrawnWord | None = None
 
     def parts(self) -> list[DrawnElement]:
-        """List the shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE pixels."""
+        """List the shapes, or the letters of the word, with masks of `CANVAS_SIDE` x `CANVAS_SIDE` pixels."""
         parts = []
         for shape in self.shapes:
             parts.append(DrawnElement(shape.color, shape.kind, Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))))
@@ -133,7 +133,7 @@ class DrawnImage:
         return parts
 
     def render(self) -> Image.Image:
-        """Draw the image in mode RGB, with IMAGE_SIDE x IMAGE_SIDE pixels."""
+        """Draw the image in mode RGB, with `IMAGE_SIDE` x `IMAGE_SIDE` pixels."""
         canvas = Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), self.background)
         draw = ImageDraw.Draw(canvas)
         for shape in self.shapes:
@@ -196,7 +196,7 @@ def single_spec(rng: random.Random) -> DrawnImage:
 
 
 def count_spec(rng: random.Random) -> DrawnImage:
-    """Plan an image with one to MAX_COUNT shapes that do not touch each other."""
+    """Plan an image with one to `MAX_COUNT` shapes that do not touch each other."""
     count = rng.randint(1, MAX_COUNT)
     kinds = SHAPES if rng.random() >= SAME_KIND_SHARE else (rng.choice(SHAPES),)
     colors = tuple(COLORS) if rng.random() >= SAME_COLOR_SHARE else (rng.choice(tuple(COLORS)),)
@@ -235,7 +235,7 @@ def spatial_spec(rng: random.Random) -> DrawnImage:
 
 
 def text_spec(rng: random.Random) -> DrawnImage:
-    """Plan an image with one word of WORDS, completely inside the image."""
+    """Plan an image with one word of `WORDS`, completely inside the image."""
     word = place_word(rng.choice(WORDS), rng.choice(WORD_COLORS), rng)
     return DrawnImage("text", _random_background(rng), word=word)
 

@@ -227,14 +227,14 @@ def check_alone(folder: Path) -> None:
 
 def check_repository(repository: str, flag: str) -> None:
     """
-    Check that an upload can succeed, before any work.
+    Check, before any work starts, that an upload can succeed.
 
     Args:
         repository: Name of the repository.
         flag: Option that was used, for errors.
 
     Raises:
-        InputError: If the name is impossible, or if nobody is logged in.
+        InputError: If the name is invalid, or if nobody is logged in.
     """
     check_name(repository, flag)
     if get_token() is None:
@@ -242,7 +242,7 @@ def check_repository(repository: str, flag: str) -> None:
 
 
 def check_name(repository: str, flag: str) -> None:
-    """Raise an `InputError` if a name is impossible for a repository."""
+    """Raise an `InputError` if a name is not valid for a repository."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -250,7 +250,7 @@ def check_name(repository: str, flag: str) -> None:
 
 
 def check_tag(tag: str) -> None:
-    """Raise an `InputError` if a name is impossible for a version."""
+    """Raise an `InputError` if a name is not valid for a version."""
     if not TAG.fullmatch(tag):
         allowed = "letters, digits and . _ + -, beginning with a letter or digit"
         raise InputError(f"--tag must be {allowed}, got {tag!r}.")

@@ -1,7 +1,7 @@
 """Trials of what this CPU computes faster. They take milliseconds, once per process.
 
-Names of processors and of their instructions do not tell. Of two CPUs with the same bfloat16 instructions, one
-multiplies twice as fast in bfloat16 as in float32, and the other half as fast.
+The names of a processor and of its instructions do not tell which is faster. Of two CPUs with the
+same bfloat16 instructions, one multiplies twice as fast in bfloat16 as in float32, and the other half as fast.
 """
 
 import time
@@ -44,7 +44,7 @@ def trial_tensors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 
 
 def is_bfloat16_faster() -> bool:
-    """Return whether this CPU processes prompts clearly faster in bfloat16 than in float32, and tokens not slower."""
+    """Return whether this CPU processes prompts clearly faster in bfloat16 than in float32, and tokens no slower."""
     return _is_bfloat16_faster(torch.get_num_threads())
 
 

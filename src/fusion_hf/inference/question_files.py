@@ -86,7 +86,7 @@ def read_entries(records: Records) -> tuple[list[Entry], Path]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"The records {path} cannot be read ({error.strerror}).") from error
+        raise InputError(f"The records in {path} cannot be read ({error.strerror}).") from error
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     entries = [Entry(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not entries:

@@ -196,7 +196,7 @@ def max_jpeg_scans(pixels: int) -> int:
 
 
 def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield each marker up to the end of the first image, with begin and end of its segment's content."""
+    """Yield each marker up to the end of the first image, with the begin and end of its segment's content."""
     position = 2
     while (match := NEXT_MARKER.search(content, position)) is not None:
         marker, begin = content[match.end() - 1], match.end()
@@ -339,7 +339,7 @@ def _check_coding(segment: bytes, style: int, parameters: int) -> None:
 
 
 def _codestream_segments(content: bytes, position: int) -> Iterator[tuple[int, int, int]]:
-    """Yield each marker of the main header and the tile-part headers, with begin and end of its segment's content."""
+    """Yield each marker of the main and tile-part headers, with the begin and end of its segment's content."""
     next_part: int | None = None
     while position + 4 <= len(content):
         marker, length = struct.unpack_from(">HH", content, position)

@@ -169,7 +169,7 @@ def identify_image(
 
 def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_transpose: bool = True) -> Image.Image:
     """
-    Decode an image of PIL, turn it upright, and convert it to RGB.
+    Decode a PIL image, turn it upright, and convert it to RGB.
 
     Alpha is dropped. 16-bit gray values and floats from 0 to 1 are scaled to 8 bits. The first frame of an animation
     is used. An upright RGB image is returned itself. Other images are converted in blocks, so that the conversion
@@ -248,7 +248,7 @@ def _shown(error: Exception) -> str:
 
 def load_image(image: Image.Image) -> None:
     """
-    Decode the pixels of an image of PIL in place.
+    Decode the pixels of a PIL image in place.
 
     Args:
         image (`PIL.Image.Image`): Image, decoded or not.

@@ -73,8 +73,8 @@ def defer_images(images: Any) -> list[Image.Image]:
     """
     Wrap images so that each is opened only when it is its turn.
 
-    transformers passes only images of PIL, arrays and tensors from a processor to its image processor. Each source is
-    therefore wrapped in an empty image of PIL. A class of its own would not work: with `trust_remote_code`, processor
+    transformers passes only PIL images, arrays and tensors from a processor to its image processor. Each source is
+    therefore wrapped in an empty PIL image. A class of its own would not work: with `trust_remote_code`, processor
     and image processor come from two copies of this file.
 
     Args:
@@ -163,7 +163,7 @@ def _read(source: Any) -> bytes:
     if isinstance(source, Stream):
         return _read_stream(source)
     raise ImageError(
-        "an image must be a path, a URL, base64, bytes, a binary stream, an image of PIL, an array, a tensor, a dict "
+        "an image must be a path, a URL, base64, bytes, a binary stream, a PIL image, an array, a tensor, a dict "
         "with 'bytes' or 'path', or a list of them"
     )
 
@@ -193,7 +193,7 @@ def _read_stream(stream: Stream) -> bytes:
 
 
 def _download(url: str) -> bytes:
-    """Download the content of an http(s) URL, at most MAX_DOWNLOAD_BYTES within MAX_DOWNLOAD_SECONDS."""
+    """Download the content of an http(s) URL, at most `MAX_DOWNLOAD_BYTES` in `MAX_DOWNLOAD_SECONDS`."""
     try:
         is_address = url.isprintable() and urlsplit(url).port != 0
     except ValueError:  # of the host or the port

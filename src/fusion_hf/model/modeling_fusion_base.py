@@ -305,7 +305,7 @@ def check_engine(config: FusionConfig, cache: Any) -> None:
         cache ([`Cache`], *optional*): Cache of the call. Continuous batching passes another kind of object.
 
     Raises:
-        ValueError: If an engine does, because the model would answer its packed rows without samplers.
+        ValueError: If an engine does. The model would answer its packed rows without samplers.
     """
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(

@@ -101,7 +101,7 @@ class GroundingOutput(ModelOutput):
 
 
 class WordGrounding(nn.Module):
-    """Tower and projector of a model, which are trained in place, and the embeddings of PATCH_WORDS."""
+    """Tower and projector of a model, which are trained in place, and the embeddings of `PATCH_WORDS`."""
 
     tower: FusionVisionModel
     projector: FusionProjector

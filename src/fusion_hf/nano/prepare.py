@@ -35,7 +35,7 @@ def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
 
 
 def validation_sample(seed: int) -> list[NanoRecord]:
-    """Draw VALIDATION_SAMPLE questions of each category. Equal seeds give equal questions."""
+    """Draw `VALIDATION_SAMPLE` questions of each category. Equal seeds give equal questions."""
     records = evaluation_records("validation", seed, drawn=VALIDATION_SAMPLE)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
     drawn = [record for record in records if record.category != "easy-vqa"]

@@ -145,7 +145,7 @@ def test_records(seed: int = 0, drawn: int = 1000) -> list[NanoRecord]:
 
 def easy_vqa_images(split: Literal["train", "validation"]) -> list[DescribedImage]:
     """
-    Read easy-vqa's training images. A share of VALIDATION_SHARE is the validation split.
+    Read easy-vqa's training images. A share of `VALIDATION_SHARE` is the validation split.
 
     Args:
         split: `"train"` or `"validation"`.

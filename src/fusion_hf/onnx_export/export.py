@@ -219,7 +219,7 @@ def write_graphs(model: FusionForConditionalGeneration, budget: TokenBudget, fol
 
 @contextmanager
 def _short_rope(model: FusionForConditionalGeneration) -> Iterator[None]:
-    """Keep long RoPE as it is within `max_length`, since older transformers choose frequencies by a branch."""
+    """Use long RoPE's frequencies for up to `max_length` tokens. Older transformers choose them by a branch."""
     rotary = model.model.language_model.rotary_emb
     if model.config.text_config.rope_parameters.get("rope_type") != LONG_ROPE:
         yield

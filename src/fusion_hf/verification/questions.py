@@ -29,7 +29,7 @@ class VerificationQuestion:
 
 
 def draw_questions() -> list[VerificationQuestion]:
-    """Draw one image of each kind, each in another size, and return them with their first questions."""
+    """Draw one image of each kind, each in a different size, and return them with their first questions."""
     asked = []
     for category, size in zip(CATEGORIES, SIZES, strict=True):
         spec = draw_spec(category, "test", 0)

@@ -226,7 +226,7 @@ class FusionConfig(PreTrainedConfig):
         self._require(is_perfect_square(self.query_len), "query_len", "a perfect square (1, 4, 9, 16, ...)")
         self._require(len(self.query_lens) > 0, "query_lens", "a list of at least one perfect square")
         for length in self.query_lens:
-            self._require(is_perfect_square(length), "query_lens", f"a list of perfect squares, without {length}")
+            self._require(is_perfect_square(length), "query_lens", "a list of perfect squares (1, 4, 9, 16, ...)")
         self._require(self.window_size > 0, "window_size", "at least 1")
         layers = text.num_hidden_layers
         for layer in self.sampler_layers:
@@ -288,7 +288,7 @@ class TokenBudget(NamedTuple):
 def _build_sub_config(
     name: str, value: dict | PreTrainedConfig | None, default_type: str, default_values: dict[str, Any]
 ) -> PreTrainedConfig:
-    """Build a sub-configuration from a dict (by its `model_type`) or from the defaults; keep one that is built."""
+    """Build a sub-configuration from a dict (by its `model_type`) or from the defaults. Keep one that exists."""
     if isinstance(value, PreTrainedConfig):
         return value
     values = dict(value) if value is not None else dict(default_values)

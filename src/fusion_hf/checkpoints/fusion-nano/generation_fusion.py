@@ -44,7 +44,7 @@ def refuse(what: str) -> NoReturn:
 
 
 class FusionGenerationMixin(GenerationMixin):
-    """Adds to [`GenerationMixin`] what a model needs whose prompts must be processed as a whole."""
+    """Extends [`GenerationMixin`] for a model whose prompts must be processed as a whole."""
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """

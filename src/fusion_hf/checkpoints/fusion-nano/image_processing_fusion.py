@@ -113,7 +113,7 @@ class FusionImageProcessor(PilBackend):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
-        Open images without decoding them. Images of PIL, arrays and tensors are returned unchanged.
+        Open images without decoding them. PIL images, arrays and tensors are returned unchanged.
 
         Args:
             image_url_or_urls: A source that `open_source` accepts (a path, URL, base64 string, bytes, ...), or a
@@ -129,7 +129,7 @@ class FusionImageProcessor(PilBackend):
         return open_source(image_url_or_urls)
 
     def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """Convert one image, array or tensor to an RGB image of PIL, the format in which it is resized."""
+        """Convert one image, array or tensor to an RGB PIL image, the format in which it is resized."""
         return self._to_rgb(image, **kwargs).image
 
     def _to_rgb(

@@ -232,7 +232,7 @@ def check_tiles(config: FusionConfig, pixel_values: torch.Tensor) -> None:
         pixel_values: Tiles of images `(B, 4, 3, H, W)`, or tiles with their overviews `(B, 5, 3, H, W)`.
 
     Raises:
-        ValueError: If the shape is another. The message names both shapes.
+        ValueError: If the shape is wrong. The message names both shapes.
     """
     size, channels = config.vision_config.image_size, config.vision_config.num_channels
     allowed = [(NUM_TILES + 1, channels, size, size), (NUM_TILES, channels, size, size)]

@@ -25,7 +25,7 @@ LINEAR_4BIT = "Linear4bit"  # name of bitsandbytes' class, since the library may
 
 
 class FusionQuantizationMixin:
-    """Extends `PreTrainedModel` with a `from_pretrained` that leaves NOT_QUANTIZED unquantized by default."""
+    """Extends `PreTrainedModel` with a `from_pretrained` that leaves `NOT_QUANTIZED` unquantized by default."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ class FusionQuantizationMixin:
 
 def skip_by_default(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
     """
-    Return a quantization configuration that skips NOT_QUANTIZED, unless it names modules to skip itself.
+    Return a quantization configuration that skips `NOT_QUANTIZED`, unless it already names modules to skip.
 
     Args:
         config (`dict` or `QuantizationConfigMixin`): Quantization configuration.
@@ -73,7 +73,7 @@ def skip_by_default(config: dict[str, Any] | QuantizationConfigMixin) -> Quantiz
 
 @contextmanager
 def name_extra() -> Iterator[None]:
-    """Add the extra to install to errors about one of LIBRARIES, or about a package that it needs."""
+    """Add the extra to install to errors about one of `LIBRARIES`, or about a package that it needs."""
     try:
         yield
     except ImportError as error:
@@ -84,7 +84,7 @@ def name_extra() -> Iterator[None]:
 
 def put_scales_back(layer: Any, prefix: str, keep_vars: bool) -> None:
     """
-    Restore the scales of a 4-bit layer of bitsandbytes, which its CPU kernel has transposed, before a state dict.
+    Restore the scales of a bitsandbytes 4-bit layer, which its CPU kernel has transposed, for a state dict.
 
     On a CPU with AVX512-BF16, the first pass packs the weights and transposes the scales. For a state dict,
     bitsandbytes (seen in 0.50.2) only unpacks the weights. The saved model would be wrong, and so would this one.

@@ -58,7 +58,7 @@ def complete_turns(
         [`PromptTurns`]: The completed turns.
 
     Raises:
-        ValueError: If something is missing that cannot be found, or if positions disagree with the ids.
+        ValueError: If something that is missing cannot be found, or if positions disagree with the ids.
     """
     ends, question, question_mask = given
     if ends is not None:
@@ -263,7 +263,7 @@ def _shift(given: list[int], exact: list[int]) -> int | None:
 
 def ignore_placeholders(labels: torch.Tensor | None, config: FusionConfig) -> torch.Tensor | None:
     """
-    Set image and latent placeholders in labels to -100, because the language model has no such words to learn.
+    Set image and latent placeholders in labels to -100, because the language model cannot predict them.
 
     Args:
         labels (`(B, S)`, *optional*): The labels.
@@ -328,7 +328,7 @@ def locate_prompt_ends(
         most (`int`): Upper bound for the number of turns in any prompt.
 
     Returns:
-        `(B, most)`: Indices in `input_ids`, -1 for a turn without a header behind it or that does not exist.
+        `(B, most)`: Indices in `input_ids`, -1 for a turn that has no header behind it or does not exist.
     """
     length = input_ids.shape[1]
     header = config.assistant_header_ids or []
