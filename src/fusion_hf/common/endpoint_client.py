@@ -1,4 +1,4 @@
-"""A client of the OpenAI protocol for threads and coroutines. It limits the size of responses, retries, and hides keys."""
+"""A client of the OpenAI protocol for threads and coroutines. It limits responses, retries calls, and hides keys."""
 
 import asyncio
 import json
