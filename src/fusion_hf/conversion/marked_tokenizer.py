@@ -106,7 +106,8 @@ def find_chat_format(backend: Tokenizer) -> str:
             return name
     known = ", ".join(chat_format.turn_end for chat_format in CHAT_FORMATS.values())
     raise ConversionError(
-        f"The tokenizer must know an end-of-turn token of FUSION's chat formats ({known}). Use the tokenizer of a chat model."
+        f"The tokenizer must know an end-of-turn token of FUSION's chat formats ({known}). "
+        "Use the tokenizer of a chat model."
     )
 
 
