@@ -133,7 +133,7 @@ def test_marks_that_upstream_added(tmp_path):
 
 def test_tokenizer_of_another_model(tmp_path):
     tokenizer = load_tokenizer(write_phi3_tokenizer(tmp_path), "phi3", MAX_LENGTH)
-    with pytest.raises(ConversionError, match=r"<vision_start> has id 32011, but .* need id 32064"):
+    with pytest.raises(ConversionError, match=r"id of <vision_start> must be 32064 .*got 32011"):
         add_marks(tokenizer, 32_066)
 
 

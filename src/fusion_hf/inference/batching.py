@@ -93,8 +93,7 @@ def batch_generate(
         records: Records with a `question`, or with `messages` or LLaVA's `conversations` that end with a question.
             They may have an `image` (a path, an http(s) URL, the bytes of a file, or a PIL image) and an `id`
             (default: the index). Or the path of a JSONL file of records, whose folder is the root of relative image
-                paths.
-            `text` and `question_id` of LLaVA's `question.jsonl` are read as `question` and `id`.
+            paths. `text` and `question_id` of LLaVA's `question.jsonl` are read as `question` and `id`.
         model: A [`ChatModel`], a model folder, or a repository of the Hub. Defaults to the bundled `fusion-nano`.
         output: JSONL file for the results. To resume a run that was killed, call this again with the same arguments
             (`batch_size` and `device` may differ).
