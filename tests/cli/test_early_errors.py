@@ -34,7 +34,7 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train gone.yaml", ("gone.yaml", "No such file")),
     ("train run.yaml lerning_rate=1", ("'lerning_rate'", "'learning_rate'")),
     ("train run.yaml seed=many", ("`seed`", "got 'many'", "a whole number")),
-    ("train run.yaml seed=[", ("seed is '['", "no YAML")),
+    ("train run.yaml seed=[", ("seed must be a YAML value", "got '['")),
     ("train run.yaml on_broken=x", ("on_broken is 'x'", "error, skip")),
     ("train run.yaml query_lens=[5]", ("query_lens holds 5", "perfect squares")),
     ("train run.yaml", ("data: gone.json does not exist",)),
