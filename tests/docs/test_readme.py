@@ -11,7 +11,7 @@ import pytest
 from tests.docs.markdown import fenced_blocks
 from tests.helpers.forked import run_forked
 
-from fusion_hf.cli import build, convert, make_parser
+from fusion_hf.cli import make_parser
 
 SECONDS = 600
 MARKER = "# needs "  # a line that has it is parsed instead of run
@@ -57,16 +57,8 @@ def test_bash_line(bash_line: str, workspace: Path, root: Path):
 
 def parse(words: list[str]) -> None:
     """Let the command's own parser read its arguments."""
-    parsers = {
-        ("fusion-hf", "convert"): convert.make_parser,
-        ("python", "conversion/build_from_backbones.py"): build.make_parser,
-    }
-    first = (words[0], words[1])
-    if first in parsers:
-        parsers[first]().parse_args(words[2:])
-    else:
-        assert words[0] == "fusion-hf"
-        make_parser().parse_args(words[1:])
+    assert words[0] == "fusion-hf"
+    make_parser().parse_args(words[1:])
 
 
 def test_expectations_are_found(root: Path):

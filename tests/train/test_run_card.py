@@ -114,7 +114,7 @@ def test_an_adapter_says_how_it_becomes_a_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", nano_path(), lora_rank=8)
     write_run_card(run, run, nano_path(), "run", is_adapter=True)
     card = ModelCard.load(run / "README.md")
-    assert "fusion-hf merge path/to/run --output run-merged --base" in card.text and "lora" in card.data.tags
+    assert "fusion-hf merge --model path/to/run --output run-merged --base" in card.text and "lora" in card.data.tags
     assert "from_pretrained" not in card.text
 
 

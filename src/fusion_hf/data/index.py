@@ -6,7 +6,6 @@ and modification time of the source. It is written under another name and then r
 never exists. A second process that needs the same index waits for the first one.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.outputs import atomic_file
+from fusion_hf.common.outputs import atomic_file, cache_folder
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
@@ -121,12 +120,8 @@ class Index:
 
 
 def default_cache() -> Path:
-    """
-    Return `$HF_HOME/fusion_hf/data` if `HF_HOME` is set, else `fusion_hf/data` in `$XDG_CACHE_HOME` or
-    `~/.cache`.
-    """
-    folder = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser() / "fusion_hf" / "data"
+    """Return the folder for indexes that is used if you name none."""
+    return cache_folder() / "data"
 
 
 def open_index(source: RecordSource, cache: Path, needs_turns: bool = False) -> Index:
