@@ -1,4 +1,4 @@
-"""What a server lets its clients have. Imports nothing heavy: the command line shows these defaults."""
+"""The limits on requests. This module imports nothing heavy, since the command line shows the defaults."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,21 @@ MAX_IMAGES = 1  # FUSION reads one image
 @dataclass(frozen=True)
 class Limits:
     """
-    image_bytes: of an image's file.
-    image_pixels: of an image; checked before it is decoded.
-    image_seconds: of a processor's time for decoding an image.
-    body_bytes: of a request.
-    upload_bytes: of all requests that are still arriving, together; never less than `body_bytes`.
-    prompt_tokens: text, image and latent tokens together; never more than the model's maximum.
-    answer_tokens: of an answer, and how long one is that the client does not limit.
-    image_cache_bytes: of images' features that are kept for further questions; 0: none is.
-    parallel: requests that are answered at the same time.
-    queue_length: requests that wait beside them; more are sent away.
-    seconds: from the end of a request's head to the end of its answer.
+    The limits on requests to the server.
+
+    Attributes:
+        image_bytes: the maximum size of an image file in bytes.
+        image_pixels: the maximum number of pixels of an image, which is checked before decoding.
+        image_seconds: the maximum processor time for decoding an image in seconds.
+        body_bytes: the maximum size of the body of a request in bytes.
+        upload_bytes: the maximum size of all arriving bodies together in bytes, at least `body_bytes`.
+        prompt_tokens: the maximum number of text, image and latent tokens of a prompt, at most the maximum of the
+            model.
+        answer_tokens: the maximum number of tokens of an answer, and the default of requests that set none.
+        image_cache_bytes: the maximum size of the cache for image features in bytes. 0 disables the cache.
+        parallel: the maximum number of requests that are answered concurrently.
+        queue_length: the maximum number of waiting requests. Further requests are rejected.
+        seconds: the maximum time from the end of the request's headers to the end of the answer in seconds.
     """
 
     image_bytes: int = 10 * MEGABYTE
