@@ -335,7 +335,7 @@ def test_write_that_fails(tmp_path: Path, writer: str):
 def test_disk_that_is_full(tmp_path: Path):
     folder = tmp_path / "checkpoint-2"
     for write_file in (lambda path: path.write_text("x"), lambda path: torch.save({}, path)):
-        with pytest.raises(CheckpointError, match="there is no complete checkpoint yet") as raised, saving(folder):
+        with pytest.raises(CheckpointError, match="There is no complete checkpoint yet") as raised, saving(folder):
             folder.mkdir()
             (folder / "file").symlink_to("/dev/full")
             write_file(folder / "file")
@@ -371,7 +371,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, error: BaseException):
 
 def test_only_checkpoints_are_removed(tmp_path: Path):
     run = write(tmp_path / "run", complete=False)
-    with pytest.raises(ValueError, match="'run' is not the name of a checkpoint"), saving(run):
+    with pytest.raises(ValueError, match="must be `checkpoint-N`, got 'run'"), saving(run):
         pass
     with pytest.raises(CheckpointError, match="the model could not be written: disk"), writing(run, "the model"):
         raise OSError(errno.ENOSPC, "disk")

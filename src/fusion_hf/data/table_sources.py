@@ -177,8 +177,8 @@ def known_columns(names: Iterable[str], where: str) -> list[str]:
         allowed = f"{', '.join(TURN_KEYS)}, {PAIRS_KEY}, or {PROMPT} and {COMPLETION}"
         near = {name: close[0] for name in names if (close := get_close_matches(name, TURN_KEYS, 1, CLOSE))}
         renames = near or turn_renames(dict.fromkeys(names, ""))
-        advice = ", ".join(f"Rename {short_name(old)!r} to {new!r}" for old, new in renames.items())
-        raise InputError(f"data: {where} must have a column {allowed}. {advice or 'Does it hold records?'}")
+        advice = ", ".join(f"rename {short_name(old)!r} to {new!r}" for old, new in renames.items())
+        raise InputError(f"data: {where} must have a column {allowed}; {advice or 'does it hold records?'}")
     if set(known).isdisjoint(IMAGE_COLUMNS) and (unread := [name for name in names if name in IMAGES]):
         raise InputError(f"data: {where} has a column {unread[0]!r}. Rename it to {IMAGE_KEY!r}.")
     return known
