@@ -92,7 +92,7 @@ def test_answers_of_the_authors_against_a_record(run, runs, tmp_path):
     path.write_text("".join(json.dumps({**a, "text": b}) + "\n" for a, b in zip(lines, texts, strict=True)))
     result = run("compare", path, runs[0])
     assert "answers: 1 changed (1 better)" in result.stdout
-    assert "RUN_A is scored here by exact match" in result.stdout
+    assert "RUN_A is scored by exact match" in result.stdout
     assert run("compare", path, runs[0], "--stages").stderr.startswith("error: RUN_A must be a record of `fusion-hf")
 
 

@@ -209,7 +209,7 @@ def test_text_and_json_say_the_same():
     assert "the runs report 0.7000 and unknown" in text
     assert f"95% interval {metric['interval']['low']:+.4f} to {metric['interval']['high']:+.4f}" in text
     assert "answers: 3 changed (1 worse, 2 better)" in text
-    assert f"a difference of {metric['detectable']:.4f} would be shown with a power of 80%" in text
+    assert f"detect a difference of {metric['detectable']:.4f} with a power of 80%" in text
     assert "fewer than 6 changed scores (0.7500 of all) can never be significant" in text
     assert [change["direction"] for change in content["tasks"][0]["changes"]] == ["worse", "better", "better"]
 
