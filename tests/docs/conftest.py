@@ -10,6 +10,7 @@ DOCUMENTS = (
     "docs/attention_maps.md",
     "docs/demo.md",
     "docs/evaluation.md",
+    "docs/evaluation_compare.md",
     "docs/inference.md",
     "docs/quickstart.md",
 )

@@ -14,18 +14,18 @@ class Limits:
     The limits on requests to the server.
 
     Attributes:
-        image_bytes: the maximum size of an image file in bytes.
-        image_pixels: the maximum number of pixels of an image, which is checked before decoding.
-        image_seconds: the maximum processor time for decoding an image in seconds.
-        body_bytes: the maximum size of the body of a request in bytes.
-        upload_bytes: the maximum size of all arriving bodies together in bytes, at least `body_bytes`.
-        prompt_tokens: the maximum number of text, image and latent tokens of a prompt, at most the maximum of the
+        image_bytes: The maximum size of an image file in bytes.
+        image_pixels: The maximum number of pixels of an image, which is checked before decoding.
+        image_seconds: The maximum processor time for decoding an image in seconds.
+        body_bytes: The maximum size of the body of a request in bytes.
+        upload_bytes: The maximum size of all arriving bodies together in bytes, at least `body_bytes`.
+        prompt_tokens: The maximum number of text, image and latent tokens of a prompt, at most the maximum of the
             model.
-        answer_tokens: the maximum number of tokens of an answer, and the default of requests that set none.
-        image_cache_bytes: the maximum size of the cache for image features in bytes. 0 disables the cache.
-        parallel: the maximum number of requests that are answered concurrently.
-        queue_length: the maximum number of waiting requests. Further requests are rejected.
-        seconds: the maximum time from the end of the request's headers to the end of the answer in seconds.
+        answer_tokens: The maximum number of tokens of an answer, and the default of requests that set none.
+        image_cache_bytes: The maximum size of the cache for image features in bytes. 0 disables the cache.
+        parallel: The maximum number of requests that are answered concurrently.
+        queue_length: The maximum number of waiting requests. Further requests are rejected.
+        seconds: The maximum time from the end of the request's headers to the end of the answer in seconds.
     """
 
     image_bytes: int = 10 * MEGABYTE

@@ -24,12 +24,12 @@ class CaptionPool:
     The source of captions.
 
     Attributes:
-        source: a file or a folder of files, or OWNER/NAME of a data set for `hub`.
-        kind: the format of the source.
-        column: the column or field that holds the caption. Text files have none.
-        split: the split of a Hub data set.
-        limit: the maximum number of captions to read. None reads all.
-        near_duplicates: whether to leave out captions that nearly repeat an earlier one.
+        source: A file or a folder of files, or OWNER/NAME of a data set for `hub`.
+        kind: The format of the source.
+        column: The column or field that holds the caption. Text files have none.
+        split: The split of a Hub data set.
+        limit: The maximum number of captions to read. None reads all.
+        near_duplicates: Whether to leave out captions that nearly repeat an earlier one.
     """
 
     source: str
@@ -46,24 +46,24 @@ class EndpointSettings:
     A language model on a server that is compatible with OpenAI's API.
 
     Attributes:
-        model: the name of the model on the server.
-        url: the address of a running server. `/v1` is added if it has no path. Leave it out for `vllm` and `sglang`,
+        model: The name of the model on the server.
+        url: The address of a running server. `/v1` is added if it has no path. Leave it out for `vllm` and `sglang`,
             which are started by the run.
         server: `endpoint` for a running server, or the server to start.
-        key_variable: the environment variable that holds the API key.
-        structured: how the format of an answer is requested: by the `response_format` `json_schema` or `json_object`,
+        key_variable: The environment variable that holds the API key.
+        structured: How the format of an answer is requested: by the `response_format` `json_schema` or `json_object`,
             or only in the prompt.
-        temperature: the sampling temperature.
-        max_tokens: the maximum number of tokens of an answer.
-        concurrency: the number of concurrent requests of a task.
-        tries: the maximum number of requests, each with a new seed, until an answer has the requested format.
-        patience: how often a failed request (429, 5xx, no connection) is repeated, with growing pauses.
-        timeout: the timeout of a request in seconds.
-        arguments: further fields of each request.
-        server_arguments: arguments of a server that is started.
-        price_per_million_input: the price of a million input tokens, for the estimate.
-        price_per_million_output: the price of a million output tokens, for the estimate.
-        tokens_per_second: the output tokens per second of all requests together, for the estimate.
+        temperature: The sampling temperature.
+        max_tokens: The maximum number of tokens of an answer.
+        concurrency: The number of concurrent requests of a task.
+        tries: The maximum number of requests, each with a new seed, until an answer has the requested format.
+        patience: How often a failed request (429, 5xx, no connection) is repeated, with growing pauses.
+        timeout: The timeout of a request in seconds.
+        arguments: Further fields of each request.
+        server_arguments: Arguments of a server that is started.
+        price_per_million_input: The price of a million input tokens, for the estimate.
+        price_per_million_output: The price of a million output tokens, for the estimate.
+        tokens_per_second: The output tokens per second of all requests together, for the estimate.
     """
 
     model: str
@@ -100,23 +100,23 @@ class ImageSettings:
 
     Attributes:
         kind: `diffusers` for a pipeline in this process, or `openai` for an endpoint with OpenAI's images API.
-        model: a folder or Hub repository of a text-to-image pipeline of diffusers, or the name of the model on the
+        model: A folder or Hub repository of a text-to-image pipeline of diffusers, or the name of the model on the
             endpoint.
-        url: the address of the endpoint.
-        key_variable: the environment variable that holds the API key.
-        width: the width of an image in pixels.
-        height: the height of an image in pixels.
-        steps: the number of denoising steps.
-        guidance: the guidance scale.
-        batch_size: the number of images per batch. The bytes of an image may depend on it.
-        device: the device of the pipeline.
-        dtype: the dtype of the pipeline.
-        offload: whether to keep only the active part of the pipeline on the GPU.
-        arguments: further arguments of the pipeline's call, or fields of the request.
-        patience: how often a failed request (429, 5xx, no connection) is repeated, with growing pauses.
-        timeout: the timeout of a request in seconds.
-        price_per_picture: the price of an image, for the estimate.
-        seconds_per_picture: the time per image of one task in seconds, for the estimate.
+        url: The address of the endpoint.
+        key_variable: The environment variable that holds the API key.
+        width: The width of an image in pixels.
+        height: The height of an image in pixels.
+        steps: The number of denoising steps.
+        guidance: The guidance scale.
+        batch_size: The number of images per batch. The bytes of an image may depend on it.
+        device: The device of the pipeline.
+        dtype: The dtype of the pipeline.
+        offload: Whether to keep only the active part of the pipeline on the GPU.
+        arguments: Further arguments of the pipeline's call, or fields of the request.
+        patience: How often a failed request (429, 5xx, no connection) is repeated, with growing pauses.
+        timeout: The timeout of a request in seconds.
+        price_per_picture: The price of an image, for the estimate.
+        seconds_per_picture: The time per image of one task in seconds, for the estimate.
     """
 
     kind: Literal["diffusers", "openai"]
@@ -152,10 +152,10 @@ class ImageCheckSettings:
     The model that checks an image and its answers. Set either `endpoint` or `fusion`.
 
     Attributes:
-        endpoint: a vision-language model on a server.
-        fusion: a FUSION model in this process: a folder, a Hub repository, or `nano`.
-        device: the device of the FUSION model.
-        dtype: the dtype of the FUSION model.
+        endpoint: A vision-language model on a server.
+        fusion: A FUSION model in this process: a folder, a Hub repository, or `nano`.
+        device: The device of the FUSION model.
+        dtype: The dtype of the FUSION model.
     """
 
     endpoint: EndpointSettings | None = None
@@ -174,12 +174,12 @@ class ExecutorSettings:
     How a run is distributed by datatrove's executors.
 
     Attributes:
-        kind: the executor.
-        tasks: the number of parts of the run. Each one writes its own shard. It must be the same in every start of a
+        kind: The executor.
+        tasks: The number of parts of the run. Each one writes its own shard. It must be the same in every start of a
             run.
-        workers: the number of concurrent tasks. -1 runs all of them.
-        options: further arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor` for all stages.
-        stages: further arguments of single stages by name, such as `images: {gpus_per_task: 1}`.
+        workers: The number of concurrent tasks. -1 runs all of them.
+        options: Further arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor` for all stages.
+        stages: Further arguments of single stages by name, such as `images: {gpus_per_task: 1}`.
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
@@ -203,20 +203,20 @@ class SynthesisConfig:
     The configuration of a run.
 
     Attributes:
-        output: the folder of the run. The finished data is in `output/data`.
-        records: the number of records to start with. Filters reject some of them.
-        categories: the shares of categories by name. None uses all categories, with the shares in their files.
+        output: The folder of the run. The finished data is in `output/data`.
+        records: The number of records to start with. Filters reject some of them.
+        categories: The shares of categories by name. None uses all categories, with the shares in their files.
         backend: `models` asks the endpoints. `procedural` draws everything without a model.
-        seed: the seed of the run.
-        pool: the source of captions.
-        writer: the language model that writes descriptions, questions and answers.
-        images: the generator of images.
-        judge: the language model that scores records. None skips this check.
-        image_check: the vision-language model that scores records with their images. None skips this check.
-        executor: how the run is distributed.
-        format: the format of the shards.
-        chunk: the number of records between two checkpoints of a task.
-        license: the license in the data card, an identifier of the Hub such as `cc-by-4.0`. Drawn records default to
+        seed: The seed of the run.
+        pool: The source of captions.
+        writer: The language model that writes descriptions, questions and answers.
+        images: The generator of images.
+        judge: The language model that scores records. None skips this check.
+        image_check: The vision-language model that scores records with their images. None skips this check.
+        executor: How the run is distributed.
+        format: The format of the shards.
+        chunk: The number of records between two checkpoints of a task.
+        license: The license in the data card, an identifier of the Hub such as `cc-by-4.0`. Drawn records default to
             the license of this project, whose templates they are made from. Other data has no default, since the
             license depends on captions and models.
     """
@@ -274,7 +274,7 @@ class RunFolders:
     The folders of a run. `data` is the result. You can remove `work` when the run is finished.
 
     Args:
-        output: the folder of the run.
+        output: The folder of the run.
     """
 
     def __init__(self, output: Path):
@@ -305,8 +305,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> SynthesisConfig:
     Read the configuration of a run.
 
     Args:
-        path: a YAML file. Local paths in `pool.source` and `output` are relative to the working directory.
-        overrides: texts of the form `key=value` with values in YAML. Keys of a section are written `section.key`.
+        path: A YAML file. Local paths in `pool.source` and `output` are relative to the working directory.
+        overrides: Texts of the form `key=value` with values in YAML. Keys of a section are written `section.key`.
 
     Raises:
         InputError: if the file is not a configuration, a key is unknown, or a value is invalid.

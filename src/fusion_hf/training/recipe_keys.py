@@ -58,8 +58,8 @@ class OwnArguments:
     model: str | None = _key(None, "Folder or Hub repository of the FUSION model to start from.")
     data: str | None = _key(
         None,
-        "Training records: a mixture (YAML), a JSON, JSONL or Parquet file, a folder of images, tar shards, or a Hub "
-        "id.",
+        "Training records: a mixture (YAML), a JSON, JSONL, CSV or Parquet file, a folder of images, tar shards, or a "
+        "Hub id.",
     )
     data_root: str | None = _key(
         None, "Folder that relative paths in `data` refer to. Defaults to the folder of `data`."
