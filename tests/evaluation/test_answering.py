@@ -163,7 +163,7 @@ def test_failures_are_named_and_keep_no_answer_from_the_others(
     answerer = RequestAnswerer(LocalModel(chat_model, batch_size=16))
     assert answerer.answer([*failing, *questions[:4]]) == [None, None, None, *one_by_one[:4]]
     reasons = {failure.doc_id: failure.reason for failure in answerer.failures}
-    assert "SeveralImages: The request shows 2 images" in reasons[101]
+    assert "SeveralImages: A request must have at most one image, got 2" in reasons[101]
     assert "tokens" in reasons[102]
     assert set(reasons) == {101, 102, 103}
 

@@ -75,9 +75,9 @@ def problems(name: str, root: Path) -> list[tuple[str, str | None, str | None]]:
 
 
 def test_missing_folder_and_missing_file_are_named(tmp_path):
-    assert problems("pope", tmp_path) == [(f"the folder {tmp_path / 'pope'} is missing", None, None)]
+    assert problems("pope", tmp_path) == [(f"the folder {tmp_path / 'pope'} does not exist", None, None)]
     (tmp_path / "pope").mkdir()
-    assert problems("pope", tmp_path) == [(f"{tmp_path / 'pope'} has no file test-*.parquet", None, None)]
+    assert problems("pope", tmp_path) == [(f"{tmp_path / 'pope'} must hold files test-*.parquet, got none", None, None)]
 
 
 def rewrite(file: Path, change) -> None:
@@ -104,7 +104,7 @@ def test_every_file_of_a_split_is_checked(tmp_path):
 def test_no_rows_and_no_parquet_are_named(tmp_path):
     file = write_rows(BENCHMARKS["pope"], tmp_path)
     rewrite(file, lambda table: table.slice(0, 0))
-    assert problems("pope", tmp_path) == [(f"{file}: no rows", str(file), None)]
+    assert problems("pope", tmp_path) == [(f"{file} has no rows", str(file), None)]
     file.write_bytes(b"not Parquet at all")
     ((message, where, _),) = problems("pope", tmp_path)
     assert message.startswith(f"{file} cannot be read as Parquet") and where == str(file)
@@ -151,7 +151,7 @@ def test_file_name_that_is_more_than_a_name_is_refused(tmp_path, name: str):
 
 def test_data_root_that_is_a_pattern_is_refused(tmp_path):
     write_rows(BENCHMARKS["pope"], tmp_path / "a[b]")
-    assert "stand for more than themselves" in problems("pope", tmp_path / "a[b]")[0][0]
+    assert "must not contain * ? [ ] or ::" in problems("pope", tmp_path / "a[b]")[0][0]
 
 
 def test_unknown_names_are_refused(tmp_path):

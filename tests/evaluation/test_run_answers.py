@@ -157,11 +157,11 @@ def test_answers_of_the_authors(tmp_path):
 @pytest.mark.parametrize(
     ("name", "entries", "message"),
     [
-        ("answers.jsonl", [*AUTHORS, AUTHORS[0]], "has question 7 twice"),
-        ("answers.jsonl", [{"question_id": 1}], "has no question_id and text in line 1"),
+        ("answers.jsonl", [*AUTHORS, AUTHORS[0]], "got question 7 twice"),
+        ("answers.jsonl", [{"question_id": 1}], "line 1 must have question_id and text"),
         ("t_samples_pope.jsonl", [*LMMS, LMMS[0]], "got question 0 twice"),
-        ("t_samples_pope.jsonl", [{"doc_id": 0}], "has no doc_id and filtered_resps in line 1"),
-        ("t_samples_pope.jsonl", [], "has no answers"),
+        ("t_samples_pope.jsonl", [{"doc_id": 0}], "line 1 must have doc_id and filtered_resps"),
+        ("t_samples_pope.jsonl", [], "must hold at least one answer"),
         ("answers.txt", [], "A run must be a record"),
         ("record.json", [{"a": 1}, {"a": 2}], "is not a record of `fusion-hf evaluate`"),
     ],

@@ -88,7 +88,7 @@ def test_questions_with_metrics_of_their_own_are_told_by_these():
 
 def test_too_few_questions_can_show_nothing():
     runs = make(samples()[:3]), make(samples([0, 1, 1]))
-    assert "so few questions can never show a difference: it takes 6 changed scores" in write_text(
+    assert "too few questions to detect a difference: at least 6 scores must change" in write_text(
         *runs, compare_runs(*runs)
     )
 
@@ -226,7 +226,7 @@ def test_the_page_shows_what_changed_and_is_escaped(tmp_path):
     page.encode()
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;\\ud800" in page
     assert page.count('<img alt="" src="data:image/jpeg;base64,') == 1
-    assert page.count("No run names the file of this image.") == 3
+    assert page.count("Neither run names the file of this image.") == 3
     assert "broken.png cannot be shown: " in page
     assert "5 of 8 answers changed" in page and "worse in RUN_B: 5" in page
     assert 'src="http' not in page and "href" not in page

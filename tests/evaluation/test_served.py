@@ -195,7 +195,7 @@ def test_sampled_answers_have_a_seed_of_their_question(script: Scripted):
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        (Continuation("red"), "The task scores options by log-likelihood"),
+        (Continuation("red"), "Tasks that score options by log-likelihood"),
         (Generation(6, num_beams=3), "`num_beams` must be 1 with --url, got 3."),
         (Generation(6, until=tuple("abcde")), "`until` must have at most 4 texts with --url, got 5."),
     ],
@@ -309,7 +309,7 @@ def test_a_server_that_dies_fails_once_and_the_rest_is_not_asked(script: Scripte
     assert texts(answers) == [f"you said {number}" for number in range(5)] + [None] * 295
     (failure,) = answerer.failures
     assert "/v1/chat/completions gives no answer: connection failed (" in failure.reason
-    assert failure.reason.endswith("in 8 tries; no further question was asked")
+    assert failure.reason.endswith("in 8 tries. No further question was asked")
     assert max(int(prompt_of(payload)) for payload in script.requests) < 10
     script.faults = lambda payload, repeat: None
     assert texts(answerer.answer([ask(str(number), number) for number in range(300)])) == [
@@ -324,7 +324,7 @@ def test_a_server_with_another_model_since_the_run_began(script: Scripted):
     assert texts(answerer.answer([ask("a")])) == ["you said a"]
     script.fingerprint = "a-model@2"
     assert texts(answerer.answer([ask("a"), ask("b", 1)])) == ["you said a", None]
-    assert "has changed its model from 'a-model@1' to 'a-model@2' since the run began" in answerer.failures[0].reason
+    assert "has changed its model from 'a-model@1' to 'a-model@2' since the run started" in answerer.failures[0].reason
 
 
 def test_a_server_that_does_not_answer(script: Scripted):
@@ -333,7 +333,7 @@ def test_a_server_that_does_not_answer(script: Scripted):
     model.client.timeout = 0.2
     answerer = RequestAnswerer(model)
     assert answerer.answer([ask("a")]) == [None]
-    assert "gives no answer: no response in 0.2 s; no further" in answerer.failures[0].reason
+    assert "gives no answer: no response in 0.2 s. No further" in answerer.failures[0].reason
     assert len(script.requests) == 1
 
 

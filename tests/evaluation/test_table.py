@@ -118,7 +118,7 @@ def test_a_model_of_other_sizes_has_a_row_alone_until_one_is_named():
     run = make_run(scored("pope", 0.5), model=replace(MODEL, published=None))
     table = make_table([run])
     assert list(rows_of(table)) == ["my/model, measured"]
-    assert "No published model has its sizes" in table
+    assert "No published model has these sizes" in table
     table = make_table([run], published="Qwen2VL 7B")
     assert rows_of(table)["difference"]["POPE"] == "-38.4"
     assert rows_of(table)["Qwen2VL 7B, published"]["VizWiz"] == "—"

@@ -157,7 +157,7 @@ def test_structural_problems_end_the_run(folder: Path, tmp_path: Path, case: str
     file = write_escaped(tmp_path / "a.jsonl", records_with(**changes))
     with pytest.raises(InputError) as caught:
         load_records(file, root=folder, cache=tmp_path / "cache")
-    for part in (str(file), f"record {BROKEN} (id 'id{BROKEN}'): {kind}: ", detail, "set on_broken to skip"):
+    for part in (str(file), f"record {BROKEN} (id 'id{BROKEN}'): {kind}: ", detail, "set `on_broken` to skip"):
         assert part in str(caught.value)
 
 
