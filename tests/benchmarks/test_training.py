@@ -103,7 +103,7 @@ def test_only_the_parts_that_were_asked_for_run():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rounds", "0"), "0 is not 1 or more"),
+        (("--rounds", "0"), "must be 1 or more, got 0"),
         (("--size", "70b"), "invalid choice: '70b'"),
         (("--dtype", "float16"), "invalid choice: 'float16'"),
         (("--parts", "speed"), "invalid choice: 'speed'"),

@@ -199,7 +199,7 @@ def test_incomplete_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         "incomplete-checkpoint-2-1",
         "incomplete-checkpoint-2-2",
     }
-    assert "checkpoint-2 is not complete, it has no complete.json" in caplog.text
+    assert "checkpoint-2 is incomplete (it has no complete.json" in caplog.text
     assert set_aside(tmp_path) == []
     assert set_aside(tmp_path / "nothing") == []
 

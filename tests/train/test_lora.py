@@ -426,7 +426,7 @@ def test_pickled_weights_are_not_looked_at(model_folder: Path, adapter: Path) ->
     weights = load_file(adapter / adapters.ADAPTER_WEIGHTS)
     (adapter / adapters.ADAPTER_WEIGHTS).unlink()
     torch.save(weights, adapter / "adapter_model.bin")
-    with pytest.raises(InputError, match="safetensors only"):
+    with pytest.raises(InputError, match="safetensors files only"):
         load_adapter(load_base(model_folder), adapter)
 
 
