@@ -7,7 +7,8 @@ from pathlib import Path
 import docstrings
 import generated_pages
 import generated_reference
-from tests.docs.markdown import ROOT
+from tests.docs.conftest import DOCUMENTS
+from tests.docs.markdown import ROOT, fenced_blocks
 
 from fusion_hf import FusionConfig
 from fusion_hf.cli import COMMANDS, make_parser
@@ -18,6 +19,8 @@ from fusion_hf.synthesis.run_config import EndpointSettings, ImageSettings, Synt
 from fusion_hf.training.recipe_keys import OwnArguments
 
 DOCS = ROOT / "docs"
+# pages that have tests of their own
+TESTED_BY_THEIR_OWN = ("interchange", "serving", "synthesis", "trl", "tutorial_own_images")
 CONTENTS = re.compile(r"^```{toctree}$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,6 +30,13 @@ def test_every_page_is_in_the_contents():
     pages = {path.as_posix() for path in paths} - {"index"}
     assert pages - listed == set()
     assert {f"generated/{Path(name).stem}" for name in ("cli.md", *generated_reference.PAGES)} <= listed
+
+
+def test_the_python_of_every_page_is_executed():
+    pages = {f"docs/{path.name}" for path in DOCS.glob("*.md")}
+    with_snippets = {page for page in pages if fenced_blocks(page, "python")}
+    assert "docs/generation.md" in with_snippets
+    assert with_snippets - set(DOCUMENTS) - {f"docs/{name}.md" for name in TESTED_BY_THEIR_OWN} == set()
 
 
 def test_page_of_the_command_line():
@@ -65,8 +75,9 @@ def test_page_of_the_server():
 
 def test_page_of_the_benchmarks():
     page = generated_reference.benchmarks_page()
-    assert [name for name in (*BENCHMARKS, *VARIANTS) if page.count(f"| `{name}` |") != 1] == []
-    assert "| `mmbench_en_test` | `mmbench_en/test-*.parquet` |" in page
+    assert [name for name in BENCHMARKS if page.count(f"| `{name}` |") != 2] == []
+    assert [name for name in VARIANTS if page.count(f"| `{name}` |") != 1] == []
+    assert "| `mmbench_en_test` | `lmms-lab-encoder/MMBench`, `en` | `mmbench_en/test-*.parquet` |" in page
 
 
 def test_page_of_the_synthesis_keys():
