@@ -77,7 +77,9 @@ def problems(name: str, root: Path) -> list[tuple[str, str | None, str | None]]:
 def test_missing_folder_and_missing_file_are_named(tmp_path):
     assert problems("pope", tmp_path) == [(f"the folder {tmp_path / 'pope'} does not exist", None, None)]
     (tmp_path / "pope").mkdir()
-    assert problems("pope", tmp_path) == [(f"{tmp_path / 'pope'} must hold files test-*.parquet, got none", None, None)]
+    assert problems("pope", tmp_path) == [
+        (f"{tmp_path / 'pope'} must hold files test-*.parquet, got none", None, None)
+    ]
 
 
 def rewrite(file: Path, change) -> None:

@@ -197,7 +197,10 @@ def test_other_paths(server: Server):
             ("`messages[0].content[0].type` must be", "got 7", "text or image_url"),
         ),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, ("'input_audio'",)),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, ("[0].text` must be a text, got 7",)),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]},
+            ("[0].text` must be a text, got 7",),
+        ),
         ({"messages": [{"role": "user", "content": " "}]}, ("must have a text",)),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ("invalid character",)),
         (

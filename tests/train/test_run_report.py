@@ -70,7 +70,7 @@ def test_what_was_skipped(model: Path, data: Path, tmp_path: Path, caplog: pytes
 
 def test_a_stream_has_no_length(model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = messages(Run.make(tmp_path / "run", model, data, **KEYS, streaming=True), caplog)
-    assert any(line.startswith("records: a stream of unknown length; 4 per step") for line in said)
+    assert any(line.startswith("Records: a stream of unknown length, 4 per step") for line in said)
     assert "Steps: 2 in total" in said
 
 

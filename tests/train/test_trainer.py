@@ -171,7 +171,7 @@ def test_a_step_without_labels_is_told_and_trains_the_mapping_alone(recipe, capl
         recipe, ["max_steps=1", "max_length=48", "query_lens=[4]"]
     )  # the picture leaves no room for answers
     losses(values)
-    assert "step 1: no answer is left to learn; is max_length too short?" in caplog.text
+    assert "Step 1 has no labelled tokens. Is `max_length` too short?" in caplog.text
     assert log(values)[0]["language_loss"] == 0
     assert log(values)[0]["mapping_loss"] > 0
 

@@ -30,7 +30,7 @@ UNSAFE = {
     "cudagraph_mode": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
     "kv_transfer_config": STORED,
     "attention_backend": {"attention_backend": "FLASHINFER"},
-    "mode is 'STOCK_TORCH_COMPILE'": {"compilation_config": {"mode": 1}},
+    "`mode` must be .*got 'STOCK_TORCH_COMPILE'": {"compilation_config": {"mode": 1}},
     "speculative_config": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
 }
 
