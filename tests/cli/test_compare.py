@@ -20,7 +20,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 def test_two_records_with_a_page(run, runs, tmp_path):
     result = run("compare", *runs, "--page", tmp_path / "page.html")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "easy_vqa: 24 questions, in " in result.stdout and "groups by their images" in result.stdout
+    assert "easy_vqa: 24 questions, in " in result.stdout and "groups with a common image" in result.stdout
     assert "exact_match: 1.0000 and 0.9167, difference -0.0833" in result.stdout
     assert "answers: 2 changed (2 worse)" in result.stdout
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -119,9 +119,9 @@ def test_wrong_input(run_here, runs, tmp_path):
     other.parent.mkdir()
     other.write_text('{"doc_id": 0, "filtered_resps": "red", "target": "square"}\n')
     for given, message in (
-        (["compare", runs[0], torn], "is torn or damaged in line 2"),
-        (["compare", runs[0], twice], "has question 0 twice"),
-        (["compare", runs[0], other], "other questions of easy_vqa: question 0 has the target"),
+        (["compare", runs[0], torn], "damaged: line 2 is not valid JSON"),
+        (["compare", runs[0], twice], "got question 0 twice"),
+        (["compare", runs[0], other], "the same questions of easy_vqa, but question 0 has the target"),
         (["compare", runs[0], tmp_path / "gone"], "A run must be a record of"),
         (["compare", *runs, "--tasks", "pope"], "--tasks must hold names out of easy_vqa, got 'pope'."),
         (["compare", *runs, "--questions", torn], "must be answers.jsonl files if --questions is given"),

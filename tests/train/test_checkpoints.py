@@ -173,7 +173,7 @@ def test_manifest_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "not a file of at most 10 bytes" in str(problem(folder))
     (folder / MANIFEST).unlink()
     (folder / MANIFEST).symlink_to("/dev/zero")
-    assert "no file of at most" in str(problem(folder))
+    assert "not a file of at most" in str(problem(folder))
 
 
 def test_last_is_of_the_highest_step(tmp_path: Path):
