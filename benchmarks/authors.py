@@ -213,7 +213,7 @@ def alternate(
 
 
 def measure_start(bench: Bench) -> Rounds:
-    """Measure the seconds of whole processes: one that answers with one token, and one that only imports."""
+    """Measure the time of whole processes: one that answers with one token, and one that only imports, in seconds."""
     photo = bench.photos[SMALL_PHOTO]
     rounds: Rounds = defaultdict(lambda: defaultdict(list))
     for index in tqdm(range(-1, bench.rounds), desc="start"):
@@ -246,7 +246,7 @@ def start_commands(bench: Bench, name: str, photo: str) -> dict[str, Command]:
 
 
 def measure_preprocessing(bench: Bench) -> Rounds:
-    """Measure the seconds from a decoded image to pixel values."""
+    """Measure the time from a decoded image to pixel values, in seconds."""
     result: Rounds = {}
     for name, path in bench.photos.items():
         rounds, _ = alternate(bench, BOTH, "preprocess", image=path)
@@ -255,26 +255,26 @@ def measure_preprocessing(bench: Bench) -> Rounds:
 
 
 def measure_tokens(bench: Bench) -> Rounds:
-    """Measure the seconds to the first token, and of each later token."""
+    """Measure the time to the first token, and of each later token, in seconds."""
     photo = bench.photos[SMALL_PHOTO]
     return alternate(bench, ALL, "generate", same="tokens", image=photo, question=QUESTION, tokens=TOKENS)[0]
 
 
 def measure_eight(bench: Bench) -> Rounds:
-    """Measure the seconds of one question about each of eight images, from files to answers."""
+    """Measure the time of one question about each of eight images, from files to answers, in seconds."""
     images = [str(write_photo(bench.folder, PHOTOS[SMALL_PHOTO], number)) for number in range(IMAGES)]
     arguments = {"images": images, "questions": questions(IMAGES), "tokens": ANSWER_TOKENS}
     return alternate(bench, ALL, "answer", same="answers", **arguments)[0]
 
 
 def measure_ten(bench: Bench) -> Rounds:
-    """Measure the seconds of ten questions about one image."""
+    """Measure the time of ten questions about one image, in seconds."""
     arguments = {"image": bench.photos[SMALL_PHOTO], "questions": questions(QUESTIONS), "tokens": ANSWER_TOKENS}
     return alternate(bench, ALL, "answer_each", same="answers", **arguments)[0]
 
 
 def measure_memory(bench: Bench) -> Rounds:
-    """Measure the bytes of resident memory, in fresh processes in each round."""
+    """Measure the resident memory in bytes, in fresh processes in each round."""
     rounds: Rounds = defaultdict(lambda: defaultdict(list))
     arguments = {"image": bench.photos[SMALL_PHOTO], "question": QUESTION, "tokens": ANSWER_TOKENS}
     for name in ALL:
@@ -285,7 +285,7 @@ def measure_memory(bench: Bench) -> Rounds:
 
 
 def measure_training(bench: Bench) -> Rounds:
-    """Measure the seconds and bytes of a training step, with gradient checkpointing on both sides."""
+    """Measure the time (seconds) and memory (bytes) of a training step, with gradient checkpointing on both sides."""
     batch = str(write_batch(bench))
     rounds, _ = alternate(bench, BOTH, "step", batch=batch)
     losses = rounds["loss"]  # after one update and more, so that they also tell whether all weights are updated

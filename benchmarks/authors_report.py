@@ -11,7 +11,7 @@ def rounds(result: Result, part: str, figure: str, name: str) -> list[float] | N
 
 
 def ratio(part: str, figure: str, name: str = OURS, other: str = THEIRS) -> Cell:
-    """Return the rows of ours divided by theirs within rounds."""
+    """Return FUSION's figure divided by that of the authors' code, within rounds."""
 
     def cell(result: Result) -> str | None:
         values, others = (rounds(result, part, figure, each) for each in (name, other))

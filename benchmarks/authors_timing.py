@@ -69,12 +69,12 @@ class Commands:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def preprocess(self, image: str) -> dict[str, Any]:
-        """Measure the seconds for a decoded image."""
+        """Measure the time from a decoded image to pixel values, in seconds."""
         function = self.side.preprocess(image)
         return {"preprocessing": _seconds(function)}
 
     def generate(self, image: str, question: str, tokens: int) -> dict[str, Any]:
-        """Measure the seconds from a prepared prompt to the first token, and of each later token."""
+        """Measure the time from a prepared prompt to the first token, and of each later token, in seconds."""
         prompt, clock = self.side.prepare(image, question), Clock()
         start = time.perf_counter()
         ids = self.side.generate(prompt, tokens, clock)
@@ -83,11 +83,11 @@ class Commands:
         return {"first_token": first - start, **later, "tokens": ids}
 
     def answer(self, images: list[str], questions: list[str], tokens: int) -> dict[str, Any]:
-        """Measure the seconds from files to answers, with one question per image."""
+        """Measure the time from files to answers, with one question per image, in seconds."""
         return self._answers("eight_on_eight", lambda: self.side.answer(images, questions, tokens))
 
     def answer_each(self, image: str, questions: list[str], tokens: int) -> dict[str, Any]:
-        """Measure the seconds from a file to the answers to several questions about it."""
+        """Measure the time from a file to the answers to several questions about it, in seconds."""
         return self._answers("ten_on_one", lambda: self.side.answer_each(image, questions, tokens))
 
     def memory(self, image: str, question: str, tokens: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Commands:
         }
 
     def step(self, batch: str) -> dict[str, Any]:
-        """Measure the seconds of a training step: forward, backward, and AdamW's update of all weights."""
+        """Measure the time of a training step: forward, backward, and AdamW's update of all weights, in seconds."""
         if self.optimizer is None:
             self.side.train()
             self.optimizer = torch.optim.AdamW(self.side.model.parameters(), lr=LEARNING_RATE, fused=True)

@@ -221,7 +221,7 @@ class Benchmark:
 
 def compare(measured: Measured, work: dict[str, dict[str, int]]) -> dict[str, Any]:
     """
-    Return the ratios of ours to each other contestant, and fractions of the machine's rates, both paired by
+    Return the ratios of FUSION to every other contestant, and fractions of the machine's rates, both paired by
     round.
     """
     ratios = {

@@ -123,7 +123,7 @@ def test_wrong_input(run_here, runs, tmp_path):
         (["compare", runs[0], twice], "got question 0 twice"),
         (["compare", runs[0], other], "the same questions of easy_vqa, but question 0 has the target"),
         (["compare", runs[0], tmp_path / "gone"], "A run must be a record of"),
-        (["compare", *runs, "--tasks", "pope"], "--tasks must hold names out of easy_vqa, got 'pope'."),
+        (["compare", *runs, "--tasks", "pope"], "--tasks must contain only names from easy_vqa, got 'pope'."),
         (["compare", *runs, "--questions", torn], "must be answers.jsonl files if --questions is given"),
         (["compare", *runs, "--model-a", "x"], "--model-a is x; allowed only with --stages"),
     ):

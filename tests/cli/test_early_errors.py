@@ -36,7 +36,7 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train run.yaml seed=many", ("seed is 'many'", "a whole number")),
     ("train run.yaml seed=[", ("seed is '['", "no YAML")),
     ("train run.yaml on_broken=x", ("`on_broken` must be", "error, skip", "got 'x'")),
-    ("train run.yaml query_lens=[5]", ("`query_lens` must hold perfect squares", "got 5")),
+    ("train run.yaml query_lens=[5]", ("`query_lens` must contain perfect squares", "got 5")),
     ("train run.yaml", ("data: gone.json does not exist",)),
     ("train run.yaml data=mix.yaml", ("mix.yaml, entry 1: ", "gone.json does not exist")),
     ("train run.yaml data=mix.yaml data_root=nowhere", ("data_root", "nowhere", "not a folder")),

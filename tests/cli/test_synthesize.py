@@ -38,7 +38,7 @@ def test_missing_captions(folder: Path):
     (folder / "text.parquet").write_text("no Parquet")
     overrides = (
         ((), "must be an existing file or folder, got captions.txt"),
-        (("pool.source=empty.txt",), "must hold at least one caption, got none in empty.txt"),
+        (("pool.source=empty.txt",), "must contain at least one caption, got none in empty.txt"),
         (("pool.source=empty",), "must be a folder with files of .txt, got empty"),
         (("pool.source=text.parquet", "pool.kind=parquet"), "must be a Parquet file, got text.parquet"),
     )

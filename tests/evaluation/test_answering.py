@@ -145,7 +145,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path):
 
 def test_a_damaged_file_is_named(tmp_path: Path):
     (tmp_path / "00000.jsonl").write_text('{"key": "a", "answer": "b"}\n{"key": "a"}\n')
-    with pytest.raises(InputError, match=r"00000\.jsonl: line 2 must hold an answer"):
+    with pytest.raises(InputError, match=r"00000\.jsonl: line 2 must contain an answer"):
         AnswerCache(tmp_path)
 
 

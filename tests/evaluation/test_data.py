@@ -78,7 +78,7 @@ def test_missing_folder_and_missing_file_are_named(tmp_path):
     assert problems("pope", tmp_path) == [(f"the folder {tmp_path / 'pope'} does not exist", None, None)]
     (tmp_path / "pope").mkdir()
     assert problems("pope", tmp_path) == [
-        (f"{tmp_path / 'pope'} must hold files test-*.parquet, got none", None, None)
+        (f"{tmp_path / 'pope'} must contain files test-*.parquet, got none", None, None)
     ]
 
 
@@ -157,7 +157,7 @@ def test_data_root_that_is_a_pattern_is_refused(tmp_path):
 
 
 def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"`tasks` must hold names out of mmbench_en, .*got 'nothing'"):
+    with pytest.raises(InputError, match=r"`tasks` must contain only names from mmbench_en, .*got 'nothing'"):
         check_data(["nothing"], tmp_path)
     with pytest.raises(InputError, match="`prompts` must be authors or lmms-eval, got 'mine'"):
         prepare_tasks(["pope"], "mine", None, tmp_path)

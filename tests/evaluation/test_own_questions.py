@@ -66,7 +66,7 @@ def test_without_questions_only_answers_are_compared(tmp_path: Path) -> None:
         ([{"question_id": 7, "text": "which?"}], "line 1 must have"),
         ([{"answer": "red"}], "line 1 must have"),
         ([*QUESTIONS, QUESTIONS[0]], "got question 7 twice"),
-        (QUESTIONS[:1], "must hold all answered questions, but lacks 'x'"),
+        (QUESTIONS[:1], "must contain all answered questions, but lacks 'x'"),
     ],
 )
 def test_questions_that_do_not_fit(tmp_path: Path, entries: list[dict], message: str) -> None:

@@ -119,7 +119,7 @@ def test_runs_without_a_common_task_are_refused():
     failed = RunAnswers(Path("run"), OURS, {"easy_vqa": TaskAnswers("easy_vqa", reason="it failed: no data")})
     with pytest.raises(InputError, match=r"a scored task in common: it failed: no data \(easy_vqa\)"):
         compare(make(samples()), failed)
-    with pytest.raises(InputError, match="--tasks must hold names out of easy_vqa, got 'mme'"):
+    with pytest.raises(InputError, match="--tasks must contain only names from easy_vqa, got 'mme'"):
         compare_runs(make(samples()), make(samples()), ["mme"])
 
 

@@ -64,7 +64,7 @@ def changed(section: str | None, **values: object) -> dict[str, object]:
         (changed(None, pool=None), r"`pool` must be given for the backend `models`"),
         (
             changed(None, categories={"SynthColour": 1}),
-            r"`categories` must hold names out of Synth.*got 'SynthColour'",
+            r"`categories` must contain only names from Synth.*got 'SynthColour'",
         ),
         (changed(None, categories={"SynthColor": 0}), r"`categories.SynthColor` must be above 0, got 0.0"),
         (changed(None, records=0), r"records is 0; allowed: more than 0"),

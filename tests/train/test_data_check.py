@@ -106,7 +106,7 @@ def test_pictures_under_another_root(data: Path, tmp_path: Path, capsys: pytest.
         (["good.json", "--images", "some"], "invalid choice: 'some'"),
         (["good.json", "--on-truncated", "skip"], "invalid choice: 'skip'"),
         (["good.json", "--max-image-pixels", "0"], "a whole number from 1"),
-        (["good.json", "--image-root", "none"], "`image_roots` must hold folders, got none"),
+        (["good.json", "--image-root", "none"], "`image_roots` must contain folders, got none"),
         (["good.json", "--allow-image-host", "a/b"], "The image host is 'a/b'"),
         ([], "the following arguments are required: MIXTURE_OR_FILE"),
     ],

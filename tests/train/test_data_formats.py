@@ -166,8 +166,8 @@ def test_a_byte_order_mark_is_no_record(tmp_path: Path, write):
     [
         ("a.json", b"", "a.json must not be empty"),
         ("a.json", b"[]", "at least one record, got none in .*a.json"),
-        ("a.json", b" \n", "a.json must hold a JSON array.*begins with ''"),
-        ("a.json", b'{"id": 1}', r"must hold a JSON array.*\.jsonl.*begins with '\{'"),
+        ("a.json", b" \n", "a.json must contain a JSON array.*begins with ''"),
+        ("a.json", b'{"id": 1}', r"must contain a JSON array.*\.jsonl.*begins with '\{'"),
         ("a.json", b'[{"id": 1}', "expected a comma .* after a record, at byte 10"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "expected a comma"),
         ("a.json", b'[{"id": 1}] x', "unexpected text after the array, at byte 12"),
@@ -194,7 +194,7 @@ def test_missing_files_and_empty_folders(tmp_path: Path):
         load_records("x" * 5000)
     with pytest.raises(InputError, match="does not exist"):
         load_records("a\0b")
-    with pytest.raises(InputError, match=r"must hold one of metadata.jsonl"):
+    with pytest.raises(InputError, match=r"must contain one of metadata.jsonl"):
         load_records(tmp_path)
     with pytest.raises(InputError, match=r"`data_root` must be .* is not a folder"):
         load_records(tmp_path / "a.json", root=tmp_path / "none")

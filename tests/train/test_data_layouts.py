@@ -377,7 +377,7 @@ def test_absolute_paths_under_a_named_root(tmp_path: Path):
     check(load_records(file, cache=tmp_path / "cache", image_roots=[elsewhere])[0])
     with pytest.raises(InputError, match="path escape"):
         load_records(file, cache=tmp_path / "cache", image_roots=[tmp_path / "data"])[0]
-    with pytest.raises(InputError, match=r"`image_roots` must hold folders, got .*none"):
+    with pytest.raises(InputError, match=r"`image_roots` must contain folders, got .*none"):
         load_records(file, cache=tmp_path / "cache", image_roots=[tmp_path / "none"])
 
 

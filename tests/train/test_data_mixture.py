@@ -164,9 +164,9 @@ def test_more_records_than_there_are(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "must hold `datasets"),
-        ("- a.json", "must hold `datasets"),
-        ("datasets: []", "must hold `datasets"),
+        ("", "must contain `datasets"),
+        ("- a.json", "must contain `datasets"),
+        ("datasets: []", "must contain `datasets"),
         ("datasets: [{json_path: a.json}]\nmore: 1", "and nothing else"),
         ("datasets: [{sampling_strategy: all}]", "entry 1 has no json_path"),
         ("datasets: [{json_path: 5}]", "entry 1: json_path is 5; allowed: text"),

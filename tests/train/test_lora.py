@@ -106,7 +106,7 @@ def test_targets_are_linear_layers_of_the_language_model(model_folder: Path) -> 
     assert all(part_of(f"{name}.") == LANGUAGE_MODEL for name in names)
     chosen = find_targets(model, ["q_proj", "layers.0.mlp.up_proj", "lm_head"])
     assert len(chosen) == model.config.text_config.num_hidden_layers + 2
-    with pytest.raises(InputError, match=r"`lora_targets` must hold .*q_proj.*got 'qproj'"):
+    with pytest.raises(InputError, match=r"`lora_targets` must contain .*q_proj.*got 'qproj'"):
         find_targets(model, ["qproj"])
 
 
@@ -122,14 +122,14 @@ def test_injected_layers_are_the_targets(model_folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"train": [PROJECTORS]}, "`train` must hold language_model, since `lora_parts` does"),
-        ({"train": [PROJECTORS], "lora_parts": [SAMPLERS]}, "`train` must hold samplers, since `lora_parts` does"),
+        ({"train": [PROJECTORS]}, "`train` must contain language_model, since `lora_parts` does"),
+        ({"train": [PROJECTORS], "lora_parts": [SAMPLERS]}, "`train` must contain samplers, since `lora_parts` does"),
         (
             {"train": [LANGUAGE_MODEL, SAMPLERS], "lora_parts": [SAMPLERS]},
-            "`lora_parts` must hold language_model, since `train` does",
+            "`lora_parts` must contain language_model, since `train` does",
         ),
         ({"lora_parts": ["tower"]}, "`lora_parts` must be one of vision_tower, .*got 'tower'"),
-        ({"lora_parts": []}, r"`lora_parts` must hold at least one of vision_tower.*got \[\]"),
+        ({"lora_parts": []}, r"`lora_parts` must contain at least one of vision_tower.*got \[\]"),
         (
             {"lora_rank": 0, "lora_parts": [SAMPLERS]},
             "`lora_parts` requires a `lora_rank` of 1 or more, got .*lora_rank = 0",

@@ -127,7 +127,7 @@ def test_wrong_overrides_are_named(recipe, override, message):
             ["tower"],
             "`train` must be one of vision_tower, projectors, samplers, language_model, got 'tower'.",
         ),
-        ("query_lens", [4, 5], "`query_lens` must hold perfect squares (1, 4, 9, 16, ...), got 5."),
+        ("query_lens", [4, 5], "`query_lens` must contain perfect squares (1, 4, 9, 16, ...), got 5."),
         ("on_broken", "ignore", "`on_broken` must be one of error, skip, got 'ignore'."),
         ("load_in_4bit", True, "`lora_rank` must be 1 or more"),
     ],

@@ -133,7 +133,7 @@ def locate(name: str, folder: Path, image_root: Path | None = None) -> DataLocat
     if files := find_shards(path) or sorted(path.glob("*.parquet")):
         return DataLocation(tuple(files), root)
     allowed = f"{', '.join(METADATA)}, *.tar, *.parquet, {SAVED}"
-    raise InputError(f"The folder {path} must hold one of {allowed}. Give a file in it instead.")
+    raise InputError(f"The folder {path} must contain one of {allowed}. Give a file in it instead.")
 
 
 def _saved(path: Path) -> Path | None:

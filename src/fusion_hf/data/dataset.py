@@ -210,7 +210,7 @@ class RecordDataset(Dataset):
         self.parts = [self._without_broken(part) for part in parts]
         self.ends = np.cumsum([len(part.rows) for part in self.parts])
         if len(self) == 0:
-            raise InputError("`data` must hold at least one valid record, but all records are broken.")
+            raise InputError("`data` must contain at least one valid record, but all records are broken.")
 
     def _without_broken(self, part: MixturePart) -> MixturePart:
         if part.index.num_broken == 0:
@@ -332,7 +332,7 @@ class StreamedRecords(IterableDataset):
                     yield stream, index, item.raw
             if empty:
                 names = ", ".join(stream.name for stream, _ in self.streams)
-                raise InputError(f"`data` must hold at least one record, got none in {names}.")
+                raise InputError(f"`data` must contain at least one record, got none in {names}.")
             epoch += 1
 
 

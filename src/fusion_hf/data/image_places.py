@@ -41,7 +41,7 @@ class ImagePlaces:
         resolved = []
         for folder in map(Path, folders or ()):
             if not folder.expanduser().is_dir():
-                raise InputError(f"`image_roots` must hold folders, got {folder}, which is not a folder.")
+                raise InputError(f"`image_roots` must contain folders, got {folder}, which is not a folder.")
             resolved.append(folder.expanduser().resolve())
         return cls(tuple(resolved), HostPolicy.parse(hosts or (), private_hosts or ()))
 

@@ -163,7 +163,7 @@ def _write(source: RecordSource, file: Path) -> None:
         batches = _batches(source)
         first = next(batches, None)
         if first is None:
-            raise InputError(f"`data` must hold at least one record, got none in {source.name}.")
+            raise InputError(f"`data` must contain at least one record, got none in {source.name}.")
         with pa.ipc.new_file(stream, first.schema) as writer:
             writer.write_batch(first)
             for batch in batches:

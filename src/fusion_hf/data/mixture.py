@@ -154,7 +154,7 @@ def read_entries(source: str | Path, root: str | Path | None = None, key: str = 
 def _mixture(content: Any, path: Path, root: Path, key: str) -> list[MixtureEntry]:
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"datasets"}:
-        raise InputError(f"{key}: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
+        raise InputError(f"{key}: {path} must contain `datasets: [...]` with at least one entry, and nothing else.")
     names = [f"{path}, entry {number}" for number in range(1, len(entries) + 1)]
     return [
         make_dataclass(MixtureEntry, values, name, folder=root, name=name)

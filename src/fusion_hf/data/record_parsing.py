@@ -329,7 +329,7 @@ def _check_turns(turns: list[tuple[str, str]]) -> None:
     roles = [role for role, _ in turns]
     conversation = roles[1:] if roles[:1] == ["system"] else roles
     if not any(text.strip() for role, text in turns if role == "assistant"):
-        raise RecordProblem("empty conversation", "no answer has any text")
+        raise RecordProblem("empty conversation", "no answer has a text")
     if conversation != ["user", "assistant"] * (len(conversation) // 2):
         allowed = "user, assistant, user, assistant, ..."
         if conversation[0] == "assistant":

@@ -182,7 +182,7 @@ class JsonArray(FileSource):
             if window.character() != "[":
                 begin = repr(window.character())
                 advice = "a JSON array (files with one record per line need the suffix .jsonl)"
-                raise InputError(f"data: {self.name} must hold {advice}, got a file that begins with {begin}.")
+                raise InputError(f"data: {self.name} must contain {advice}, got a file that begins with {begin}.")
             window.move(1)
             window.skip_white_space()
             while window.character() != "]":

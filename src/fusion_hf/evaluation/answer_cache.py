@@ -52,7 +52,7 @@ class AnswerCache:
             for number, entry in enumerate(read_log(path, ADVICE), start=1):
                 names = next((names for names in KINDS if {"key", *names} <= entry.keys()), None)
                 if names is None:
-                    raise InputError(f"{path}: line {number} must hold an answer. {ADVICE}.")
+                    raise InputError(f"{path}: line {number} must contain an answer. {ADVICE}.")
                 self.answers[entry["key"]] = {name: entry[name] for name in names}
 
     def get(self, key: str) -> Answer | None:

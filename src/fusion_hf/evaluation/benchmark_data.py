@@ -204,7 +204,7 @@ def _files(benchmark: Benchmark, split: str, data_root: Path) -> list[Path]:
         raise _Broken(f"the folder {folder} does not exist")
     files = sorted(folder.glob(f"{split}-*{SUFFIX}"))
     if not files:
-        raise _Broken(f"{folder} must hold files {split}-*{SUFFIX}, got none")
+        raise _Broken(f"{folder} must contain files {split}-*{SUFFIX}, got none")
     for file in files:
         if not FILE_NAME.fullmatch(file.name):
             raise _Broken(f"file names may have letters, digits, '.', '_' and '-', got {file.name!r}", file)

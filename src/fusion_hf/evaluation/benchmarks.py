@@ -132,5 +132,5 @@ def find_benchmark(name: str) -> Benchmark:
     """
     known = {**BENCHMARKS, **VARIANTS}
     if name not in known:
-        raise InputError(f"`tasks` must hold names out of {', '.join(known)}, got {name!r}.")
+        raise InputError(f"`tasks` must contain only names from {', '.join(known)}, got {name!r}.")
     return known[name]

@@ -38,7 +38,7 @@ def score_answers(run: RunAnswers, questions: Path) -> RunAnswers:
         question = known.get(str(sample.question_id))
         if question is None:
             raise InputError(
-                f"{questions} must hold all answered questions, but lacks {sample.question_id!r} of {run.path}."
+                f"{questions} must contain all answered questions, but lacks {sample.question_id!r} of {run.path}."
             )
         scores = {METRIC: exact_match(sample.answer, question.target)}
         asked = question.asked if sample.asked is None else sample.asked

@@ -236,7 +236,7 @@ def check_ids(ids: Iterable[Any], path: Path) -> None:
             raise InputError(f"{path} must have each question once, got question {identity!r} twice.")
         known.add(identity)
     if not known:
-        raise InputError(f"{path} must hold at least one answer.")
+        raise InputError(f"{path} must contain at least one answer.")
 
 
 def find_task(name: str) -> str:

@@ -129,7 +129,7 @@ def compare_runs(first: RunAnswers, second: RunAnswers, names: Sequence[str] | N
     common = {name: (a, b) for name, a, b in _pair_tasks(first, second)}
     for name in names or ():
         if name not in common:
-            raise InputError(f"--tasks must hold names out of {', '.join(common) or 'none'}, got {name!r}.")
+            raise InputError(f"--tasks must contain only names from {', '.join(common) or 'none'}, got {name!r}.")
     pairs = [(name, *common[name]) for name in (common if names is None else names)]
     compared = []
     for name, a, b in pairs:

@@ -184,9 +184,9 @@ def read_samples(path: Path) -> list[AnsweredQuestion]:
             asked = entry.pop("asked")
             sample = AnsweredQuestion(asked=None if asked is None else AskedQuestion(**asked), **entry)
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: line {number} must hold a sample ({error}). {ADVICE}.") from error
+            raise InputError(f"{path}: line {number} must contain a sample ({error}). {ADVICE}.") from error
         if not _is_sound(sample):
-            raise InputError(f"{path}: line {number} must hold a sample. {ADVICE}.")
+            raise InputError(f"{path}: line {number} must contain a sample. {ADVICE}.")
         samples.append(sample)
     return samples
 

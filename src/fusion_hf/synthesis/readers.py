@@ -51,7 +51,9 @@ def check_pool(pool: CaptionPool) -> None:
     captions = read_captions(pool)
     try:
         if next(captions, None) is None:
-            raise InputError(f"`pool.source` must hold at least one caption, got none in {short_name(pool.source)}.")
+            raise InputError(
+                f"`pool.source` must contain at least one caption, got none in {short_name(pool.source)}."
+            )
     finally:
         captions.close()
 

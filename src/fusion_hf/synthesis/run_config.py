@@ -251,7 +251,7 @@ class SynthesisConfig:
         for name, share in (self.categories or {}).items():
             if name not in known:
                 raise ValueError(
-                    f"`categories` must hold names out of {', '.join(known)}, got {short_name(repr(name))}."
+                    f"`categories` must contain only names from {', '.join(known)}, got {short_name(repr(name))}."
                 )
             if share <= 0:
                 raise ValueError(f"`categories.{name}` must be above 0, got {share}.")

@@ -117,7 +117,7 @@ def find_targets(
         named = [name for name in linear if f".{name}".endswith(f".{target}")]
         if not named:
             allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(f"`lora_targets` must hold names that end in one of {allowed}, got {target!r}.")
+            raise InputError(f"`lora_targets` must contain names that end in one of {allowed}, got {target!r}.")
         found.update(named)
     return sorted(found)
 

@@ -139,7 +139,7 @@ class QueryLenStream(QueryLenIterable):
 
 @runtime_checkable
 class HasEpochs(Protocol):
-    """A data set that is shuffled again in each epoch."""
+    """A data set that is reshuffled in each epoch."""
 
     def set_epoch(self, epoch: int) -> None: ...
 

@@ -191,12 +191,12 @@ class OwnArguments:
             for part in PARTS if given is None else given:
                 _allow(name, part, PARTS)
             if given == []:
-                raise InputError(f"`{name}` must hold at least one of {', '.join(PARTS)}, got [].")
+                raise InputError(f"`{name}` must contain at least one of {', '.join(PARTS)}, got [].")
         for length in self.query_lens if self.query_lens is not None else [1]:
             if not is_square(length):
-                raise InputError(f"`query_lens` must hold perfect squares (1, 4, 9, 16, ...), got {length}.")
+                raise InputError(f"`query_lens` must contain perfect squares (1, 4, 9, 16, ...), got {length}.")
         if self.query_lens == []:
-            raise InputError("`query_lens` must hold at least one perfect square, got [].")
+            raise InputError("`query_lens` must contain at least one perfect square, got [].")
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"`{name}` must be {least} or more, got {value}.")
@@ -227,12 +227,12 @@ class OwnArguments:
         for part in self.adapted_parts:
             if self.train is not None and part not in self.train:
                 raise InputError(
-                    f"`train` must hold {part}, since `lora_parts` does, got {self.train}. Add it, remove it from "
+                    f"`train` must contain {part}, since `lora_parts` does, got {self.train}. Add it, remove it from "
                     "`lora_parts`, or set `lora_rank` to 0."
                 )
         if self.lora_rank and LANGUAGE_MODEL in (self.train or ()) and LANGUAGE_MODEL not in self.adapted_parts:
             raise InputError(
-                f"`lora_parts` must hold {LANGUAGE_MODEL}, since `train` does, got {self.lora_parts}. Add it, or "
+                f"`lora_parts` must contain {LANGUAGE_MODEL}, since `train` does, got {self.lora_parts}. Add it, or "
                 "remove it from `train`."
             )
 

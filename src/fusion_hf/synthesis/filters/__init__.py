@@ -48,7 +48,9 @@ def build_filters(category: Category) -> list[Filter]:
     """
     for name in category.rules:
         if name not in RULES:
-            raise InputError(f"{category.name}: `rules` must hold filters out of {', '.join(RULES)}, got {name!r}.")
+            raise InputError(
+                f"{category.name}: `rules` must contain only filters from {', '.join(RULES)}, got {name!r}."
+            )
     least, most = category.turns
     turns = TurnCountFilter(least, most, category.pictures)
     chosen = [name for name in RULES if name in category.rules]
