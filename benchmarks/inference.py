@@ -164,7 +164,7 @@ class Benchmark:
         rates["read_bytes_per_second"].append(read_rate(self.size.copied_bytes, self.device))
 
     def time_generation(self, name: str) -> None:
-        """Measure the prompt, the encoding of its image alone, and decoding, all within one call."""
+        """Measure the time of the prompt, of encoding its image alone, and of decoding, all within one call."""
         contestant, add = self.contestants[name], self.measured
         if contestant.generator is not None:  # in whose graph nothing can be timed by itself
             first, later = generation_seconds(contestant.generator, self.prompts[name], self.size.new_tokens)

@@ -273,5 +273,5 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 
 
 def too_late() -> ApiError:
-    """Make the error of a request that was not started in time."""
+    """Make the error for a request that was not started in time."""
     return overloaded("The answer did not start within the time limit of a request. Try again soon.")

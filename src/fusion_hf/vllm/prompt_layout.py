@@ -84,7 +84,9 @@ class PromptParser:
         blocks = np.split(latent, np.flatnonzero(np.diff(latent) > 1) + 1)
         lengths = sorted({len(block) for block in blocks})
         if len(lengths) > 1 or not is_perfect_square(lengths[0]):
-            raise ValueError(f"All latent blocks must have the same perfect square of tokens, got {lengths}.")
+            raise ValueError(
+                f"All latent blocks must have the same number of tokens, a perfect square, got {lengths}."
+            )
         prompt = torch.tensor([ids], device="cpu")
         ends = find_prompt_ends(prompt, None, self.config)[0].numpy()
         if ABSENT in ends:

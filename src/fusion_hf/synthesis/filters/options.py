@@ -1,4 +1,4 @@
-"""Check the options of multiple-choice questions, and balance their right letters."""
+"""Check the options of multiple-choice questions, and balance which letters are right."""
 
 import random
 import re
