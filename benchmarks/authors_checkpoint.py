@@ -77,8 +77,9 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
 
 def make_llama_tokenizer(vocabulary: int | None) -> PreTrainedTokenizerFast:
     """
-    Make a byte-pair tokenizer with Llama 3's special tokens, whose texts begin with the first one. Unused tokens
-    fill `vocabulary`.
+    Make a byte-pair tokenizer with Llama 3's special tokens.
+
+    Texts begin with the first special token. Unused tokens fill `vocabulary`.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -146,7 +146,7 @@ def build_peers(
 
 
 def missing_originals(names: Sequence[str]) -> list[str]:
-    """Return what must be measured as well: ours, and the plain version of each compiled model."""
+    """Return what must be measured as well: FUSION, and the plain version of each compiled model."""
     needed = [OURS, *(COMPILED[name] for name in names if name in COMPILED)]
     return [name for name in dict.fromkeys(needed) if name not in names]
 

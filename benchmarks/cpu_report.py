@@ -17,7 +17,7 @@ VARIANTS = (f"{BASE}, {CHOSEN}", f"{BASE}, {ALL}", HALF, f"{HALF}, {CHOSEN}")
 
 
 def ratio(part: str, figure: str, variant: str) -> Cell:
-    """Return a variant divided by float32 with torch's own products."""
+    """Return the figure of a variant divided by that of float32 with torch's own products."""
     return lambda result: format_spread(result.get(part, {}).get("ratios", {}).get(figure, {}).get(variant))
 
 

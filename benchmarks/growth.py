@@ -56,7 +56,7 @@ def growth_round(growth: Growth, contestants: dict[str, Contestant], index: int,
 
 
 def measure_growth(contestants: dict[str, Contestant], rounds: int, device: torch.device) -> Growth:
-    """Measure ours and LLaVA-OneVision, in seconds by round."""
+    """Measure the growth for FUSION and LLaVA-OneVision, in seconds by round."""
     grown = {name: contestants[name] for name in GROWN if name in contestants}
     growth: Growth = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for index in tqdm(range(rounds), desc="growth", unit="round"):

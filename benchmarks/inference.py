@@ -91,8 +91,8 @@ class Benchmark:
 
     def check_equality(self) -> dict[str, float]:
         """
-        Return the relative errors of the prompt's logits in float32 compared with ours. A way of computing
-        FUSION with other results is an error.
+        Return the relative errors of the prompt's logits in float32 compared with FUSION's. A contestant that
+        must compute FUSION but gives other results is an error.
         """
         fusions = [name for name in self.names if name in FUSIONS]
         if len(fusions) == 1:

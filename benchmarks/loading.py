@@ -113,8 +113,8 @@ class LoaderBenchmark:
 
     def result(self) -> dict[str, Any]:
         """
-        Return records per second, and the ratio of ours to the plain loader with as many workers, paired by
-        round.
+        Return records per second, and the ratio of FUSION's loader to the plain one with as many workers, paired
+        by round.
         """
         ratios = {
             str(number): paired_ratios(self.measured[f"ours_{number}"], self.measured[f"plain_{number}"])

@@ -38,7 +38,7 @@ from quantization_report import quantization_conditions
 
 
 def ratio(figure: str, other: str) -> Cell:
-    """Return ours divided by `other`."""
+    """Return the figure of FUSION divided by that of `other`."""
     return lambda result: format_spread(result["ratios"].get(figure, {}).get(other))
 
 
@@ -66,7 +66,7 @@ def values_at(result: Result, path: tuple[str, ...]) -> list[float] | None:
 
 
 def values(*path: str, scale: float = 1, style: str = ".2f", inverse: bool = False) -> Cell:
-    """Return the figure of every round times `scale`, or `scale` divided by it."""
+    """Return the figure of every round multiplied by `scale`, or `scale` divided by the figure."""
 
     def cell(result: Result) -> str | None:
         rounds = values_at(result, path)
@@ -78,7 +78,7 @@ def values(*path: str, scale: float = 1, style: str = ".2f", inverse: bool = Fal
 
 
 def paired(path: tuple[str, ...], other: tuple[str, ...], scale: float = 1) -> Cell:
-    """Return one figure divided by another of the same rounds, times `scale`."""
+    """Return one figure divided by another one of the same round, multiplied by `scale`."""
 
     def cell(result: Result) -> str | None:
         rounds, others = values_at(result, path), values_at(result, other)
@@ -90,7 +90,7 @@ def paired(path: tuple[str, ...], other: tuple[str, ...], scale: float = 1) -> C
 
 
 def per_tile(other: str) -> Cell:
-    """Return the seconds of an image divided by its tiles, for ours divided by `other`."""
+    """Return the time per tile of FUSION divided by that of `other`."""
 
     def cell(result: Result) -> str | None:
         tiles = {name: facts["tiles"] for name, facts in result.get("contestants", {}).items()}
@@ -113,7 +113,7 @@ def picture_tokens(name: str) -> Cell:
 
 
 def step_ratio(figure: str, variant: str, other: str) -> Cell:
-    """Return one way of computing a training step divided by another."""
+    """Return the time of one kind of training step divided by that of another."""
 
     def cell(result: Result) -> str | None:
         return format_spread(result.get("step", {}).get("ratios", {}).get(figure, {}).get(variant, {}).get(other))
@@ -122,7 +122,7 @@ def step_ratio(figure: str, variant: str, other: str) -> Cell:
 
 
 def memory_ratio(figure: str, variant: str, other: str) -> Cell:
-    """Return the same ratio for figures that are measured once."""
+    """Return the same ratio for figures that are measured only once."""
 
     def cell(result: Result) -> str | None:
         spread = result.get("step", {}).get("ratios", {}).get(figure, {}).get(variant, {}).get(other)

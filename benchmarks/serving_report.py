@@ -86,7 +86,7 @@ def ratio_to_former(kind: str, clients: str) -> Cell:
 
 
 def former_rows() -> list[Row]:
-    """Return the rows of the own server compared with its version that answered one request after the other."""
+    """Return the rows that compare the server with its former version, which answered one request after the other."""
     kinds = {"rate": "requests per second", "first_token": "time to first token"}
     return [
         Row(f"{words}, together by in turns, clients: {named(clients)}", "", ratio_to_former(kind, clients))

@@ -1,5 +1,5 @@
-"""Measure training steps of a model with random weights: ours with and without gradient checkpointing, and other
-ways.
+"""Measure training steps of a model with random weights: FUSION's with and without gradient checkpointing, and
+other ways.
 """
 
 import gc

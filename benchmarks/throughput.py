@@ -20,7 +20,7 @@ Throughput = dict[str, dict[str, list[float]]]  # contestant -> rows of a batch 
 def measure_throughput(
     contestants: dict[str, Contestant], batches: Sequence[int], rounds: int, device: torch.device
 ) -> Throughput:
-    """Measure ours and LLaVA-OneVision. The time of all new tokens includes that of the prompt."""
+    """Measure the throughput of FUSION and LLaVA-OneVision. The time of all new tokens includes that of the prompt."""
     throughput: Throughput = defaultdict(lambda: defaultdict(list))
     names = [name for name in MEASURED if name in contestants]
     for index in tqdm(range(rounds), desc="throughput", unit="round"):

@@ -1,4 +1,4 @@
-"""Training FUSION with `transformers.Trainer`."""
+"""Train FUSION models with `transformers.Trainer`."""
 
 from typing import TYPE_CHECKING, Any
 
