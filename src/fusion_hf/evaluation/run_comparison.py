@@ -39,7 +39,7 @@ class Pair:
 
     @property
     def cluster(self) -> Hashable:
-        """What questions that depend on each other share: their image."""
+        """Key of the image. Questions about the same image depend on each other."""
         for sample in (self.first, self.second):
             if sample.asked is not None and sample.asked.image_sha256 is not None:
                 return sample.asked.image_sha256

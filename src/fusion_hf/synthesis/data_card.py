@@ -143,7 +143,7 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     categories = report["categories"].items()
     keys = ("records", "written", "turns", "words")
     counts = [[name, each["stage"], *(f"{each[key]:,}" for key in keys)] for name, each in categories]
-    lines += _table("category | stage | begun | written | turns | words of answers", counts)
+    lines += _table("category | stage | started | written | turns | words of answers", counts)
     models = [
         [step, _cell(name), f"{number:,}"] for step, used in report["models"].items() for name, number in used.items()
     ]
@@ -157,7 +157,7 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     lines += ["", "## Balance of the answers", ""]
     lines += _table("category | question begins | answers | shares of short answers", answers)
     yields = [[name, step["step"], *_yield(step)] for name, each in categories for step in each["yields"]]
-    lines += ["", "## Yield of each step", "", *_table("category | step | came | rejected | kept", yields)]
+    lines += ["", "## Yield of each step", "", *_table("category | step | reached | rejected | kept", yields)]
     if report["backend"] == PROCEDURAL:
         return "\n".join([*lines, "", "This backend uses no model and no prompts."]) + "\n"
     hashes = [[name, f"`{each['prompts_sha256']}`"] for name, each in categories]

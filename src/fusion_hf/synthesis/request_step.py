@@ -62,7 +62,9 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
             "usage": counts,
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InferenceError(None, f"the response is no chat completion ({type(error).__name__}: {error})") from error
+        raise InferenceError(
+            None, f"the response is not a chat completion ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _RunningServer(_ChatServer):
