@@ -92,7 +92,7 @@ def test_a_step_that_no_record_reached_keeps_no_share(tmp_path: Path):
     steps = steps_of(make_report(config, summary))
     assert steps["describe"]["kept_share"] == 0.0
     assert steps["judge"]["ran"] and steps["judge"]["kept_share"] is None
-    assert "| SynthColor | judge | 0 | 0 | none came |" in card_of(config, summary, tmp_path)
+    assert "| SynthColor | judge | 0 | 0 | no records |" in card_of(config, summary, tmp_path)
 
 
 def test_the_licence_is_stated(drawn: Path, tmp_path: Path):

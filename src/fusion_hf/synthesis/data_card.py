@@ -30,7 +30,7 @@ STYLE = (
     f"img{{width:{SIDE}px;flex:none}}dl{{margin:0}}"
     "dt{font-weight:bold}dt,dd{white-space:pre-line}"  # keeps one option or step per line
 )
-NOT_RUN, NONE_CAME = "not run", "none came"
+NOT_RUN, NONE_CAME = "not run", "no records"
 UNKNOWN_LICENSE = "unknown"  # the Hub's identifier
 MOST_SHOWN = 6  # maximum number of answers shown per form
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
