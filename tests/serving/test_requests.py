@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import pytest
-from tests.docs.markdown import ROOT
 from tests.helpers.serving import MODEL, QUESTION, user
 
 from fusion_hf.inference import ChatModel
@@ -283,10 +282,3 @@ def test_usage_without_stream_is_refused_and_no_usage_is_not():
     with pytest.raises(ApiError) as refused:
         parse(stream_options={"include_usage": True})
     assert refused.value.param == "stream_options"
-
-
-def test_the_guide_names_every_field():
-    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    for table in TABLES.values():
-        for name in (*table.known, *table.neutral, *table.ignored):
-            assert f"`{name}`" in guide or f".{name}`" in guide or f'"{name}"' in guide, name
