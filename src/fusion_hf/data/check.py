@@ -93,6 +93,7 @@ class EntryReport:
 
     @property
     def fine(self) -> bool:
+        """Whether the entry can be used and has no broken records."""
         return self.error is None and not self.problems.counts
 
 

@@ -88,6 +88,7 @@ class Index:
 
     @property
     def num_broken(self) -> int:
+        """Number of broken records."""
         return len(self) - self.table.column("problem").null_count
 
     def is_outdated(self, needs_turns: bool) -> bool:

@@ -45,6 +45,7 @@ class Processes:
         return values
 
     def end(self) -> None:
+        """Leave the group of processes."""
         if self.count > 1:
             distributed.destroy_process_group()
 

@@ -77,6 +77,7 @@ class Generation:
 
     @property
     def sampled(self) -> bool:
+        """Whether tokens are sampled."""
         return self.temperature > 0
 
     def cut(self, answer: str) -> str:
@@ -129,6 +130,7 @@ class EvaluationPrompt:
 
     @property
     def wanted(self) -> Generation | Continuation:
+        """What the request asks for."""
         return self.request.wanted
 
     def describe(self) -> AskedQuestion:

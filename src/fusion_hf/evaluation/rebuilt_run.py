@@ -93,6 +93,7 @@ class RebuiltRun:
 
     @property
     def staged(self) -> StagedModel:
+        """The model of the run, ready to run stage by stage."""
         return StagedModel(self.model.chat_model, self.model.budget)
 
     def decoding_of(self, sample: AnsweredQuestion) -> Decoding:

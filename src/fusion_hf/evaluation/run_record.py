@@ -137,6 +137,7 @@ class RunRecord:
 
     @property
     def failed(self) -> list[TaskRecord]:
+        """The tasks that failed."""
         return [task for task in self.tasks if task.status == FAILED]
 
     def write(self, folder: Path) -> Path:

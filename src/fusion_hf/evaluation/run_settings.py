@@ -46,6 +46,7 @@ class SettingDifference:
 
     @property
     def stages(self) -> tuple[str, ...]:
+        """The stages of an answer that the setting affects."""
         return ACTS_ON.get(self.name.partition(".")[0], ())
 
     def __str__(self) -> str:

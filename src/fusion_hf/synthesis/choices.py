@@ -37,6 +37,7 @@ class Choice:
 
     @property
     def letter(self) -> str:
+        """Letter of the right option."""
         return LETTERS[self.answer]
 
     def turn(self) -> RecordTurn:

@@ -38,6 +38,13 @@ class TarShard:
         self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def add(self, record: SynthRecord, image: bytes) -> None:
+        """
+        Add a record.
+
+        Args:
+            record: the record.
+            image: the bytes of its PNG.
+        """
         fields = {**record.training_record(), "image": record.id + IMAGE_SUFFIX, "category": record.category}
         self._member(record.id + RECORD_SUFFIX, json_bytes(fields))
         self._member(record.id + IMAGE_SUFFIX, image)
@@ -49,6 +56,7 @@ class TarShard:
         self.tar.addfile(info, BytesIO(content))
 
     def close(self) -> None:
+        """Finish the archive."""
         self.tar.close()
 
 
@@ -72,12 +80,20 @@ class ParquetShard:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, record: SynthRecord, image: bytes) -> None:
+        """
+        Add a record.
+
+        Args:
+            record: the record.
+            image: the bytes of its PNG.
+        """
         cell = {"bytes": image, "path": record.id + IMAGE_SUFFIX}
         self.rows.append({**record.training_record(), "image": cell, "category": record.category})
         if len(self.rows) == ROWS:
             self._write()
 
     def close(self) -> None:
+        """Write the remaining rows and finish the file."""
         self._write()
         self.writer.close()
 

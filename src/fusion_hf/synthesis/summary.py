@@ -40,6 +40,7 @@ class CategorySummary:
 
     @property
     def written(self) -> int:
+        """Number of written records."""
         return self.records - sum(self.rejected.values())
 
     def add(self, record: SynthRecord) -> None:
@@ -123,10 +124,12 @@ class Summary:
 
     @property
     def records(self) -> int:
+        """Number of records at the start."""
         return sum(category.records for category in self.categories.values())
 
     @property
     def written(self) -> int:
+        """Number of written records."""
         return sum(category.written for category in self.categories.values())
 
     def to_dict(self) -> dict[str, Any]:

@@ -109,10 +109,12 @@ class WeightCounts:
 
     @property
     def total(self) -> int:
+        """Number of all weights."""
         return sum(self.by_part.values())
 
     @property
     def total_trained(self) -> int:
+        """Number of all trained weights."""
         return sum(self.trained.values())
 
 
@@ -145,6 +147,7 @@ class GpuMemory:
 
     @property
     def total(self) -> int:
+        """Bytes in total."""
         return self.parameters + self.gradients + self.optimizer + self.communication + self.activations
 
 
@@ -394,6 +397,7 @@ class Planner:
 
     @property
     def image_bytes(self) -> int:
+        """Bytes of the pixels of one image in a batch."""
         vision = self.config.vision_config
         return FULL * (NUM_TILES + 1) * vision.num_channels * vision.image_size**2
 

@@ -91,10 +91,12 @@ class Steps:
 
     @property
     def total(self) -> int:
+        """Number of steps of the run."""
         return self.per_epoch * self.epochs
 
     @property
     def between_evaluations(self) -> int:
+        """Number of steps between two evaluations."""
         return min(MOST_BETWEEN, max(1, self.total // EVALUATIONS))
 
 

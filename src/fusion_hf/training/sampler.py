@@ -69,6 +69,7 @@ class StepLayout:
 
     @property
     def global_batch_size(self) -> int:
+        """Number of records per step."""
         return self.batch_size * self.world_size * self.accumulation
 
 
@@ -108,6 +109,12 @@ class StepSampler(Sampler[SampleKey]):
     epoch: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int) -> None:
+        """
+        Set the current epoch, which determines the order.
+
+        Args:
+            epoch: the number of the epoch, counted from 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -120,6 +127,7 @@ class StepSampler(Sampler[SampleKey]):
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps per epoch."""
         if self.drop_last:
             return -(-(len(self) // (self.layout.batch_size * self.layout.world_size)) // self.layout.accumulation)
         return -(-len(self) // self.layout.global_batch_size)

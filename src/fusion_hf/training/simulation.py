@@ -79,6 +79,7 @@ class StepPeak:
 
     @property
     def total(self) -> int:
+        """Bytes in total."""
         return self.activations + self.gradients
 
 

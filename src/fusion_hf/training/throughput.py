@@ -55,12 +55,15 @@ class ThroughputMeter:
         self.flops += flops
 
     def begin_step(self) -> None:
+        """Start the measurement of a step."""
         self._began = time.perf_counter()
 
     def batches_arrived(self) -> None:
+        """Record that the batches of the step have arrived."""
         self.waiting += time.perf_counter() - self._began
 
     def end_step(self) -> None:
+        """End the measurement of a step."""
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
 

@@ -15,10 +15,12 @@ Row = dict[str, Any]
 
 
 def mmbench_en(row: Row) -> str:
+    """Return the question with its hint and options, and the English instruction."""
     return _mmbench(row, LETTER)
 
 
 def mmbench_cn(row: Row) -> str:
+    """Return the question with its hint and options, and the Chinese instruction."""
     return _mmbench(row, LETTER_CN)
 
 
@@ -56,6 +58,7 @@ def mmmu(row: Row) -> str:
 
 
 def textvqa(row: Row) -> str:
+    """Return the question and the instruction to answer briefly."""
     return f"{row['question']}\n{WORD}"
 
 

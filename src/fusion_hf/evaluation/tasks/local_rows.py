@@ -24,6 +24,12 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType) -> bool:
+    """
+    Return whether a column holds lists.
+
+    Args:
+        kind: the type of the column.
+    """
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 

@@ -118,6 +118,12 @@ def singular(word: str) -> str:
 
 
 def is_word(token: str) -> bool:
+    """
+    Return whether a token is a word.
+
+    Args:
+        token: the token.
+    """
     return token[0].isalpha()
 
 

@@ -114,6 +114,7 @@ class Scene:
 
     @property
     def shapes(self) -> tuple[DrawnShape, ...]:
+        """Shapes of the image."""
         return self.spec.shapes
 
     @cached_property
@@ -123,14 +124,17 @@ class Scene:
 
     @cached_property
     def kinds(self) -> Counter[str]:
+        """The number of shapes by kind."""
         return Counter(shape.kind for shape in self.shapes)
 
     @cached_property
     def colors(self) -> Counter[str]:
+        """The number of shapes by colour."""
         return Counter(shape.color for shape in self.shapes)
 
     @cached_property
     def places(self) -> Counter[str]:
+        """The number of shapes by place."""
         return Counter(place_of(shape) for shape in self.shapes)
 
     def facts(self) -> dict[str, Any]:

@@ -133,6 +133,12 @@ def choose(
 
 
 def sentence_case(text: str) -> str:
+    """
+    Return a text that starts with a capital letter.
+
+    Args:
+        text: the text.
+    """
     return text[:1].upper() + text[1:]
 
 
