@@ -293,12 +293,7 @@ class Planner:
     # ---- memory ----
 
     def weights(self, run: PlannedRun | None = None) -> WeightCounts:
-        """
-        Count the weights of the model under the recipe.
-
-        Args:
-            run: the values of the recipe. Defaults to those of this planner.
-        """
+        """Count the weights of the model under the recipe, or under the values in `run`."""
         run = self.run if run is None else run
         setting = self.setting(run, DDP, KEPT)
         if setting not in self._weights:
@@ -308,12 +303,8 @@ class Planner:
 
     def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
         """
-        Return how a step runs: ZeRO and FSDP compute with 16-bit weights, a single process and DDP under autocast.
-
-        Args:
-            run: the values of the recipe.
-            sharding: how the states are divided.
-            gradients: what happens to gradients, see [`StepSetting`].
+        Return how a step runs: ZeRO and FSDP compute with 16-bit weights, a single process and DDP under
+        autocast.
         """
         casts = sharding in (NONE, DDP)
         full = casts or run.half is None
@@ -383,14 +374,7 @@ class Planner:
         )
 
     def states(self, sharding: str, gpus: int, run: PlannedRun | None = None) -> StateBytes:
-        """
-        Count the bytes of everything except activations, without a simulation.
-
-        Args:
-            sharding: how the states are divided.
-            gpus: the number of GPUs.
-            run: the values of the recipe. Defaults to those of this planner.
-        """
+        """Count the bytes of everything except activations, without a simulation."""
         run = self.run if run is None else run
         bucket = self.config.text_config.hidden_size**2  # what `auto` means in transformers' DeepSpeed integration
         return count_states(self.weights(run), sharding, gpus, run.half is not None, run.optimizer, bucket)
@@ -536,13 +520,7 @@ class Planner:
 
 
 def count_weights(config: FusionConfig, setting: StepSetting) -> WeightCounts:
-    """
-    Count the weights of a model on the meta device.
-
-    Args:
-        config: the configuration of the model.
-        setting: which weights are trained, adapted or quantized.
-    """
+    """Count the weights of a model on the meta device."""
     with fake_model(config, setting) as model:
         layers = [
             sum(parameter.numel() for parameter in module.parameters())
