@@ -382,7 +382,7 @@ def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) ->
 
 
 def summarize_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
-    """Summarize that everything is equal, and how closely."""
+    """Summarize what `fusion-hf verify` found: that everything is equal, and how closely."""
     return {"equal": certificate["equal"], "stages": certificate["stages"], "questions": len(certificate["questions"])}
 
 

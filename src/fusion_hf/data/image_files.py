@@ -90,7 +90,7 @@ def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
 
 def find_record_image(image: ImageReference, root: Path, places: ImagePlaces = NO_PLACES) -> Path | ImageReference:
     """
-    Find what an image is read from. Nothing is downloaded yet.
+    Find the source of a record's image. Nothing is downloaded yet.
 
     Args:
         image: the reference in the record.
