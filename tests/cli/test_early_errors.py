@@ -110,7 +110,7 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("compare gone.json records.json", ("gone.json is not a record",)),
     ("compare records.json records.json --page gone/page.html", ("--page is gone/page.html", "gone is no folder")),
     ("compare records.json records.json --model-a new", ("--model-a is new", "--stages")),
-    ("compare empty empty", ("empty has no record-*.json",)),
+    ("compare empty empty", ("empty holds neither record-*.json",)),
     ("data check gone.json", ("gone.json does not exist",)),
     ("data check gone.yaml", ("gone.yaml cannot be read",)),
     ("data check mix.yaml", ("mix.yaml, entry 1: ", "gone.json does not exist")),

@@ -52,7 +52,7 @@ def test_every_client_is_recorded_with_text_image_stream_and_turns():
 
 
 def test_the_guide_names_each_client_with_its_version():
-    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "serving_clients.md").read_text(encoding="utf-8")
     for file in FOLDER.glob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         for name, version in content.get("packages", {}).items():
