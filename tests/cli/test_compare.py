@@ -70,7 +70,7 @@ def test_an_answer_that_is_not_made_again_is_a_finding(run, runs, tmp_path):
     path = tmp_path / "run/samples/now/easy_vqa.jsonl"
     path.write_text(path.read_text().replace('"answer": "red"', '"answer": "blue"', 1))
     result = run("compare", runs[0], record, "--stages")
-    assert "no stage differs in 1 questions; what made the recorded answers is not rebuilt" in result.stdout
+    assert "no stage differs in 1 questions, but the recorded answers were not reproduced" in result.stdout
     assert (
         "note: RUN_B: 1 of 1 recorded answers were not reproduced, such as 'blue', which became 'red'" in result.stdout
     )
