@@ -158,7 +158,9 @@ def test_where_nothing_fits_it_is_said(monkeypatch):
 
 def test_a_variant_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr("steps.relative_error", lambda result, expected: 0.01)
-    with pytest.raises(RuntimeError, match=r"gradient of 'ours_checkpointed' may differ from ours by at most .* got 1\.0e-02"):
+    with pytest.raises(
+        RuntimeError, match=r"gradient of 'ours_checkpointed' may differ from ours by at most .* got 1\.0e-02"
+    ):
         StepBenchmark(SIZE, torch.float32, CPU, autocast=False)
 
 
