@@ -123,7 +123,7 @@ def test_wrong_input(run_here, runs, tmp_path):
         (["compare", runs[0], tmp_path / "gone"], "is no run; allowed: a record of"),
         (["compare", *runs, "--tasks", "pope"], "--tasks has 'pope'; allowed: easy_vqa."),
         (["compare", *runs, "--questions", torn], "allowed with --questions: an answers.jsonl"),
-        (["compare", *runs, "--model-a", "x"], "--model-a is x; allowed only with --stages"),
+        (["compare", *runs, "--model-a", "x"], "`--model-a` is only allowed with `--stages`, got x"),
     ):
         result = run_here(*given)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result
