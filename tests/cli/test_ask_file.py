@@ -83,15 +83,15 @@ def test_locked_by_another_process(run, questions, tmp_path):
         (["--input", "a.jsonl"], "`--output` is required with `--input`"),
         (
             ["picture.png", "--input", "a.jsonl", "--output", "b.jsonl"],
-            "cannot be combined with an image or a question, got 'picture.png'",
+            "an image or a question, got 'picture.png'",
         ),
         (
             ["p.png", QUESTION, "--input", "a.jsonl", "--output", "b.jsonl"],
-            "cannot be combined with an image or a question, got 'p.png'",
+            "an image or a question, got 'p.png'",
         ),
         (
             ["--input", "a.jsonl", "p.png", "--output", "b.jsonl"],
-            "cannot be combined with an image or a question, got 'p.png'",
+            "an image or a question, got 'p.png'",
         ),
         (["picture.png", QUESTION, "--output", "b.jsonl"], "`--output` is only allowed with `--input`, got b.jsonl"),
         (["picture.png", QUESTION, "--batch-size", "4"], "`--batch-size` is only allowed with `--input`, got 4"),

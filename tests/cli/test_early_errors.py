@@ -63,7 +63,7 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("plan run.yaml --config CONFIG optim=x", ("optim is 'x'", "adamw_torch_fused")),
     ("plan run.yaml --config CONFIG --gpus 3 global_batch_size=8", ("global_batch_size is 8", "3 processes")),
     ("plan run.yaml --config CONFIG data=gone.yaml", ("data: gone.yaml cannot be read",)),
-    ("merge --model gone --output new", ("gone is no folder",)),
+    ("merge --model gone --output new", ("`--model`", "got gone, which is no folder")),
     ("merge --model empty --output new", ("adapter_config.json cannot be read",)),
     ("merge --model adapter --output new", ("adapter_model.safetensors is missing",)),
     ("merge --model whole_adapter --output new", ("names no base", "--base")),

@@ -13,7 +13,7 @@ SECONDS = 120
 PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
 ESTIMATE = "synthesize synth.yaml --dry-run"
 FULL = "error: The standard output cannot be written: No space left on device.\n"
-CLOSED = "error: The standard output is closed; give a file, or /dev/null.\n"
+CLOSED = "error: The standard output is closed. Redirect it to a file or to /dev/null.\n"
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ def test_commands_offline(tmp_path, run):
     )
     assert again[:2] == of_name[:2]
     assert wrong[0] == 2 and "'authors/none'" in wrong[2] and NAME in wrong[2]
-    assert removed[0] == 0 and removed[1].count(f"removed {NAME}") == 2
+    assert removed[0] == 0 and removed[1].count(f"Removed {NAME}") == 2
     assert [line.split("  ")[0] for line in left[1].splitlines()] == ["FUSION-tiny", "FUSION-tiny"]
     assert gone[0] == 2 and f"The model {NAME}" in gone[2] and "shards" in gone[2]
 

@@ -34,7 +34,7 @@ positive = whole_number(1)
 
 
 def square(text: str) -> int:
-    """Read a perfect square; the error of anything else says so."""
+    """Read a perfect square."""
     number = int(text) if text.isdecimal() else 0
     if not is_square(number):
         raise wrong_argument(text, "a perfect square (1, 4, 9, 16, ...)")
@@ -63,7 +63,7 @@ temperature = number(lambda value: 0 <= value <= LARGEST_TEMPERATURE, f"a number
 
 
 def device(text: str) -> str:
-    """Read the name of a device of torch; whether this machine has it, torch knows."""
+    """Read the name of a device; torch checks later whether this machine has it."""
     if not DEVICE.fullmatch(text):
         raise wrong_argument(text, "auto, cpu, cuda, cuda:1 or mps")
     return text

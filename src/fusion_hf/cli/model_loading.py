@@ -1,4 +1,4 @@
-"""What `ask` and `chat` share once the heavy libraries are needed: a model, and answers that appear word by word."""
+"""Loading a model for a command, and answers that appear word by word."""
 
 import argparse
 import sys

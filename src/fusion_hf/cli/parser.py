@@ -12,7 +12,7 @@ EXAMPLES = "examples:"
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Keeps the lines of a text that has several, such as examples."""
+    """A formatter that keeps the lines of a text with several, such as examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
@@ -22,7 +22,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """
-    Takes options before, between and behind other arguments, and reports a wrong command line in one line.
+    A parser that takes options before, between and behind other arguments and reports errors in one line.
 
     Attributes:
         groups: Titles of `--help`, each with the names of its commands.
@@ -47,12 +47,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
     def add_subparsers(self, **kwargs: Any) -> Any:
-        """Those of commands, which parse what stands behind their name."""
+        """Add subparsers as argparse does, and keep them as `commands`."""
         self.commands = super().add_subparsers(**kwargs)
         return self.commands
 
     def format_help(self) -> str:
-        """Like argparse's, but commands are in groups, and a text may be made only when it is shown."""
+        """Format the help as argparse does, with commands in groups and a text that is made when it is shown."""
         if not self.groups and self.describe_more is None:
             return super().format_help()
         formatter = self._get_formatter()
@@ -77,8 +77,9 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
         """
-        As argparse does, but `key=value` may stand behind options: argparse takes all positional arguments of a
-        command at the first of them, and none later.
+        Parse arguments as argparse does, but allow `key=value` behind options.
+
+        argparse takes all positional arguments of a command at the first of them, and none later.
         """
         given = sys.argv[1:] if args is None else list(args)
         if self.commands is None:
