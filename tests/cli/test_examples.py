@@ -1,5 +1,6 @@
 """The examples at the end of each command's help are command lines, and those that can run at once run."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -20,8 +21,6 @@ RUN = (
     "fusion-hf data check records.json",
     "fusion-hf init-recipe records.json",
     "fusion-hf plan recipe.yaml",
-    "fusion-hf export",
-    "fusion-hf maps",
 )
 PLACEHOLDERS = ("DIR_OR_REPO", "starriver030515/", "OWNER/NAME", "a.jsonl")
 
@@ -54,7 +53,9 @@ def test_examples_can_be_parsed():
 def test_examples_run(tmp_path: Path):
     write_questions(tmp_path, 3)
     shutil.copy(PHOTO, tmp_path / "photo.jpg")
-    (tmp_path / "records.json").write_text('[{"question": "why?", "answer": "so"}]')
+    turns = [{"from": "human", "value": "what color is it?"}, {"from": "gpt", "value": "red"}]
+    records = [{"id": number, "conversations": turns} for number in range(20)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
     done = 0
     for line in dict.fromkeys(examples()):
         if line.startswith(RUN) and not any(word in line for word in PLACEHOLDERS):
