@@ -15,8 +15,8 @@ DESCRIPTION = (
     "pooling head of the tower are dropped. The projectors and samplers are randomly initialized and must be trained."
 )
 EXAMPLES = (
-    "fusion-hf build --text Qwen/Qwen3-0.6B --vision google/siglip-so400m-patch14-384 --output untrained "
-    "--num-samplers 9",
+    "fusion-hf build --text Qwen/Qwen3-0.6B --vision google/siglip-so400m-patch14-384 --dry-run",
+    "fusion-hf build --text Qwen/Qwen3-0.6B --vision google/siglip-so400m-patch14-384 --output untrained",
 )
 
 
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("window_size", "Side of the window of a latent token, in image tokens"),
         ("num_samplers", "Number of samplers"),
-        ("start", "Index of the language model's layer before which the first sampler stands"),
+        ("start", "Index of the language model's layer that the first sampler follows"),
         ("stride", "Number of layers from one sampler to the next"),
         ("seed", "Seed of the random weights"),
     ):

@@ -77,7 +77,8 @@ def add_parser(commands: Any) -> None:
     check.add_argument(
         "--data-cache",
         metavar="DIR",
-        help="The folder of the index of records, as in a recipe (default: in the Hugging Face cache).",
+        help="The folder of the index of records, as in a recipe (default: $HF_HOME/fusion_hf/data, or "
+        "~/.cache/fusion_hf/data).",
     )
     check.add_argument("--json", action="store_true", help=JSON_HELP)
     check.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)

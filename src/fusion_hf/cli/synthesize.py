@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP
+from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
@@ -39,8 +39,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG.yaml",
-        help="The configuration: your own, or one of configs/synthesis in the repository. With --status, the output "
-        "folder of the run will do.",
+        help="The configuration: your own, or one of configs/synthesis in the repository. With --status, you can "
+        "also give the output folder of the run.",
     )
     parser.add_argument(
         "overrides",
@@ -58,7 +58,11 @@ def add_parser(commands: Any) -> None:
         "--dry-run", action="store_true", help="Estimate the cost and the duration of the run; run nothing."
     )
     parser.add_argument("--status", action="store_true", help="Show the progress of the run; run nothing.")
-    parser.add_argument(DEBUG, action="store_true", help=f"{DEBUG_HELP} Show the log of datatrove.")
+    parser.add_argument(
+        DEBUG,
+        action="store_true",
+        help="Show the traceback of an error, the messages of libraries and the log of datatrove.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
