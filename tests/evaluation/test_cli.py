@@ -1,5 +1,6 @@
 """The command's errors, none of which needs lmms-eval."""
 
+import json
 import sys
 
 import pytest
@@ -53,3 +54,5 @@ def test_data_is_checked_without_lmms_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     assert main(["evaluate", "--tasks", "easy_vqa", "--dry-run"]) == 0
     assert capsys.readouterr().out == "easy_vqa: all there\n"
+    assert main(["evaluate", "--tasks", "easy_vqa", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"fine": True, "problems": {"easy_vqa": []}}

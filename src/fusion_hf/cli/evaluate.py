@@ -157,8 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
         table = path.with_suffix(".md")
         write_atomically(table, make_table([record], arguments.published, arguments.peers).encode())
         if arguments.json:
-            content = {"record": str(path), "table": str(table), "tasks": [asdict(task) for task in record.tasks]}
-            sys.stdout.write(json_bytes(content, indent=2).decode())
+            sys.stdout.write(json_bytes(_describe(record, path, table), indent=2).decode())
         else:
             _report(record)
             sys.stdout.write(f"{path}\n{table}\n")
@@ -266,6 +265,11 @@ def _check_data(names: list[str], data_root: Path | None, as_json: bool) -> int:
     for problem in problems:
         sys.stdout.write(f"{printable(str(problem))}\n")
     return FAILED if problems else 0
+
+
+def _describe(record: "RunRecord", path: Path, table: Path) -> dict[str, Any]:
+    """Describe a run for `--json`."""
+    return {"record": str(path), "table": str(table), "tasks": [asdict(task) for task in record.tasks]}
 
 
 def _report(record: "RunRecord") -> None:
