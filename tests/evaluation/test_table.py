@@ -1,5 +1,6 @@
 """The Markdown table of runs, without lmms-eval: cells, marks, several records, and the command."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
