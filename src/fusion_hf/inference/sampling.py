@@ -27,7 +27,7 @@ class GumbelNoise(LogitsProcessor):
         """Return the scores `(B, V)` with noise."""
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=each) for each in self.generators])
         noise = -(-uniform.clamp_min(torch.finfo(torch.float32).tiny).log()).log()
-        return scores + noise.to(scores.device)
+        return scores + noise.to(scores.device)  # type: ignore[return-value]
 
 
 def generate_keywords(rows: Sequence[SamplingOptions]) -> dict[str, Any]:
