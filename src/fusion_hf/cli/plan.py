@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "downloaded or allocated. The exit status is 0 if the run fits, 1 if it does not fit and 2 for wrong input.",
         examples=(
             "fusion-hf plan recipe.yaml",
-            "fusion-hf plan recipe.yaml per_device_train_batch_size=2 --gpus 8 --gpu-memory 40",
+            "fusion-hf plan recipe.yaml global_batch_size=32 --gpus 8 --gpu-memory 40",
         ),
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe to plan.")
@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="Keys of the recipe with other values, such as per_device_train_batch_size=2.",
+        help="Keys of the recipe with other values, such as global_batch_size=32.",
     )
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="Number of GPUs on all nodes (default: %(default)s)."
