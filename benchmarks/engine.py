@@ -46,7 +46,7 @@ PARTS = {"encode_tiles": "tiles", "_encode_overviews": "overviews", "forward": "
 
 
 class Layers:
-    """The layers of a model that [`use_onednn`] changes, which may be changed back and forth."""
+    """The layers of a model that [`use_onednn`] changes, which can be switched back and forth."""
 
     def __init__(self, model: nn.Module):
         use_onednn(model)
@@ -59,7 +59,7 @@ class Layers:
 
 
 def ask_engine(engine: Any, questions: Sequence[Question]) -> float:
-    """Seconds until all are answered."""
+    """Return the seconds until all questions are answered."""
     from vllm import SamplingParams
 
     settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False)
@@ -68,13 +68,13 @@ def ask_engine(engine: Any, questions: Sequence[Question]) -> float:
     seconds = time.perf_counter() - start
     lengths = {len(output.outputs[0].token_ids) for output in outputs}
     if lengths != {NEW_TOKENS}:
-        raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {NEW_TOKENS}")
+        raise RuntimeError(f"All answers must have {NEW_TOKENS} tokens, got {sorted(lengths)}.")
     return seconds
 
 
 @contextmanager
 def timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds of the plugin's parts, of everything that runs meanwhile."""
+    """Measure the seconds of the plugin's parts while the context is active."""
     from fusion_hf.vllm import modeling
 
     spent: dict[str, float] = defaultdict(float)
@@ -120,7 +120,7 @@ def load_engine(folder: Path, options: argparse.Namespace) -> tuple[Any, Layers]
 
 
 def measure(options: argparse.Namespace, folder: Path, earlier: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is known after each round, with the rounds of an `earlier` result."""
+    """Yield the result after each round, including the rounds of an `earlier` result."""
     engine, engine_layers = load_engine(folder, options)
     chat_model = ChatModel.load(str(folder), options.device, options.dtype)
     batch_layers = Layers(chat_model.model)
@@ -150,7 +150,7 @@ def measure(options: argparse.Namespace, folder: Path, earlier: dict[str, Any]) 
 def summarize_all(
     questions: int, seconds: dict[str, list[float]], parts: dict[str, list[dict[str, float]]]
 ) -> dict[str, Any]:
-    """Requests per second of each way, their ratios within rounds, and the seconds of the engine's parts."""
+    """Summarize requests per second of each way, their ratios within rounds, and the seconds of the engine's parts."""
     rates = {way: [questions / value for value in values] for way, values in seconds.items()}
     pairs = [(way, other) for way in WAYS for other in WAYS if way != other]
     return {

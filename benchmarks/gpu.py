@@ -1,12 +1,12 @@
-"""Everything that only a GPU can show, in a few minutes of one.
+"""Measure everything that requires a GPU, in a few minutes.
 
     python benchmarks/gpu.py
     python benchmarks/report.py
 
-Parts run in the order of their worth, each for a limited time in a process of its own, and what they have measured
-is written at once, into the files that `report.py` reads: a part that fails or hangs takes nothing with it. What
-became of each is in `gpu.json`. Nothing is downloaded. `--device cpu --small` runs every part with small sizes, to
-try the script where there is no GPU; its files have other names.
+Parts run in the order of their importance, each with a time limit in a process of its own. Their results are written
+at once into the files that `report.py` reads, so that a part that fails or hangs does not affect the others.
+`gpu.json` says how each part ended. Nothing is downloaded. `--device cpu --small` runs every part with small sizes, to
+try the script without a GPU. Its files have other names.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SECONDS = 360
 
 
 def write_summary(path: Path, seconds: int, outcomes: dict[str, Outcome]) -> None:
-    """What became of the parts so far."""
+    """Write how the parts have ended so far."""
     summary: dict[str, Any] = {"seconds": seconds}
     summary["parts"] = {name: asdict(outcome) for name, outcome in outcomes.items()}
     write_atomically(path, encode(summary))

@@ -1,4 +1,4 @@
-"""Parts of a measurement one after the other in a limited time, each in a process of its own."""
+"""Run the parts of a measurement one after the other in limited time, each in a process of its own."""
 
 import json
 import multiprocessing
@@ -30,8 +30,9 @@ class Part:
     Something to measure.
 
     Args:
-        limit: seconds that it may take. least: seconds without which it is not begun.
-        measure: is given an `Emit`.
+        limit: the maximum time in seconds.
+        least: the minimum time in seconds that must be left to start the part.
+        measure: the function to call with an `Emit`.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part. `error`: the text of what ended it."""
+    """How a part ended. `error` is the text of the error that ended it."""
 
     status: str
     seconds: float = 0.0
@@ -58,12 +59,12 @@ def run_parts(
     now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Outcome]:
     """
-    Run the parts in their order, as long as there is time.
+    Run the parts in order, as long as there is time.
 
     Args:
-        seconds: for all of them.
+        seconds: the time for all parts.
         run: runs a part for at most so many seconds.
-        note: is given what is known after each part.
+        note: is called with the outcomes after each part.
     """
     end = now() + seconds
     outcomes: dict[str, Outcome] = {}
@@ -75,7 +76,7 @@ def run_parts(
 
 
 class _Teller:
-    """Sends results out of a part's process and, where an error ends it, the error's text."""
+    """Send results out of the process of a part, and the text of an error if one ends it."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -95,7 +96,7 @@ class _Teller:
 
 
 def encode(result: Result) -> bytes:
-    """What a file holds."""
+    """Encode a result as the content of a file."""
     return f"{json.dumps(result, indent=1)}\n".encode()
 
 
@@ -107,12 +108,12 @@ def _work(measure: Callable[[Emit], None], connection: Connection) -> None:
 
 class ForkedRunner:
     """
-    Runs parts in forks of this process, which has imported everything and must not have touched CUDA.
+    Run parts in forks of this process, which has imported everything and must not have used CUDA.
 
-    A part that fails, dies or hangs harms no other. What it has handed on until then stays.
+    A part that fails, dies or hangs does not affect others, and its results up to then are kept.
 
     Args:
-        folder: where the files of parts are written.
+        folder: the folder for the files of parts.
     """
 
     def __init__(self, folder: Path):
@@ -136,7 +137,7 @@ class ForkedRunner:
         return outcome
 
     def _listen(self, receiver: Connection, end: float, outcome: Outcome) -> bool:
-        """Write what a part hands on. Returns whether it ended in time."""
+        """Write the results that a part sends, and return whether it ended in time."""
         while receiver.poll(max(end - time.monotonic(), 0)):
             try:
                 name, content = receiver.recv()
@@ -154,7 +155,7 @@ class ForkedRunner:
 
 
 def _end(process: Any) -> None:
-    """End a part's process, if it has not ended, and all that it has started."""
+    """Kill the process of a part and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # nothing is left, or it has no group of its own yet

@@ -1,4 +1,4 @@
-"""What a call adds to memory; for this package's Python, and for that of the authors' environment."""
+"""Measure what a call adds to memory, with this package's Python or that of the authors' environment."""
 
 import ctypes
 import gc
@@ -20,10 +20,10 @@ BYTES_PER_KIB = 1024
 
 def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
     """
-    Most bytes that tensors made by one call held at a time, in the allocator's own count.
+    Return the peak bytes of tensors that one call holds, as the allocator counts them.
 
-    CUDA's allocator keeps the peak. For the CPU's, the profiler records each allocation and release, and their running
-    sum is taken: exact, and the same in every run. What libraries allocate by themselves is not in either.
+    CUDA's allocator records the peak. On the CPU, the profiler records each allocation and release, and their running
+    sum is exact and the same in every run. Allocations inside libraries are not included.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -44,7 +44,7 @@ def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def peak_resident(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Growth of the process's resident memory during one call, at its highest; None where it cannot be measured."""
+    """Return the peak growth of the process's resident memory during one call, or None if it cannot be measured."""
     if device.type != "cpu" or sys.platform != "linux":
         return None
     gc.collect()
@@ -56,6 +56,6 @@ def peak_resident(function: Callable[[], Any], device: torch.device) -> int | No
 
 
 def resident_status(field: str) -> int:
-    """A memory field of this process's status, in bytes."""
+    """Return a memory field of this process's status in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * BYTES_PER_KIB

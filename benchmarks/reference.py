@@ -42,8 +42,10 @@ class ReferenceAttention(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, uniform_from: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Compute attention.
+
         Args:
-            hidden_states (`(B, S, Dv)`)
+            hidden_states (`(B, S, Dv)`): the hidden states.
             attention_mask (`(B, 1, S, S)`, *optional*): added to the scores.
             uniform_from (`int`, *optional*): rows from here on get one constant for all scores.
         """
@@ -64,7 +66,7 @@ class ReferenceAttention(nn.Module):
 
 
 class ReferenceLayer(SiglipEncoderLayer):
-    """transformers' layer; only attention differs."""
+    """transformers' layer with another attention."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
@@ -111,7 +113,7 @@ class ReferenceVisionModel(nn.Module):
         return False
 
     def connect(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """All hidden states `(B, S, Dv)` to `(B, S, 3 * Dv)`."""
+        """Convert all hidden states `(B, S, Dv)` to `(B, S, 3 * Dv)`."""
         size = self.early_layers
         # one stack at a time: the first is gone when the second is made
         means = [torch.stack(states[start : start + size]).sum(0) / size for start in (0, size)]
@@ -119,10 +121,10 @@ class ReferenceVisionModel(nn.Module):
 
 
 class ReferenceSampler(FusionSampler):
-    """The sampler with one copy of the windows per turn; same parameters."""
+    """The sampler with one copy of the windows per turn, and the same parameters."""
 
     def forward(self, hidden_states: torch.Tensor, updates: LatentUpdates) -> torch.Tensor:
-        """`(B, S, D)` to `(B, S, D)`."""
+        """Rewrite hidden states `(B, S, D)`."""
         batch, turns, latents = updates.latent_positions.shape
         width = hidden_states.shape[-1]
         rows = torch.arange(batch, device=hidden_states.device)
@@ -150,7 +152,7 @@ class ReferenceSampler(FusionSampler):
 
 
 def build_reference(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
-    """A model that shares the weights of `model` and computes tower and samplers as above."""
+    """Build a model that shares the weights of `model`, and computes tower and samplers as described above."""
     reference = sharing_copy(model)
     config, ours = model.config, model.model.vision_tower
     with torch.device("meta"):  # nothing is allocated: weights come from ours
@@ -166,5 +168,5 @@ def build_reference(model: FusionForConditionalGeneration) -> FusionForCondition
 
 
 def adopt_weights(module: nn.Module, other: nn.Module) -> None:
-    """Make the parameters of `other` those of `module`, too."""
+    """Share the parameters of `module` with `other`."""
     module.load_state_dict(other.state_dict(keep_vars=True), assign=True)

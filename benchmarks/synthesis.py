@@ -28,17 +28,18 @@ TASKS = 2  # of every run: the same work, whoever does it
 
 
 class Timed(NamedTuple):
-    """A run of the command; `peak` is the resident memory of its largest process, in bytes."""
+    """A run of the command. `peak` is the resident memory of its largest process in bytes."""
 
     seconds: float
     peak: int
 
 
 def run_command(records: int, workers: int, tasks: int) -> Timed:
-    """`fusion-hf synthesize` with the procedural backend, from the start of Python to the data card.
+    """
+    Run `fusion-hf synthesize` with the procedural backend, from the start of Python to the data card.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if the command fails.
     """
     with TemporaryDirectory() as folder:
         config = Path(folder) / "drawn.yaml"
@@ -55,19 +56,19 @@ def run_command(records: int, workers: int, tasks: int) -> Timed:
             seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
-            raise RuntimeError(f"the command ended with {process.returncode}:\n{log.read_text()}")
+            raise RuntimeError(f"The command ended with status {process.returncode}:\n{log.read_text()}")
     unit = 1 if sys.platform == "darwin" else BYTES_PER_KIB
     return Timed(seconds, usage.ru_maxrss * unit)
 
 
 def measure_filters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of every filter."""
+    """Measure every filter."""
     figures = measure(arguments.cases, arguments.seed)
     return {"cases": arguments.cases, "seed": arguments.seed, "filters": [found.to_dict() for found in figures]}
 
 
 def measure_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of short runs with one worker and with two, and a long one."""
+    """Measure rounds of short runs with one worker and with two, and a long run."""
     start = [run_command(1, 1, 1).seconds for _ in range(arguments.rounds)]  # what does not grow with the records
     rounds: dict[int, list[Timed]] = {workers: [] for workers in WORKERS}
     for index in tqdm(range(arguments.rounds), desc="rounds"):

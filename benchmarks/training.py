@@ -30,7 +30,7 @@ from workload import TRAINING_SIZES
 
 
 def measure_steps(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Time and memory of single steps."""
+    """Measure the time and memory of single steps."""
     size, dtype = TRAINING_SIZES[arguments.size], DTYPES[arguments.dtype]
     benchmark = StepBenchmark(size, dtype, device, arguments.autocast)
     for index in tqdm(range(arguments.rounds), desc="steps"):
@@ -40,7 +40,7 @@ def measure_steps(arguments: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def measure_loader(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Records per second of the data loader."""
+    """Measure the records per second of the data loader."""
     with TemporaryDirectory() as folder:
         benchmark = LoaderBenchmark(TRAINING_SIZES[arguments.size], Path(folder), WORKERS)
         benchmark.time_round(0)  # starts the workers and is thrown away
@@ -51,7 +51,7 @@ def measure_loader(arguments: argparse.Namespace, device: torch.device) -> dict[
 
 
 def measure_trainer(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What a real run spends beside passes and optimizer."""
+    """Measure what a real run spends outside passes and optimizer."""
     size = TRAINING_SIZES[arguments.size]
     with TemporaryDirectory() as folder:
         try:
@@ -68,13 +68,13 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Any]]] =
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result was measured with."""
+    """Describe the settings of a measurement."""
     names = ("size", "dtype", "autocast", "device", "rounds", "threads")
     return {"settings": {name: getattr(arguments, name) for name in names}, **surroundings(arguments.device)}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The parts that were asked for; the result is what the JSON file holds."""
+    """Measure the requested parts, and return the content of the JSON file."""
     torch.set_num_threads(arguments.threads)
     result = describe_settings(arguments)
     for part in arguments.parts:
