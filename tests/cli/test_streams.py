@@ -93,7 +93,7 @@ def test_a_question_that_is_no_utf8(folder: Path, command: str, arguments: str):
         arguments = "'PICTURE' $'\\xff'"
     done = shell(folder, f"fusion-hf {command} {arguments.replace('PICTURE', str(PICTURE))}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "question is no UTF-8" in done.stderr
+    assert "question must be UTF-8 text" in done.stderr
 
 
 @pytest.mark.parametrize(
