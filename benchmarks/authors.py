@@ -414,16 +414,34 @@ def run(options: argparse.Namespace, environment: AuthorsEnvironment, folder: Pa
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Namespace, AuthorsEnvironment]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--authors-code", type=Path, required=True, metavar="DIR", help="a checkout of theirs")
-    parser.add_argument("--authors-python", required=True, metavar="PYTHON", help="of an environment for it")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where checkpoints are kept; default: nowhere")
-    parser.add_argument("--size", choices=(NANO, MIDDLE), default=MIDDLE, help="of the model that is timed")
-    parser.add_argument("--parts", type=names_among(list(PARTS)), default=list(PARTS), help="some of them")
-    parser.add_argument("--sides", type=names_among(ALL), default=list(ALL), help="which are asked")
-    parser.add_argument("--rounds", type=positive, default=5, help="that count")
-    parser.add_argument("--add", action="store_true", help="to the rounds that the output has of the same sides")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--output", type=Path, help="a JSON file, to which the parts are added")
+    parser.add_argument(
+        "--authors-code", type=Path, required=True, metavar="DIR", help="checkout of the authors' repository"
+    )
+    parser.add_argument(
+        "--authors-python", required=True, metavar="PYTHON", help="Python of an environment for that checkout"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder to keep checkpoints in; default: they are not kept"
+    )
+    parser.add_argument("--size", choices=(NANO, MIDDLE), default=MIDDLE, help="size of the model")
+    parser.add_argument(
+        "--parts",
+        type=names_among(list(PARTS)),
+        default=list(PARTS),
+        help="parts to measure, separated by commas; default: all",
+    )
+    parser.add_argument(
+        "--sides",
+        type=names_among(ALL),
+        default=list(ALL),
+        help="contestants to measure, separated by commas; default: all",
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="number of rounds that count")
+    parser.add_argument(
+        "--add", action="store_true", help="append to the rounds in the output file, which must have the same sides"
+    )
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument("--output", type=Path, help="JSON file to add the parts to")
     options = parser.parse_args(command_line)
     try:
         environment = find_environment(options.authors_code, options.authors_python)

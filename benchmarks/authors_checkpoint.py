@@ -215,6 +215,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: see `make`")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="sizes as a JSON object, see `make`")
     given = parser.parse_args()
     make(given.code.resolve(), given.kind, given.tower, given.output.resolve(), given.width, given.layers, given.sizes)

@@ -169,9 +169,9 @@ def measure_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="middle")
-    parser.add_argument("--repeats", type=positive, default=3, help="rounds")
-    parser.add_argument("--questions", type=positive, default=10, help="about one picture")
-    parser.add_argument("--conversations", type=positive, default=300, help="that fusion-nano has")
+    parser.add_argument("--repeats", type=positive, default=3, help="number of rounds")
+    parser.add_argument("--questions", type=positive, default=10, help="number of questions about one image")
+    parser.add_argument("--conversations", type=positive, default=300, help="number of conversations with fusion-nano")
     add_machine_options(parser)
     return parser
 

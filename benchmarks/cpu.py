@@ -180,14 +180,14 @@ def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="default: all parts")
-    parser.add_argument("--size", choices=SIZES, default="middle", help="of the model that is timed")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds of one question")
-    parser.add_argument("--eight-repeats", type=positive, default=2, help="rounds of eight questions")
-    parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
-    parser.add_argument("--drawn", type=positive, default=150, help="pictures of each category that is drawn")
+    parser.add_argument("--only", choices=PARTS, help="part to measure; default: all")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="size of the model")
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds with one question")
+    parser.add_argument("--eight-repeats", type=positive, default=2, help="number of rounds with eight questions")
+    parser.add_argument("--questions", type=positive, default=1000, help="number of easy-vqa questions")
+    parser.add_argument("--drawn", type=positive, default=150, help="number of drawn images per category")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
     return parser
 
 

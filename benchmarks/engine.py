@@ -166,9 +166,9 @@ def summarize_all(
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs")
-    parser.add_argument("--rounds", type=positive, default=3, help="more than the file has")
-    parser.add_argument("--questions", type=positive, default=8, help="at once")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="size of the model; 3b and 8b need a GPU")
+    parser.add_argument("--rounds", type=positive, default=3, help="number of rounds to add to those in the file")
+    parser.add_argument("--questions", type=positive, default=8, help="number of concurrent questions")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)
     settings = {name: getattr(options, name) for name in ("size", "dtype", "threads", "questions")}

@@ -41,11 +41,15 @@ def write_summary(path: Path, seconds: int, outcomes: dict[str, Outcome]) -> Non
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     names = [part.name for part in make_parts(SMALL)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu needs --small")
-    parser.add_argument("--small", action="store_true", help="small sizes, to try the script")
-    parser.add_argument("--parts", choices=names, nargs="+", default=names, help="what is measured")
-    parser.add_argument("--seconds", type=positive, default=SECONDS, help="for all parts; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder; default: benchmarks/results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="device; cpu requires --small")
+    parser.add_argument("--small", action="store_true", help="use small sizes to try the script")
+    parser.add_argument("--parts", choices=names, nargs="+", default=names, help="parts to measure; default: all")
+    parser.add_argument(
+        "--seconds", type=positive, default=SECONDS, help="time for all parts in seconds; default: %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder for the results; default: benchmarks/results"
+    )
     arguments = parser.parse_args(command_line)
     if arguments.small != (arguments.device == "cpu"):
         parser.error("--device cpu and --small go together")

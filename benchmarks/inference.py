@@ -310,15 +310,23 @@ def describe_run(
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
+    parser.add_argument(
+        "--size", choices=SIZES, default="middle", help="size of the model; 3b and 8b need a GPU, tiny is for tests"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--models", type=names_among(NAMES), help=f"some of {','.join(NAMES)}; default: by size")
-    parser.add_argument("--batches", type=numbers, default=list(BATCHES), help="rows, of the throughput: 1,4,16")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count; one more warms up")
-    parser.add_argument("--slow-repeats", type=positive, default=2, help="rounds of memory, growth and throughput")
-    parser.add_argument("--profile", action="store_true", help="also list where the time goes, by operation")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--models", type=names_among(NAMES), help=f"contestants out of {','.join(NAMES)}; default: depends on the size"
+    )
+    parser.add_argument(
+        "--batches", type=numbers, default=list(BATCHES), help="batch sizes for the throughput, such as 1,4,16"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds after one warm-up round")
+    parser.add_argument(
+        "--slow-repeats", type=positive, default=2, help="number of rounds for memory, growth and throughput"
+    )
+    parser.add_argument("--profile", action="store_true", help="also profile the time by operation")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument("--output", type=Path, help="JSON file for the result, e.g. benchmarks/results/cpu.json")
     arguments = parser.parse_args(command_line)
     check_device(parser, arguments.device)

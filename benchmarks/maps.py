@@ -119,7 +119,7 @@ def measure(chat_model: ChatModel, asked: Sequence[Asked]) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=positive, default=10_000, help="at most, of the test split")
+    parser.add_argument("--questions", type=positive, default=10_000, help="maximum number of test questions")
     add_machine_options(parser)
     return parser
 

@@ -183,10 +183,10 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the device and for the output file."""
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
 
 
 def parse_on_machine(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

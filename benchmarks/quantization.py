@@ -160,10 +160,10 @@ def measure_accuracy(arguments: argparse.Namespace, dtype: torch.dtype, device: 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="measure this part")
-    parser.add_argument("--size", choices=SIZES, default="middle", help="of the model that is timed")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count; one more warms up")
-    parser.add_argument("--questions", type=positive, default=2000, help="that fusion-nano has")
+    parser.add_argument("--only", choices=PARTS, help="part to measure; default: all")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="size of the model")
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds after one warm-up round")
+    parser.add_argument("--questions", type=positive, default=2000, help="number of questions for fusion-nano")
     add_machine_options(parser)
     return parser
 

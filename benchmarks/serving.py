@@ -303,15 +303,24 @@ def ratios(figures: dict[str, dict[str, list[float]]], path_above: str) -> dict[
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--clients", type=numbers, default=list(CLIENTS), help="at the same time, e.g. 1,8,32")
     parser.add_argument(
-        "--one-picture", type=numbers, default=list(ONE_PICTURE), help="clients that all ask about the same picture"
+        "--size", choices=SIZES, default="middle", help="size of the model; 3b and 8b need a GPU, tiny is for tests"
     )
-    parser.add_argument("--paths", type=names_among(PATHS), default=list(PATHS), help=f"of {', '.join(PATHS)}")
-    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="of each answer")
-    parser.add_argument("--former", type=Path, help="folder with earlier code, whose own server is measured as well")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument(
+        "--clients", type=numbers, default=list(CLIENTS), help="numbers of concurrent clients, such as 1,8,32"
+    )
+    parser.add_argument(
+        "--one-picture",
+        type=numbers,
+        default=list(ONE_PICTURE),
+        help="numbers of clients that ask about the same image",
+    )
+    parser.add_argument(
+        "--paths", type=names_among(PATHS), default=list(PATHS), help=f"paths out of {', '.join(PATHS)}"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="number of tokens of each answer")
+    parser.add_argument("--former", type=Path, help="checkout of earlier code whose server is measured as well")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)
     with tempfile.TemporaryDirectory() as name:

@@ -102,12 +102,16 @@ PARTS = {"filters": measure_filters, "run": measure_run}
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what is measured")
-    parser.add_argument("--cases", type=positive, default=50, help="records of each kind, category and filter")
-    parser.add_argument("--seed", type=int, default=7, help="of the records that filters see")
-    parser.add_argument("--records", type=positive, default=100_000, help="of the long run; short ones have a tenth")
-    parser.add_argument("--rounds", type=positive, default=3, help="of short runs")
-    parser.add_argument("--output", type=Path, help="a JSON file; parts that are not measured now are kept")
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure; default: all"
+    )
+    parser.add_argument("--cases", type=positive, default=50, help="number of records per kind, category and filter")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the records for the filters")
+    parser.add_argument(
+        "--records", type=positive, default=100_000, help="number of records of the long run; short ones have a tenth"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, help="number of short runs")
+    parser.add_argument("--output", type=Path, help="JSON file for the result; other parts in it are kept")
     return parser.parse_args(command_line)
 
 

@@ -194,12 +194,18 @@ def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="default: both parts")
-    parser.add_argument("--size", choices=SIZES, default="short", help="of the model that is timed")
-    parser.add_argument("--query-lens", type=positive, nargs="+", default=QUERY_LENS, help="default: %(default)s")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds")
-    parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
-    parser.add_argument("--drawn", type=positive, default=150, help="pictures of each category that is drawn")
+    parser.add_argument("--only", choices=PARTS, help="part to measure; default: both")
+    parser.add_argument("--size", choices=SIZES, default="short", help="size of the model")
+    parser.add_argument(
+        "--query-lens",
+        type=positive,
+        nargs="+",
+        default=QUERY_LENS,
+        help="numbers of latent tokens; default: %(default)s",
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds")
+    parser.add_argument("--questions", type=positive, default=1000, help="number of easy-vqa questions")
+    parser.add_argument("--drawn", type=positive, default=150, help="number of drawn images per category")
     add_machine_options(parser)
     return parser
 

@@ -85,14 +85,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=TRAINING_SIZES, default="middle", help="tiny is for tests")
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what is measured")
+    parser.add_argument(
+        "--size", choices=TRAINING_SIZES, default="middle", help="size of the model; tiny is for tests"
+    )
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure; default: all"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     dtypes = [name for name, dtype in DTYPES.items() if dtype in GRADIENT_DTYPES]
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights, gradients and optimizer state")
-    parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16, as `bf16: true` has it")
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds that count; others warm up")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float32", help="dtype of weights, gradients and optimizer state"
+    )
+    parser.add_argument(
+        "--autocast", action="store_true", help="compute matrix products in bfloat16, as `bf16: true` does"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="number of rounds after the warm-up")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument("--output", type=Path, help="JSON file, e.g. benchmarks/results/training_cpu.json")
     arguments = parser.parse_args(command_line)
     check_device(parser, arguments.device)
