@@ -54,14 +54,14 @@ BOTH, ALL = (THEIRS, OURS), (THEIRS, THEIRS_BFLOAT16, OURS, OURS_BFLOAT16)
 PHOTOS = {"12 MP": (4000, 3000), "1152 x 864": (1152, 864)}
 SMALL_PHOTO = "1152 x 864"
 QUESTION = "what is the astronaut holding in the left hand, and what color is it?"
-TOKENS = 33  # of an answer whose later tokens are timed
-ANSWER_TOKENS = 16  # of each of several answers
+TOKENS = 33  # length of the answer whose later tokens are timed
+ANSWER_TOKENS = 16  # length of each of several answers
 IMAGES, QUESTIONS = 8, 10
-MANY = ("answer", "answer_each")  # commands of several questions
+MANY = ("answer", "answer_each")  # commands with several questions
 TURNS = ("what color is the suit?", "what is written on it?")
 ANSWER = "it is orange and has a round badge with letters in the middle of it."
-PATIENCE = 600  # seconds for an answer of a process
-LOSS_TOLERANCE = 1e-4  # relative, of float32
+PATIENCE = 600  # timeout for an answer of a process in seconds
+LOSS_TOLERANCE = 1e-4  # relative tolerance in float32
 # as `fusion-hf ask` does
 OUR_IMPORTS = """
 from fusion_hf.cli.lean_imports import lean_imports
@@ -220,11 +220,11 @@ def measure_start(bench: Bench) -> Rounds:
         for name in turned(list(BOTH), index):
             for figure, command in start_commands(bench, name, photo).items():
                 begin = time.perf_counter()
-                # not in this folder, whose modules are not what is imported
+                # not this folder, whose modules must not be imported
                 subprocess.run(
                     command, env=bench.variables(name), cwd=bench.folder, check=True, stdout=subprocess.DEVNULL
                 )
-                if index >= 0:  # the first round fills the disk's cache
+                if index >= 0:  # the first round fills the disk cache
                     rounds[figure][name].append(time.perf_counter() - begin)
     return rounds
 
@@ -288,12 +288,12 @@ def measure_training(bench: Bench) -> Rounds:
     """Measure the time (seconds) and memory (bytes) of a training step, with gradient checkpointing on both sides."""
     batch = str(write_batch(bench))
     rounds, _ = alternate(bench, BOTH, "step", batch=batch)
-    losses = rounds["loss"]  # after one update and more, so that they also tell whether all weights are updated
+    losses = rounds["loss"]  # losses after several updates also show whether all weights are updated
     if any(abs(ours / theirs - 1) > LOSS_TOLERANCE for ours, theirs in zip(losses[OURS], losses[THEIRS], strict=True)):
         raise RuntimeError(f"The losses must be equal after the same number of steps, got {dict(losses)}.")
     for name in BOTH:
         with contestants(bench, [name]) as processes:
-            processes[name].ask("step", batch=batch)  # makes AdamW's moments
+            processes[name].ask("step", batch=batch)  # creates AdamW's moments
             for figure, value in processes[name].ask("step_memory", batch=batch).items():
                 rounds[figure][name] = [value]
     return rounds
@@ -360,7 +360,7 @@ def builder_sizes(size: Size) -> dict[str, Any]:
 def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) -> Checkpoint:
     """Build, convert and verify a checkpoint, unless the folder holds it already."""
     authors, converted = folder / f"{name}-authors", folder / name
-    tower = folder / f"{name}-tower" / f"{TOWER}-tower"  # their classes choose by the folder's name
+    tower = folder / f"{name}-tower" / f"{TOWER}-tower"  # the authors' classes depend on the name of the folder
     checkpoint = Checkpoint(authors, tower, converted)
     if (converted / PARITY).is_file():
         return checkpoint
@@ -377,7 +377,7 @@ def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) ->
     )
     tower.mkdir(parents=True)
     (tower / "config.json").write_bytes((authors / f"{TOWER}-tower" / "config.json").read_bytes())
-    save_file({}, tower / "model.safetensors", metadata={"format": "pt"})  # the checkpoint has the weights
+    save_file({}, tower / "model.safetensors", metadata={"format": "pt"})  # the checkpoint holds the weights
     return checkpoint
 
 

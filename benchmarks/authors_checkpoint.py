@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
-# what the authors' code has in fixed numbers: layers of the towers, patches of their sides
+# constants of the authors' code: layers of the towers, and patches per side
 TOWERS = {
     "siglip": {"num_hidden_layers": 27, "patch_size": 14, "image_size": 384},
     "siglip2": {"num_hidden_layers": 40, "patch_size": 16, "image_size": 384},
@@ -50,7 +50,7 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
-        # as Llama's, so that a blank in front of a mark stays
+        # as Llama's does, so that a space before a special token stays
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
@@ -63,7 +63,7 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
     }
     tokenizer = LlamaTokenizer(
         str(folder / "trained.model"),
-        # given so, and not by `add_tokens`, they are none of the special tokens that swallow white space before them
+        # unlike with `add_tokens`, these tokens do not remove the white space before them
         added_tokens_decoder=added,
         legacy=False,
         add_bos_token=False,
@@ -177,7 +177,7 @@ def make(code: Path, kind: str, family: str, output: Path, width: int, layers: i
     randomise(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    (tower / "model.safetensors").unlink()  # the checkpoint has the tower's weights
+    (tower / "model.safetensors").unlink()  # the checkpoint holds the tower's weights
     name = output / "config.json"
     content = json.loads(name.read_text(encoding="utf-8"))
     name.write_text(json.dumps(content | {"mm_vision_tower": f"google/{family}-so400m"}, indent=2), encoding="utf-8")

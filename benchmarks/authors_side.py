@@ -18,7 +18,7 @@ def load_worker(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("authors_worker", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their module
+    sys.modules[spec.name] = module  # its dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
@@ -32,7 +32,7 @@ class AuthorsSide:
     def __init__(self, job: dict[str, Any]):
         self.worker = load_worker(job["worker"])
         self.job = job
-        sys.path[0] = job["code"]  # instead of this folder, whose modules are none of theirs
+        sys.path[0] = job["code"]  # replaces this folder, whose modules are not theirs
         self.loaded = self.worker.load(job)
         self.model = self.loaded.model
         self.utils = importlib.import_module("fusion.mm_utils")
@@ -97,7 +97,7 @@ class AuthorsSide:
             strict=True,
         ):
             own_labels[ends[ends >= 0]] = constants.INSTRUCT_INDEX
-            # of a block, its first id
+            # the first id of a block
             kept = [
                 place
                 for place, number in enumerate(ids)

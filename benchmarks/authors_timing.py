@@ -78,7 +78,7 @@ class Commands:
         prompt, clock = self.side.prepare(image, question), Clock()
         start = time.perf_counter()
         ids = self.side.generate(prompt, tokens, clock)
-        first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt's
+        first, last = clock.times[1], clock.times[-1]  # times[0] belongs to the prompt
         later = {"later_token": (last - first) / (tokens - 1)} if tokens > 1 else {}
         return {"first_token": first - start, **later, "tokens": ids}
 
@@ -143,7 +143,7 @@ def serve(load: Callable[[dict[str, Any]], Side]) -> None:
     """Do the job in the command line, and answer commands from the standard input until it ends."""
     job = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the model's code prints is no reply
+    os.dup2(2, 1)  # output of the model's code must not become a reply
 
     def reply(content: dict[str, Any]) -> None:
         replies.write(json.dumps(content) + "\n")

@@ -20,7 +20,7 @@ from plot import Panel, Point, draw
 
 DOCUMENT = PAGES / "token_budget.md"
 PLOT = DOCS / "assets" / "token_budget.svg"
-PLOTTED = "CPU"  # the column whose numbers are drawn
+PLOTTED = "CPU"  # the column of the plot
 EASY = "easy-vqa"
 X_LABEL = "image tokens"
 

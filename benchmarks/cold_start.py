@@ -20,7 +20,7 @@ from measure import paired_ratios, positive, surroundings, turned, write_result
 
 ROOT = Path(__file__).parents[1]
 IMAGE, QUESTION, ANSWER = ROOT / "docs" / "assets" / "red_circle.png", "what color is the circle?", "red"
-# what `ask` imports before it loads a model; a checkout without `lean_imports` imports all
+# the imports of `ask` before it loads a model; a checkout without `lean_imports` imports everything
 IMPORTS = """
 import contextlib, time
 begin = time.perf_counter()

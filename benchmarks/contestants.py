@@ -27,7 +27,7 @@ from fusion_hf.model.configuration_fusion import NUM_TILES
 OURS, EAGER, REFERENCE = "ours", "eager", "reference"
 LLAVA, LLAVA_TILED, SMOLVLM = "llava_onevision", "llava_onevision_tiled", "smolvlm"
 VARIANTS, PEERS = (EAGER, REFERENCE), (LLAVA, LLAVA_TILED, SMOLVLM)
-# by `CompiledGenerator`: steps alone, and prompts as well
+# `CompiledGenerator` with compiled steps, and with compiled prompts as well
 AHEAD, PROMPT_COMPILED = "ours_ahead", "ours_prompt_compiled"
 GENERATORS = (AHEAD, PROMPT_COMPILED)
 COMPILED = {"ours_compiled": OURS, AHEAD: OURS, PROMPT_COMPILED: OURS, "llava_onevision_compiled": LLAVA}
@@ -80,11 +80,11 @@ def default_names(size: Size) -> list[str]:
 
 def compiled_options(device: torch.device) -> dict[str, Any]:
     """Return options of `generate` for decoding with a compiled model over a static cache, on any device."""
-    if device.type == "cpu":  # a wrapper in C++ is what saves time there, as CUDA graphs do on a GPU
+    if device.type == "cpu":  # the C++ wrapper saves time there, as CUDA graphs do on a GPU
         config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options={"cpp_wrapper": True})
     else:
         config = CompileConfig(fullgraph=True, dynamic=False)
-    config._compile_all_devices = True  # else only accelerators compile
+    config._compile_all_devices = True  # otherwise only accelerators compile
     return {"cache_implementation": "static", "compile_config": config}
 
 
@@ -158,7 +158,7 @@ def prefill_flops(contestant: Contestant, prompt: Prompt) -> int:
     They are counted during a run, except for the language model's attention, where each token attends to itself and
     earlier ones, half of the square.
     """
-    # the counter knows attention only where it is made of products
+    # the counter counts attention only if it consists of matrix products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         contestant.prefill(prompt)
     text = contestant.model.config.text_config

@@ -49,7 +49,7 @@ from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, draw_image
 
 SEED = 1
 LONGEST_ANSWER = 6  # tokens
-TIMED_TOKENS = 2  # the first is what counts
+TIMED_TOKENS = 2  # only the first one counts
 MODES = ("faithful", "fast", "by itself")
 
 
@@ -122,7 +122,7 @@ def measure_times(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_conversations(count: int) -> list[NanoRecord]:
     """Make conversations of two and three turns about drawn images that training and validation do not use."""
-    # of each category as many as are needed: most have several questions
+    # enough of each category, since most have several questions
     pictures = draw_images("test", DrawnMixture(count, count, count, count), seed="conversation")
     generator = random.Random(SEED)
     records = [record for record in question_records(pictures, generator) if len(record.turns) > 1]

@@ -51,8 +51,8 @@ from fusion_hf.nano.evaluate import generate_answers
 
 BASE = "float32"
 CHOSEN, ALL = "oneDNN where it is faster", "oneDNN for all products"
-EIGHT = 8  # questions, each on an image of its own
-EIGHT_TOKENS = 8  # of each of their answers
+EIGHT = 8  # number of questions, each about an image of its own
+EIGHT_TOKENS = 8  # length of each answer
 PARTS = ("times", "eight", "accuracy")
 CPU = torch.device("cpu")
 
@@ -132,7 +132,7 @@ def measure_times(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one question about one image."""
     with torch.inference_mode():
         times = Times(SIZES[options.size])
-        found = {"errors": times.errors(), "equal_answers": times.equal_answers()}  # which warm up
+        found = {"errors": times.errors(), "equal_answers": times.equal_answers()}  # warm-up rounds
         for index in tqdm(range(options.repeats), desc="times", unit="round"):
             times.round(index)
     return describe_times(options, times) | found | {"is_bfloat16_faster": is_bfloat16_faster()}

@@ -2,7 +2,7 @@
 
 from blocks import NOT_MEASURED, Cell, Result, Row, format_spread
 
-# as in `cpu.py`, which takes seconds to import
+# copied from `cpu.py`, which takes seconds to import
 BASE = "float32"
 CHOSEN, ALL = "oneDNN where it is faster", "oneDNN for all products"
 

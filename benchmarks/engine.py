@@ -41,7 +41,7 @@ from fusion_hf.inference.cpu_linear import OneDNNLinear, OneDNNSiglipMLP
 
 ONEDNN = "oneDNN"
 WAYS = (VLLM, BATCH, f"{VLLM}, {ONEDNN}", f"{BATCH}, {ONEDNN}")
-MAX_LENGTH = 2112  # as the servers of `serving.py`
+MAX_LENGTH = 2112  # as for the servers of `serving.py`
 PARTS = {"encode_tiles": "tiles", "_encode_overviews": "overviews", "forward": "language model"}
 
 

@@ -14,7 +14,7 @@ from fusion_hf.synthesis.filters.text import DuplicateQuestionsFilter, TurnCount
 from fusion_hf.synthesis.procedural.drawn_records import plan
 from fusion_hf.synthesis.synth_record import SynthRecord
 
-MOST_TRIES = 40  # records that are drawn until a change is possible
+MOST_TRIES = 40  # maximum number of drawn records until a change is possible
 ACROSS = ("duplicate_questions", "near_duplicates")  # filters that compare records
 FILTERS = (TurnCountFilter.name, *RULES, *ACROSS)
 

@@ -11,10 +11,12 @@ from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice
 from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
-Change: TypeAlias = Callable[[SynthRecord, random.Random], SynthRecord | None]  # None: not possible with this record
+Change: TypeAlias = Callable[
+    [SynthRecord, random.Random], SynthRecord | None
+]  # None if it is not possible with this record
 
-LONG_CAPTION = 10  # words: one more leaves nine of ten pairs of words in common
-WORD_COUNT = 400  # of a text that is too long for all categories
+LONG_CAPTION = 10  # minimum number of words, such that one more keeps nine of ten word pairs
+WORD_COUNT = 400  # length of a text that is too long for all categories
 COLOR = re.compile(rf"\b({'|'.join(COLORS)})\b", re.IGNORECASE)
 COUNT = re.compile(rf"\b(\d|{'|'.join(UNITS[1:10])})\b", re.IGNORECASE)
 QUOTED = re.compile(r'"(\w+)"')
@@ -110,7 +112,7 @@ def _exchanged_color(record: SynthRecord, rng: random.Random) -> SynthRecord | N
     if found is None:
         return None
     index, shape = found
-    # only the first picture is asked for: pairs have no such questions
+    # only for single images, since pairs have no such questions
     others = {other["color"] for other in record.facts["pictures"][0]["shapes"]} - {shape["color"]}
     if not others:
         return None

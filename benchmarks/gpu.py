@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# asked without starting CUDA in this process, of which all parts are forks
+# does not start CUDA in this process, from which all parts are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from blocks import RESULTS

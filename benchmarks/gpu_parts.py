@@ -26,7 +26,7 @@ from workload import SIZES, TRAINING_SIZES
 ROOT = Path(__file__).parents[1]
 REPORTED = re.compile(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 REASON = re.compile(r"(?:FAILED|ERROR) (tests/\S+\.py::.+?) - (.*)")
-# what is compiled, the most important first: each takes a minute or so
+# compiled contestants in order of importance, each of which takes about a minute
 FIRST = ("ours", "llava_onevision_tiled", "llava_onevision", "smolvlm")
 LATER = ("ours_ahead", "ours_prompt_compiled", "ours_compiled", "llava_onevision_compiled")
 WARM_UP = 0
@@ -73,7 +73,7 @@ GPU = Setting(
     checks=("-m", "gpu", "tests/model", "tests/gpu/test_cuda.py"),
     tests=("-m", "gpu", "--ignore=tests/vllm", "tests"),
 )
-# every line of code, without any meaning in its times
+# runs all code, but the times have no meaning
 SMALL = Setting(
     device="cpu",
     sizes={"3b": "tiny", "8b": "tiny"},
@@ -153,7 +153,7 @@ def measure_inference(setting: Setting, name: str, emit: Emit) -> None:
             benchmark.contestants[key] = contestant
             try:
                 slow["equal_tokens"][key] = count_equal_tokens(benchmark, key)
-            except RuntimeError as error:  # what compiling and missing memory raise
+            except RuntimeError as error:  # raised by compilation and by missing memory
                 slow["errors"][key] = str(error)
                 del benchmark.contestants[key]
                 continue

@@ -17,10 +17,10 @@ from fusion_hf.common.outputs import write_atomically
 
 MEASURED, FAILED, STOPPED, NO_TIME = "measured", "failed", "stopped: no time", "not run: no time"
 SUMMARY = "gpu.json"
-EXIT_SECONDS = 5  # in which a process whose part is over has to end
+EXIT_SECONDS = 5  # time in which a process must end after its part
 
 Result = dict[str, Any]
-# hands on what is measured so far: of the part, or what the named file is to hold
+# sends the results so far, of the part or for the named file
 Emit = Callable[..., None]
 
 
@@ -85,7 +85,7 @@ class _Teller:
         return self.emit
 
     def emit(self, result: Result, file: str | None = None) -> None:
-        # as it will be in the file: what cannot be written is this part's error
+        # encoded here, so that a result that cannot be written is an error of this part
         self.connection.send((file, encode(result)))
 
     def __exit__(
@@ -101,7 +101,7 @@ def encode(result: Result) -> bytes:
 
 
 def _work(measure: Callable[[Emit], None], connection: Connection) -> None:
-    os.setsid()  # so that what the part starts can be ended with it
+    os.setsid()  # so that processes that the part starts can be killed with it
     with _Teller(connection) as emit:
         measure(emit)
 
@@ -129,7 +129,7 @@ class ForkedRunner:
         outcome = Outcome(STOPPED)
         if self._listen(receiver, start + seconds, outcome):
             process.join(EXIT_SECONDS)
-            if outcome.status == STOPPED:  # it has not said how it ended
+            if outcome.status == STOPPED:  # the process did not report how it ended
                 outcome.error = f"The process ended with status {process.exitcode}."
                 outcome.status = FAILED
         _end(process)
@@ -158,6 +158,6 @@ def _end(process: Any) -> None:
     """Kill the process of a part and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # nothing is left, or it has no group of its own yet
+    except ProcessLookupError:  # no process is left, or it has no group of its own yet
         process.kill()
     process.join()

@@ -13,9 +13,7 @@ QUESTION_LENGTHS, TURNS, QUESTIONS = (20, 100, 400, 1600), (1, 2, 4, 8), (1, 2, 
 GROWN = (OURS, LLAVA)
 SHARED = "ours, tiles shared"
 
-Growth = dict[
-    str, dict[str, dict[str, list[float]]]
-]  # what grows -> contestant -> how much of it -> one value a round
+Growth = dict[str, dict[str, dict[str, list[float]]]]  # what grows -> contestant -> amount -> one value per round
 
 
 def first_token_seconds(contestant: Contestant, request: Request, device: torch.device, **given: Any) -> float:

@@ -65,8 +65,8 @@ from workload import ONE_QUESTION, SIZES, Size, build_model, make_image_processo
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_decoder import LatentUpdates
 
-TOLERANCE = 1e-4  # relative, of float32 logits: all ways of computing FUSION are one function
-TOKENS_BETWEEN_BLOCKS = 30  # in the conversation that the samplers alone are timed on
+TOLERANCE = 1e-4  # relative tolerance of float32 logits, since all ways of computing FUSION are the same function
+TOKENS_BETWEEN_BLOCKS = 30  # number of turns in the conversation for timing the samplers
 FUSIONS = (OURS, EAGER, REFERENCE)
 
 Measured = dict[str, dict[str, list[float]]]  # figure -> contestant -> one value per round
@@ -166,7 +166,7 @@ class Benchmark:
     def time_generation(self, name: str) -> None:
         """Measure the time of the prompt, of encoding its image alone, and of decoding, all within one call."""
         contestant, add = self.contestants[name], self.measured
-        if contestant.generator is not None:  # in whose graph nothing can be timed by itself
+        if contestant.generator is not None:  # parts of a graph cannot be timed separately
             first, later = generation_seconds(contestant.generator, self.prompts[name], self.size.new_tokens)
             add["first_token_seconds"][name].append(first)
             add["per_token_seconds"][name].append(later)
@@ -210,7 +210,7 @@ class Benchmark:
         work: dict[str, dict[str, int]] = {"prefill_flops": {}, "bytes_per_token": {}}
         weights = weight_bytes(self.contestants[OURS].model)
         for name, contestant in self.contestants.items():
-            same = OURS if name in FUSIONS else COMPILED.get(name, name)  # whose work it is, however it is done
+            same = OURS if name in FUSIONS else COMPILED.get(name, name)  # the reference for the amount of work
             if same not in work["prefill_flops"]:
                 work["prefill_flops"][same] = prefill_flops(self.contestants[same], self.prompts[same])
             work["prefill_flops"][name] = work["prefill_flops"][same]
@@ -246,7 +246,7 @@ def compare(measured: Measured, work: dict[str, dict[str, int]]) -> dict[str, An
 
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that takes rounds. `repeats` is the number of rounds for times."""
-    benchmark.time_round(0)  # warms everything up, compiles, and is thrown away
+    benchmark.time_round(0)  # warm-up and compilation; the result is discarded
     benchmark.measured.clear()
     for index in tqdm(range(arguments.repeats), desc="time", unit="round"):
         benchmark.time_round(index)

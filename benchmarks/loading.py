@@ -20,7 +20,7 @@ from fusion_hf.training.sampler import StepLayout, StepSampler
 
 WORKERS = (1, 2)
 JPEG_QUALITY = 90
-MAX_LENGTH = 2048  # stage 1's
+MAX_LENGTH = 2048  # as in stage 1
 QUESTION, ANSWER = "what color is the shape on the left of the circle?", "the shape on the left of it is red."
 TOKEN_IDS = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
 

@@ -27,7 +27,9 @@ from fusion_hf.inference import ChatModel
 from fusion_hf.maps import AttentionMaps, attention_maps
 
 SEED = 11
-LEAST_DIFFERENCE = 40  # of a shape's pixels from the background, in one channel of 255: edges are blended
+LEAST_DIFFERENCE = (
+    40  # minimum difference of a shape's pixels from the background in one channel, since edges are blended
+)
 ALL_LAYERS = "all"
 
 

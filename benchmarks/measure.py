@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.inference.devices import DTYPES
 
-MATRIX_PRODUCTS = 4  # in one measurement of the machine's rate
-READ_COLUMNS = 1024  # of the matrix that is read
+MATRIX_PRODUCTS = 4  # repetitions in one measurement of the machine's rate
+READ_COLUMNS = 1024  # size of the matrix that is read
 PACKAGES = ("transformers", "numpy", "pillow")
 
 Spread = dict[str, float]
@@ -58,13 +58,13 @@ def clocked(module: torch.nn.Module, method: str, device: torch.device) -> Itera
     original = getattr(module, method)
     times: list[float] = []
 
-    @wraps(original)  # generate looks at the parameters
+    @wraps(original)  # `generate` inspects the parameters
     def call(*args: Any, **kwargs: Any) -> Any:
         results: list[Any] = []
         times.append(seconds(lambda: results.append(original(*args, **kwargs)), device))
         return results[0]
 
-    setattr(module, method, call)  # before the class's own, and only for this module
+    setattr(module, method, call)  # hides the method of the class for this module only
     try:
         yield times
     finally:
@@ -79,7 +79,7 @@ def generation_seconds(
     synchronize(inputs["input_ids"].device)
     start = time.perf_counter()
     model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, **options)
-    first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt's
+    first, last = clock.times[1], clock.times[-1]  # times[0] belongs to the prompt
     return first - start, (last - first) / (new_tokens - 1)
 
 
@@ -98,7 +98,7 @@ def matmul_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
 def copy_rate(size: int, device: torch.device) -> float:
     """Return the bytes per second of a copy, with each byte counted as one read and one write."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)  # written, so that the copy meets no new pages
+    target = torch.ones_like(source)  # written before, so that the copy needs no new pages
     return 2 * size / seconds(lambda: target.copy_(source), device)
 
 

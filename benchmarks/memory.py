@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
+RESET_PEAK = "5"  # resets the peak resident memory of the process on Linux
 BYTES_PER_KIB = 1024
 
 
@@ -33,7 +33,7 @@ def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
-    del result  # alive until here: what the call returns is part of its memory
+    del result  # kept alive, since the result counts as memory of the call
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -48,7 +48,7 @@ def peak_resident(function: Callable[[], Any], device: torch.device) -> int | No
     if device.type != "cpu" or sys.platform != "linux":
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse pages that earlier calls have freed
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call would reuse pages that earlier calls have freed
     CLEAR_REFS.write_text(RESET_PEAK)
     before = resident_status("VmRSS")
     function()

@@ -38,7 +38,7 @@ class OurSide:
         return output.sequences[0, -tokens:].tolist()
 
     def answer(self, paths: list[str], questions: list[str], tokens: int) -> list[str]:
-        from fusion_hf.inference.batching import batch_generate  # which a cold start does without
+        from fusion_hf.inference.batching import batch_generate  # not needed for a cold start
 
         records = [{"image": path, "question": text} for path, text in zip(paths, questions, strict=True)]
         results = batch_generate(records, self.fresh, batch_size=len(records), max_new_tokens=tokens, progress=False)

@@ -18,7 +18,7 @@ from fusion_hf.training.run import make_trainer
 
 COLLATION, COMPUTATION = "collation", "computation"
 UNCOUNTED = 2  # steps
-ANY_PEAK = 1.0  # TFLOP/s: no time is spent on measuring it
+ANY_PEAK = 1.0  # a given value in TFLOP/s saves the time of measuring it
 
 
 class StepClock:
@@ -116,7 +116,7 @@ def measure_overhead(
         report_to="none",
         disable_tqdm=True,
         peak_tflops=ANY_PEAK,
-        **({"gradient_checkpointing": True} if device.type == "cuda" else {}),  # large models fit in no other way
+        **({"gradient_checkpointing": True} if device.type == "cuda" else {}),  # large models do not fit otherwise
     )
     trainer = make_trainer(make_weights(config, torch.float32, device), processor, arguments)
     trainer.data_collator = ClockedCollator(trainer.data_collator, clock)

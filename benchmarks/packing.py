@@ -36,9 +36,9 @@ CONFIG = Path(__file__).parents[1] / "configs" / "models" / "fusion-3b.json"
 RECORDS, SEED = 12_800, 0
 QUERY_LENS, MEASURED_QUERY_LENS = (4, 16, 36, 64, 144), (36, 144)
 MAX_LENGTH = 4096
-RATE_SPREAD = 0.15  # of tokens per word, between records
+RATE_SPREAD = 0.15  # spread of tokens per word between records
 SYSTEM_TOKENS, IMAGE_TOKENS = 24, 729
-ORDERS = ("none", "modality_length", "length")  # of `group_by`
+ORDERS = ("none", "modality_length", "length")  # values of `group_by`
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def draw(mixture: str, count: int) -> Lengths:
         turns.append(number)
         questions.append(asked)
     counts = np.array(words)
-    rates = TOKENS_PER_WORD * generator.lognormal(0, RATE_SPREAD, count)  # which the sampler does not know
+    rates = TOKENS_PER_WORD * generator.lognormal(0, RATE_SPREAD, count)  # not known to the sampler
     as_tokens = [np.ceil(np.abs(np.array(values)) * rates).astype(int) for values in (words, questions)]
     return Lengths(counts, np.array(turns), *as_tokens)
 

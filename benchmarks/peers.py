@@ -21,7 +21,7 @@ from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
 SHUFFLES = (3, 2)  # sides of the blocks of patches that SmolVLM makes one token of, the first that divides the grid
-SEVERAL = 2  # pictures of a sample: more than one, and LLaVA-OneVision cuts none of them into tiles
+SEVERAL = 2  # number of images of a sample; with more than one, LLaVA-OneVision cuts none of them into tiles
 VISION_SIZES = (
     "hidden_size",
     "intermediate_size",

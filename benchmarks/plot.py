@@ -11,7 +11,7 @@ matplotlib.use("svg")
 from matplotlib.figure import Figure
 
 PANEL = (4.2, 3.2)  # inches
-# the same file from the same numbers: no date, no random ids; letters stay letters
+# makes the file reproducible (no date, no random ids) and keeps text as text
 STYLE = {"svg.hashsalt": "fusion_hf", "svg.fonttype": "none", "font.size": 9}
 
 

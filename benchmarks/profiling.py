@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 from workload import ONE_QUESTION
 
-TOP = 15  # operations that are listed
+TOP = 15  # number of operations to list
 MICROSECONDS = 1e6
 
 Operations = list[dict[str, Any]]

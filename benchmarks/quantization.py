@@ -42,7 +42,7 @@ from fusion_hf.nano.training_records import test_records
 
 SEED = 0
 PARTS = ("times", "accuracy")
-GROUP = 32  # weights that share a scale in 4 bits; it has to divide the layers' widths
+GROUP = 32  # number of weights that share a scale in 4 bits, which must divide the widths of layers
 Make = Callable[[], Any]
 
 

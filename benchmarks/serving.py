@@ -60,10 +60,10 @@ from fusion_hf.inference import ChatModel
 from fusion_hf.model.processing_fusion import FusionProcessor
 
 VLLM, TRANSFORMERS, BATCH, FORMER = "vllm", "transformers", "batch", "former"
-PATHS = (VLLM, TRANSFORMERS, BATCH)  # and FORMER, where its code is given
+PATHS = (VLLM, TRANSFORMERS, BATCH)  # and FORMER if its code is given
 CLIENTS = (1, 8, 32)
 ONE_PICTURE = (8,)
-LEAST_REQUESTS = 8  # of one measurement
+LEAST_REQUESTS = 8  # minimum number of requests in one measurement
 PHOTO = (1280, 960)  # pixels
 NEW_TOKENS = 32
 NAME = "benchmark"
@@ -152,7 +152,7 @@ def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
     model = make_weights(config, dtype, torch.device("cpu"))
     endings = sorted({tokenizer.eos_token_id, config.text_config.eos_token_id} - {None})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    # of what is no character a server streams nothing, and half a character is kept until the other half comes
+    # servers stream no text for tokens that are not characters, and hold incomplete characters back
     every = range(config.text_config.vocab_size)
     words = {i for i in every if (text := tokenizer.decode([i])).isascii() and text.strip() and text.isprintable()}
     forbidden = {*endings, *ids.values(), *tokenizer.all_special_ids, *(set(every) - words)}

@@ -24,7 +24,7 @@ PATHS = {
     "transformers": "`--engine transformers`",
     "batch": "`batch_generate`, as many rows as clients",
 }
-AIMED = ("batch", "8")  # that vLLM is at least 1.5 times as fast as
+AIMED = ("batch", "8")  # vLLM should be at least 1.5 times as fast as these
 AIM = "1.5 or more"
 
 
@@ -98,7 +98,7 @@ def former_rows() -> list[Row]:
 TOGETHER = Table("serving-together", DOCUMENT, {"CPU": "serving_former_cpu.json"}, former_rows(), measured_with)
 
 
-# what `engine.py` compares, with the aim that vLLM's batches have
+# the comparisons of `engine.py`, with the target for vLLM's batches
 ENGINES = {
     "vllm, oneDNN by batch, oneDNN": ("vLLM / `batch_generate`, both with oneDNN", "1.3 or more"),
     "vllm by batch": ("vLLM / `batch_generate`, both without oneDNN", ""),

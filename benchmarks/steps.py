@@ -21,13 +21,13 @@ from fusion_hf.training.collator import find_loss_positions
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
-TOLERANCE = 1e-4  # relative, of loss and gradient in float32: all variants are one function
+TOLERANCE = 1e-4  # relative tolerance of loss and gradient in float32, since all variants are the same function
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 LEARNING_RATE = 1e-5
-FLOPS_OF_TRAINED_PRODUCT = 6  # per weight and row: forward, and the gradients of weight and input
+FLOPS_OF_TRAINED_PRODUCT = 6  # products per weight and row: forward, and the gradients of weight and input
 OURS, CHECKPOINTED, EAGER = "ours", "ours_checkpointed", "eager"
 REFERENCE, REFERENCE_CHECKPOINTED = "reference", "reference_checkpointed"
-# what is divided by what
+# numerators and denominators of ratios
 PAIRS = (
     (OURS, REFERENCE),
     (CHECKPOINTED, REFERENCE),
@@ -54,14 +54,14 @@ class StepBenchmark:
         self.weights = dict(self.models[OURS].named_parameters())
         batch = make_batch(self.config, size, device)
         self.tokens = batch["input_ids"].shape
-        positions = {"loss_positions": find_loss_positions(batch["labels"])}  # as FusionTrainer's batches have them
+        positions = {"loss_positions": find_loss_positions(batch["labels"])}  # as in FusionTrainer's batches
         self.num_logits = positions["loss_positions"].numel()
         # the authors compute all logits
         self.batches = {name: batch if "reference" in name else {**batch, **positions} for name in self.models}
         self.out_of_memory: list[str] = []
         self.errors = self.check_equality() if dtype == torch.float32 else shallow_errors(size, device)
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        for name in list(self.models):  # the first step makes AdamW's moments; all warm up
+        for name in list(self.models):  # the first step creates AdamW's moments; all steps are a warm-up
             self.attempt(name, self.step_seconds)
         if not self.models:
             raise RuntimeError(f"No variant with {size.batch} samples fits into the memory of {device}.")

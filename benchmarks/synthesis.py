@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 PACKAGES = ("datatrove",)
 WORKERS = (1, 2)
-TASKS = 2  # of every run: the same work, whoever does it
+TASKS = 2  # the same number of tasks in every run, for the same work
 
 
 class Timed(NamedTuple):
@@ -52,7 +52,7 @@ def run_command(records: int, workers: int, tasks: int) -> Timed:
         with log.open("wb") as stream:
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)  # the usage of this process and its children
+            _, status, usage = os.wait4(process.pid, 0)  # resource usage of this process and its children
             seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
@@ -69,7 +69,9 @@ def measure_filters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure rounds of short runs with one worker and with two, and a long run."""
-    start = [run_command(1, 1, 1).seconds for _ in range(arguments.rounds)]  # what does not grow with the records
+    start = [
+        run_command(1, 1, 1).seconds for _ in range(arguments.rounds)
+    ]  # the part that does not grow with the records
     rounds: dict[int, list[Timed]] = {workers: [] for workers in WORKERS}
     for index in tqdm(range(arguments.rounds), desc="rounds"):
         for workers in WORKERS[:: 1 if index % 2 == 0 else -1]:

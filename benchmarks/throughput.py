@@ -11,7 +11,7 @@ from tqdm import tqdm
 from workload import Request
 
 BATCHES = (1, 4, 16)
-NEW_TOKENS = 32  # of each row
+NEW_TOKENS = 32  # number of tokens per row
 MEASURED = (OURS, LLAVA)
 
 Throughput = dict[str, dict[str, list[float]]]  # contestant -> rows of a batch -> new tokens per second, by round

@@ -47,7 +47,12 @@ from fusion_hf.nano.training_records import NanoRecord, test_records
 
 SEED = 3
 QUERY_LENS = (4, 16, 36, 64, 144)
-GRID_SHARES = (1, 3 / 5, 1 / 3, 1 / 7)  # of the tower's patches per side: of 27 they are 27, 16 (FUSION-L), 9 and 4
+GRID_SHARES = (
+    1,
+    3 / 5,
+    1 / 3,
+    1 / 7,
+)  # shares of the tower's patches per side: for 27, the grids are 27, 16 (FUSION-L), 9 and 4
 PARTS = ("times", "accuracy")
 
 
@@ -149,7 +154,7 @@ def describe(budget: TokenBudget) -> dict[str, int]:
 def measure_times(options: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         times = Times(SIZES[options.size], DTYPES[options.dtype], torch.device(options.device), options.query_lens)
-        for name in turned(list(times.budgets), 0):  # warms up: every shape once
+        for name in turned(list(times.budgets), 0):  # warm-up with every shape
             times.prefill(name)
         for index in tqdm(range(options.repeats), desc="times", unit="round"):
             times.round(index)

@@ -43,7 +43,7 @@ def measure_loader(arguments: argparse.Namespace, device: torch.device) -> dict[
     """Measure the records per second of the data loader."""
     with TemporaryDirectory() as folder:
         benchmark = LoaderBenchmark(TRAINING_SIZES[arguments.size], Path(folder), WORKERS)
-        benchmark.time_round(0)  # starts the workers and is thrown away
+        benchmark.time_round(0)  # starts the workers; the result is discarded
         benchmark.measured.clear()
         for index in tqdm(range(arguments.rounds), desc="loader"):
             benchmark.time_round(index)
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result = describe_settings(arguments)
     for part in arguments.parts:
         result[part] = PARTS[part](arguments, torch.device(arguments.device))
-        gc.collect()  # models hold themselves by their hooks
+        gc.collect()  # hooks create reference cycles in models
     return result
 
 

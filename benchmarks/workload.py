@@ -21,10 +21,10 @@ from fusion_hf.model.configuration_fusion import NUM_TILES
 from fusion_hf.training.collator import IGNORE_INDEX
 
 SEED = 0
-FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
+FIRST_ORDINARY_ID = 3  # lower ids are special tokens of the backbone
 SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS, ANSWER_TOKENS = 12, 20, 4, 20
-SHALLOW = 2  # layers where only widths matter
-LONGEST_SEQUENCE = 8192  # tokens that the language model of a size is declared for
+SHALLOW = 2  # number of layers where only the widths matter
+LONGEST_SEQUENCE = 8192  # maximum number of tokens in the language model's configuration
 RELEASED = Path(__file__).parents[1] / "configs" / "models"
 
 Prompt = dict[str, torch.Tensor]
@@ -54,11 +54,11 @@ class Size:
     sampler_layers: tuple[int, ...]
     query_len: int
     window_size: int
-    new_tokens: int  # generated in every repeat; all but the first are timed as decoding
-    many_turns: int  # turns of the conversation over which the samplers alone are timed
+    new_tokens: int  # number of tokens generated per repeat; all but the first are timed as decoding
+    many_turns: int  # number of turns in the conversation for timing the samplers
     photo: tuple[int, int]  # width, height
-    matrix_side: int  # of the square matrices whose product gives the machine's rate
-    copied_bytes: int  # of the copy that gives the machine's memory bandwidth; as many are read for the other one
+    matrix_side: int  # side of the square matrices whose product gives the machine's rate
+    copied_bytes: int  # bytes of the copy that gives the machine's memory bandwidth, and of the read
     released: str | None = None
 
 
@@ -85,7 +85,7 @@ SIZES = {
         matrix_side=2048,
         copied_bytes=2**28,
     ),
-    # for tests: every mechanism, no meaning in its times
+    # for tests: covers every mechanism, but the times have no meaning
     "tiny": Size(
         vision_layers=5,
         vision_early_layers=2,
@@ -109,7 +109,7 @@ SIZES = {
         copied_bytes=2**16,
     ),
 }
-# the middle one with a third of its layers
+# the middle size with a third of its layers
 SIZES["short"] = replace(SIZES["middle"], vision_layers=9, vision_early_layers=4, text_layers=4, sampler_layers=(0, 3))
 
 
@@ -224,7 +224,7 @@ def make_weights(config: FusionConfig, dtype: torch.dtype, device: torch.device)
     """Return random weights, which are the same in every run, made on their device."""
     torch.manual_seed(SEED)
     with device:
-        # the package's own constructor of a configured model: parameters in `dtype`, rotary tables in float32
+        # transformers' constructor for a configuration: parameters in `dtype`, rotary tables in float32
         return FusionForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
@@ -259,7 +259,7 @@ def make_image_processor(size: Size) -> FusionImageProcessor:
 
 def make_words(config: FusionConfig, random: np.random.Generator, count: int) -> list[int]:
     """Draw ordinary token ids."""
-    last_ordinary = config.text_config.vocab_size - 2  # the two marks lie behind it
+    last_ordinary = config.text_config.vocab_size - 2  # the two special tokens follow it
     return random.integers(FIRST_ORDINARY_ID, last_ordinary, count).tolist()
 
 
