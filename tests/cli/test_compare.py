@@ -125,7 +125,7 @@ def test_wrong_input(run_here, runs, tmp_path):
         (["compare", runs[0], tmp_path / "gone"], "A run must be a record of"),
         (["compare", *runs, "--tasks", "pope"], "--tasks must contain only names from easy_vqa, got 'pope'."),
         (["compare", *runs, "--questions", torn], "must be answers.jsonl files if --questions is given"),
-        (["compare", *runs, "--model-a", "x"], "--model-a is x; allowed only with --stages"),
+        (["compare", *runs, "--model-a", "x"], "`--model-a` is only allowed with `--stages`, got x"),
     ):
         result = run_here(*given)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result

@@ -86,7 +86,7 @@ def test_table_of_mmbench(tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_try_of_what_is_submitted_is_refused(name: str, capsys):
     assert main(["evaluate", "--tasks", f"easy_vqa,{name}", "--limit", "5"]) == 2
-    assert f"the server of {name} takes all answers" in capsys.readouterr().err
+    assert f"`--limit` is not allowed for {name}, whose server requires all answers" in capsys.readouterr().err
 
 
 def test_all_are_not_submitted(capsys):

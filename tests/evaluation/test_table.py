@@ -1,12 +1,15 @@
 """The Markdown table of runs, without lmms-eval: cells, marks, several records, and the command."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fusion_hf.cli import main
+from fusion_hf.cli.evaluate import _describe
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import json_bytes
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
 from fusion_hf.evaluation.results_table import make_table
 from fusion_hf.evaluation.run_record import Metric, ModelRecord, RunRecord, TaskRecord
@@ -175,12 +178,22 @@ def test_command_makes_a_table_of_records(record, capsys):
     assert rows_of(printed)["difference"]["MME^C"] == "-40.0"
 
 
+def test_a_run_as_json(record):
+    content = json.loads(json_bytes(_describe(RunRecord.read(record), record, record.with_suffix(".md"))))
+    assert (content["record"], content["table"]) == (str(record), str(record.with_suffix(".md")))
+    stored = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    assert [(task["task"], task["metrics"]) for task in content["tasks"]] == [
+        (task["task"], task["metrics"]) for task in stored
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--table", "RECORD", "--published", "FUSION 4B"], "--published must be one of Qwen2.5VL 3B, "),
         (["--tasks", "easy_vqa", "--published", "3B"], "--published must be one of "),
-        (["--table", "RECORD", "--tasks", "pope"], "leave out --tasks"),
+        (["--table", "RECORD", "--tasks", "pope"], "`--tasks` cannot be combined with `--table`, got 'pope'"),
+        (["--table", "RECORD", "--json"], "`--json` cannot be combined with `--table`"),
         (["--table", "nothing.json"], "nothing.json is not a record of `fusion-hf evaluate`"),
         (["--table", "OLD"], "old.json must be 2, got 1."),
         (["--table", "TEXT"], "text.json is not a record"),

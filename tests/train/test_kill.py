@@ -76,7 +76,7 @@ def test_stopped(make_run: MakeRun, undisturbed: Run, workers: int):
     assert SAVE_STEPS < reached < STEPS
     assert find_last(run.output) == run.output / f"checkpoint-{reached}"
     assert "Traceback" not in started.stderr()
-    assert started.stderr().splitlines()[-1].startswith("stopped by a signal after writing a checkpoint")
+    assert started.stderr().splitlines()[-1].startswith("A signal stopped the run after a checkpoint was written")
     run.finish()
     assert_same(run, undisturbed)
 

@@ -118,11 +118,11 @@ class AnswerFile:
         before = header.get("settings")
         if header.get("format") != FORMAT or not isinstance(before, dict):
             raise damaged_line(self.path, 1, self.log.advice)
-        for name, value in settings.items():
-            if before.get(name) != value:
+        for name in dict.fromkeys([*settings, *before]):  # a default may be absent from either
+            if before.get(name) != settings.get(name):
                 raise InputError(
-                    f"`{name}` must be {before.get(name)}, as when the run in {self.path} began, got {value}. Remove "
-                    "that file to begin again."
+                    f"`{name}` must be {before.get(name)}, as when the run in {self.path} began, got "
+                    f"{settings.get(name)}. Remove that file to begin again."
                 )
 
     def _unwritable(self, path: Path, error: OSError) -> InputError:

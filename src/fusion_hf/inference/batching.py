@@ -32,6 +32,8 @@ from fusion_hf.inference.question_files import (
     parse_question,
     read_entries,
 )
+from fusion_hf.inference.sampling import generate_keywords
+from fusion_hf.inference.sampling_options import MOST_LIKELY, SamplingOptions
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.model.quantization_fusion import plain_tensors
@@ -82,9 +84,11 @@ def batch_generate(
     progress: bool = True,
     image_root: str | os.PathLike[str] | None = None,
     output_format: str = ANSWERS,
+    sampling: SamplingOptions = MOST_LIKELY,
+    bits: int | None = None,
 ) -> list[Result]:
     """
-    Answer records in batches, by greedy decoding.
+    Answer records in batches, by greedy decoding unless `sampling` says otherwise.
 
     Long prompts are answered first, so that you notice at once if a batch is too large. A batch that exceeds the
     memory of a GPU is halved. Images are opened when their batch is processed.
@@ -100,9 +104,11 @@ def batch_generate(
         batch_size: Maximum number of prompts per batch. A prompt that may exceed the model's maximum length or Phi-3's
             short RoPE is answered alone, because only then does the answer match single-prompt answers.
         max_new_tokens, query_len, image_token_grid: See [`ChatModel.answer`].
-        device, dtype: See [`ChatModel.load`]. Do not pass them with a [`ChatModel`].
+        device, dtype, bits: See [`ChatModel.load`]. Do not pass them with a [`ChatModel`].
         progress: Whether to show a progress bar in a terminal.
         image_root: Root of relative image paths.
+        sampling: How answers are chosen. Defaults to greedy decoding. The seed of a record's answer is `seed` plus the
+            record's index, so that a sampled answer depends neither on the batch nor on a kill.
         output_format: `answers` writes the returned results to `output`, `llava` writes the lines of LLaVA's
             `answers.jsonl`.
 
@@ -124,15 +130,16 @@ def batch_generate(
     entries, root = read_entries(records)
     root = root if image_root is None else Path(image_root)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
-        chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
+        chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype, bits=bits)
         if answer_file is not None and output_format == LLAVA:
             answer_file.as_line = llava_answers(entries, Path(chat_model.model.config.name_or_path).name)
         budget = chat_model.token_budget(query_len, image_token_grid)
         results: dict[int, Result] = {}
         if answer_file is not None:
-            answer_file.begin(_settings(entries, chat_model, max_new_tokens, budget))
+            settings = _settings(entries, chat_model, max_new_tokens, budget)
+            answer_file.begin(settings | sampling.as_settings())
             results = answer_file.results
-        run = _Run(chat_model, root, max_new_tokens, budget)
+        run = _Run(chat_model, root, max_new_tokens, budget, sampling)
         with tqdm(total=len(entries), initial=len(results), unit="record", disable=None if progress else True) as bar:
             for answered in run.results(entries, set(results), batch_size):
                 if answer_file is not None:
@@ -147,11 +154,14 @@ def batch_generate(
 class _Run:
     """Settings that all batches of a run share."""
 
-    def __init__(self, chat_model: ChatModel, root: Path, max_new_tokens: int, budget: TokenBudget):
+    def __init__(
+        self, chat_model: ChatModel, root: Path, max_new_tokens: int, budget: TokenBudget, sampling: SamplingOptions
+    ):
         self.chat_model = chat_model
         self.root = root
         self.max_new_tokens = max_new_tokens
         self.budget = budget
+        self.sampling = sampling
 
     def results(self, entries: list[Entry], done: set[int], batch_size: int) -> Iterator[dict[int, Result]]:
         """Yield results by index, batch by batch, for all records that are not `done`."""
@@ -206,7 +216,8 @@ class _Run:
             }
         for each in whole:
             features = None if each.image is None else self._encode(whole)[0]
-            settings = {**self.budget._asdict(), "image_features": features}
+            sampling = self.sampling.of_answer(each.prompt.index)
+            settings = {**self.budget._asdict(), "image_features": features, "sampling": sampling}
             try:
                 answer = self.chat_model.answer(each.messages, self.max_new_tokens, **settings)
                 results[each.prompt.index] = _answered(each.prompt, answer)
@@ -224,7 +235,8 @@ class _Run:
         )
         if any(each.image is not None for each in batch):
             inputs.update(join_features(self._encode(batch)))
-        output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        choice = generate_keywords([self.sampling.of_answer(each.prompt.index) for each in batch])
+        output = model.generate(**inputs, **choice, max_new_tokens=self.max_new_tokens)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 

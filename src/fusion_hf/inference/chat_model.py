@@ -20,7 +20,9 @@ from fusion_hf.inference.encoder_state import EncoderState
 from fusion_hf.inference.image_digests import digest_pixels
 from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 from fusion_hf.inference.image_features import ImageFeatures, join_features, pool_map
-from fusion_hf.inference.loading import load_config, load_model
+from fusion_hf.inference.loading import load_config, load_model, quantization_config
+from fusion_hf.inference.sampling import generate_keywords
+from fusion_hf.inference.sampling_options import MOST_LIKELY, SamplingOptions
 from fusion_hf.model.configuration_fusion import NUM_TILES, TokenBudget, is_perfect_square
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.model.image_sources_fusion import describe_source
@@ -52,7 +54,12 @@ class ChatModel:
 
     @classmethod
     def load(
-        cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, revision: str | None = None
+        cls,
+        name: str | None = None,
+        device: str = AUTO,
+        dtype: str = AUTO,
+        revision: str | None = None,
+        bits: int | None = None,
     ) -> "ChatModel":
         """
         Load a model and its processor.
@@ -64,6 +71,8 @@ class ChatModel:
             dtype: `"auto"` (see [`choose_dtype`]) or a key of `DTYPES`. A quantized model keeps its saved dtype.
             revision: Branch, tag or commit of a repository. Defaults to the part of `name` behind `@`, or else to the
                 main branch.
+            bits: 8 or 4, to quantize the language model's layers with bitsandbytes (extra `quant`). By default, the
+                model is loaded as saved.
 
         Returns:
             The loaded model.
@@ -75,9 +84,12 @@ class ChatModel:
         folder = find_folder(nano_path() if name is None else name, revision)
         config = load_config(folder)
         kind = choose_dtype(dtype, chosen, config.dtype)
-        if "quantization_config" in vars(config):
+        options: dict[str, Any] = {"config": config}
+        if bits is not None:
+            options["quantization_config"] = quantization_config(config, bits, chosen, kind)
+        elif "quantization_config" in vars(config):
             kind = check_quantized_dtype(config, dtype)
-        model, processor = load_model(folder, kind, config=config)
+        model, processor = load_model(folder, kind, **options)
         model = model.to(chosen).eval()
         if chosen.type == "cpu":
             use_onednn(model)
@@ -325,15 +337,21 @@ class ChatModel:
 
     @torch.inference_mode()
     def generate(
-        self, inputs: BatchFeature, max_new_tokens: int, streamer: BaseStreamer | None = None, **kwargs: Any
+        self,
+        inputs: BatchFeature,
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
+        **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput:
         """
-        Generate the most likely continuation of a prompt, up to the model's maximum length.
+        Generate the continuation of a prompt, up to the model's maximum length.
 
         Args:
             inputs: Inputs from [`prepare`].
             max_new_tokens: Maximum number of tokens of the answer.
             streamer: Streamer that receives the tokens.
+            sampling: How tokens are chosen. Defaults to greedy decoding.
             kwargs: Further arguments of the model's `generate`.
 
         Returns:
@@ -341,9 +359,8 @@ class ChatModel:
         """
         return self.model.generate(
             **inputs,
+            **generate_keywords([sampling]),
             max_new_tokens=min(max_new_tokens, self.max_length - inputs["input_ids"].shape[1]),
-            do_sample=False,
-            num_beams=1,
             streamer=streamer,
             return_dict_in_generate=True,
             **kwargs,
@@ -371,9 +388,10 @@ class ChatModel:
         streamer: BaseStreamer | None = None,
         image_features: ImageFeatures | None = None,
         image_token_grid: int | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
     ) -> str:
         """
-        Answer a conversation that ends with a question, by greedy decoding. The answer is deterministic.
+        Answer a conversation that ends with a question. The answer is deterministic.
 
         Args:
             messages: Chat messages in the format of transformers, with at most one image.
@@ -384,6 +402,7 @@ class ChatModel:
                 preprocessed and encoded.
             image_token_grid: Side of the grid of image tokens, from 1 to the tower's patches per side. Defaults to the
                 model's.
+            sampling: How the answer is chosen. Defaults to greedy decoding.
 
         Returns:
             The text of the answer.
@@ -393,7 +412,7 @@ class ChatModel:
                 maximum length.
         """
         inputs = self.prepare(messages, query_len, image_features, image_token_grid)
-        return self.decode(inputs, self.generate(inputs, max_new_tokens, streamer))
+        return self.decode(inputs, self.generate(inputs, max_new_tokens, streamer, sampling))
 
     def answer_each(
         self,
@@ -402,6 +421,7 @@ class ChatModel:
         max_new_tokens: int,
         query_len: int | None = None,
         image_token_grid: int | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
     ) -> Iterator[str]:
         """
         Answer several independent questions about one image. Its tiles are encoded only once.
@@ -419,11 +439,10 @@ class ChatModel:
         """
         budget = self.token_budget(query_len, image_token_grid)
         image_features = self.encode_image(image, budget.query_len)
-        for question in questions:
+        settings = {"image_features": image_features, **budget._asdict()}
+        for number, question in enumerate(questions):
             messages = [question_message(question, image)]
-            yield self.answer(
-                messages, max_new_tokens, query_len, image_features=image_features, image_token_grid=image_token_grid
-            )
+            yield self.answer(messages, max_new_tokens, sampling=sampling.of_answer(number), **settings)
 
 
 Assistant = ChatModel  # former name of the class
