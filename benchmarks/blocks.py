@@ -88,7 +88,7 @@ def describe(table: Table, result: Result) -> str:
 
 def render(table: Table, results: dict[str, Result | None]) -> str:
     """The table in Markdown; a column without a result says so in every cell."""
-    lines = [f"| figure | aim | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
+    lines = [f"| figure | target | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
     for row in table.rows:
         cells = [(row.cell(result) if result is not None else None) or NOT_MEASURED for result in results.values()]
         lines.append(f"| {row.name} | {row.aim} | {' | '.join(cells)} |")

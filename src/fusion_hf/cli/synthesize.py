@@ -72,7 +72,7 @@ def _synthesize(config: "SynthesisConfig", quiet: bool) -> int:
         return FAILED
     if finished:
         return _tell_status(config)
-    sys.stdout.write(f"submitted; `fusion-hf synthesize --status` tells how far it is. {config.output}\n")
+    sys.stdout.write(f"Submitted to {config.output}. Give the same command with --status to see its progress.\n")
     return 0
 
 
