@@ -45,9 +45,9 @@ def rows() -> list[Row]:
     lines = []
     for clients in CLIENTS:
         for path in ("transformers", "batch"):
-            name = f"requests per second, vLLM by {PATHS[path]}, clients: {named(clients)}"
+            name = f"requests per second, vLLM / {PATHS[path]}, clients: {named(clients)}"
             lines.append(Row(name, AIM if (path, clients) == AIMED else "", figure("rate_ratios", path, clients)))
-        name = f"time to first token, vLLM by {PATHS['transformers']}, clients: {named(clients)}"
+        name = f"time to first token, vLLM / {PATHS['transformers']}, clients: {named(clients)}"
         lines.append(Row(name, "", figure("first_token_ratios", "transformers", clients)))
     for clients in CLIENTS:
         for path, words in PATHS.items():
@@ -89,7 +89,7 @@ def former_rows() -> list[Row]:
     """Of the own server, by that which made a token of one answer after the other."""
     kinds = {"rate": "requests per second", "first_token": "time to first token"}
     return [
-        Row(f"{words}, together by in turns, clients: {named(clients)}", "", ratio_to_former(kind, clients))
+        Row(f"{words}, decoded together / in turns, clients: {named(clients)}", "", ratio_to_former(kind, clients))
         for clients in FORMER_CLIENTS
         for kind, words in kinds.items()
     ]
@@ -100,11 +100,11 @@ TOGETHER = Table("serving-together", DOCUMENT, {"CPU": "serving_former_cpu.json"
 
 # what `engine.py` compares, with the aim that vLLM's batches have
 ENGINES = {
-    "vllm, oneDNN by batch, oneDNN": ("vLLM by `batch_generate`, both with oneDNN", "1.3 or more"),
-    "vllm by batch": ("vLLM by `batch_generate`, both without oneDNN", ""),
-    "vllm, oneDNN by batch": ("vLLM with oneDNN by `batch_generate` without", ""),
-    "vllm, oneDNN by vllm": ("vLLM with oneDNN by vLLM without", ""),
-    "batch, oneDNN by batch": ("`batch_generate` with oneDNN by `batch_generate` without", ""),
+    "vllm, oneDNN by batch, oneDNN": ("vLLM / `batch_generate`, both with oneDNN", "1.3 or more"),
+    "vllm by batch": ("vLLM / `batch_generate`, both without oneDNN", ""),
+    "vllm, oneDNN by batch": ("vLLM with oneDNN / `batch_generate` without", ""),
+    "vllm, oneDNN by vllm": ("vLLM with oneDNN / vLLM without", ""),
+    "batch, oneDNN by batch": ("`batch_generate` with oneDNN / `batch_generate` without", ""),
 }
 ENGINE_WAYS = {
     "vllm": "vLLM without oneDNN",
