@@ -98,7 +98,7 @@ class Conversation:
 
     @property
     def _sampling(self) -> SamplingOptions:
-        """Those of the next answer."""
+        """Sampling options of the next answer."""
         return self.sampling.of_answer(len(self.messages) // 2)
 
     @torch.inference_mode()

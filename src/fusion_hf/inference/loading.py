@@ -81,10 +81,10 @@ def quantization_config(
     Make the configuration that quantizes the language model's layers with bitsandbytes while they are loaded.
 
     Args:
-        config: The model's, which must not be quantized already.
+        config: Configuration of the model, which must not be quantized already.
         bits: 8 or 4 (nf4).
-        device: What the model is to run on.
-        dtype: What layers of 4 bits compute in.
+        device: Device on which the model will run.
+        dtype: Dtype in which 4-bit layers compute.
 
     Raises:
         InputError: If bitsandbytes is missing or does not support the device, or if the model is quantized already.
