@@ -71,9 +71,9 @@ def test_unreadable_pictures(run, tmp_path):
     assert len(lines) == len(files)
     for line, path in zip(lines, files.values(), strict=True):
         assert line.startswith(f"error: {path}: ")
-        assert line.endswith("Give another image, or save it as PNG or JPEG.")
+        assert line.endswith("Use another image, or save it as PNG or JPEG.")
     assert str(BOMB_SIDE**2) in lines[-2] and "limit" in lines[-2]
-    assert f"{LARGE_SIDE} x {LARGE_SIDE}" in lines[-1] and "allowed: max_image_pixels = " in lines[-1]
+    assert f"{LARGE_SIDE} x {LARGE_SIDE}" in lines[-1] and "more than max_image_pixels = " in lines[-1]
 
 
 def test_unreadable_picture_alone(run_here, tmp_path):
@@ -89,7 +89,7 @@ def test_question_longer_than_the_model_reads(run, picture, nano):
 
 def test_more_latent_tokens_than_the_model_reads(run_here, picture):
     check_one_line(
-        run_here("ask", picture, QUESTION, "--query-len", 10**8), "query_len is 100000000", "below the model's"
+        run_here("ask", picture, QUESTION, "--query-len", 10**8), "`query_len`", "got 100000000", "below the model's"
     )
 
 
@@ -97,7 +97,7 @@ def test_more_latent_tokens_than_the_model_reads(run_here, picture):
 def test_more_image_tokens_than_the_tower_gives(run_here, picture, command):
     name, *question = command
     result = run_here(name, picture, *question, "--image-token-grid", 7)
-    check_one_line(result, "image_token_grid is 7", "allowed: a whole number from 1 to 6")
+    check_one_line(result, "`image_token_grid` must be a whole number from 1 to 6", "got 7")
 
 
 @pytest.mark.parametrize("option", ["--device", "--dtype"])
@@ -110,26 +110,32 @@ class TestModel:
 
     @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a b", "owner/..", "no\x1bwhere"])
     def test_impossible_name(self, run_here, picture, name):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is no folder")
+        check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is neither a folder")
 
     def test_file(self, run_here, picture):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", "README.md"), "README.md is a file")
+        check_one_line(
+            run_here("ask", picture, QUESTION, "--model", "README.md"),
+            "must be a folder or a repository",
+            "the file README.md",
+        )
 
     def test_no_network(self, run_cold, picture, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}
         result = run_cold("ask", picture, QUESTION, "--model", "someone/something", **variables)
-        check_one_line(result, "someone/something is no folder", "the Hub cannot be reached")
+        check_one_line(result, "someone/something is not a folder", "the Hub cannot be reached")
 
     def test_folder_without_a_model(self, run_here, picture):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", "docs"), "docs has no config.json")
+        check_one_line(
+            run_here("ask", picture, QUESTION, "--model", "docs"), "docs must be a folder", "no config.json"
+        )
 
     @pytest.mark.parametrize(
         ("config", "part"),
         [
-            ({"model_type": "llama"}, "is a 'llama' model"),
-            ({}, "is a None model"),
+            ({"model_type": "llama"}, "must be 'fusion', got 'llama'"),
+            ({}, "must be 'fusion', got None"),
             ({"model_type": "fusion_phi"}, "fusion-hf convert"),
-            ({"model_type": "fusion", "query_len": 10}, "FusionConfig.query_len is 10"),
+            ({"model_type": "fusion", "query_len": 10}, "perfect square (1, 4, 9, 16, ...), got 10"),
         ],
     )
     def test_other_configuration(self, run_here, picture, nano, tmp_path, config, part):

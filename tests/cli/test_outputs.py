@@ -97,7 +97,8 @@ def test_folders_that_none_can_replace(tmp_path: Path, kind: str):
         output = Path("/proc/new")  # where nobody can make a folder
     with pytest.raises(InputError) as error:
         check_output(output)
-    assert str(error.value).startswith(f"--output: {short_name(str(output))} ")
+    message = str(error.value)
+    assert message.startswith("--output") and short_name(str(output)) in message
 
 
 def test_an_error_of_the_work_is_not_the_disks(tmp_path: Path):
@@ -110,7 +111,7 @@ def test_an_error_of_the_work_is_not_the_disks(tmp_path: Path):
 
 def test_space_is_asked_for_before(tmp_path: Path):
     check_space(tmp_path, 1)
-    with pytest.raises(InputError, match=r"1000000000\.000 GB will be written, and .* GB free"):
+    with pytest.raises(InputError, match=r"must have 1000000000\.000 GB of free space, got"):
         check_space(tmp_path, 10**18)
 
 

@@ -204,7 +204,7 @@ class TestRefusals:
         visitor = visit()
         visitor.show(red_circle)
         visitor.type("why? " * 380)
-        visitor.page.get_by_text("tokens; allowed").wait_for()
+        visitor.page.get_by_text("must have fewer tokens").wait_for()
         assert visitor.ask("what color is the shape?") == "red"
 
 

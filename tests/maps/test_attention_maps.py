@@ -73,12 +73,12 @@ def test_turns_and_budgets(chat_model: ChatModel):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"question": "  "}, "question is empty"),
-        ({"layer_groups": 0}, "layer_groups is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"query_len": 3}, "query_len is 3"),
-        ({"image_token_grid": 7}, "image_token_grid is 7"),
-        ({"dtype": "float32"}, "beside a ChatModel"),
+        ({"question": "  "}, "question.*not be empty"),
+        ({"layer_groups": 0}, "layer_groups.*got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*got 0"),
+        ({"query_len": 3}, "query_len.*got 3"),
+        ({"image_token_grid": 7}, "image_token_grid.*got 7"),
+        ({"dtype": "float32"}, "if `model` is a ChatModel"),
         ({"image": "nowhere.png"}, "nowhere.png"),
     ],
 )

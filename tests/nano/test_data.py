@@ -97,9 +97,9 @@ def test_splits_share_no_picture(category):
 
 
 def test_unknown_category_and_split_are_named():
-    with pytest.raises(ValueError, match="category is 'photo', allowed are single, count, spatial, text"):
+    with pytest.raises(ValueError, match=r"category.*single, count, spatial, text, got 'photo'"):
         draw_spec("photo", "train", 0)
-    with pytest.raises(ValueError, match="split is 'dev', allowed are train, validation, test"):
+    with pytest.raises(ValueError, match=r"split.*train, validation, test, got 'dev'"):
         draw_spec("text", "dev", 0)
 
 
@@ -322,7 +322,7 @@ def test_stages_hold_captions_then_questions():
     )
     assert all(captions) and not any(questions)
     assert 0.3 < sum(both) / len(both) < 0.6
-    with pytest.raises(ValueError, match=r"stage is '3', allowed are 1, 1\.5, 2"):
+    with pytest.raises(ValueError, match=r"stage.*1, 1\.5, 2, got '3'"):
         stage_records("3")
 
 
@@ -346,9 +346,9 @@ def test_splits_of_records_are_disjoint():
 
 def test_test_pictures_are_reached_through_test_records_alone():
     for reader in (easy_vqa_images, evaluation_records):
-        with pytest.raises(ValueError, match="split is 'test', allowed are"):
+        with pytest.raises(ValueError, match=r"split.*train, validation, got 'test'"):
             reader("test")
-    with pytest.raises(ValueError, match="split is 'test', allowed are"):
+    with pytest.raises(ValueError, match=r"split.*train, validation, got 'test'"):
         stage_records("1", "test", mixture=SMALL)
 
 
@@ -445,5 +445,5 @@ def test_rare_words_give_way_and_too_small_a_vocabulary_is_refused():
     assert len(small) == len(SPECIAL_TOKENS) + 256 + 1
     assert small.tokenize("blue red") == ["b", "l", "u", "e", "Ġ", "r", "e", "d"]
     assert small.tokenize(" blue") == ["Ġblue"]
-    with pytest.raises(ValueError, match="max_vocabulary is 100, allowed is 263 or more"):
+    with pytest.raises(ValueError, match=r"max_vocabulary.*at least 263, got 100"):
         build_tokenizer([], max_vocabulary=100)

@@ -316,7 +316,7 @@ def test_broken_pictures(server: Server, name: str):
 def test_pixels_are_limited_before_decoding(server: Server):
     side = math.isqrt(2**25) + 1
     assert side**2 < FusionImageProcessor.max_image_pixels
-    refused(server, "pixels; allowed: max_image_pixels = 33554432", messages=[user(QUESTION, data_uri(png(side)))])
+    refused(server, "pixels, more than max_image_pixels = 33554432", messages=[user(QUESTION, data_uri(png(side)))])
 
 
 def test_huge_base64(server: Server):

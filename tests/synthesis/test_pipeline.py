@@ -103,7 +103,7 @@ def test_a_writer_that_never_learns_is_rejected_by_name(server: Scripted, config
 def test_a_dead_endpoint_ends_the_run_and_nothing_is_lost(server: Scripted, config_of):
     config = config_of(server, records=4, writer__patience=1)
     server.faults = lambda payload, repeat: "500"
-    with pytest.raises(TaskFailed, match="gives no answer: HTTP 500"):
+    with pytest.raises(TaskFailed, match="does not answer: HTTP 500"):
         run(config)
     server.faults = lambda payload, repeat: None
     run(config)

@@ -107,7 +107,7 @@ def test_pictures_under_another_root(data: Path, tmp_path: Path, capsys: pytest.
         (["good.json", "--on-truncated", "skip"], "invalid choice: 'skip'"),
         (["good.json", "--max-image-pixels", "0"], "a whole number from 1"),
         (["good.json", "--image-root", "none"], "`image_roots` must contain folders, got none"),
-        (["good.json", "--allow-image-host", "a/b"], "The image host is 'a/b'"),
+        (["good.json", "--allow-image-host", "a/b"], "NAME:PORT or an IP address, got 'a/b'"),
         ([], "the following arguments are required: MIXTURE_OR_FILE"),
     ],
 )
@@ -161,7 +161,7 @@ def test_images_are_judged_by_the_keys_of_recipes(tmp_path: Path, capsys: pytest
     assert check(capsys, tmp_path, file)[0] == 1
     assert check(capsys, tmp_path, file, "--on-truncated", "load")[0] == 0
     status, out, _ = check(capsys, tmp_path, file, "--on-truncated", "load", "--max-image-pixels", 6143)
-    assert status == 1 and "96 x 64 = 6144 pixels; allowed: max_image_pixels = 6143" in out
+    assert status == 1 and "96 x 64 = 6144 pixels, more than max_image_pixels = 6143" in out
 
 
 def test_images_of_further_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

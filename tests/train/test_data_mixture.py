@@ -169,15 +169,15 @@ def test_more_records_than_there_are(tmp_path: Path):
         ("datasets: []", "must contain `datasets"),
         ("datasets: [{json_path: a.json}]\nmore: 1", "and nothing else"),
         ("datasets: [{sampling_strategy: all}]", "entry 1 has no json_path"),
-        ("datasets: [{json_path: 5}]", "entry 1: json_path is 5; allowed: text"),
+        ("datasets: [{json_path: 5}]", "entry 1: .json_path.*text, got 5"),
         (
             "datasets: [{json_path: a.json, sampling_stategy: all}]",
-            "entry 1 has the key 'sampling_stategy'; .*Allowed: json_path",
+            "entry 1 has the unknown key 'sampling_stategy'.*Allowed: json_path",
         ),
-        ("datasets: [{json_path: a.json, image_root: 5}]", "image_root is 5; allowed: text"),
+        ("datasets: [{json_path: a.json, image_root: 5}]", "image_root.*text, got 5"),
         ("datasets: [{json_path: none.json}]", "entry 1: .*does not exist"),
-        ("datasets: [", "is no YAML"),
-        ("!!python/object/apply:os.getcwd []", "is no YAML"),
+        ("datasets: [", "is not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],
 )
 def test_no_mixture(tmp_path: Path, content: str, message: str):

@@ -411,7 +411,7 @@ def test_pictures_need_ids(model: FusionForConditionalGeneration, inputs: Inputs
     with pytest.raises(IndexError):
         model.get_input_embeddings()(inputs["input_ids"])
     embeds = torch.zeros(*inputs.pop("input_ids").shape, WIDTH)
-    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+    with pytest.raises(ValueError, match="`pixel_values` must be None without `input_ids`"):
         model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=1)
 
 
