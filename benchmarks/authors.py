@@ -62,7 +62,12 @@ TURNS = ("what color is the suit?", "what is written on it?")
 ANSWER = "it is orange and has a round badge with letters in the middle of it."
 PATIENCE = 600  # seconds for an answer of a process
 LOSS_TOLERANCE = 1e-4  # relative, of float32
-OUR_IMPORTS = "import fusion_hf.cli.model_loading, fusion_hf.inference.conversation"
+# as `fusion-hf ask` does
+OUR_IMPORTS = """
+from fusion_hf.cli.lean_imports import lean_imports
+with lean_imports(True):
+    import fusion_hf.cli.model_loading, fusion_hf.inference.conversation
+"""
 THEIR_IMPORTS = "import fusion.model; from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer"
 
 Command = list[str]
@@ -359,11 +364,13 @@ def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) ->
     build = [environment.python, str(HERE / "authors_checkpoint.py"), "--code", str(environment.code)]
     build += ["--kind", KIND, "--tower", TOWER, "--sizes", json.dumps(sizes), "--output", str(authors)]
     subprocess.run(build, env=process_variables(), check=True)
-    source = ["--checkpoint", str(authors), "--vision-config", str(authors / f"{TOWER}-tower")]
+    sizes = ["--vision-config", str(authors / f"{TOWER}-tower")]
     fusion = [sys.executable, "-m", "fusion_hf"]
-    subprocess.run([*fusion, "convert", *source, "--output", str(converted)], check=True)
+    subprocess.run([*fusion, "convert", "--model", str(authors), *sizes, "--output", str(converted)], check=True)
     sides = ["--authors-code", str(environment.code), "--authors-python", environment.python]
-    subprocess.run([*fusion, "verify", str(converted), *source, *sides], check=True)
+    subprocess.run(
+        [*fusion, "verify", "--model", str(converted), "--checkpoint", str(authors), *sizes, *sides], check=True
+    )
     tower.mkdir(parents=True)
     (tower / "config.json").write_bytes((authors / f"{TOWER}-tower" / "config.json").read_bytes())
     save_file({}, tower / "model.safetensors", metadata={"format": "pt"})  # the checkpoint has the weights

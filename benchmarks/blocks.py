@@ -1,6 +1,7 @@
 """Tables and plots in documents: what they are, and how they are filled from results."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from plot import Panel
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-PERFORMANCE, GUIDE = DOCS / "performance.md", DOCS / "inference.md"
+PAGES = DOCS / "benchmarks"
+MAX_ROWS = 25  # a longer table is folded
 NOT_MEASURED, OUT_OF_MEMORY = "not measured", "out of memory"
 BYTES_PER_MIB = 2**20
 ALLOCATED = "allocated_bytes"
@@ -86,11 +88,13 @@ def describe(table: Table, result: Result) -> str:
 
 def render(table: Table, results: dict[str, Result | None]) -> str:
     """The table in Markdown; a column without a result says so in every cell."""
-    lines = [f"| figure | aim | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
+    lines = [f"| figure | target | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
     for row in table.rows:
         cells = [(row.cell(result) if result is not None else None) or NOT_MEASURED for result in results.values()]
         lines.append(f"| {row.name} | {row.aim} | {' | '.join(cells)} |")
-    measured = [f"{column}: {table.conditions(result)}" for column, result in results.items() if result is not None]
+    if len(table.rows) > MAX_ROWS:
+        lines = ["<details>", f"<summary>All {len(table.rows)} rows</summary>", "", *lines, "", "</details>"]
+    measured = [f"- {column}: {table.conditions(result)}" for column, result in results.items() if result is not None]
     return "\n".join([*lines, "", *measured] if measured else lines)
 
 
@@ -107,6 +111,11 @@ def replace_block(document: str, block: Block, text: str) -> str:
     if not found:
         raise ValueError(f"{block.document.name} needs the lines {block.begin!r} and {block.end!r}, in this order.")
     return f"{head}{block.begin}\n\n{text}\n\n{block.end}{tail}"
+
+
+def show(plot: Plot) -> str:
+    """The plot as a Markdown image, with its path from the document."""
+    return f"![{plot.description}]({Path(os.path.relpath(plot.picture, plot.document.parent)).as_posix()})"
 
 
 def load_panels(plot: Plot, folder: Path) -> list[Panel]:

@@ -7,8 +7,8 @@ from typing import Any
 from blocks import (
     BYTES_PER_MIB,
     DOCS,
-    GUIDE,
     NOT_MEASURED,
+    PAGES,
     RESULTS,
     Result,
     Table,
@@ -18,6 +18,7 @@ from blocks import (
 )
 from plot import Panel, Point, draw
 
+DOCUMENT = PAGES / "token_budget.md"
 PLOT = DOCS / "assets" / "token_budget.svg"
 PLOTTED = "CPU"  # the column whose numbers are drawn
 EASY = "easy-vqa"
@@ -27,14 +28,14 @@ X_LABEL = "image tokens"
 def measured_with(part: Result) -> str:
     settings, versions = part["settings"], part["versions"]
     return (
-        f"{part['machine']['device']}, {settings['threads']} thread(s), {settings['dtype']}, torch "
+        f"{part['machine']['device']}, {settings['threads']} threads, {settings['dtype']}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}"
     )
 
 
 COLUMNS = {PLOTTED: "token_budget_cpu.json", "GPU": "token_budget_cuda.json"}
-TIMES = Table("token budget, times", GUIDE, COLUMNS, [], measured_with)
-ACCURACY = Table("token budget, accuracy", GUIDE, {PLOTTED: COLUMNS[PLOTTED]}, [], measured_with)
+TIMES = Table("token budget, times", DOCUMENT, COLUMNS, [], measured_with)
+ACCURACY = Table("token budget, accuracy", DOCUMENT, {PLOTTED: COLUMNS[PLOTTED]}, [], measured_with)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -61,7 +62,14 @@ def render_times(column: str, result: Result | None) -> str:
     if result is None or "times" not in result:
         return f"{column}: {NOT_MEASURED}."
     part = result["times"]
-    head = ["image tokens", "latents", "prompt tokens", "first token", "of it, language model", "later tokens"]
+    head = [
+        "image tokens",
+        "latents",
+        "prompt tokens",
+        "first token",
+        "first token, language model alone",
+        "later tokens",
+    ]
     lines = markdown(
         [*head, "cache, MiB", "peak, language model, MiB", "peak, MiB"], list(map(times_row, part["rows"]))
     )
@@ -74,7 +82,7 @@ def render_times(column: str, result: Result | None) -> str:
     absolute = (
         f"{column}: {measured_with(part)}, size `{settings['size']}`, {settings['repeats']} rounds. With "
         f"{default['image_tokens']} image tokens and {default['query_len']} latents, the first token took "
-        f"{first:.3f} s (picture {picture:.3f} s, language model {language:.3f} s), a later one "
+        f"{first:.3f} s (image {picture:.3f} s, language model {language:.3f} s), a later one "
         f"{later:.4f} s: medians."
     )
     return "\n".join([*lines, "", absolute])
@@ -104,7 +112,7 @@ def render_accuracy(result: Result | None) -> str:
     rows = [[f"{grid}² = {grid**2}", *(cells[grid, length] for length in lengths)] for grid in grids]
     lines = markdown(["image tokens", *(f"{length} latents" for length in lengths)], rows)
     counts = (
-        f"{asked[EASY]} questions of easy-vqa / {sum(asked[name] for name in drawn)} about drawn pictures "
+        f"{asked[EASY]} questions of easy-VQA / {sum(asked[name] for name in drawn)} about drawn images "
         f"({', '.join(drawn)})"
     )
     return "\n".join([*lines, "", f"Exact answers in percent, {counts}. {measured_with(part)}."])
@@ -147,7 +155,7 @@ def accuracy_panels(part: Result) -> list[Panel]:
     def exact(row: dict[str, Any]) -> Point:
         return Point(row["image_tokens"], *[share(row, asked, [name for name in asked if name != EASY])] * 3)
 
-    return [Panel("fusion-nano, drawn pictures: exact answers", X_LABEL, "percent", lines_of(part, exact))]
+    return [Panel("fusion-nano, drawn images: exact answers", X_LABEL, "percent", lines_of(part, exact))]
 
 
 def panels_of(result: Result) -> list[Panel]:
@@ -158,7 +166,7 @@ def panels_of(result: Result) -> list[Panel]:
 
 def write() -> None:
     """Into the documentation."""
-    GUIDE.write_text(update(GUIDE.read_text(), RESULTS))
+    DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))
     result = load_results(TIMES, RESULTS)[PLOTTED]
     if result is not None:
         draw(PLOT, panels_of(result))

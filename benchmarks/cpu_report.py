@@ -9,7 +9,7 @@ CHOSEN, ALL = "oneDNN where it is faster", "oneDNN for all products"
 HALF = "bfloat16"
 FIGURES = (
     ("times", "first_token_seconds", "time to first token"),
-    ("times", "four_tiles_seconds", "of it, four tiles"),
+    ("times", "four_tiles_seconds", "encoding four tiles"),
     ("times", "per_token_seconds", "later tokens"),
     ("eight", "eight_questions_seconds", "eight questions on eight images"),
 )
@@ -39,7 +39,10 @@ def accuracy(dtype: str) -> Cell:
         if part is None:
             return None
         asked, right = part["asked"], part["right"][dtype]
-        return ", ".join(f"{name} {right.get(name, 0) / count:.1%} of {count}" for name, count in asked.items())
+        return ", ".join(
+            f"{name.replace('vqa', 'VQA')} {right.get(name, 0) / count:.1%} of {count}"
+            for name, count in asked.items()
+        )
 
     return cell
 

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blocks import NOT_MEASURED, PERFORMANCE, RESULTS, Block, Result, replace_block
+from blocks import NOT_MEASURED, PAGES, RESULTS, Block, Result, replace_block
 from gpu_schedule import SUMMARY
 
-TABLE = Block("GPU run", PERFORMANCE)
+DOCUMENT = PAGES / "gpu.md"
+TABLE = Block("GPU run", DOCUMENT)
 
 
 def found(part: dict[str, Any]) -> str:
@@ -50,4 +51,4 @@ def update(document: str, folder: Path) -> str:
 
 def write() -> None:
     """Into the documentation."""
-    PERFORMANCE.write_text(update(PERFORMANCE.read_text(), RESULTS))
+    DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))

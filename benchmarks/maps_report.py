@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from blocks import DOCS, NOT_MEASURED, RESULTS, Block, Result, conditions, replace_block
+from blocks import NOT_MEASURED, PAGES, RESULTS, Block, Result, conditions, replace_block
 
-DOCUMENT = DOCS / "attention_maps.md"
+DOCUMENT = PAGES / "attention_maps.md"
 SOURCE = "maps_cpu.json"
 FIGURES = Block("maps on shapes", DOCUMENT)
 KINDS = {
@@ -25,7 +25,7 @@ def render(result: Result | None) -> str:
         return f"{NOT_MEASURED}."
     total = result["questions"]
     lines = [
-        "| map | layers | maximum on the shape | on another picture's shape | mass | mass above 1 |",
+        "| map | layers | maximum on the shape | on another image's shape | mass | mass above 1 |",
         "|---|---|---|---|---|---|",
     ]
     for kind, name in KINDS.items():
@@ -38,8 +38,8 @@ def render(result: Result | None) -> str:
         [
             *lines,
             "",
-            f"{total} questions of easy-vqa's test split, {asked}; {result['right']} were answered right. Chance: the "
-            f"shape is {100 * result['chance']:.1f} % of the picture, and the mass would be 1. {conditions(result)}.",
+            f"{total} questions of easy-VQA's test split, {asked}; {result['right']} were answered right. Chance: the "
+            f"shape is {100 * result['chance']:.1f} % of the image, and the mass would be 1. {conditions(result)}.",
         ]
     )
 

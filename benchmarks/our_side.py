@@ -1,6 +1,7 @@
 """This package's side of `authors.py`, as `ChatModel` and `FusionTrainer` run it: see `authors_timing`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from authors_timing import Clock, serve
 from safetensors.torch import load_file
 
 from fusion_hf.inference.chat_model import ChatModel, question_message
+from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 
 
 class OurSide:
@@ -18,6 +20,11 @@ class OurSide:
         self.model = self.chat_model.model
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.suppress_tokens = None
+
+    @property
+    def fresh(self) -> ChatModel:
+        """The model with an empty cache of image features: rounds ask about the same images again."""
+        return replace(self.chat_model, image_cache=ImageFeatureCache())
 
     def preprocess(self, path: str) -> Callable[[], Any]:
         image = self.chat_model.open_image(path)
@@ -34,13 +41,11 @@ class OurSide:
         from fusion_hf.inference.batching import batch_generate  # which a cold start does without
 
         records = [{"image": path, "question": text} for path, text in zip(paths, questions, strict=True)]
-        results = batch_generate(
-            records, self.chat_model, batch_size=len(records), max_new_tokens=tokens, progress=False
-        )
+        results = batch_generate(records, self.fresh, batch_size=len(records), max_new_tokens=tokens, progress=False)
         return [result["answer"] for result in results]
 
     def answer_each(self, path: str, questions: list[str], tokens: int) -> list[str]:
-        return list(self.chat_model.answer_each(self.chat_model.open_image(path), questions, tokens))
+        return list(self.fresh.answer_each(self.chat_model.open_image(path), questions, tokens))
 
     def train(self) -> None:
         from fusion_hf.training.gradient_checkpointing import enable_checkpointing

@@ -13,10 +13,9 @@ from blocks import (
     ALLOCATED,
     BYTES_PER_MIB,
     DOCS,
-    GUIDE,
     NOT_MEASURED,
     OUT_OF_MEMORY,
-    PERFORMANCE,
+    PAGES,
     RESULTS,
     Cell,
     Plot,
@@ -29,6 +28,7 @@ from blocks import (
     load_results,
     render,
     replace_block,
+    show,
 )
 from cpu_report import ROWS as CPU_ROWS
 from cpu_report import cpu_conditions
@@ -90,7 +90,7 @@ def paired(path: tuple[str, ...], other: tuple[str, ...], scale: float = 1) -> C
 
 
 def per_tile(other: str) -> Cell:
-    """Seconds of a picture by its tiles: ours divided by `other`'s."""
+    """Seconds of an image by its tiles: ours divided by `other`'s."""
 
     def cell(result: Result) -> str | None:
         tiles = {name: facts["tiles"] for name, facts in result.get("contestants", {}).items()}
@@ -103,7 +103,7 @@ def per_tile(other: str) -> Cell:
 
 
 def picture_tokens(name: str) -> Cell:
-    """Of one picture, in the language model."""
+    """Of one image, in the language model."""
 
     def cell(result: Result) -> str | None:
         facts = result.get("contestants", {}).get(name)
@@ -168,8 +168,8 @@ INFERENCE_ROWS = [
     Row("preprocessing / the two PIL resizes", "below 1.2", ratio("preprocessing_seconds", "pil_resizes")),
     Row("time to first token / reference", "at most 0.5", ratio("first_token_seconds", "reference")),
     Row("time to first token / eager", "", ratio("first_token_seconds", "eager")),
-    Row("of it, picture / reference", "", ratio("vision_seconds", "reference")),
-    Row("of it, picture / eager", "", ratio("vision_seconds", "eager")),
+    Row("time to encode the image / reference", "", ratio("vision_seconds", "reference")),
+    Row("time to encode the image / eager", "", ratio("vision_seconds", "eager")),
     Row("decoding, per token / reference", "", ratio("per_token_seconds", "reference")),
     Row("decoding, per token / eager", "", ratio("per_token_seconds", "eager")),
     Row("samplers alone, eight turns / reference", "", ratio("samplers_seconds", "reference")),
@@ -179,7 +179,7 @@ INFERENCE_ROWS = [
     Row("decoding, of the copying bandwidth: ours", "", fraction("decoding_of_copy_rate", "ours")),
     Row("peak activation memory / reference", "at most 0.4", ratio("first_token_allocated_bytes", "reference")),
     Row("peak activation memory / eager", "", ratio("first_token_allocated_bytes", "eager")),
-    Row("of it, picture / reference", "", ratio("vision_allocated_bytes", "reference")),
+    Row("peak activation memory of the image / reference", "", ratio("vision_allocated_bytes", "reference")),
     Row("peak activation memory: ours", "", mebibytes("first_token_allocated_bytes", "ours")),
     Row("peak activation memory: eager", "", mebibytes("first_token_allocated_bytes", "eager")),
     Row("peak activation memory: reference", "", mebibytes("first_token_allocated_bytes", "reference")),
@@ -189,18 +189,20 @@ INFERENCE_ROWS = [
 
 CHECKPOINTED, WITH_BOTH = "ours, checkpointing", "checkpointing in both"
 TRAINING_ROWS = [
-    Row("step / reference", "at most 0.6", step_ratio("step_seconds", "ours", "reference")),
+    Row("training step / reference", "at most 0.6", step_ratio("step_seconds", "ours", "reference")),
     Row(
-        f"step / reference; {CHECKPOINTED}",
+        f"training step / reference; {CHECKPOINTED}",
         "at most 0.6",
         step_ratio("step_seconds", "ours_checkpointed", "reference"),
     ),
     Row(
-        f"step / reference; {WITH_BOTH}", "", step_ratio("step_seconds", "ours_checkpointed", "reference_checkpointed")
+        f"training step / reference; {WITH_BOTH}",
+        "",
+        step_ratio("step_seconds", "ours_checkpointed", "reference_checkpointed"),
     ),
-    Row("step / eager", "", step_ratio("step_seconds", "ours", "eager")),
-    Row("step, with checkpointing / without", "", step_ratio("step_seconds", "ours_checkpointed", "ours")),
-    Row("of it, forward and backward / reference", "", step_ratio("passes_seconds", "ours", "reference")),
+    Row("training step / eager", "", step_ratio("step_seconds", "ours", "eager")),
+    Row("training step, with checkpointing / without", "", step_ratio("step_seconds", "ours_checkpointed", "ours")),
+    Row("forward and backward / reference", "", step_ratio("passes_seconds", "ours", "reference")),
     Row("forward and backward, of the matrix-product rate: ours", "", step_fraction("ours")),
     Row(f"forward and backward, of the matrix-product rate: {CHECKPOINTED}", "", step_fraction("ours_checkpointed")),
     Row("forward and backward, of the matrix-product rate: eager", "", step_fraction("eager")),
@@ -247,8 +249,8 @@ TOKENS_PER_SECOND, GROWTH = "tokens_per_second", "growth_seconds"
 LENGTHS, TURNS, QUESTIONS = (GROWTH, "question_tokens"), (GROWTH, "turns"), (GROWTH, "questions")
 SHARED = "ours, tiles shared"
 COMPARISON_ROWS = [
-    Row("picture, tokens of the prompt: ours", "", picture_tokens("ours")),
-    *(Row(f"picture, tokens of the prompt: {label}", "", picture_tokens(name)) for name, label in LABELS.items()),
+    Row("image tokens of the prompt: ours", "", picture_tokens("ours")),
+    *(Row(f"image tokens of the prompt: {label}", "", picture_tokens(name)) for name, label in LABELS.items()),
     Row("time to first token, seconds: ours", "", values(*FIRST_TOKEN, "ours", style=".3f")),
     *(Row(f"time to first token / {label}", "", ratio("first_token_seconds", name)) for name, label in LABELS.items()),
     Row(
@@ -256,8 +258,8 @@ COMPARISON_ROWS = [
         "",
         paired((*FIRST_TOKEN, "ours_prompt_compiled"), (*FIRST_TOKEN, "ours")),
     ),
-    Row("picture / LLaVA-OneVision, one tile", "", ratio("vision_seconds", "llava_onevision")),
-    *(Row(f"picture, per tile / {label}", "", per_tile(name)) for name, label in LABELS.items()),
+    Row("time to encode the image / LLaVA-OneVision, one tile", "", ratio("vision_seconds", "llava_onevision")),
+    *(Row(f"time to encode a tile / {label}", "", per_tile(name)) for name, label in LABELS.items()),
     Row("prefill, of the matrix-product rate: ours", PREFILL_AIM, fraction("prefill_of_matrix_rate", "ours")),
     Row(
         "prefill, of the matrix-product rate: ours, prompt compiled",
@@ -324,12 +326,12 @@ COMPARISON_ROWS = [
         for name, label in (("ours", "ours"), ("llava_onevision", f"{LLAVA}, one tile"))
     ),
     Row(
-        "ten questions about a picture, tiles shared / separate calls",
+        "ten questions about an image, tiles shared / separate calls",
         "",
         paired((*QUESTIONS, SHARED, "10"), (*QUESTIONS, "ours", "10")),
     ),
     Row(
-        f"ten questions about a picture, tiles shared / {LLAVA}, one tile",
+        f"ten questions about an image, tiles shared / {LLAVA}, one tile",
         "",
         paired((*QUESTIONS, SHARED, "10"), (*QUESTIONS, "llava_onevision", "10")),
     ),
@@ -355,7 +357,7 @@ def growth_panels(result: Result) -> list[Panel]:
         for what, title, label in (
             ("question_tokens", "time to first token", "tokens of the question"),
             ("turns", "time to first token", "turns of the conversation"),
-            ("questions", "first tokens of all answers", "questions about one picture"),
+            ("questions", "first tokens of all answers", "questions about one image"),
         )
         if what in growth
     ]
@@ -384,30 +386,30 @@ def training_conditions(result: Result) -> str:
 
 
 INFERENCE = Table(
-    "benchmark", PERFORMANCE, {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions
+    "benchmark", PAGES / "inference.md", {"CPU": "cpu.json", "GPU": "cuda.json"}, INFERENCE_ROWS, inference_conditions
 )
 TRAINING = Table(
     "training benchmark",
-    PERFORMANCE,
+    PAGES / "training.md",
     {"CPU": "training_cpu.json", "GPU, 3B": "training_cuda_3b.json", "GPU, 8B": "training_cuda_8b.json"},
     TRAINING_ROWS,
     training_conditions,
 )
 COMPARISON = Table(
     "comparison",
-    GUIDE,
+    PAGES / "models.md",
     {"CPU": "cpu.json", "GPU, 3B": "cuda_3b.json", "GPU, 8B": "cuda_8b.json"},
     COMPARISON_ROWS,
     comparison_conditions,
 )
 QUANTIZATION = Table(
     "quantization",
-    GUIDE,
+    PAGES / "quantization.md",
     {"CPU": "quantization_cpu.json", "GPU": "quantization_cuda.json"},
     QUANTIZATION_ROWS,
     quantization_conditions,
 )
-ONE_CPU = Table("types on a CPU", GUIDE, {"Intel, without AMX": "types_cpu.json"}, CPU_ROWS, cpu_conditions)
+ONE_CPU = Table("types on a CPU", PAGES / "cpu.md", {"Intel, without AMX": "types_cpu.json"}, CPU_ROWS, cpu_conditions)
 TABLES = [
     INFERENCE,
     TRAINING,
@@ -419,7 +421,7 @@ TABLES = [
 PLOTS = [
     Plot(
         f"growth on a {device}",
-        GUIDE,
+        PAGES / "models.md",
         DOCS / "assets" / f"inference_growth_{device.lower()}.svg",
         f"Growth of the time to the first token, and throughput, on a {device}",
         source,
@@ -442,8 +444,9 @@ def update(document: Path, folder: Path) -> str:
             text = replace_block(text, table, render(table, load_results(table, folder)))
     for plot in PLOTS:
         if plot.document == document:
-            picture = f"![{plot.description}]({plot.picture.relative_to(document.parent)})"
-            text = replace_block(text, plot, picture if load_panels(plot, folder) else f"{plot.name}: {NOT_MEASURED}.")
+            text = replace_block(
+                text, plot, show(plot) if load_panels(plot, folder) else f"{plot.name}: {NOT_MEASURED}."
+            )
     return text
 
 

@@ -166,7 +166,7 @@ def running_server(path: str, folder: Path, options: argparse.Namespace) -> Iter
     command += [
         "--name",
         NAME,
-        "--parallel",
+        "--concurrency",
         str(max([*options.clients, *options.one_picture])),
         "--dtype",
         options.dtype,

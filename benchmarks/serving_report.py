@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from blocks import (
-    DOCS,
+    PAGES,
     RESULTS,
     Cell,
     Result,
@@ -16,7 +16,7 @@ from blocks import (
     replace_block,
 )
 
-DOCUMENT = DOCS / "serving.md"
+DOCUMENT = PAGES / "serving.md"
 CLIENTS = ("1", "8", "32", "8, one picture")
 FORMER_CLIENTS = ("1", "2", "4", "8")
 PATHS = {
@@ -26,6 +26,11 @@ PATHS = {
 }
 AIMED = ("batch", "8")  # that vLLM is at least 1.5 times as fast as
 AIM = "1.5 or more"
+
+
+def named(clients: str) -> str:
+    """A number of clients as tables have it; files have the former word."""
+    return clients.replace("picture", "image")
 
 
 def figure(kind: str, path: str, clients: str) -> Cell:
@@ -40,17 +45,17 @@ def rows() -> list[Row]:
     lines = []
     for clients in CLIENTS:
         for path in ("transformers", "batch"):
-            name = f"requests per second, vLLM by {PATHS[path]}, clients: {clients}"
+            name = f"requests per second, vLLM by {PATHS[path]}, clients: {named(clients)}"
             lines.append(Row(name, AIM if (path, clients) == AIMED else "", figure("rate_ratios", path, clients)))
-        name = f"time to first token, vLLM by {PATHS['transformers']}, clients: {clients}"
+        name = f"time to first token, vLLM by {PATHS['transformers']}, clients: {named(clients)}"
         lines.append(Row(name, "", figure("first_token_ratios", "transformers", clients)))
     for clients in CLIENTS:
         for path, words in PATHS.items():
-            name = f"requests per second, {words}, clients: {clients}"
+            name = f"requests per second, {words}, clients: {named(clients)}"
             lines.append(Row(name, "", figure("requests_per_second", path, clients)))
     for clients in CLIENTS:
         for path in ("vllm", "transformers"):
-            name = f"seconds to first token, {PATHS[path]}, clients: {clients}"
+            name = f"seconds to first token, {PATHS[path]}, clients: {named(clients)}"
             lines.append(Row(name, "", figure("first_token_seconds", path, clients)))
     return lines
 
@@ -61,7 +66,7 @@ def measured_with(result: Result) -> str:
     width, height = settings["photo"]
     return (
         f"{conditions(result)}{engine}; size `{settings['size']}`, {settings['rounds']} rounds, "
-        f"{settings['new_tokens']} tokens of each answer, pictures of {width} x {height} pixels"
+        f"{settings['new_tokens']} tokens of each answer, images of {width} x {height} pixels"
     )
 
 
@@ -84,7 +89,7 @@ def former_rows() -> list[Row]:
     """Of the own server, by that which made a token of one answer after the other."""
     kinds = {"rate": "requests per second", "first_token": "time to first token"}
     return [
-        Row(f"{words}, together by in turns, clients: {clients}", "", ratio_to_former(kind, clients))
+        Row(f"{words}, together by in turns, clients: {named(clients)}", "", ratio_to_former(kind, clients))
         for clients in FORMER_CLIENTS
         for kind, words in kinds.items()
     ]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from blocks import (
     BYTES_PER_MIB,
-    DOCS,
     NOT_MEASURED,
+    PAGES,
     RESULTS,
     Result,
     Table,
@@ -15,7 +15,7 @@ from blocks import (
 )
 from budget_report import markdown
 
-DOCUMENT = DOCS / "synthesis.md"
+DOCUMENT = PAGES / "synthesis.md"
 COLUMNS = {"CPU": "synthesis_cpu.json"}
 
 

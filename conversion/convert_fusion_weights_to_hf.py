@@ -2,7 +2,7 @@
 
 Tested command (a checkpoint of FUSION's shape; published ones name their tower, so they need no --vision-config):
 
-    python conversion/convert_fusion_weights_to_hf.py --checkpoint CHECKPOINT --vision-config vision_config.json \
+    python conversion/convert_fusion_weights_to_hf.py --model CHECKPOINT --vision-config vision_config.json \
         --tokenizer TOKENIZER --output OUTPUT
 
 `--help` lists all options; `--dry-run` checks a checkpoint of any size from its headers alone.

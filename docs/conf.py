@@ -1,4 +1,4 @@
-"""Settings of the documentation site, which `make docs` builds with Sphinx."""
+"""Configure the documentation site, which `make docs` builds with Sphinx."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ version = release = fusion_hf.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-# docstrings are written with Markdown's single backticks
+# docstrings use the single backticks of Markdown
 default_role = "code"
 
 myst_enable_extensions = ["colon_fence"]
@@ -37,6 +37,6 @@ html_title = f"fusion_hf {release}"
 
 
 def setup(app: "Sphinx") -> None:
-    """Have the generated pages written before Sphinx reads the sources, and docstrings converted."""
+    """Write the generated pages before Sphinx reads the sources, and convert docstrings."""
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", read_markdown, priority=400)  # before napoleon's 500

@@ -1,4 +1,4 @@
-"""Turns the Markdown in docstrings, as transformers writes it, into what Sphinx reads."""
+"""Convert the Markdown in docstrings, which follows transformers, to the reStructuredText that Sphinx reads."""
 
 import re
 from collections.abc import Iterator
@@ -10,12 +10,26 @@ STARS = re.compile(r"(?<![\w`*\\])(\*{1,2})(?=[a-z_]+\b(?!\*))")  # of *args and
 
 
 def read_markdown(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Replace the lines of a docstring in place; Sphinx calls this for each (`autodoc-process-docstring`)."""
+    """
+    Convert a docstring in place. Sphinx calls this function for each docstring (`autodoc-process-docstring`).
+
+    Args:
+        app, what, name, obj, options: Arguments of the event, which are not used.
+        lines: The lines of the docstring. They are replaced.
+    """
     lines[:] = list(convert(lines))
 
 
 def convert(lines: list[str]) -> Iterator[str]:
-    """Convert fenced blocks, references and stars, line by line."""
+    """
+    Convert fenced blocks, references and stars, line by line.
+
+    Args:
+        lines: Lines of a docstring in Markdown.
+
+    Yields:
+        The same lines in reStructuredText.
+    """
     is_code = False
     for line in lines:
         fence = FENCE.match(line)

@@ -1,16 +1,17 @@
-"""Writes the reference pages that are made from the code: the command line and the keys of a recipe.
+"""Writes the reference pages that are made from the code: the command line, and those of `generated_reference`.
 
 Sphinx calls `write_pages` before it reads the pages (docs/conf.py).
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from generated_reference import PAGES
+
 from fusion_hf.cli import make_parser
-from fusion_hf.training.recipe_keys import OwnArguments
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -22,10 +23,16 @@ def write_pages(app: "Sphinx") -> None:
     """Write all generated pages below the folder of the sources."""
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
-    for name, page in {"cli.md": command_page(), "recipe_keys.md": recipe_page()}.items():
+    for name, page in make_pages().items():
         path = folder / name
         if not path.is_file() or path.read_text("utf-8") != page:  # an unchanged page is not built again
             path.write_text(page, "utf-8")
+
+
+@cache
+def make_pages() -> dict[str, str]:
+    """Make the text of all generated pages, by file name."""
+    return {name: make() for name, make in {"cli.md": command_page, **PAGES}.items()}
 
 
 def command_page() -> str:
@@ -51,23 +58,6 @@ def command_page() -> str:
                 for inner, inner_parser in action.choices.items():
                     lines += ["", f"### fusion-hf {name} {inner}", "", inner_parser.description or "", ""]
                     lines += ["```text", _usage(inner_parser), "```", "", *_actions(inner_parser)]
-    return "\n".join(lines) + "\n"
-
-
-def recipe_page() -> str:
-    """Make the page of the keys that FUSION adds to those of `TrainingArguments`."""
-    lines = [
-        "# Keys of a recipe",
-        "",
-        "A recipe may have these keys, and all arguments of transformers' `TrainingArguments`.",
-        "",
-        "| key | default | meaning |",
-        "|---|---|---|",
-    ]
-    for key in fields(OwnArguments):
-        default = key.default_factory() if key.default_factory is not MISSING else key.default
-        shown = "" if default is None else f"`{default}`"
-        lines.append(f"| `{key.name}` | {shown} | {_cell(key.metadata['help'])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -36,8 +36,8 @@ def test_ratios_are_taken_within_rounds():
     cells = cells_of({"tokens": figures, "training": {"step_allocated": {"theirs": [4 * 2**20], "ours": [2**20]}}})
     assert cells["first token, float32 / theirs"] == ["at most 0.6", "0.50 (0.25-0.70)", NOT_MEASURED]
     assert cells["first token, bfloat16 / theirs in float32"][1] == "0.30 (0.20-0.40)"
-    assert cells["its memory above the weights"][1] == "0.25"
-    assert cells["its memory above the weights: theirs"][1] == "4 MiB"
+    assert cells["training step, memory above the weights"][1] == "0.25"
+    assert cells["training step, memory above the weights: theirs"][1] == "4 MiB"
     assert sum(row[1] != NOT_MEASURED for row in cells.values()) == 6  # with the table's head
 
 

@@ -40,7 +40,7 @@ def rows_of(table, folder):
 def test_a_column_without_a_result_says_so(tmp_path, cpu):
     (tmp_path / INFERENCE.columns["CPU"]).write_text(json.dumps(cpu))
     rows = rows_of(INFERENCE, tmp_path)
-    assert rows[0] == ["figure", "aim", "CPU", "GPU"]
+    assert rows[0] == ["figure", "target", "CPU", "GPU"]
     assert all(row[-1] == NOT_MEASURED for row in rows[1:])
     assert all(row[-2] != NOT_MEASURED for row in rows[1:])
 
@@ -57,7 +57,7 @@ def test_parts_that_were_not_measured_and_variants_that_did_not_fit_say_so(tmp_p
     result = {"settings": settings, "machine": cpu["machine"], "versions": cpu["versions"], "step": step}
     (tmp_path / TRAINING.columns["GPU, 8B"]).write_text(json.dumps(result))
     cells = {row[0]: row[-1] for row in rows_of(TRAINING, tmp_path)[1:]}
-    assert cells["step / reference; checkpointing in both"] == "0.50 (0.40-0.60)"
+    assert cells["training step / reference; checkpointing in both"] == "0.50 (0.40-0.60)"
     assert cells["forward and backward, of the matrix-product rate: ours, checkpointing"] == "50% (40%-60%)"
     assert cells["peak memory above the weights: ours, checkpointing"] == "3 MiB"
     assert cells["peak memory above the weights: ours"] == "out of memory"

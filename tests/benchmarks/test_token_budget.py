@@ -8,7 +8,7 @@ import pytest
 import token_budget
 import torch
 from blocks import load_results, replace_block
-from budget_report import ACCURACY, GUIDE, NOT_MEASURED, PLOT, RESULTS, TIMES, panels_of, render_accuracy, share
+from budget_report import ACCURACY, DOCUMENT, NOT_MEASURED, PLOT, RESULTS, TIMES, panels_of, render_accuracy, share
 from budget_report import update as update_document
 from plot import draw
 from token_budget import PARTS, QUERY_LENS, Times, budgets_of, choose_records, grids_of, main
@@ -119,13 +119,13 @@ def test_what_was_not_measured_says_so(tmp_path):
 
 
 def test_the_document_is_up_to_date(tmp_path, monkeypatch):
-    document = GUIDE.read_text()
+    document = DOCUMENT.read_text()
     assert update_document(document, RESULTS) == document, "run: python benchmarks/report.py"
-    monkeypatch.setattr(budget_report, "GUIDE", tmp_path / "inference.md")
+    monkeypatch.setattr(budget_report, "DOCUMENT", tmp_path / "budget.md")
     monkeypatch.setattr(budget_report, "PLOT", tmp_path / "plot.svg")
-    budget_report.GUIDE.write_text(replace_block(document, TIMES, "old"))
+    budget_report.DOCUMENT.write_text(replace_block(document, TIMES, "old"))
     budget_report.write()
-    assert budget_report.GUIDE.read_text() == document
+    assert budget_report.DOCUMENT.read_text() == document
     assert numbers_of(budget_report.PLOT) == numbers_of(PLOT), "run: python benchmarks/report.py"
 
 

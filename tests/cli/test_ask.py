@@ -144,9 +144,9 @@ def test_automatic_device_exists():
 def test_convert_has_arguments_of_its_own(run):
     result = run("convert", "--help")
     assert result.returncode == 0
-    assert "--checkpoint" in result.stdout
+    assert "--model" in result.stdout
 
     result = run("convert")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "--checkpoint" in result.stderr
+    assert "--model" in result.stderr

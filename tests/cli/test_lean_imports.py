@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tests.helpers.tiny import BACKBONES, Sample, make_inputs, tiny_config, tiny_model
 from transformers.utils.import_utils import define_import_structure
 
-from fusion_hf.cli.lean_imports import ABSENT, KNOWN, known_structure
+from fusion_hf.cli.lean_imports import ABSENT, KNOWN
+from fusion_hf.cli.model_list import list_models
 from fusion_hf.model import modeling_fusion_decoder
 from fusion_hf.model.modeling_fusion_decoder import DECODER_LAYERS, FUSION_LAYERS, decoder_layer
 
@@ -111,15 +112,61 @@ def test_numbers_of_all_backbones(tmp_path: Path):
     _compared(tmp_path, texts)
 
 
-def test_all_models_are_listed():
-    """As `transformers.models` would list them by reading their files once more."""
-    path = Path(transformers.__file__).parent / "models" / "__init__.py"
-    known, listed = known_structure(define_import_structure, path), define_import_structure(path)
-    assert _filled(known) == _filled(listed)
+@pytest.mark.parametrize(("place", "prefix"), [("", "models"), ("__init__.py", None)])
+def test_kept_list_of_models(tmp_path: Path, place: str, prefix: str | None):
+    """From a file as by reading all models' files once more; anything else is left to transformers."""
+    path = Path(transformers.__file__).parent / "models" / place
+    listed = _models(define_import_structure(path, prefix), prefix)
+    calls = []
+
+    def define(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return define_import_structure(*args, **kwargs)
+
+    for _ in range(2):
+        assert _models(list_models(define, path, prefix, tmp_path), prefix) == listed
+        assert len(calls) == 1
+    (file,) = tmp_path.iterdir()
+    content = json.loads(file.read_text())
+    changes = {"version": "5.0.0", "changed": 1, "structure": [[["torch"], ["albert"]]]}
+    for damaged in (*(json.dumps(content | {key: value}) for key, value in changes.items()), "[]", "{", "\0" * 100):
+        file.write_text(damaged)
+        assert _models(list_models(define, path, prefix, tmp_path), prefix) == listed, damaged
+        assert len(calls) == 2, damaged
+        calls.pop()
+        assert json.loads(file.read_text()) == content
+    (tmp_path / "no folder").touch()
+    assert _models(list_models(define, path, prefix, tmp_path / "no folder"), prefix) == listed
+    albert = path.parent / "albert" if place else path / "albert"
+    assert list_models(define_import_structure, albert, None, tmp_path) == define_import_structure(albert, None)
 
 
-def _filled(structure: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    return {backends: modules for backends, modules in structure.items() if modules}
+def test_kept_list_is_used(tmp_path: Path):
+    """In a process that finds the list, transformers reads no model's file for it; afterwards it is as it was."""
+    script = """
+import sys
+from pathlib import Path
+from fusion_hf.cli.model_list import kept_model_list
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+with kept_model_list(Path(sys.argv[1])):
+    import transformers
+print(sum("/models/" in name and name.endswith(".py") for name in opened))
+print(transformers.utils.import_utils.define_import_structure.__name__, transformers.LlamaConfig().model_type)
+"""
+    counts = [_run(script, tmp_path).splitlines() for _ in range(2)]
+    assert int(counts[0][0]) > 1000 and int(counts[1][0]) < 10
+    assert counts[0][1] == counts[1][1] == "define_import_structure llama"
+
+
+def _models(structure: dict[Any, dict[str, Any]], prefix: str | None) -> dict[Any, dict[str, Any]]:
+    """Without backends that no model needs, and without what transformers adds to the list once it has it."""
+    start = "" if prefix is None else f"{prefix}."
+    own = {
+        backends: {name: names for name, names in modules.items() if name.startswith(start)}
+        for backends, modules in structure.items()
+    }
+    return {backends: modules for backends, modules in own.items() if modules}
 
 
 def test_names_are_those_of_the_libraries():

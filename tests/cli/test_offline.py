@@ -27,9 +27,9 @@ def variables(folder: Path) -> dict[str, str]:
 
 def test_names_of_the_hub(folder: Path):
     lines = {
-        "convert --checkpoint some/model --output new": "--checkpoint: 'some/model'",
-        "convert --checkpoint some/model --dry-run": "--checkpoint: 'some/model'",
-        "convert --checkpoint some/model --output new --push-to-hub me/it": "me/it",
+        "convert --model some/model --output new": "--model: 'some/model'",
+        "convert --model some/model --dry-run": "--model: 'some/model'",
+        "convert --model some/model --output new --repo-id me/it": "me/it",
         "build --text some/text --vision some/tower --output new": "--text: 'some/text'",
         "ask records.json what? --model some/model": "some/model",
         "export --output new --model some/model": "some/model",
@@ -47,7 +47,7 @@ def test_names_of_the_hub(folder: Path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "fusion_hf", "convert", "--checkpoint", "some/model", "--output", "new"],
+        ["-m", "fusion_hf", "convert", "--model", "some/model", "--output", "new"],
         [str(BUILD), "--text", "some/model", "--vision", "some/tower", "--output", "new"],
     ],
 )

@@ -69,7 +69,7 @@ def test_full_fine_tuning(tmp_path: Path, environment: dict[str, str], hub: HubS
     again = fusion_hf(tmp_path, environment, "train", "recipe.yaml", "on_broken=skip").stderr
     assert "goes on from runs/records-full/checkpoint-30" in again
 
-    pushed = fusion_hf(tmp_path, environment, "push", "--model", "runs/records-full", "--repo", "me/mine")
+    pushed = fusion_hf(tmp_path, environment, "push", "--model", "runs/records-full", "--repo-id", "me/mine")
     files = hub.state.repositories["me/mine"]
     assert pushed.stderr == "" and hub.state.tags == {}
     assert "model.safetensors" in files and not files.keys() & set(OF_THE_RUN)
@@ -86,11 +86,11 @@ def test_lora_merged_and_published(tmp_path: Path, environment: dict[str, str], 
     started = fusion_hf(tmp_path, environment, "train", "recipe.yaml", "max_steps=6").stderr
     assert "no record was skipped" in started
     refused = fusion_hf(
-        tmp_path, environment, "push", "--model", "runs/records-lora", "--repo", "me/mine", "--dry-run", status=2
+        tmp_path, environment, "push", "--model", "runs/records-lora", "--repo-id", "me/mine", "--dry-run", status=2
     )
-    assert "fusion-hf merge runs/records-lora --output NEW_DIR" in refused.stderr
+    assert "fusion-hf merge --model runs/records-lora --output NEW_DIR" in refused.stderr
 
-    merged = fusion_hf(tmp_path, environment, "merge", "runs/records-lora", "--output", "merged")
+    merged = fusion_hf(tmp_path, environment, "merge", "--model", "runs/records-lora", "--output", "merged")
     assert merged.stderr == ""
     assert re.fullmatch(
         r"Merged runs/records-lora with its base \S+fusion-nano, as float32\. "
@@ -99,7 +99,7 @@ def test_lora_merged_and_published(tmp_path: Path, environment: dict[str, str], 
     )
     assert "Unloading and merging" in merge_in_a_terminal(tmp_path, environment)
 
-    fusion_hf(tmp_path, environment, "push", "--model", "merged", "--repo", "me/mine", "--tag", "v1")
+    fusion_hf(tmp_path, environment, "push", "--model", "merged", "--repo-id", "me/mine", "--tag", "v1")
     card = ModelCard(hub.state.repositories["me/mine"]["README.md"].decode())
     assert "lora" in card.data.tags and card.data.license == "apache-2.0"
     assert "lora_rank: 16" in card.text and "11 records, 6 optimizer steps" in card.text
@@ -110,7 +110,7 @@ def merge_in_a_terminal(folder: Path, environment: dict[str, str]) -> str:
     """What `merge` writes on a standard error that is a terminal."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", *TERMINAL_SIZE, 0, 0))  # bars are as wide as it is
-    command = [sys.executable, "-m", "fusion_hf", "merge", "runs/records-lora", "--output", "merged-again"]
+    command = [sys.executable, "-m", "fusion_hf", "merge", "--model", "runs/records-lora", "--output", "merged-again"]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=end)
     os.close(end)
     seen = b""

@@ -56,7 +56,7 @@ def push(hub: HubServer, tmp_path: Path) -> Push:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_TOKEN": "hf_test",
         }
-        command = [sys.executable, "-m", "fusion_hf", "push", "--model", str(model), "--repo", repository, *options]
+        command = [sys.executable, "-m", "fusion_hf", "push", "--model", str(model), "--repo-id", repository, *options]
         environment = {name: value for name, value in (environment | variables).items() if value}
         return subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300
@@ -169,16 +169,16 @@ def test_the_hub_refuses(hub: HubServer, folder: Path, push: Push):
 
 @pytest.mark.slow
 def test_without_a_token(folder: Path, push: Push, hub: HubServer):
-    failed(push(folder, HF_TOKEN=""), "--repo needs a login", "hf auth login")
+    failed(push(folder, HF_TOKEN=""), "--repo-id needs a login", "hf auth login")
     assert hub.state.requests == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--repo", "a/b/c"), "--repo: "),
-        (("--repo", "me/nano", "--tag", "no spaces"), "--tag is 'no spaces'"),
-        (("--repo", "me/nano", "--model", "nowhere"), "nowhere is no folder"),
+        (("--repo-id", "a/b/c"), "--repo-id: "),
+        (("--repo-id", "me/nano", "--tag", "no spaces"), "--tag is 'no spaces'"),
+        (("--repo-id", "me/nano", "--model", "nowhere"), "nowhere is no folder"),
     ],
 )
 def test_wrong_arguments(run_here, nano: Path, options: tuple[str, ...], message: str):
@@ -373,7 +373,7 @@ def test_a_run_that_has_not_ended(folder: Path):
 def test_an_adapter_is_to_be_merged(folder: Path):
     (make_run(folder) / "adapter_config.json").write_text("{}")
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match=f"fusion-hf merge {re.escape(str(folder))}"):
+    with pytest.raises(InputError, match=f"fusion-hf merge --model {re.escape(str(folder))}"):
         check_files(folder)
 
 

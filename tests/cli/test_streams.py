@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Lin
 
 SECONDS = 120
 PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
-ESTIMATE = "synthesize synth.yaml --estimate"
+ESTIMATE = "synthesize synth.yaml --dry-run"
 FULL = "error: The standard output cannot be written: No space left on device.\n"
 CLOSED = "error: The standard output is closed; give a file, or /dev/null.\n"
 
@@ -103,7 +103,7 @@ def test_a_question_that_is_no_utf8(folder: Path, command: str, arguments: str):
         "fusion-hf plan synth.yaml $'\\xff=1'",
         "fusion-hf export --output new --model $'./\\xff'",
         "fusion-hf ask $'\\xff.png' what?",
-        "fusion-hf convert --checkpoint $'\\xff' --output new",
+        "fusion-hf convert --model $'\\xff' --output new",
         "fusion-hf synthesize synth.yaml $'output=\\xff/x' $'pool=\\xff'",
     ],
 )

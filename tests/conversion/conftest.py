@@ -13,7 +13,7 @@ def convert(tmp_path: Path) -> Callable[..., Path]:
     """Runs `fusion-hf convert` on `tmp_path/checkpoint` with the sizes beside it; returns the output."""
 
     def run(*extra: str, output: str = "output", status: int = 0) -> Path:
-        arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / output)]
+        arguments = ["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / output)]
         if "--vision-config" not in extra and (tmp_path / "vision_config.json").exists():
             arguments += ["--vision-config", str(tmp_path / "vision_config.json")]
         assert main([*arguments, *extra]) == status

@@ -34,7 +34,7 @@ def refuse(tmp_path, capsys):
 
     def run(*extra: str) -> str:
         before = sorted(tmp_path.iterdir())
-        arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]
+        arguments = ["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]
         if "--vision-config" not in extra:
             arguments += ["--vision-config", str(tmp_path / "vision_config.json")]
         assert main([*arguments, *extra]) == 2
@@ -117,7 +117,7 @@ def test_tensor_in_two_shards(tmp_path, refuse):
 
 def test_wrong_tower_by_name(tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoint")
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
+    assert main(["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "width 16" in error and "width 1152" in error  # what is there, and what the name stands for
@@ -127,7 +127,7 @@ def test_wrong_tower_by_name(tmp_path, capsys):
 
 def test_tower_without_a_name(tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoint", mm_vision_tower=7)
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
+    assert main(["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
     assert "mm_vision_tower is 7" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_tower_without_a_name(tmp_path, capsys):
 )
 def test_parts_that_are_not_converted(tmp_path, capsys, field, value, allowed):
     write_checkpoint(tmp_path / "checkpoint", **{field: value})
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
+    assert main(["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
     error = capsys.readouterr().err
     assert f"{field} is {value!r}" in error and allowed in error
 
@@ -152,7 +152,7 @@ def test_zero_checkpoint(tmp_path, refuse, capsys):
     write_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "global_step120").mkdir()
     sizes = str(tmp_path / "vision_config.json")
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--vision-config", sizes, "--dry-run"]) == 0
+    assert main(["--model", str(tmp_path / "checkpoint"), "--vision-config", sizes, "--dry-run"]) == 0
     capsys.readouterr()
     (tmp_path / "checkpoint" / "model.safetensors").unlink()
     error = refuse()
@@ -318,13 +318,13 @@ def test_output_that_exists(tmp_path, refuse):
 
 def test_command_line_mistakes(tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoint")
-    checkpoint = ["--checkpoint", str(tmp_path / "checkpoint")]
+    checkpoint = ["--model", str(tmp_path / "checkpoint")]
     for arguments, named in (
-        ([], "--checkpoint"),
+        ([], "--model"),
         (checkpoint, "--output"),
         ([*checkpoint, "--output", "x", "--dtype", "int4"], "int4"),
-        (["--checkpoint", str(tmp_path / "nowhere"), "--output", "x"], "nowhere"),
-        ([*checkpoint, "--output", str(tmp_path / "x"), "--push-to-hub", "a/b/c"], "a/b/c"),
+        (["--model", str(tmp_path / "nowhere"), "--output", "x"], "nowhere"),
+        ([*checkpoint, "--output", str(tmp_path / "x"), "--repo-id", "a/b/c"], "a/b/c"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
@@ -334,7 +334,7 @@ def test_command_line_mistakes(tmp_path, capsys):
 def test_debug_shows_where(tmp_path):
     with pytest.raises(Exception, match="does not exist"):
         (tmp_path / "checkpoint").mkdir()
-        main(["--checkpoint", str(tmp_path / "checkpoint"), "--dry-run", "--debug"])
+        main(["--model", str(tmp_path / "checkpoint"), "--dry-run", "--debug"])
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
@@ -350,7 +350,7 @@ def wait(*args):
     (convert.Path({str(tmp_path)!r}) / "ready").touch()
     time.sleep(600)
 convert.write_files = wait
-arguments = ["--checkpoint", {str(tmp_path / "checkpoint")!r}, "--output", {str(tmp_path / "output")!r}]
+arguments = ["--model", {str(tmp_path / "checkpoint")!r}, "--output", {str(tmp_path / "output")!r}]
 raise SystemExit(main([*arguments, "--vision-config", {str(tmp_path / "vision_config.json")!r}]))
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}"}

@@ -227,6 +227,6 @@ def test_scripts(tmp_path):
 
     write_checkpoint(tmp_path / "CHECKPOINT", vocab_size=32_013)
     write_phi3_tokenizer(tmp_path / "TOKENIZER")
-    arguments = "--checkpoint CHECKPOINT --vision-config vision_config.json --tokenizer TOKENIZER --output CONVERTED"
+    arguments = "--model CHECKPOINT --vision-config vision_config.json --tokenizer TOKENIZER --output CONVERTED"
     run("convert_fusion_weights_to_hf.py", arguments)
     assert (tmp_path / "CONVERTED" / "chat_template.jinja").is_file()

@@ -71,7 +71,7 @@ def test_full_size(tmp_path, capsys, name):
     config = upstream_config(kind, mm_vision_tower=tower_name, **sizes)
     num_bytes = write_sparse(tmp_path / "checkpoint", config, tower)
     assert num_bytes > 8 * 10**9
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--dry-run"]) == 0
+    assert main(["--model", str(tmp_path / "checkpoint"), "--dry-run"]) == 0
     dropped = 2 * tower["hidden_size"]
     assert f"{num_bytes // 2 - dropped:,} parameters in bfloat16, 2 dropped" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -80,7 +80,7 @@ def test_full_size(tmp_path, capsys, name):
 def test_full_size_with_the_other_tower(tmp_path, capsys):
     config = upstream_config("phi", mm_vision_tower="google/siglip2-giant-opt-patch16-384", **PHI)
     write_sparse(tmp_path / "checkpoint", config, SO400M)
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--dry-run"]) == 2
+    assert main(["--model", str(tmp_path / "checkpoint"), "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert "width 1152, MLP 4304, 26 kept layers, patches of 14, 729 positions" in error
     assert "width 1536, MLP 6144, 39 kept layers, patches of 16, 576 positions" in error
@@ -90,7 +90,7 @@ def test_full_size_with_one_wrong_tensor(tmp_path, capsys):
     config = upstream_config("phi", **PHI)
     write_sparse(tmp_path / "checkpoint", config | {"intermediate_size": 8190}, SO400M)
     write_json(tmp_path / "checkpoint" / "config.json", config)
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--dry-run"]) == 2
+    assert main(["--model", str(tmp_path / "checkpoint"), "--dry-run"]) == 2
     assert (
         "model.layers.31.mlp.gate_up_proj.weight has [16380, 3072] instead of [16384, 3072]" in capsys.readouterr().err
     )
@@ -99,7 +99,7 @@ def test_full_size_with_one_wrong_tensor(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_writes_nothing(tmp_path, capsys, suffix):
     write_checkpoint(tmp_path / "checkpoint", num_shards=2, suffix=suffix)
-    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--vision-config", str(tmp_path / "vision_config.json")]
+    arguments = ["--model", str(tmp_path / "checkpoint"), "--vision-config", str(tmp_path / "vision_config.json")]
     assert main([*arguments, "--output", str(tmp_path / "output"), "--dry-run"]) == 0
     assert "Nothing was written" in capsys.readouterr().out
     assert not (tmp_path / "output").exists()

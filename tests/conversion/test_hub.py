@@ -71,10 +71,10 @@ def publish(hub: HubServer, folder: Path, name: str) -> None:
 
 def test_push(tmp_path, hub, run):
     write_checkpoint(tmp_path / "checkpoint", num_shards=2)
-    arguments = ["--checkpoint", "checkpoint", "--vision-config", "vision_config.json", "--tokenizer", "none"]
+    arguments = ["--model", "checkpoint", "--vision-config", "vision_config.json", "--tokenizer", "none"]
     pushed, refused = run(
-        [*arguments, "--output", "output", "--push-to-hub", "somebody/fusion", "--private"],
-        [*arguments, "--output", "kept", "--push-to-hub", REFUSED],
+        [*arguments, "--output", "output", "--repo-id", "somebody/fusion", "--private"],
+        [*arguments, "--output", "kept", "--repo-id", REFUSED],
     )
     assert pushed.status == 0 and COMMIT in pushed.out, pushed.error
 
@@ -106,9 +106,9 @@ def test_checkpoints_from_the_hub(tmp_path, hub, run):
     del hub.state.repositories["authors/broken"]["model-00002-of-00003.safetensors"]
     sizes = ["--vision-config", "vision_config.json"]
     headers, broken, unknown = run(
-        ["--checkpoint", "authors/headers", *sizes, "--dry-run"],
-        ["--checkpoint", "authors/broken", *sizes, "--dry-run"],
-        ["--checkpoint", "authors/nothing", *sizes, "--dry-run"],
+        ["--model", "authors/headers", *sizes, "--dry-run"],
+        ["--model", "authors/broken", *sizes, "--dry-run"],
+        ["--model", "authors/nothing", *sizes, "--dry-run"],
     )
     assert headers.status == 0 and "The checkpoint fits" in headers.out, headers.error
     sent = sum(size for path, size in hub.state.downloads.items() if path.endswith(".safetensors"))
@@ -117,7 +117,7 @@ def test_checkpoints_from_the_hub(tmp_path, hub, run):
         assert result.status == 2 and named in result.error
         assert result.error.startswith("error: ") and len(result.error.splitlines()) == 1
 
-    (converted,) = run(["--checkpoint", "authors/FUSION-Stage1.5", *sizes, "--output", "output"])
+    (converted,) = run(["--model", "authors/FUSION-Stage1.5", *sizes, "--output", "output"])
     assert converted.status == 0, converted.error
     card = (tmp_path / "output" / "README.md").read_text()
     assert f"`authors/FUSION-Stage1.5`, revision `{COMMIT}`" in card

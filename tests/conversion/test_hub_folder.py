@@ -167,7 +167,7 @@ def test_whose_weights_the_name_tells(source, expected):
 def test_stage_in_the_source_name(tmp_path, convert):
     write_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "checkpoint").rename(tmp_path / "FUSION-Phi3.5-3B-Stage1.5")
-    output = convert("--checkpoint", str(tmp_path / "FUSION-Phi3.5-3B-Stage1.5"))
+    output = convert("--model", str(tmp_path / "FUSION-Phi3.5-3B-Stage1.5"))
     assert "FUSION-Phi3.5-3B-Stage1.5" in (output / "README.md").read_text()
 
 

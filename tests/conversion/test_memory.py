@@ -59,7 +59,7 @@ def test_peak_memory(tmp_path, suffix, dtype):
     largest = max(sizes)
     assert largest > 40 * MEGABYTE and sum(sizes) > 5 * largest
 
-    arguments = ["--checkpoint", "checkpoint", "--vision-config", "vision_config.json", "--output", "output"]
+    arguments = ["--model", "checkpoint", "--vision-config", "vision_config.json", "--output", "output"]
     arguments += ["--dtype", dtype] if dtype else []
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", MEASURE, *arguments], cwd=tmp_path, env=environment, check=True)

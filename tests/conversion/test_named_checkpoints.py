@@ -105,7 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_equal_to_a_converted_folder(tmp_path, assets, checkpoint):
     """To the bit: every file, weights, pixels, ids and logits; and nothing of the folder's code is run."""
     expected = tmp_path / "expected"
-    assert run_convert(["--checkpoint", str(checkpoint), "--output", str(expected)]) == 0
+    assert run_convert(["--model", str(checkpoint), "--output", str(expected)]) == 0
     theirs = {"trust_remote_code": True, "dtype": torch.bfloat16, "device_map": "cpu", "image_token_grid": 3}
     loaded = {}
     for name in (str(checkpoint), str(expected)):
@@ -273,7 +273,7 @@ def test_a_tower_that_the_checkpoint_names(tmp_path, capsys):
     """Its folder gives the sizes; another kind of tower is refused by name."""
     checkpoint = write_named_checkpoint(tmp_path / "FUSION-tiny")
     tower = tmp_path / "siglip-tower" / "config.json"
-    command = ["--checkpoint", str(checkpoint), "--dry-run"]
+    command = ["--model", str(checkpoint), "--dry-run"]
     assert run_convert(command) == 0
     capsys.readouterr()
     for content, parts in (

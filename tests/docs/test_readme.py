@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generated_pages
 import pytest
-from tests.docs.markdown import fenced_blocks
+from tests.docs.markdown import ROOT, fenced_blocks
 from tests.helpers.forked import run_forked
 
-from fusion_hf.cli import build, convert, make_parser
+from fusion_hf.cli import make_parser
 
 SECONDS = 600
 MARKER = "# needs "  # a line that has it is parsed instead of run
@@ -57,16 +58,8 @@ def test_bash_line(bash_line: str, workspace: Path, root: Path):
 
 def parse(words: list[str]) -> None:
     """Let the command's own parser read its arguments."""
-    parsers = {
-        ("fusion-hf", "convert"): convert.make_parser,
-        ("python", "conversion/build_from_backbones.py"): build.make_parser,
-    }
-    first = (words[0], words[1])
-    if first in parsers:
-        parsers[first]().parse_args(words[2:])
-    else:
-        assert words[0] == "fusion-hf"
-        make_parser().parse_args(words[1:])
+    assert words[0] == "fusion-hf"
+    make_parser().parse_args(words[1:])
 
 
 def test_expectations_are_found(root: Path):
@@ -77,11 +70,20 @@ def test_expectations_are_found(root: Path):
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md")))]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/benchmarks").glob("*.md")])
+DOCUMENTS = ["README.md", *(path.relative_to(ROOT).as_posix() for path in PAGES)]
+GENERATED = ROOT / "docs" / generated_pages.FOLDER  # written when the site is built
 
 
-def anchors(document: Path) -> set[str]:
-    titles = HEADING.findall(document.read_text(encoding="utf-8"))
+def read(document: Path) -> str | None:
+    """The text of a page, also of one that is made from the code; None of what does not exist."""
+    if document.parent == GENERATED:
+        return generated_pages.make_pages().get(document.name)
+    return document.read_text(encoding="utf-8") if document.is_file() else None
+
+
+def anchors(text: str) -> set[str]:
+    titles = HEADING.findall(text)
     return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
 
 
@@ -92,6 +94,7 @@ def test_links_lead_somewhere(document: str, root: Path):
     for target in targets:
         if not target.startswith("https://"):
             name, _, anchor = target.partition("#")
-            led_to = (root / document).parent / name if name else root / document
-            assert led_to.exists(), target
-            assert not anchor or anchor in anchors(led_to), target
+            led_to = ((root / document).parent / name).resolve() if name else root / document
+            exists = led_to.exists() if led_to.parent != GENERATED else read(led_to) is not None
+            assert exists, target
+            assert not anchor or anchor in anchors(read(led_to) or ""), target

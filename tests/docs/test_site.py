@@ -2,23 +2,41 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import docstrings
 import generated_pages
-from tests.docs.markdown import ROOT
+import generated_reference
+from tests.docs.conftest import DOCUMENTS
+from tests.docs.markdown import ROOT, fenced_blocks
 
+from fusion_hf import FusionConfig
 from fusion_hf.cli import COMMANDS, make_parser
+from fusion_hf.evaluation.benchmarks import BENCHMARKS, VARIANTS
+from fusion_hf.serving.fields import REQUEST
+from fusion_hf.serving.limits import Limits
+from fusion_hf.synthesis.run_config import EndpointSettings, ImageSettings, SynthesisConfig
 from fusion_hf.training.recipe_keys import OwnArguments
 
 DOCS = ROOT / "docs"
+# pages that have tests of their own
+TESTED_BY_THEIR_OWN = ("interchange", "serving", "synthesis", "trl", "tutorial_own_images")
 CONTENTS = re.compile(r"^```{toctree}$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_every_page_is_in_the_contents():
     listed = set("\n".join(CONTENTS.findall((DOCS / "index.md").read_text("utf-8"))).splitlines())
-    pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    paths = [path.relative_to(DOCS).with_suffix("") for path in (*DOCS.glob("*.md"), *DOCS.glob("benchmarks/*.md"))]
+    pages = {path.as_posix() for path in paths} - {"index"}
     assert pages - listed == set()
-    assert {f"generated/{path}" for path in ("cli", "recipe_keys")} <= listed
+    assert {f"generated/{Path(name).stem}" for name in ("cli.md", *generated_reference.PAGES)} <= listed
+
+
+def test_the_python_of_every_page_is_executed():
+    pages = {f"docs/{path.name}" for path in DOCS.glob("*.md")}
+    with_snippets = {page for page in pages if fenced_blocks(page, "python")}
+    assert "docs/generation.md" in with_snippets
+    assert with_snippets - set(DOCUMENTS) - {f"docs/{name}.md" for name in TESTED_BY_THEIR_OWN} == set()
 
 
 def test_page_of_the_command_line():
@@ -32,9 +50,40 @@ def test_page_of_the_command_line():
 
 
 def test_page_of_the_recipe_keys():
-    page = generated_pages.recipe_page()
-    assert [key.name for key in fields(OwnArguments) if f"| `{key.name}` |" not in page] == []
-    assert "| `on_broken` | `error` |" in page
+    page = generated_reference.recipe_page()
+    assert [key.name for key in fields(OwnArguments) if page.count(f"| `{key.name}` |") != 1] == []
+    assert "| `on_broken` | text | `error` | `error` ends the run at a broken record." in page
+
+
+def test_page_of_the_configuration():
+    page = generated_reference.config_page()
+    declared = [each.name for each in fields(FusionConfig) if each.name in FusionConfig.__annotations__]
+    undescribed = [name for name in declared if page.count(f"| `{name}` |") != 1]
+    assert undescribed == ["tie_word_embeddings"]  # which every model of transformers has
+    assert "| `query_lens` | `list[int]` | `[4, 16, 36, 64, 144]` |" in page
+
+
+def test_page_of_the_server():
+    page = generated_reference.server_page()
+    accepted = {*REQUEST.known, *REQUEST.neutral, *REQUEST.ignored}
+    assert [name for name in accepted if f"`{name}`" not in page] == []
+    assert "`top_k` | `-1`, `0` |" in page
+    assert f"| `--max-body-bytes` | {Limits().body_bytes} |" in page
+    options = make_parser().commands.choices["serve"]._option_string_actions
+    assert [limit.name for limit in fields(Limits) if generated_reference.option_of(limit.name) not in options] == []
+
+
+def test_page_of_the_benchmarks():
+    page = generated_reference.benchmarks_page()
+    assert [name for name in (*BENCHMARKS, *VARIANTS) if page.count(f"| `{name}` |") != 1] == []
+    assert "| `mmbench_en_test` | `mmbench_en/test-*.parquet` |" in page
+
+
+def test_page_of_the_synthesis_keys():
+    page = generated_reference.synthesis_page()
+    for section in (SynthesisConfig, EndpointSettings, ImageSettings):
+        assert [key.name for key in fields(section) if f"| `{key.name}` |" not in page] == []
+    assert "| `server` | `endpoint`, `vllm`, `sglang` | `endpoint` |" in page
 
 
 def test_docstrings_become_restructured_text():

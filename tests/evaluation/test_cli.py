@@ -35,7 +35,7 @@ def test_wrong_arguments(arguments, message, capsys):
     [
         (["--dtype", "bfloat16"], "--dtype is bfloat16; not allowed with --url: the server has chosen it."),
         (["--device", "cpu"], "--device is cpu; not allowed with --url: the server has chosen it."),
-        (["--batch-size", "8"], "--batch-size is 8; not allowed with --url: --parallel says"),
+        (["--batch-size", "8"], "--batch-size is 8; not allowed with --url: --concurrency says"),
     ],
 )
 def test_what_a_server_decides(arguments, message, capsys):
@@ -43,7 +43,7 @@ def test_what_a_server_decides(arguments, message, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("option", ["--api-key-env", "--parallel"])
+@pytest.mark.parametrize("option", ["--api-key-env", "--concurrency"])
 def test_options_of_a_server_need_one(option, capsys):
     assert main(["evaluate", "--tasks", "easy_vqa", option, "7"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {option} is 7; allowed only with --url")
@@ -51,5 +51,5 @@ def test_options_of_a_server_need_one(option, capsys):
 
 def test_data_is_checked_without_lmms_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    assert main(["evaluate", "--tasks", "easy_vqa", "--check-data"]) == 0
+    assert main(["evaluate", "--tasks", "easy_vqa", "--dry-run"]) == 0
     assert capsys.readouterr().out == "easy_vqa: all there\n"

@@ -39,7 +39,7 @@ def server() -> Iterator[Server]:
 
 @pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
 def test_a_server_is_as_a_model_in_the_process(local: Path, server: Server, tmp_path: Path, launcher: list[str]):
-    options = ["--url", f"{server.url}/v1", "--api-key-env", VARIABLE, "--parallel", 3]
+    options = ["--url", f"{server.url}/v1", "--api-key-env", VARIABLE, "--concurrency", 3]
     record = finish(tmp_path, *options, launcher=launcher, **{VARIABLE: KEY})
     here = record_of(local)
     assert figures(record) == figures(here)
@@ -55,7 +55,7 @@ def test_a_server_is_as_a_model_in_the_process(local: Path, server: Server, tmp_
 def test_a_server_that_dies_and_comes_back(local: Path, tmp_path: Path):
     output = tmp_path / "output"
     with start_server(errors=tmp_path / "errors") as (process, server):
-        run = start(output, "--url", server.url, "--parallel", 2)
+        run = start(output, "--url", server.url, "--concurrency", 2)
         deadline = time.monotonic() + SECONDS
         while not (output / "answers").is_dir() or len(entries(output)) < 10:
             assert run.poll() is None and time.monotonic() < deadline

@@ -90,7 +90,7 @@ def test_a_try_of_what_is_submitted_is_refused(name: str, capsys):
 
 
 def test_all_are_not_submitted(capsys):
-    assert main(["evaluate", "--tasks", "all", "--check-data"]) == 0
+    assert main(["evaluate", "--tasks", "all", "--dry-run"]) == 0
     assert not {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()} & set(FORMATS)
-    assert main(["evaluate", "--tasks", "docvqa_test", "--check-data"]) == 0
+    assert main(["evaluate", "--tasks", "docvqa_test", "--dry-run"]) == 0
     assert capsys.readouterr().out == "docvqa_test: all there\n"

@@ -32,13 +32,12 @@ sys.meta_path.insert(0, Heavy())
 DRIVER = """
 import contextlib, io, json, sys
 from fusion_hf.cli import main
-from fusion_hf.cli.build import main as build
 results = []
 for name, *arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = build(arguments) if name == "build" else main([name, *arguments])
+            status = main([name, *arguments])
         except SystemExit as exit:
             status = exit.code
     results.append([status, out.getvalue(), err.getvalue()])
@@ -69,7 +68,7 @@ def light_environment(folder: Path, **variables: str) -> dict[str, str]:
 
 
 def run_light(folder: Path, commands: Sequence[Sequence[object]], **variables: str) -> list[Result]:
-    """What command lines give, in `folder`; `build` stands for `build_from_backbones.py`."""
+    """What command lines give, in `folder`."""
     lines = json.dumps([[str(word) for word in command] for command in commands])
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, lines],

@@ -155,7 +155,7 @@ def test_a_sliding_window_shorter_than_the_prompt(tmp_path: Path):
 @pytest.mark.parametrize("name", ["llama-siglip2", "phi3-siglip"])
 def test_the_authors_tokens(name: str, tmp_path: Path):
     source = FIXTURES / name
-    arguments = ["--checkpoint", str(source / "checkpoint"), "--vision-config", str(source / "vision_config.json")]
+    arguments = ["--model", str(source / "checkpoint"), "--vision-config", str(source / "vision_config.json")]
     assert convert([*arguments, "--tokenizer", "none", "--output", str(tmp_path / "converted")]) == 0
     recording = Recording(name, tmp_path / "converted")
     model = recording.model("uniform")

@@ -77,7 +77,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recording:
     folder = FIXTURES / request.param
     output = tmp_path_factory.mktemp(request.param) / "converted"
-    arguments = ["--checkpoint", str(folder / "checkpoint"), "--output", str(output), "--tokenizer", "none"]
+    arguments = ["--model", str(folder / "checkpoint"), "--output", str(output), "--tokenizer", "none"]
     arguments += ["--vision-config", str(folder / "vision_config.json")]
     if request.param in GRIDS:
         arguments += ["--image-token-grid", str(GRIDS[request.param])]

@@ -400,7 +400,7 @@ def test_no_thread_stays_behind(seconds: float) -> None:
 @pytest.mark.slow
 def test_the_stated_time() -> None:
     """In a process of its own, as it is installed: the time that the guide states."""
-    guide = Path(__file__).parents[2].joinpath("docs", "inference.md").read_text(encoding="utf-8")
+    guide = Path(__file__).parents[2].joinpath("docs", "images.md").read_text(encoding="utf-8")
     assert f"within {MAX_DOWNLOAD_SECONDS:g} seconds" in guide
     script = "import sys; from fusion_hf import FusionImageProcessor; FusionImageProcessor()(sys.argv[1])"
     begins: list[float] = []

@@ -51,7 +51,7 @@ def test_layers_take_less_memory(model: FusionForConditionalGeneration, method: 
 
 def test_the_documented_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (snippet,) = (block for block in fenced_blocks("docs/inference.md", "py") if "torchao" in block)
+    (snippet,) = (block for block in fenced_blocks("docs/quantization.md", "py") if "torchao" in block)
     exec(snippet, {})
     assert (tmp_path / "fusion-nano-int8" / "model.safetensors").is_file()
 

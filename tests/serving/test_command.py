@@ -28,7 +28,7 @@ sys.exit(main(["serve"]))
     [
         (["--port", "70000"], "0 to 65535"),
         (["--port", "x"], "whole number"),
-        (["--parallel", "0"], "whole number from 1"),
+        (["--concurrency", "0"], "whole number from 1"),
         (["--queue-length", "-1"], "whole number"),
         (["--max-image-bytes", "1e6"], "whole number"),
     ],
@@ -81,7 +81,7 @@ def test_missing_extra():
 def test_signals_end_answers(endless_model: Path, tmp_path: Path, number: signal.Signals, status: int):
     """A server that is told to end does not wait for long answers, and has no traceback for it. It speaks IPv6."""
     with start_server(
-        "--model", endless_model, "--host", "::1", "--parallel", PARALLEL, errors=tmp_path / "errors"
+        "--model", endless_model, "--host", "::1", "--concurrency", PARALLEL, errors=tmp_path / "errors"
     ) as (process, server):
         assert server.url.startswith("http://[::1]:")
         client = server.client()

@@ -25,7 +25,7 @@ STATUS = b"HTTP/1.1 "
 def small() -> Iterator[Server]:
     """One answer at a time, one request may wait; two and a half bodies may be on their way."""
     sizes = ("--max-body-bytes", BODY_BYTES, "--max-upload-bytes", BODY_BYTES * 5 // 2)
-    with run_server("--parallel", 1, "--queue-length", 1, *sizes) as running:
+    with run_server("--concurrency", 1, "--queue-length", 1, *sizes) as running:
         yield running
 
 

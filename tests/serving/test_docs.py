@@ -1,17 +1,13 @@
-"""docs/serving.md: its examples work, and its table has all options with their defaults."""
+"""The examples of docs/serving.md work."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
 import urllib.request
 
-import pytest
 from tests.docs.markdown import ROOT, fenced_blocks
 from tests.helpers.serving import SECONDS, Server
-
-from fusion_hf.cli import make_parser
 
 DOCUMENT = "docs/serving.md"
 ADDRESS = "http://127.0.0.1:8000"
@@ -40,24 +36,3 @@ def test_curl_example(server: Server):
     request = urllib.request.Request(url.replace(ADDRESS, server.url), body.encode(), headers)
     with urllib.request.urlopen(request) as reply:
         assert json.load(reply)["choices"][0]["message"]["content"]
-
-
-def test_commands():
-    commands = bash_lines("fusion-hf")
-    assert len(commands) == 4
-    for words in commands:
-        make_parser().parse_args(words[1:])
-
-
-def test_options(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        make_parser().parse_args(["serve", "--help"])
-    printed = capsys.readouterr().out
-    options = set(re.findall(r"--[a-z-]+", printed)) - {"--help"}
-    rows = re.findall(r"^\| `(--[a-z-]+)` \| (.*?) \|", (ROOT / DOCUMENT).read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name for name, _ in rows} == options
-    defaults = vars(make_parser().parse_args(["serve"]))
-    for name, default in rows:
-        value = defaults[name.removeprefix("--").replace("-", "_")]
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
-            assert default == str(value), name

@@ -63,7 +63,7 @@ def costly() -> str:
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Server]:
     """One answer at a time, and one decoder's second for an image."""
-    with run_server("--parallel", 1, "--queue-length", 1, "--max-image-seconds", 1, *COSTLY) as running:
+    with run_server("--concurrency", 1, "--queue-length", 1, "--max-image-seconds", 1, *COSTLY) as running:
         ask(running.client(), user(QUESTION, red_circle()))
         yield running
 

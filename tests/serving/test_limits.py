@@ -23,7 +23,7 @@ DRAWN = {"temperature": 2.0, "seed": 1}  # so that there is text all the time
 @pytest.fixture(scope="module")
 def narrow(endless_model: Path) -> Iterator[Server]:
     """One answer at a time, and nobody may wait."""
-    arguments = ("--parallel", 1, "--queue-length", 0, "--max-seconds", 60, "--max-image-bytes", 1000)
+    arguments = ("--concurrency", 1, "--queue-length", 0, "--max-seconds", 60, "--max-image-bytes", 1000)
     with run_server("--model", endless_model, *arguments) as running:
         yield running
 
@@ -95,7 +95,7 @@ def test_image_bytes_option(narrow: Server):
 @pytest.mark.slow
 def test_long_answers_keep_nobody_waiting(endless_model: Path):
     """A short answer comes while long ones, begun before, are still made; who waits longest is next."""
-    with run_server("--model", endless_model, "--parallel", 2) as server, ThreadPoolExecutor(4) as pool:
+    with run_server("--model", endless_model, "--concurrency", 2) as server, ThreadPoolExecutor(4) as pool:
         client = server.client()
         long = pool.submit(ask, client, user("tell me"), max_tokens=LONG)
         server.wait_for(running=1)
@@ -116,7 +116,7 @@ def test_long_answers_keep_nobody_waiting(endless_model: Path):
 
 @pytest.mark.slow
 def test_waiting_clients_that_leave(endless_model: Path):
-    with run_server("--model", endless_model, "--parallel", 1) as server, ThreadPoolExecutor(1) as pool:
+    with run_server("--model", endless_model, "--concurrency", 1) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, server.client(), user("tell me"), max_tokens=LONG)
         server.wait_for(running=1)
         with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
@@ -132,7 +132,7 @@ def test_time_limit(endless_model: Path, narrow: Server):
     """An answer ends with what there is; a request whose turn does not come is told so."""
     # answers that decode together are not made in half the time of one alone
     limit = max(1, int(seconds_of(narrow, LONGEST) / 2))
-    with run_server("--model", endless_model, "--parallel", SHARING, "--max-seconds", limit) as server:
+    with run_server("--model", endless_model, "--concurrency", SHARING, "--max-seconds", limit) as server:
         client = server.client()
         with ThreadPoolExecutor(SHARING + 1) as pool:
             begin = time.monotonic()

@@ -38,7 +38,7 @@ def test_the_estimate_needs_no_endpoint_and_writes_nothing(server: Scripted, mak
     config = make_config(
         server, records=1000, categories={"SynthCount": 1, "SynthContrastShort": 1}, **prices, **rates
     )
-    status, out, _ = command(capsys, config, "--estimate")
+    status, out, _ = command(capsys, config, "--dry-run")
     assert status == 0 and not server.requests and not (tmp_path / "run").exists()
     assert "records: 1,000 (SynthContrastShort 500, SynthCount 500)" in out
     assert "requests: 2,000" in out and "images: 1,500" in out

@@ -50,7 +50,7 @@ def converted(tmp_path: Path) -> Path:
     rows = json.loads((RECORDED / "checkpoint" / "config.json").read_text())["vocab_size"]
     write_small_tokenizer(tmp_path / "tokenizer", rows - 2)  # the two marks come behind it
     arguments = [
-        *("--checkpoint", str(RECORDED / "checkpoint"), "--vision-config", str(RECORDED / "vision_config.json")),
+        *("--model", str(RECORDED / "checkpoint"), "--vision-config", str(RECORDED / "vision_config.json")),
         *("--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "converted")),
     ]
     assert convert(arguments) == 0

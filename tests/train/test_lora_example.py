@@ -1,4 +1,4 @@
-"""The commands of docs/training.md, "LoRA in five minutes", do what the text says."""
+"""The commands of docs/lora.md, "LoRA in five minutes", do what the text says."""
 
 import json
 import os
@@ -40,8 +40,8 @@ def test_smaller_is_clearly_smaller() -> None:
 
 @pytest.mark.slow
 def test_lora_in_five_minutes(tmp_path: Path) -> None:
-    section = SECTION.search((ROOT / "docs" / "training.md").read_text())
-    assert section is not None, "docs/training.md has no section 'LoRA in five minutes'"
+    section = SECTION.search((ROOT / "docs" / "lora.md").read_text())
+    assert section is not None, "docs/lora.md has no section 'LoRA in five minutes'"
     commands = [line for block in BLOCK.findall(section[1]) for line in block.splitlines()]
     assert len(commands) == 4
     for name in ("configs", "src"):

@@ -48,7 +48,7 @@ def test_the_result_is_what_the_benchmark_gives(benchmark: ModuleType, result: d
 
 
 def test_the_document_has_the_figures(result: dict[str, Any]):
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "benchmarks" / "packing.md").read_text(encoding="utf-8")
     for layout in dict.fromkeys(row["layout"] for row in result["found"]):
         cells = []
         for order in ("none", "modality_length", "length"):

@@ -47,7 +47,7 @@ def test_it_trains_and_is_merged(key: str, more: dict[str, bool], tmp_path: Path
     exact = logits(loaded, model_folder)
     assert not torch.equal(exact, logits(base, model_folder))
     merged = tmp_path / "merged"
-    assert main(["merge", str(run.output), "--output", str(merged)]) == 0
+    assert main(["merge", "--model", str(run.output), "--output", str(merged)]) == 0
     torch.testing.assert_close(logits(load_base(merged), merged), exact, rtol=1e-5, atol=1e-5)
 
 

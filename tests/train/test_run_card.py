@@ -58,9 +58,9 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert "trained further from `fusion-nano`" in card.text
     assert "`records.json`: 1,234 records, 10 optimizer steps; 2 broken records were left out." in card.text
     assert "| 0 | 2.5 | 0.125 |" in card.text and "| 10 | 0.5 | 0.975 |" in card.text
-    assert "40 questions" in card.text and "that of step 10" in card.text and "1.235" in card.text
+    assert "40 questions" in card.text and "model of step 10" in card.text and "1.235" in card.text
     assert "learning_rate: 1.0e-05" in card.text
-    for part in ("## Use", "## Limits", "## Licence", "arxiv.org/abs/2504.09925"):
+    for part in ("## Use", "## Limits", "## License", "arxiv.org/abs/2504.09925"):
         assert part in card.text
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_says_how_it_becomes_a_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", nano_path(), lora_rank=8)
     write_run_card(run, run, nano_path(), "run", is_adapter=True)
     card = ModelCard.load(run / "README.md")
-    assert "fusion-hf merge path/to/run --output run-merged --base" in card.text and "lora" in card.data.tags
+    assert "fusion-hf merge --model path/to/run --output run-merged --base" in card.text and "lora" in card.data.tags
     assert "from_pretrained" not in card.text
 
 

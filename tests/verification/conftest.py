@@ -42,7 +42,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     tokenizer = load_tokenizer(write_phi3_tokenizer(root / "tokenizer"), "phi3", MAX_LENGTH)
     tokenizer.add_tokens(["<vision_start>", "<vision_end>"], special_tokens=True)
     tokenizer.save_pretrained(checkpoint)
-    line = ["--checkpoint", str(checkpoint), "--output", str(output), "--vision-config", str(sizes)]
+    line = ["--model", str(checkpoint), "--output", str(output), "--vision-config", str(sizes)]
     assert convert(line) == 0
     return Converted(checkpoint, sizes, output)
 

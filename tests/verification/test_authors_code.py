@@ -30,10 +30,10 @@ def test_checkpoint_of_their_classes(kind: str, tower: str, tmp_path: Path, caps
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "folder"
     command = [os.environ[PYTHON], str(BUILDER), "--code", os.environ[CODE], "--kind", kind, "--tower", tower]
     subprocess.run([*command, "--output", str(checkpoint)], check=True, timeout=SECONDS, capture_output=True)
-    source = ["--checkpoint", str(checkpoint), "--vision-config", str(checkpoint / f"{tower}-tower")]
-    assert main(["convert", *source, "--output", str(folder)]) == 0
+    sizes = ["--vision-config", str(checkpoint / f"{tower}-tower")]
+    assert main(["convert", "--model", str(checkpoint), *sizes, "--output", str(folder)]) == 0
     authors = ["--authors-code", os.environ[CODE], "--authors-python", os.environ[PYTHON]]
-    assert main(["verify", str(folder), *source, *authors]) == 0
+    assert main(["verify", "--model", str(folder), "--checkpoint", str(checkpoint), *sizes, *authors]) == 0
     content = json.loads((folder / PARITY).read_text())
     assert content["equal"] and len(content["questions"]) == 4
     assert content["authors"]["versions"]["transformers"].startswith("4.")
@@ -45,5 +45,5 @@ def test_checkpoint_of_their_classes(kind: str, tower: str, tmp_path: Path, caps
     weights[name] = torch.t(weights[name]).contiguous()
     save_file(weights, altered / "model.safetensors", metadata={"format": "pt"})
     capsys.readouterr()
-    assert main(["verify", str(altered), *source, *authors]) == 1
+    assert main(["verify", "--model", str(altered), "--checkpoint", str(checkpoint), *sizes, *authors]) == 1
     assert "first at: features, samplers.3 (question 1)" in capsys.readouterr().out

@@ -142,7 +142,15 @@ def test_command(converted: Converted, copy: Path, tmp_path: Path, capsys: pytes
     image = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"image": str(image), "question": "what color is the shape?"}) + "\n")
-    line = ["verify", str(copy), "--checkpoint", str(converted.checkpoint), "--vision-config", str(converted.sizes)]
+    line = [
+        "verify",
+        "--model",
+        str(copy),
+        "--checkpoint",
+        str(converted.checkpoint),
+        "--vision-config",
+        str(converted.sizes),
+    ]
     line += ["--authors-code", str(STAND_IN), "--authors-python", sys.executable, "--input", str(questions)]
     assert main(line) == 0
     out = capsys.readouterr().out

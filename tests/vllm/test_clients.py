@@ -30,7 +30,7 @@ def server() -> Iterator[Server]:
 def test_benchmarks_answer_as_in_one_process(server: Server, tmp_path: Path):
     here, there = tmp_path / "here", tmp_path / "there"
     finish(here, "--batch-size", 16, "--dtype", "float32")
-    record = finish(there, "--url", f"{server.url}/v1", "--parallel", 8)
+    record = finish(there, "--url", f"{server.url}/v1", "--concurrency", 8)
     assert by_question(there) == by_question(here)
     assert len(by_question(there)) > LIMIT // 2
     assert figures(record) == figures(record_of(here))

@@ -58,7 +58,7 @@ def messages_of(case: Case) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module", params=["llama", "phi3"])
 def random_model(request, tmp_path_factory) -> Iterator[tuple[Reference, Server, str]]:
     folder = write_random_model(tmp_path_factory.mktemp("model"), request.param)
-    with run_server(*ENGINE, "--model", folder, "--name", "random", "--parallel", "5", **SETTINGS) as server:
+    with run_server(*ENGINE, "--model", folder, "--name", "random", "--concurrency", "5", **SETTINGS) as server:
         yield Reference(folder), server, "random"
 
 
@@ -202,13 +202,13 @@ def test_hostile_requests_are_refused_and_the_server_lives(server, client, image
 
 def test_limits_below_what_a_server_usually_has(tmp_path):
     """Of tokens in a request; vLLM would have more of them in a step than requests at a time."""
-    limits = ("--max-prompt-tokens", "90", "--max-new-tokens", "4", "--parallel", "200")
+    limits = ("--max-prompt-tokens", "90", "--max-new-tokens", "4", "--concurrency", "200")
     with run_server(*ENGINE, *limits, **SETTINGS) as server:
         assert ask(server.client(), user(QUESTION, red_circle()), max_tokens=4).choices[0].message.content == "red"
 
 
 def test_key_queue_and_settings_of_the_operator(tmp_path):
-    options = ("--api-key-env", "FUSION_KEY", "--parallel", "1", "--queue-length", "1", "--query-len", "4")
+    options = ("--api-key-env", "FUSION_KEY", "--concurrency", "1", "--queue-length", "1", "--query-len", "4")
     with run_server(*ENGINE, *options, FUSION_KEY=KEY, **SETTINGS) as server:
         with pytest.raises(openai.AuthenticationError):
             server.client().models.list()

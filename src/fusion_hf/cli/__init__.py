@@ -7,6 +7,7 @@ from typing import Any
 from fusion_hf import __version__
 from fusion_hf.cli import (
     ask,
+    build,
     cache,
     chat,
     compare,
@@ -47,6 +48,7 @@ COMMANDS: Mapping[str, Any] = {
     "synthesize": synthesize,
     "serve": serve,
     "convert": convert,
+    "build": build,
     "verify": verify,
     "cache": cache,
 }

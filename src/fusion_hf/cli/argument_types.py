@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fusion_hf.common.user_values import DTYPE_NAMES, is_square
 
 AUTO = "auto"
+DTYPES = (AUTO, *DTYPE_NAMES)
 DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)
 LARGEST_PORT = 2**16 - 1
 
@@ -54,12 +55,4 @@ def device(text: str) -> str:
     """Read the name of a device of torch; whether this machine has it, torch knows."""
     if not DEVICE.fullmatch(text):
         raise wrong_argument(text, "auto, cpu, cuda, cuda:1, mps")
-    return text
-
-
-def dtype(text: str) -> str:
-    """Read the name of a type of weights."""
-    names = (AUTO, *DTYPE_NAMES)
-    if text not in names:
-        raise wrong_argument(text, ", ".join(names))
     return text

@@ -1,24 +1,44 @@
-"""The command line of `build_from_backbones.py`: an untrained FUSION. Imports nothing heavy before it must."""
+"""`fusion-hf build`: an untrained FUSION of two backbones. Imports nothing heavy before it must."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion_hf.cli.convert import add_shared_arguments, run_command
+from fusion_hf.cli.convert import add_shared_arguments, print_result, run_command
 from fusion_hf.cli.model_options import make_options
 from fusion_hf.cli.parser import Parser
 from fusion_hf.conversion.inputs import DECODER_TYPES, NO_TOKENIZER, BuildOptions, find_build_inputs
 from fusion_hf.conversion.model_files import ConversionError, parse_query_lens
 
+DESCRIPTION = (
+    "Make an untrained FUSION from a language model and a SigLIP tower. The last layer, the final norm and the "
+    "pooling head of the tower are dropped; projectors and samplers are new."
+)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Tell the command line about `build`."""
+    parser = commands.add_parser(
+        "build", help="make an untrained model from a language model and a SigLIP tower", description=DESCRIPTION
+    )
+    add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build; returns the exit status."""
+    return print_result(arguments, _build)
+
 
 def make_parser() -> Parser:
-    """Make the command line of `build_from_backbones.py`."""
+    """Make the command line of `fusion-hf build`."""
+    parser = Parser(prog="fusion-hf build", description=DESCRIPTION)
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `build`."""
     defaults = BuildOptions("", "", Path())
-    parser = Parser(
-        prog="build_from_backbones.py",
-        description="Make an untrained FUSION from a language model and a SigLIP tower. The tower's last layer, its "
-        "final norm and its pooling head are dropped; projectors and samplers are new.",
-    )
     where = "DIR_OR_REPO"
     parser.add_argument("--text", required=True, metavar=where, help=f"language model: {', '.join(DECODER_TYPES)}")
     parser.add_argument("--vision", required=True, metavar=where, help="SigLIP model or SigLIP vision model")
@@ -38,7 +58,6 @@ def make_parser() -> Parser:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=getattr(defaults, name), help=f"{text}; default: %(default)s")
     add_shared_arguments(parser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

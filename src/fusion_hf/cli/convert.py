@@ -1,4 +1,4 @@
-"""`fusion-hf convert`, and what `build_from_backbones.py` shares with it. Imports nothing heavy before it must."""
+"""`fusion-hf convert`, and what `fusion-hf build` shares with it. Imports nothing heavy before it must."""
 
 import argparse
 import logging
@@ -38,7 +38,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPE_NAMES, help="type of the weights; default: as most of them are stored"
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result in one commit")
+    parser.add_argument(
+        "--repo-id", metavar="OWNER/NAME", help="upload the result to this repository of the Hub, in one commit"
+    )
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
     parser.add_argument(DEBUG, action="store_true", help="show where an error comes from")
 
@@ -76,7 +78,7 @@ def make_parser() -> Parser:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `convert`."""
     where = "DIR_OR_REPO"
-    parser.add_argument("--checkpoint", required=True, metavar=where, help="the authors' checkpoint")
+    parser.add_argument("--model", dest="checkpoint", required=True, metavar=where, help="the authors' checkpoint")
     parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder (needed unless --dry-run)")
     parser.add_argument(
         "--vision-config",

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import AUTO, device, dtype, positive
+from fusion_hf.cli.argument_types import AUTO, DTYPES, device, positive
 from fusion_hf.cli.model_options import find_model, make_options
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.endpoints import check_key
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fusion_hf.evaluation.run_record import RunRecord
 
 ALL = "all"
-BATCH_SIZE = 1
+BATCH_SIZE = 8
 PROMPTS = ("authors", "lmms-eval")
 OUTPUT = "evaluation"
 INSTALL = "pip install 'fusion_hf[eval,train]' && pip install --no-deps lmms-eval==0.7.3"
@@ -41,19 +41,24 @@ def add_parser(commands: Any) -> None:
         "--url", metavar="ADDRESS", help="ask a server of the OpenAI protocol instead; --model is then a name it has"
     )
     parser.add_argument("--api-key-env", metavar="NAME", help="with --url: environment variable with the server's key")
-    parser.add_argument("--parallel", type=positive, metavar="N", help="with --url: requests in flight; default: 4")
+    parser.add_argument(
+        "--concurrency",
+        dest="parallel",
+        type=positive,
+        metavar="N",
+        help="with --url: requests in flight; default: 4",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="local copies of the data, a folder for each benchmark")
     parser.add_argument("--prompts", choices=PROMPTS, default=PROMPTS[0], help="whose prompts; default: %(default)s")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first questions of each task: a try")
     parser.add_argument(
         "--batch-size",
         type=positive,
-        default=BATCH_SIZE,
         metavar="N",
-        help="answered together; default: %(default)s",
+        help=f"questions answered together; default: {BATCH_SIZE}",
     )
     parser.add_argument("--output", default=OUTPUT, metavar="DIR", help="of answers, records; default: %(default)s")
-    parser.add_argument("--check-data", action="store_true", help="only say what is missing of the data")
+    parser.add_argument("--dry-run", action="store_true", help="only say what is missing of the data")
     parser.add_argument(
         "--published", metavar="NAME", help="published row to compare with; default: the one whose sizes the model has"
     )
@@ -62,9 +67,7 @@ def add_parser(commands: Any) -> None:
         "--table", nargs="+", metavar="RECORD.json", help="only make one table of several runs of a model"
     )
     parser.add_argument("--device", type=device, default=AUTO, help="cpu, cuda, mps or auto; default: %(default)s")
-    parser.add_argument(
-        "--dtype", type=dtype, default=AUTO, help="float32, bfloat16, float16 or auto; default: %(default)s"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default=AUTO, help="type of the weights; default: %(default)s")
     parser.add_argument(
         "--debug", action="store_true", help="show where an error comes from, and the libraries' notes"
     )
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     data_root = None if arguments.data_root is None else Path(arguments.data_root)
     if data_root is not None and not data_root.is_dir():
         raise InputError(f"--data-root is {arguments.data_root}; allowed: a folder.")
-    if arguments.check_data:
+    if arguments.dry_run:
         return _check_data(names, data_root)
     if arguments.limit is not None:
         _check_limit(names)
@@ -100,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.evaluation.results_table import make_table
 
     given = {"tasks": names, "output": Path(arguments.output), "data_root": data_root, "command": sys.argv}
+    if arguments.batch_size is None:
+        given["batch_size"] = BATCH_SIZE
     options = make_options(runner.EvaluationOptions, argparse.Namespace(**vars(arguments) | given))
     record = runner.run(options)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -141,7 +146,7 @@ def _task_names(given: str | None) -> list[str]:
 def _check_place(arguments: argparse.Namespace) -> None:
     """Refuse an option of the other place where answers can be made, this process or a server."""
     if arguments.url is None:
-        for option, value in (("--api-key-env", arguments.api_key_env), ("--parallel", arguments.parallel)):
+        for option, value in (("--api-key-env", arguments.api_key_env), ("--concurrency", arguments.parallel)):
             if value is not None:
                 raise InputError(f"{option} is {value}; allowed only with --url: nobody else is asked.")
         return
@@ -151,8 +156,8 @@ def _check_place(arguments: argparse.Namespace) -> None:
         (
             "--batch-size",
             arguments.batch_size,
-            BATCH_SIZE,
-            "--parallel says how many questions are asked at once",
+            None,
+            "--concurrency says how many questions are asked at once",
         ),
     ):
         if value != default:

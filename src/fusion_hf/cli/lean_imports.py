@@ -4,7 +4,8 @@ Importing transformers, and loading a model, without what a process that asks on
 Beside what a model needs, transformers imports torch's compiler (`torch._dynamo`), distributed tensors, FSDP and, for
 losses of object detection, scipy. That is half of the time until a model is loaded, and has no switch. So a command
 that owns its process says that scipy, scikit-learn and torch's distributed package are absent, which transformers
-supports, and puts stand-ins into the place of the compiler. Asked for anything else than what is written here, a
+supports, and puts stand-ins into the place of the compiler. The list of models that transformers makes by reading all
+of its files is kept (`model_list`). Asked for anything else than what is written here, a
 stand-in makes room for the module itself. Answers are the same, bit for bit.
 """
 
@@ -15,9 +16,11 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from fusion_hf.cli.model_list import kept_model_list
+from fusion_hf.common.outputs import cache_folder
 
 COMPILER = "torch._dynamo"
 INDEXING = "torch._dynamo._trace_wrapped_higher_order_op"
@@ -42,15 +45,17 @@ def lean_imports(owns_process: bool) -> Iterator[None]:
     gc.disable()  # modules stay: looking for garbage among them is a tenth of the time
     try:
         import torch  # before its compiler has a stand-in
-        import transformers.utils
-        from transformers.utils import import_utils
 
-        for name in ABSENT:
-            for module in (import_utils, transformers.utils):
-                if hasattr(module, name):
-                    setattr(module, name, _is_absent)
-        with _stand_ins(), _models_listed_once(import_utils), _values_in_memory(torch):
-            yield
+        with kept_model_list(cache_folder() / "transformers"):
+            import transformers.utils
+            from transformers.utils import import_utils
+
+            for name in ABSENT:
+                for module in (import_utils, transformers.utils):
+                    if hasattr(module, name):
+                        setattr(module, name, _is_absent)
+            with _stand_ins(), _values_in_memory(torch):
+                yield
         gc.freeze()
     finally:
         gc.enable()
@@ -107,32 +112,6 @@ def _remove_stand_ins() -> None:
     for name in KNOWN:
         if isinstance(sys.modules.get(name), _StandIn):
             del sys.modules[name]
-
-
-@contextmanager
-def _models_listed_once(import_utils: Any) -> Iterator[None]:
-    """Let `transformers.models` take the list of all models' files that `transformers` has made by reading them."""
-    define = import_utils.define_import_structure
-    import_utils.define_import_structure = lambda *args, **kwargs: known_structure(define, *args, **kwargs)
-    try:
-        yield
-    finally:
-        import_utils.define_import_structure = define
-
-
-def known_structure(define: Callable[..., Any], path: str | Path, prefix: str | None = None) -> Any:
-    """What `define`, a cached function, gives; for the folder of all models, from what it has given before."""
-    path = Path(path)
-    if prefix is not None or path.name != "__init__.py" or path.parent.name != "models":
-        return define(path, prefix)
-    structure = define(path.parent, prefix="models")
-    return {
-        # transformers has added modules of its own
-        backends: {
-            name.removeprefix("models."): objects for name, objects in modules.items() if name.startswith("models.")
-        }
-        for backends, modules in structure.items()
-    }
 
 
 @contextmanager

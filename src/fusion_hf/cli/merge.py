@@ -19,13 +19,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="put a LoRA adapter into its base: a complete model folder",
         description="Add what a LoRA run trained to the model that it started from: a complete model folder.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the output_dir of a LoRA run")
+    parser.add_argument(
+        "--model", dest="adapter", required=True, metavar="ADAPTER_DIR", help="the output_dir of a LoRA run"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--base", metavar="DIR_OR_REPO", help="default: the model that the adapter names")
     parser.add_argument(
         "--dtype",
+        choices=DTYPE_NAMES,
         default=DTYPE_NAMES[0],
-        help=f"of the written weights: {', '.join(DTYPE_NAMES)}; default: %(default)s",
+        help="type of the written weights; default: %(default)s",
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
@@ -35,8 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     adapter, output = Path(arguments.adapter), Path(arguments.output)
     if not adapter.is_dir():
         raise InputError(f"{adapter} is no folder; give the output_dir of a LoRA run.")
-    if arguments.dtype not in DTYPE_NAMES:
-        raise InputError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPE_NAMES)}.")
     base = base_of(adapter, arguments.base)
     require(("peft",), "Merging", "train")
     check_output(output)

@@ -5,13 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion_hf.cli.argument_types import AUTO, device, dtype, positive, square
+from fusion_hf.cli.argument_types import AUTO, DTYPES, device, positive, square
 from fusion_hf.cli.parser import Parser
 from fusion_hf.hub.folders import find_folder, nano_path
 
 Options = TypeVar("Options")
 DEBUG = "--debug"
-MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 1024
 
 
 def budget_options() -> Parser:
@@ -58,10 +58,10 @@ def model_options(max_new_tokens: int = MAX_NEW_TOKENS) -> Parser:
     )
     shared.add_argument(
         "--dtype",
-        type=dtype,
+        choices=DTYPES,
         default=AUTO,
-        help="float32, bfloat16, float16 or auto (default: bfloat16 on cuda, and on a CPU that is faster in it for "
-        "models saved in it; else float32)",
+        help="type of the weights; auto (the default) is bfloat16 on cuda, and on a CPU that is faster in it for "
+        "models saved in it; else float32",
     )
     shared.add_argument(DEBUG, action="store_true", help="show where an error comes from, and the libraries' notes")
     return shared

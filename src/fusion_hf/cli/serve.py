@@ -81,7 +81,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         option, value = f"--max-{name.replace('_', '-')}", getattr(DEFAULTS, name)
         parser.add_argument(option, type=positive, default=value, metavar="N", help=f"{text}; default: %(default)s")
     parser.add_argument(
-        "--parallel",
+        "--concurrency",
+        dest="parallel",
         type=positive,
         metavar="N",
         help="requests answered at the same time; default: "

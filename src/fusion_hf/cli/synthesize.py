@@ -32,9 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="one of configs/synthesis, or your own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as records=100 or writer.model=NAME")
     parser.add_argument("--backend", choices=BACKENDS, help="instead of the config's")
-    parser.add_argument(
-        "--estimate", action="store_true", help="only say what the run will cost and how long it takes"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what the run will cost and how long it takes")
     parser.add_argument("--status", action="store_true", help="only say how far the run is")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from, and datatrove's log")
 
@@ -53,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.status:
         return _tell_status(config)
     lines = make_estimate(config).lines()
-    if arguments.estimate:
+    if arguments.dry_run:
         sys.stdout.write("\n".join(lines) + "\n")
         return 0
     check_place(config.output, "output")
@@ -74,7 +72,7 @@ def _synthesize(config: "SynthesisConfig", quiet: bool) -> int:
         return FAILED
     if finished:
         return _tell_status(config)
-    sys.stdout.write(f"submitted; `fusion-hf synthesize --status` tells how far it is. {config.output}\n")
+    sys.stdout.write(f"Submitted to {config.output}. Give the same command with --status to see its progress.\n")
     return 0
 
 

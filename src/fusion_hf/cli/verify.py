@@ -13,7 +13,6 @@ from fusion_hf.common.user_values import DTYPE_NAMES
 from fusion_hf.conversion.inputs import ConversionOptions, find_conversion_inputs
 from fusion_hf.hub.folders import find_folder
 from fusion_hf.verification.authors_process import find_environment
-from fusion_hf.verification.questions import draw_questions, read_questions
 
 if TYPE_CHECKING:
     from fusion_hf.verification.certificate import Certificate
@@ -31,7 +30,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify", help="compare a converted folder with the authors' code, layer by layer", description=DESCRIPTION
     )
-    parser.add_argument("folder", metavar="FOLDER", help="what `fusion-hf convert` wrote")
+    parser.add_argument(
+        "--model", dest="folder", required=True, metavar="DIR_OR_REPO", help="what `fusion-hf convert` wrote"
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_REPO", help="what it was converted from")
     parser.add_argument(
         "--authors-code",
@@ -84,10 +85,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; returns the exit status."""
+    from fusion_hf.verification.questions import draw_questions, read_questions  # they import NumPy and Pillow
+
     environment = find_environment(arguments.authors_code, arguments.authors_python)
     arguments.folder = find_folder(arguments.folder)
-    check_place(arguments.folder, "FOLDER")
-    inputs = find_conversion_inputs(ConversionOptions(arguments.checkpoint, None, arguments.vision_config))
+    check_place(arguments.folder, "--model")
+    options = ConversionOptions(arguments.checkpoint, None, arguments.vision_config)
+    inputs = find_conversion_inputs(options, "--checkpoint")
     questions = draw_questions() if arguments.input is None else read_questions(arguments.input)
 
     from fusion_hf.cli.model_loading import silence_libraries

@@ -21,6 +21,12 @@ TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter", "cannot b
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # among which `write_problem` finds the disk's
 
 
+def cache_folder() -> Path:
+    """Return `$HF_HOME/fusion_hf` if that is set, else `~/.cache/fusion_hf` (or below `$XDG_CACHE_HOME`)."""
+    folder = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder).expanduser() / "fusion_hf"
+
+
 def write_problem(error: BaseException, folder: Path) -> str | None:
     """
     Return what the disk has against a write; None if the error is not the disk's.

@@ -88,7 +88,7 @@ def convert(options: ConversionOptions, inputs: ConversionInputs | None = None) 
     with new_folder(options.output) as folder:
         write(folder, conversion, options)
     message = f"Convert {conversion.locations['checkpoint'].name} to transformers"
-    pushed = repositories.push(options.output, options.push_to_hub, options.private, message)
+    pushed = repositories.push(options.output, options.repo_id, options.private, message)
     return f"Wrote {options.output}: {conversion.summary}.{pushed}"
 
 
@@ -183,8 +183,8 @@ def _provenance(conversion: Conversion, options: ConversionOptions) -> Provenanc
     if conversion.config.image_token_grid is not None:
         notes.append(f"FUSION-L: image features are reduced to a grid of side {conversion.config.image_token_grid}.")
     return Provenance(
-        title=(options.push_to_hub or output).split("/")[-1],
-        model_id=options.push_to_hub or output,
+        title=(options.repo_id or output).split("/")[-1],
+        model_id=options.repo_id or output,
         sources=tuple((role, describe(location)) for role, location in conversion.locations.items()),
         base_models=tuple(name for name in bases if "/" in name),
         dtype=conversion.dtype,

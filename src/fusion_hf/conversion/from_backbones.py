@@ -72,7 +72,7 @@ def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
         num_parameters = sum(weight.numel() for weight in weights.values())
         provenance = _provenance(options, text, vision, dtype, num_parameters, tokenizer is not None)
         write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
-    pushed = repositories.push(options.output, options.push_to_hub, options.private, "Build an untrained FUSION")
+    pushed = repositories.push(options.output, options.repo_id, options.private, "Build an untrained FUSION")
     size = f"{num_parameters:,} parameters in {DTYPE_CODES[dtype]}"
     return f"Wrote {options.output}: an untrained FUSION of {size}.{pushed}"
 
@@ -116,8 +116,8 @@ def _provenance(
     has_tokenizer: bool,
 ) -> Provenance:
     return Provenance(
-        title=(options.push_to_hub or options.output.name).split("/")[-1],
-        model_id=options.push_to_hub or options.output.name,
+        title=(options.repo_id or options.output.name).split("/")[-1],
+        model_id=options.repo_id or options.output.name,
         sources=(("language model", describe(text)), ("vision tower", describe(vision))),
         base_models=tuple(location.name for location in (text, vision) if "/" in location.name),
         dtype=dtype,

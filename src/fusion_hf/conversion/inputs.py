@@ -67,7 +67,7 @@ class ConversionOptions:
     base: str | None = None
     dtype: str | None = None
     image_token_grid: int | None = None
-    push_to_hub: str | None = None
+    repo_id: str | None = None
     private: bool = False
     dry_run: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -76,7 +76,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the command line of `build_from_backbones.py` says; see its help. `dtype` is one of `DTYPE_NAMES`."""
+    """What the command line of `build` says; see its help. `dtype` is one of `DTYPE_NAMES`."""
 
     text: str
     vision: str
@@ -89,7 +89,7 @@ class BuildOptions:
     stride: int = 3
     seed: int = 0
     dtype: str | None = None
-    push_to_hub: str | None = None
+    repo_id: str | None = None
     private: bool = False
 
 
@@ -114,16 +114,20 @@ class BuildInputs:
     tokenizer: InputLocation | None
 
 
-def find_conversion_inputs(options: ConversionOptions) -> ConversionInputs:
+def find_conversion_inputs(options: ConversionOptions, flag: str = "--model") -> ConversionInputs:
     """
     Fetch what is on the Hub, and see that everything is there and can be put where it is to go.
+
+    Args:
+        options: What to convert.
+        flag: The option that names the checkpoint, for errors.
 
     Raises:
         ConversionError, InputError: for the first thing that does not fit.
     """
     _check_result(options)
     wanted: Wanted = "headers" if options.dry_run else "all"
-    checkpoint = locate(options.checkpoint, "--checkpoint", wanted, options.hub)
+    checkpoint = locate(options.checkpoint, flag, wanted, options.hub)
     upstream = read_json(checkpoint.path / "config.json")
     check_upstream(upstream)
     base = None if options.base is None else locate(options.base, "--base", wanted)
@@ -231,12 +235,12 @@ def describe(location: InputLocation) -> str:
 def _check_result(options: ConversionOptions | BuildOptions) -> None:
     if options.output is not None:
         check_output(options.output)
-    if options.push_to_hub is not None:
+    if options.repo_id is not None:
         from fusion_hf.conversion.repositories import (
             check_can_push,  # its client takes longer to import than all of this
         )
 
-        check_can_push(options.push_to_hub, options.private)
+        check_can_push(options.repo_id, options.private)
 
 
 def check_upstream(upstream: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def check_can_push(repository: str, private: bool = False) -> None:
         ConversionError: for an impossible name, if nobody is logged in, or if the Hub cannot be reached.
     """
     try:
-        check_repository(repository, "--push-to-hub")
+        check_repository(repository, "--repo-id")
         check_remote(repository, private)
     except InputError as error:
         raise ConversionError(first_line(error)) from error

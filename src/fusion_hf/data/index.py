@@ -6,7 +6,6 @@ source is named by (path, size, time of change), written under another name and 
 none. Who comes second waits for the first.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from fusion_hf.common.errors import InputError
-from fusion_hf.common.outputs import atomic_file
+from fusion_hf.common.outputs import atomic_file, cache_folder
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
@@ -88,9 +87,8 @@ class Index:
 
 
 def default_cache() -> Path:
-    """`$HF_HOME/fusion_hf/data` if that is set, else `~/.cache/fusion_hf/data` (or below `$XDG_CACHE_HOME`)."""
-    folder = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser() / "fusion_hf" / "data"
+    """Return the folder in which indices are kept unless another one is named."""
+    return cache_folder() / "data"
 
 
 def open_index(source: RecordSource, cache: Path, needs_turns: bool = False) -> Index:

@@ -193,7 +193,7 @@ def _is_authors(folder: Path, name: str) -> bool:
     """
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER_CONFIG).is_file():
-            advice = f"fusion-hf merge {name} --output NEW_DIR"
+            advice = f"fusion-hf merge --model {name} --output NEW_DIR"
             raise InputError(f"The model {name} is a LoRA adapter: make a model of it and its base, with {advice}.")
         raise InputError(
             f"The model {name} has no config.json; allowed: a model folder, as save_pretrained writes it."

@@ -73,7 +73,7 @@ def check_files(folder: Path) -> list[SentFile]:
     if is_run and not (folder / FINISHED_FILE).is_file():
         raise InputError(f"--model: the training run in {folder} has not ended; give its recipe to fusion-hf train.")
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
-        advice = f"fusion-hf merge {folder} --output NEW_DIR"
+        advice = f"fusion-hf merge --model {folder} --output NEW_DIR"
         raise InputError(f"--model: {folder} is a LoRA adapter: make a model of it and its base, with {advice}.")
     paths = sorted(path for path in folder.iterdir() if path.name not in NOT_SENT)
     if is_run:

@@ -1,4 +1,4 @@
-"""A task that `fusion-nano` was never trained on, for docs/training.md: which of two shapes is smaller?
+"""A task that `fusion-nano` was never trained on, for docs/lora.md: which of two shapes is smaller?
 
 `python -m fusion_hf.nano.sizes FOLDER` draws the images and writes `train.json` and `test.json`, in LLaVA's shape.
 """

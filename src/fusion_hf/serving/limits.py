@@ -11,17 +11,20 @@ MAX_IMAGES = 1  # FUSION reads one image
 @dataclass(frozen=True)
 class Limits:
     """
-    image_bytes: of an image's file.
-    image_pixels: of an image; checked before it is decoded.
-    image_seconds: of a processor's time for decoding an image.
-    body_bytes: of a request.
-    upload_bytes: of all requests that are still arriving, together; never less than `body_bytes`.
-    prompt_tokens: text, image and latent tokens together; never more than the model's maximum.
-    answer_tokens: of an answer, and how long one is that the client does not limit.
-    image_cache_bytes: of images' features that are kept for further questions; 0: none is.
-    parallel: requests that are answered at the same time.
-    queue_length: requests that wait beside them; more are sent away.
-    seconds: from the end of a request's head to the end of its answer.
+    What requests may cost.
+
+    Args:
+        image_bytes: Largest image file, in bytes.
+        image_pixels: Largest image, in pixels. It is checked before the image is decoded.
+        image_seconds: Processor time for decoding an image, in seconds.
+        body_bytes: Largest request, in bytes.
+        upload_bytes: All requests that are still arriving, together, in bytes. Never less than `body_bytes`.
+        prompt_tokens: Longest prompt: text, image and latent tokens. Never more than the model's maximum.
+        answer_tokens: Longest answer, and the default of a request without `max_tokens`.
+        image_cache_bytes: Image features that are kept for further questions, in bytes. 0 keeps none.
+        parallel: Requests that are answered at the same time. Further ones wait.
+        queue_length: Requests that wait. Further ones are refused.
+        seconds: Time from the end of a request's head to the end of its answer.
     """
 
     image_bytes: int = 10 * MEGABYTE

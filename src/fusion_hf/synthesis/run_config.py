@@ -24,10 +24,12 @@ class CaptionPool:
     Where captions come from.
 
     Attributes:
-        source: a file or folder of files, or for `hub` the data set's OWNER/NAME.
-        column: that holds the caption; text files have none.
-        limit: so many captions are read at most.
-        near_duplicates: leave out captions that nearly repeat an earlier one.
+        source: File or folder of files, or for `hub` the data set's OWNER/NAME.
+        kind: Format of the source.
+        column: Column or key that holds the caption. Text files have none.
+        split: Split of a data set of the Hub.
+        limit: Largest number of captions that are read. Default: all.
+        near_duplicates: Leave out captions that nearly repeat an earlier one.
     """
 
     source: str
@@ -44,15 +46,22 @@ class EndpointSettings:
     A language model that speaks the OpenAI protocol.
 
     Attributes:
-        url: of a running server; one without a path gets `/v1`. For `vllm` and `sglang`, which are started, none.
-        key_variable: the environment variable that holds the API key.
-        structured: how the shape of an answer is asked for: by `response_format`, or in the prompt alone.
-        tries: with a new seed each, until an answer has the shape that was asked for.
-        patience: how often a request that failed (429, 5xx, no connection) is sent again, with growing pauses.
-        timeout: seconds of one request.
-        arguments: more fields of each request.
-        server_arguments: of a server that is started.
-        prices, tokens_per_second: for the estimate; per million tokens, and of all requests together.
+        model: Name of the model at the endpoint, or what a server is started with.
+        url: Address of a running server, for `endpoint` alone. An address without a path gets `/v1`.
+        server: A running endpoint, or a server that each task starts.
+        key_variable: Environment variable that holds the API key.
+        structured: How the shape of an answer is asked for: by `response_format`, or in the prompt alone.
+        temperature: Sampling temperature.
+        max_tokens: Largest number of tokens of an answer.
+        concurrency: Requests in flight of one task.
+        tries: Attempts, each with a new seed, until an answer has the shape that was asked for.
+        patience: How often a request that failed (429, 5xx, no connection) is sent again, with growing pauses.
+        timeout: Seconds that one request may take.
+        arguments: Further fields of each request.
+        server_arguments: Further arguments of a server that is started.
+        price_per_million_input: Price of a million prompt tokens, for the estimate.
+        price_per_million_output: Price of a million answer tokens, for the estimate.
+        tokens_per_second: Speed of all requests together, for the estimate.
     """
 
     model: str
@@ -85,12 +94,23 @@ class ImageSettings:
     What makes images from descriptions.
 
     Attributes:
-        kind: a diffusers pipeline in this process, or an OpenAI images endpoint.
-        model: any text-to-image pipeline of diffusers, by folder or Hub repository; or the endpoint's model.
-        batch_size: images made together; an image's bytes may depend on it.
-        arguments: more arguments of the pipeline's call, or fields of the request.
-        offload: keep on the GPU only the part of the pipeline that works.
-        price_per_picture, seconds_per_picture: for the estimate; the latter of one task.
+        kind: A diffusers pipeline in this process, or an OpenAI images endpoint.
+        model: Folder or Hub repository of a text-to-image pipeline of diffusers, or the endpoint's model.
+        url: Address of the endpoint, for `openai` alone.
+        key_variable: Environment variable that holds the API key.
+        width: Width of an image in pixels.
+        height: Height of an image in pixels.
+        steps: Denoising steps of the pipeline.
+        guidance: Guidance scale of the pipeline.
+        batch_size: Images that are made together. An image's bytes may depend on it.
+        device: Device of the pipeline.
+        dtype: Data type of the pipeline's weights.
+        offload: Keep only the part of the pipeline that works on the GPU.
+        arguments: Further arguments of the pipeline's call, or fields of the request.
+        patience: How often a request that failed is sent again, with growing pauses.
+        timeout: Seconds that one request may take.
+        price_per_picture: Price of an image, for the estimate.
+        seconds_per_picture: Seconds that one task takes for an image, for the estimate.
     """
 
     kind: Literal["diffusers", "openai"]
@@ -120,10 +140,18 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class ImageCheckSettings:
-    """Who looks at an image with its answers: a vision-language endpoint, or a FUSION model in this process."""
+    """
+    Who looks at an image with its answers: a vision-language endpoint, or a FUSION model in this process.
+
+    Attributes:
+        endpoint: A vision-language endpoint, with the keys of `writer`.
+        fusion: Folder or Hub repository of a FUSION, or `nano`. Give it or `endpoint`.
+        device: Device of the FUSION.
+        dtype: Data type of the FUSION.
+    """
 
     endpoint: EndpointSettings | None = None
-    fusion: str | None = None  # folder, Hub repository, or `nano`
+    fusion: str | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -138,10 +166,11 @@ class ExecutorSettings:
     How a run is spread: datatrove's executors.
 
     Attributes:
-        tasks: parts of the run; each writes its own shard. The same number in every start of a run.
-        workers: tasks at a time; -1: all.
-        options: more arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor`, for all stages.
-        stages: the same for single stages by their name, such as `images: {gpus_per_task: 1}`.
+        kind: Where tasks run.
+        tasks: Parts of the run. Each writes its own shard. The number may not change between two starts of a run.
+        workers: Tasks that run at the same time. -1 runs all.
+        options: Further arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor`, for all stages.
+        stages: The same for single stages by their name, such as `images: {gpus_per_task: 1}`.
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
@@ -165,13 +194,21 @@ class SynthesisConfig:
     A run.
 
     Attributes:
-        output: its folder; the finished data is in `output/data`.
-        records: how many are begun; filters take some of them out.
-        categories: their shares by name; None: all, with the shares that their files give.
-        backend: `models` asks the endpoints; `procedural` draws everything without a model.
-        chunk: records between two checkpoints of a task.
-        license: the data card's, an identifier of the Hub such as `cc-by-4.0`. Without it drawn records have the
-            licence of this project, whose templates they are made of; others have none, since that depends on
+        output: Folder of the run. The finished data is in `output/data`.
+        records: Number of records that are begun. Filters take some of them out.
+        categories: Shares of the categories by name. Default: all, with the shares that their files give.
+        backend: `models` asks the endpoints. `procedural` draws everything without a model.
+        seed: Seed of the run.
+        pool: Where captions come from. The backend `models` needs it.
+        writer: The language model that writes descriptions, questions and answers. The backend `models` needs it.
+        images: What makes the images. The backend `models` needs it.
+        judge: A language model that scores texts. Default: none.
+        image_check: A vision-language model that scores images. Default: none.
+        executor: How the run is spread over processes or machines.
+        format: Format of the finished shards.
+        chunk: Records between two checkpoints of a task.
+        license: License of the data card, an identifier of the Hub such as `cc-by-4.0`. Default: the license of this
+            project for drawn records, whose templates they are made of. Otherwise none, since the license depends on
             captions and models.
     """
 

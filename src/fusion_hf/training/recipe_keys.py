@@ -44,85 +44,114 @@ BUILT_IN: Mapping[str, type] = {kind.__name__: kind for kind in (int, float, boo
 
 
 def _key(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its line in the table of docs/training.md, and what it may be if that is one of some texts."""
+    """Make a field with its description in the reference of recipe keys, and its choices if it has some."""
     return field(default=default, metadata={"help": text} if choices is None else {"help": text, "choices": choices})
 
 
 @dataclass
 class OwnArguments:
-    """The keys of a recipe that are ours."""
+    """The keys of a recipe that FUSION adds to those of transformers."""
 
-    model: str | None = _key(None, "folder or Hub repository of the FUSION to start from")
-    data: str | None = _key(None, "mixture (YAML), JSON, JSONL, Parquet, folder of images or tar shards, or Hub id")
-    data_root: str | None = _key(None, "folder of the files and images that `data` names; default: that of `data`")
-    data_cache: str | None = _key(None, "folder of the index of `data`; default: in the Hugging Face cache")
-    streaming: bool = _key(False, "read `data` in its own order, without an index")
+    model: str | None = _key(None, "Folder or Hub repository of the model to start from.")
+    data: str | None = _key(
+        None,
+        "Training records: a mixture (YAML), JSON, JSONL, CSV or Parquet, a folder of "
+        "images or tar shards, or a Hub id.",
+    )
+    data_root: str | None = _key(
+        None, "Folder of the files and images that `data` names. Default: the folder of `data`."
+    )
+    data_cache: str | None = _key(None, "Folder of the index of `data`. Default: a folder in the Hugging Face cache.")
+    streaming: bool = _key(False, "Read `data` in its own order, without an index.")
     on_broken: str = _key(
-        "error", "`error` ends the run at a broken record, `skip` leaves it out and counts it", ON_BROKEN
+        "error", "`error` ends the run at a broken record. `skip` leaves it out and counts it.", ON_BROKEN
     )
-    max_skipped: int = _key(100, "so many records may be skipped; one more ends the run")
+    max_skipped: int = _key(100, "Largest number of skipped records. One more ends the run.")
     on_truncated: str = _key(
-        "error", "`error`: images that end too early are broken; `load`: they are trained on", ON_TRUNCATED
+        "error",
+        "`error` treats an image file that ends too early as broken. `load` trains on what it holds.",
+        ON_TRUNCATED,
     )
-    max_image_pixels: int | None = _key(None, "images with more are broken; default: the image processor's number")
+    max_image_pixels: int | None = _key(
+        None, "An image with more pixels is broken. Default: the limit of the image processor."
+    )
     image_roots: list[str] | None = field(
-        default=None, metadata={"help": "further folders of images: absolute paths and links may lead there"}
+        default=None, metadata={"help": "Further folders of images, to which absolute paths and links may lead."}
     )
     image_hosts: list[str] | None = field(
-        default=None, metadata={"help": "hosts that images at http(s) addresses are fetched from"}
+        default=None, metadata={"help": "Hosts from which images at http(s) addresses are fetched."}
     )
     private_image_hosts: list[str] | None = field(
-        default=None, metadata={"help": "the same for hosts of a private network or of this machine"}
+        default=None, metadata={"help": "The same for hosts of a private network or of this machine."}
     )
-    eval_data: str | None = _key(None, "held-out records, as `data`")
-    eval_samples: int = _key(0, "so many records of `eval_data` are answered at each evaluation, and compared exactly")
-    eval_max_new_tokens: int = _key(32, "longest answer there")
-    global_batch_size: int | None = _key(None, "records per optimizer step, over all processes and accumulation")
+    eval_data: str | None = _key(None, "Held-out records, in the formats of `data`.")
+    eval_samples: int = _key(
+        0, "Number of records of `eval_data` that are answered at each evaluation and scored by exact match."
+    )
+    eval_max_new_tokens: int = _key(32, "Largest number of tokens of such an answer.")
+    global_batch_size: int | None = _key(
+        None, "Records per optimizer step, over all processes and accumulation steps."
+    )
     train: list[str] = field(
         default=None,  # type: ignore[arg-type]
         metadata={
-            "help": "parts that are trained, the others stay as they are; default: all, with LoRA not the tower"
+            "help": "Parts that are trained; the others are frozen. Default: all, but with LoRA without the "
+            "vision tower."
         },
     )
-    vision_tower_learning_rate: float | None = _key(None, "of the tower; default: `learning_rate`")
-    projector_learning_rate: float | None = _key(None, "of both projectors; default: `learning_rate`")
-    sampler_learning_rate: float | None = _key(None, "of the samplers; default: `learning_rate`")
+    vision_tower_learning_rate: float | None = _key(
+        None, "Learning rate of the vision tower. Default: `learning_rate`."
+    )
+    projector_learning_rate: float | None = _key(None, "Learning rate of both projectors. Default: `learning_rate`.")
+    sampler_learning_rate: float | None = _key(None, "Learning rate of the samplers. Default: `learning_rate`.")
     query_lens: list[int] | None = field(
-        default=None, metadata={"help": "latent tokens, drawn for each step; default: the model's list"}
+        default=None,
+        metadata={"help": "Numbers of latent tokens that training draws from. Default: the list of the model."},
     )
     query_len_draw: str = _key(
-        "step", "`step`: all of a step has one of `query_lens`; `micro_batch`: a part of it has", QUERY_LEN_DRAWS
+        "step",
+        "`step` draws one of `query_lens` for a whole step. `micro_batch` draws one for each micro-batch.",
+        QUERY_LEN_DRAWS,
     )
     loss_average: str = _key(
-        "tokens", "`tokens`: mean over a step's tokens; `micro_batches`: mean of its parts' means", LOSS_AVERAGES
+        "tokens",
+        "`tokens` averages over the tokens of a step. `micro_batches` averages the means of its micro-batches.",
+        LOSS_AVERAGES,
     )
-    max_length: int | None = _key(None, "longer conversations are cut on the right; default: the tokenizer's maximum")
+    max_length: int | None = _key(
+        None, "Longer conversations are truncated on the right, in tokens. Default: the maximum of the tokenizer."
+    )
     group_by: str = _key(
         MODALITY_LENGTH,
-        "`modality_length`: steps of like records, as upstream; `length`: of about as many tokens; or `none`",
+        "`modality_length` groups records as the authors do, `length` groups records of similar length, `none` "
+        "does not.",
         GROUP_BY,
     )
-    lora_rank: int = _key(0, "rank of LoRA in the linear layers of `lora_parts`; 0: no LoRA")
+    lora_rank: int = _key(0, "Rank of LoRA in the linear layers of `lora_parts`. 0 trains without LoRA.")
     lora_parts: list[str] | None = field(
         default=None,
-        metadata={"help": "parts that get LoRA and are not trained as a whole; default: the language model"},
+        metadata={"help": "Parts that get LoRA and are not trained as a whole. Default: the language model."},
     )
-    lora_alpha: float | None = _key(None, "scale of LoRA; default: twice the rank")
-    lora_dropout: float = _key(0.05, "dropout before LoRA")
+    lora_alpha: float | None = _key(None, "Scale of LoRA. Default: twice the rank.")
+    lora_dropout: float = _key(0.05, "Dropout before LoRA.")
     lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "names of linear layers; default: all of `lora_parts`"}
+        default=None, metadata={"help": "Names of the linear layers that get LoRA. Default: all of `lora_parts`."}
     )
-    lora_dora: bool = _key(False, "DoRA: the lengths of the weights' rows are trained apart from their directions")
-    lora_rslora: bool = _key(False, "rsLoRA: `lora_alpha` is divided by the root of the rank, not by the rank")
+    lora_dora: bool = _key(False, "Use DoRA, which trains the magnitude of weights apart from their direction.")
+    lora_rslora: bool = _key(False, "Use rsLoRA, which divides `lora_alpha` by the square root of the rank.")
     lora_bias: str = _key(
-        NO_BIAS, "biases that are trained as well: `lora_only`, of layers with LoRA; `all`, of `train`", LORA_BIASES
+        NO_BIAS,
+        "Biases that are trained as well: those of layers with LoRA (`lora_only`), or those of `train` (`all`).",
+        LORA_BIASES,
     )
-    load_in_4bit: bool = _key(False, "keep the frozen language model in 4 bits (bitsandbytes)")
-    load_in_8bit: bool = _key(False, "keep it in 8 bits")
+    load_in_4bit: bool = _key(False, "Keep the frozen language model in 4 bits (bitsandbytes).")
+    load_in_8bit: bool = _key(False, "Keep the frozen language model in 8 bits (bitsandbytes).")
     save_dtype: str = _key(
-        "float32", "type of the finished model's weights; checkpoints are always exact", DTYPE_NAMES
+        "float32", "Data type of the finished model's weights. Checkpoints are always exact.", DTYPE_NAMES
     )
-    peak_tflops: float | None = _key(None, "of one device, for the utilisation; default: a matrix product's, measured")
+    peak_tflops: float | None = _key(
+        None, "Peak of one device in TFLOP/s, for the utilization. Default: the measured rate of a matrix product."
+    )
 
     def check(self) -> None:
         """
