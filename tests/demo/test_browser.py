@@ -104,8 +104,8 @@ def test_the_answer_is_beside_the_image(visit, example_files, window, size):
     answer = visitor.page.locator("#chat .bot.message").last.bounding_box()
     assert image["x"] + image["width"] <= answer["x"]
     for box in (image, answer):
-        assert 0 <= box["x"] and box["x"] + box["width"] <= size[0]
-        assert 0 <= box["y"] and box["y"] + box["height"] <= size[1]
+        assert box["x"] >= 0 and box["x"] + box["width"] <= size[0]
+        assert box["y"] >= 0 and box["y"] + box["height"] <= size[1]
     if SCREENSHOTS in os.environ:
         visitor.page.screenshot(path=Path(os.environ[SCREENSHOTS], f"demo_{window}.png"))
 

@@ -61,9 +61,7 @@ def test_names_of_answers():
 def test_times(session):
     session.times = ImageTimes(preprocessing=0.0051, encoding=0.0349)
     assert times_table(None) == ""
-    assert times_table(session) == (
-        "The image took 5 ms to preprocess and 35 ms to encode (its four tiles)."
-    )
+    assert times_table(session) == ("The image took 5 ms to preprocess and 35 ms to encode (its four tiles).")
     session.turns = RED_THEN_CIRCLE
     assert times_table(session).splitlines()[2:] == [
         "| answer | first token | tokens | tokens/s |",

@@ -3,12 +3,15 @@
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
 
 from fusion_hf.common.user_values import DTYPE_NAMES, is_square
 
 AUTO = "auto"
 DTYPES = (AUTO, *DTYPE_NAMES)
 DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)
+CONFIGS = "configs"
 LARGEST_PORT = 2**16 - 1
 
 
@@ -38,6 +41,15 @@ def square(text: str) -> int:
     if not is_square(number):
         raise wrong_argument(text, "a perfect square (1, 4, 9, 16, ...)")
     return number
+
+
+def config_file(text: str) -> str:
+    """Find a file of yours, or one of `configs/` in the package: a wheel has no repository around it."""
+    own = Path(text)
+    if own.exists() or own.parts[:1] != (CONFIGS,) or ".." in own.parts:
+        return text
+    bundled = Path(str(resources.files("fusion_hf"))) / own
+    return str(bundled) if bundled.is_file() else text
 
 
 def tolerance(text: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import positive
+from fusion_hf.cli.argument_types import config_file, positive
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
@@ -42,7 +42,10 @@ def add_parser(commands: Any) -> None:
         "exit status is 0 if all is fine, 1 if something is missing or broken, 2 for a wrong command line.",
     )
     check.add_argument(
-        "source", metavar="MIXTURE_OR_FILE", help="a mixture (.yaml), a file or folder of records, or a Hub data set"
+        "source",
+        type=config_file,
+        metavar="MIXTURE_OR_FILE",
+        help="a mixture (.yaml), a file or folder of records, or a Hub data set",
     )
     check.add_argument(
         "--data-root",

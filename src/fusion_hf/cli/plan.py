@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import positive, wrong_argument
+from fusion_hf.cli.argument_types import config_file, positive, wrong_argument
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import MODEL_TYPE, is_authors_type, read_config
@@ -30,12 +30,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Memory per GPU, steps, tokens and FLOPs of a recipe, before anything is downloaded or allocated. "
         "Exit status: 0 fits, 1 does not fit, 2 wrong input.",
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="one of configs/recipes, or your own")
+    parser.add_argument("recipe", type=config_file, metavar="RECIPE.yaml", help="one of configs/recipes, or your own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as per_device_train_batch_size=2")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="of all nodes; default: %(default)s")
     parser.add_argument("--gpu-memory", type=_amount, default=80.0, metavar="GIB", help="default: %(default)g")
     parser.add_argument("--sharding", choices=SHARDINGS, default="auto", help="default: the first that fits")
-    parser.add_argument("--config", metavar="FILE", help="the model's config.json; default: the recipe's model")
+    parser.add_argument(
+        "--config", type=config_file, metavar="FILE", help="the model's config.json; default: the recipe's model"
+    )
     parser.add_argument("--records", type=positive, metavar="N", help="default: from the names of the mixture's files")
     parser.add_argument("--tokens-per-record", type=positive, metavar="N", help="on average, image and latents too")
     parser.add_argument("--tflops", type=_amount, metavar="N", help="that a GPU reaches, for the time")

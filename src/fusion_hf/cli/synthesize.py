@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.cli.argument_types import config_file
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
@@ -29,7 +30,9 @@ def add_parser(commands: Any) -> None:
         "a text-to-image model, or all of it drawn without any model. A run that was stopped goes on with the same "
         "command. Exit status: 0 done (or, with Slurm, submitted), 1 a task failed, 2 wrong input.",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="one of configs/synthesis, or your own")
+    parser.add_argument(
+        "config", type=config_file, metavar="CONFIG.yaml", help="one of configs/synthesis, or your own"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as records=100 or writer.model=NAME")
     parser.add_argument("--backend", choices=BACKENDS, help="instead of the config's")
     parser.add_argument("--dry-run", action="store_true", help="only say what the run will cost and how long it takes")

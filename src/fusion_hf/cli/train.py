@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from fusion_hf.cli.argument_types import config_file
 from fusion_hf.cli.terminal import STOPPED
 
 
@@ -15,7 +16,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Train as a recipe says; run again, the same command goes on from the last complete checkpoint. "
         "All keys are in docs/training.md.",
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="one of configs/recipes, or your own")
+    parser.add_argument("recipe", type=config_file, metavar="RECIPE.yaml", help="one of configs/recipes, or your own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as learning_rate=1e-5")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 

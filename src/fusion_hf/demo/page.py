@@ -19,23 +19,27 @@ from fusion_hf.hub.folders import nano_path
 
 TITLE = "FUSION"
 FUSION = (
-    "[FUSION](https://arxiv.org/abs/2504.09925) is a family of vision-language models that read the question while they "
-    "encode the image."
+    "[FUSION](https://arxiv.org/abs/2504.09925) is a family of vision-language models that read the question while "
+    "they encode the image."
 )
 NANO = (
-    "This page runs **fusion-nano**, a tiny demonstration model with {millions:.1f} million parameters. It was trained on "
-    "small drawings: it can name colors, shapes and positions, count to {most}, and read {words} words. It cannot "
-    "describe photos or chat: where it does not know the answer, it guesses."
+    "This page runs **fusion-nano**, a tiny demonstration model with {millions:.1f} million parameters. It was "
+    "trained on small drawings: it can name colors, shapes and positions, count to {most}, and read {words} words. "
+    "It cannot describe photos or chat: where it does not know the answer, it guesses."
 )
-OTHER = "This page runs a model with {millions:,.0f} million parameters. Its answers can be wrong, so check what matters."
+OTHER = (
+    "This page runs a model with {millions:,.0f} million parameters. Its answers can be wrong, so check what matters."
+)
 EXPLANATION = """## What the model sees
 The model sees the whole image as an overview, and four tiles with more detail. Your question guides how it encodes the
 overview."""
 ATTENTION = (
-    "Choose a word of an answer: bright areas are the parts of the image that the model attended to most when it wrote "
-    "that word."
+    "Choose a word of an answer: bright areas are the parts of the image that the model attended to most when it "
+    "wrote that word."
 )
-LATENT_TOKENS = "Tokens per question that collect details from the four tiles. Your choice applies to the next question."
+LATENT_TOKENS = (
+    "Tokens per question that collect details from the four tiles. Your choice applies to the next question."
+)
 START = "Choose an example below or upload an image, and ask a question."
 MAX_WAITING = 32  # calls in the queue
 MAX_SESSIONS = 64  # the one that was used longest ago is forgotten
