@@ -278,46 +278,47 @@ def local_data(benchmark: Benchmark) -> str:
     return ", ".join(files) if benchmark.dataset else ""
 
 
-def benchmark_row(benchmark: Benchmark) -> tuple[str, ...]:
-    """Say what a benchmark measures, by which metric, and where its data are."""
+def measured(benchmark: Benchmark) -> tuple[str, ...]:
+    """Say what a benchmark measures, and by which metric."""
     metrics = ", ".join(f"`{metric.partition(',')[0]}`" for metric in benchmark.metrics)
+    return f"`{benchmark.name}`", ", ".join(benchmark.columns), MEASURES[benchmark.name], metrics
+
+
+def needed(name: str, benchmark: Benchmark) -> tuple[str, ...]:
+    """Say where the data of a task are, and who judges its answers."""
     dataset = f"`{benchmark.dataset}`" + (f", `{benchmark.config}`" if benchmark.config else "")
-    return (
-        f"`{benchmark.name}`",
-        ", ".join(benchmark.columns),
-        MEASURES[benchmark.name],
-        metrics,
-        ("`" + benchmark.judge.model + "`") if benchmark.judge else "",
-        dataset if benchmark.dataset else "",
-        local_data(benchmark),
-    )
+    judge = f"`{benchmark.judge.model}`" if benchmark.judge else ""
+    return f"`{name}`", dataset if benchmark.dataset else "bundled", local_data(benchmark), judge
 
 
 def benchmarks_page() -> str:
     """Make the page of the benchmarks that `fusion-hf evaluate --tasks` knows."""
     published = sum(bool(benchmark.columns) for benchmark in BENCHMARKS.values())
-    variants = [(f"`{name}`", local_data(one)) for name, one in VARIANTS.items()]
     return page(
-        "# Benchmarks",
+        "# Evaluation benchmarks",
         f"`fusion-hf evaluate --tasks NAME,NAME` runs these benchmarks: the {published} of the published table, "
-        f"and `easy_vqa`. `--tasks",
-        "all` runs all of them. [Evaluation tasks](../evaluation_tasks.md) says how each of them is asked and scored.",
+        "and `easy_vqa`.",
+        "`--tasks all` runs all of them. [How benchmarks are asked and scored](../evaluation_tasks.md) says how "
+        "each of them is asked "
+        "and scored.",
         "",
-        "*Column* is that of the published table. *Local data* is the place below `--data-root`; without it, "
-        "the data set comes from the Hub.",
-        "A judge is a language model that scores the answers.",
+        "## What they measure",
+        "",
+        "*Column* is the column of the published table.",
+        "",
+        *table(("task", "column", "what it measures", "metric"), map(measured, BENCHMARKS.values())),
+        "## Where their data are",
+        "",
+        "The data come from the Hub, or from the files below `--data-root`. A judge is a language model that scores "
+        "the answers.",
+        "",
+        "The last tasks are not part of `all`: `textvqa_val_no_ocr` has another prompt, and the `_test` tasks write "
+        "answers for a server of the benchmark, since their right answers are not published.",
         "",
         *table(
-            ("task", "column", "what it measures", "metric", "judge", "data set on the Hub", "local data"),
-            map(benchmark_row, BENCHMARKS.values()),
+            ("task", "data set on the Hub", "local data", "judge"),
+            (needed(name, one) for name, one in {**BENCHMARKS, **VARIANTS}.items()),
         ),
-        "## Variants and test sets",
-        "",
-        "These tasks are not part of `all`. The `_test` tasks write answers for a server of the benchmark, "
-        "since their right answers are",
-        "not published.",
-        "",
-        *table(("task", "local data"), variants),
     )
 
 
