@@ -58,7 +58,7 @@ class Table(Block):
 class Plot(Block):
     """A drawing of one result. `source`: its file. `panels`: none where the result does not hold the figures."""
 
-    picture: Path
+    image: Path
     description: str
     source: str
     panels: Callable[[Result], list[Panel]]
@@ -115,7 +115,7 @@ def replace_block(document: str, block: Block, text: str) -> str:
 
 def show(plot: Plot) -> str:
     """The plot as a Markdown image, with its path from the document."""
-    return f"![{plot.description}]({Path(os.path.relpath(plot.picture, plot.document.parent)).as_posix()})"
+    return f"![{plot.description}]({Path(os.path.relpath(plot.image, plot.document.parent)).as_posix()})"
 
 
 def load_panels(plot: Plot, folder: Path) -> list[Panel]:

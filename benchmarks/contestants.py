@@ -43,8 +43,8 @@ class Contestant:
     A model with its inputs.
 
     Args:
-        prompt: inputs of `generate`. encoder, method: the module and the name of its method that encodes pictures.
-        tiles, picture_tokens: of one picture, in the tower and in the language model.
+        prompt: inputs of `generate`. encoder, method: the module and the name of its method that encodes images.
+        tiles, picture_tokens: of one image, in the tower and in the language model.
         options: of `generate`.
         generator: what generates instead of the model.
     """
@@ -100,7 +100,7 @@ def build_contestants(
     Those of `NAMES`, in that order.
 
     Args:
-        pixel_values (`(1, 5, 3, H, W)`): the picture of every prompt.
+        pixel_values (`(1, 5, 3, H, W)`): the image of every prompt.
         new_tokens: what is at most generated where the prompt is compiled.
     """
     config, prompt = ours.config, partial(make_prompt, ours.config, pixel_values)

@@ -97,7 +97,7 @@ def in_an_answer(record: SynthRecord, rng: random.Random, pattern: re.Pattern[st
 
 
 def _absent_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """A colour that is nowhere in the picture; not in what an answer denies."""
+    """A colour that is nowhere in the image; not in what an answer denies."""
     text = " ".join(record.descriptions)
     if any(DENIAL.search(turn.answer) for turn in record.turns):
         return None
@@ -110,7 +110,7 @@ def _exchanged_color(record: SynthRecord, rng: random.Random) -> SynthRecord | N
     if found is None:
         return None
     index, shape = found
-    # only the first picture is asked for: pairs have no such questions
+    # only the first image is asked for: pairs have no such questions
     others = {other["color"] for other in record.facts["pictures"][0]["shapes"]} - {shape["color"]}
     if not others:
         return None

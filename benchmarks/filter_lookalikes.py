@@ -91,7 +91,7 @@ def _denied_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None
 
 
 def _total(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """A sum that no sentence gives: of two kinds of shapes in the first picture."""
+    """A sum that no sentence gives: of two kinds of shapes in the first image."""
     shapes = record.facts["pictures"][0]["shapes"]
     kinds = sorted({shape["kind"] for shape in shapes})
     if not kinds:

@@ -1,4 +1,4 @@
-"""How the time to the first token grows: with the prompt's length, with turns, with questions about one picture."""
+"""How the time to the first token grows: with the prompt's length, with turns, with questions about one image."""
 
 from collections import defaultdict
 from typing import Any

@@ -119,7 +119,7 @@ class Benchmark:
             self.photo.resize((target, target), Image.Resampling.BICUBIC)
 
     def encode(self, name: str) -> Any:
-        """Tower, connector and projectors over a prompt's picture."""
+        """Tower, connector and projectors over a prompt's image."""
         prompt, contestant = self.prompts[name], self.contestants[name]
         if name in FUSIONS:
             given = {key: prompt[key] for key in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
@@ -162,7 +162,7 @@ class Benchmark:
         rates["read_bytes_per_second"].append(read_rate(self.size.copied_bytes, self.device))
 
     def time_generation(self, name: str) -> None:
-        """Prompt, the encoding of its picture by itself, and decoding, all of one call."""
+        """Prompt, the encoding of its image by itself, and decoding, all of one call."""
         contestant, add = self.contestants[name], self.measured
         if contestant.generator is not None:  # in whose graph nothing can be timed by itself
             first, later = generation_seconds(contestant.generator, self.prompts[name], self.size.new_tokens)

@@ -1,4 +1,4 @@
-"""The data loader of a training beside what none can avoid: decoding each picture and resizing it twice."""
+"""The data loader of a training beside what none can avoid: decoding each image and resizing it twice."""
 
 import json
 import time
@@ -27,7 +27,7 @@ TOKEN_IDS = ("image_token_id", "latent_token_id", "vision_start_token_id", "visi
 
 def write_records(folder: Path, size: TrainingSize, count: int) -> Path:
     """A JSON file of conversations, each with a JPEG of its own."""
-    content = make_photo(size.picture)
+    content = make_photo(size.image)
     records: list[dict[str, Any]] = []
     for number in range(count):
         name = f"{number}.jpg"
@@ -41,7 +41,7 @@ def write_records(folder: Path, size: TrainingSize, count: int) -> Path:
 
 
 def make_processor(config: FusionConfig) -> FusionProcessor:
-    """Pictures for `config`, and the tokenizer of `fusion-nano`; `config` is told the ids of its marks."""
+    """Images for `config`, and the tokenizer of `fusion-nano`; `config` is told the ids of its marks."""
     nano = FusionProcessor.from_pretrained(nano_path())
     tokenizer = nano.tokenizer
     tokenizer.model_max_length = MAX_LENGTH
@@ -60,7 +60,7 @@ def make_processor(config: FusionConfig) -> FusionProcessor:
     )
 
 
-class PlainPictures(Dataset):
+class PlainImages(Dataset):
     """Decodes a JPEG with PIL and resizes it for the tiles and for the overview; nothing is handed on."""
 
     def __init__(self, folder: Path, count: int, side: int):
@@ -71,14 +71,14 @@ class PlainPictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> int:
-        with Image.open(self.paths[index]) as picture:
+        with Image.open(self.paths[index]) as image:
             for target in (TILES_PER_SIDE * self.side, self.side):
-                picture.resize((target, target), Image.Resampling.BICUBIC)
+                image.resize((target, target), Image.Resampling.BICUBIC)
         return index
 
 
 class LoaderBenchmark:
-    """Loaders that read the same pictures, with their workers running, and everything measured so far."""
+    """Loaders that read the same images, with their workers running, and everything measured so far."""
 
     def __init__(self, size: TrainingSize, folder: Path, workers: tuple[int, ...]):
         self.records, self.workers = size.records, workers
@@ -88,7 +88,7 @@ class LoaderBenchmark:
         layout = StepLayout(size.loaded)
         sampler = StepSampler(size.records, layout, [size.query_len], SEED, lengths=ours.lengths)
         collator = FusionDataCollator(processor, [size.query_len], MAX_LENGTH, compact=True)
-        plain = PlainPictures(folder, size.records, config.vision_config.image_size)
+        plain = PlainImages(folder, size.records, config.vision_config.image_size)
         self.loaders: dict[str, DataLoader] = {}
         for number in workers:
             settings: dict[str, Any] = {

@@ -21,7 +21,7 @@ from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
 SHUFFLES = (3, 2)  # sides of the blocks of patches that SmolVLM makes one token of, the first that divides the grid
-SEVERAL = 2  # pictures of a sample: more than one, and LLaVA-OneVision cuts none of them into tiles
+SEVERAL = 2  # images of a sample: more than one, and LLaVA-OneVision cuts none of them into tiles
 VISION_SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -36,7 +36,7 @@ VISION_SIZES = (
 
 
 def build_llava_onevision(ours: FusionForConditionalGeneration) -> PreTrainedModel:
-    """LLaVA-OneVision that cuts a picture into as many tiles as FUSION, or into none."""
+    """LLaVA-OneVision that cuts an image into as many tiles as FUSION, or into none."""
     config = ours.config
     side = TILES_PER_SIDE * config.vision_config.image_size
     peer = build(
@@ -104,14 +104,14 @@ def shuffle_of(config: FusionConfig) -> int:
 
 
 def llava_onevision_tokens(config: FusionConfig, tiled: bool) -> int:
-    """Tokens of a picture: its patches and one that ends them; with tiles, those of the overview and all rows."""
+    """Tokens of an image: its patches and one that ends them; with tiles, those of the overview and all rows."""
     side = config.num_patches_per_side
     rows = TILES_PER_SIDE * side
     return side**2 + (rows * (rows + 1) if tiled else 1)
 
 
 def smolvlm_tokens(config: FusionConfig) -> int:
-    """Tokens of a picture: each tile and the overview."""
+    """Tokens of an image: each tile and the overview."""
     return (NUM_TILES + 1) * (config.num_patches_per_side // shuffle_of(config)) ** 2
 
 
@@ -143,7 +143,7 @@ def smolvlm_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Re
 
 
 def peer_text(config: FusionConfig, request: Request, tokens: int, device: torch.device) -> Prompt:
-    """A picture of so many tokens and FUSION's words, `(B, S)`."""
+    """An image of so many tokens and FUSION's words, `(B, S)`."""
     text = make_text(config, request, [config.vision_start_token_id] * tokens, [])
     input_ids = torch.tensor([text.ids] * request.batch, device=device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

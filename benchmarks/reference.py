@@ -97,7 +97,7 @@ class ReferenceVisionModel(nn.Module):
             hidden_states = torch.cat([patch_embeddings, text_embeds], dim=1)  # (B, N + T, Dv)
             key_mask = nn.functional.pad(text_mask, (uniform_from, 0), value=True)  # (B, N + T)
             batch, length = key_mask.shape
-            # made once per picture, as theirs is, but with a value for every pair
+            # made once per image, as theirs is, but with a value for every pair
             attention_mask = hidden_states.new_zeros(batch, 1, length, length)
             attention_mask.masked_fill_(~key_mask[:, None, None], torch.finfo(hidden_states.dtype).min)
         states = [hidden_states]

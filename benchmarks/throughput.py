@@ -1,4 +1,4 @@
-"""Tokens per second of batches: a picture and a question in each row, encoded, read and answered."""
+"""Tokens per second of batches: an image and a question in each row, encoded, read and answered."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -106,15 +106,15 @@ class Times:
             first, later = generation_seconds(self.model, self.prompts[name], self.new_tokens)
             self.measured["first_token_seconds"][name].append(first)
             self.measured["per_token_seconds"][name].append(later)
-            picture, language = self.part_seconds(name)
-            self.measured["picture_seconds"][name].append(picture)
+            image, language = self.part_seconds(name)
+            self.measured["picture_seconds"][name].append(image)
             self.measured["language_seconds"][name].append(language)
 
     def part_seconds(self, name: str) -> tuple[float, float]:
-        """Of the picture, and of the language model after it."""
+        """Of the image, and of the language model after it."""
         prompts: list[EmbeddedPrompt] = []
-        picture = seconds(lambda: prompts.append(self.embed(name)), self.device)
-        return picture, seconds(partial(self.read, *prompts), self.device)
+        image = seconds(lambda: prompts.append(self.embed(name)), self.device)
+        return image, seconds(partial(self.read, *prompts), self.device)
 
     def memory(self, name: str) -> dict[str, int]:
         """Bytes, the same in every run: keys and values of the prompt, and peaks above weights and inputs."""
@@ -162,7 +162,7 @@ def measure_times(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def choose_records(easy_vqa: int, drawn: int) -> list[NanoRecord]:
-    """Test questions: some of easy-vqa's, and one about each of `drawn` pictures of every other category."""
+    """Test questions: some of easy-vqa's, and one about each of `drawn` images of every other category."""
     records = test_records(SEED, drawn)
     easy = [record for record in records if record.category == "easy-vqa"]
     others = [record for record in records if record.category != "easy-vqa"]

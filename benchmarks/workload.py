@@ -187,7 +187,7 @@ def make_shallow(make_config: Callable[[], FusionConfig]) -> FusionConfig:
 @dataclass(frozen=True)
 class TrainingSize:
     """
-    What a training step and a data loader are measured with. `picture`: width and height of the JPEGs, in pixels;
+    What a training step and a data loader are measured with. `image`: width and height of the JPEGs, in pixels;
     `records` of one pass of the loader, `loaded` of them in a batch.
     """
 
@@ -195,7 +195,7 @@ class TrainingSize:
     batch: int = 2
     turns: int = 2
     query_len: int = 36
-    picture: tuple[int, int] = (1152, 864)  # one megapixel
+    image: tuple[int, int] = (1152, 864)  # one megapixel
     records: int = 96
     loaded: int = 8
     matrix_side: int = 2048
@@ -206,7 +206,7 @@ TRAINING_SIZES = {
     "3b": TrainingSize(partial(read_config, "fusion-3b"), matrix_side=8192),
     "8b": TrainingSize(partial(read_config, "fusion-8b"), matrix_side=8192),
     "tiny": TrainingSize(
-        partial(build_config, SIZES["tiny"]), query_len=4, picture=(60, 45), records=8, loaded=2, matrix_side=64
+        partial(build_config, SIZES["tiny"]), query_len=4, image=(60, 45), records=8, loaded=2, matrix_side=64
     ),
 }
 
@@ -255,7 +255,7 @@ def make_words(config: FusionConfig, random: np.random.Generator, count: int) ->
 
 
 class Request(NamedTuple):
-    """What a prompt is to hold: rows, tokens of each question, user turns about the one picture of a row."""
+    """What a prompt is to hold: rows, tokens of each question, user turns about the one image of a row."""
 
     batch: int = 1
     question_tokens: int = QUESTION_TOKENS
@@ -273,15 +273,15 @@ class Text(NamedTuple):
     ends: list[int]
 
 
-def make_text(config: FusionConfig, request: Request, picture: list[int], latents: list[int]) -> Text:
+def make_text(config: FusionConfig, request: Request, image: list[int], latents: list[int]) -> Text:
     """
     The same words for every model.
 
     Args:
-        picture, latents: ids that stand for the picture, and for the latent tokens before each question.
+        image, latents: ids that stand for the image, and for the latent tokens before each question.
     """
     words = partial(make_words, config, np.random.default_rng(SEED))
-    ids, questions, ends = [*words(SYSTEM_TOKENS), *picture], [], []
+    ids, questions, ends = [*words(SYSTEM_TOKENS), *image], [], []
     for turn in range(request.turns):
         ids += words(ANSWER_TOKENS) if turn > 0 else []
         question = words(request.question_tokens)
@@ -293,14 +293,14 @@ def make_text(config: FusionConfig, request: Request, picture: list[int], latent
 
 def make_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Request = ONE_QUESTION) -> Prompt:
     """
-    One picture a row, no padding: the inputs of `generate`.
+    One image a row, no padding: the inputs of `generate`.
 
     Args:
-        pixel_values (`(1, 5, 3, H, W)`): the picture of every row; also decides the device.
+        pixel_values (`(1, 5, 3, H, W)`): the image of every row; also decides the device.
     """
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    picture = [start, *[config.image_token_id] * config.num_image_tokens, end]
-    text = make_text(config, request, picture, [start, *[config.latent_token_id] * config.query_len, end])
+    image = [start, *[config.image_token_id] * config.num_image_tokens, end]
+    text = make_text(config, request, image, [start, *[config.latent_token_id] * config.query_len, end])
     input_ids, questions, ends = (
         torch.tensor([row] * request.batch, device=pixel_values.device) for row in text
     )  # (B, S), (B, T), (B, R)
@@ -315,7 +315,7 @@ def make_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Reque
 
 
 def make_batch(config: FusionConfig, size: TrainingSize, device: torch.device) -> dict[str, Any]:
-    """Conversations of one picture and some turns each, without padding: what a training step is given."""
+    """Conversations of one image and some turns each, without padding: what a training step is given."""
     generator = np.random.default_rng(SEED)
     rows = [make_conversation(config, size, generator) for _ in range(size.batch)]
     side, channels = config.vision_config.image_size, config.vision_config.num_channels

@@ -20,7 +20,7 @@ from fusion_hf.training import recipe_keys
 from fusion_hf.training.arguments import FusionTrainingArguments
 
 ROOT = Path(__file__).parents[2]
-PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+IMAGE = ROOT / "docs" / "assets" / "red_circle.png"
 CODE = ROOT / "tests" / "fixtures" / "authors_stand_in"
 CONFIG = ROOT / "configs" / "models" / "fusion-3b.json"
 HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
@@ -77,21 +77,21 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("export --output full", ("--output: full exists",)),
     ("export --output records.json/new", ("records.json/new cannot be written", "Not a directory")),
     ("export --output new --image-token-grid x", ("'x'", "whole number from 1")),
-    ("maps PICTURE what? --output full", ("--output: full exists",)),
-    ("maps PICTURE what? --output records.json/new", ("records.json/new cannot be written",)),
-    ("maps PICTURE what? --model ./gone", ("./gone is no folder",)),
+    ("maps IMAGE what? --output full", ("--output: full exists",)),
+    ("maps IMAGE what? --output records.json/new", ("records.json/new cannot be written",)),
+    ("maps IMAGE what? --model ./gone", ("./gone is no folder",)),
     ("maps gone.png what?", ("'gone.png' is no file",)),
-    ("ask PICTURE what? --model empty", ("empty has no config.json",)),
-    ("ask PICTURE what? --model llama", ("is a 'llama' model", "'fusion'")),
-    ("ask PICTURE what? --dtype int8", ("--dtype", "'int8'", "auto", "float16")),
-    ("ask PICTURE what? --device abacus", ("'abacus'", "allowed: auto, cpu, cuda")),
+    ("ask IMAGE what? --model empty", ("empty has no config.json",)),
+    ("ask IMAGE what? --model llama", ("is a 'llama' model", "'fusion'")),
+    ("ask IMAGE what? --dtype int8", ("--dtype", "'int8'", "auto", "float16")),
+    ("ask IMAGE what? --device abacus", ("'abacus'", "allowed: auto, cpu, cuda")),
     ("ask --input gone.jsonl --output new.jsonl", ("gone.jsonl cannot be read",)),
     ("ask --input questions.jsonl --output gone/new.jsonl", ("output is gone/new.jsonl", "no folder")),
     ("ask --input questions.jsonl --output questions.jsonl", ("output is questions.jsonl", "exists already")),
     ("ask --input questions.jsonl --output new.jsonl --model ./gone", ("./gone is no folder",)),
     ("chat gone.png", ("'gone.png' is no file",)),
-    ("chat PICTURE --model ./gone", ("./gone is no folder",)),
-    ("chat PICTURE --max-new-tokens 0", ("'0'", "whole number from 1")),
+    ("chat IMAGE --model ./gone", ("./gone is no folder",)),
+    ("chat IMAGE --max-new-tokens 0", ("'0'", "whole number from 1")),
     ("demo --model ./gone", ("./gone is no folder",)),
     ("demo --port 70000", ("'70000'", "65535")),
     ("serve --model ./gone", ("./gone is no folder",)),
@@ -182,7 +182,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_errors(folder: Path):
     """In one process: each alone would take longer to start than to fail."""
     before = sorted(folder.iterdir())
-    places = {"PICTURE": str(PICTURE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
+    places = {"IMAGE": str(IMAGE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
     places["NANO"] = nano_path()
     commands = [[places.get(word, word) for word in line.split()] for line, _ in ERRORS]
     for (line, parts), result in zip(ERRORS, run_light(folder, commands), strict=True):
