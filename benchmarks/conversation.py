@@ -170,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="middle")
     parser.add_argument("--repeats", type=positive, default=3, help="rounds")
-    parser.add_argument("--questions", type=positive, default=10, help="about one picture")
+    parser.add_argument("--questions", type=positive, default=10, help="about one image")
     parser.add_argument("--conversations", type=positive, default=300, help="that fusion-nano has")
     add_machine_options(parser)
     return parser

@@ -185,7 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, default=5, help="rounds of one question")
     parser.add_argument("--eight-repeats", type=positive, default=2, help="rounds of eight questions")
     parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
-    parser.add_argument("--drawn", type=positive, default=150, help="pictures of each category that is drawn")
+    parser.add_argument("--drawn", type=positive, default=150, help="images of each category that is drawn")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="a JSON file")
     return parser

@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--clients", type=numbers, default=list(CLIENTS), help="at the same time, e.g. 1,8,32")
     parser.add_argument(
-        "--one-image", type=numbers, default=list(ONE_IMAGE), help="clients that all ask about the same picture"
+        "--one-image", type=numbers, default=list(ONE_IMAGE), help="clients that all ask about the same image"
     )
     parser.add_argument("--paths", type=names_among(PATHS), default=list(PATHS), help=f"of {', '.join(PATHS)}")
     parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="of each answer")

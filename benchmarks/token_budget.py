@@ -196,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--query-lens", type=positive, nargs="+", default=QUERY_LENS, help="default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds")
     parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
-    parser.add_argument("--drawn", type=positive, default=150, help="pictures of each category that is drawn")
+    parser.add_argument("--drawn", type=positive, default=150, help="images of each category that is drawn")
     add_machine_options(parser)
     return parser
 
