@@ -54,14 +54,14 @@ BOTH, ALL = (THEIRS, OURS), (THEIRS, THEIRS_BFLOAT16, OURS, OURS_BFLOAT16)
 PHOTOS = {"12 MP": (4000, 3000), "1152 x 864": (1152, 864)}
 SMALL_PHOTO = "1152 x 864"
 QUESTION = "what is the astronaut holding in the left hand, and what color is it?"
-TOKENS = 33  # of an answer whose later tokens are timed
-ANSWER_TOKENS = 16  # of each of several answers
+TOKENS = 33  # length of the answer whose later tokens are timed
+ANSWER_TOKENS = 16  # length of each of several answers
 IMAGES, QUESTIONS = 8, 10
-MANY = ("answer", "answer_each")  # commands of several questions
+MANY = ("answer", "answer_each")  # commands with several questions
 TURNS = ("what color is the suit?", "what is written on it?")
 ANSWER = "it is orange and has a round badge with letters in the middle of it."
-PATIENCE = 600  # seconds for an answer of a process
-LOSS_TOLERANCE = 1e-4  # relative, of float32
+PATIENCE = 600  # timeout for an answer of a process in seconds
+LOSS_TOLERANCE = 1e-4  # relative tolerance in float32
 # as `fusion-hf ask` does
 OUR_IMPORTS = """
 from fusion_hf.cli.lean_imports import lean_imports
@@ -76,7 +76,7 @@ Rounds = dict[str, dict[str, list[float]]]  # figure -> contestant -> a value of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What their classes made, and what conversion made of it."""
+    """A checkpoint that the authors' classes made, and its conversion."""
 
     authors: Path
     tower: Path
@@ -84,13 +84,13 @@ class Checkpoint:
 
     @property
     def certificate(self) -> dict[str, Any]:
-        """What `fusion-hf verify` found."""
+        """Return the certificate of `fusion-hf verify`."""
         return json.loads((self.converted / PARITY).read_text())
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts are measured with."""
+    """Everything that the parts have in common."""
 
     environment: AuthorsEnvironment
     folder: Path
@@ -102,16 +102,16 @@ class Bench:
 
     @property
     def photos(self) -> dict[str, str]:
-        """Files by their names in `PHOTOS`."""
+        """Return the files of the photos by their names in `PHOTOS`."""
         return {name: str(write_photo(self.folder, size)) for name, size in PHOTOS.items()}
 
     def variables(self, name: str) -> dict[str, str]:
-        """The environment of a contestant's process."""
+        """Return the environment variables of a contestant's process."""
         own = {"PYTHONPATH": str(self.environment.code)} if name.startswith(THEIRS) else {}
         return process_variables() | own | {"OMP_NUM_THREADS": str(self.threads)}
 
     def job(self, name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What a contestant's process is told."""
+        """Return the job of a contestant's process."""
         config = json.loads((checkpoint.converted / "config.json").read_text())
         return {
             "threads": self.threads,
@@ -129,7 +129,7 @@ class Bench:
         }
 
     def command(self, name: str, job: dict[str, Any]) -> Command:
-        """What starts a contestant's process."""
+        """Return the command that starts a contestant's process."""
         if name.startswith(THEIRS):
             return [self.environment.python, str(HERE / "authors_side.py"), json.dumps(job)]
         return [sys.executable, str(HERE / "our_side.py"), json.dumps(job)]
@@ -147,14 +147,14 @@ class Contestant:
         self.parameters = self._reply()["parameters"]
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Its answer to one command."""
+        """Send a command and return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
         self.process.stdin.flush()
         return self._reply()
 
     def end(self) -> None:
-        """Let it go, and wait."""
+        """Let the process end, and wait for it."""
         self.process.kill()
         self.process.communicate()
 
@@ -163,13 +163,13 @@ class Contestant:
         ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
         line = self.process.stdout.readline() if ready else b""
         if not line:
-            raise RuntimeError(f"The process of {self.name!r} gave no answer; what it wrote is above.")
+            raise RuntimeError(f"The process of {self.name!r} ended without an answer. See its output above.")
         return json.loads(line)
 
 
 @contextmanager
 def contestants(bench: Bench, names: Sequence[str]) -> Iterator[dict[str, Contestant]]:
-    """Processes with their models loaded."""
+    """Start processes and load their models, and end them on exit."""
     started: dict[str, Contestant] = {}
     try:
         for name in names:
@@ -184,14 +184,15 @@ def alternate(
     bench: Bench, names: Sequence[str], do: str, same: str | None = None, **arguments: Any
 ) -> tuple[Rounds, dict[str, dict[str, Any]]]:
     """
-    Ask each contestant once a round, after once that does not count: one question where a round has many.
+    Ask each contestant once per round, after an uncounted first time. If a round has many questions, they alternate
+    too.
 
     Args:
-        names: Of the contestants; those that `bench.sides` leaves out are not asked.
-        same: Of the answers, what has to be equal in both sides' float32.
+        names: the contestants. Those that `bench.sides` leaves out are not asked.
+        same: the part of the answers that must be equal for both sides in float32.
 
     Returns:
-        The answers' numbers of all rounds, and the last answers.
+        The numbers in the answers of all rounds, and the last answers.
     """
     one = {"do": "generate", "image": bench.photos[SMALL_PHOTO], "question": QUESTION, "tokens": ANSWER_TOKENS}
     warm_up = one if do in MANY else {"do": do, **arguments}
@@ -207,29 +208,29 @@ def alternate(
                     if isinstance(value, float):
                         rounds[figure][name].append(value)
             if same is not None and {THEIRS, OURS} <= last.keys() and last[THEIRS][same] != last[OURS][same]:
-                raise RuntimeError(f"{do}: {same} of ours differ from theirs.")
+                raise RuntimeError(f"{do}: the {same} of this package must equal those of the authors' code.")
     return rounds, last
 
 
 def measure_start(bench: Bench) -> Rounds:
-    """Seconds of whole processes: one that answers with one token, and one that only imports."""
+    """Measure the time of whole processes: one that answers with one token, and one that only imports, in seconds."""
     photo = bench.photos[SMALL_PHOTO]
     rounds: Rounds = defaultdict(lambda: defaultdict(list))
     for index in tqdm(range(-1, bench.rounds), desc="start"):
         for name in turned(list(BOTH), index):
             for figure, command in start_commands(bench, name, photo).items():
                 begin = time.perf_counter()
-                # not in this folder, whose modules are not what is imported
+                # not this folder, whose modules must not be imported
                 subprocess.run(
                     command, env=bench.variables(name), cwd=bench.folder, check=True, stdout=subprocess.DEVNULL
                 )
-                if index >= 0:  # the first round fills the disk's cache
+                if index >= 0:  # the first round fills the disk cache
                     rounds[figure][name].append(time.perf_counter() - begin)
     return rounds
 
 
 def start_commands(bench: Bench, name: str, photo: str) -> dict[str, Command]:
-    """Command lines by their figures."""
+    """Return the command lines by figure."""
     if name == OURS:
         ask = [sys.executable, "-m", "fusion_hf", "ask", photo, QUESTION, "--max-new-tokens", "1"]
         ask += ["--device", "cpu", "--dtype", "float32"]
@@ -245,7 +246,7 @@ def start_commands(bench: Bench, name: str, photo: str) -> dict[str, Command]:
 
 
 def measure_preprocessing(bench: Bench) -> Rounds:
-    """Seconds from a decoded image to pixel values."""
+    """Measure the time from a decoded image to pixel values, in seconds."""
     result: Rounds = {}
     for name, path in bench.photos.items():
         rounds, _ = alternate(bench, BOTH, "preprocess", image=path)
@@ -254,26 +255,26 @@ def measure_preprocessing(bench: Bench) -> Rounds:
 
 
 def measure_tokens(bench: Bench) -> Rounds:
-    """Seconds to the first token, and of each later one."""
+    """Measure the time to the first token, and of each later token, in seconds."""
     photo = bench.photos[SMALL_PHOTO]
     return alternate(bench, ALL, "generate", same="tokens", image=photo, question=QUESTION, tokens=TOKENS)[0]
 
 
 def measure_eight(bench: Bench) -> Rounds:
-    """Seconds of a question about each of eight images, from files to answers."""
+    """Measure the time of one question about each of eight images, from files to answers, in seconds."""
     images = [str(write_photo(bench.folder, PHOTOS[SMALL_PHOTO], number)) for number in range(IMAGES)]
     arguments = {"images": images, "questions": questions(IMAGES), "tokens": ANSWER_TOKENS}
     return alternate(bench, ALL, "answer", same="answers", **arguments)[0]
 
 
 def measure_ten(bench: Bench) -> Rounds:
-    """Seconds of ten questions about one image."""
+    """Measure the time of ten questions about one image, in seconds."""
     arguments = {"image": bench.photos[SMALL_PHOTO], "questions": questions(QUESTIONS), "tokens": ANSWER_TOKENS}
     return alternate(bench, ALL, "answer_each", same="answers", **arguments)[0]
 
 
 def measure_memory(bench: Bench) -> Rounds:
-    """Bytes of resident memory; each of its own fresh processes, once a round."""
+    """Measure the resident memory in bytes, in fresh processes in each round."""
     rounds: Rounds = defaultdict(lambda: defaultdict(list))
     arguments = {"image": bench.photos[SMALL_PHOTO], "question": QUESTION, "tokens": ANSWER_TOKENS}
     for name in ALL:
@@ -284,15 +285,15 @@ def measure_memory(bench: Bench) -> Rounds:
 
 
 def measure_training(bench: Bench) -> Rounds:
-    """Seconds and bytes of a training step, with gradient checkpointing on both sides."""
+    """Measure the time (seconds) and memory (bytes) of a training step, with gradient checkpointing on both sides."""
     batch = str(write_batch(bench))
     rounds, _ = alternate(bench, BOTH, "step", batch=batch)
-    losses = rounds["loss"]  # after one update and more, so that they also tell whether all weights are updated
+    losses = rounds["loss"]  # losses after several updates also show whether all weights are updated
     if any(abs(ours / theirs - 1) > LOSS_TOLERANCE for ours, theirs in zip(losses[OURS], losses[THEIRS], strict=True)):
-        raise RuntimeError(f"The losses {dict(losses)} differ after as many steps.")
+        raise RuntimeError(f"The losses must be equal after the same number of steps, got {dict(losses)}.")
     for name in BOTH:
         with contestants(bench, [name]) as processes:
-            processes[name].ask("step", batch=batch)  # makes AdamW's moments
+            processes[name].ask("step", batch=batch)  # creates AdamW's moments
             for figure, value in processes[name].ask("step_memory", batch=batch).items():
                 rounds[figure][name] = [value]
     return rounds
@@ -310,12 +311,15 @@ PARTS: dict[str, Callable[[Bench], Rounds]] = {
 
 
 def questions(count: int) -> list[str]:
-    """As many that differ."""
+    """Return so many different questions."""
     return [f"{QUESTION} answer in {number} words." for number in range(count)]
 
 
 def write_photo(folder: Path, size: tuple[int, int], number: int = 0) -> Path:
-    """A photo without the losses of JPEG, which two decoders may read as different bytes; each number another one."""
+    """
+    Write a photo in a lossless format, since two decoders may read a JPEG differently. Each number gives another
+    photo.
+    """
     path = folder / f"photo_{size[0]}_{number}.png"
     if not path.exists():
         make_photo(size).rotate(number).save(path)
@@ -323,7 +327,7 @@ def write_photo(folder: Path, size: tuple[int, int], number: int = 0) -> Path:
 
 
 def write_batch(bench: Bench) -> Path:
-    """Two conversations of two turns, in the package's form, which each side makes its own of."""
+    """Write two conversations of two turns, which each side converts to its own format."""
     processor = FusionProcessor.from_pretrained(bench.checkpoints[bench.size].converted)
     turns = [turn for text in TURNS for turn in (("human", text), ("gpt", ANSWER))]
     conversation = [{"from": speaker, "value": text} for speaker, text in turns]
@@ -335,7 +339,7 @@ def write_batch(bench: Bench) -> Path:
 
 
 def builder_sizes(size: Size) -> dict[str, Any]:
-    """Of a benchmark's model, as `authors_checkpoint` takes them; layers and patches of the tower are theirs."""
+    """Return the sizes of a benchmark's model in the form that `authors_checkpoint` takes, with the authors' tower."""
     return {
         "tower": {
             "hidden_size": size.vision_width,
@@ -354,9 +358,9 @@ def builder_sizes(size: Size) -> dict[str, Any]:
 
 
 def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) -> Checkpoint:
-    """Build, convert and verify a checkpoint, if the folder does not hold it."""
+    """Build, convert and verify a checkpoint, unless the folder holds it already."""
     authors, converted = folder / f"{name}-authors", folder / name
-    tower = folder / f"{name}-tower" / f"{TOWER}-tower"  # their classes choose by the folder's name
+    tower = folder / f"{name}-tower" / f"{TOWER}-tower"  # the authors' classes depend on the name of the folder
     checkpoint = Checkpoint(authors, tower, converted)
     if (converted / PARITY).is_file():
         return checkpoint
@@ -373,17 +377,17 @@ def make_checkpoint(environment: AuthorsEnvironment, folder: Path, name: str) ->
     )
     tower.mkdir(parents=True)
     (tower / "config.json").write_bytes((authors / f"{TOWER}-tower" / "config.json").read_bytes())
-    save_file({}, tower / "model.safetensors", metadata={"format": "pt"})  # the checkpoint has the weights
+    save_file({}, tower / "model.safetensors", metadata={"format": "pt"})  # the checkpoint holds the weights
     return checkpoint
 
 
 def summarize_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
-    """Of `fusion-hf verify`: that all is equal, and how closely."""
+    """Summarize what `fusion-hf verify` found: that everything is equal, and how closely."""
     return {"equal": certificate["equal"], "stages": certificate["stages"], "questions": len(certificate["questions"])}
 
 
 def add_rounds(former: Rounds, rounds: Rounds) -> Rounds:
-    """All rounds of a part: ratios pair them by their places, so that the same contestants have to be in both."""
+    """Append rounds of a part. Ratios pair rounds by position, so both must have the same contestants."""
     return {
         figure: {name: former.get(figure, {}).get(name, []) + values for name, values in by_name.items()}
         for figure, by_name in rounds.items()
@@ -391,7 +395,7 @@ def add_rounds(former: Rounds, rounds: Rounds) -> Rounds:
 
 
 def run(options: argparse.Namespace, environment: AuthorsEnvironment, folder: Path) -> None:
-    """Measure the parts that were asked for; the file has each as soon as it is done."""
+    """Measure the requested parts, and write each one to the file as soon as it is done."""
     names = dict.fromkeys([NANO, options.size])
     checkpoints = {name: make_checkpoint(environment, folder, name) for name in names}
     bench = Bench(environment, folder, checkpoints, options.size, options.threads, options.rounds, options.sides)
@@ -410,16 +414,34 @@ def run(options: argparse.Namespace, environment: AuthorsEnvironment, folder: Pa
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Namespace, AuthorsEnvironment]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--authors-code", type=Path, required=True, metavar="DIR", help="a checkout of theirs")
-    parser.add_argument("--authors-python", required=True, metavar="PYTHON", help="of an environment for it")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where checkpoints are kept; default: nowhere")
-    parser.add_argument("--size", choices=(NANO, MIDDLE), default=MIDDLE, help="of the model that is timed")
-    parser.add_argument("--parts", type=names_among(list(PARTS)), default=list(PARTS), help="some of them")
-    parser.add_argument("--sides", type=names_among(ALL), default=list(ALL), help="which are asked")
-    parser.add_argument("--rounds", type=positive, default=5, help="that count")
-    parser.add_argument("--add", action="store_true", help="to the rounds that the output has of the same sides")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--output", type=Path, help="a JSON file, to which the parts are added")
+    parser.add_argument(
+        "--authors-code", type=Path, required=True, metavar="DIR", help="checkout of the authors' repository"
+    )
+    parser.add_argument(
+        "--authors-python", required=True, metavar="PYTHON", help="Python of an environment for that checkout"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder to keep checkpoints in; default: they are not kept"
+    )
+    parser.add_argument("--size", choices=(NANO, MIDDLE), default=MIDDLE, help="size of the model")
+    parser.add_argument(
+        "--parts",
+        type=names_among(list(PARTS)),
+        default=list(PARTS),
+        help="parts to measure, separated by commas; default: all",
+    )
+    parser.add_argument(
+        "--sides",
+        type=names_among(ALL),
+        default=list(ALL),
+        help="contestants to measure, separated by commas; default: all",
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="number of rounds that count")
+    parser.add_argument(
+        "--add", action="store_true", help="append to the rounds in the output file, which must have the same sides"
+    )
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument("--output", type=Path, help="JSON file to add the parts to")
     options = parser.parse_args(command_line)
     try:
         environment = find_environment(options.authors_code, options.authors_python)

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
-# what the authors' code has in fixed numbers: layers of the towers, patches of their sides
+# constants of the authors' code: layers of the towers, and patches per side
 TOWERS = {
     "siglip": {"num_hidden_layers": 27, "patch_size": 14, "image_size": 384},
     "siglip2": {"num_hidden_layers": 40, "patch_size": 16, "image_size": 384},
@@ -40,7 +40,7 @@ ROPE_STEPS = 2  # numbers of a head for each angle
 
 
 def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
-    """A sentencepiece model with Phi-3's marks, which swallow white space to their right."""
+    """Make a sentencepiece model with Phi-3's special tokens, which remove white space on their right."""
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join([*TEXT.split(". "), *TEXT.split(), *map(chr, range(33, 127))] * 3), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -50,7 +50,7 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
-        # as Llama's, so that a blank in front of a mark stays
+        # as Llama's does, so that a space before a special token stays
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
@@ -63,7 +63,7 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
     }
     tokenizer = LlamaTokenizer(
         str(folder / "trained.model"),
-        # given so, and not by `add_tokens`, they are none of the special tokens that swallow white space before them
+        # unlike with `add_tokens`, these tokens do not remove the white space before them
         added_tokens_decoder=added,
         legacy=False,
         add_bos_token=False,
@@ -76,7 +76,11 @@ def make_phi_tokenizer(folder: Path) -> LlamaTokenizer:
 
 
 def make_llama_tokenizer(vocabulary: int | None) -> PreTrainedTokenizerFast:
-    """Bytes in pairs with Llama 3's marks; texts begin with the first of them. No text has what fills `vocabulary`."""
+    """
+    Make a byte-pair tokenizer with Llama 3's special tokens.
+
+    Texts begin with the first special token. Unused tokens fill `vocabulary`.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -100,7 +104,7 @@ def make_llama_tokenizer(vocabulary: int | None) -> PreTrainedTokenizerFast:
 
 
 def write_tower(folder: Path, family: str, width: int, more: dict[str, int]) -> dict[str, int]:
-    """The tower's configuration, in a folder that has its name; returns its sizes."""
+    """Write the configuration of the tower to a folder with its name, and return its sizes."""
     sizes = {"hidden_size": width, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
     sizes |= more | TOWERS[family]
     folder.mkdir(parents=True)
@@ -110,7 +114,7 @@ def write_tower(folder: Path, family: str, width: int, more: dict[str, int]) -> 
 
 
 def text_sizes(kind: str, width: int, layers: int) -> dict[str, Any]:
-    """What the language model's configuration is made of."""
+    """Return the sizes of the language model."""
     heads = 4
     sizes = {
         "hidden_size": width,
@@ -131,11 +135,11 @@ def text_sizes(kind: str, width: int, layers: int) -> dict[str, Any]:
 
 def make(code: Path, kind: str, family: str, output: Path, width: int, layers: int, sizes: dict[str, Any]) -> None:
     """
-    Write a checkpoint as the authors' training saves one.
+    Write a checkpoint in the form in which the authors' training saves one.
 
     Args:
-        sizes: What to have instead of the sizes that `width` and `layers` give: `tower` and `text`, by the names of
-            their configurations, and `vocabulary`, of `kind` `"llama"` only.
+        sizes: overrides of the sizes that `width` and `layers` give: `tower` and `text` with keys of their
+            configurations, and `vocabulary` for the kind `"llama"`.
     """
     sys.path[0] = str(code)
     importlib.import_module("fusion.model")
@@ -173,14 +177,14 @@ def make(code: Path, kind: str, family: str, output: Path, width: int, layers: i
     randomise(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    (tower / "model.safetensors").unlink()  # the checkpoint has the tower's weights
+    (tower / "model.safetensors").unlink()  # the checkpoint holds the tower's weights
     name = output / "config.json"
     content = json.loads(name.read_text(encoding="utf-8"))
     name.write_text(json.dumps(content | {"mm_vision_tower": f"google/{family}-so400m"}, indent=2), encoding="utf-8")
 
 
 def save_random_tower(tower: Path) -> None:
-    """Weights for the tower's folder, which the authors' class loads from it."""
+    """Write random weights to the folder of the tower, from which the authors' class loads them."""
     name = "siglip2" if "siglip2" in tower.name else "siglip"
     module = importlib.import_module(f"fusion.model.multimodal_encoder.{name}_encoder")
     prefix = "SigLip2" if name == "siglip2" else "SigLip"
@@ -189,7 +193,10 @@ def save_random_tower(tower: Path) -> None:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights that matter everywhere: those of a new model are so small that a wrong one may change nothing."""
+    """
+    Draw weights that are large enough to matter. Those of a new model are so small that a wrong one might change
+    nothing.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -208,6 +215,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: see `make`")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="sizes as a JSON object, see `make`")
     given = parser.parse_args()
     make(given.code.resolve(), given.kind, given.tower, given.output.resolve(), given.width, given.layers, given.sizes)

@@ -1,4 +1,4 @@
-"""Table of `authors.py`'s results: `report.py` writes it with its own."""
+"""The tables of `authors.py`'s results, which `report.py` writes together with its own."""
 
 from blocks import BYTES_PER_MIB, PAGES, Cell, Result, Row, Table, format_spread
 from measure import paired_ratios, summarize
@@ -11,7 +11,7 @@ def rounds(result: Result, part: str, figure: str, name: str) -> list[float] | N
 
 
 def ratio(part: str, figure: str, name: str = OURS, other: str = THEIRS) -> Cell:
-    """Ours divided by theirs, of the same rounds."""
+    """Return FUSION's figure divided by that of the authors' code, within rounds."""
 
     def cell(result: Result) -> str | None:
         values, others = (rounds(result, part, figure, each) for each in (name, other))
@@ -32,7 +32,7 @@ def mebibytes(part: str, figure: str, name: str) -> Cell:
 
 
 def rows_of_both(title: str, part: str, figure: str, aim: str, aim_bfloat16: str) -> list[Row]:
-    """One figure in both types of numbers."""
+    """Return one figure in both dtypes."""
     return [
         Row(f"{title}, float32 / theirs", aim, ratio(part, figure)),
         Row(f"{title}, bfloat16 / theirs in float32", aim_bfloat16, ratio(part, figure, OURS_BFLOAT16)),

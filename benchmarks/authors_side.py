@@ -1,4 +1,4 @@
-"""The authors' side of `authors.py`, run by the Python of their environment: see `authors_timing`."""
+"""The authors' side of `authors.py`, which the Python of their environment runs; see `authors_timing`."""
 
 import importlib.util
 import sys
@@ -14,22 +14,25 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def load_worker(path: str) -> ModuleType:
-    """`fusion_hf.verification.authors_worker`, without the package, which their Python does not have."""
+    """Load `fusion_hf.verification.authors_worker` without the package, which their environment lacks."""
     spec = importlib.util.spec_from_file_location("authors_worker", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their module
+    sys.modules[spec.name] = module  # its dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
 
 class AuthorsSide:
-    """Their classes, called as their `run_fusion.py` does: KV cache, SDPA where theirs has it, no gradients."""
+    """
+    Call the authors' classes as their `run_fusion.py` does: with a KV cache, SDPA where they use it, and no
+    gradients.
+    """
 
     def __init__(self, job: dict[str, Any]):
         self.worker = load_worker(job["worker"])
         self.job = job
-        sys.path[0] = job["code"]  # instead of this folder, whose modules are none of theirs
+        sys.path[0] = job["code"]  # replaces this folder, whose modules are not theirs
         self.loaded = self.worker.load(job)
         self.model = self.loaded.model
         self.utils = importlib.import_module("fusion.mm_utils")
@@ -56,7 +59,7 @@ class AuthorsSide:
         return output[0, -tokens:].tolist()
 
     def answer(self, paths: list[str], questions: list[str], tokens: int) -> list[str]:
-        """One by one: `run_fusion.py` has batches of one."""
+        """Answer questions one by one, since `run_fusion.py` has batches of one."""
         answers = []
         for path, question in zip(paths, questions, strict=True):
             ids = self.generate(self.prepare(path, question), tokens, None)
@@ -67,12 +70,18 @@ class AuthorsSide:
         return self.answer([path] * len(questions), questions, tokens)
 
     def train(self) -> None:
-        """As their `train.py` does after the first stage: their tower's class freezes it whenever it is loaded."""
+        """
+        Prepare training as their `train.py` does after the first stage. Their tower class freezes the tower when
+        it loads it.
+        """
         self.model.train().requires_grad_(True)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def read_batch(self, path: str) -> dict[str, Any]:
-        """Rows with a mark for each block of image or latent tokens, and one on the last id of each turn's prompt."""
+        """
+        Return rows with a mark for each block of image or latent tokens, and one on the last id of each turn's
+        prompt.
+        """
         constants = importlib.import_module("fusion.constants")
         marks = {
             self.job["image_token_id"]: constants.IMAGE_TOKEN_INDEX,
@@ -88,7 +97,7 @@ class AuthorsSide:
             strict=True,
         ):
             own_labels[ends[ends >= 0]] = constants.INSTRUCT_INDEX
-            # of a block, its first id
+            # the first id of a block
             kept = [
                 place
                 for place, number in enumerate(ids)

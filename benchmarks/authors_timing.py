@@ -1,7 +1,7 @@
-"""What both sides of `authors.py` are asked, in a process of their own: theirs with their Python, ours with this one.
+"""The commands for both sides of `authors.py`, which run in processes of their own with their own Python.
 
-A process is given its job as JSON, and then one command a line: it answers each with a line of JSON. This file imports
-nothing of the package, and nothing of theirs.
+A process gets its job as JSON, and then one command per line, which it answers with a line of JSON. This file imports
+neither the package nor the authors' code.
 """
 
 import json
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """A streamer of `generate`: notes when it hands out the prompt and each token."""
+    """A streamer for `generate` that records when the prompt and each token arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -37,61 +37,61 @@ class Side(Protocol):
     model: torch.nn.Module
 
     def preprocess(self, path: str) -> Callable[[], Any]:
-        """Open an image; what is returned makes pixel values of it."""
+        """Open an image, and return a function that makes pixel values from it."""
 
     def prepare(self, path: str, question: str) -> Any:
-        """Everything that `generate` takes."""
+        """Return all inputs of `generate`."""
 
     def generate(self, prompt: Any, tokens: int, clock: Clock) -> list[int]:
-        """So many greedy tokens, whatever they are."""
+        """Generate a fixed number of tokens greedily."""
 
     def answer(self, paths: list[str], questions: list[str], tokens: int) -> list[str]:
-        """Answers to as many questions, each about the image in its file."""
+        """Answer one question about each image."""
 
     def answer_each(self, path: str, questions: list[str], tokens: int) -> list[str]:
-        """Answers to questions about one image."""
+        """Answer several questions about one image."""
 
     def train(self) -> None:
-        """Get the model ready for training with gradient checkpointing."""
+        """Prepare the model for training with gradient checkpointing."""
 
     def read_batch(self, path: str) -> dict[str, Any]:
-        """A batch for training, from the file in which both sides have it."""
+        """Read a batch for training from the file that both sides share."""
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Its loss `()`."""
+        """Return the loss `()` of a batch."""
 
 
 class Commands:
-    """What a process can be asked: each method is a command."""
+    """The commands that a process accepts, one per method."""
 
     def __init__(self, side: Side):
         self.side = side
         self.optimizer: torch.optim.Optimizer | None = None
 
     def preprocess(self, image: str) -> dict[str, Any]:
-        """Seconds of an image that is decoded already."""
+        """Measure the time from a decoded image to pixel values, in seconds."""
         function = self.side.preprocess(image)
         return {"preprocessing": _seconds(function)}
 
     def generate(self, image: str, question: str, tokens: int) -> dict[str, Any]:
-        """Seconds to the first token from the prepared prompt, and of each later one."""
+        """Measure the time from a prepared prompt to the first token, and of each later token, in seconds."""
         prompt, clock = self.side.prepare(image, question), Clock()
         start = time.perf_counter()
         ids = self.side.generate(prompt, tokens, clock)
-        first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt's
+        first, last = clock.times[1], clock.times[-1]  # times[0] belongs to the prompt
         later = {"later_token": (last - first) / (tokens - 1)} if tokens > 1 else {}
         return {"first_token": first - start, **later, "tokens": ids}
 
     def answer(self, images: list[str], questions: list[str], tokens: int) -> dict[str, Any]:
-        """Seconds from files to answers, a question about each image."""
+        """Measure the time from files to answers, with one question per image, in seconds."""
         return self._answers("eight_on_eight", lambda: self.side.answer(images, questions, tokens))
 
     def answer_each(self, image: str, questions: list[str], tokens: int) -> dict[str, Any]:
-        """The same of questions about one image."""
+        """Measure the time from a file to the answers to several questions about it, in seconds."""
         return self._answers("ten_on_one", lambda: self.side.answer_each(image, questions, tokens))
 
     def memory(self, image: str, question: str, tokens: int) -> dict[str, Any]:
-        """Resident memory as it is, and its growth while tokens are made: of the first call, and of a later one."""
+        """Measure the resident memory, and its growth during generation in the first call and a later one."""
         loaded = resident_status("VmRSS")
         prompt = self.side.prepare(image, question)
         growths = [peak_resident(lambda: self.side.generate(prompt, tokens, Clock()), CPU) for _ in range(2)]
@@ -103,7 +103,7 @@ class Commands:
         }
 
     def step(self, batch: str) -> dict[str, Any]:
-        """Seconds of a training step: forward, backward, and AdamW's update of all weights."""
+        """Measure the time of a training step: forward, backward, and AdamW's update of all weights, in seconds."""
         if self.optimizer is None:
             self.side.train()
             self.optimizer = torch.optim.AdamW(self.side.model.parameters(), lr=LEARNING_RATE, fused=True)
@@ -115,7 +115,7 @@ class Commands:
         return {"passes": passes, "step": passes + update, "loss": losses[0]}
 
     def step_memory(self, batch: str) -> dict[str, Any]:
-        """Most bytes that forward and backward add to weights and optimizer state, after a step."""
+        """Measure the peak bytes that forward and backward add to weights and optimizer state, after one step."""
         inputs = self.side.read_batch(batch)
         grown = peak_resident(lambda: self._passes(inputs), CPU)
         self.side.model.zero_grad(set_to_none=True)
@@ -140,10 +140,10 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def serve(load: Callable[[dict[str, Any]], Side]) -> None:
-    """Do the job in the command line, and whatever is asked on standard input, until that ends."""
+    """Do the job in the command line, and answer commands from the standard input until it ends."""
     job = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the model's code prints is no reply
+    os.dup2(2, 1)  # output of the model's code must not become a reply
 
     def reply(content: dict[str, Any]) -> None:
         replies.write(json.dumps(content) + "\n")

@@ -1,4 +1,4 @@
-"""Tables and plots in documents: what they are, and how they are filled from results."""
+"""The tables and plots in documents, and how they are filled from results."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Cell = Callable[[Result], str | None]
 
 
 class Row(NamedTuple):
-    """A line of a table; `cell` is None where a result does not hold the figure."""
+    """A row of a table. `cell` returns None if a result does not hold the figure."""
 
     name: str
     aim: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A part of `document` that is written by this file, between two markers with its `name`."""
+    """A part of `document` between two markers with its `name`, which this script writes."""
 
     name: str
     document: Path
@@ -47,7 +47,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Table(Block):
-    """`columns`: title and file. `conditions`: one line on what a result was measured with."""
+    """A table. `columns` maps titles to files, and `conditions` describes in one line how a result was measured."""
 
     columns: dict[str, str]
     rows: list[Row]
@@ -56,7 +56,7 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Plot(Block):
-    """A drawing of one result. `source`: its file. `panels`: none where the result does not hold the figures."""
+    """A plot of one result. `source` is its file, and `panels` is empty if the result does not hold the figures."""
 
     image: Path
     description: str
@@ -65,7 +65,7 @@ class Plot(Block):
 
 
 def format_spread(spread: dict[str, float] | None, style: str = ".2f") -> str | None:
-    """Median, and smallest to largest of the rounds."""
+    """Write the median, the minimum and the maximum of the rounds."""
     if spread is None:
         return None
     middle, least, most = (format(spread[name], style) for name in ("median", "min", "max"))
@@ -81,13 +81,13 @@ def conditions(result: Result) -> str:
 
 
 def describe(table: Table, result: Result) -> str:
-    """All figures of one result as plain text."""
+    """Write all figures of one result as plain text."""
     width = max(len(row.name) for row in table.rows)
     return "\n".join(f"{row.name:{width}}  {row.cell(result) or NOT_MEASURED}" for row in table.rows)
 
 
 def render(table: Table, results: dict[str, Result | None]) -> str:
-    """The table in Markdown; a column without a result says so in every cell."""
+    """Write a table in Markdown. The cells of a column without a result say so."""
     lines = [f"| figure | target | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
     for row in table.rows:
         cells = [(row.cell(result) if result is not None else None) or NOT_MEASURED for result in results.values()]
@@ -99,26 +99,28 @@ def render(table: Table, results: dict[str, Result | None]) -> str:
 
 
 def load_results(table: Table, folder: Path) -> dict[str, Result | None]:
-    """One result per column; None where its file does not exist."""
+    """Load one result per column, or None if its file does not exist."""
     paths = {column: folder / name for column, name in table.columns.items()}
     return {column: json.loads(path.read_text()) if path.is_file() else None for column, path in paths.items()}
 
 
 def replace_block(document: str, block: Block, text: str) -> str:
-    """The document with `text` between the markers."""
+    """Return the document with `text` between the markers."""
     head, _, rest = document.partition(block.begin)
     _, found, tail = rest.partition(block.end)
     if not found:
-        raise ValueError(f"{block.document.name} needs the lines {block.begin!r} and {block.end!r}, in this order.")
+        raise ValueError(
+            f"{block.document.name} must have the lines {block.begin!r} and {block.end!r}, in this order."
+        )
     return f"{head}{block.begin}\n\n{text}\n\n{block.end}{tail}"
 
 
 def show(plot: Plot) -> str:
-    """The plot as a Markdown image, with its path from the document."""
+    """Write a plot as a Markdown image, with its path relative to the document."""
     return f"![{plot.description}]({Path(os.path.relpath(plot.image, plot.document.parent)).as_posix()})"
 
 
 def load_panels(plot: Plot, folder: Path) -> list[Panel]:
-    """None where there is no result, or no such figures in it."""
+    """Return the panels of a plot, or None if the result is missing or does not hold the figures."""
     path = folder / plot.source
     return plot.panels(json.loads(path.read_text())) if path.is_file() else []

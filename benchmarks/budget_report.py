@@ -1,4 +1,4 @@
-"""Tables and plot of the token budget, from `benchmarks/results`: `report.py` writes them with its own."""
+"""The tables and the plot of the token budget, which `report.py` writes together with its own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from plot import Panel, Point, draw
 
 DOCUMENT = PAGES / "token_budget.md"
 PLOT = DOCS / "assets" / "token_budget.svg"
-PLOTTED = "CPU"  # the column whose numbers are drawn
+PLOTTED = "CPU"  # the column of the plot
 EASY = "easy-vqa"
 X_LABEL = "image tokens"
 
@@ -58,7 +58,7 @@ def is_default(row: dict[str, Any], part: Result) -> bool:
 
 
 def render_times(column: str, result: Result | None) -> str:
-    """One device's table, and what 1 stands for."""
+    """Write the table of one device, and what the value 1 stands for."""
     if result is None or "times" not in result:
         return f"{column}: {NOT_MEASURED}."
     part = result["times"]
@@ -89,12 +89,12 @@ def render_times(column: str, result: Result | None) -> str:
 
 
 def share(row: dict[str, Any], asked: dict[str, int], categories: Sequence[str]) -> float:
-    """Exact answers, in percent."""
+    """Return the percentage of exact answers."""
     return 100 * sum(row["right"][name] for name in categories) / sum(asked[name] for name in categories)
 
 
 def render_accuracy(result: Result | None) -> str:
-    """Settings of the grid by settings of the latents."""
+    """Write a table of the grid settings by the latent token settings."""
     if result is None or "accuracy" not in result:
         return f"{NOT_MEASURED}."
     part = result["accuracy"]
@@ -119,7 +119,7 @@ def render_accuracy(result: Result | None) -> str:
 
 
 def update(document: str, folder: Path) -> str:
-    """The document with both tables from the results in `folder`."""
+    """Return the document with both tables from the results in `folder`."""
     results = load_results(TIMES, folder)
     times = "\n\n".join(render_times(column, result) for column, result in results.items())
     document = replace_block(document, TIMES, times)
@@ -127,7 +127,7 @@ def update(document: str, folder: Path) -> str:
 
 
 def lines_of(part: Result, point: Any) -> dict[str, list[Point]]:
-    """A line for each number of latents, over image tokens."""
+    """Return a line for each number of latent tokens, over the number of image tokens."""
     lengths = sorted({row["query_len"] for row in part["rows"]})
     rows = sorted(part["rows"], key=lambda row: row["image_tokens"])
     return {f"{length} latents": [point(row) for row in rows if row["query_len"] == length] for length in lengths}
@@ -159,13 +159,13 @@ def accuracy_panels(part: Result) -> list[Panel]:
 
 
 def panels_of(result: Result) -> list[Panel]:
-    """Of what was measured."""
+    """Return the panels of a result."""
     makers = {"times": time_panels, "accuracy": accuracy_panels}
     return [panel for part, make in makers.items() if part in result for panel in make(result[part])]
 
 
 def write() -> None:
-    """Into the documentation."""
+    """Update the documents."""
     DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))
     result = load_results(TIMES, RESULTS)[PLOTTED]
     if result is not None:

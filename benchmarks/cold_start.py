@@ -1,10 +1,9 @@
-"""
-The time until `fusion-hf ask` has answered, in new processes: of this checkout beside another one.
+"""Measure the time until `fusion-hf ask` has answered in a new process, for this checkout and another one.
 
     python benchmarks/cold_start.py --other DIR --output benchmarks/results/cold_start_cpu.json
 
-`DIR` is another checkout, such as a worktree of an earlier commit; both run in this environment. Files are in the page
-cache: a round that does not count reads them, and writes compiled modules.
+`DIR` is another checkout, such as a worktree of an earlier commit. Both run in this environment. Files are in the page
+cache, since an uncounted round reads them and writes compiled modules.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from measure import paired_ratios, positive, surroundings, turned, write_result
 
 ROOT = Path(__file__).parents[1]
 IMAGE, QUESTION, ANSWER = ROOT / "docs" / "assets" / "red_circle.png", "what color is the circle?", "red"
-# what `ask` imports before it loads a model; a checkout without `lean_imports` imports all
+# the imports of `ask` before it loads a model; a checkout without `lean_imports` imports everything
 IMPORTS = """
 import contextlib, time
 begin = time.perf_counter()
@@ -42,23 +41,23 @@ TORCH = ("-c", "import torch")
 
 
 def environment(checkout: Path, threads: int) -> dict[str, str]:
-    """A process's environment in which the package is that of a checkout."""
+    """Return environment variables with which a process imports the package of a checkout."""
     values = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**values, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 def timed(arguments: tuple[str, ...], variables: dict[str, str], status: int = 0) -> tuple[float, str]:
-    """Seconds of a process, from its start to its end, and what it wrote."""
+    """Return the seconds of a process from start to end, and its output."""
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     if done.returncode != status:
-        raise RuntimeError(f"{arguments} ended with {done.returncode}: {done.stderr}")
+        raise RuntimeError(f"{arguments} ended with status {done.returncode}: {done.stderr}")
     return seconds, done.stdout.strip()
 
 
 def measure(checkouts: dict[str, Path], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of each part of each checkout in each round; the first round does not count."""
+    """Measure the seconds of each part of each checkout in each round. The first round does not count."""
     measured: dict[str, list[float]] = defaultdict(list)
     for index in range(-1, rounds):
         found = {"torch": timed(TORCH, environment(ROOT, threads))[0]}
@@ -67,7 +66,7 @@ def measure(checkouts: dict[str, Path], rounds: int, threads: int) -> dict[str, 
             found[f"imports_{name}"] = float(timed(("-c", IMPORTS), variables)[1])
             found[f"ask_{name}"], answer = timed(ASK, variables)
             if answer != ANSWER:
-                raise RuntimeError(f"{name} answered {answer!r}, not {ANSWER!r}.")
+                raise RuntimeError(f"The answer of {name} must be {ANSWER!r}, got {answer!r}.")
             found[f"typo_{name}"] = timed(TYPO, variables, status=2)[0]
         if index >= 0:
             for key, seconds in found.items():

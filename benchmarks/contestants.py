@@ -1,4 +1,4 @@
-"""What is measured beside each other: FUSION, other ways of computing it, peers of transformers, compiled decoding."""
+"""What is compared: FUSION, other ways of computing it, peers in transformers, and compiled decoding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from fusion_hf.model.configuration_fusion import NUM_TILES
 OURS, EAGER, REFERENCE = "ours", "eager", "reference"
 LLAVA, LLAVA_TILED, SMOLVLM = "llava_onevision", "llava_onevision_tiled", "smolvlm"
 VARIANTS, PEERS = (EAGER, REFERENCE), (LLAVA, LLAVA_TILED, SMOLVLM)
-# by `CompiledGenerator`: steps alone, and prompts as well
+# `CompiledGenerator` with compiled steps, and with compiled prompts as well
 AHEAD, PROMPT_COMPILED = "ours_ahead", "ours_prompt_compiled"
 GENERATORS = (AHEAD, PROMPT_COMPILED)
 COMPILED = {"ours_compiled": OURS, AHEAD: OURS, PROMPT_COMPILED: OURS, "llava_onevision_compiled": LLAVA}
@@ -43,9 +43,12 @@ class Contestant:
     A model with its inputs.
 
     Args:
-        prompt: inputs of `generate`. encoder, method: the module and the name of its method that encodes images.
-        tiles, picture_tokens: of one image, in the tower and in the language model.
-        options: of `generate`.
+        prompt: the inputs of `generate`.
+        encoder: the module that encodes images.
+        method: the name of its method that encodes images.
+        tiles: the number of tiles of an image.
+        picture_tokens: the number of tokens of an image in the language model.
+        options: the options of `generate`.
         generator: what generates instead of the model.
     """
 
@@ -59,7 +62,7 @@ class Contestant:
     generator: CompiledGenerator | None = None
 
     def generate(self, prompt: Prompt, new_tokens: int, **given: Any) -> Any:
-        """Greedy."""
+        """Generate greedily."""
         return self.model.generate(**prompt, **given, max_new_tokens=new_tokens, do_sample=False, **self.options)
 
     def prefill(self, prompt: Prompt) -> Any:
@@ -68,27 +71,27 @@ class Contestant:
 
 def default_names(size: Size) -> list[str]:
     """
-    Those that say something at a size: other ways of computing FUSION are compared in the middle size, loops of
-    decoding where there is a GPU.
+    Return the contestants that are informative at a size: other ways of computing FUSION at the middle size, and
+    decoding loops on a GPU.
     """
     left_out = (AHEAD,) if size.released is None else VARIANTS
     return [name for name in NAMES if name not in left_out]
 
 
 def compiled_options(device: torch.device) -> dict[str, Any]:
-    """Options of `generate` that decode by a compiled model over a static cache, on every device."""
-    if device.type == "cpu":  # a wrapper in C++ is what saves time there, as CUDA graphs do on a GPU
+    """Return options of `generate` for decoding with a compiled model over a static cache, on any device."""
+    if device.type == "cpu":  # the C++ wrapper saves time there, as CUDA graphs do on a GPU
         config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options={"cpp_wrapper": True})
     else:
         config = CompileConfig(fullgraph=True, dynamic=False)
-    config._compile_all_devices = True  # else only accelerators compile
+    config._compile_all_devices = True  # otherwise only accelerators compile
     return {"cache_implementation": "static", "compile_config": config}
 
 
 def make_generator(
     ours: FusionForConditionalGeneration, length: int, new_tokens: int, compile_prompt: bool
 ) -> CompiledGenerator:
-    """Of prompts of this length; by CUDA graphs where there is CUDA."""
+    """Make a compiled generator for prompts of this length, with CUDA graphs on CUDA."""
     mode = "default" if ours.device.type == "cpu" else "reduce-overhead"
     return CompiledGenerator(ours, [length], new_tokens, compile_prompt=compile_prompt, mode=mode)
 
@@ -97,11 +100,11 @@ def build_contestants(
     names: Sequence[str], ours: FusionForConditionalGeneration, pixel_values: torch.Tensor, new_tokens: int
 ) -> dict[str, Contestant]:
     """
-    Those of `NAMES`, in that order.
+    Build the requested contestants in the order of `NAMES`.
 
     Args:
         pixel_values (`(1, 5, 3, H, W)`): the image of every prompt.
-        new_tokens: what is at most generated where the prompt is compiled.
+        new_tokens: the maximum number of generated tokens where the prompt is compiled.
     """
     config, prompt = ours.config, partial(make_prompt, ours.config, pixel_values)
     built: dict[str, Contestant] = {}
@@ -124,7 +127,7 @@ def build_contestants(
 def build_peers(
     names: Sequence[str], ours: FusionForConditionalGeneration, pixel_values: torch.Tensor
 ) -> dict[str, Contestant]:
-    """LLaVA-OneVision's two layouts are those of one model."""
+    """Build the peers. LLaVA-OneVision's two layouts share one model."""
     config: FusionConfig = ours.config
     built = {}
     if LLAVA in names or LLAVA_TILED in names:
@@ -143,19 +146,19 @@ def build_peers(
 
 
 def missing_originals(names: Sequence[str]) -> list[str]:
-    """What must be measured as well: ours, and each compiled model's plain one."""
+    """Return what must be measured as well: FUSION, and the plain version of each compiled model."""
     needed = [OURS, *(COMPILED[name] for name in names if name in COMPILED)]
     return [name for name in dict.fromkeys(needed) if name not in names]
 
 
 def prefill_flops(contestant: Contestant, prompt: Prompt) -> int:
     """
-    Operations of the matrix products, convolutions and attention that a prompt needs.
+    Count the operations of the matrix products, convolutions and attention of a prompt.
 
-    Counted while it runs, but for the language model's attention: there a token is paired with itself and with those
-    before it, which is half of the square.
+    They are counted during a run, except for the language model's attention, where each token attends to itself and
+    earlier ones, half of the square.
     """
-    # the counter knows attention only where it is made of products
+    # the counter counts attention only if it consists of matrix products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         contestant.prefill(prompt)
     text = contestant.model.config.text_config
@@ -167,7 +170,10 @@ def prefill_flops(contestant: Contestant, prompt: Prompt) -> int:
 
 
 def weight_bytes(ours: FusionForConditionalGeneration) -> int:
-    """Weights that every token is multiplied with: the language model without samplers, and the head."""
+    """
+    Return the bytes of the weights that every token is multiplied with: the language model without samplers, and
+    the head.
+    """
     layers = ours.model.language_model.layers
     read = [*layers.parameters(), *ours.lm_head.parameters()]
     idle = [weight for index in ours.config.sampler_layers for weight in layers[index].vision_sampler.parameters()]
@@ -175,12 +181,12 @@ def weight_bytes(ours: FusionForConditionalGeneration) -> int:
 
 
 def cache_bytes(contestant: Contestant, length: float) -> int:
-    """Keys and values of a cache of so many tokens."""
+    """Return the bytes of the keys and values of so many tokens."""
     text = contestant.model.config.text_config
     values = KEYS_AND_VALUES * text.num_hidden_layers * text.num_key_value_heads * head_width(text)
     return round(values * length * contestant.model.dtype.itemsize)
 
 
 def head_width(text: Any) -> int:
-    """Of a language model's configuration; some leave it out, some leave it empty."""
+    """Return the head size of a language model's configuration, which may lack it or set it to None."""
     return text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads

@@ -49,12 +49,12 @@ from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, draw_image
 
 SEED = 1
 LONGEST_ANSWER = 6  # tokens
-TIMED_TOKENS = 2  # the first is what counts
+TIMED_TOKENS = 2  # only the first one counts
 MODES = ("faithful", "fast", "by itself")
 
 
 class Times:
-    """A model, the first two turns of a conversation about a photo, and what was measured."""
+    """A model, the first two turns of a conversation about a photo, and the measurements."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, questions: int):
         self.device = device
@@ -68,7 +68,7 @@ class Times:
         self.measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def encode_separately(self) -> None:
-        """Tower, connector and projectors of one call per question."""
+        """Run the tower, connector and projectors in one call per question."""
         for question in self.questions:
             self.model.model.encode_image(self.first["pixel_values"], question, None)
 
@@ -81,7 +81,7 @@ class Times:
         return generation_seconds(self.model, given, TIMED_TOKENS)[0]
 
     def first_token_fast(self, features: torch.Tensor) -> float:
-        """The second turn behind a cache of the first and its answer, but for the answer's last token."""
+        """Run the second turn on a cache of the first turn and its answer, except for the answer's last token."""
         held = self.first["input_ids"].shape[1] + ANSWER_TOKENS - 1
         before = {name: self.whole[name][:, :held] for name in ("input_ids", "attention_mask")}
         cache = DynamicCache(config=self.model.config.text_config)
@@ -121,8 +121,8 @@ def measure_times(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_conversations(count: int) -> list[NanoRecord]:
-    """Conversations of two and three turns about drawn images that training and validation do not use."""
-    # of each category as many as are needed: most have several questions
+    """Make conversations of two and three turns about drawn images that training and validation do not use."""
+    # enough of each category, since most have several questions
     images = draw_images("test", DrawnMixture(count, count, count, count), seed="conversation")
     generator = random.Random(SEED)
     records = [record for record in question_records(images, generator) if len(record.turns) > 1]
@@ -130,7 +130,7 @@ def make_conversations(count: int) -> list[NanoRecord]:
 
 
 def answers_of(chat_model: ChatModel, record: NanoRecord, mode: str) -> list[str]:
-    """To the questions of a conversation, each answer being part of what the next one is asked after."""
+    """Answer the questions of a conversation, with each answer as context for the next question."""
     image, questions = record.open_image(), [question for question, _ in record.turns]
     if mode == "by itself":
         return [chat_model.answer([question_message(text, image)], LONGEST_ANSWER) for text in questions]
@@ -139,7 +139,7 @@ def answers_of(chat_model: ChatModel, record: NanoRecord, mode: str) -> list[str
 
 
 def measure_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Exact answers by mode and turn, and how many later answers only one of the two modes has right."""
+    """Count exact answers by mode and turn, and later answers that only one of the two modes gets right."""
     chat_model = ChatModel.load(device=arguments.device, dtype=arguments.dtype)
     asked: Counter[str] = Counter()
     right: dict[str, Counter[str]] = {mode: Counter() for mode in MODES}
@@ -169,9 +169,9 @@ def measure_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="middle")
-    parser.add_argument("--repeats", type=positive, default=3, help="rounds")
-    parser.add_argument("--questions", type=positive, default=10, help="about one image")
-    parser.add_argument("--conversations", type=positive, default=300, help="that fusion-nano has")
+    parser.add_argument("--repeats", type=positive, default=3, help="number of rounds")
+    parser.add_argument("--questions", type=positive, default=10, help="number of questions about one image")
+    parser.add_argument("--conversations", type=positive, default=300, help="number of conversations with fusion-nano")
     add_machine_options(parser)
     return parser
 

@@ -1,11 +1,11 @@
-"""One CPU: float32 and bfloat16, with torch's own products and with those by oneDNN, beside each other.
+"""Compare float32 and bfloat16 on one CPU, with torch's own matrix products and with oneDNN's.
 
     python benchmarks/cpu.py --threads 2 --output benchmarks/results/types_cpu.json
     python benchmarks/report.py
 
-The times are of the FUSION with random weights of `inference.py`. A round measures every variant once, in an order
-that changes from round to round, and ratios are taken within a round. All variants of a type share their weights.
-Accuracy is that of fusion-nano on test questions. With `--only`, the other parts stay in the output as they are.
+Times are measured on the FUSION model with random weights of `inference.py`. Each round measures every variant once,
+in an order that changes from round to round, and ratios are taken within a round. All variants of a dtype share their
+weights. Accuracy is that of fusion-nano on test questions. With `--only`, the other parts of the output are kept.
 """
 
 import argparse
@@ -51,21 +51,21 @@ from fusion_hf.nano.evaluate import generate_answers
 
 BASE = "float32"
 CHOSEN, ALL = "oneDNN where it is faster", "oneDNN for all products"
-EIGHT = 8  # questions, each on an image of its own
-EIGHT_TOKENS = 8  # of each of their answers
+EIGHT = 8  # number of questions, each about an image of its own
+EIGHT_TOKENS = 8  # length of each answer
 PARTS = ("times", "eight", "accuracy")
 CPU = torch.device("cpu")
 
 
 def take_all(model: FusionForConditionalGeneration) -> None:
-    """Have oneDNN compute all products, faster or not."""
+    """Let oneDNN compute all products, even where it is slower."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT:
             module.__class__ = OneDNNLinear
 
 
 class Times:
-    """The variants, what they are asked, and what was measured: figure -> variant -> rounds."""
+    """The variants, their questions, and the measurements: figure -> variant -> rounds."""
 
     def __init__(self, size: Size) -> None:
         self.new_tokens = size.new_tokens
@@ -107,7 +107,7 @@ class Times:
         self.measured[figure][name].append(value)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Relative errors of the tiles' features and of the first token's logits against the base."""
+        """Return the relative errors of the tiles' features and of the first token's logits compared with the base."""
         outputs: dict[str, Callable[[str], torch.Tensor]] = {
             "features": lambda name: self.models[name].get_global_features(self.one[name]["pixel_values"]),
             "logits": lambda name: self.models[name](**self.one[name], logits_to_keep=1).logits,
@@ -123,23 +123,23 @@ class Times:
         return found
 
     def equal_answers(self) -> dict[str, bool]:
-        """Whether oneDNN gives the tokens of the same type without it."""
+        """Return whether oneDNN gives the same tokens as the same dtype without it."""
         ids = {name: self.answer(name, self.one[name], self.new_tokens) for name in self.models}
         return {name: torch.equal(ids[name], ids[name.partition(",")[0]]) for name in ids if "," in name}
 
 
 def measure_times(options: argparse.Namespace) -> dict[str, Any]:
-    """One question about one image."""
+    """Measure one question about one image."""
     with torch.inference_mode():
         times = Times(SIZES[options.size])
-        found = {"errors": times.errors(), "equal_answers": times.equal_answers()}  # which warm up
+        found = {"errors": times.errors(), "equal_answers": times.equal_answers()}  # warm-up rounds
         for index in tqdm(range(options.repeats), desc="times", unit="round"):
             times.round(index)
     return describe_times(options, times) | found | {"is_bfloat16_faster": is_bfloat16_faster()}
 
 
 def measure_eight(options: argparse.Namespace) -> dict[str, Any]:
-    """Eight questions, each about an image of its own, as one batch."""
+    """Measure eight questions about different images in one batch."""
     with torch.inference_mode():
         times = Times(SIZES[options.size])
         for name in times.models:  # warms up
@@ -150,7 +150,7 @@ def measure_eight(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe_times(options: argparse.Namespace, times: Times) -> dict[str, Any]:
-    """What was measured, and with what; ratios to the base."""
+    """Describe the measurements and their conditions, with ratios to the base."""
     return {
         "settings": {name: getattr(options, name) for name in ("size", "repeats", "eight_repeats", "threads")},
         **surroundings("cpu"),
@@ -163,7 +163,7 @@ def describe_times(options: argparse.Namespace, times: Times) -> dict[str, Any]:
 
 
 def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
-    """Exact answers of fusion-nano, by category, in both types."""
+    """Count exact answers of fusion-nano by category, in both dtypes."""
     records, right = choose_records(options.questions, options.drawn), {}
     for dtype in ("float32", "bfloat16"):
         chat_model = ChatModel.load(device="cpu", dtype=dtype)
@@ -180,14 +180,14 @@ def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="default: all parts")
-    parser.add_argument("--size", choices=SIZES, default="middle", help="of the model that is timed")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds of one question")
-    parser.add_argument("--eight-repeats", type=positive, default=2, help="rounds of eight questions")
-    parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
-    parser.add_argument("--drawn", type=positive, default=150, help="images of each category that is drawn")
+    parser.add_argument("--only", choices=PARTS, help="part to measure; default: all")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="size of the model")
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds with one question")
+    parser.add_argument("--eight-repeats", type=positive, default=2, help="number of rounds with eight questions")
+    parser.add_argument("--questions", type=positive, default=1000, help="number of easy-vqa questions")
+    parser.add_argument("--drawn", type=positive, default=150, help="number of drawn images per category")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Rows of the table of types and products on one CPU, from `benchmarks/results`."""
+"""The rows of the table of dtypes and products on one CPU."""
 
 from blocks import NOT_MEASURED, Cell, Result, Row, format_spread
 
-# as in `cpu.py`, which takes seconds to import
+# copied from `cpu.py`, which takes seconds to import
 BASE = "float32"
 CHOSEN, ALL = "oneDNN where it is faster", "oneDNN for all products"
 
@@ -17,12 +17,12 @@ VARIANTS = (f"{BASE}, {CHOSEN}", f"{BASE}, {ALL}", HALF, f"{HALF}, {CHOSEN}")
 
 
 def ratio(part: str, figure: str, variant: str) -> Cell:
-    """A variant divided by float32 with torch's own products."""
+    """Return the figure of a variant divided by that of float32 with torch's own products."""
     return lambda result: format_spread(result.get(part, {}).get("ratios", {}).get(figure, {}).get(variant))
 
 
 def error(figure: str, variant: str) -> Cell:
-    """Relative, against float32 with torch's own products."""
+    """Return the relative error compared with float32 with torch's own products."""
 
     def cell(result: Result) -> str | None:
         found = result.get("times", {}).get("errors", {}).get(figure, {}).get(variant)
@@ -32,7 +32,7 @@ def error(figure: str, variant: str) -> Cell:
 
 
 def accuracy(dtype: str) -> Cell:
-    """Exact answers of fusion-nano, by category."""
+    """Return the exact answers of fusion-nano by category."""
 
     def cell(result: Result) -> str | None:
         part = result.get("accuracy")

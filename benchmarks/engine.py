@@ -41,12 +41,12 @@ from fusion_hf.inference.cpu_linear import OneDNNLinear, OneDNNSiglipMLP
 
 ONEDNN = "oneDNN"
 WAYS = (VLLM, BATCH, f"{VLLM}, {ONEDNN}", f"{BATCH}, {ONEDNN}")
-MAX_LENGTH = 2112  # as the servers of `serving.py`
+MAX_LENGTH = 2112  # as for the servers of `serving.py`
 PARTS = {"encode_tiles": "tiles", "_encode_overviews": "overviews", "forward": "language model"}
 
 
 class Layers:
-    """The layers of a model that [`use_onednn`] changes, which may be changed back and forth."""
+    """The layers of a model that [`use_onednn`] changes, which can be switched back and forth."""
 
     def __init__(self, model: nn.Module):
         use_onednn(model)
@@ -59,7 +59,7 @@ class Layers:
 
 
 def ask_engine(engine: Any, questions: Sequence[Question]) -> float:
-    """Seconds until all are answered."""
+    """Return the seconds until all questions are answered."""
     from vllm import SamplingParams
 
     settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False)
@@ -68,13 +68,13 @@ def ask_engine(engine: Any, questions: Sequence[Question]) -> float:
     seconds = time.perf_counter() - start
     lengths = {len(output.outputs[0].token_ids) for output in outputs}
     if lengths != {NEW_TOKENS}:
-        raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {NEW_TOKENS}")
+        raise RuntimeError(f"All answers must have {NEW_TOKENS} tokens, got {sorted(lengths)}.")
     return seconds
 
 
 @contextmanager
 def timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds of the plugin's parts, of everything that runs meanwhile."""
+    """Measure the seconds of the plugin's parts while the context is active."""
     from fusion_hf.vllm import modeling
 
     spent: dict[str, float] = defaultdict(float)
@@ -120,7 +120,7 @@ def load_engine(folder: Path, options: argparse.Namespace) -> tuple[Any, Layers]
 
 
 def measure(options: argparse.Namespace, folder: Path, earlier: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is known after each round, with the rounds of an `earlier` result."""
+    """Yield the result after each round, including the rounds of an `earlier` result."""
     engine, engine_layers = load_engine(folder, options)
     chat_model = ChatModel.load(str(folder), options.device, options.dtype)
     batch_layers = Layers(chat_model.model)
@@ -150,7 +150,7 @@ def measure(options: argparse.Namespace, folder: Path, earlier: dict[str, Any]) 
 def summarize_all(
     questions: int, seconds: dict[str, list[float]], parts: dict[str, list[dict[str, float]]]
 ) -> dict[str, Any]:
-    """Requests per second of each way, their ratios within rounds, and the seconds of the engine's parts."""
+    """Summarize requests per second of each way, their ratios within rounds, and the seconds of the engine's parts."""
     rates = {way: [questions / value for value in values] for way, values in seconds.items()}
     pairs = [(way, other) for way in WAYS for other in WAYS if way != other]
     return {
@@ -166,9 +166,9 @@ def summarize_all(
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs")
-    parser.add_argument("--rounds", type=positive, default=3, help="more than the file has")
-    parser.add_argument("--questions", type=positive, default=8, help="at once")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="size of the model; 3b and 8b need a GPU")
+    parser.add_argument("--rounds", type=positive, default=3, help="number of rounds to add to those in the file")
+    parser.add_argument("--questions", type=positive, default=8, help="number of concurrent questions")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)
     settings = {name: getattr(options, name) for name in ("size", "dtype", "threads", "questions")}

@@ -1,4 +1,4 @@
-"""Precision and recall of every filter, from drawn records with known faults and without."""
+"""Measure the precision and recall of every filter on drawn records with known faults and without."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from fusion_hf.synthesis.filters.text import DuplicateQuestionsFilter, TurnCount
 from fusion_hf.synthesis.procedural.drawn_records import plan
 from fusion_hf.synthesis.synth_record import SynthRecord
 
-MOST_TRIES = 40  # records that are drawn until a change is possible
+MOST_TRIES = 40  # maximum number of drawn records until a change is possible
 ACROSS = ("duplicate_questions", "near_duplicates")  # filters that compare records
 FILTERS = (TurnCountFilter.name, *RULES, *ACROSS)
 
 
 @dataclass
 class CaseFigures:
-    """Of one kind of records: how many a filter rejected."""
+    """How many records of one kind a filter rejected."""
 
     name: str
     fault: bool
@@ -31,7 +31,7 @@ class CaseFigures:
 
 @dataclass(frozen=True)
 class FilterFigures:
-    """A filter on records that it must reject, and on records that it must keep."""
+    """The figures of a filter on records that it must reject, and on records that it must keep."""
 
     name: str
     cases: tuple[CaseFigures, ...]
@@ -56,23 +56,23 @@ class FilterFigures:
         return 1 - self._sum(False, "rejected") / self._sum(False, "records")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Convert the figures to JSON values."""
         shares = {name: getattr(self, name) for name in ("precision", "recall", "kept")}
         return {"name": self.name, **shares, "cases": [asdict(case) for case in self.cases]}
 
 
 def fault_kinds(category: str) -> list[str]:
-    """The faults that records of a category can be given."""
+    """List the faults that can be put into records of a category."""
     settings = load_categories()[category]
     return [case.name for case in FAULTS if _concerns(case, settings) and _changed(case, settings, 0, 0) is not None]
 
 
 def broken(category: str, kind: str, seed: int, index: int) -> SynthRecord:
     """
-    A drawn record with a known fault; its name says which filter has to find it.
+    Make a drawn record with a known fault, whose name says which filter must find it.
 
     Raises:
-        ValueError: if the category's records cannot have this fault.
+        ValueError: if records of the category cannot have this fault.
     """
     settings = load_categories()[category]
     for case in FAULTS:
@@ -80,7 +80,7 @@ def broken(category: str, kind: str, seed: int, index: int) -> SynthRecord:
             changed = _changed(case, settings, seed, index)
             if changed is not None:
                 return changed[1]
-    raise ValueError(f"kind is {kind!r}; allowed for {category}: {', '.join(fault_kinds(category))}")
+    raise ValueError(f"`kind` must be one of {', '.join(fault_kinds(category))} for {category}, got {kind!r}.")
 
 
 def _concerns(case: Case, category: Category) -> bool:
@@ -88,7 +88,7 @@ def _concerns(case: Case, category: Category) -> bool:
 
 
 def _changed(case: Case, category: Category, seed: int, index: int) -> tuple[SynthRecord, SynthRecord] | None:
-    """A drawn record and what the case makes of it; None if it can be made of none."""
+    """Return a drawn record and its changed version, or None if the case does not apply to it."""
     rng = random.Random(f"truth/{category.name}/{case.name}/{seed}/{index}")
     for attempt in range(MOST_TRIES):
         record = plan(category.name, seed, index * MOST_TRIES + attempt).record
@@ -100,10 +100,10 @@ def _changed(case: Case, category: Category, seed: int, index: int) -> tuple[Syn
 
 def measure(count: int, seed: int = 0, names: Sequence[str] = FILTERS) -> list[FilterFigures]:
     """
-    The filters of these names on `count` records of every kind of every category that has them.
+    Apply filters to `count` records of every kind of every category that has them.
 
     Raises:
-        ImportError: without datatrove, which one filter needs.
+        ImportError: if datatrove is missing, which one filter requires.
     """
     figures: dict[str, dict[str, CaseFigures]] = {name: {} for name in names}
     for category in load_categories().values():
@@ -131,7 +131,7 @@ def _all_changed(case: Case, category: Category, seed: int, count: int) -> Itera
 
 
 def _rejects(name: str, filters: dict[str, Filter], before: SynthRecord, changed: SynthRecord, seen: bool) -> bool:
-    """`seen`: a filter that compares records has had the record before its change."""
+    """Return whether a filter rejects a record. With `seen`, it has processed the unchanged record before."""
     if name not in ACROSS:
         return filters[name].check(changed) is not None
     rule = _across(name)

@@ -1,4 +1,4 @@
-"""Known faults, put into drawn records: what each filter has to find."""
+"""Put known faults into drawn records, which the filters must find."""
 
 import random
 import re
@@ -11,10 +11,12 @@ from fusion_hf.synthesis.choices import LETTERS, Choice, parse_choice
 from fusion_hf.synthesis.filters.words import UNITS
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
-Change: TypeAlias = Callable[[SynthRecord, random.Random], SynthRecord | None]  # None: not possible with this record
+Change: TypeAlias = Callable[
+    [SynthRecord, random.Random], SynthRecord | None
+]  # None if it is not possible with this record
 
-LONG_CAPTION = 10  # words: one more leaves nine of ten pairs of words in common
-WORD_COUNT = 400  # of a text that is too long for all categories
+LONG_CAPTION = 10  # minimum number of words, such that one more keeps nine of ten word pairs
+WORD_COUNT = 400  # length of a text that is too long for all categories
 COLOR = re.compile(rf"\b({'|'.join(COLORS)})\b", re.IGNORECASE)
 COUNT = re.compile(rf"\b(\d|{'|'.join(UNITS[1:10])})\b", re.IGNORECASE)
 QUOTED = re.compile(r'"(\w+)"')
@@ -74,7 +76,7 @@ UNSAFE = (
 
 @dataclass(frozen=True)
 class Case:
-    """A change to drawn records, and the filter that it is about."""
+    """A change to drawn records, and the filter that it concerns."""
 
     name: str
     rule: str
@@ -82,12 +84,12 @@ class Case:
 
 
 def with_turn(record: SynthRecord, index: int, turn: RecordTurn) -> SynthRecord:
-    """The record with another turn in a place."""
+    """Return the record with one turn replaced."""
     return replace(record, turns=(*record.turns[:index], turn, *record.turns[index + 1 :]))
 
 
 def in_an_answer(record: SynthRecord, rng: random.Random, pattern: re.Pattern[str], value: str) -> SynthRecord | None:
-    """One of the answers in which a pattern is found gets another value there."""
+    """Replace the match of a pattern in one of the answers."""
     places = [index for index, turn in enumerate(record.turns) if pattern.search(turn.answer)]
     if not places:
         return None
@@ -97,7 +99,7 @@ def in_an_answer(record: SynthRecord, rng: random.Random, pattern: re.Pattern[st
 
 
 def _absent_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """A colour that is nowhere in the image; not in what an answer denies."""
+    """Use a colour that the image does not have, except in answers that deny it."""
     text = " ".join(record.descriptions)
     if any(DENIAL.search(turn.answer) for turn in record.turns):
         return None
@@ -105,12 +107,12 @@ def _absent_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None
 
 
 def _exchanged_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """What is asked for its colour by its kind gets the colour of another thing."""
+    """Give the colour of another thing to a shape that is named by its kind."""
     found = asked_by_kind(record, rng)
     if found is None:
         return None
     index, shape = found
-    # only the first image is asked for: pairs have no such questions
+    # only for single images, since pairs have no such questions
     others = {other["color"] for other in record.facts["pictures"][0]["shapes"]} - {shape["color"]}
     if not others:
         return None
@@ -119,7 +121,7 @@ def _exchanged_color(record: SynthRecord, rng: random.Random) -> SynthRecord | N
 
 
 def asked_by_kind(record: SynthRecord, rng: random.Random) -> tuple[int, dict] | None:
-    """A turn that asks for the colour of a kind of shape, and that shape."""
+    """Return a turn that asks for the colour of a kind of shape, and that shape."""
     found = []
     shapes = record.facts["pictures"][0]["shapes"]
     for index, turn in enumerate(record.turns):
@@ -130,17 +132,17 @@ def asked_by_kind(record: SynthRecord, rng: random.Random) -> tuple[int, dict] |
 
 
 def _absent_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """More than there are of all together."""
+    """Use a number larger than the number of all shapes."""
     return _count(record, rng, [9])
 
 
 def _absent_count_of(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """The same in a sentence: "nine red circles"."""
+    """Use such a number in a sentence: "nine red circles"."""
     return in_an_answer(record, rng, COUNTED, UNITS[9])
 
 
 def _near_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """One more or one less: often the number of something else."""
+    """Use a number that is off by one, which is often the number of something else."""
     return _count(record, rng, None)
 
 
@@ -156,7 +158,7 @@ def _count(record: SynthRecord, rng: random.Random, values: list[int] | None) ->
 
 
 def _leaked(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """The question ends with the answer."""
+    """Append the answer to the question."""
     places = [index for index, turn in enumerate(record.turns) if len(turn.answer.split()) == 1]
     places = [index for index in places if record.turns[index].answer not in ("Yes", "No")]
     if not places:
@@ -167,7 +169,7 @@ def _leaked(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
 
 
 def _leaked_elsewhere(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """Another question names a shape with the colour that is asked for."""
+    """Name a shape with its requested colour in another question."""
     found = asked_by_kind(record, rng)
     if found is None or len(record.turns) < 2:
         return None
@@ -179,7 +181,7 @@ def _leaked_elsewhere(record: SynthRecord, rng: random.Random) -> SynthRecord | 
 
 
 def _misread(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """One letter of a written text is another one."""
+    """Change one letter of a written text."""
     places = [index for index, turn in enumerate(record.turns) if QUOTED.search(turn.answer)]
     if not places:
         return None
@@ -196,7 +198,7 @@ def _misread(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
 
 
 def _equal_pair(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """The second description says the same in another order, in capitals or with digits."""
+    """Repeat the first description with another order, capitals or digits."""
     first = record.descriptions[0]
     sentences = re.split(r"(?<=\.) ", first)
     rng.shuffle(sentences)
@@ -206,7 +208,7 @@ def _equal_pair(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def _other_pair(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """The second description is of something else."""
+    """Describe something else in the second description."""
     other = rng.choice(
         (
             "Three ships with white sails cross a stormy sea below dark clouds while gulls fly around the masts.",
@@ -224,7 +226,7 @@ def _choice(record: SynthRecord, rng: random.Random) -> tuple[int, Choice]:
 
 
 def wrong_option(asked: re.Pattern[str]) -> Change:
-    """A question of this kind, with another option called right."""
+    """Call another option right in a question of this kind."""
 
     def change(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
         choices = [(index, parse_choice(turn)) for index, turn in enumerate(record.turns)]
@@ -254,7 +256,7 @@ def _no_such_letter(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def _other_option(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """Letter and text of the answer are of two options."""
+    """Combine the letter of one option with the text of another."""
     index, choice = _choice(record, rng)
     wrong = choice.options[(choice.answer + 1) % len(choice.options)]
     return with_turn(record, index, replace(choice.turn(), answer=f"{choice.letter}. {wrong}"))
@@ -275,7 +277,7 @@ def _asked_twice(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def appended(sentences: tuple[str, ...]) -> Change:
-    """One of the sentences behind an answer, or behind the description."""
+    """Append one of the sentences to an answer or the description."""
 
     def change(record: SynthRecord, rng: random.Random) -> SynthRecord:
         sentence = rng.choice(sentences)
@@ -290,7 +292,7 @@ def appended(sentences: tuple[str, ...]) -> Change:
 
 
 def answered(answers: tuple[str, ...]) -> Change:
-    """One of these in place of an answer."""
+    """Replace an answer by one of these."""
 
     def change(record: SynthRecord, rng: random.Random) -> SynthRecord:
         index = rng.randrange(len(record.turns))
@@ -300,7 +302,7 @@ def answered(answers: tuple[str, ...]) -> Change:
 
 
 def _foreign(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """All answers, or the description, in another language."""
+    """Translate all answers or the description into another language."""
     sentence = rng.choice(FOREIGN)
     if rng.random() < 1 / 2:
         return replace(record, descriptions=(sentence,) * len(record.descriptions))
@@ -327,13 +329,13 @@ def _many_turns(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def _same_again(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """The same scene with the same questions, in other letters."""
+    """Repeat the same scene and questions with other capitalization."""
     turns = tuple(replace(turn, question=turn.question.upper()) for turn in record.turns)
     return replace(record, turns=turns, descriptions=tuple(text.upper() for text in record.descriptions))
 
 
 def _near_caption(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """The same caption with other capitals and punctuation, and if it is long with a word more."""
+    """Repeat the caption with other capitals and punctuation, and one more word if it is long."""
     more = " again" if len(record.caption.split()) >= LONG_CAPTION else ""
     return replace(record, caption=record.caption.upper().replace(".", "!") + more)
 

@@ -1,4 +1,4 @@
-"""Sound records that look as if they had a fault: what each filter has to keep."""
+"""Make sound records that look faulty, which the filters must keep."""
 
 import random
 import re
@@ -68,7 +68,7 @@ def _as_is(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def _number_words(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """Digits as words, in a sentence."""
+    """Write digits as words in a sentence."""
     turns = tuple(
         replace(turn, answer=f"There are {UNITS[int(turn.answer)]} of them.")
         if HOW_MANY.search(turn.question) and turn.answer.isdigit() and turn.answer != "1"
@@ -79,7 +79,7 @@ def _number_words(record: SynthRecord, rng: random.Random) -> SynthRecord | None
 
 
 def _denied_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """A wrong number that the answer denies."""
+    """Use a wrong number that the answer denies."""
     places = [index for index, turn in enumerate(record.turns) if HOW_MANY.match(turn.question)]
     places = [index for index in places if COUNT.fullmatch(record.turns[index].answer)]
     if not places:
@@ -91,7 +91,7 @@ def _denied_count(record: SynthRecord, rng: random.Random) -> SynthRecord | None
 
 
 def _total(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """A sum that no sentence gives: of two kinds of shapes in the first image."""
+    """Use a sum that no sentence gives: that of two kinds of shapes in the first image."""
     shapes = record.facts["pictures"][0]["shapes"]
     kinds = sorted({shape["kind"] for shape in shapes})
     if not kinds:
@@ -104,7 +104,7 @@ def _total(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
 
 
 def _synonyms(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """Other words for the same colours, in the answers."""
+    """Use other words for the same colours in the answers."""
     turns = tuple(
         replace(turn, answer=COLOR.sub(lambda found: SYNONYMS[found[0].lower()], turn.answer)) for turn in record.turns
     )
@@ -112,7 +112,7 @@ def _synonyms(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
 
 
 def _denied_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """A wrong colour that the answer denies."""
+    """Use a wrong colour that the answer denies."""
     found = asked_by_kind(record, rng)
     if found is None:
         return None
@@ -123,7 +123,7 @@ def _denied_color(record: SynthRecord, rng: random.Random) -> SynthRecord | None
 
 
 def _plural_colors(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """Colours as nouns."""
+    """Use colours as nouns."""
     colors = sorted({shape["color"] for shape in record.facts["pictures"][0]["shapes"]})
     if not colors:
         return None
@@ -132,7 +132,7 @@ def _plural_colors(record: SynthRecord, rng: random.Random) -> SynthRecord | Non
 
 
 def _either_or(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """The answer is one of two that the question names."""
+    """Answer with one of two things that the question names."""
     found = asked_by_kind(record, rng)
     if found is None:
         return None
@@ -142,7 +142,7 @@ def _either_or(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
 
 
 def _yes(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """The answer repeats a question of yes or no."""
+    """Repeat a yes/no question in the answer."""
     shapes = record.facts["pictures"][0]["shapes"]
     if not shapes or len(record.turns) != 1:
         return None
@@ -154,7 +154,7 @@ def _yes(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
 
 
 def _other_quotes(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """Other quotation marks, and a stop inside."""
+    """Use other quotation marks, with a full stop inside."""
     turns = tuple(
         replace(turn, answer=QUOTED.sub(lambda found: f"“{found[1]}.”", turn.answer)) for turn in record.turns
     )
@@ -162,13 +162,13 @@ def _other_quotes(record: SynthRecord, rng: random.Random) -> SynthRecord | None
 
 
 def _turned_pair(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """The same words in both, in another order: what is left of what."""
+    """Use the same words in both descriptions in another order: which thing is on the left."""
     texts = ("A red circle is left of a blue triangle.", "A blue triangle is left of a red circle.")
     return replace(record, descriptions=texts, facts={})
 
 
 def _bare_letters(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """Letters in the ways of language models."""
+    """Write letters in the ways of language models."""
     turns = []
     for turn in record.turns:
         choice = parse_choice(turn)
@@ -180,7 +180,7 @@ def _bare_letters(record: SynthRecord, rng: random.Random) -> SynthRecord:
 
 
 def _other_options(record: SynthRecord, rng: random.Random) -> SynthRecord | None:
-    """The same words with other options ask for something else."""
+    """Ask for something else with the same words and other options."""
     question = "Which of these is in the picture?"
     if len(record.turns) < 2 or not isinstance(parse_choice(record.turns[0]), Choice):
         return None
@@ -189,12 +189,12 @@ def _other_options(record: SynthRecord, rng: random.Random) -> SynthRecord | Non
 
 
 def _other_scene(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """The same questions about another scene."""
+    """Ask the same questions about another scene."""
     return replace(record, descriptions=tuple(f"{text} It is evening." for text in record.descriptions))
 
 
 def _other_caption(record: SynthRecord, rng: random.Random) -> SynthRecord:
-    """A caption that shares its first words only."""
+    """Use a caption that only shares its first words."""
     return replace(record, caption=" ".join(record.caption.split()[:3]) + " on a wooden table near an open window")
 
 

@@ -1,12 +1,12 @@
-"""Everything that only a GPU can show, in a few minutes of one.
+"""Measure everything that requires a GPU, in a few minutes.
 
     python benchmarks/gpu.py
     python benchmarks/report.py
 
-Parts run in the order of their worth, each for a limited time in a process of its own, and what they have measured
-is written at once, into the files that `report.py` reads: a part that fails or hangs takes nothing with it. What
-became of each is in `gpu.json`. Nothing is downloaded. `--device cpu --small` runs every part with small sizes, to
-try the script where there is no GPU; its files have other names.
+Parts run in the order of their importance, each with a time limit in a process of its own. Their results are written
+at once into the files that `report.py` reads, so that a part that fails or hangs does not affect the others.
+`gpu.json` says how each part ended. Nothing is downloaded. `--device cpu --small` runs every part with small sizes, to
+try the script without a GPU. Its files have other names.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# asked without starting CUDA in this process, of which all parts are forks
+# does not start CUDA in this process, from which all parts are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from blocks import RESULTS
@@ -30,7 +30,7 @@ SECONDS = 360
 
 
 def write_summary(path: Path, seconds: int, outcomes: dict[str, Outcome]) -> None:
-    """What became of the parts so far."""
+    """Write how the parts have ended so far."""
     summary: dict[str, Any] = {"seconds": seconds}
     summary["parts"] = {name: asdict(outcome) for name, outcome in outcomes.items()}
     write_atomically(path, encode(summary))
@@ -41,11 +41,15 @@ def write_summary(path: Path, seconds: int, outcomes: dict[str, Outcome]) -> Non
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     names = [part.name for part in make_parts(SMALL)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu needs --small")
-    parser.add_argument("--small", action="store_true", help="small sizes, to try the script")
-    parser.add_argument("--parts", choices=names, nargs="+", default=names, help="what is measured")
-    parser.add_argument("--seconds", type=positive, default=SECONDS, help="for all parts; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder; default: benchmarks/results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="device; cpu requires --small")
+    parser.add_argument("--small", action="store_true", help="use small sizes to try the script")
+    parser.add_argument("--parts", choices=names, nargs="+", default=names, help="parts to measure; default: all")
+    parser.add_argument(
+        "--seconds", type=positive, default=SECONDS, help="time for all parts in seconds; default: %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder for the results; default: benchmarks/results"
+    )
     arguments = parser.parse_args(command_line)
     if arguments.small != (arguments.device == "cpu"):
         parser.error("--device cpu and --small go together")

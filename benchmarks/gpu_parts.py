@@ -1,4 +1,4 @@
-"""What `gpu.py` measures, each part by the code of another benchmark."""
+"""The parts of `gpu.py`, each of which uses the code of another benchmark."""
 
 import argparse
 import re
@@ -26,7 +26,7 @@ from workload import SIZES, TRAINING_SIZES
 ROOT = Path(__file__).parents[1]
 REPORTED = re.compile(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 REASON = re.compile(r"(?:FAILED|ERROR) (tests/\S+\.py::.+?) - (.*)")
-# what is compiled, the most important first: each takes a minute or so
+# compiled contestants in order of importance, each of which takes about a minute
 FIRST = ("ours", "llava_onevision_tiled", "llava_onevision", "smolvlm")
 LATER = ("ours_ahead", "ours_prompt_compiled", "ours_compiled", "llava_onevision_compiled")
 WARM_UP = 0
@@ -35,13 +35,14 @@ WARM_UP = 0
 @dataclass(frozen=True)
 class Setting:
     """
-    Where and how large everything is measured.
+    Where and at which sizes everything is measured.
 
     Args:
-        sizes: what stands for the two published models. files: what each part writes.
-        checks, tests: pytest's arguments for the two parts of these names.
-        patience: what the parts' limits are multiplied by.
-
+        sizes: the sizes that stand for the two published models.
+        files: the file that each part writes.
+        checks: pytest's arguments for the part of this name.
+        tests: pytest's arguments for the part of this name.
+        patience: a factor for the time limits of the parts.
     """
 
     device: str
@@ -72,7 +73,7 @@ GPU = Setting(
     checks=("-m", "gpu", "tests/model", "tests/gpu/test_cuda.py"),
     tests=("-m", "gpu", "--ignore=tests/vllm", "tests"),
 )
-# every line of code, without any meaning in its times
+# runs all code, but the times have no meaning
 SMALL = Setting(
     device="cpu",
     sizes={"3b": "tiny", "8b": "tiny"},
@@ -88,7 +89,7 @@ SMALL = Setting(
 
 
 def make_parts(setting: Setting) -> list[Part]:
-    """All parts, in the order of their worth; together they may take longer than there is time."""
+    """Return all parts in the order of their importance. Together they may exceed the available time."""
 
     def part(name: str, limit: float, least: float, function: Any, *given: Any) -> Part:
         return Part(name, limit * setting.patience, least, partial(function, setting, *given))
@@ -107,7 +108,7 @@ def make_parts(setting: Setting) -> list[Part]:
 
 
 def options_of(setting: Setting, size: str, **more: Any) -> argparse.Namespace:
-    """The options of the other benchmarks' command lines."""
+    """Return options as the command lines of the other benchmarks give them."""
     return argparse.Namespace(
         size=size,
         device=setting.device,
@@ -122,12 +123,12 @@ def options_of(setting: Setting, size: str, **more: Any) -> argparse.Namespace:
 
 
 def note_machine(setting: Setting, emit: Emit) -> None:
-    """Its name and the versions."""
+    """Record the name of the machine and the versions."""
     emit(surroundings(setting.device))
 
 
 def measure_inference(setting: Setting, name: str, emit: Emit) -> None:
-    """Time to the first token, decoding, batches, growth; first of what needs no compiling."""
+    """Measure time to first token, decoding, batches and growth, starting with what needs no compilation."""
     if not setting.compiles:
         torch.compiler.set_stance("force_eager")
     options = options_of(setting, setting.sizes[name])
@@ -152,7 +153,7 @@ def measure_inference(setting: Setting, name: str, emit: Emit) -> None:
             benchmark.contestants[key] = contestant
             try:
                 slow["equal_tokens"][key] = count_equal_tokens(benchmark, key)
-            except RuntimeError as error:  # what compiling and missing memory raise
+            except RuntimeError as error:  # raised by compilation and by missing memory
                 slow["errors"][key] = str(error)
                 del benchmark.contestants[key]
                 continue
@@ -166,8 +167,10 @@ def measure_inference(setting: Setting, name: str, emit: Emit) -> None:
 
 def count_equal_tokens(benchmark: inference.Benchmark, name: str) -> dict[str, int]:
     """
-    How many tokens are those of the plain model before the first other one. With random weights in bfloat16, two
-    logits may be so close that rounding decides; the exact comparisons are in the tests.
+    Count the tokens that equal those of the plain model before the first difference.
+
+    With random weights in bfloat16, two logits may be so close that rounding decides. Exact comparisons are in the
+    tests.
     """
     tokens = benchmark.size.new_tokens
     rows = []
@@ -184,7 +187,10 @@ def count_equal_tokens(benchmark: inference.Benchmark, name: str) -> dict[str, i
 
 
 def measure_training(setting: Setting, name: str, emit: Emit) -> None:
-    """Steps, with and without checkpointing; of 3B as recipes train it, of 8B with all states in half the bits."""
+    """
+    Measure training steps with and without checkpointing: 3B as recipes train it, and 8B with all states in 16
+    bits.
+    """
     autocast = setting.device == "cuda" and name == "3b"
     options = options_of(setting, setting.sizes[name], autocast=autocast)
     options.dtype = "float32" if autocast else setting.dtype
@@ -199,7 +205,7 @@ def measure_training(setting: Setting, name: str, emit: Emit) -> None:
 
 
 def measure_quantization(setting: Setting, emit: Emit) -> None:
-    """Memory and times, where both libraries are installed."""
+    """Measure memory and times, if both libraries are installed."""
     missing = [name for name in ("bitsandbytes", "torchao", "accelerate") if find_spec(name) is None]
     if missing:
         emit({"missing": missing})
@@ -213,7 +219,7 @@ def measure_quantization(setting: Setting, emit: Emit) -> None:
 
 
 def run_vllm_tests(setting: Setting, emit: Emit) -> None:
-    """Those of vLLM's graphs among them."""
+    """Run the tests of vLLM, including those of its graphs."""
     if find_spec("vllm") is None:
         emit({"missing": ["vllm"]})
         return
@@ -221,7 +227,7 @@ def run_vllm_tests(setting: Setting, emit: Emit) -> None:
 
 
 def run_tests(setting: Setting, arguments: tuple[str, ...], emit: Emit) -> None:
-    """Tests by pytest: how many passed, and what the others said."""
+    """Run tests with pytest, and return how many passed and the messages of the others."""
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--no-header", "-p", "no:cacheprovider", *arguments]
     counts: Counter[str] = Counter()
     failed: dict[str, str] = {}
@@ -240,4 +246,4 @@ def run_tests(setting: Setting, arguments: tuple[str, ...], emit: Emit) -> None:
     status = process.wait()
     emit({"tests": dict(counts), "failed": failed})
     if status != 0:
-        raise RuntimeError(f"pytest ended with status {status}: {lines[-1] if lines else 'it said nothing'}")
+        raise RuntimeError(f"pytest ended with status {status}: {lines[-1] if lines else 'it wrote nothing'}")

@@ -1,4 +1,4 @@
-"""Table of a run of `gpu.py`, from `benchmarks/results`: `report.py` writes it with its own."""
+"""The table of a run of `gpu.py`, which `report.py` writes together with its own."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TABLE = Block("GPU run", DOCUMENT)
 
 
 def found(part: dict[str, Any]) -> str:
-    """What a part told, and what ended it, in one cell."""
+    """Write the result of a part, and how it ended, in one cell."""
     result = part["result"] or {}
     words = [f"{count} {name}" for name, count in result.get("tests", {}).items()]
     words += [f"failed: `{name}`" for name in result.get("failed", {})]
@@ -26,7 +26,7 @@ def found(part: dict[str, Any]) -> str:
 
 
 def render(summary: Result | None) -> str:
-    """The table, and what it is of."""
+    """Write the table and its conditions."""
     if summary is None:
         return f"{NOT_MEASURED}."
     lines = ["| part | status | seconds | found |", "|---|---|---|---|"]
@@ -45,10 +45,10 @@ def load(folder: Path) -> Result | None:
 
 
 def update(document: str, folder: Path) -> str:
-    """The document with the table from the result in `folder`."""
+    """Return the document with the table from the result in `folder`."""
     return replace_block(document, TABLE, render(load(folder)))
 
 
 def write() -> None:
-    """Into the documentation."""
+    """Update the document."""
     DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))

@@ -1,4 +1,4 @@
-"""Parts of a measurement one after the other in a limited time, each in a process of its own."""
+"""Run the parts of a measurement one after the other in limited time, each in a process of its own."""
 
 import json
 import multiprocessing
@@ -17,10 +17,10 @@ from fusion_hf.common.outputs import write_atomically
 
 MEASURED, FAILED, STOPPED, NO_TIME = "measured", "failed", "stopped: no time", "not run: no time"
 SUMMARY = "gpu.json"
-EXIT_SECONDS = 5  # in which a process whose part is over has to end
+EXIT_SECONDS = 5  # time in which a process must end after its part
 
 Result = dict[str, Any]
-# hands on what is measured so far: of the part, or what the named file is to hold
+# sends the results so far, of the part or for the named file
 Emit = Callable[..., None]
 
 
@@ -30,8 +30,9 @@ class Part:
     Something to measure.
 
     Args:
-        limit: seconds that it may take. least: seconds without which it is not begun.
-        measure: is given an `Emit`.
+        limit: the maximum time in seconds.
+        least: the minimum time in seconds that must be left to start the part.
+        measure: the function to call with an `Emit`.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part. `error`: the text of what ended it."""
+    """How a part ended. `error` is the text of the error that ended it."""
 
     status: str
     seconds: float = 0.0
@@ -58,12 +59,12 @@ def run_parts(
     now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Outcome]:
     """
-    Run the parts in their order, as long as there is time.
+    Run the parts in order, as long as there is time.
 
     Args:
-        seconds: for all of them.
+        seconds: the time for all parts.
         run: runs a part for at most so many seconds.
-        note: is given what is known after each part.
+        note: is called with the outcomes after each part.
     """
     end = now() + seconds
     outcomes: dict[str, Outcome] = {}
@@ -75,7 +76,7 @@ def run_parts(
 
 
 class _Teller:
-    """Sends results out of a part's process and, where an error ends it, the error's text."""
+    """Send results out of the process of a part, and the text of an error if one ends it."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -84,7 +85,7 @@ class _Teller:
         return self.emit
 
     def emit(self, result: Result, file: str | None = None) -> None:
-        # as it will be in the file: what cannot be written is this part's error
+        # encoded here, so that a result that cannot be written is an error of this part
         self.connection.send((file, encode(result)))
 
     def __exit__(
@@ -95,24 +96,24 @@ class _Teller:
 
 
 def encode(result: Result) -> bytes:
-    """What a file holds."""
+    """Encode a result as the content of a file."""
     return f"{json.dumps(result, indent=1)}\n".encode()
 
 
 def _work(measure: Callable[[Emit], None], connection: Connection) -> None:
-    os.setsid()  # so that what the part starts can be ended with it
+    os.setsid()  # so that processes that the part starts can be killed with it
     with _Teller(connection) as emit:
         measure(emit)
 
 
 class ForkedRunner:
     """
-    Runs parts in forks of this process, which has imported everything and must not have touched CUDA.
+    Run parts in forks of this process, which has imported everything and must not have used CUDA.
 
-    A part that fails, dies or hangs harms no other. What it has handed on until then stays.
+    A part that fails, dies or hangs does not affect others, and its results up to then are kept.
 
     Args:
-        folder: where the files of parts are written.
+        folder: the folder for the files of parts.
     """
 
     def __init__(self, folder: Path):
@@ -128,7 +129,7 @@ class ForkedRunner:
         outcome = Outcome(STOPPED)
         if self._listen(receiver, start + seconds, outcome):
             process.join(EXIT_SECONDS)
-            if outcome.status == STOPPED:  # it has not said how it ended
+            if outcome.status == STOPPED:  # the process did not report how it ended
                 outcome.error = f"The process ended with status {process.exitcode}."
                 outcome.status = FAILED
         _end(process)
@@ -136,7 +137,7 @@ class ForkedRunner:
         return outcome
 
     def _listen(self, receiver: Connection, end: float, outcome: Outcome) -> bool:
-        """Write what a part hands on. Returns whether it ended in time."""
+        """Write the results that a part sends, and return whether it ended in time."""
         while receiver.poll(max(end - time.monotonic(), 0)):
             try:
                 name, content = receiver.recv()
@@ -154,9 +155,9 @@ class ForkedRunner:
 
 
 def _end(process: Any) -> None:
-    """End a part's process, if it has not ended, and all that it has started."""
+    """Kill the process of a part and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # nothing is left, or it has no group of its own yet
+    except ProcessLookupError:  # no process is left, or it has no group of its own yet
         process.kill()
     process.join()

@@ -1,4 +1,4 @@
-"""How the time to the first token grows: with the prompt's length, with turns, with questions about one image."""
+"""Measure how the time to the first token grows with the prompt's length, turns, and questions about one image."""
 
 from collections import defaultdict
 from typing import Any
@@ -13,9 +13,7 @@ QUESTION_LENGTHS, TURNS, QUESTIONS = (20, 100, 400, 1600), (1, 2, 4, 8), (1, 2, 
 GROWN = (OURS, LLAVA)
 SHARED = "ours, tiles shared"
 
-Growth = dict[
-    str, dict[str, dict[str, list[float]]]
-]  # what grows -> contestant -> how much of it -> one value a round
+Growth = dict[str, dict[str, dict[str, list[float]]]]  # what grows -> contestant -> amount -> one value per round
 
 
 def first_token_seconds(contestant: Contestant, request: Request, device: torch.device, **given: Any) -> float:
@@ -24,7 +22,7 @@ def first_token_seconds(contestant: Contestant, request: Request, device: torch.
 
 
 def question_seconds(contestant: Contestant, device: torch.device, shared: bool) -> dict[int, float]:
-    """Seconds until the first tokens of so many answers, one after the other. `shared`: tiles are encoded once."""
+    """Return the seconds until the first tokens of so many answers in a row. With `shared`, tiles are encoded once."""
     total = 0.0
     reached: dict[int, float] = {}
     given: dict[str, torch.Tensor] = {}
@@ -41,7 +39,7 @@ def question_seconds(contestant: Contestant, device: torch.device, shared: bool)
 
 
 def growth_round(growth: Growth, contestants: dict[str, Contestant], index: int, device: torch.device) -> None:
-    """One value of everything; the order of the contestants turns with the round's number."""
+    """Measure everything once. The order of the contestants rotates with the number of the round."""
     for name in turned(list(contestants), index):
         contestant = contestants[name]
         for length in QUESTION_LENGTHS:
@@ -56,7 +54,7 @@ def growth_round(growth: Growth, contestants: dict[str, Contestant], index: int,
 
 
 def measure_growth(contestants: dict[str, Contestant], rounds: int, device: torch.device) -> Growth:
-    """Of ours and LLaVA-OneVision, seconds by round."""
+    """Measure the growth for FUSION and LLaVA-OneVision, in seconds by round."""
     grown = {name: contestants[name] for name in GROWN if name in contestants}
     growth: Growth = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for index in tqdm(range(rounds), desc="growth", unit="round"):

@@ -65,15 +65,15 @@ from workload import ONE_QUESTION, SIZES, Size, build_model, make_image_processo
 from fusion_hf import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_decoder import LatentUpdates
 
-TOLERANCE = 1e-4  # relative, of float32 logits: all ways of computing FUSION are one function
-TOKENS_BETWEEN_BLOCKS = 30  # in the conversation that the samplers alone are timed on
+TOLERANCE = 1e-4  # relative tolerance of float32 logits, since all ways of computing FUSION are the same function
+TOKENS_BETWEEN_BLOCKS = 30  # number of turns in the conversation for timing the samplers
 FUSIONS = (OURS, EAGER, REFERENCE)
 
 Measured = dict[str, dict[str, list[float]]]  # figure -> contestant -> one value per round
 
 
 class Benchmark:
-    """The contestants with their inputs, and everything measured so far."""
+    """The contestants with their inputs, and all measurements so far."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, names: list[str]):
         self.size, self.dtype, self.device, self.names = size, dtype, device, names
@@ -85,14 +85,14 @@ class Benchmark:
         self.measured: Measured = defaultdict(lambda: defaultdict(list))
 
     def build(self, names: list[str], dtype: torch.dtype) -> dict[str, Contestant]:
-        """All share the weights of one language model."""
+        """Build contestants that share the weights of one language model."""
         model = build_model(self.size, dtype, self.device)
         return build_contestants(names, model, self.pixel_values.to(dtype), self.size.new_tokens)
 
     def check_equality(self) -> dict[str, float]:
         """
-        Relative errors, in float32, of the prompt's logits against ours; a way of computing FUSION that computes
-        something else is refused.
+        Return the relative errors of the prompt's logits in float32 compared with FUSION's. A contestant that
+        must compute FUSION but gives other results is an error.
         """
         fusions = [name for name in self.names if name in FUSIONS]
         if len(fusions) == 1:
@@ -106,20 +106,22 @@ class Benchmark:
         }
         for name, error in errors.items():
             if not error <= TOLERANCE:
-                raise RuntimeError(f"The logits of {name!r} differ from ours by {error:.1e}; allowed: {TOLERANCE}.")
+                raise RuntimeError(
+                    f"The logits of {name!r} may differ from ours by at most {TOLERANCE}, got {error:.1e}."
+                )
         return errors
 
     def preprocess(self) -> Any:
         return self.image_processor(self.photo, return_tensors="pt")
 
     def resize_twice(self) -> None:
-        """What no implementation can avoid: one resize for the four tiles, one for the overview."""
+        """Measure what no implementation can avoid: one resize for the four tiles, and one for the overview."""
         side = self.size.image_side
         for target in (2 * side, side):
             self.photo.resize((target, target), Image.Resampling.BICUBIC)
 
     def encode(self, name: str) -> Any:
-        """Tower, connector and projectors over a prompt's image."""
+        """Run the tower, connector and projectors on a prompt's image."""
         prompt, contestant = self.prompts[name], self.contestants[name]
         if name in FUSIONS:
             given = {key: prompt[key] for key in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
@@ -128,12 +130,12 @@ class Benchmark:
         return getattr(contestant.encoder, contestant.method)(**given)
 
     def rewrite(self, model: FusionForConditionalGeneration, hidden: torch.Tensor, updates: LatentUpdates) -> None:
-        """All samplers, without the layers that they follow."""
+        """Run all samplers without the layers before them."""
         for index in self.size.sampler_layers:
             model.model.language_model.layers[index].vision_sampler(hidden, updates)
 
     def long_conversation(self) -> tuple[torch.Tensor, LatentUpdates]:
-        """Hidden states and latent positions of `many_turns` turns; their values do not matter to the time."""
+        """Return hidden states and latent positions of `many_turns` turns. Their values do not affect the time."""
         size, width = self.size, self.size.text_width
         stride = size.query_len + TOKENS_BETWEEN_BLOCKS
         starts = torch.arange(size.many_turns, device=self.device) * stride
@@ -144,7 +146,7 @@ class Benchmark:
         return hidden, LatentUpdates(windows, positions[None], (starts + stride - 1)[None], valid)
 
     def time_round(self, index: int) -> None:
-        """One value of every time; the order of the contestants turns with the round's number."""
+        """Measure every time once. The order of the contestants rotates with the number of the round."""
         add = self.measured
         processors = {"ours": self.preprocess, "pil_resizes": self.resize_twice}
         for name in turned(list(processors), index):
@@ -162,9 +164,9 @@ class Benchmark:
         rates["read_bytes_per_second"].append(read_rate(self.size.copied_bytes, self.device))
 
     def time_generation(self, name: str) -> None:
-        """Prompt, the encoding of its image by itself, and decoding, all of one call."""
+        """Measure the time of the prompt, of encoding its image alone, and of decoding, all within one call."""
         contestant, add = self.contestants[name], self.measured
-        if contestant.generator is not None:  # in whose graph nothing can be timed by itself
+        if contestant.generator is not None:  # parts of a graph cannot be timed separately
             first, later = generation_seconds(contestant.generator, self.prompts[name], self.size.new_tokens)
             add["first_token_seconds"][name].append(first)
             add["per_token_seconds"][name].append(later)
@@ -178,7 +180,7 @@ class Benchmark:
         add["per_token_seconds"][name].append(later)
 
     def memory_round(self, index: int) -> None:
-        """How much a prompt adds to the process's resident memory, above the weights and its inputs."""
+        """Measure how much a prompt adds to the resident memory, above the weights and its inputs."""
         for name in turned([name for name in self.contestants if name in FUSIONS], index):
             prefill = partial(self.contestants[name].prefill, self.prompts[name])
             grown = peak_resident(prefill, self.device)
@@ -186,23 +188,29 @@ class Benchmark:
                 self.measured["first_token_resident_bytes"][name].append(grown)
 
     def count_allocations(self) -> None:
-        """How much each phase allocates: the same in every run, so once is enough."""
+        """Count how much each phase allocates, once, since it is the same in every run."""
         for name, phase, function in self.phases():
             self.measured[f"{phase}_allocated_bytes"][name].append(peak_allocated(function, self.device))
 
     def phases(self) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-        """Contestant, name and call of what is measured for its memory. Decoding needs little but the cache."""
+        """
+        Yield the contestant, name and call of each phase whose memory is measured. Decoding needs little beyond
+        the cache.
+        """
         for name, contestant in self.contestants.items():
             if name not in COMPILED:
                 yield name, "vision", partial(self.encode, name)
                 yield name, "first_token", partial(contestant.prefill, self.prompts[name])
 
     def work(self) -> dict[str, dict[str, int]]:
-        """What a prompt and a token must at least do: operations, and bytes of weights and cache that are read."""
+        """
+        Return the minimum work of a prompt and a token: operations, and bytes of weights and cache that are
+        read.
+        """
         work: dict[str, dict[str, int]] = {"prefill_flops": {}, "bytes_per_token": {}}
         weights = weight_bytes(self.contestants[OURS].model)
         for name, contestant in self.contestants.items():
-            same = OURS if name in FUSIONS else COMPILED.get(name, name)  # whose work it is, however it is done
+            same = OURS if name in FUSIONS else COMPILED.get(name, name)  # the reference for the amount of work
             if same not in work["prefill_flops"]:
                 work["prefill_flops"][same] = prefill_flops(self.contestants[same], self.prompts[same])
             work["prefill_flops"][name] = work["prefill_flops"][same]
@@ -212,7 +220,10 @@ class Benchmark:
 
 
 def compare(measured: Measured, work: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Ratios of ours to each other contestant, and fractions of the machine's rates, both paired by round."""
+    """
+    Return the ratios of FUSION to every other contestant, and fractions of the machine's rates, both paired by
+    round.
+    """
     ratios = {
         figure: {name: paired_ratios(variants[OURS], values) for name, values in variants.items() if name != OURS}
         for figure, variants in measured.items()
@@ -234,8 +245,8 @@ def compare(measured: Measured, work: dict[str, dict[str, int]]) -> dict[str, An
 
 
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that takes rounds; `repeats` are those of the times."""
-    benchmark.time_round(0)  # warms everything up, compiles, and is thrown away
+    """Measure everything that takes rounds. `repeats` is the number of rounds for times."""
+    benchmark.time_round(0)  # warm-up and compilation; the result is discarded
     benchmark.measured.clear()
     for index in tqdm(range(arguments.repeats), desc="time", unit="round"):
         benchmark.time_round(index)
@@ -255,7 +266,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, An
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; its result is what the JSON file holds."""
+    """Run the whole benchmark, and return the content of the JSON file."""
     torch.set_num_threads(arguments.threads)
     size, device = SIZES[arguments.size], torch.device(arguments.device)
     names = arguments.models or default_names(size)
@@ -269,7 +280,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def describe_run(
     benchmark: Benchmark, arguments: argparse.Namespace, slow: dict[str, Any], work: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
-    """What the JSON file holds, of what is measured so far. `slow`: of what has rounds of its own."""
+    """Return the content of the JSON file for the measurements so far. `slow` has those with rounds of their own."""
     measured = {figure: dict(variants) for figure, variants in benchmark.measured.items()}
     medians = {
         figure: {name: median(values) for name, values in variants.items()} for figure, variants in measured.items()
@@ -299,15 +310,23 @@ def describe_run(
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
+    parser.add_argument(
+        "--size", choices=SIZES, default="middle", help="size of the model; 3b and 8b need a GPU, tiny is for tests"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--models", type=names_among(NAMES), help=f"some of {','.join(NAMES)}; default: by size")
-    parser.add_argument("--batches", type=numbers, default=list(BATCHES), help="rows, of the throughput: 1,4,16")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count; one more warms up")
-    parser.add_argument("--slow-repeats", type=positive, default=2, help="rounds of memory, growth and throughput")
-    parser.add_argument("--profile", action="store_true", help="also list where the time goes, by operation")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--models", type=names_among(NAMES), help=f"contestants out of {','.join(NAMES)}; default: depends on the size"
+    )
+    parser.add_argument(
+        "--batches", type=numbers, default=list(BATCHES), help="batch sizes for the throughput, such as 1,4,16"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds after one warm-up round")
+    parser.add_argument(
+        "--slow-repeats", type=positive, default=2, help="number of rounds for memory, growth and throughput"
+    )
+    parser.add_argument("--profile", action="store_true", help="also profile the time by operation")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument("--output", type=Path, help="JSON file for the result, e.g. benchmarks/results/cpu.json")
     arguments = parser.parse_args(command_line)
     check_device(parser, arguments.device)

@@ -1,4 +1,4 @@
-"""The data loader of a training beside what none can avoid: decoding each image and resizing it twice."""
+"""Compare the data loader of training with what none can avoid: decoding each image and resizing it twice."""
 
 import json
 import time
@@ -20,13 +20,13 @@ from fusion_hf.training.sampler import StepLayout, StepSampler
 
 WORKERS = (1, 2)
 JPEG_QUALITY = 90
-MAX_LENGTH = 2048  # stage 1's
+MAX_LENGTH = 2048  # as in stage 1
 QUESTION, ANSWER = "what color is the shape on the left of the circle?", "the shape on the left of it is red."
 TOKEN_IDS = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def write_records(folder: Path, size: TrainingSize, count: int) -> Path:
-    """A JSON file of conversations, each with a JPEG of its own."""
+    """Write a JSON file of conversations, each with a JPEG of its own."""
     content = make_photo(size.image)
     records: list[dict[str, Any]] = []
     for number in range(count):
@@ -41,7 +41,10 @@ def write_records(folder: Path, size: TrainingSize, count: int) -> Path:
 
 
 def make_processor(config: FusionConfig) -> FusionProcessor:
-    """Images for `config`, and the tokenizer of `fusion-nano`; `config` is told the ids of its marks."""
+    """
+    Make a processor for the images of `config` with the tokenizer of `fusion-nano`, and set the token ids in
+    `config`.
+    """
     nano = FusionProcessor.from_pretrained(nano_path())
     tokenizer = nano.tokenizer
     tokenizer.model_max_length = MAX_LENGTH
@@ -61,7 +64,7 @@ def make_processor(config: FusionConfig) -> FusionProcessor:
 
 
 class PlainImages(Dataset):
-    """Decodes a JPEG with PIL and resizes it for the tiles and for the overview; nothing is handed on."""
+    """Decode a JPEG with PIL and resize it for the tiles and for the overview, without returning the result."""
 
     def __init__(self, folder: Path, count: int, side: int):
         self.paths = [folder / f"{number}.jpg" for number in range(count)]
@@ -78,7 +81,7 @@ class PlainImages(Dataset):
 
 
 class LoaderBenchmark:
-    """Loaders that read the same images, with their workers running, and everything measured so far."""
+    """Loaders of the same images with running workers, and all measurements so far."""
 
     def __init__(self, size: TrainingSize, folder: Path, workers: tuple[int, ...]):
         self.records, self.workers = size.records, workers
@@ -101,7 +104,7 @@ class LoaderBenchmark:
         self.measured: dict[str, list[float]] = defaultdict(list)
 
     def time_round(self, index: int) -> None:
-        """One pass over the records by each loader."""
+        """Let each loader read the records once."""
         for name in turned(list(self.loaders), index):
             begin = time.perf_counter()
             for _ in self.loaders[name]:
@@ -109,7 +112,10 @@ class LoaderBenchmark:
             self.measured[name].append(self.records / (time.perf_counter() - begin))
 
     def result(self) -> dict[str, Any]:
-        """Records per second, and the ratio of ours to the plain one with as many workers, paired by round."""
+        """
+        Return records per second, and the ratio of FUSION's loader to the plain one with as many workers, paired
+        by round.
+        """
         ratios = {
             str(number): paired_ratios(self.measured[f"ours_{number}"], self.measured[f"plain_{number}"])
             for number in self.workers

@@ -27,12 +27,14 @@ from fusion_hf.inference import ChatModel
 from fusion_hf.maps import AttentionMaps, attention_maps
 
 SEED = 11
-LEAST_DIFFERENCE = 40  # of a shape's pixels from the background, in one channel of 255: edges are blended
+LEAST_DIFFERENCE = (
+    40  # minimum difference of a shape's pixels from the background in one channel, since edges are blended
+)
 ALL_LAYERS = "all"
 
 
 class Asked(NamedTuple):
-    """A question about the one shape of an image."""
+    """A question about the only shape of an image."""
 
     path: Path
     question: str
@@ -41,7 +43,7 @@ class Asked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One map of a question. `mass` is 1 where the map is the same everywhere."""
+    """One map of a question. `mass` is 1 if the map is uniform."""
 
     on_shape: bool
     on_other: bool
@@ -49,7 +51,7 @@ class Found(NamedTuple):
 
 
 def questions_about_shapes() -> list[Asked]:
-    """All of the test split that ask what kind or what colour."""
+    """Return all questions of the test split that ask for the kind or colour of the shape."""
     asked = []
     for image in read_easy_vqa("test"):
         for question, answer in image.questions:
@@ -60,14 +62,17 @@ def questions_about_shapes() -> list[Asked]:
 
 
 def shape_mask(image: Image.Image) -> np.ndarray:
-    """Where the shape is, booleans `(H, W)`: what differs from the most frequent colour."""
+    """Return where the shape is, booleans `(H, W)`: all pixels that differ from the most frequent colour."""
     pixels = np.asarray(image.convert("RGB")).astype(int)
     background = Counter(map(tuple, pixels.reshape(-1, 3).tolist())).most_common(1)[0][0]
     return np.abs(pixels - np.array(background)).max(-1) > LEAST_DIFFERENCE
 
 
 def overlays(result: AttentionMaps) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Kind, layers and map `(H, W)`, of all tokens of a question, turn or answer: by group of layers, and of all."""
+    """
+    Yield kind, layers and map `(H, W)` over all tokens of a question, turn or answer, by group of layers and for
+    all layers.
+    """
     for kind, maps in result.kinds().items():
         rows = [row for word in maps.words for row in range(word.first, word.end)]
         groups = maps.view.resize(maps.values[:, rows].mean(1))  # (G, H, W)
@@ -77,7 +82,7 @@ def overlays(result: AttentionMaps) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def find(overlay: np.ndarray, mask: np.ndarray, other: np.ndarray) -> Found:
-    """`other` is the shape of another image."""
+    """Evaluate one map. `other` is the shape of another image."""
     place = np.unravel_index(overlay.argmax(), overlay.shape)
     return Found(bool(mask[place]), bool(other[place]), float(overlay[mask].sum() / overlay.sum() / mask.mean()))
 
@@ -92,7 +97,7 @@ def summarize_found(found: Sequence[Found]) -> dict[str, Any]:
 
 
 def measure(chat_model: ChatModel, asked: Sequence[Asked]) -> dict[str, Any]:
-    """Counts over all questions, by kind of map and layers."""
+    """Count the results over all questions, by kind of map and layers."""
     masks = {one.path: shape_mask(chat_model.open_image(str(one.path))) for one in asked}
     found: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
     right = 0
@@ -116,7 +121,7 @@ def measure(chat_model: ChatModel, asked: Sequence[Asked]) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=positive, default=10_000, help="at most, of the test split")
+    parser.add_argument("--questions", type=positive, default=10_000, help="maximum number of test questions")
     add_machine_options(parser)
     return parser
 

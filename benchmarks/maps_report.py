@@ -1,4 +1,4 @@
-"""Table of attention maps, from `benchmarks/results`: `report.py` writes it with its own."""
+"""The table of attention maps, which `report.py` writes together with its own."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def percent(count: int, total: int) -> str:
 
 
 def render(result: Result | None) -> str:
-    """The table, and what it is of."""
+    """Write the table and its conditions."""
     if result is None:
         return f"{NOT_MEASURED}."
     total = result["questions"]
@@ -50,10 +50,10 @@ def load(folder: Path) -> Result | None:
 
 
 def update(document: str, folder: Path) -> str:
-    """The document with the table from the result in `folder`."""
+    """Return the document with the table from the result in `folder`."""
     return replace_block(document, FIGURES, render(load(folder)))
 
 
 def write() -> None:
-    """Into the documentation."""
+    """Update the document."""
     DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))

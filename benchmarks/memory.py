@@ -1,4 +1,4 @@
-"""What a call adds to memory; for this package's Python, and for that of the authors' environment."""
+"""Measure what a call adds to memory, with this package's Python or that of the authors' environment."""
 
 import ctypes
 import gc
@@ -14,16 +14,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # makes Linux forget the process's highest resident memory
+RESET_PEAK = "5"  # resets the peak resident memory of the process on Linux
 BYTES_PER_KIB = 1024
 
 
 def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
     """
-    Most bytes that tensors made by one call held at a time, in the allocator's own count.
+    Return the peak bytes of tensors that one call holds, as the allocator counts them.
 
-    CUDA's allocator keeps the peak. For the CPU's, the profiler records each allocation and release, and their running
-    sum is taken: exact, and the same in every run. What libraries allocate by themselves is not in either.
+    CUDA's allocator records the peak. On the CPU, the profiler records each allocation and release, and their running
+    sum is exact and the same in every run. Allocations inside libraries are not included.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -33,7 +33,7 @@ def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
-    del result  # alive until here: what the call returns is part of its memory
+    del result  # kept alive, since the result counts as memory of the call
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -44,11 +44,11 @@ def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def peak_resident(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Growth of the process's resident memory during one call, at its highest; None where it cannot be measured."""
+    """Return the peak growth of the process's resident memory during one call, or None if it cannot be measured."""
     if device.type != "cpu" or sys.platform != "linux":
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse pages that earlier calls have freed
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call would reuse pages that earlier calls have freed
     CLEAR_REFS.write_text(RESET_PEAK)
     before = resident_status("VmRSS")
     function()
@@ -56,6 +56,6 @@ def peak_resident(function: Callable[[], Any], device: torch.device) -> int | No
 
 
 def resident_status(field: str) -> int:
-    """A memory field of this process's status, in bytes."""
+    """Return a memory field of this process's status in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * BYTES_PER_KIB

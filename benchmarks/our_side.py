@@ -1,4 +1,4 @@
-"""This package's side of `authors.py`, as `ChatModel` and `FusionTrainer` run it: see `authors_timing`."""
+"""This package's side of `authors.py`, with `ChatModel` and `FusionTrainer`; see `authors_timing`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 
 
 class OurSide:
-    """A model as `ChatModel.load` has it. Random weights must not end an answer early."""
+    """A model loaded by `ChatModel.load`. Random weights must not end an answer early."""
 
     def __init__(self, job: dict[str, Any]):
         self.chat_model = ChatModel.load(job["folder"], "cpu", job["dtype"])
@@ -23,7 +23,7 @@ class OurSide:
 
     @property
     def fresh(self) -> ChatModel:
-        """The model with an empty cache of image features: rounds ask about the same images again."""
+        """Return the model with an empty cache of image features, since rounds ask about the same images again."""
         return replace(self.chat_model, image_cache=ImageFeatureCache())
 
     def preprocess(self, path: str) -> Callable[[], Any]:
@@ -38,7 +38,7 @@ class OurSide:
         return output.sequences[0, -tokens:].tolist()
 
     def answer(self, paths: list[str], questions: list[str], tokens: int) -> list[str]:
-        from fusion_hf.inference.batching import batch_generate  # which a cold start does without
+        from fusion_hf.inference.batching import batch_generate  # not needed for a cold start
 
         records = [{"image": path, "question": text} for path, text in zip(paths, questions, strict=True)]
         results = batch_generate(records, self.fresh, batch_size=len(records), max_new_tokens=tokens, progress=False)
@@ -54,7 +54,7 @@ class OurSide:
         enable_checkpointing(self.model)
 
     def read_batch(self, path: str) -> dict[str, Any]:
-        """As `FusionTrainer`'s batches are: logits are asked for before labelled tokens only."""
+        """Make a batch like those of `FusionTrainer`, which computes logits for labelled tokens only."""
         from fusion_hf.training.collator import find_loss_positions
 
         batch = load_file(path)

@@ -1,4 +1,4 @@
-"""What a real training run spends beside the model's passes and the optimizer: collation, logging and the rest."""
+"""Measure what a training run spends outside the model's passes and the optimizer: collation, logging and the rest."""
 
 import time
 from collections import Counter
@@ -18,11 +18,11 @@ from fusion_hf.training.run import make_trainer
 
 COLLATION, COMPUTATION = "collation", "computation"
 UNCOUNTED = 2  # steps
-ANY_PEAK = 1.0  # TFLOP/s: no time is spent on measuring it
+ANY_PEAK = 1.0  # a given value in TFLOP/s saves the time of measuring it
 
 
 class StepClock:
-    """Seconds of the running step by what they are spent on, and the shares of the steps before."""
+    """The seconds of the current step by activity, and the shares of earlier steps."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -46,7 +46,7 @@ class StepClock:
         return timed
 
     def end_step(self) -> None:
-        """Steps are counted from end to end: logging, and loading of what comes next, lie between them."""
+        """End a step. Steps are measured from end to end, so that logging and loading are between them."""
         synchronize(self.device)
         now = time.perf_counter()
         if self.began:  # the first step warms up
@@ -70,7 +70,7 @@ class ClockedCollator(FusionDataCollator):
 
 
 class ClockCallback(TrainerCallback):
-    """Tells the clock about steps, and times the optimizer's."""
+    """Notify the clock of steps, and time the optimizer."""
 
     def __init__(self, clock: StepClock):
         self.clock = clock
@@ -90,9 +90,11 @@ def measure_overhead(
     size: TrainingSize, folder: Path, device: torch.device, steps: int, autocast: bool
 ) -> dict[str, Any]:
     """
-    Shares of a step in a run that collates in the main process and logs each step: `collation`, and `rest`, which is
-    all but forward, backward, clipping and optimizer. Of `steps` steps: the first warms up, and the last, during which
-    no batch of a next one is made, does not count either.
+    Measure the shares of a step in a run that collates in the main process and logs each step.
+
+    `collation` is the share of the collator, and `rest` that of everything except forward, backward, clipping and
+    optimizer. Of `steps` steps, the first one is a warm-up, and the last one does not count, since no next batch is
+    made during it.
     """
     clock = StepClock(device)
     config = size.config()
@@ -114,7 +116,7 @@ def measure_overhead(
         report_to="none",
         disable_tqdm=True,
         peak_tflops=ANY_PEAK,
-        **({"gradient_checkpointing": True} if device.type == "cuda" else {}),  # large models fit in no other way
+        **({"gradient_checkpointing": True} if device.type == "cuda" else {}),  # large models do not fit otherwise
     )
     trainer = make_trainer(make_weights(config, torch.float32, device), processor, arguments)
     trainer.data_collator = ClockedCollator(trainer.data_collator, clock)

@@ -36,14 +36,14 @@ CONFIG = Path(__file__).parents[1] / "configs" / "models" / "fusion-3b.json"
 RECORDS, SEED = 12_800, 0
 QUERY_LENS, MEASURED_QUERY_LENS = (4, 16, 36, 64, 144), (36, 144)
 MAX_LENGTH = 4096
-RATE_SPREAD = 0.15  # of tokens per word, between records
+RATE_SPREAD = 0.15  # spread of tokens per word between records
 SYSTEM_TOKENS, IMAGE_TOKENS = 24, 729
-ORDERS = ("none", "modality_length", "length")  # of `group_by`
+ORDERS = ("none", "modality_length", "length")  # values of `group_by`
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records of one kind: how many, turns of each, and the medians of words, which are log-normal."""
+    """Records of one kind: their number, the number of turns, and the medians of word counts, which are log-normal."""
 
     records: int
     turns: float
@@ -74,7 +74,10 @@ MIXTURES = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of records: words, which `StepSampler` has; turns; tokens of all texts, and of the questions alone."""
+    """
+    The lengths of records: words, as `StepSampler` uses them, turns, tokens of all texts, and tokens of
+    questions.
+    """
 
     words: np.ndarray
     turns: np.ndarray
@@ -82,7 +85,10 @@ class Lengths:
     questions: np.ndarray
 
     def tokens(self, query_len: int) -> np.ndarray:
-        """In the language model, for so many latents of each question; two blocks for the first."""
+        """
+        Return the tokens in the language model for so many latent tokens per question, with two blocks for the
+        first one.
+        """
         has_image = self.words > 0
         image = np.where(has_image, IMAGE_TOKENS + BLOCK_MARKS, 0)
         latents = np.where(has_image, (self.turns + 1) * (query_len + BLOCK_MARKS), 0)
@@ -91,7 +97,7 @@ class Lengths:
 
 @cache
 def draw(mixture: str, count: int) -> Lengths:
-    """Lengths of `count` records, which are the same each time."""
+    """Draw the lengths of `count` records, which are the same each time."""
     generator = np.random.default_rng(SEED)
     sources = list(MIXTURES[mixture].values())
     shares = np.array([source.records for source in sources], dtype=float)
@@ -105,7 +111,7 @@ def draw(mixture: str, count: int) -> Lengths:
         turns.append(number)
         questions.append(asked)
     counts = np.array(words)
-    rates = TOKENS_PER_WORD * generator.lognormal(0, RATE_SPREAD, count)  # which the sampler does not know
+    rates = TOKENS_PER_WORD * generator.lognormal(0, RATE_SPREAD, count)  # not known to the sampler
     as_tokens = [np.ceil(np.abs(np.array(values)) * rates).astype(int) for values in (words, questions)]
     return Lengths(counts, np.array(turns), *as_tokens)
 
@@ -115,7 +121,10 @@ def _words(median: float, spread: float, number: int, generator: np.random.Gener
 
 
 def steps(lengths: Lengths, layout: StepLayout, order: str) -> Iterator[np.ndarray]:
-    """Records of each step, `(micro-batches, batch)`; the epoch's last steps, which may not be full, are left out."""
+    """
+    Return the records of each step, `(micro-batches, batch)`, without the last steps of the epoch, which may be
+    incomplete.
+    """
     given = None if order == "none" else lengths.words
     sizes = estimate_tokens(lengths.words, lengths.turns, QUERY_LENS) if order == "length" else None
     sampler = StepSampler(len(lengths.words), layout, QUERY_LENS, SEED, lengths=given, sizes=sizes)
@@ -127,7 +136,7 @@ def steps(lengths: Lengths, layout: StepLayout, order: str) -> Iterator[np.ndarr
 
 @cache
 def flops(*shape: int) -> int:
-    """Of a training pass of FUSION 3B with gradient checkpointing."""
+    """Count the FLOPs of a training pass of FUSION 3B with gradient checkpointing."""
     counted = step_flops(_config(), BatchShape(*shape))
     return counted.training + counted.recomputed
 
@@ -140,10 +149,12 @@ def _config() -> FusionConfig:
 @dataclass(frozen=True)
 class Saving:
     """
+    What packing would save.
+
     Attributes:
-        padding: share of the language model's positions that are padding.
-        flops: share of a run's FLOPs that packing would save at most.
-        slowest: the same of the FLOPs that the slowest process of each pass takes, for which the others wait.
+        padding: the share of padding among the positions of the language model.
+        flops: the maximum share of a run's FLOPs that packing would save.
+        slowest: the same for the slowest process of each pass, for which the others wait.
     """
 
     padding: float
@@ -152,7 +163,7 @@ class Saving:
 
 
 def measure(lengths: Lengths, layout: StepLayout, order: str, query_len: int) -> Saving:
-    """What packing would save in an epoch of this order."""
+    """Compute what packing would save in an epoch with this order."""
     tokens = lengths.tokens(query_len)
     positions = filled = padded_flops = packed_flops = slowest = 0
     for step in steps(lengths, layout, order):
@@ -181,7 +192,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a mixture, the latents of each question, a layout and an order."""
+    """A mixture, a number of latent tokens per question, a layout and an order."""
 
     mixture: str
     query_len: int
@@ -189,12 +200,12 @@ class Case:
     order: str
 
     def measure(self, count: int) -> Saving:
-        """What packing would save of so many drawn records."""
+        """Compute what packing would save for so many drawn records."""
         return measure(draw(self.mixture, count), LAYOUTS[self.layout], self.order, self.query_len)
 
 
 def main() -> None:
-    """Measure all and write them."""
+    """Measure all cases and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=RECORDS)
     parser.add_argument("--output", type=Path)

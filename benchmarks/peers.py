@@ -1,7 +1,7 @@
-"""Other models of transformers with the tower sizes and the very language model of a FUSION: what it is compared with.
+"""Other models of transformers with the tower sizes and the very language model of a FUSION model, for comparison.
 
-Towers and projectors have random weights. The language model and the head are FUSION's tensors, so that a comparison
-of the two compares what is around them.
+Towers and projectors have random weights. The language model and the head share FUSION's tensors, so that a comparison
+covers what is around them.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from fusion_hf import FusionConfig, FusionForConditionalGeneration
 from fusion_hf.model.configuration_fusion import NUM_TILES, TILES_PER_SIDE
 
 SHUFFLES = (3, 2)  # sides of the blocks of patches that SmolVLM makes one token of, the first that divides the grid
-SEVERAL = 2  # images of a sample: more than one, and LLaVA-OneVision cuts none of them into tiles
+SEVERAL = 2  # number of images of a sample; with more than one, LLaVA-OneVision cuts none of them into tiles
 VISION_SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -36,7 +36,7 @@ VISION_SIZES = (
 
 
 def build_llava_onevision(ours: FusionForConditionalGeneration) -> PreTrainedModel:
-    """LLaVA-OneVision that cuts an image into as many tiles as FUSION, or into none."""
+    """Build a LLaVA-OneVision that cuts an image into as many tiles as FUSION, or into none."""
     config = ours.config
     side = TILES_PER_SIDE * config.vision_config.image_size
     peer = build(
@@ -73,7 +73,7 @@ def build_smolvlm(ours: FusionForConditionalGeneration) -> PreTrainedModel:
 
 
 def build(model_class: Any, config: Any, ours: FusionForConditionalGeneration) -> PreTrainedModel:
-    """Random weights, made where those of `ours` are and in their type; never ends an answer early."""
+    """Build a peer with random weights on the device and in the dtype of `ours`. It never ends an answer early."""
     with ours.device:
         peer = model_class._from_config(config, dtype=ours.dtype, attn_implementation="sdpa")
     peer.generation_config.eos_token_id = None
@@ -81,13 +81,13 @@ def build(model_class: Any, config: Any, ours: FusionForConditionalGeneration) -
 
 
 def vision_sizes(config: FusionConfig) -> dict[str, Any]:
-    """Fields that the configurations of all towers have."""
+    """Return the fields that the configurations of all towers have."""
     fields = config.vision_config.to_dict()
     return {name: fields[name] for name in VISION_SIZES}
 
 
 def adopt_language_model(language_model: nn.Module, head: nn.Linear, ours: FusionForConditionalGeneration) -> None:
-    """Make the tensors of FUSION's language model, without its samplers, and of its head those of the peer."""
+    """Share the tensors of FUSION's language model, without its samplers, and of its head with the peer."""
     tensors = {
         name: tensor
         for name, tensor in ours.model.language_model.state_dict(keep_vars=True).items()
@@ -98,20 +98,23 @@ def adopt_language_model(language_model: nn.Module, head: nn.Linear, ours: Fusio
 
 
 def shuffle_of(config: FusionConfig) -> int:
-    """Side of SmolVLM's blocks of patches."""
+    """Return the side of SmolVLM's blocks of patches."""
     side = config.num_patches_per_side
     return next(block for block in SHUFFLES if side % block == 0)
 
 
 def llava_onevision_tokens(config: FusionConfig, tiled: bool) -> int:
-    """Tokens of an image: its patches and one that ends them; with tiles, those of the overview and all rows."""
+    """
+    Return the number of tokens of an image: its patches and an end token, or with tiles those of the overview
+    and all rows.
+    """
     side = config.num_patches_per_side
     rows = TILES_PER_SIDE * side
     return side**2 + (rows * (rows + 1) if tiled else 1)
 
 
 def smolvlm_tokens(config: FusionConfig) -> int:
-    """Tokens of an image: each tile and the overview."""
+    """Return the number of tokens of an image: those of each tile and the overview."""
     return (NUM_TILES + 1) * (config.num_patches_per_side // shuffle_of(config)) ** 2
 
 
@@ -119,10 +122,11 @@ def llava_onevision_prompt(
     config: FusionConfig, pixel_values: torch.Tensor, tiled: bool, request: Request = ONE_QUESTION
 ) -> Prompt:
     """
-    Inputs of `generate` with the words of FUSION's.
+    Make inputs of `generate` with the words of FUSION's.
 
     Args:
-        config: FUSION's. pixel_values (`(1, 5, 3, H, W)`): FUSION's; the overview alone is given unless `tiled`.
+        config: the configuration of FUSION.
+        pixel_values (`(1, 5, 3, H, W)`): the pixels of FUSION, of which only the overview is used unless `tiled`.
     """
     prompt = peer_text(config, request, llava_onevision_tokens(config, tiled), pixel_values.device)
     # the overview comes first here
@@ -137,13 +141,13 @@ def llava_onevision_prompt(
 
 
 def smolvlm_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Request = ONE_QUESTION) -> Prompt:
-    """The same for SmolVLM, which reads all tiles and the overview."""
+    """Make the same inputs for SmolVLM, which reads all tiles and the overview."""
     pixels = pixel_values.repeat(request.batch, 1, 1, 1, 1)
     return peer_text(config, request, smolvlm_tokens(config), pixel_values.device) | {"pixel_values": pixels}
 
 
 def peer_text(config: FusionConfig, request: Request, tokens: int, device: torch.device) -> Prompt:
-    """An image of so many tokens and FUSION's words, `(B, S)`."""
+    """Return an image of so many tokens and FUSION's words, `(B, S)`."""
     text = make_text(config, request, [config.vision_start_token_id] * tokens, [])
     input_ids = torch.tensor([text.ids] * request.batch, device=device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

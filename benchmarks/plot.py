@@ -11,12 +11,12 @@ matplotlib.use("svg")
 from matplotlib.figure import Figure
 
 PANEL = (4.2, 3.2)  # inches
-# the same file from the same numbers: no date, no random ids; letters stay letters
+# makes the file reproducible (no date, no random ids) and keeps text as text
 STYLE = {"svg.hashsalt": "fusion_hf", "svg.fonttype": "none", "font.size": 9}
 
 
 class Point(NamedTuple):
-    """A median, and the smallest and largest of the rounds (both equal to it where there is one value only)."""
+    """A median, with the minimum and maximum of the rounds (both equal to it for a single value)."""
 
     x: float
     median: float
@@ -34,7 +34,7 @@ class Panel(NamedTuple):
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
-    """Panels side by side into an SVG file; bars span from the smallest value to the largest."""
+    """Draw panels side by side into an SVG file, with bars from the minimum to the maximum."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

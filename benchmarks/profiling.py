@@ -1,4 +1,4 @@
-"""Where the time of a prompt and of decoding goes, by operation."""
+"""Profile where the time of a prompt and of decoding goes, by operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 from workload import ONE_QUESTION
 
-TOP = 15  # operations that are listed
+TOP = 15  # number of operations to list
 MICROSECONDS = 1e6
 
 Operations = list[dict[str, Any]]
 
 
 class DecodingStarts(BaseStreamer):
-    """Calls a function when `generate` hands out the first token."""
+    """Call a function when `generate` delivers the first token."""
 
     def __init__(self, function: Callable[[], Any]):
         self.function, self.puts = function, 0
@@ -32,9 +32,9 @@ class DecodingStarts(BaseStreamer):
 
 def profile_contestant(contestant: Contestant, new_tokens: int, device: torch.device) -> dict[str, Operations]:
     """
-    The operations that take most of the time, of one prompt, and of the decoding of all tokens but the first.
+    Return the operations that take the most time, for one prompt and for decoding all tokens but the first.
 
-    `new_tokens`: as many as were timed, so that a compiled model has a cache of the same length.
+    `new_tokens` must equal the number of timed tokens, so that a compiled model has a cache of the same length.
     """
     prompt = contestant.prompt(ONE_QUESTION)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -48,7 +48,7 @@ def profile_contestant(contestant: Contestant, new_tokens: int, device: torch.de
 
 
 def operations(profiler: profile, device: torch.device) -> Operations:
-    """Calls, seconds without those of inner operations, and share of all seconds; the longest first."""
+    """Return calls, seconds without inner operations, and the share of all seconds, in descending order."""
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     spent = [(getattr(event, own), event) for event in profiler.key_averages()]
     total = sum(time for time, _ in spent)
@@ -59,7 +59,7 @@ def operations(profiler: profile, device: torch.device) -> Operations:
 
 
 def describe_operations(profiles: dict[str, Operations]) -> str:
-    """As plain text."""
+    """Write operations as plain text."""
     lines = []
     for phase, rows in profiles.items():
         lines.append(f"{phase}:")

@@ -1,13 +1,13 @@
-"""Quantized language models: memory, speed, and the accuracy of fusion-nano.
+"""Measure quantized language models: memory, speed, and the accuracy of fusion-nano.
 
     pip install -e ".[bench,quant,train]"
     python benchmarks/quantization.py --threads 2 --output benchmarks/results/quantization_cpu.json
     python benchmarks/quantization.py --only times --threads 2 --output benchmarks/results/quantization_cpu.json
     python benchmarks/report.py
 
-Memory and times are of the FUSION with random weights of `inference.py`; a round measures every method once, in an
-order that changes from round to round, and ratios are taken within a round. Accuracy is that of fusion-nano on
-questions of easy-vqa's test set. With `--only`, the other part stays in the output as it is.
+Memory and times are those of the FUSION model with random weights of `inference.py`. Each round measures every method
+once, in an order that changes from round to round, and ratios are taken within a round. Accuracy is that of
+fusion-nano on questions of easy-vqa's test set. With `--only`, the other part of the output is kept.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from fusion_hf.nano.training_records import test_records
 
 SEED = 0
 PARTS = ("times", "accuracy")
-GROUP = 32  # weights that share a scale in 4 bits; it has to divide the layers' widths
+GROUP = 32  # number of weights that share a scale in 4 bits, which must divide the widths of layers
 Make = Callable[[], Any]
 
 
@@ -53,7 +53,10 @@ def int8() -> TorchAoConfig:
 
 
 def int4() -> TorchAoConfig:
-    """Int4WeightOnlyConfig has no kernels for CPUs; this one computes with the same values, a byte for each."""
+    """
+    Return a 4-bit configuration that works on CPUs, where Int4WeightOnlyConfig has no kernels. It stores each
+    value in a byte.
+    """
     from torchao.quantization import Int4WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
@@ -77,7 +80,7 @@ def load(folder: str, method: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 def stored_bytes(module: torch.nn.Module) -> int:
-    """What the module's weights take, scales of quantized ones included."""
+    """Return the bytes of a module's weights, including scales of quantized ones."""
     total = 0
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)  # bitsandbytes, 4 bits
@@ -94,7 +97,7 @@ def is_torchao(parameter: torch.Tensor) -> bool:
 
 
 class Times:
-    """One model in all methods, a prompt, and what was measured."""
+    """One model in all methods, a prompt, and the measurements."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device):
         self.new_tokens = size.new_tokens
@@ -135,7 +138,7 @@ def measure_times(arguments: argparse.Namespace, dtype: torch.dtype, device: tor
 
 
 def measure_accuracy(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Exact answers, and how many answers are those of the model as it was trained."""
+    """Count exact answers, and answers that equal those of the original model."""
     records = [record for record in test_records(drawn=0) if record.category == "easy-vqa"]
     records = random.Random(SEED).sample(records, min(arguments.questions, len(records)))
     processor = FusionProcessor.from_pretrained(nano_path())
@@ -157,10 +160,10 @@ def measure_accuracy(arguments: argparse.Namespace, dtype: torch.dtype, device: 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="measure this part")
-    parser.add_argument("--size", choices=SIZES, default="middle", help="of the model that is timed")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count; one more warms up")
-    parser.add_argument("--questions", type=positive, default=2000, help="that fusion-nano has")
+    parser.add_argument("--only", choices=PARTS, help="part to measure; default: all")
+    parser.add_argument("--size", choices=SIZES, default="middle", help="size of the model")
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds after one warm-up round")
+    parser.add_argument("--questions", type=positive, default=2000, help="number of questions for fusion-nano")
     add_machine_options(parser)
     return parser
 

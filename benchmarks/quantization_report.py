@@ -1,4 +1,4 @@
-"""Rows of the table of quantization, from `benchmarks/results`."""
+"""The rows of the table of quantization."""
 
 from blocks import BYTES_PER_MIB, NOT_MEASURED, Cell, Result, Row, conditions, format_spread
 
@@ -10,7 +10,7 @@ AIMS = {BNB_8: "at most 1 point lost", INT8: "at most 1 point lost"}
 
 
 def weights(method: str, part: str) -> Cell:
-    """Bytes, and their share of those without quantization."""
+    """Return the bytes of the weights, and their share of those without quantization."""
 
     def cell(result: Result) -> str | None:
         counts = result.get("times", {}).get("bytes")
@@ -27,7 +27,7 @@ def ratio(figure: str, method: str) -> Cell:
 
 
 def accuracy(method: str) -> Cell:
-    """Exact answers, of how many."""
+    """Return the number of exact answers and the number of questions."""
 
     def cell(result: Result) -> str | None:
         part = result.get("accuracy")
@@ -55,7 +55,7 @@ ROWS = [
 
 
 def quantization_conditions(result: Result) -> str:
-    """Of the times; accuracy depends on none of it but the versions."""
+    """Describe the conditions of the times. Accuracy depends only on the versions."""
     times = result.get("times")
     if times is None:
         return f"times {NOT_MEASURED}."

@@ -42,8 +42,10 @@ class ReferenceAttention(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, uniform_from: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Compute attention.
+
         Args:
-            hidden_states (`(B, S, Dv)`)
+            hidden_states (`(B, S, Dv)`): the hidden states.
             attention_mask (`(B, 1, S, S)`, *optional*): added to the scores.
             uniform_from (`int`, *optional*): rows from here on get one constant for all scores.
         """
@@ -56,15 +58,15 @@ class ReferenceAttention(nn.Module):
             scores = scores + attention_mask
         if uniform_from is not None:
             scores[:, :, uniform_from:] = torch.finfo(scores.dtype).min
-        # float32 also where the model is in half precision, as the authors have it
+        # float32 even if the model is in half precision, as in the authors' code
         weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         output = torch.matmul(weights, value).transpose(1, 2).flatten(2)
-        # the weights go back with the output, so a layer holds them until it ends: so do theirs and transformers'
+        # the weights are returned, so a layer holds them until it ends, as the authors' and transformers' layers do
         return self.out_proj(output), weights
 
 
 class ReferenceLayer(SiglipEncoderLayer):
-    """transformers' layer; only attention differs."""
+    """transformers' layer with another attention."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
@@ -74,7 +76,7 @@ class ReferenceLayer(SiglipEncoderLayer):
 class ReferenceVisionModel(nn.Module):
     """Tower and connector with the parameter names of `FusionVisionModel`, so that its weights load."""
 
-    splits_on_cpu = False  # theirs has all tiles in a layer at once
+    splits_on_cpu = False  # the authors' code processes all tiles in a layer at once
 
     def __init__(self, config: SiglipVisionConfig, early_layers: int):
         super().__init__()
@@ -97,7 +99,7 @@ class ReferenceVisionModel(nn.Module):
             hidden_states = torch.cat([patch_embeddings, text_embeds], dim=1)  # (B, N + T, Dv)
             key_mask = nn.functional.pad(text_mask, (uniform_from, 0), value=True)  # (B, N + T)
             batch, length = key_mask.shape
-            # made once per image, as theirs is, but with a value for every pair
+            # made once per image, as in the authors' code, with a value for every pair
             attention_mask = hidden_states.new_zeros(batch, 1, length, length)
             attention_mask.masked_fill_(~key_mask[:, None, None], torch.finfo(hidden_states.dtype).min)
         states = [hidden_states]
@@ -111,18 +113,18 @@ class ReferenceVisionModel(nn.Module):
         return False
 
     def connect(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """All hidden states `(B, S, Dv)` to `(B, S, 3 * Dv)`."""
+        """Convert all hidden states `(B, S, Dv)` to `(B, S, 3 * Dv)`."""
         size = self.early_layers
-        # one stack at a time: the first is gone when the second is made
+        # one stack at a time, so that the first is freed before the second is made
         means = [torch.stack(states[start : start + size]).sum(0) / size for start in (0, size)]
         return torch.cat([states[-1], *means], dim=-1)
 
 
 class ReferenceSampler(FusionSampler):
-    """The sampler with one copy of the windows per turn; same parameters."""
+    """The sampler with one copy of the windows per turn, and the same parameters."""
 
     def forward(self, hidden_states: torch.Tensor, updates: LatentUpdates) -> torch.Tensor:
-        """`(B, S, D)` to `(B, S, D)`."""
+        """Rewrite hidden states `(B, S, D)`."""
         batch, turns, latents = updates.latent_positions.shape
         width = hidden_states.shape[-1]
         rows = torch.arange(batch, device=hidden_states.device)
@@ -150,10 +152,10 @@ class ReferenceSampler(FusionSampler):
 
 
 def build_reference(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
-    """A model that shares the weights of `model` and computes tower and samplers as above."""
+    """Build a model that shares the weights of `model`, and computes tower and samplers as described above."""
     reference = sharing_copy(model)
     config, ours = model.config, model.model.vision_tower
-    with torch.device("meta"):  # nothing is allocated: weights come from ours
+    with torch.device("meta"):  # allocates nothing, since the weights are shared
         tower = ReferenceVisionModel(config.vision_config, config.vision_early_layers)
         samplers = {index: ReferenceSampler(config) for index in config.sampler_layers}
     tower.embeddings = ours.embeddings
@@ -166,5 +168,5 @@ def build_reference(model: FusionForConditionalGeneration) -> FusionForCondition
 
 
 def adopt_weights(module: nn.Module, other: nn.Module) -> None:
-    """Make the parameters of `other` those of `module`, too."""
+    """Share the parameters of `module` with `other`."""
     module.load_state_dict(other.state_dict(keep_vars=True), assign=True)

@@ -1,4 +1,4 @@
-"""Writes the tables and plots of the documents from `benchmarks/results`: run it after a new measurement."""
+"""Write the tables and plots of the documents from `benchmarks/results`. Run this after a new measurement."""
 
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,7 @@ from quantization_report import quantization_conditions
 
 
 def ratio(figure: str, other: str) -> Cell:
-    """Ours divided by `other`."""
+    """Return the figure of FUSION divided by that of `other`."""
     return lambda result: format_spread(result["ratios"].get(figure, {}).get(other))
 
 
@@ -59,14 +59,14 @@ def mebibytes(figure: str, variant: str) -> Cell:
 
 
 def values_at(result: Result, path: tuple[str, ...]) -> list[float] | None:
-    """One value of each round, or None where the result does not hold them."""
+    """Return one value of each round, or None if the result does not hold them."""
     for key in path:
         result = result.get(key, {})
     return list(result) or None
 
 
 def values(*path: str, scale: float = 1, style: str = ".2f", inverse: bool = False) -> Cell:
-    """The figure of every round, times `scale`; or `scale` by it."""
+    """Return the figure of every round multiplied by `scale`, or `scale` divided by the figure."""
 
     def cell(result: Result) -> str | None:
         rounds = values_at(result, path)
@@ -78,7 +78,7 @@ def values(*path: str, scale: float = 1, style: str = ".2f", inverse: bool = Fal
 
 
 def paired(path: tuple[str, ...], other: tuple[str, ...], scale: float = 1) -> Cell:
-    """One figure by another of the same rounds, times `scale`."""
+    """Return one figure divided by another one of the same round, multiplied by `scale`."""
 
     def cell(result: Result) -> str | None:
         rounds, others = values_at(result, path), values_at(result, other)
@@ -90,7 +90,7 @@ def paired(path: tuple[str, ...], other: tuple[str, ...], scale: float = 1) -> C
 
 
 def per_tile(other: str) -> Cell:
-    """Seconds of an image by its tiles: ours divided by `other`'s."""
+    """Return the time per tile of FUSION divided by that of `other`."""
 
     def cell(result: Result) -> str | None:
         tiles = {name: facts["tiles"] for name, facts in result.get("contestants", {}).items()}
@@ -113,7 +113,7 @@ def picture_tokens(name: str) -> Cell:
 
 
 def step_ratio(figure: str, variant: str, other: str) -> Cell:
-    """One way of making a training step divided by another."""
+    """Return the time of one kind of training step divided by that of another."""
 
     def cell(result: Result) -> str | None:
         return format_spread(result.get("step", {}).get("ratios", {}).get(figure, {}).get(variant, {}).get(other))
@@ -122,7 +122,7 @@ def step_ratio(figure: str, variant: str, other: str) -> Cell:
 
 
 def memory_ratio(figure: str, variant: str, other: str) -> Cell:
-    """The same of what is measured once."""
+    """Return the same ratio for figures that are measured only once."""
 
     def cell(result: Result) -> str | None:
         spread = result.get("step", {}).get("ratios", {}).get(figure, {}).get(variant, {}).get(other)
@@ -136,7 +136,7 @@ def step_fraction(variant: str) -> Cell:
 
 
 def step_memory(variant: str) -> Cell:
-    """What forward and backward add to the weights, or that they did not fit."""
+    """Return what forward and backward add to the weights, or that they did not fit."""
 
     def cell(result: Result) -> str | None:
         step = result.get("step", {"out_of_memory": [], "medians": {}})
@@ -153,7 +153,7 @@ def loader_ratio(workers: int) -> Cell:
 
 
 def step_share(name: str) -> Cell:
-    """Share of a step in a run of the trainer, or that it did not fit."""
+    """Return a share of a step in a run of the trainer, or that it did not fit."""
 
     def cell(result: Result) -> str | None:
         trainer = result.get("trainer", {})
@@ -344,7 +344,7 @@ def comparison_conditions(result: Result) -> str:
 
 
 def growth_panels(result: Result) -> list[Panel]:
-    """Time to the first token over what it grows with."""
+    """Return panels of the time to the first token over what it grows with."""
     growth = result.get(GROWTH, {})
     names = {"ours": "ours", SHARED: SHARED, "llava_onevision": f"{LLAVA}, one tile"}
     return [
@@ -364,14 +364,14 @@ def growth_panels(result: Result) -> list[Panel]:
 
 
 def throughput_panels(result: Result) -> list[Panel]:
-    """Tokens per second over rows of a batch."""
+    """Return panels of tokens per second over the rows of a batch."""
     names = {"ours": "ours", "llava_onevision": f"{LLAVA}, one tile"}
     lines = {names[name]: points_of(rounds) for name, rounds in result.get(TOKENS_PER_SECOND, {}).items()}
     return [Panel("throughput", "rows of a batch", "new tokens per second", lines)] if lines else []
 
 
 def points_of(rounds: dict[str, list[float]]) -> list[Point]:
-    """A line: how much of it -> its values."""
+    """Return the points of a line: x value -> spread."""
     spreads = {float(x): spread_of(values) for x, values in rounds.items()}
     return [Point(x, spread["median"], spread["min"], spread["max"]) for x, spread in spreads.items()]
 
@@ -432,12 +432,12 @@ PLOTS = [
 
 
 def documents() -> list[Path]:
-    """All that hold a table or a plot, each once."""
+    """List all documents with a table or a plot once."""
     return list(dict.fromkeys(block.document for block in [*TABLES, *PLOTS]))
 
 
 def update(document: Path, folder: Path) -> str:
-    """The text of the document with all of its tables and plots from the results in `folder`."""
+    """Return the text of the document with all of its tables and plots from the results in `folder`."""
     text = document.read_text()
     for table in TABLES:
         if table.document == document:
@@ -451,7 +451,7 @@ def update(document: Path, folder: Path) -> str:
 
 
 def write_documents() -> None:
-    """Bring all tables and plots up to date with the committed results."""
+    """Update all tables and plots from the committed results."""
     for document in documents():
         document.write_text(update(document, RESULTS))
     for plot in PLOTS:

@@ -60,10 +60,10 @@ from fusion_hf.inference import ChatModel
 from fusion_hf.model.processing_fusion import FusionProcessor
 
 VLLM, TRANSFORMERS, BATCH, FORMER = "vllm", "transformers", "batch", "former"
-PATHS = (VLLM, TRANSFORMERS, BATCH)  # and FORMER, where its code is given
+PATHS = (VLLM, TRANSFORMERS, BATCH)  # and FORMER if its code is given
 CLIENTS = (1, 8, 32)
 ONE_IMAGE = (8,)
-LEAST_REQUESTS = 8  # of one measurement
+LEAST_REQUESTS = 8  # minimum number of requests in one measurement
 PHOTO = (1280, 960)  # pixels
 NEW_TOKENS = 32
 NAME = "benchmark"
@@ -79,7 +79,7 @@ ONE_PROCESS = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "2
 
 @dataclass(frozen=True)
 class Question:
-    """One request: a JPEG and what is asked about it."""
+    """One request: a JPEG and a question about it."""
 
     image: bytes
     text: str
@@ -96,7 +96,7 @@ class Question:
 
 
 class Questions:
-    """Makes questions that were never asked before."""
+    """Make questions that were never asked before."""
 
     def __init__(self) -> None:
         self.photo = np.asarray(make_photo(PHOTO))
@@ -119,7 +119,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in each round: a path, so many clients, and whether all ask about one image."""
+    """What is measured in each round: a path, a number of clients, and whether all ask about one image."""
 
     path: str
     clients: int
@@ -132,7 +132,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds: of all requests together, and from each request to its first token (none: nobody can see it)."""
+    """
+    The seconds of all requests together, and from each request to its first token (None if it cannot be
+    observed).
+    """
 
     requests: int
     seconds: float
@@ -140,7 +143,7 @@ class Measurement:
 
 
 def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
-    """Random weights with `fusion-nano`'s tokenizer, whose answers do not end by themselves."""
+    """Write a model of random weights with `fusion-nano`'s tokenizer, whose answers do not end by themselves."""
     tokenizer = FusionProcessor.from_pretrained(nano_path()).tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
     rows = max(size.vocab_size, len(tokenizer))
@@ -149,7 +152,7 @@ def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
     model = make_weights(config, dtype, torch.device("cpu"))
     endings = sorted({tokenizer.eos_token_id, config.text_config.eos_token_id} - {None})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    # of what is no character a server streams nothing, and half a character is kept until the other half comes
+    # servers stream no text for tokens that are not characters, and hold incomplete characters back
     every = range(config.text_config.vocab_size)
     words = {i for i in every if (text := tokenizer.decode([i])).isascii() and text.strip() and text.isprintable()}
     forbidden = {*endings, *ids.values(), *tokenizer.all_special_ids, *(set(every) - words)}
@@ -160,7 +163,7 @@ def write_model(size: Size, dtype: torch.dtype, folder: Path) -> None:
 
 @contextmanager
 def running_server(path: str, folder: Path, options: argparse.Namespace) -> Iterator[openai.OpenAI]:
-    """A client of `fusion-hf serve`."""
+    """Start `fusion-hf serve`, and return a client of it."""
     engine = TRANSFORMERS if path == FORMER else path
     command = [sys.executable, "-m", "fusion_hf", "serve", "--engine", engine, "--model", str(folder), "--port", "0"]
     command += [
@@ -195,7 +198,7 @@ def running_server(path: str, folder: Path, options: argparse.Namespace) -> Iter
 
 
 def ask(client: openai.OpenAI, new_tokens: int, question: Question) -> float:
-    """Seconds to the first token of a whole streamed answer."""
+    """Return the seconds to the first token of a complete streamed answer."""
     start, first = time.perf_counter(), None
     stream = client.chat.completions.create(
         model=NAME,
@@ -208,14 +211,14 @@ def ask(client: openai.OpenAI, new_tokens: int, question: Question) -> float:
         if first is None and chunk.choices and chunk.choices[0].delta.content:
             first = time.perf_counter() - start
         if chunk.usage is not None and chunk.usage.completion_tokens != new_tokens:
-            raise RuntimeError(f"an answer has {chunk.usage.completion_tokens} tokens, not {new_tokens}")
+            raise RuntimeError(f"An answer must have {new_tokens} tokens, got {chunk.usage.completion_tokens}.")
     if first is None:
-        raise RuntimeError("an answer had no text")
+        raise RuntimeError("The answer must have a text, got none.")
     return first
 
 
 def ask_all(client: openai.OpenAI, new_tokens: int, clients: int, questions: Sequence[Question]) -> Measurement:
-    """So many clients, each of which asks again as soon as it is answered."""
+    """Run so many clients, each of which asks again as soon as it is answered."""
     with ThreadPoolExecutor(clients) as pool:
         start = time.perf_counter()
         first_token = list(pool.map(partial(ask, client, new_tokens), questions))
@@ -223,18 +226,18 @@ def ask_all(client: openai.OpenAI, new_tokens: int, clients: int, questions: Seq
 
 
 def answer_batches(chat_model: ChatModel, new_tokens: int, clients: int, questions: Sequence[Question]) -> Measurement:
-    """All questions, `clients` of them in a batch."""
+    """Answer all questions, with `clients` of them per batch."""
     records = [question.record for question in questions]
     start = time.perf_counter()
     results = batch_generate(records, chat_model, batch_size=clients, max_new_tokens=new_tokens, progress=False)
     seconds = time.perf_counter() - start
     if failed := [result for result in results if "answer" not in result]:
-        raise RuntimeError(f"a batch failed: {failed[0]}")
+        raise RuntimeError(f"A batch failed: {failed[0]}")
     return Measurement(len(questions), seconds, [])
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[Measurement]]]:
-    """By path and name of the case, one for each round."""
+    """Measure each path and case once."""
     questions = Questions()
     measured: dict[str, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
@@ -260,7 +263,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, li
 
 
 def summarize_all(measured: dict[str, dict[str, list[Measurement]]]) -> dict[str, Any]:
-    """Requests per second and seconds to the first token of each path, and vLLM's ratios to the others."""
+    """Summarize requests per second and seconds to the first token of each path, and vLLM's ratios to the others."""
     rates = {
         path: {clients: [one.requests / one.seconds for one in rounds] for clients, rounds in by_clients.items()}
         for path, by_clients in measured.items()
@@ -289,7 +292,7 @@ def spreads(figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 
 def ratios(figures: dict[str, dict[str, list[float]]], path_above: str) -> dict[str, Any]:
-    """A path's figure by that of each other one, within rounds."""
+    """Return the figure of a path divided by that of each other one, within rounds."""
     ours = figures[path_above]
     return {
         path: {clients: paired_ratios(ours[clients], values) for clients, values in rows.items()}
@@ -300,15 +303,24 @@ def ratios(figures: dict[str, dict[str, list[float]]], path_above: str) -> dict[
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="middle", help="3b and 8b are for GPUs, tiny is for tests")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--clients", type=numbers, default=list(CLIENTS), help="at the same time, e.g. 1,8,32")
     parser.add_argument(
-        "--one-image", type=numbers, default=list(ONE_IMAGE), help="clients that all ask about the same image"
+        "--size", choices=SIZES, default="middle", help="size of the model; 3b and 8b need a GPU, tiny is for tests"
     )
-    parser.add_argument("--paths", type=names_among(PATHS), default=list(PATHS), help=f"of {', '.join(PATHS)}")
-    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="of each answer")
-    parser.add_argument("--former", type=Path, help="folder with earlier code, whose own server is measured as well")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument(
+        "--clients", type=numbers, default=list(CLIENTS), help="numbers of concurrent clients, such as 1,8,32"
+    )
+    parser.add_argument(
+        "--one-image",
+        type=numbers,
+        default=list(ONE_IMAGE),
+        help="numbers of clients that ask about the same image",
+    )
+    parser.add_argument(
+        "--paths", type=names_among(PATHS), default=list(PATHS), help=f"paths out of {', '.join(PATHS)}"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="number of tokens of each answer")
+    parser.add_argument("--former", type=Path, help="checkout of earlier code whose server is measured as well")
     add_machine_options(parser)
     options = parse_on_machine(parser, arguments)
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Tables of the servers and of vLLM's engine, from `benchmarks/results`: `report.py` writes them with its own."""
+"""The tables of the servers and of vLLM's engine, which `report.py` writes together with its own."""
 
 from pathlib import Path
 
@@ -24,12 +24,12 @@ PATHS = {
     "transformers": "`--engine transformers`",
     "batch": "`batch_generate`, as many rows as clients",
 }
-AIMED = ("batch", "8")  # that vLLM is at least 1.5 times as fast as
+AIMED = ("batch", "8")  # vLLM should be at least 1.5 times as fast as these
 AIM = "1.5 or more"
 
 
 def named(clients: str) -> str:
-    """A number of clients as tables have it; files have the former word."""
+    """Return the title of a number of clients in tables."""
     return clients.replace("picture", "image")
 
 
@@ -41,13 +41,13 @@ def figure(kind: str, path: str, clients: str) -> Cell:
 
 
 def rows() -> list[Row]:
-    """Ratios first: absolute times are of one machine."""
+    """Return the rows, ratios first, since absolute times depend on the machine."""
     lines = []
     for clients in CLIENTS:
         for path in ("transformers", "batch"):
-            name = f"requests per second, vLLM by {PATHS[path]}, clients: {named(clients)}"
+            name = f"requests per second, vLLM / {PATHS[path]}, clients: {named(clients)}"
             lines.append(Row(name, AIM if (path, clients) == AIMED else "", figure("rate_ratios", path, clients)))
-        name = f"time to first token, vLLM by {PATHS['transformers']}, clients: {named(clients)}"
+        name = f"time to first token, vLLM / {PATHS['transformers']}, clients: {named(clients)}"
         lines.append(Row(name, "", figure("first_token_ratios", "transformers", clients)))
     for clients in CLIENTS:
         for path, words in PATHS.items():
@@ -86,10 +86,10 @@ def ratio_to_former(kind: str, clients: str) -> Cell:
 
 
 def former_rows() -> list[Row]:
-    """Of the own server, by that which made a token of one answer after the other."""
+    """Return the rows that compare the server with its former version, which answered one request after the other."""
     kinds = {"rate": "requests per second", "first_token": "time to first token"}
     return [
-        Row(f"{words}, together by in turns, clients: {named(clients)}", "", ratio_to_former(kind, clients))
+        Row(f"{words}, decoded together / in turns, clients: {named(clients)}", "", ratio_to_former(kind, clients))
         for clients in FORMER_CLIENTS
         for kind, words in kinds.items()
     ]
@@ -98,13 +98,13 @@ def former_rows() -> list[Row]:
 TOGETHER = Table("serving-together", DOCUMENT, {"CPU": "serving_former_cpu.json"}, former_rows(), measured_with)
 
 
-# what `engine.py` compares, with the aim that vLLM's batches have
+# the comparisons of `engine.py`, with the target for vLLM's batches
 ENGINES = {
-    "vllm, oneDNN by batch, oneDNN": ("vLLM by `batch_generate`, both with oneDNN", "1.3 or more"),
-    "vllm by batch": ("vLLM by `batch_generate`, both without oneDNN", ""),
-    "vllm, oneDNN by batch": ("vLLM with oneDNN by `batch_generate` without", ""),
-    "vllm, oneDNN by vllm": ("vLLM with oneDNN by vLLM without", ""),
-    "batch, oneDNN by batch": ("`batch_generate` with oneDNN by `batch_generate` without", ""),
+    "vllm, oneDNN by batch, oneDNN": ("vLLM / `batch_generate`, both with oneDNN", "1.3 or more"),
+    "vllm by batch": ("vLLM / `batch_generate`, both without oneDNN", ""),
+    "vllm, oneDNN by batch": ("vLLM with oneDNN / `batch_generate` without", ""),
+    "vllm, oneDNN by vllm": ("vLLM with oneDNN / vLLM without", ""),
+    "batch, oneDNN by batch": ("`batch_generate` with oneDNN / `batch_generate` without", ""),
 }
 ENGINE_WAYS = {
     "vllm": "vLLM without oneDNN",
@@ -116,7 +116,7 @@ PARTS = ("tiles", "overviews", "language model")
 
 
 def engine_rows() -> list[Row]:
-    """Of eight questions at once; again ratios first."""
+    """Return the rows of eight concurrent questions, ratios first."""
     lines = []
     for pair, (words, aim) in ENGINES.items():
         lines.append(Row(f"requests per second, {words}", aim, _engine_figure("rate_ratios", pair)))
@@ -143,12 +143,12 @@ ENGINE_TABLE = Table("engine", DOCUMENT, ENGINE_COLUMNS, engine_rows(), measured
 
 
 def update(document: str, folder: Path) -> str:
-    """The document with the tables from the results in `folder`."""
+    """Return the document with the tables from the results in `folder`."""
     for table in (TABLE, TOGETHER, ENGINE_TABLE):
         document = replace_block(document, table, render(table, load_results(table, folder)))
     return document
 
 
 def write() -> None:
-    """Into the documentation."""
+    """Update the document."""
     DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))

@@ -1,4 +1,6 @@
-"""Training steps of a model in random weights: ours, with and without gradient checkpointing, beside other ways."""
+"""Measure training steps of a model with random weights: FUSION's with and without gradient checkpointing, and
+other ways.
+"""
 
 import gc
 from collections import defaultdict
@@ -19,13 +21,13 @@ from fusion_hf.training.collator import find_loss_positions
 from fusion_hf.training.flops import BatchShape, step_flops
 from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 
-TOLERANCE = 1e-4  # relative, of loss and gradient in float32: all variants are one function
+TOLERANCE = 1e-4  # relative tolerance of loss and gradient in float32, since all variants are the same function
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 LEARNING_RATE = 1e-5
-FLOPS_OF_TRAINED_PRODUCT = 6  # per weight and row: forward, and the gradients of weight and input
+FLOPS_OF_TRAINED_PRODUCT = 6  # products per weight and row: forward, and the gradients of weight and input
 OURS, CHECKPOINTED, EAGER = "ours", "ours_checkpointed", "eager"
 REFERENCE, REFERENCE_CHECKPOINTED = "reference", "reference_checkpointed"
-# what is divided by what
+# numerators and denominators of ratios
 PAIRS = (
     (OURS, REFERENCE),
     (CHECKPOINTED, REFERENCE),
@@ -40,8 +42,9 @@ Gradient = dict[str, torch.Tensor]
 
 class StepBenchmark:
     """
-    All variants over one set of weights, gradients and optimizer state, and everything measured so far. Variants that
-    do not fit into an accelerator's memory are left out, and named in `out_of_memory`.
+    All variants over one set of weights, gradients and optimizer state, and all measurements so far.
+
+    Variants that do not fit into an accelerator's memory are left out, and listed in `out_of_memory`.
     """
 
     def __init__(self, size: TrainingSize, dtype: torch.dtype, device: torch.device, autocast: bool):
@@ -51,17 +54,17 @@ class StepBenchmark:
         self.weights = dict(self.models[OURS].named_parameters())
         batch = make_batch(self.config, size, device)
         self.tokens = batch["input_ids"].shape
-        positions = {"loss_positions": find_loss_positions(batch["labels"])}  # as FusionTrainer's batches have them
+        positions = {"loss_positions": find_loss_positions(batch["labels"])}  # as in FusionTrainer's batches
         self.num_logits = positions["loss_positions"].numel()
         # the authors compute all logits
         self.batches = {name: batch if "reference" in name else {**batch, **positions} for name in self.models}
         self.out_of_memory: list[str] = []
         self.errors = self.check_equality() if dtype == torch.float32 else shallow_errors(size, device)
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        for name in list(self.models):  # the first step makes AdamW's moments; all warm up
+        for name in list(self.models):  # the first step creates AdamW's moments; all steps are a warm-up
             self.attempt(name, self.step_seconds)
         if not self.models:
-            raise RuntimeError(f"No variant of {size.batch} samples fits into the memory of {device}.")
+            raise RuntimeError(f"No variant with {size.batch} samples fits into the memory of {device}.")
         self.measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def build_models(self) -> dict[str, FusionForConditionalGeneration]:
@@ -74,19 +77,19 @@ class StepBenchmark:
         return models
 
     def passes(self, name: str) -> torch.Tensor:
-        """Forward and backward; the loss `()`."""
+        """Run forward and backward, and return the loss `()`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.models[name](**self.batches[name], use_cache=False).loss
         loss.backward()
         return loss.detach()
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Delete the gradients."""
         for weight in self.weights.values():
             weight.grad = None
 
     def attempt(self, name: str, function: Callable[[str], T]) -> T | None:
-        """The function's result for a variant; None, and the variant is left out, if its memory is not enough."""
+        """Return the result of a function for a variant. If memory runs out, leave the variant out and return None."""
         try:
             return function(name)
         except torch.OutOfMemoryError:
@@ -98,7 +101,10 @@ class StepBenchmark:
         return None
 
     def check_equality(self) -> dict[str, float]:
-        """Errors of loss and gradient against the first variant's; one that computes something else is refused."""
+        """
+        Return the errors of loss and gradient compared with the first variant. A variant with other results is
+        an error.
+        """
         expected, errors = None, {}
         for name in list(self.models):
             result = self.attempt(name, self.differentiate)
@@ -107,11 +113,13 @@ class StepBenchmark:
             expected = result if expected is None else expected
         for name, error in errors.items():
             if not error <= TOLERANCE:
-                raise RuntimeError(f"The gradient of {name!r} differs from ours by {error:.1e}; allowed: {TOLERANCE}.")
+                raise RuntimeError(
+                    f"The gradient of {name!r} may differ from ours by at most {TOLERANCE}, got {error:.1e}."
+                )
         return errors
 
     def differentiate(self, name: str) -> tuple[torch.Tensor, Gradient]:
-        """Loss and gradient of a variant without autocast, on the CPU."""
+        """Return the loss and gradient of a variant without autocast, on the CPU."""
         autocast, self.autocast = self.autocast, False
         loss = self.passes(name).cpu()
         gradient = {key: weight.grad.cpu() for key, weight in self.weights.items() if weight.grad is not None}
@@ -120,14 +128,14 @@ class StepBenchmark:
         return loss, gradient
 
     def step_seconds(self, name: str) -> tuple[float, float]:
-        """Time of forward and backward, and of the whole step."""
+        """Return the time of forward and backward, and of the whole step."""
         passes = seconds(partial(self.passes, name), self.device)
         update = seconds(self.optimizer.step, self.device)
         self.clear()
         return passes, passes + update
 
     def time_round(self, index: int) -> None:
-        """One value of every time; the order of the variants turns with the round's number."""
+        """Measure every time once. The order of the variants rotates with the number of the round."""
         for name in turned(list(self.models), index):
             passes, step = self.step_seconds(name)
             self.measured["passes_seconds"][name].append(passes)
@@ -138,8 +146,10 @@ class StepBenchmark:
 
     def measure_memory(self) -> None:
         """
-        What forward and backward add to weights and optimizer state at their peak, gradients included: what tensors
-        hold, which is the same in every run, and the growth of the process's resident memory.
+        Measure the peak that forward and backward add to weights and optimizer state, gradients included.
+
+        There are two figures: the bytes of tensors, which are the same in every run, and the growth of the process's
+        resident memory.
         """
         for name in self.models:
             function = partial(self.passes, name)
@@ -151,7 +161,7 @@ class StepBenchmark:
                 self.measured["resident_bytes"][name].append(grown)
 
     def work(self, name: str) -> int:
-        """FLOPs of a step's matrix products, without those that checkpointing repeats."""
+        """Return the FLOPs of a step's matrix products, without those that checkpointing repeats."""
         batch, sequence = self.tokens
         instruct_tokens = self.batches[name]["instruct_input_ids"].shape[1]
         shape = BatchShape(batch, sequence, instruct_tokens, self.size.turns, self.size.query_len)
@@ -161,7 +171,7 @@ class StepBenchmark:
         return flops - FLOPS_OF_TRAINED_PRODUCT * spared * text.hidden_size * text.vocab_size
 
     def result(self) -> dict[str, Any]:
-        """Ratios and fractions, paired by round, and what they were made from."""
+        """Return ratios and fractions, paired by round, and what they were computed from."""
         machine = self.measured["machine"]["matmul_flops_per_second"]
         figures = {figure: dict(values) for figure, values in self.measured.items() if figure != "machine"}
         work = {name: self.work(name) for name in self.models}
@@ -187,14 +197,16 @@ class StepBenchmark:
 
 def shallow_errors(size: TrainingSize, device: torch.device) -> dict[str, float]:
     """
-    Errors of the same widths with a few layers, in float32. Of many layers with random weights, each of which makes a
-    rounding error larger, the gradients in bfloat16 have nothing in common.
+    Return the errors of a model with the same widths and a few layers in float32.
+
+    With many layers of random weights, each of which amplifies rounding errors, gradients in bfloat16 have nothing in
+    common.
     """
     return StepBenchmark(replace(size, config=partial(make_shallow, size.config)), torch.float32, device, False).errors
 
 
 def relative_error(result: tuple[torch.Tensor, Gradient], expected: tuple[torch.Tensor, Gradient]) -> float:
-    """Of the loss or the whole gradient, whichever is larger."""
+    """Return the relative error of the loss or the whole gradient, whichever is larger."""
     (loss, gradient), (expected_loss, expected_gradient) = result, expected
     if gradient.keys() != expected_gradient.keys():
         return float("inf")
@@ -205,7 +217,7 @@ def relative_error(result: tuple[torch.Tensor, Gradient], expected: tuple[torch.
 
 
 def compare(variants: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The ratios of `PAIRS`: variant -> other variant -> spread over the rounds."""
+    """Return the ratios of `PAIRS`: variant -> other variant -> spread over the rounds."""
     ratios: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for name, other in PAIRS:
         if name in variants and other in variants:

@@ -24,21 +24,22 @@ from tqdm import tqdm
 
 PACKAGES = ("datatrove",)
 WORKERS = (1, 2)
-TASKS = 2  # of every run: the same work, whoever does it
+TASKS = 2  # the same number of tasks in every run, for the same work
 
 
 class Timed(NamedTuple):
-    """A run of the command; `peak` is the resident memory of its largest process, in bytes."""
+    """A run of the command. `peak` is the resident memory of its largest process in bytes."""
 
     seconds: float
     peak: int
 
 
 def run_command(records: int, workers: int, tasks: int) -> Timed:
-    """`fusion-hf synthesize` with the procedural backend, from the start of Python to the data card.
+    """
+    Run `fusion-hf synthesize` with the procedural backend, from the start of Python to the data card.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if the command fails.
     """
     with TemporaryDirectory() as folder:
         config = Path(folder) / "drawn.yaml"
@@ -51,24 +52,26 @@ def run_command(records: int, workers: int, tasks: int) -> Timed:
         with log.open("wb") as stream:
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)  # the usage of this process and its children
+            _, status, usage = os.wait4(process.pid, 0)  # resource usage of this process and its children
             seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
-            raise RuntimeError(f"the command ended with {process.returncode}:\n{log.read_text()}")
+            raise RuntimeError(f"The command ended with status {process.returncode}:\n{log.read_text()}")
     unit = 1 if sys.platform == "darwin" else BYTES_PER_KIB
     return Timed(seconds, usage.ru_maxrss * unit)
 
 
 def measure_filters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of every filter."""
+    """Measure every filter."""
     figures = measure(arguments.cases, arguments.seed)
     return {"cases": arguments.cases, "seed": arguments.seed, "filters": [found.to_dict() for found in figures]}
 
 
 def measure_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of short runs with one worker and with two, and a long one."""
-    start = [run_command(1, 1, 1).seconds for _ in range(arguments.rounds)]  # what does not grow with the records
+    """Measure rounds of short runs with one worker and with two, and a long run."""
+    start = [
+        run_command(1, 1, 1).seconds for _ in range(arguments.rounds)
+    ]  # the part that does not grow with the records
     rounds: dict[int, list[Timed]] = {workers: [] for workers in WORKERS}
     for index in tqdm(range(arguments.rounds), desc="rounds"):
         for workers in WORKERS[:: 1 if index % 2 == 0 else -1]:
@@ -101,12 +104,16 @@ PARTS = {"filters": measure_filters, "run": measure_run}
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what is measured")
-    parser.add_argument("--cases", type=positive, default=50, help="records of each kind, category and filter")
-    parser.add_argument("--seed", type=int, default=7, help="of the records that filters see")
-    parser.add_argument("--records", type=positive, default=100_000, help="of the long run; short ones have a tenth")
-    parser.add_argument("--rounds", type=positive, default=3, help="of short runs")
-    parser.add_argument("--output", type=Path, help="a JSON file; parts that are not measured now are kept")
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure; default: all"
+    )
+    parser.add_argument("--cases", type=positive, default=50, help="number of records per kind, category and filter")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the records for the filters")
+    parser.add_argument(
+        "--records", type=positive, default=100_000, help="number of records of the long run; short ones have a tenth"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, help="number of short runs")
+    parser.add_argument("--output", type=Path, help="JSON file for the result; other parts in it are kept")
     return parser.parse_args(command_line)
 
 

@@ -1,4 +1,4 @@
-"""Tables of the data engine, from `benchmarks/results`: `report.py` writes them with its own."""
+"""The tables of the data engine, which `report.py` writes together with its own."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ RUN = Table("drawn records", DOCUMENT, COLUMNS, [], measured_with)
 
 
 def kinds(cases: list[Result], fault: bool) -> str:
-    """Kinds of records and how many were rejected of how many, where that is not all or none."""
+    """List kinds of records, with numbers where not all or none of them were rejected."""
     names = []
     for case in cases:
         if case["fault"] == fault:
@@ -39,7 +39,7 @@ def kinds(cases: list[Result], fault: bool) -> str:
 
 
 def render_filters(result: Result | None) -> str:
-    """One row for each filter; numbers behind a kind where not all of it was treated rightly."""
+    """Write one row per filter, with numbers after kinds where not all records were treated correctly."""
     if result is None or "filters" not in result:
         return f"{NOT_MEASURED}."
     part = result["filters"]
@@ -55,7 +55,7 @@ def render_filters(result: Result | None) -> str:
 
 
 def render_run(result: Result | None) -> str:
-    """Throughput, scaling and memory."""
+    """Write throughput, scaling and memory."""
     if result is None or "run" not in result:
         return f"{NOT_MEASURED}."
     part = result["run"]
@@ -79,12 +79,12 @@ def render_run(result: Result | None) -> str:
 
 
 def update(document: str, folder: Path) -> str:
-    """The document with both tables from the results in `folder`."""
+    """Return the document with both tables from the results in `folder`."""
     result = load_results(FILTERS, folder)["CPU"]
     document = replace_block(document, FILTERS, render_filters(result))
     return replace_block(document, RUN, render_run(result))
 
 
 def write() -> None:
-    """Bring the document up to date with the committed results."""
+    """Update the document from the committed results."""
     DOCUMENT.write_text(update(DOCUMENT.read_text(), RESULTS))

@@ -1,4 +1,4 @@
-"""Tokens per second of batches: an image and a question in each row, encoded, read and answered."""
+"""Measure the tokens per second of batches, with an image and a question in each row."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from workload import Request
 
 BATCHES = (1, 4, 16)
-NEW_TOKENS = 32  # of each row
+NEW_TOKENS = 32  # number of tokens per row
 MEASURED = (OURS, LLAVA)
 
 Throughput = dict[str, dict[str, list[float]]]  # contestant -> rows of a batch -> new tokens per second, by round
@@ -20,7 +20,7 @@ Throughput = dict[str, dict[str, list[float]]]  # contestant -> rows of a batch 
 def measure_throughput(
     contestants: dict[str, Contestant], batches: Sequence[int], rounds: int, device: torch.device
 ) -> Throughput:
-    """Of ours and LLaVA-OneVision; the time of all new tokens includes that of the prompt."""
+    """Measure the throughput of FUSION and LLaVA-OneVision. The time of all new tokens includes that of the prompt."""
     throughput: Throughput = defaultdict(lambda: defaultdict(list))
     names = [name for name in MEASURED if name in contestants]
     for index in tqdm(range(rounds), desc="throughput", unit="round"):

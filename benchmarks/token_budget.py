@@ -47,17 +47,22 @@ from fusion_hf.nano.training_records import NanoRecord, test_records
 
 SEED = 3
 QUERY_LENS = (4, 16, 36, 64, 144)
-GRID_SHARES = (1, 3 / 5, 1 / 3, 1 / 7)  # of the tower's patches per side: of 27 they are 27, 16 (FUSION-L), 9 and 4
+GRID_SHARES = (
+    1,
+    3 / 5,
+    1 / 3,
+    1 / 7,
+)  # shares of the tower's patches per side: for 27, the grids are 27, 16 (FUSION-L), 9 and 4
 PARTS = ("times", "accuracy")
 
 
 def grids_of(side: int) -> list[int]:
-    """The whole grid of P = `side`, and smaller ones."""
+    """Return the whole grid of P = `side`, and smaller ones."""
     return sorted({max(1, round(share * side)) for share in GRID_SHARES}, reverse=True)
 
 
 def budgets_of(side: int, query_lens: Sequence[int]) -> dict[str, TokenBudget]:
-    """Every setting by its name."""
+    """Return every setting by name."""
     return {
         f"{length} latents, {grid} x {grid}": TokenBudget(length, grid)
         for grid in grids_of(side)
@@ -66,7 +71,7 @@ def budgets_of(side: int, query_lens: Sequence[int]) -> dict[str, TokenBudget]:
 
 
 class Times:
-    """A model, a prompt about a photo for every setting, and what was measured: figure -> setting -> rounds."""
+    """A model, a prompt about a photo for every setting, and the measurements: figure -> setting -> rounds."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, query_lens: Sequence[int]):
         self.device, self.new_tokens = device, size.new_tokens
@@ -80,19 +85,19 @@ class Times:
         self.measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def make_prompt(self, budget: TokenBudget, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """The inputs of `generate`."""
+        """Return the inputs of `generate`."""
         config = copy.deepcopy(self.model.config)
         config.query_len, config.image_token_grid = budget
         return make_prompt(config, pixel_values) | budget._asdict()
 
     def embed(self, name: str) -> EmbeddedPrompt:
-        """Tower, connector, projectors, reduced grid and pooled latents."""
+        """Run the tower, connector and projectors, with a reduced grid and pooled latent tokens."""
         given = dict(self.prompts[name])
         del given["query_len"], given["image_token_grid"], given["attention_mask"]
         return self.model.model.embed_prompt(**given, budget=self.budgets[name])
 
     def read(self, prompt: EmbeddedPrompt) -> DynamicCache:
-        """The language model with its samplers, over a whole prompt."""
+        """Run the language model with its samplers over a whole prompt."""
         cache = DynamicCache(config=self.model.config.text_config)
         given = {"inputs_embeds": prompt.inputs_embeds, "latent_updates": prompt.latent_updates}
         self.model.model.language_model(**given, **cache_keyword(cache), use_cache=True)
@@ -111,13 +116,16 @@ class Times:
             self.measured["language_seconds"][name].append(language)
 
     def part_seconds(self, name: str) -> tuple[float, float]:
-        """Of the image, and of the language model after it."""
+        """Return the seconds of the image, and of the language model after it."""
         prompts: list[EmbeddedPrompt] = []
         image = seconds(lambda: prompts.append(self.embed(name)), self.device)
         return image, seconds(partial(self.read, *prompts), self.device)
 
     def memory(self, name: str) -> dict[str, int]:
-        """Bytes, the same in every run: keys and values of the prompt, and peaks above weights and inputs."""
+        """
+        Return the bytes of keys and values of the prompt, and peaks above weights and inputs. They are the same
+        in every run.
+        """
         prompt = self.embed(name)
         layers = self.read(prompt).layers
         return {
@@ -127,7 +135,7 @@ class Times:
         }
 
     def row(self, name: str) -> dict[str, Any]:
-        """All figures of one setting; ratios are to the default setting."""
+        """Return all figures of one setting, with ratios to the default setting."""
         return {
             **describe(self.budgets[name]),
             "prompt_tokens": self.prompts[name]["input_ids"].shape[1],
@@ -146,7 +154,7 @@ def describe(budget: TokenBudget) -> dict[str, int]:
 def measure_times(options: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         times = Times(SIZES[options.size], DTYPES[options.dtype], torch.device(options.device), options.query_lens)
-        for name in turned(list(times.budgets), 0):  # warms up: every shape once
+        for name in turned(list(times.budgets), 0):  # warm-up with every shape
             times.prefill(name)
         for index in tqdm(range(options.repeats), desc="times", unit="round"):
             times.round(index)
@@ -162,7 +170,7 @@ def measure_times(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def choose_records(easy_vqa: int, drawn: int) -> list[NanoRecord]:
-    """Test questions: some of easy-vqa's, and one about each of `drawn` images of every other category."""
+    """Choose test questions: some of easy-vqa's, and one about each of `drawn` images of every other category."""
     records = test_records(SEED, drawn)
     easy = [record for record in records if record.category == "easy-vqa"]
     others = [record for record in records if record.category != "easy-vqa"]
@@ -170,7 +178,7 @@ def choose_records(easy_vqa: int, drawn: int) -> list[NanoRecord]:
 
 
 def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
-    """Exact answers of fusion-nano, by category, for every setting."""
+    """Count exact answers of fusion-nano by category, for every setting."""
     chat_model = ChatModel.load(device=options.device, dtype=options.dtype)
     config, records = chat_model.model.config, choose_records(options.questions, options.drawn)
     asked, rows = Counter(record.category for record in records), []
@@ -191,12 +199,18 @@ def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="default: both parts")
-    parser.add_argument("--size", choices=SIZES, default="short", help="of the model that is timed")
-    parser.add_argument("--query-lens", type=positive, nargs="+", default=QUERY_LENS, help="default: %(default)s")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds")
-    parser.add_argument("--questions", type=positive, default=1000, help="of easy-vqa")
-    parser.add_argument("--drawn", type=positive, default=150, help="images of each category that is drawn")
+    parser.add_argument("--only", choices=PARTS, help="part to measure; default: both")
+    parser.add_argument("--size", choices=SIZES, default="short", help="size of the model")
+    parser.add_argument(
+        "--query-lens",
+        type=positive,
+        nargs="+",
+        default=QUERY_LENS,
+        help="numbers of latent tokens; default: %(default)s",
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="number of rounds")
+    parser.add_argument("--questions", type=positive, default=1000, help="number of easy-vqa questions")
+    parser.add_argument("--drawn", type=positive, default=150, help="number of drawn images per category")
     add_machine_options(parser)
     return parser
 

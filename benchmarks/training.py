@@ -30,7 +30,7 @@ from workload import TRAINING_SIZES
 
 
 def measure_steps(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Time and memory of single steps."""
+    """Measure the time and memory of single steps."""
     size, dtype = TRAINING_SIZES[arguments.size], DTYPES[arguments.dtype]
     benchmark = StepBenchmark(size, dtype, device, arguments.autocast)
     for index in tqdm(range(arguments.rounds), desc="steps"):
@@ -40,10 +40,10 @@ def measure_steps(arguments: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def measure_loader(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Records per second of the data loader."""
+    """Measure the records per second of the data loader."""
     with TemporaryDirectory() as folder:
         benchmark = LoaderBenchmark(TRAINING_SIZES[arguments.size], Path(folder), WORKERS)
-        benchmark.time_round(0)  # starts the workers and is thrown away
+        benchmark.time_round(0)  # starts the workers; the result is discarded
         benchmark.measured.clear()
         for index in tqdm(range(arguments.rounds), desc="loader"):
             benchmark.time_round(index)
@@ -51,7 +51,7 @@ def measure_loader(arguments: argparse.Namespace, device: torch.device) -> dict[
 
 
 def measure_trainer(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What a real run spends beside passes and optimizer."""
+    """Measure what a real run spends outside passes and optimizer."""
     size = TRAINING_SIZES[arguments.size]
     with TemporaryDirectory() as folder:
         try:
@@ -68,31 +68,39 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Any]]] =
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result was measured with."""
+    """Describe the settings of a measurement."""
     names = ("size", "dtype", "autocast", "device", "rounds", "threads")
     return {"settings": {name: getattr(arguments, name) for name in names}, **surroundings(arguments.device)}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The parts that were asked for; the result is what the JSON file holds."""
+    """Measure the requested parts, and return the content of the JSON file."""
     torch.set_num_threads(arguments.threads)
     result = describe_settings(arguments)
     for part in arguments.parts:
         result[part] = PARTS[part](arguments, torch.device(arguments.device))
-        gc.collect()  # models hold themselves by their hooks
+        gc.collect()  # hooks create reference cycles in models
     return result
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=TRAINING_SIZES, default="middle", help="tiny is for tests")
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what is measured")
+    parser.add_argument(
+        "--size", choices=TRAINING_SIZES, default="middle", help="size of the model; tiny is for tests"
+    )
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure; default: all"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     dtypes = [name for name, dtype in DTYPES.items() if dtype in GRADIENT_DTYPES]
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights, gradients and optimizer state")
-    parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16, as `bf16: true` has it")
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds that count; others warm up")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float32", help="dtype of weights, gradients and optimizer state"
+    )
+    parser.add_argument(
+        "--autocast", action="store_true", help="compute matrix products in bfloat16, as `bf16: true` does"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="number of rounds after the warm-up")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument("--output", type=Path, help="JSON file, e.g. benchmarks/results/training_cpu.json")
     arguments = parser.parse_args(command_line)
     check_device(parser, arguments.device)

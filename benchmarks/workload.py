@@ -1,4 +1,6 @@
-"""What the benchmarks run: a middle-sized FUSION with random weights, one prompt, one photo; batches to train on."""
+"""The workload of the benchmarks: a middle-sized FUSION model with random weights, a prompt, a photo, and training
+batches.
+"""
 
 import copy
 import json
@@ -19,10 +21,10 @@ from fusion_hf.model.configuration_fusion import NUM_TILES
 from fusion_hf.training.collator import IGNORE_INDEX
 
 SEED = 0
-FIRST_ORDINARY_ID = 3  # ids below are the backbone's special tokens
+FIRST_ORDINARY_ID = 3  # lower ids are special tokens of the backbone
 SYSTEM_TOKENS, QUESTION_TOKENS, HEADER_TOKENS, ANSWER_TOKENS = 12, 20, 4, 20
-SHALLOW = 2  # layers where only widths matter
-LONGEST_SEQUENCE = 8192  # tokens that the language model of a size is declared for
+SHALLOW = 2  # number of layers where only the widths matter
+LONGEST_SEQUENCE = 8192  # maximum number of tokens in the language model's configuration
 RELEASED = Path(__file__).parents[1] / "configs" / "models"
 
 Prompt = dict[str, torch.Tensor]
@@ -31,8 +33,10 @@ Prompt = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Size:
     """
-    Sizes of a benchmark. `vision_layers` counts the tower's layers that run; lengths in tokens, sides in pixels.
-    `released`: the published model that the sizes are those of; its configuration is used as it is.
+    The sizes of a benchmark, with lengths in tokens and sides in pixels.
+
+    `vision_layers` counts the tower layers that run. `released` is the published model with these sizes, whose
+    configuration is used.
     """
 
     vision_layers: int
@@ -50,11 +54,11 @@ class Size:
     sampler_layers: tuple[int, ...]
     query_len: int
     window_size: int
-    new_tokens: int  # generated in every repeat; all but the first are timed as decoding
-    many_turns: int  # turns of the conversation over which the samplers alone are timed
+    new_tokens: int  # number of tokens generated per repeat; all but the first are timed as decoding
+    many_turns: int  # number of turns in the conversation for timing the samplers
     photo: tuple[int, int]  # width, height
-    matrix_side: int  # of the square matrices whose product gives the machine's rate
-    copied_bytes: int  # of the copy that gives the machine's memory bandwidth; as many are read for the other one
+    matrix_side: int  # side of the square matrices whose product gives the machine's rate
+    copied_bytes: int  # bytes of the copy that gives the machine's memory bandwidth, and of the read
     released: str | None = None
 
 
@@ -81,7 +85,7 @@ SIZES = {
         matrix_side=2048,
         copied_bytes=2**28,
     ),
-    # for tests: every mechanism, no meaning in its times
+    # for tests: covers every mechanism, but the times have no meaning
     "tiny": Size(
         vision_layers=5,
         vision_early_layers=2,
@@ -105,17 +109,17 @@ SIZES = {
         copied_bytes=2**16,
     ),
 }
-# the middle one with a third of its layers
+# the middle size with a third of its layers
 SIZES["short"] = replace(SIZES["middle"], vision_layers=9, vision_early_layers=4, text_layers=4, sampler_layers=(0, 3))
 
 
 def read_config(name: str) -> FusionConfig:
-    """Of a published model."""
+    """Read the configuration of a published model."""
     return FusionConfig(**json.loads((RELEASED / f"{name}.json").read_text()))
 
 
 def released_size(name: str) -> Size:
-    """The sizes of a published model, for accelerators: large enough to fill them."""
+    """Return the sizes of a published model, which are large enough to use an accelerator fully."""
     config = read_config(name)
     text, vision = config.text_config, config.vision_config
     return replace(
@@ -145,7 +149,7 @@ SIZES |= {"3b": released_size("fusion-3b"), "8b": released_size("fusion-8b")}
 
 
 def build_config(size: Size) -> FusionConfig:
-    """A FUSION over a Llama-type language model, or a published one."""
+    """Return the configuration of a FUSION model over a Llama-type language model, or of a published model."""
     if size.released is not None:
         return read_config(size.released)
     text = LlamaConfig(
@@ -176,7 +180,10 @@ def build_config(size: Size) -> FusionConfig:
 
 
 def make_shallow(make_config: Callable[[], FusionConfig]) -> FusionConfig:
-    """The same widths with `SHALLOW` layers in tower and language model, and a sampler in the first."""
+    """
+    Return the same widths with `SHALLOW` layers in the tower and the language model, and one sampler in the
+    first layer.
+    """
     values = make_config().to_dict()
     for part in ("text_config", "vision_config"):
         values[part] = {**values[part], "num_hidden_layers": SHALLOW}
@@ -187,8 +194,10 @@ def make_shallow(make_config: Callable[[], FusionConfig]) -> FusionConfig:
 @dataclass(frozen=True)
 class TrainingSize:
     """
-    What a training step and a data loader are measured with. `image`: width and height of the JPEGs, in pixels;
-    `records` of one pass of the loader, `loaded` of them in a batch.
+    The sizes of a training step and a data loader.
+
+    `image` is the width and height of the JPEGs in pixels. One pass of the loader reads `records`, with `loaded` of
+    them per batch.
     """
 
     config: Callable[[], FusionConfig]
@@ -212,35 +221,35 @@ TRAINING_SIZES = {
 
 
 def make_weights(config: FusionConfig, dtype: torch.dtype, device: torch.device) -> FusionForConditionalGeneration:
-    """Random weights, the same in every run, made where they are used."""
+    """Return random weights, which are the same in every run, made on their device."""
     torch.manual_seed(SEED)
     with device:
-        # the package's own constructor of a configured model: parameters in `dtype`, rotary tables in float32
+        # transformers' constructor for a configuration: parameters in `dtype`, rotary tables in float32
         return FusionForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def build_model(size: Size, dtype: torch.dtype, device: torch.device) -> FusionForConditionalGeneration:
-    """For inference."""
+    """Build a model for inference."""
     model = make_weights(build_config(size), dtype, device)
     model.generation_config.eos_token_id = None  # random weights must not end the answer early
     return model.eval()
 
 
 def sharing_copy(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
-    """The same model once more, with the same tensors: weights, and so gradients, are there only once."""
+    """Return a copy of the model with the same tensors, so that weights and gradients exist only once."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def build_eager(model: FusionForConditionalGeneration) -> FusionForConditionalGeneration:
-    """The same weights (shared) with eager attention in tower and language model."""
+    """Build a model with the same (shared) weights and eager attention in the tower and the language model."""
     eager = sharing_copy(model)
     eager.set_attn_implementation("eager")
     return eager
 
 
 def make_photo(size: tuple[int, int]) -> Image.Image:
-    """A decoded RGB photo `(width, height)`: a portrait of an astronaut (public domain), enlarged."""
+    """Return a decoded RGB photo `(width, height)`: an enlarged portrait of an astronaut (public domain)."""
     return Image.fromarray(skimage.data.astronaut()).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -249,13 +258,13 @@ def make_image_processor(size: Size) -> FusionImageProcessor:
 
 
 def make_words(config: FusionConfig, random: np.random.Generator, count: int) -> list[int]:
-    """Ordinary ids."""
-    last_ordinary = config.text_config.vocab_size - 2  # the two marks lie behind it
+    """Draw ordinary token ids."""
+    last_ordinary = config.text_config.vocab_size - 2  # the two special tokens follow it
     return random.integers(FIRST_ORDINARY_ID, last_ordinary, count).tolist()
 
 
 class Request(NamedTuple):
-    """What a prompt is to hold: rows, tokens of each question, user turns about the one image of a row."""
+    """The content of a prompt: rows, tokens of each question, and user turns about the only image of a row."""
 
     batch: int = 1
     question_tokens: int = QUESTION_TOKENS
@@ -266,7 +275,7 @@ ONE_QUESTION = Request()
 
 
 class Text(NamedTuple):
-    """One row: ids of the prompt, ids of its questions, and the last id of each turn's prompt."""
+    """One row: the ids of the prompt, the ids of its questions, and the last id of each turn's prompt."""
 
     ids: list[int]
     questions: list[int]
@@ -275,10 +284,11 @@ class Text(NamedTuple):
 
 def make_text(config: FusionConfig, request: Request, image: list[int], latents: list[int]) -> Text:
     """
-    The same words for every model.
+    Return the same words for every model.
 
     Args:
-        image, latents: ids that stand for the image, and for the latent tokens before each question.
+        image: the ids that stand for the image.
+        latents: the ids that stand for the latent tokens before each question.
     """
     words = partial(make_words, config, np.random.default_rng(SEED))
     ids, questions, ends = [*words(SYSTEM_TOKENS), *image], [], []
@@ -293,10 +303,10 @@ def make_text(config: FusionConfig, request: Request, image: list[int], latents:
 
 def make_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Request = ONE_QUESTION) -> Prompt:
     """
-    One image a row, no padding: the inputs of `generate`.
+    Return the inputs of `generate`, with one image per row and no padding.
 
     Args:
-        pixel_values (`(1, 5, 3, H, W)`): the image of every row; also decides the device.
+        pixel_values (`(1, 5, 3, H, W)`): the image of every row, which also determines the device.
     """
     start, end = config.vision_start_token_id, config.vision_end_token_id
     image = [start, *[config.image_token_id] * config.num_image_tokens, end]
@@ -315,7 +325,7 @@ def make_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Reque
 
 
 def make_batch(config: FusionConfig, size: TrainingSize, device: torch.device) -> dict[str, Any]:
-    """Conversations of one image and some turns each, without padding: what a training step is given."""
+    """Return a training batch of conversations about one image each, with several turns and no padding."""
     generator = np.random.default_rng(SEED)
     rows = [make_conversation(config, size, generator) for _ in range(size.batch)]
     side, channels = config.vision_config.image_size, config.vision_config.num_channels
@@ -327,7 +337,7 @@ def make_batch(config: FusionConfig, size: TrainingSize, device: torch.device) -
 
 
 def make_conversation(config: FusionConfig, size: TrainingSize, random: np.random.Generator) -> dict[str, list[int]]:
-    """Ids, labels, question and prompt ends of one sample."""
+    """Return the ids, labels, question and prompt ends of one sample."""
     words = partial(make_words, config, random)
     start, end = config.vision_start_token_id, config.vision_end_token_id
     ids = [*words(SYSTEM_TOKENS), start, *[config.image_token_id] * config.num_image_tokens, end]

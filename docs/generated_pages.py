@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from generated_reference import PAGES
 
 from fusion_hf.cli import make_parser
+from fusion_hf.cli.parser import Parser
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -44,25 +45,34 @@ def command_page() -> str:
         "`fusion-hf COMMAND --help` prints what this page says about a command. `python -m fusion_hf` is the same",
         "program.",
         "",
-        "| command | what it does |",
-        "|---|---|",
     ]
     helps = {choice.dest: choice.help for choice in parser.commands._choices_actions}
-    lines += [f"| [`{name}`](#fusion-hf-{name}) | {_cell(helps[name])} |" for name in parser.commands.choices]
+    for title, names in parser.groups.items():
+        lines += [f"**{title}**", "", "| command | what it does |", "|---|---|"]
+        lines += [f"| [`{name}`](#fusion-hf-{name}) | {_cell(helps[name])} |" for name in names]
+        lines.append("")
     for name, command in parser.commands.choices.items():
-        lines += ["", f"## fusion-hf {name}", "", command.description or "", ""]
-        lines += ["```text", _usage(command), "```", ""]
-        lines += _actions(command)
-        for action in command._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for inner, inner_parser in action.choices.items():
-                    lines += ["", f"### fusion-hf {name} {inner}", "", inner_parser.description or "", ""]
-                    lines += ["```text", _usage(inner_parser), "```", "", *_actions(inner_parser)]
-    return "\n".join(lines) + "\n"
+        lines += [f"## fusion-hf {name}", "", *_command(command)]
+        if command.commands is not None:
+            for inner, inner_parser in command.commands.choices.items():
+                lines += [f"### fusion-hf {name} {inner}", "", *_command(inner_parser)]
+    return "\n".join(lines)
+
+
+def _command(parser: Parser) -> Iterator[str]:
+    """Describe a command: what it does, its usage, examples, its arguments, and whatever else its help says."""
+    yield from (parser.description or "", "", "```text", _usage(parser), "```", "")
+    if parser.examples:
+        yield from ("```bash", *parser.examples, "```", "")
+    yield from _actions(parser)
+    yield ""
+    if parser.describe_more is not None:
+        yield from ("```text", parser.describe_more(), "```", "")
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    return parser.format_usage().removeprefix("usage: ").rstrip()
+    usage = parser.format_usage().rstrip()
+    return usage.removeprefix("usage: ").replace("\n" + " " * len("usage: "), "\n")
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[str]:

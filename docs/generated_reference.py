@@ -388,7 +388,7 @@ def synthesis_page() -> str:
         "`key=value` on the command line",
         "replaces a key, and `section.key=value` replaces a key of a section. An unknown key is an error that "
         "names the nearest known one.",
-        "A key without a default must be given, unless its description says otherwise.",
+        "`output` and `records` are required. The backend `models` also needs `pool`, `writer` and `images`.",
         "",
         *lines,
     )

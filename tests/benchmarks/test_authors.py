@@ -25,7 +25,7 @@ VERSIONS = {"torch": "2", "transformers": "5"}
 def cells_of(result):
     result = {"machine": {"device": "a CPU"}, "versions": VERSIONS, "settings": {"threads": 2}, **result}
     lines = render(TABLE, {"Intel": result | {"authors": {"versions": VERSIONS}}, "AMD": None}).splitlines()
-    assert lines[-1].startswith("Intel: a CPU, 2 threads")
+    assert lines[-1].startswith("- Intel: a CPU, 2 threads")
     return {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in lines if line.startswith("| "))}
 
 

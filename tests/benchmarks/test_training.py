@@ -103,7 +103,7 @@ def test_only_the_parts_that_were_asked_for_run():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rounds", "0"), "0 is not 1 or more"),
+        (("--rounds", "0"), "must be 1 or more, got 0"),
         (("--size", "70b"), "invalid choice: '70b'"),
         (("--dtype", "float16"), "invalid choice: 'float16'"),
         (("--parts", "speed"), "invalid choice: 'speed'"),
@@ -147,7 +147,7 @@ def test_where_nothing_fits_it_is_said(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(StepBenchmark, "passes", run_out)
-    with pytest.raises(RuntimeError, match="No variant of 2 samples fits into the memory of cpu"):
+    with pytest.raises(RuntimeError, match="No variant with 2 samples fits into the memory of cpu"):
         StepBenchmark(SIZE, torch.float32, CPU, autocast=False)
     monkeypatch.setattr("training.measure_overhead", run_out)
     arguments = parse_arguments(["--size", "tiny", "--rounds", "1", "--parts", "trainer"])
@@ -158,7 +158,9 @@ def test_where_nothing_fits_it_is_said(monkeypatch):
 
 def test_a_variant_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr("steps.relative_error", lambda result, expected: 0.01)
-    with pytest.raises(RuntimeError, match=r"gradient of 'ours_checkpointed' differs from ours by 1\.0e-02"):
+    with pytest.raises(
+        RuntimeError, match=r"gradient of 'ours_checkpointed' may differ from ours by at most .* got 1\.0e-02"
+    ):
         StepBenchmark(SIZE, torch.float32, CPU, autocast=False)
 
 

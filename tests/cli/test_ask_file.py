@@ -79,13 +79,22 @@ def test_locked_by_another_process(run, questions, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--input", "a.jsonl", "--also", QUESTION], "allowed only without --input"),
-        (["--input", "a.jsonl"], "--output is not given"),
-        (["picture.png", "--input", "a.jsonl", "--output", "b.jsonl"], "'picture.png'; allowed with --input: none"),
-        (["p.png", QUESTION, "--input", "a.jsonl", "--output", "b.jsonl"], "'p.png'; allowed with --input: none"),
-        (["--input", "a.jsonl", "p.png", "--output", "b.jsonl"], "'p.png'; allowed with --input: none"),
-        (["picture.png", QUESTION, "--output", "b.jsonl"], "--output is b.jsonl; allowed only with --input"),
-        (["picture.png", QUESTION, "--batch-size", "4"], "--batch-size is 4; allowed only with --input"),
+        (["--input", "a.jsonl", "--also", QUESTION], "`--also` cannot be combined with `--input`"),
+        (["--input", "a.jsonl"], "`--output` is required with `--input`"),
+        (
+            ["picture.png", "--input", "a.jsonl", "--output", "b.jsonl"],
+            "an image or a question, got 'picture.png'",
+        ),
+        (
+            ["p.png", QUESTION, "--input", "a.jsonl", "--output", "b.jsonl"],
+            "an image or a question, got 'p.png'",
+        ),
+        (
+            ["--input", "a.jsonl", "p.png", "--output", "b.jsonl"],
+            "an image or a question, got 'p.png'",
+        ),
+        (["picture.png", QUESTION, "--output", "b.jsonl"], "`--output` is only allowed with `--input`, got b.jsonl"),
+        (["picture.png", QUESTION, "--batch-size", "4"], "`--batch-size` is only allowed with `--input`, got 4"),
         (["--input", "no.jsonl", "--output", "b.jsonl"], "no.jsonl cannot be read (No such file or directory)"),
         (["--input", "docs", "--output", "b.jsonl"], "docs cannot be read (Is a directory)"),
         (["--input", "README.md", "--output", "no/b.jsonl"], "no is no folder; make it first"),

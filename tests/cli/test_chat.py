@@ -40,7 +40,7 @@ def test_commands_and_errors_do_not_end_it(run, image_path, answers):
     result = run("chat", image_path, "--max-new-tokens", 16, stdin="\n".join(lines))
     assert result.stdout.splitlines() == [answers[0], *answers]
     errors = result.stderr.splitlines()
-    assert errors[0] == "error: /help is no command; allowed: /reset, /exit."
+    assert errors[0] == "error: A command must be /reset or /exit, got /help."
     assert errors[1].startswith("error: A prompt has ") and errors[1].endswith("/reset.")
     assert len(errors) == 2
     assert result.returncode == 0

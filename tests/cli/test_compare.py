@@ -20,7 +20,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 def test_two_records_with_a_page(run, runs, tmp_path):
     result = run("compare", *runs, "--page", tmp_path / "page.html")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "easy_vqa: 24 questions, in " in result.stdout and "groups by their images" in result.stdout
+    assert "easy_vqa: 24 questions, in " in result.stdout and "groups with a common image" in result.stdout
     assert "exact_match: 1.0000 and 0.9167, difference -0.0833" in result.stdout
     assert "answers: 2 changed (2 worse)" in result.stdout
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -70,8 +70,10 @@ def test_an_answer_that_is_not_made_again_is_a_finding(run, runs, tmp_path):
     path = tmp_path / "run/samples/now/easy_vqa.jsonl"
     path.write_text(path.read_text().replace('"answer": "red"', '"answer": "blue"', 1))
     result = run("compare", runs[0], record, "--stages")
-    assert "no stage differs in 1 questions; what made the recorded answers is not rebuilt" in result.stdout
-    assert "note: RUN_B: 1 of 1 recorded answers are others than here, such as 'blue' and here 'red'" in result.stdout
+    assert "no stage differs in 1 questions, but the recorded answers were not reproduced" in result.stdout
+    assert (
+        "note: RUN_B: 1 of 1 recorded answers were not reproduced, such as 'blue', which became 'red'" in result.stdout
+    )
     assert result.returncode == 1
 
 
@@ -90,8 +92,8 @@ def test_answers_of_the_authors_against_a_record(run, runs, tmp_path):
     path.write_text("".join(json.dumps({**a, "text": b}) + "\n" for a, b in zip(lines, texts, strict=True)))
     result = run("compare", path, runs[0])
     assert "answers: 1 changed (1 better)" in result.stdout
-    assert "RUN_A is scored here by exact match" in result.stdout
-    assert run("compare", path, runs[0], "--stages").stderr.startswith("error: RUN_A is no record of `fusion-hf")
+    assert "RUN_A is scored by exact match" in result.stdout
+    assert run("compare", path, runs[0], "--stages").stderr.startswith("error: RUN_A must be a record of `fusion-hf")
 
 
 def test_answers_to_own_questions(run_here, tmp_path):
@@ -117,13 +119,13 @@ def test_wrong_input(run_here, runs, tmp_path):
     other.parent.mkdir()
     other.write_text('{"doc_id": 0, "filtered_resps": "red", "target": "square"}\n')
     for given, message in (
-        (["compare", runs[0], torn], "is torn or damaged in line 2"),
-        (["compare", runs[0], twice], "has question 0 twice"),
-        (["compare", runs[0], other], "other questions of easy_vqa: question 0 has the target"),
-        (["compare", runs[0], tmp_path / "gone"], "is no run; allowed: a record of"),
-        (["compare", *runs, "--tasks", "pope"], "--tasks has 'pope'; allowed: easy_vqa."),
-        (["compare", *runs, "--questions", torn], "allowed with --questions: an answers.jsonl"),
-        (["compare", *runs, "--model-a", "x"], "--model-a is x; allowed only with --stages"),
+        (["compare", runs[0], torn], "damaged: line 2 is not valid JSON"),
+        (["compare", runs[0], twice], "got question 0 twice"),
+        (["compare", runs[0], other], "the same questions of easy_vqa, but question 0 has the target"),
+        (["compare", runs[0], tmp_path / "gone"], "A run must be a record of"),
+        (["compare", *runs, "--tasks", "pope"], "--tasks must contain only names from easy_vqa, got 'pope'."),
+        (["compare", *runs, "--questions", torn], "must be answers.jsonl files if --questions is given"),
+        (["compare", *runs, "--model-a", "x"], "`--model-a` is only allowed with `--stages`, got x"),
     ):
         result = run_here(*given)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result

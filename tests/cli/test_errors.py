@@ -102,7 +102,7 @@ def test_more_image_tokens_than_the_tower_gives(run_here, image_path, command):
 
 @pytest.mark.parametrize("option", ["--device", "--dtype"])
 def test_unknown_device_or_type(run_here, image_path, option):
-    check_one_line(run_here("ask", image_path, QUESTION, option, "abacus"), "'abacus'", "allowed", "auto")
+    check_one_line(run_here("ask", image_path, QUESTION, option, "abacus"), option, "'abacus'", "auto")
 
 
 class TestModel:

@@ -73,9 +73,15 @@ def test_an_unknown_format():
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["picture.png", "what?", "--output-format", "llava"], "--output-format is llava; allowed only with --input"),
-        (["picture.png", "what?", "--image-root", "docs"], "--image-root is docs; allowed only with --input"),
-        (["--input", "a.jsonl", "--output", "b", "--image-root", "none"], "--image-root is none; allowed: a folder"),
+        (
+            ["picture.png", "what?", "--output-format", "llava"],
+            "`--output-format` is only allowed with `--input`",
+        ),
+        (["picture.png", "what?", "--image-root", "docs"], "`--image-root` is only allowed with `--input`, got docs"),
+        (
+            ["--input", "a.jsonl", "--output", "b", "--image-root", "none"],
+            "must be a folder of images, got none",
+        ),
         (["--input", "a.jsonl", "--output", "b", "--output-format", "xml"], "invalid choice: 'xml'"),
     ],
 )

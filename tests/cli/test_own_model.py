@@ -58,16 +58,18 @@ def test_full_fine_tuning(tmp_path: Path, environment: dict[str, str], hub: HubS
 
     skip = ["train", "recipe.yaml", "on_broken=skip", "resume_from_checkpoint=none"]
     started = fusion_hf(tmp_path, environment, *skip).stderr
-    assert "records: 11; 4 per step" in started and "steps: 3 per epoch, 30 in all" in started
-    assert "held out, records: 1; evaluation by steps" in started
-    assert "trained parameters: vision_tower 470,688, projectors 75,200" in started
-    assert "writes to runs/records-full: checkpoints every 6 steps" in started
-    assert "1 broken records were skipped; runs/records-full/skipped.jsonl says which and why" in started
+    assert "Records: 11, 4 per step" in started and "Steps: 3 per epoch, 30 in total" in started
+    assert "Held-out records in records: 1, evaluation strategy: steps" in started
+    assert "Trained parameters: vision_tower 470,688, projectors 75,200" in started
+    assert "Output in runs/records-full: checkpoints every 6 steps" in started
+    assert (
+        "1 broken records were skipped. They are listed with the reasons in runs/records-full/skipped.jsonl" in started
+    )
     run = tmp_path / "runs" / "records-full"
     for name in ("finished.json", "README.md", "model.safetensors"):
         (run / name).unlink()
     again = fusion_hf(tmp_path, environment, "train", "recipe.yaml", "on_broken=skip").stderr
-    assert "goes on from runs/records-full/checkpoint-30" in again
+    assert "Resuming from runs/records-full/checkpoint-30" in again
 
     pushed = fusion_hf(tmp_path, environment, "push", "--model", "runs/records-full", "--repo-id", "me/mine")
     files = hub.state.repositories["me/mine"]
@@ -84,7 +86,7 @@ def test_lora_merged_and_published(tmp_path: Path, environment: dict[str, str], 
     make_records(tmp_path / "data", 12)
     fusion_hf(tmp_path, environment, "init-recipe", "data/records.json")
     started = fusion_hf(tmp_path, environment, "train", "recipe.yaml", "max_steps=6").stderr
-    assert "no record was skipped" in started
+    assert "No record was skipped" in started
     refused = fusion_hf(
         tmp_path, environment, "push", "--model", "runs/records-lora", "--repo-id", "me/mine", "--dry-run", status=2
     )

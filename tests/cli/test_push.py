@@ -379,8 +379,13 @@ def test_an_adapter_is_to_be_merged(folder: Path):
 
 def test_a_card_without_a_licence_is_a_warning(folder: Path, push: Push, hub: HubServer):
     change_card(folder, "license: apache-2.0\n", "license: other\nlicense_name: unknown\n")
-    result = push(folder, "--dry-run")
+    result = push(folder, "--dry-run", "--json")
     assert result.returncode == 0 and result.stderr.startswith("WARNING: ") and "names no licence" in result.stderr
+    report = json.loads(result.stdout)
+    assert {file["name"]: file["size"] for file in report["files"]} == {
+        name: len(content) for name, content in files_of(folder).items()
+    }
+    assert (report["repo_id"], report["tag"], report["url"]) == (REPOSITORY, None, None)
 
 
 def test_the_cards_examples_load_from_the_repository(tmp_path: Path):

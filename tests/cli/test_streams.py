@@ -13,7 +13,7 @@ SECONDS = 120
 IMAGE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
 ESTIMATE = "synthesize synth.yaml --dry-run"
 FULL = "error: The standard output cannot be written: No space left on device.\n"
-CLOSED = "error: The standard output is closed; give a file, or /dev/null.\n"
+CLOSED = "error: The standard output is closed. Redirect it to a file or to /dev/null.\n"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_question_that_is_no_utf8(folder: Path, command: str, arguments: str):
         arguments = "'IMAGE' $'\\xff'"
     done = shell(folder, f"fusion-hf {command} {arguments.replace('IMAGE', str(IMAGE))}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "question is no UTF-8" in done.stderr
+    assert "question must be UTF-8 text" in done.stderr
 
 
 @pytest.mark.parametrize(

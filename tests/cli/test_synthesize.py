@@ -37,15 +37,15 @@ def test_missing_captions(folder: Path):
     (folder / "empty").mkdir()
     (folder / "text.parquet").write_text("no Parquet")
     overrides = (
-        ((), "captions.txt, which does not exist"),
-        (("pool.source=empty.txt",), "empty.txt, which holds no caption"),
-        (("pool.source=empty",), "empty, a folder without files of .txt"),
-        (("pool.source=text.parquet", "pool.kind=parquet"), "text.parquet is no Parquet file"),
+        ((), "must be an existing file or folder, got captions.txt"),
+        (("pool.source=empty.txt",), "must contain at least one caption, got none in empty.txt"),
+        (("pool.source=empty",), "must be a folder with files of .txt, got empty"),
+        (("pool.source=text.parquet", "pool.kind=parquet"), "must be a Parquet file, got text.parquet"),
     )
     results = run_light(folder, [["synthesize", "mix.yaml", *given] for given, _ in overrides])
     for result, (_, part) in zip(results, overrides, strict=True):
         estimate, error = result.error.splitlines()[:-1], result.error.splitlines()[-1]
-        assert result.status == 2 and error.startswith("error: pool") and part in error, result
+        assert result.status == 2 and error.startswith("error: `pool.source`") and part in error, result
         assert error.count(".txt") <= 1 and estimate[0].startswith("records: 6 ")
     assert not (folder / "made").exists()
 

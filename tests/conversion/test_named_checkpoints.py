@@ -229,17 +229,20 @@ def test_commands_offline(tmp_path, run):
     for file in (tmp_path / "home" / "hub").rglob("*model*"):
         if file.suffix in (".bin", ".safetensors"):
             file.unlink()
-    again, wrong, removed, left, gone = run(
+    again, wrong, removed, left, as_json, gone = run(
         ["ask", IMAGE, QUESTION, "--model", NAME, *few],
         ["cache", "--remove", "authors/none"],
         ["cache", "--remove", NAME],
         ["cache"],
+        ["cache", "--json"],
         ["ask", IMAGE, QUESTION, "--model", NAME, *few],
     )
     assert again[:2] == of_name[:2]
     assert wrong[0] == 2 and "'authors/none'" in wrong[2] and NAME in wrong[2]
-    assert removed[0] == 0 and removed[1].count(f"removed {NAME}") == 2
+    assert removed[0] == 0 and removed[1].count(f"Removed {NAME}") == 2
     assert [line.split("  ")[0] for line in left[1].splitlines()] == ["FUSION-tiny", "FUSION-tiny"]
+    models = json.loads(as_json[1])["models"]
+    assert [(model["name"], model["num_bytes"] > 0) for model in models] == [("FUSION-tiny", True)] * 2
     assert gone[0] == 2 and f"The model {NAME}" in gone[2] and "shards" in gone[2]
 
 

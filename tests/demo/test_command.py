@@ -15,7 +15,7 @@ def test_without_the_extra(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from fusion_hf.cli import main; sys.exit(main(['demo']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=SECONDS)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]'")
+    assert result.stderr.startswith("error: The demo requires the extra `demo` (")
     assert result.stderr.count("\n") == 1
 
 

@@ -52,7 +52,7 @@ def test_page_of_the_command_line():
 def test_page_of_the_recipe_keys():
     page = generated_reference.recipe_page()
     assert [key.name for key in fields(OwnArguments) if page.count(f"| `{key.name}` |") != 1] == []
-    assert "| `on_broken` | text | `error` | `error` ends the run at a broken record." in page
+    assert "| `on_broken` | text | `error` | What a broken record does: `error` ends the run" in page
 
 
 def test_page_of_the_configuration():

@@ -145,7 +145,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path):
 
 def test_a_damaged_file_is_named(tmp_path: Path):
     (tmp_path / "00000.jsonl").write_text('{"key": "a", "answer": "b"}\n{"key": "a"}\n')
-    with pytest.raises(InputError, match=r"00000\.jsonl has no answer in line 2"):
+    with pytest.raises(InputError, match=r"00000\.jsonl: line 2 must contain an answer"):
         AnswerCache(tmp_path)
 
 
@@ -163,7 +163,7 @@ def test_failures_are_named_and_keep_no_answer_from_the_others(
     answerer = RequestAnswerer(LocalModel(chat_model, batch_size=16))
     assert answerer.answer([*failing, *questions[:4]]) == [None, None, None, *one_by_one[:4]]
     reasons = {failure.doc_id: failure.reason for failure in answerer.failures}
-    assert "SeveralImages: The request shows 2 images" in reasons[101]
+    assert "SeveralImages: A request must have at most one image, got 2" in reasons[101]
     assert "tokens" in reasons[102]
     assert set(reasons) == {101, 102, 103}
 
@@ -205,7 +205,7 @@ def test_settings_of_a_task():
     sampled = Generation.of({"temperature": 0.5, "top_p": 0, "max_new_tokens": 3, "until": "Q:"})
     assert sampled == Generation(3, ("Q:",), 0.5)
     assert sampled.cut(" red Q: and Q:") == "red"
-    with pytest.raises(InputError, match="generation_kwargs has beams"):
+    with pytest.raises(InputError, match=r"`generation_kwargs` must be among .*got 'beams'"):
         Generation.of({"beams": 2})
 
 

@@ -1,5 +1,6 @@
 """The command's errors, none of which needs lmms-eval."""
 
+import json
 import sys
 
 import pytest
@@ -19,8 +20,8 @@ def test_without_lmms_eval_the_error_says_what_to_install(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "easy_vqa,mmbnch"], "--tasks has 'mmbnch'; allowed: all, "),
-        (["--tasks", "easy_vqa", "--data-root", "nowhere"], "--data-root is nowhere; allowed: a folder."),
+        (["--tasks", "easy_vqa,mmbnch"], "`--tasks` must be all, or some of mmbench_en, "),
+        (["--tasks", "easy_vqa", "--data-root", "nowhere"], "`--data-root` must be a folder, got nowhere."),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -33,9 +34,9 @@ def test_wrong_arguments(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "bfloat16"], "--dtype is bfloat16; not allowed with --url: the server has chosen it."),
-        (["--device", "cpu"], "--device is cpu; not allowed with --url: the server has chosen it."),
-        (["--batch-size", "8"], "--batch-size is 8; not allowed with --url: --concurrency says"),
+        (["--dtype", "bfloat16"], "`--dtype` is not allowed with `--url` (the server decides), got bfloat16."),
+        (["--device", "cpu"], "`--device` is not allowed with `--url` (the server decides), got cpu."),
+        (["--batch-size", "8"], "`--batch-size` is not allowed with `--url` (use `--concurrency` instead), got 8."),
     ],
 )
 def test_what_a_server_decides(arguments, message, capsys):
@@ -46,10 +47,12 @@ def test_what_a_server_decides(arguments, message, capsys):
 @pytest.mark.parametrize("option", ["--api-key-env", "--concurrency"])
 def test_options_of_a_server_need_one(option, capsys):
     assert main(["evaluate", "--tasks", "easy_vqa", option, "7"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {option} is 7; allowed only with --url")
+    assert capsys.readouterr().err.startswith(f"error: `{option}` is only allowed with `--url`, got 7.")
 
 
 def test_data_is_checked_without_lmms_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     assert main(["evaluate", "--tasks", "easy_vqa", "--dry-run"]) == 0
     assert capsys.readouterr().out == "easy_vqa: all there\n"
+    assert main(["evaluate", "--tasks", "easy_vqa", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"fine": True, "problems": {"easy_vqa": []}}

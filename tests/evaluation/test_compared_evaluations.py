@@ -73,7 +73,7 @@ def test_samples_of_lmms_evals_own_command(reference, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     assert "easy_vqa: 20 questions, in " in result.stdout  # the limit of that helper
     assert "answers: 0 changed" in result.stdout
-    assert f"note: {COUNT - 20} questions are in RUN_A alone, 0 in RUN_B alone; left out." in result.stdout
+    assert f"note: {COUNT - 20} questions are only in RUN_A and 0 only in RUN_B. They are left out." in result.stdout
 
 
 def test_images_in_the_data_are_found(tmp_path):

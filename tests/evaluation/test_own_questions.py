@@ -63,10 +63,10 @@ def test_without_questions_only_answers_are_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([{"question_id": 7, "text": "which?"}], "in line 1"),
-        ([{"answer": "red"}], "in line 1"),
-        ([*QUESTIONS, QUESTIONS[0]], "has question 7 twice"),
-        (QUESTIONS[:1], "answers question 'x', which is not in"),
+        ([{"question_id": 7, "text": "which?"}], "line 1 must have"),
+        ([{"answer": "red"}], "line 1 must have"),
+        ([*QUESTIONS, QUESTIONS[0]], "got question 7 twice"),
+        (QUESTIONS[:1], "must contain all answered questions, but lacks 'x'"),
     ],
 )
 def test_questions_that_do_not_fit(tmp_path: Path, entries: list[dict], message: str) -> None:
@@ -77,5 +77,5 @@ def test_questions_that_do_not_fit(tmp_path: Path, entries: list[dict], message:
 def test_runs_with_scores_are_refused(tmp_path: Path, questions: Path) -> None:
     sample = {"doc_id": 0, "filtered_resps": "red", "target": "red", "exact_match": 1.0}
     run = read_run(write(tmp_path / "t_samples_pope.jsonl", [sample]))
-    with pytest.raises(InputError, match="allowed with --questions"):
+    with pytest.raises(InputError, match=r"must be answers.jsonl files if --questions is given"):
         score_answers(run, questions)

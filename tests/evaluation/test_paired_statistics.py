@@ -114,5 +114,5 @@ def test_one_image_tells_nothing_about_others():
 
 @pytest.mark.parametrize("sides", [([], [], []), ([1.0], [1.0, 0.0], [0, 1]), ([1.0], [0.0], [0, 1])])
 def test_scores_that_do_not_fit_are_refused(sides):
-    with pytest.raises(ValueError, match="allowed: one each"):
+    with pytest.raises(ValueError, match="must be one score per run and question"):
         compare_scores(*sides)

@@ -87,7 +87,7 @@ def test_a_record_without_samples_has_its_kept_answers(tmp_path):
     with pytest.raises(InputError, match="several answers to question 1 of easy_vqa"):
         read_run(path)
     write_lines(file, kept[:1])
-    with pytest.raises(InputError, match="has 1 of the 2 answers to easy_vqa"):
+    with pytest.raises(InputError, match="has only 1 of 2 answers to easy_vqa"):
         read_run(path)
 
 
@@ -100,15 +100,21 @@ def test_a_failed_task_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "has no answers"),
-        (json.dumps(asdict(SAMPLES[0])).encode() + b"\n" + b'{"doc_id": 1, "ans', "torn or damaged in line 2"),
-        (b"[1]\n", "is damaged in line 1, which is no object"),
-        (b'{"doc_id": 0}\n', "has no sample in line 1"),
-        (json.dumps(asdict(SAMPLES[0]) | {"scores": {"exact_match": float("nan")}}).encode(), "no sample in line 1"),
-        (json.dumps(asdict(SAMPLES[0]) | {"answer": 3}).encode(), "has no sample in line 1"),
-        (json.dumps(asdict(SAMPLES[0]) | {"doc_id": [0]}).encode(), "has no sample in line 1"),
-        (json.dumps(asdict(replace(SAMPLES[0], asked=replace(ASKED, messages="x")))).encode(), "no sample in line 1"),
-        (2 * (json.dumps(asdict(SAMPLES[0])).encode() + b"\n"), "has question 0 twice"),
+        (b"", "must contain at least one answer"),
+        (json.dumps(asdict(SAMPLES[0])).encode() + b"\n" + b'{"doc_id": 1, "ans', "damaged: line 2 is not valid JSON"),
+        (b"[1]\n", "is damaged: line 1 is not a JSON object"),
+        (b'{"doc_id": 0}\n', "line 1 must contain a sample"),
+        (
+            json.dumps(asdict(SAMPLES[0]) | {"scores": {"exact_match": float("nan")}}).encode(),
+            "line 1 must contain a sample",
+        ),
+        (json.dumps(asdict(SAMPLES[0]) | {"answer": 3}).encode(), "line 1 must contain a sample"),
+        (json.dumps(asdict(SAMPLES[0]) | {"doc_id": [0]}).encode(), "line 1 must contain a sample"),
+        (
+            json.dumps(asdict(replace(SAMPLES[0], asked=replace(ASKED, messages="x")))).encode(),
+            "line 1 must contain a sample",
+        ),
+        (2 * (json.dumps(asdict(SAMPLES[0])).encode() + b"\n"), "got question 0 twice"),
     ],
 )
 def test_damaged_samples_are_named(tmp_path, content, message):
@@ -119,9 +125,9 @@ def test_damaged_samples_are_named(tmp_path, content, message):
 
 
 def test_missing_samples_and_ways_out_of_the_folder_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"easy_vqa\.jsonl is missing"):
+    with pytest.raises(InputError, match=r"easy_vqa\.jsonl does not exist"):
         read_run(write_record(tmp_path / "a", None))
-    with pytest.raises(InputError, match=r"samples is '\.\./x'; allowed: a folder in"):
+    with pytest.raises(InputError, match=r"`samples` must be a folder in .*got '\.\./x'"):
         read_run(write_record(tmp_path / "b", None, samples="../x"))
 
 
@@ -138,7 +144,7 @@ def test_samples_of_lmms_eval(tmp_path):
     (tmp_path / "20260101_000000_results.json").write_text(json.dumps(results))
     assert read_run(path).tasks["mmbench_en"].metrics == {"exact_match": 0.5}
     write_lines(tmp_path / "20260102_000000_samples_mmbench_en_dev_static.jsonl", LMMS)
-    with pytest.raises(InputError, match="several files of samples of mmbench_en; give one of them"):
+    with pytest.raises(InputError, match=r"several files of samples of mmbench_en\. Give one of them"):
         read_run(tmp_path)
 
 
@@ -151,13 +157,13 @@ def test_answers_of_the_authors(tmp_path):
 @pytest.mark.parametrize(
     ("name", "entries", "message"),
     [
-        ("answers.jsonl", [*AUTHORS, AUTHORS[0]], "has question 7 twice"),
-        ("answers.jsonl", [{"question_id": 1}], "has no question_id and text in line 1"),
-        ("t_samples_pope.jsonl", [*LMMS, LMMS[0]], "has question 0 twice"),
-        ("t_samples_pope.jsonl", [{"doc_id": 0}], "has no doc_id and filtered_resps in line 1"),
-        ("t_samples_pope.jsonl", [], "has no answers"),
-        ("answers.txt", [], "is no run; allowed: a record"),
-        ("record.json", [{"a": 1}, {"a": 2}], "is no record of `fusion-hf evaluate`"),
+        ("answers.jsonl", [*AUTHORS, AUTHORS[0]], "got question 7 twice"),
+        ("answers.jsonl", [{"question_id": 1}], "line 1 must have question_id and text"),
+        ("t_samples_pope.jsonl", [*LMMS, LMMS[0]], "got question 0 twice"),
+        ("t_samples_pope.jsonl", [{"doc_id": 0}], "line 1 must have doc_id and filtered_resps"),
+        ("t_samples_pope.jsonl", [], "must contain at least one answer"),
+        ("answers.txt", [], "A run must be a record"),
+        ("record.json", [{"a": 1}, {"a": 2}], "is not a record of `fusion-hf evaluate`"),
     ],
 )
 def test_files_that_are_no_run(tmp_path, name, entries, message):
@@ -166,9 +172,9 @@ def test_files_that_are_no_run(tmp_path, name, entries, message):
 
 
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(InputError, match=r"has no record-\*\.json and no \*_samples_TASK\.jsonl"):
+    with pytest.raises(InputError, match=r"holds neither record-\*\.json nor \*_samples_TASK\.jsonl"):
         read_run(tmp_path)
-    with pytest.raises(InputError, match=r"gone\.jsonl is missing"):
+    with pytest.raises(InputError, match=r"gone\.jsonl does not exist"):
         read_run(tmp_path / "gone.jsonl")
 
 
@@ -205,5 +211,5 @@ def test_tasks_by_all_their_names():
 
 def test_ids_are_there_once():
     check_ids([0, "0"], Path("x"))
-    with pytest.raises(InputError, match="x has question 'a' twice; allowed: once"):
+    with pytest.raises(InputError, match="x must have each question once, got question 'a' twice"):
         check_ids(["a", "b", "a"], Path("x"))

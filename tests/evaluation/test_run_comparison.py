@@ -88,7 +88,7 @@ def test_questions_with_metrics_of_their_own_are_told_by_these():
 
 def test_too_few_questions_can_show_nothing():
     runs = make(samples()[:3]), make(samples([0, 1, 1]))
-    assert "so few questions can never show a difference: it takes 6 changed scores" in write_text(
+    assert "too few questions to detect a difference: at least 6 scores must change" in write_text(
         *runs, compare_runs(*runs)
     )
 
@@ -96,7 +96,7 @@ def test_too_few_questions_can_show_nothing():
 def test_the_intersection_is_stated():
     task = compare(make(samples()[:6], exact_match=0.9), make(samples()[2:], exact_match=0.8))
     assert (len(task.pairs), task.alone) == (4, (2, 2))
-    assert "2 questions are in RUN_A alone, 2 in RUN_B alone; left out." in task.notes
+    assert "2 questions are only in RUN_A and 2 only in RUN_B. They are left out." in task.notes
     assert task.metrics[0].figures == (None, None)  # they are of other questions
     assert compare(make(samples(), exact_match=0.9), make(samples())).metrics[0].figures == (0.9, None)
 
@@ -105,21 +105,21 @@ def test_other_questions_are_refused():
     other = samples()
     vars(other[5])["target"] = "square"
     with pytest.raises(
-        InputError, match="other questions of easy_vqa: question 5 has the target 'circle' and 'square'"
+        InputError, match="the same questions of easy_vqa, but question 5 has the target 'circle' and 'square'"
     ):
         compare(make(samples()), make(other))
     shifted = [AnsweredQuestion(sample.doc_id + 100, sample.answer) for sample in samples()]
-    with pytest.raises(InputError, match="no question of easy_vqa in common"):
+    with pytest.raises(InputError, match="at least one question of easy_vqa in common"):
         compare(make(samples()), make(shifted))
 
 
 def test_runs_without_a_common_task_are_refused():
-    with pytest.raises(InputError, match="no scored task in common: easy_vqa and pope"):
+    with pytest.raises(InputError, match="a scored task in common: easy_vqa and pope"):
         compare(make(samples()), make(samples(), "pope"))
     failed = RunAnswers(Path("run"), OURS, {"easy_vqa": TaskAnswers("easy_vqa", reason="it failed: no data")})
-    with pytest.raises(InputError, match=r"no scored task in common: it failed: no data \(easy_vqa\)"):
+    with pytest.raises(InputError, match=r"a scored task in common: it failed: no data \(easy_vqa\)"):
         compare(make(samples()), failed)
-    with pytest.raises(InputError, match="--tasks has 'mme'; allowed: easy_vqa"):
+    with pytest.raises(InputError, match="--tasks must contain only names from easy_vqa, got 'mme'"):
         compare_runs(make(samples()), make(samples()), ["mme"])
 
 
@@ -129,7 +129,7 @@ def test_missing_tasks_are_named():
     second.tasks["mme"] = TaskAnswers("mme", reason="it failed: no data")
     first.tasks["mme"] = TaskAnswers("mme", samples())
     assert missing_tasks(first, second) == [
-        "pope is in RUN_A alone.",
+        "pope is only in RUN_A.",
         "mme cannot be compared: in RUN_B it failed: no data",
     ]
     assert [task.task for task in compare_runs(first, second)] == ["easy_vqa"]
@@ -143,8 +143,8 @@ def test_what_records_say_is_noted():
         record = RunRecord([], model, prompts, None, 1, 1, None, [task])
         runs.append(RunAnswers(Path("r"), OURS, {"easy_vqa": TaskAnswers("easy_vqa", samples())}, record))
     assert compare(*runs).notes == [
-        "The prompts are those of authors and of lmms-eval.",
-        "The judges are gpt-4 and None.",
+        "The runs use different prompts: authors and lmms-eval.",
+        "The runs use different judges: gpt-4 and None.",
     ]
 
 
@@ -169,7 +169,7 @@ def test_answers_of_the_authors_are_one_side(ids):
         assert (task.task, metric.metric) == ("easy_vqa", METRIC)
         assert {metric.test.first, metric.test.second} == {5 / 8, 7 / 8}
         assert any(
-            "scored here by exact match, which gives every exact_match of the other run" in n for n in task.notes
+            "scored by exact match, which reproduces every exact_match of the other run" in n for n in task.notes
         )
 
 
@@ -197,7 +197,7 @@ def without_targets() -> list[AnsweredQuestion]:
 def test_answers_of_the_authors_on_both_sides():
     task = compare(authors(TARGETS), authors([*TARGETS[:-1], "wrong"]))
     assert (len(task.pairs), len(task.changed), task.metrics) == (8, 1, [])
-    assert any("No run says which questions are about the same image" in note for note in task.notes)
+    assert any("Neither run says which questions share an image" in note for note in task.notes)
 
 
 def test_text_and_json_say_the_same():
@@ -209,7 +209,7 @@ def test_text_and_json_say_the_same():
     assert "the runs report 0.7000 and unknown" in text
     assert f"95% interval {metric['interval']['low']:+.4f} to {metric['interval']['high']:+.4f}" in text
     assert "answers: 3 changed (1 worse, 2 better)" in text
-    assert f"a difference of {metric['detectable']:.4f} would be shown with a power of 80%" in text
+    assert f"detect a difference of {metric['detectable']:.4f} with a power of 80%" in text
     assert "fewer than 6 changed scores (0.7500 of all) can never be significant" in text
     assert [change["direction"] for change in content["tasks"][0]["changes"]] == ["worse", "better", "better"]
 
@@ -226,7 +226,7 @@ def test_the_page_shows_what_changed_and_is_escaped(tmp_path):
     page.encode()
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;\\ud800" in page
     assert page.count('<img alt="" src="data:image/jpeg;base64,') == 1
-    assert page.count("No run names the file of this image.") == 3
+    assert page.count("Neither run names the file of this image.") == 3
     assert "broken.png cannot be shown: " in page
     assert "5 of 8 answers changed" in page and "worse in RUN_B: 5" in page
     assert 'src="http' not in page and "href" not in page

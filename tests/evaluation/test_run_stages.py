@@ -108,7 +108,7 @@ def test_a_folder_that_has_changed_is_refused(reference, tmp_path):
     with pytest.raises(InputError, match="has changed since RUN_B: image_processor"):
         find(reference, record)
     changed_weight(LAYER)(folder)
-    with pytest.raises(InputError, match=r"is not the model of RUN_B any more: its revision is .*; .*--model-b"):
+    with pytest.raises(InputError, match=r"must be .*, as in the record of RUN_B, got .*--model-b"):
         find(reference, record)
 
 
@@ -118,5 +118,5 @@ def test_an_image_that_is_gone_is_named(reference, tmp_path):
     for pair in task.pairs:
         vars(pair.first)["image"] = vars(pair.second)["image"] = None
     rebuilt = RebuiltRun.load("RUN_B", run)
-    with pytest.raises(InputError, match=f"No question of {TASK} can be rebuilt: no record names the file"):
+    with pytest.raises(InputError, match=f"No question of {TASK} can be rebuilt: .*no record names its file"):
         compare_run_stages(rebuilt, rebuilt, task)

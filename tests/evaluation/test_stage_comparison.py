@@ -11,8 +11,8 @@ from fusion_hf.evaluation.stage_comparison import STAGES, StageComparison, compa
     [
         ("one two", "one  two", "from character 4 on: 'one two' and 'one  two'"),
         ("one", "one two", "from character 3 on: 'one' and 'one two'"),
-        ([1, 2, 3], [1, 5, 3], "from place 1 on: 2 and 5; 3 and 3 ids"),
-        ([1, 2], [1, 2, 3], "from place 2 on: the end and 3; 2 and 3 ids"),
+        ([1, 2, 3], [1, 5, 3], "from position 1 on: 2 and 5; 3 and 3 ids"),
+        ([1, 2], [1, 2, 3], "from position 2 on: the end and 3; 2 and 3 ids"),
         (1.0, 0.0, "1.0 and 0.0"),
         (None, 0.0, "None and 0.0"),
     ],
@@ -50,13 +50,13 @@ def test_what_is_no_number_differs(broken, tolerance):
 def test_other_shapes_and_parts_differ():
     assert compare_stage("pixels", torch.ones(2, 3), torch.ones(3, 2)).detail == "shape (2, 3) and (3, 2)"
     found = compare_stage("features", {"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
-    assert found.detail == "one side alone has b"
+    assert found.detail == "only one run has b"
 
 
 def test_wrong_values_are_refused():
-    with pytest.raises(ValueError, match="stage is 'pixel'; allowed: prompt, ids, pixels, "):
+    with pytest.raises(ValueError, match=r"`stage` must be one of prompt, ids, pixels, .*got 'pixel'"):
         compare_stage("pixel", 1.0, 1.0)
-    with pytest.raises(ValueError, match="ids is list and str; allowed: values of one kind"):
+    with pytest.raises(ValueError, match="values of ids must be of the same kind, got list and str"):
         compare_stage("ids", [1], "1")
 
 

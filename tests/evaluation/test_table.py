@@ -1,12 +1,15 @@
 """The Markdown table of runs, without lmms-eval: cells, marks, several records, and the command."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fusion_hf.cli import main
+from fusion_hf.cli.evaluate import _describe
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.outputs import json_bytes
 from fusion_hf.evaluation.benchmarks import BENCHMARKS
 from fusion_hf.evaluation.results_table import make_table
 from fusion_hf.evaluation.run_record import Metric, ModelRecord, RunRecord, TaskRecord
@@ -118,7 +121,7 @@ def test_a_model_of_other_sizes_has_a_row_alone_until_one_is_named():
     run = make_run(scored("pope", 0.5), model=replace(MODEL, published=None))
     table = make_table([run])
     assert list(rows_of(table)) == ["my/model, measured"]
-    assert "No published model has its sizes" in table
+    assert "No published model has these sizes" in table
     table = make_table([run], published="Qwen2VL 7B")
     assert rows_of(table)["difference"]["POPE"] == "-38.4"
     assert rows_of(table)["Qwen2VL 7B, published"]["VizWiz"] == "—"
@@ -145,12 +148,12 @@ def test_a_model_that_a_server_has_is_named_with_its_place():
     assert f"Measured: my\\|model (my@1) at {url}, bfloat16 on cuda:0, 729 image tokens, 36 latents." in table
     silent = ModelRecord("a", f"a at {url}", "unknown", "unknown", None, None, url=url)
     table = make_table([make_run(scored("pope", 0.8), model=silent)])
-    assert "unknown on unknown, image tokens and latents as its server has them." in table
+    assert "unknown on unknown, with the image tokens and latents of its server." in table
 
 
 def test_runs_of_several_models_are_refused():
     other = replace(MODEL, revision="my@2")
-    with pytest.raises(InputError, match="several models: revision is 'my@1' and 'my@2'; allowed: one"):
+    with pytest.raises(InputError, match="All records must have the same revision, got 'my@1' and 'my@2'"):
         make_table([make_run(), make_run(model=other)])
 
 
@@ -175,15 +178,25 @@ def test_command_makes_a_table_of_records(record, capsys):
     assert rows_of(printed)["difference"]["MME^C"] == "-40.0"
 
 
+def test_a_run_as_json(record):
+    content = json.loads(json_bytes(_describe(RunRecord.read(record), record, record.with_suffix(".md"))))
+    assert (content["record"], content["table"]) == (str(record), str(record.with_suffix(".md")))
+    stored = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    assert [(task["task"], task["metrics"]) for task in content["tasks"]] == [
+        (task["task"], task["metrics"]) for task in stored
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--table", "RECORD", "--published", "FUSION 4B"], "--published is 'FUSION 4B'; allowed: Qwen2.5VL 3B, "),
-        (["--tasks", "easy_vqa", "--published", "3B"], "--published is '3B'; allowed: "),
-        (["--table", "RECORD", "--tasks", "pope"], "leave out --tasks"),
-        (["--table", "nothing.json"], "nothing.json is no record of `fusion-hf evaluate`"),
-        (["--table", "OLD"], "old.json has the format 1; allowed: 2."),
-        (["--table", "TEXT"], "text.json is no record"),
+        (["--table", "RECORD", "--published", "FUSION 4B"], "--published must be one of Qwen2.5VL 3B, "),
+        (["--tasks", "easy_vqa", "--published", "3B"], "--published must be one of "),
+        (["--table", "RECORD", "--tasks", "pope"], "`--tasks` cannot be combined with `--table`, got 'pope'"),
+        (["--table", "RECORD", "--json"], "`--json` cannot be combined with `--table`"),
+        (["--table", "nothing.json"], "nothing.json is not a record of `fusion-hf evaluate`"),
+        (["--table", "OLD"], "old.json must be 2, got 1."),
+        (["--table", "TEXT"], "text.json is not a record"),
     ],
 )
 def test_wrong_arguments_of_tables(record, arguments, message, capsys):

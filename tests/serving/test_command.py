@@ -47,10 +47,10 @@ def test_wrong_numbers(arguments: list[str], part: str, capsys: pytest.CaptureFi
         (["--api-key-env", "FUSION_ODD_KEY"], "printable ASCII"),
         (["--allow-image-host", "http://a"], "image host is 'http://a'"),
         (["--allow-private-image-host", "*"], "image host is '*'"),
-        (["--engine", "vllm", "--device", "cpu"], "--device is 'cpu'; with --engine vllm"),
-        (["--engine", "vllm", "--max-seconds", "9"], "--max-seconds is 9; with --engine vllm"),
+        (["--engine", "vllm", "--device", "cpu"], "`--device` is not allowed with `--engine vllm`"),
+        (["--engine", "vllm", "--max-seconds", "9"], "`--max-seconds` is not allowed with `--engine vllm`"),
         (["--engine", "vllm"], "pip install 'fusion_hf[serve,vllm]'"),  # which no test environment but its own has
-        (["--", "--max-model-len", "9"], "'--max-model-len 9'; allowed: with --engine vllm"),
+        (["--", "--max-model-len", "9"], "only allowed with `--engine vllm`, got '--max-model-len 9'"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
     ],
 )

@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import pytest
-from tests.docs.markdown import ROOT
 from tests.helpers.serving import MODEL, QUESTION, user
 
 from fusion_hf.inference import ChatModel
@@ -105,8 +104,8 @@ def test_other_orders_are_refused_by_index(name: str):
     with pytest.raises(ApiError) as refused:
         parse_messages(messages)
     assert (refused.value.status, refused.value.param) == (400, param)
-    assert f"{param} is {role!r}; allowed: " in refused.value.message
-    assert "user" in refused.value.message.partition("allowed: ")[2]
+    assert f"`{param}` must be " in refused.value.message and f"got {role!r}" in refused.value.message
+    assert "user" in refused.value.message.partition(" must be ")[2]
 
 
 def test_an_answer_is_continued_only_where_the_request_says_so():
@@ -120,7 +119,7 @@ def test_an_answer_is_continued_only_where_the_request_says_so():
 def test_two_images_are_still_two():
     with pytest.raises(ApiError) as refused:
         parse_messages([user(QUESTION, URL), ANSWER, user(MORE, OTHER_URL), ANSWER, user(MORE, URL)])
-    assert "2 images; allowed: 1" in refused.value.message
+    assert "at most 1 image, got 2" in refused.value.message
 
 
 ANSWERED = ["users", "systems", "assistants", "an assistant that says nothing"]
@@ -205,7 +204,7 @@ def test_what_asks_for_something_is_named_with_the_allowed_values(where: str, na
         parse_chat_request(request_with(where, name, "something"), MODEL, Limits())
     full_name = f"{where}.{name}" if where else name
     assert (refused.value.status, refused.value.param, refused.value.code) == (400, full_name, "unsupported_value")
-    assert f"{full_name} is 'something'; allowed: " in refused.value.message
+    assert refused.value.message.startswith(f"`{full_name}` must be ") and "'something'" in refused.value.message
 
 
 @pytest.mark.parametrize("where", TABLES)
@@ -283,10 +282,3 @@ def test_usage_without_stream_is_refused_and_no_usage_is_not():
     with pytest.raises(ApiError) as refused:
         parse(stream_options={"include_usage": True})
     assert refused.value.param == "stream_options"
-
-
-def test_the_guide_names_every_field():
-    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    for table in TABLES.values():
-        for name in (*table.known, *table.neutral, *table.ignored):
-            assert f"`{name}`" in guide or f".{name}`" in guide or f'"{name}"' in guide, name

@@ -59,7 +59,7 @@ def test_prompts_are_filled_in(name: str):
     prompt = category.ask(descriptions, seed=0)
     assert all(text in prompt for text in descriptions)  # what is put in is not filled in again
     assert category.style(0).text in prompt
-    with pytest.raises(ValueError, match=f"allowed: {category.pictures}"):
+    with pytest.raises(ValueError, match=f"must have {category.pictures} descriptions"):
         category.ask((*descriptions, "one more"), seed=0)
 
 
@@ -95,7 +95,7 @@ def test_styles_follow_their_shares():
             "describe_prompt is .*allowed: the placeholders \\$caption; it has \\$caption, \\$name",
         ),
         ({"describe_prompt": "Say $caption for $5."}, "allowed: the placeholders \\$caption; it has \\$"),
-        ({"pictures": 2}, "qa_prompt has the placeholders .*allowed: \\$first, \\$second, \\$style"),
+        ({"pictures": 2}, "`qa_prompt` must have the placeholders \\$first, \\$second, \\$style"),
     ],
 )
 def test_errors_name_key_and_value(broken_file, changes, message):
@@ -107,7 +107,7 @@ def test_no_yaml(tmp_path: Path):
     (tmp_path / "Bad.yaml").write_text("a: [")
     with pytest.raises(InputError, match=r"Bad\.yaml is no YAML"):
         read_category(tmp_path / "Bad.yaml")
-    with pytest.raises(InputError, match=r"no \.yaml file"):
+    with pytest.raises(InputError, match=r"must be a folder with \.yaml files"):
         load_categories(tmp_path / "none")
 
 

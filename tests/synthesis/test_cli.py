@@ -30,6 +30,7 @@ def test_a_run_and_its_status(server: Scripted, make_config, capsys: pytest.Capt
     assert status == 0 and "SynthColor" in out and str(tmp_path / "run" / "data") in out
     assert "requests: 8, about" in errors and "cost: unknown" in errors
     assert command(capsys, config, "--status")[1] == out
+    assert command(capsys, tmp_path / "run", "--status")[1] == out
 
 
 def test_the_estimate_needs_no_endpoint_and_writes_nothing(server: Scripted, make_config, capsys, tmp_path: Path):

@@ -56,19 +56,28 @@ def changed(section: str | None, **values: object) -> dict[str, object]:
         (changed("writer", tries=0), r"tries is 0; allowed: more than 0"),
         (changed("writer", url="ftp://host"), r"url is 'ftp://host'; allowed: http://HOST"),
         (changed("writer", url="https://name:secret@host"), r"url has more than scheme, host.* key by key_variable"),
-        (changed("writer", url=None), r"url is None for server 'endpoint'"),
-        (changed("writer", server="vllm"), r"url is 'http://localhost:8000' for server 'vllm'"),
+        (changed("writer", url=None), r"`url` must be given .*got None for 'endpoint'"),
+        (changed("writer", server="vllm"), r"`url` must be given .*got 'http://localhost:8000' for 'vllm'"),
         (changed("writer", structured="xml"), r"structured is 'xml'; allowed: 'json_schema', 'json_object', 'prompt'"),
         (changed("pool", kind="csv"), r"pool.kind is 'csv'; allowed: 'text', 'jsonl', 'parquet', 'hub'"),
-        (changed("images", kind="openai"), r"url is None for kind 'openai'"),
-        (changed(None, pool=None), r"has no pool, which the backend `models` needs"),
-        (changed(None, categories={"SynthColour": 1}), r"categories has 'SynthColour'; allowed: Synth"),
-        (changed(None, categories={"SynthColor": 0}), r"categories.SynthColor is 0.0; allowed: a share above 0"),
+        (changed("images", kind="openai"), r"`url` must be given .*got None for 'openai'"),
+        (changed(None, pool=None), r"`pool` must be given for the backend `models`"),
+        (
+            changed(None, categories={"SynthColour": 1}),
+            r"`categories` must contain only names from Synth.*got 'SynthColour'",
+        ),
+        (changed(None, categories={"SynthColor": 0}), r"`categories.SynthColor` must be above 0, got 0.0"),
         (changed(None, records=0), r"records is 0; allowed: more than 0"),
-        (changed(None, executor={"kind": "slurm"}), r"options has no time; Slurm needs time and partition"),
-        (changed(None, executor={"options": {"time": "1"}}), r"options and stages are for kind slurm and ray"),
-        (changed(None, executor={"workers": 0}), r"workers is 0; allowed: 1 or more, or -1"),
-        (changed(None, image_check={}), r"endpoint and fusion, or neither"),
+        (
+            changed(None, executor={"kind": "slurm"}),
+            r"`options` must have time and partition for Slurm, but lacks time",
+        ),
+        (
+            changed(None, executor={"options": {"time": "1"}}),
+            r"`options` and `stages` must be empty unless `kind` is slurm or ray",
+        ),
+        (changed(None, executor={"workers": 0}), r"`workers` must be 1 or more, or -1 .*got 0"),
+        (changed(None, image_check={}), r"exactly one of `endpoint` and `fusion`"),
         ({"records": 3}, r"config.yaml has no output"),
         (["records"], r"holds a list; allowed: keys with values"),
     ],
@@ -89,7 +98,7 @@ def test_what_is_no_yaml(text: str, tmp_path: Path):
 def test_an_override_needs_a_value(tmp_path: Path):
     with pytest.raises(InputError, match="is no override"):
         load_config(write(tmp_path, MINIMAL), ["records"])
-    with pytest.raises(InputError, match="records is 10"):
+    with pytest.raises(InputError, match=r"`records` must be a section to set records.x, got 10"):
         load_config(write(tmp_path, MINIMAL), ["records.x=1"])
 
 

@@ -453,7 +453,7 @@ def test_unknown_rule(tmp_path: Path):
     path = tmp_path / "Mine.yaml"
     text = (FOLDER / "SynthColor.yaml").read_text()
     path.write_text(text.replace("  leakage: {}", "  leaks: {}"))
-    with pytest.raises(InputError, match="Mine: a rule is 'leaks'; allowed: length"):
+    with pytest.raises(InputError, match=r"Mine: `rules` must contain only filters from .*length.*got 'leaks'"):
         build_filters(load_categories(tmp_path)["Mine"])
 
 

@@ -82,9 +82,9 @@ def test_a_second_run_gives_the_same_bytes(server: Scripted, config_of):
 
 def test_other_settings_need_another_folder(server: Scripted, config_of):
     begin(config_of(server))
-    with pytest.raises(InputError, match=r"seed is 4, but .* was begun with 3"):
+    with pytest.raises(InputError, match=r"`seed` must be 3, .*got 4"):
         begin(config_of(server, seed=4))
-    with pytest.raises(InputError, match=r"writer.temperature is 0.1, but .* was begun with 0.7"):
+    with pytest.raises(InputError, match=r"`writer.temperature` must be 0.7, .*got 0.1"):
         begin(config_of(server, writer__temperature=0.1))
     begin(config_of(server, writer__concurrency=1, writer__url="http://elsewhere:1"))
 

@@ -113,5 +113,5 @@ def test_options_of_drawn_records_can_be_balanced():
 
 
 def test_unknown_category():
-    with pytest.raises(ValueError, match="category is 'SynthSmell'; allowed: SynthColor"):
+    with pytest.raises(ValueError, match=r"`category` must be one of SynthColor.*got 'SynthSmell'"):
         draw("SynthSmell", 0, 0)

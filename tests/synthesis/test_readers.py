@@ -53,7 +53,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(table_sources, "load_hub", lambda *given, streaming: asked.append((*given, streaming)) or rows)
     assert texts(CaptionPool("owner/captions", "hub", split="validation")) == CAPTIONS
     assert asked == [("owner/captions", "validation", True)]
-    with pytest.raises(InputError, match=r"pool.column is 'text'; owner/captions has: caption, image"):
+    with pytest.raises(InputError, match=r"`pool.column` must be one of caption, image of owner/captions, got 'text'"):
         texts(CaptionPool("owner/captions", "hub", column="text"))
 
 
@@ -98,13 +98,13 @@ def test_a_long_caption_and_bytes_that_are_no_text(tmp_path: Path):
 
 
 def test_missing_pools_and_columns(tmp_path: Path):
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match=r"`pool.source` must be an existing file or folder"):
         texts(CaptionPool(str(tmp_path / "nowhere.txt"), "text"))
-    with pytest.raises(InputError, match=r"a folder without files of \.jsonl"):
+    with pytest.raises(InputError, match=r"`pool.source` must be a folder with files of \.jsonl"):
         texts(CaptionPool(str(tmp_path), "jsonl"))
     parquet = write_pool(tmp_path, "parquet")
-    with pytest.raises(InputError, match=r"pool.column is 'text'; .* has: more, caption"):
+    with pytest.raises(InputError, match=r"`pool.column` must be one of more, caption .*got 'text'"):
         texts(CaptionPool(parquet.source, "parquet", column="text"))
     text = write_pool(tmp_path, "text")
-    with pytest.raises(InputError, match="is no Parquet file"):
+    with pytest.raises(InputError, match=r"`pool.source` must be a Parquet file"):
         texts(CaptionPool(text.source, "parquet"))

@@ -127,21 +127,21 @@ def test_a_path_or_an_address_in_a_block_is_read(processor, tmp_path):
 
 
 REFUSED = {
-    "two images": ({"images": [IMAGE, IMAGE], "messages": asking("x")}, "has 2 images; allowed: one or none"),
-    "twice": ({"image": IMAGE, "images": [IMAGE], "messages": asking("x")}, "has 2 images"),
+    "two images": ({"images": [IMAGE, IMAGE], "messages": asking("x")}, "must have at most one image, got 2"),
+    "twice": ({"image": IMAGE, "images": [IMAGE], "messages": asking("x")}, "must have at most one image, got 2"),
     "block and field": (
         {"images": [IMAGE], "messages": asking([{"type": "image", "image": IMAGE}])},
-        "has 2 images",
+        "must have at most one image, got 2",
     ),
-    "only a mark": ({"images": [], "messages": asking("<image>x")}, "has an <image> mark, but no image"),
-    "only a block": ({"messages": asking([{"type": "image"}])}, "has an <image> mark, but no image"),
+    "only a mark": ({"images": [], "messages": asking("<image>x")}, "has an <image> mark but no image"),
+    "only a block": ({"messages": asking([{"type": "image"}])}, "has an <image> mark but no image"),
     "image of the assistant": (
         {"messages": [*asking("x", {"role": "assistant", "content": [{"type": "image", "image": IMAGE}]})]},
-        "role 'assistant'; allowed: user",
+        "of the role 'user' only, got the role 'assistant'",
     ),
     "other fields": (
         {"images": [IMAGE], "prompt": asking("x")},
-        "neither conversations nor messages, texts, or prompt and completion; it has id, images",
+        "must have conversations, messages, texts, or prompt and completion; got id, images",
     ),
 }
 

@@ -46,59 +46,59 @@ def chat(*turns: tuple[str, object]) -> dict:
 IMAGE_BLOCK = {"type": "image", "image": "pictures/0.png"}
 # what is changed in a record, the kind of problem, and a part of the message
 STRUCTURAL = {
-    "no conversation": ({"conversations": None}, "shape", "neither conversations nor messages"),
+    "no conversation": ({"conversations": None}, "shape", "must have conversations, messages"),
     "empty": ({"conversations": []}, "empty conversation", "no answer"),
     "no answer": ({"conversations": talk(("human", "q"))}, "empty conversation", "no answer"),
     "blank answer": ({"conversations": talk(("human", "q"), ("gpt", " \n"))}, "empty conversation", "no answer"),
-    "speaker": ({"conversations": talk(("human", "q"), ("bot", "a"))}, "wrong role", "from 'bot'; allowed: human"),
-    "no speaker": ({"conversations": [{"value": "q"}]}, "wrong role", "from None"),
-    "list as speaker": ({"conversations": talk((["human"], "q"))}, "wrong role", "allowed: human"),
-    "order": ({"conversations": talk(("gpt", "a"), ("human", "q"))}, "wrong order", "roles are assistant, user"),
+    "speaker": ({"conversations": talk(("human", "q"), ("bot", "a"))}, "wrong role", "must be one of human, gpt"),
+    "no speaker": ({"conversations": [{"value": "q"}]}, "wrong role", "got None"),
+    "list as speaker": ({"conversations": talk((["human"], "q"))}, "wrong role", "must be one of human"),
+    "order": ({"conversations": talk(("gpt", "a"), ("human", "q"))}, "wrong order", "got assistant, user"),
     "answer first": (
         {"conversations": talk(("gpt", "a"), ("human", "q"), ("gpt", "a"))},
         "wrong order",
-        "take out an answer that no question precedes",
+        "remove an answer without a question",
     ),
     "twice": (
         {"conversations": talk(("human", "q"), ("gpt", "a"), ("gpt", "a"))},
         "wrong order",
-        "allowed: user, ass",
+        "must be user, ass",
     ),
-    "open end": ({"conversations": talk(("human", "q"), ("gpt", "a"), ("human", "q"))}, "wrong order", "roles are"),
+    "open end": ({"conversations": talk(("human", "q"), ("gpt", "a"), ("human", "q"))}, "wrong order", "got user"),
     "late system": ({"conversations": talk(("human", "q"), ("gpt", "a"), ("system", "s"))}, "wrong order", "system"),
-    "mark": ({"image": None}, "mark without image", "<image> mark, but no image"),
-    "two images": ({"image": ["pictures/0.png", "pictures/1.png"]}, "several images", "2 images; allowed: one"),
-    "value": ({"conversations": talk(("human", 5), ("gpt", "a"))}, "shape", "value is int; allowed: a text"),
+    "mark": ({"image": None}, "mark without image", "<image> mark but no image"),
+    "two images": ({"image": ["pictures/0.png", "pictures/1.png"]}, "several images", "at most one image, got 2"),
+    "value": ({"conversations": talk(("human", 5), ("gpt", "a"))}, "shape", "value` must be a text, got int"),
     "surrogate": ({"conversations": talk(("human", "\ud800"), ("gpt", "a"))}, "unreadable", "lone surrogate"),
-    "image": ({"image": 5}, "shape", "image is int"),
-    "no list": ({"conversations": "q"}, "shape", "allowed: a list of objects"),
-    "role": (chat(("user", "q"), ("tool", "a")), "wrong role", "'tool'; allowed: user, assistant, system"),
-    "block": (chat(("user", [{"type": "video"}]), ("assistant", "a")), "shape", "type 'video'; allowed: text, image"),
-    "chat order": (chat(("assistant", "a")), "wrong order", "roles are assistant"),
+    "image": ({"image": 5}, "shape", "`image` must be a path or an object with bytes and path, got int"),
+    "no list": ({"conversations": "q"}, "shape", "must be a list of objects, got str"),
+    "role": (chat(("user", "q"), ("tool", "a")), "wrong role", "user, assistant, system, got 'tool'"),
+    "block": (chat(("user", [{"type": "video"}]), ("assistant", "a")), "shape", "must be one of text, image"),
+    "chat order": (chat(("assistant", "a")), "wrong order", "got assistant"),
     "block without image": (
         {**chat(("user", [{"type": "image"}]), ("assistant", "a")), "image": None},
         "mark without image",
-        "image block, but no image",
+        "image block but no image",
     ),
-    "block and image": (chat(("user", [IMAGE_BLOCK]), ("assistant", "a")), "several images", "2 images"),
+    "block and image": (chat(("user", [IMAGE_BLOCK]), ("assistant", "a")), "several images", "got 2"),
     "late block": (
         chat(("user", "q"), ("assistant", "a"), ("user", [IMAGE_BLOCK]), ("assistant", "a")),
         "several images",
-        "in the first question",
+        "only the first question",
     ),
 }
 IMAGES = {
     "missing": ("pictures/none.png", "missing image", "there is no 'pictures/none.png'"),
-    "folder": ("pictures", "missing image", "is no file"),
+    "folder": ("pictures", "missing image", "is not a file"),
     "long name": ("x" * 5000, "missing image", "there is no"),
     "null": ("a\0b", "missing image", "there is no"),
     "loop": ("loop", "missing image", "loop"),
-    "dots": ("../outside.png", "path escape", "is not under"),
-    "inner dots": ("pictures/../../outside.png", "path escape", "is not under"),
-    "absolute": ("/etc/hostname", "path escape", "is not under"),
-    "link": ("link.png", "path escape", "is not under"),
-    "link to folder": ("linked/outside.png", "path escape", "is not under"),
-    "pipe": ("pipe", "missing image", "is no file"),
+    "dots": ("../outside.png", "path escape", "must lie under"),
+    "inner dots": ("pictures/../../outside.png", "path escape", "must lie under"),
+    "absolute": ("/etc/hostname", "path escape", "must lie under"),
+    "link": ("link.png", "path escape", "must lie under"),
+    "link to folder": ("linked/outside.png", "path escape", "must lie under"),
+    "pipe": ("pipe", "missing image", "is not a file"),
     "truncated": ("truncated.png", "broken image", "cannot be decoded"),
     "truncated jpeg": ("truncated.jpg", "broken image", "truncated"),
     "empty file": ("empty.png", "broken image", "cannot be decoded"),
@@ -157,7 +157,7 @@ def test_structural_problems_end_the_run(folder: Path, tmp_path: Path, case: str
     file = write_escaped(tmp_path / "a.jsonl", records_with(**changes))
     with pytest.raises(InputError) as caught:
         load_records(file, root=folder, cache=tmp_path / "cache")
-    for part in (str(file), f"record {BROKEN} (id 'id{BROKEN}'): {kind}: ", detail, "set on_broken to skip"):
+    for part in (str(file), f"record {BROKEN} (id 'id{BROKEN}'): {kind}: ", detail, "set `on_broken` to skip"):
         assert part in str(caught.value)
 
 
@@ -217,7 +217,9 @@ def test_unreadable_lines(tmp_path: Path, line: bytes):
     file = tmp_path / "a.jsonl"
     good = json.dumps(make_record(3)).encode()
     file.write_bytes(b"\n".join([good, line, good]))
-    with pytest.raises(InputError, match=r"a.jsonl, record 1: (unreadable|shape): it "):
+    with pytest.raises(
+        InputError, match=r"a.jsonl, record 1: (unreadable|shape): (not valid|the record must be a JSON object)"
+    ):
         load_records(file, cache=tmp_path / "cache")
     records = load_records(file, cache=tmp_path / "cache", on_broken="skip")
     assert len(records) == 2 and records.num_skipped == 1
@@ -226,7 +228,7 @@ def test_unreadable_lines(tmp_path: Path, line: bytes):
 def test_elements_of_an_array_that_are_no_objects(tmp_path: Path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps([5, make_record(3), "text", None, 1.5]), encoding="utf-8")
-    with pytest.raises(InputError, match=r"a.json, record 0: shape: it is int; allowed: a JSON object"):
+    with pytest.raises(InputError, match=r"a.json, record 0: shape: .*must be a JSON object, got int"):
         load_records(file, cache=tmp_path / "cache")
     records = load_records(file, cache=tmp_path / "cache", on_broken="skip")
     assert len(records) == 1 and records.num_skipped == 4 and records[0]["id"] == "id3"
@@ -273,7 +275,7 @@ def test_the_limit_of_structural_problems(folder: Path, tmp_path: Path):
     broken = [{**make_record(number), "conversations": []} for number in range(5)]
     file, skipped = write_jsonl(tmp_path / "a.jsonl", [*broken, make_record(5)]), tmp_path / "skipped.jsonl"
     arguments = {"root": folder, "on_broken": "skip", "cache": tmp_path / "cache", "skipped_file": skipped}
-    with pytest.raises(InputError, match=r"max_skipped: over 4 records are broken, see .*skipped.jsonl"):
+    with pytest.raises(InputError, match=r"max_skipped` = 4 records are broken, see .*skipped.jsonl"):
         load_records(file, max_skipped=4, **arguments)
     skipped.unlink()
     assert len(load_records(file, max_skipped=5, **arguments)) == 1
@@ -281,7 +283,7 @@ def test_the_limit_of_structural_problems(folder: Path, tmp_path: Path):
 
 def test_nothing_is_left(tmp_path: Path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"id": 1}])
-    with pytest.raises(InputError, match="all are broken"):
+    with pytest.raises(InputError, match="all records are broken"):
         load_records(file, on_broken="skip", cache=tmp_path / "cache")
 
 
@@ -301,7 +303,7 @@ def test_the_limit_holds_over_workers(folder: Path, tmp_path: Path, given: bool)
         )
         loader = DataLoader(data, sampler=[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], num_workers=2, batch_size=1, collate_fn=list)
         if limit == 4:
-            with pytest.raises(InputError, match="max_skipped: over 4 records"):
+            with pytest.raises(InputError, match="max_skipped` = 4 records"):
                 list(loader)
         else:
             assert all("skipped" in batch[0] for batch in loader)
@@ -346,13 +348,13 @@ def test_a_temporary_file_goes_away_with_its_owner():
 
 
 def test_policies_that_are_none(tmp_path: Path):
-    with pytest.raises(InputError, match="on_broken: 'ignore'; allowed: error, skip"):
+    with pytest.raises(InputError, match="`on_broken` must be one of error, skip, got 'ignore'"):
         BrokenRecords("ignore")
-    with pytest.raises(InputError, match="max_skipped: -1"):
+    with pytest.raises(InputError, match=r"`max_skipped` must be .* 0, got -1"):
         BrokenRecords("skip", -1)
     (tmp_path / "file").touch()
     broken = BrokenRecords("skip", 1, tmp_path / "file" / "skipped.jsonl")
-    with pytest.raises(InputError, match=r"skipped_file: .* cannot be written"):
+    with pytest.raises(InputError, match=r"skipped_file` .* cannot be written"):
         broken.handle([("file", 1, RecordProblem("shape", "x"))])
 
 

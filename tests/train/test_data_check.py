@@ -102,11 +102,11 @@ def test_images_under_another_root(data: Path, tmp_path: Path, capsys: pytest.Ca
     [
         (["none.yaml"], "none.yaml cannot be read"),
         (["none.json"], "none.json does not exist"),
-        (["good.json", "--data-root", "none"], "data_root: none is no folder"),
+        (["good.json", "--data-root", "none"], "`data_root` must be the folder that holds the images, got none"),
         (["good.json", "--images", "some"], "invalid choice: 'some'"),
         (["good.json", "--on-truncated", "skip"], "invalid choice: 'skip'"),
         (["good.json", "--max-image-pixels", "0"], "a whole number from 1"),
-        (["good.json", "--image-root", "none"], "image_roots: none is no folder"),
+        (["good.json", "--image-root", "none"], "`image_roots` must contain folders, got none"),
         (["good.json", "--allow-image-host", "a/b"], "The image host is 'a/b'"),
         ([], "the following arguments are required: MIXTURE_OR_FILE"),
     ],

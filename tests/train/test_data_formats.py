@@ -164,21 +164,21 @@ def test_a_byte_order_mark_is_no_record(tmp_path: Path, write):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b"", "a.json is empty"),
-        ("a.json", b"[]", "a.json has no records"),
-        ("a.json", b" \n", "a.json begins with ''"),
-        ("a.json", b'{"id": 1}', r"begins with '\{'; allowed: a JSON array.*\.jsonl"),
-        ("a.json", b'[{"id": 1}', "no comma and no end after a record, at byte 10"),
-        ("a.json", b'[{"id": 1} {"id": 2}]', "no comma"),
-        ("a.json", b'[{"id": 1}] x', "more text after the array, at byte 12"),
-        ("a.json", b'[{"id": 1}, {"id" 2}]', "is no JSON: no value .* at byte 12"),
-        ("a.json", b'[{"id": 1}, {"id": "\xff"}]', "is no UTF-8"),
-        ("a.json", b"[" * 200_000, "is no JSON: no value"),
-        ("a.jsonl", b"\n \n", "a.jsonl has no records"),
-        ("a.parquet", b"nothing", "a.parquet is no Parquet file"),
-        ("a.tar", b"nothing" * 1000, "a.tar is no whole, uncompressed tar"),
+        ("a.json", b"", "a.json must not be empty"),
+        ("a.json", b"[]", "at least one record, got none in .*a.json"),
+        ("a.json", b" \n", "a.json must contain a JSON array.*begins with ''"),
+        ("a.json", b'{"id": 1}', r"must contain a JSON array.*\.jsonl.*begins with '\{'"),
+        ("a.json", b'[{"id": 1}', "expected a comma .* after a record, at byte 10"),
+        ("a.json", b'[{"id": 1} {"id": 2}]', "expected a comma"),
+        ("a.json", b'[{"id": 1}] x', "unexpected text after the array, at byte 12"),
+        ("a.json", b'[{"id": 1}, {"id" 2}]', "is not valid JSON: expected a value .* at byte 12"),
+        ("a.json", b'[{"id": 1}, {"id": "\xff"}]', "is not valid UTF-8"),
+        ("a.json", b"[" * 200_000, "is not valid JSON: expected a value"),
+        ("a.jsonl", b"\n \n", "at least one record, got none in .*a.jsonl"),
+        ("a.parquet", b"nothing", "a.parquet is not a Parquet file"),
+        ("a.tar", b"nothing" * 1000, "a.tar is not a complete, uncompressed tar"),
         ("a.csv", b"", "a.csv"),
-        ("a.txt", b"nothing", r"suffix '.txt'; allowed: .json, .jsonl"),
+        ("a.txt", b"nothing", r"must be one of .json, .jsonl.*got '.txt'"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, name: str, content: bytes, message: str):
@@ -188,15 +188,15 @@ def test_files_that_are_none(tmp_path: Path, name: str, content: bytes, message:
 
 
 def test_missing_files_and_empty_folders(tmp_path: Path):
-    with pytest.raises(InputError, match=r"does not exist; allowed: a file"):
+    with pytest.raises(InputError, match=r"does not exist\. Give a file"):
         load_records(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="does not exist"):
         load_records("x" * 5000)
     with pytest.raises(InputError, match="does not exist"):
         load_records("a\0b")
-    with pytest.raises(InputError, match=r"has none of metadata.jsonl"):
+    with pytest.raises(InputError, match=r"must contain one of metadata.jsonl"):
         load_records(tmp_path)
-    with pytest.raises(InputError, match=r"data_root: .* is no folder"):
+    with pytest.raises(InputError, match=r"`data_root` must be .* is not a folder"):
         load_records(tmp_path / "a.json", root=tmp_path / "none")
 
 
@@ -205,7 +205,7 @@ def test_a_tar_that_was_cut_off(tmp_path: Path, cut: int):
     """A run would train on a part of the data, and nobody know."""
     file = write_format(tmp_path, "tar")
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(InputError, match="no whole, uncompressed tar"):
+    with pytest.raises(InputError, match="not a complete, uncompressed tar"):
         load_records(file, cache=tmp_path / "cache")
 
 

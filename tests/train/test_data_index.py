@@ -104,7 +104,7 @@ def test_many_batches_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_cache_that_cannot_be_written(tmp_path: Path):
     file = write_json(tmp_path / "a.json", write_images(tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"data_cache: .*file.* cannot be written"):
+    with pytest.raises(InputError, match=r"`data_cache` must be a writable folder, got .*file"):
         load_records(file, cache=tmp_path / "file" / "cache")
 
 

@@ -76,7 +76,7 @@ def test_stopped(make_run: MakeRun, undisturbed: Run, workers: int):
     assert SAVE_STEPS < reached < STEPS
     assert find_last(run.output) == run.output / f"checkpoint-{reached}"
     assert "Traceback" not in started.stderr()
-    assert started.stderr().splitlines()[-1].startswith("stopped by a signal after writing a checkpoint")
+    assert started.stderr().splitlines()[-1].startswith("A signal stopped the run after a checkpoint was written")
     run.finish()
     assert_same(run, undisturbed)
 
@@ -89,8 +89,8 @@ def test_disk_is_full(make_run: MakeRun, undisturbed: Run):
     assert started.end() == 2
     assert "Traceback" not in started.stderr()
     assert re.fullmatch(
-        r"error: checkpoint-12 could not be written: .*; the last complete checkpoint is checkpoint-9; "
-        r"free space \(or mend the folder\) and run the same command again\.",
+        r"error: checkpoint-12 could not be written: .*\. The last complete checkpoint is checkpoint-9\. "
+        r"Free some space \(or repair the folder\) and run the same command again\.",
         started.stderr().splitlines()[-1],
     )
     assert run.names() == {"checkpoint-9"}
@@ -105,7 +105,7 @@ def test_loss_is_no_number(make_run: MakeRun):
     started = run.start()
     assert started.end() == 2
     error = started.stderr().splitlines()[-1]
-    assert re.match(r"error: step 2: the loss is (nan|inf) .*; nothing was saved after step 1\.", error), error
+    assert re.match(r"error: Step 2: the loss is (nan|inf) .* Nothing was saved after step 1\.", error), error
     assert run.names() == {"checkpoint-1"}
     assert is_complete(run.output / "checkpoint-1")
     assert run.last_step() == 1

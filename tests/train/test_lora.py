@@ -106,7 +106,7 @@ def test_targets_are_linear_layers_of_the_language_model(model_folder: Path) -> 
     assert all(part_of(f"{name}.") == LANGUAGE_MODEL for name in names)
     chosen = find_targets(model, ["q_proj", "layers.0.mlp.up_proj", "lm_head"])
     assert len(chosen) == model.config.text_config.num_hidden_layers + 2
-    with pytest.raises(InputError, match=r"lora_targets holds 'qproj'.*q_proj"):
+    with pytest.raises(InputError, match=r"`lora_targets` must contain .*q_proj.*got 'qproj'"):
         find_targets(model, ["qproj"])
 
 
@@ -122,19 +122,25 @@ def test_injected_layers_are_the_targets(model_folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"train": [PROJECTORS]}, "LoRA trains the language_model"),
-        ({"train": [PROJECTORS], "lora_parts": [SAMPLERS]}, "LoRA trains the samplers"),
-        ({"train": [LANGUAGE_MODEL, SAMPLERS], "lora_parts": [SAMPLERS]}, "train has language_model"),
-        ({"lora_parts": ["tower"]}, "lora_parts is 'tower'; allowed: vision_tower"),
-        ({"lora_parts": []}, "lora_parts is empty"),
-        ({"lora_rank": 0, "lora_parts": [SAMPLERS]}, "lora_parts is .* lora_rank is 0"),
-        ({"lora_rank": 0, "lora_dora": True}, "lora_dora is True, but lora_rank is 0"),
-        ({"lora_rank": 0, "lora_rslora": True}, "lora_rslora is True, but lora_rank is 0"),
-        ({"lora_rank": 0, "lora_bias": "all"}, "lora_bias is 'all', but lora_rank is 0"),
-        ({"lora_bias": "some"}, "lora_bias is 'some'; allowed: none, lora_only, all"),
-        ({"lora_rank": 0, "load_in_8bit": True}, "load_in_8bit is true, but lora_rank is 0"),
-        ({"load_in_4bit": True, "load_in_8bit": True}, "allowed: one of them"),
-        ({"lora_dora": True, "load_in_8bit": True}, "allowed: DoRA with load_in_4bit"),
+        ({"train": [PROJECTORS]}, "`train` must contain language_model, since `lora_parts` does"),
+        ({"train": [PROJECTORS], "lora_parts": [SAMPLERS]}, "`train` must contain samplers, since `lora_parts` does"),
+        (
+            {"train": [LANGUAGE_MODEL, SAMPLERS], "lora_parts": [SAMPLERS]},
+            "`lora_parts` must contain language_model, since `train` does",
+        ),
+        ({"lora_parts": ["tower"]}, "`lora_parts` must be one of vision_tower, .*got 'tower'"),
+        ({"lora_parts": []}, r"`lora_parts` must contain at least one of vision_tower.*got \[\]"),
+        (
+            {"lora_rank": 0, "lora_parts": [SAMPLERS]},
+            "`lora_parts` requires a `lora_rank` of 1 or more, got .*lora_rank = 0",
+        ),
+        ({"lora_rank": 0, "lora_dora": True}, "`lora_dora` requires a `lora_rank` .*lora_dora = True"),
+        ({"lora_rank": 0, "lora_rslora": True}, "`lora_rslora` requires a `lora_rank` .*lora_rslora = True"),
+        ({"lora_rank": 0, "lora_bias": "all"}, "`lora_bias` requires a `lora_rank` .*lora_bias = 'all'"),
+        ({"lora_bias": "some"}, "`lora_bias` must be one of none, lora_only, all, got 'some'"),
+        ({"lora_rank": 0, "load_in_8bit": True}, "`lora_rank` must be 1 or more if `load_in_8bit` is set"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "Only one of `load_in_4bit` and `load_in_8bit`"),
+        ({"lora_dora": True, "load_in_8bit": True}, "`lora_dora` must be false if `load_in_8bit` is set"),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, keys: dict[str, Any], error: str) -> None:
@@ -377,7 +383,7 @@ KEYS_OF_PARTS = (
 def test_wrong_keys_are_errors(model_folder: Path, adapter: Path, key: str, change: str) -> None:
     spoil_weights(adapter, key, change)
     named = {"renamed": "keys are missing.*keys are unknown", "missing": "missing", "additional": "unknown"}
-    with pytest.raises(InputError, match=named.get(change, "has shape")) as caught:
+    with pytest.raises(InputError, match=named.get(change, "must have the shape")) as caught:
         load_adapter(load_base(model_folder), adapter)
     assert key.removesuffix("weight")[:60] in str(caught.value)
 
@@ -387,15 +393,15 @@ def test_wrong_keys_are_errors(model_folder: Path, adapter: Path, key: str, chan
     [
         ({"use_dora": "yes"}, "use_dora"),
         ({"use_dora": True}, "keys are missing"),  # it was trained without
-        ({"bias": "some"}, "bias is 'some'"),
+        ({"bias": "some"}, "`bias` must be one of none, lora_only, all, got 'some'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"from_the_future": 1}, "from_the_future"),
-        ({"r": 10**9}, "r is 1000000000"),
+        ({"r": 10**9}, "got 1000000000"),
         ({"lora_alpha": "8"}, "lora_alpha"),
         ({"target_modules": "(a+)+$"}, "target_modules"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save holds lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` may hold"),
         ({"peft_type": "IA3"}, "no LoRA"),
     ],
 )
@@ -420,7 +426,7 @@ def test_pickled_weights_are_not_looked_at(model_folder: Path, adapter: Path) ->
     weights = load_file(adapter / adapters.ADAPTER_WEIGHTS)
     (adapter / adapters.ADAPTER_WEIGHTS).unlink()
     torch.save(weights, adapter / "adapter_model.bin")
-    with pytest.raises(InputError, match="safetensors only"):
+    with pytest.raises(InputError, match="safetensors files only"):
         load_adapter(load_base(model_folder), adapter)
 
 
@@ -436,5 +442,5 @@ def test_quantized_are_the_layers_that_get_adapters(model_folder: Path) -> None:
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
 def test_missing_bitsandbytes_names_the_extra(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=rf"{key} needs bitsandbytes.*fusion_hf\[quant\]"):
+    with pytest.raises(InputError, match=rf"`{key}` requires bitsandbytes.*`quant`"):
         quantization_config(make_arguments(tmp_path, **{key: True}))

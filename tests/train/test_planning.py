@@ -293,12 +293,12 @@ def test_memory_too_small_for_the_weights_alone(recipe, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--gpus", "3"], "global_batch_size is 4"),
-        (["optim=adafactor"], "optim is 'adafactor'"),
+        (["--gpus", "3"], "`global_batch_size` must be a multiple of the 3 processes, got 4"),
+        (["optim=adafactor"], "got 'adafactor'"),
         (["--config", "absent.json"], "absent.json"),
         (["learning_rat=1"], "learning_rate"),
-        (["--gpus", "0"], "'0' is not allowed"),
-        (["--gpu-memory", "nan"], "'nan' is not allowed"),
+        (["--gpus", "0"], "must be a whole number from 1, got '0'"),
+        (["--gpu-memory", "nan"], "must be a number above 0, got 'nan'"),
     ],
 )
 def test_wrong_input(recipe, capsys, given, message):

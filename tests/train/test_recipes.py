@@ -110,7 +110,7 @@ def test_data_is_relative_to_the_recipe_and_an_override_to_the_working_directory
         ("max_steps=1.5", "max_steps is 1.5; allowed: a whole number."),
         ("bf16=maybe", "bf16 is 'maybe'; allowed: true or false."),
         ("learning_rate", "'learning_rate' is no override; allowed: key=value, such as learning_rate=1e-5."),
-        ("data=", "gives no data; add it, or say data=... on the command line."),
+        ("data=", "must set `data`."),
     ],
 )
 def test_wrong_overrides_are_named(recipe, override, message):
@@ -122,10 +122,14 @@ def test_wrong_overrides_are_named(recipe, override, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("train", ["tower"], "train is 'tower'; allowed: vision_tower, projectors, samplers, language_model."),
-        ("query_lens", [4, 5], "query_lens holds 5; allowed: perfect squares (1, 4, 9, 16, ...)."),
-        ("on_broken", "ignore", "on_broken is 'ignore'; allowed: error, skip."),
-        ("load_in_4bit", True, "set lora_rank"),
+        (
+            "train",
+            ["tower"],
+            "`train` must be one of vision_tower, projectors, samplers, language_model, got 'tower'.",
+        ),
+        ("query_lens", [4, 5], "`query_lens` must contain perfect squares (1, 4, 9, 16, ...), got 5."),
+        ("on_broken", "ignore", "`on_broken` must be one of error, skip, got 'ignore'."),
+        ("load_in_4bit", True, "`lora_rank` must be 1 or more"),
     ],
 )
 def test_impossible_values_are_named(recipe, key, value, message):
@@ -159,7 +163,7 @@ def test_a_global_batch_is_split(values, world_size, expected):
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused(values, world_size):
-    with pytest.raises(InputError, match=r"global_batch_size is \d+"):
+    with pytest.raises(InputError, match=r"`global_batch_size` (must be .* got|is) \d+"):
         split_batch(values, world_size)
 
 

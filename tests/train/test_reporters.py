@@ -38,12 +38,14 @@ def test_what_needs_nothing(installed: set[str], report_to: Any) -> None:
     ("report_to", "missing"), [("wandb", "wandb"), ("tensorboard", "tensorboard"), (["mlflow", "wandb"], "mlflow")]
 )
 def test_what_is_not_installed_is_named(installed: set[str], report_to: Any, missing: str) -> None:
-    with pytest.raises(InputError, match=f"report_to is '{missing}'.*pip install {missing}"):
+    with pytest.raises(InputError, match=f"`report_to` is '{missing}'.*pip install {missing}"):
         check_reporters(report_to)
     installed |= {"wandb", "tensorboardX", "mlflow"}
     check_reporters(report_to)
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(InputError, match=r"report_to is 'tensorbord'; allowed: none, all, tensorboard, wandb"):
+    with pytest.raises(
+        InputError, match=r"`report_to` must be one of none, all, tensorboard, wandb.*got 'tensorbord'"
+    ):
         check_reporters(["tensorbord"])

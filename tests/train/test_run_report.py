@@ -35,19 +35,19 @@ def test_what_is_said(model: Path, data: Path, tmp_path: Path, caplog: pytest.Lo
     run = Run.make(tmp_path / "run", model, data, **keys)
     said = messages(run, caplog)
     expected = (
-        "records: 9; 4 per step (2 at a time, 2 times, in 1 processes)",
-        "steps: 3 per epoch, 2 in all",
-        "held out, records: 9; evaluation by epoch",
-        f"writes to {run.output}: checkpoints every 1 steps; figures in log.jsonl",
-        "no record was skipped.",
+        "Records: 9, 4 per step (2 at a time, 2 times, in 1 processes)",
+        "Steps: 3 per epoch, 2 in total",
+        "Held-out records in records: 9, evaluation strategy: epoch",
+        f"Output in {run.output}: checkpoints every 1 steps, metrics in log.jsonl",
+        "No record was skipped.",
     )
     assert [line for line in said if line in expected] == list(expected)
-    (trained,) = (line for line in said if line.startswith("trained parameters: projectors"))
+    (trained,) = (line for line in said if line.startswith("Trained parameters: projectors"))
     assert "samplers" in trained and "vision_tower" not in trained and "language_model" not in trained
-    assert not any(line.startswith("goes on from") for line in said)
+    assert not any(line.startswith("Resuming from") for line in said)
 
     (run.output / "finished.json").unlink()
-    assert f"goes on from {run.output / 'checkpoint-2'}" in messages(run, caplog)
+    assert f"Resuming from {run.output / 'checkpoint-2'}" in messages(run, caplog)
 
 
 def test_what_was_skipped(model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,8 +56,10 @@ def test_what_was_skipped(model: Path, data: Path, tmp_path: Path, caplog: pytes
     data.write_text(json.dumps(records))
     run = Run.make(tmp_path / "run", model, data, **KEYS, on_broken="skip")
     said = messages(run, caplog)
-    assert "records: 8; 4 per step (2 at a time, 2 times, in 1 processes)" in said
-    assert f"1 broken records were skipped; {run.output / 'skipped.jsonl'} says which and why." in said
+    assert "Records: 8, 4 per step (2 at a time, 2 times, in 1 processes)" in said
+    assert (
+        f"1 broken records were skipped. They are listed with the reasons in {run.output / 'skipped.jsonl'}." in said
+    )
     assert json.loads((run.output / "finished.json").read_text()) == {
         "steps": 2,
         "records": 8,
@@ -68,8 +70,8 @@ def test_what_was_skipped(model: Path, data: Path, tmp_path: Path, caplog: pytes
 
 def test_a_stream_has_no_length(model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = messages(Run.make(tmp_path / "run", model, data, **KEYS, streaming=True), caplog)
-    assert any(line.startswith("records: a stream of unknown length; 4 per step") for line in said)
-    assert "steps: 2 in all" in said
+    assert any(line.startswith("Records: a stream of unknown length, 4 per step") for line in said)
+    assert "Steps: 2 in total" in said
 
 
 def test_a_finished_run_gets_the_card_that_it_lacks(model: Path, data: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_every_beginning_of_a_prompt_is_refused_or_has_no_latents():
     first = list(ids).index(CONFIG.image_token_id)
     assert READER.read(ids[:first]).query_len == 0
     for stop in range(first + 1, len(ids)):
-        with pytest.raises(ValueError, match=r"no latent block|perfect square|cut"):
+        with pytest.raises(ValueError, match=r"must have a latent block|perfect square|cut"):
             READER.read(ids[:stop])
     assert READER.read(ids).query_len == CONFIG.query_len
 
@@ -74,8 +74,8 @@ def test_every_beginning_of_a_prompt_is_refused_or_has_no_latents():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"query_len": 9}, "query_len is 9; allowed: 4, 16"),
-        ({"query_len": "4"}, "query_len is '4'"),
+        ({"query_len": 9}, "`query_len` must be one of 4, 16, got 9"),
+        ({"query_len": "4"}, "`query_len` must be one of 4, 16, got '4'"),
         ({"image_token_grid": 0}, "image_token_grid"),
         ({"image_token_grid": CONFIG.num_patches_per_side + 1}, "image_token_grid"),
     ],
@@ -87,7 +87,7 @@ def test_impossible_budgets(arguments, words):
 
 def test_a_budget_that_the_prompt_does_not_keep():
     ids = PROCESSOR.apply_chat_template(conversation(1, True), add_generation_prompt=True, tokenize=True)[0]
-    with pytest.raises(ValueError, match="query_len is 4"):
+    with pytest.raises(ValueError, match="`query_len` = 4 tokens"):
         READER.read(ids).check(request_budget(CONFIG, 4))
-    with pytest.raises(ValueError, match="image_token_grid is 2"):
+    with pytest.raises(ValueError, match="must be 2 tokens"):
         READER.read(ids).check(request_budget(CONFIG, image_token_grid=2))

@@ -1,4 +1,4 @@
-"""`fusion-hf chat`: a conversation about an image in the terminal, or line by line through pipes."""
+"""`fusion-hf chat`: a conversation about an image in the terminal, or line by line through a pipe."""
 
 import argparse
 import contextlib
@@ -6,33 +6,46 @@ import sys
 from typing import Any
 
 from fusion_hf.cli.lean_imports import lean_imports
-from fusion_hf.cli.model_options import answer_settings, find_model, model_options
-from fusion_hf.cli.terminal import check_image_exists, one_line
+from fusion_hf.cli.model_options import (
+    IMAGE_HELP,
+    answer_settings,
+    find_model,
+    model_options,
+    read_sampling,
+    sampling_options,
+)
+from fusion_hf.cli.terminal import check_image_exists, one_line, printable
 from fusion_hf.common.errors import InputError
 
 EXIT, RESET = "/exit", "/reset"
 
 
 def add_parser(commands: Any) -> None:
-    """Tell the command line about `chat`."""
+    """Add `chat` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "chat",
-        parents=[model_options()],
-        help="talk about an image",
-        description="Talk about an image: a question per line. /reset begins anew, /exit leaves.",
+        parents=[model_options(), sampling_options()],
+        help="Chat about an image in the terminal.",
+        description="Chat about an image in the terminal, or ask questions through a pipe, one per line. /reset "
+        "starts a new conversation and /exit ends the program.",
+        examples=("fusion-hf chat photo.jpg", "fusion-hf chat photo.jpg --model DIR_OR_REPO --temperature 0.7"),
     )
-    parser.add_argument("image", metavar="IMAGE", help="an image file, or an http(s) address")
+    parser.add_argument("image", metavar="IMAGE", help=IMAGE_HELP)
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="later answers begin sooner: the image stays as seen with the first question in mind",
+        help="Keep the cache of the language model between questions, so that later answers start sooner. The image "
+        "then stays encoded for the first question, which may change later answers.",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Talk until `/exit`, the end of the input or Ctrl-C; returns the exit status."""
+    """Chat until `/exit`, the end of the input or Ctrl-C, and return the exit status."""
     if sys.stdin is None:
-        raise InputError("The standard input is closed; give questions there, a line each.")
+        raise InputError("The standard input is closed. Questions are read from it, one per line.")
+    sampling = read_sampling(arguments)
+    if arguments.fast and sampling.num_beams > 1:
+        raise InputError(f"`--num-beams` must be 1 with `--fast`, got {sampling.num_beams}.")
     check_image_exists(arguments.image)
     arguments.model = find_model(arguments)
 
@@ -42,24 +55,33 @@ def run(arguments: argparse.Namespace) -> int:
 
         chat_model = load_chat_model(arguments)
     image = chat_model.open_image(arguments.image)
-    conversation = Conversation(chat_model, image, fast=arguments.fast, **answer_settings(arguments))
-    streamer = AnswerStreamer(chat_model.processor.tokenizer)
+    conversation = Conversation(
+        chat_model, image, sampling=sampling, fast=arguments.fast, **answer_settings(arguments)
+    )
+    streamer = AnswerStreamer.of(chat_model, sampling)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 (arrow keys in `input`)
-        sys.stdout.write(f"{one_line(arguments.image)}: ask about it. {RESET} begins anew, {EXIT} leaves.\n")
+        sys.stdout.write(
+            f"Ask a question about {one_line(arguments.image)}. {RESET} starts a new conversation, {EXIT} ends.\n"
+        )
     try:
         while (question := input("> " if is_terminal else "").strip()) != EXIT:
             if question == RESET:
                 conversation.reset()
             elif question.startswith("/"):
-                sys.stderr.write(f"error: {one_line(question)} is no command; allowed: {RESET}, {EXIT}.\n")
+                sys.stderr.write(f"error: A command must be {RESET} or {EXIT}, got {one_line(question)}.\n")
             elif question:
                 try:
-                    conversation.ask(question, streamer)
+                    answer = conversation.ask(question, streamer)
+                    if streamer is None:
+                        sys.stdout.write(f"{printable(answer)}\n")
+                        sys.stdout.flush()
                 except InputError as error:
-                    sys.stderr.write(f"error: {one_line(error)} Ask something shorter, or begin anew with {RESET}.\n")
+                    sys.stderr.write(
+                        f"error: {one_line(error)} Ask a shorter question, or start a new conversation with {RESET}.\n"
+                    )
     except (EOFError, KeyboardInterrupt):
         if is_terminal:
             sys.stdout.write("\n")

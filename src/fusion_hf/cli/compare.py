@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, JSON_HELP
 from fusion_hf.cli.terminal import FAILED, printable
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
@@ -18,49 +19,65 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `compare`."""
+    """Add `compare` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "compare",
-        help="compare two evaluations of the same questions",
-        description="Compare two evaluations of the same questions: which one is better, and which answers changed.",
+        help="Compare two evaluations of the same questions.",
+        description="Compare two evaluations of the same questions: which run is better, and which answers changed. "
+        "Requires the extra `eval`. With --stages, the exit status is 1 if the runs differ.",
+        examples=(
+            "fusion-hf compare runs/a runs/b",
+            "fusion-hf compare a.jsonl b.jsonl --questions questions.jsonl --page changes.html",
+        ),
     )
-    for name, which in (("run_a", "the first"), ("run_b", "the second")):
+    for name, which in (("run_a", "first"), ("run_b", "second")):
         parser.add_argument(
             name,
             metavar=name.upper(),
-            help=f"{which} run: a record of `fusion-hf evaluate` or its folder, a file or folder of lmms-eval's "
-            "--log_samples, or an answers.jsonl of the authors or of `fusion-hf ask`",
+            help=f"The {which} run: a record of `fusion-hf evaluate` or its folder, a file or folder that lmms-eval "
+            "wrote with --log_samples, or an answers.jsonl of the authors' code or of `fusion-hf ask`.",
         )
-    parser.add_argument("--tasks", metavar="NAMES", help="by commas; default: all that both runs have")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="Tasks to compare, separated by commas (default: all tasks that both runs have).",
+    )
     parser.add_argument(
         "--questions",
         type=Path,
         metavar="JSONL",
-        help="for two answers.jsonl: their questions, with the right `answer` in each line; scored by exact match",
+        help="For two answers.jsonl: the file of their questions, with the correct `answer` in each line. Answers are "
+        "scored by exact match.",
     )
-    parser.add_argument("--page", metavar="FILE.html", help="write the changed answers with their images")
     parser.add_argument(
-        "--stages", action="store_true", help="for runs that should be equal: name the first stage that differs"
+        "--page",
+        metavar="FILE.html",
+        help="Write an HTML page of the changed answers with their images to this new file.",
+    )
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="For runs that should be equal: run both models again and name the first stage that differs.",
     )
     for name, which in (("--model-a", "RUN_A"), ("--model-b", "RUN_B")):
         parser.add_argument(
             name,
             metavar="DIR_OR_REPO",
-            help=f"with --stages: the model of {which}, if it is not where its record says",
+            help=f"With --stages: the model of {which} (default: the model in its record).",
         )
-    parser.add_argument("--json", action="store_true", help="write JSON for programs")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare; returns the exit status."""
+    """Compare two runs, and return the exit status."""
     require(("scipy",), "A comparison", "eval")
     page = None if arguments.page is None else Path(arguments.page)
     if page is not None:
         check_new_file(page, "--page")
     for option, given in (("--model-a", arguments.model_a), ("--model-b", arguments.model_b)):
         if given is not None and not arguments.stages:
-            raise InputError(f"{option} is {given}; allowed only with --stages: nothing else asks a model.")
+            raise InputError(f"`{option}` is only allowed with `--stages`, got {given}.")
     from fusion_hf.evaluation.run_answers import read_run
     from fusion_hf.evaluation.run_comparison import compare_runs
 

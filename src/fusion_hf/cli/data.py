@@ -1,4 +1,4 @@
-"""`fusion-hf data check`: what is there of a data set, and what is wrong with it."""
+"""`fusion-hf data check`: count the records of a dataset, and what is missing or broken."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.argument_types import config_file, positive
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, JSON_HELP
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 IMAGES = ("sample", "decode", "exist", "none")
 # options for keys of a recipe that say where images may be
 PLACES = (
-    ("--image-root", "DIR", "a further folder of images: absolute paths and links may lead there"),
-    ("--allow-image-host", "HOST", "fetch images from this host"),
-    ("--allow-private-image-host", "HOST", "the same for a host of a private network or this machine"),
+    ("--image-root", "DIR", "A further folder of images, to which absolute paths and links may lead."),
+    ("--allow-image-host", "HOST", "Fetch images from this host."),
+    ("--allow-private-image-host", "HOST", "Fetch images from this host of a private network or of this machine."),
 )
 HEADER = ("file", "taken", "records", "size", "no image", "broken")
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -32,48 +33,62 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 def add_parser(commands: Any) -> None:
     """Add `data` and its own command to the subparsers of `fusion-hf`."""
     data = commands.add_parser(
-        "data", help="look at training data", description="Look at training data before a run does."
+        "data", help="Check training data.", description="Check training data before a run reads them."
     )
     data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     check = data_commands.add_parser(
         "check",
-        help="which files are present; count records, sizes, broken records and missing images",
-        description="Count records, bytes, broken records and missing images of a mixture or a file of records. The "
-        "exit status is 0 if all is fine, 1 if something is missing or broken, 2 for a wrong command line.",
+        help="Count records, broken records and missing images.",
+        description="Count the records, the bytes, the broken records and the missing images of a mixture or a file "
+        "of records. Requires the extra `train`. The exit status is 0 if everything is fine, 1 if something is "
+        "missing or broken and 2 for wrong input.",
+        examples=("fusion-hf data check records.json", "fusion-hf data check mixture.yaml --images decode --json"),
     )
     check.add_argument(
         "source",
         type=config_file,
         metavar="MIXTURE_OR_FILE",
-        help="a mixture (.yaml), a file or folder of records, or a Hub data set",
+        help="A mixture (.yaml), a file or folder of records, or a Hub dataset.",
     )
     check.add_argument(
         "--data-root",
         metavar="DIR",
-        help="that relative paths and images are under; default: the folder of the file",
+        help="The folder of relative paths and images (default: the folder of the file).",
     )
     check.add_argument(
         "--images",
         choices=IMAGES,
         default="sample",
-        help="decode: open all; exist: see that all are there; sample: that, and open some of each file, as many as "
-        "the result says; none; default: %(default)s",
+        help="What to check of the images: exist (all files are there), sample (exist, and some images of each file "
+        "are "
+        "decoded), decode (all images are decoded) or none (default: %(default)s).",
     )
     check.add_argument(
-        "--on-truncated", choices=ON_TRUNCATED, default="error", help="as in a recipe; default: %(default)s"
+        "--on-truncated",
+        choices=ON_TRUNCATED,
+        default="error",
+        help="Whether a truncated image is broken, as in a recipe (default: %(default)s).",
     )
     check.add_argument(
-        "--max-image-pixels", type=positive, metavar="N", help="as in a recipe; default: the image processor's number"
+        "--max-image-pixels",
+        type=positive,
+        metavar="N",
+        help="Maximum number of pixels of an image, as in a recipe (default: that of the image processor).",
     )
     for option, metavar, text in PLACES:
-        check.add_argument(option, action="append", metavar=metavar, help=f"{text}; may be repeated")
-    check.add_argument("--data-cache", metavar="DIR", help="folder of the index, as in a recipe")
-    check.add_argument("--json", action="store_true", help="JSON instead of a table")
-    check.add_argument("--debug", action="store_true", help="show where an error comes from")
+        check.add_argument(option, action="append", metavar=metavar, help=f"{text} May be repeated.")
+    check.add_argument(
+        "--data-cache",
+        metavar="DIR",
+        help="The folder of the index of records, as in a recipe (default: $HF_HOME/fusion_hf/data, or "
+        "~/.cache/fusion_hf/data).",
+    )
+    check.add_argument("--json", action="store_true", help=JSON_HELP)
+    check.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check; returns the exit status."""
+    """Check the data, and return the exit status."""
     require(("datasets", "pyarrow"), "Training data", "train")
     from fusion_hf.data.mixture import read_entries
 

@@ -1,4 +1,4 @@
-"""`fusion-hf demo`: a page in the browser on which an image is talked about."""
+"""`fusion-hf demo`: a web page on which you ask a model about an image."""
 
 import argparse
 import contextlib
@@ -18,29 +18,32 @@ UPLOADS = "GRADIO_TEMP_DIR"
 
 
 def add_parser(commands: Any) -> None:
-    """Tell the command line about `demo`."""
+    """Add `demo` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "demo",
         parents=[model_options()],
-        help="a page in the browser: images, answers, tiles, attention maps, times",
-        description="Serve a page on which an image is shown to the model and talked about. Whoever reaches the "
-        "address may use it; the default is this computer alone.",
+        help="Serve a web page with a chat, attention maps and timings.",
+        description="Serve a web page on which you ask the model about an image. Everyone who can reach the address "
+        "can use the page; by default, that is only this computer. Requires the extra `demo`.",
+        examples=("fusion-hf demo", "fusion-hf demo --model DIR_OR_REPO --port 8080"),
     )
-    parser.add_argument("--host", default=HOST, help="address to listen at; default: %(default)s")
-    parser.add_argument("--port", type=whole_number(1, LARGEST_PORT), default=PORT, help="default: %(default)s")
+    parser.add_argument(
+        "--host", default=HOST, help="Address to listen on (default: %(default)s, this computer only)."
+    )
+    parser.add_argument(
+        "--port", type=whole_number(1, LARGEST_PORT), default=PORT, help="Port to listen on (default: %(default)s)."
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+    """Serve until Ctrl-C or SIGTERM, and return the exit status."""
     arguments.model = find_model(arguments)
     with tempfile.TemporaryDirectory(prefix="fusion-demo-", ignore_cleanup_errors=True) as uploads:
         os.environ[UPLOADS] = uploads  # before gradio is imported; its own folder is shared and stays
         try:
             from fusion_hf.demo.page import build_page, launch_settings
         except ImportError as error:
-            raise InputError(
-                f"fusion-hf demo needs the extra demo: pip install 'fusion_hf[demo]' ({error})."
-            ) from error
+            raise InputError(f"The demo requires the extra `demo` ({error}): pip install 'fusion_hf[demo]'") from error
         from fusion_hf.cli.model_loading import load_chat_model
         from fusion_hf.demo.demo_model import DemoModel
 
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         except OSError as error:
             raise InputError(f"The page cannot listen at {arguments.host}, port {arguments.port}: {error}") from error
-        sys.stdout.write(f"The page is at {address}; Ctrl-C ends it.\n")
+        sys.stdout.write(f"The page is at {address}. Press Ctrl-C to stop.\n")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()

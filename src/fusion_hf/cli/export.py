@@ -1,31 +1,34 @@
-"""`fusion-hf export`: a model as ONNX graphs."""
+"""`fusion-hf export`: export a model to ONNX."""
 
 import argparse
 import logging
 import sys
 from pathlib import Path
 
-from fusion_hf.cli.model_options import budget_options, find_model
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, budget_options, find_model
 from fusion_hf.cli.terminal import wrote
 from fusion_hf.common.outputs import check_output
 from fusion_hf.onnx_export.exported_folder import check_packages
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `export`."""
+    """Add `export` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "export",
         parents=[budget_options()],
-        help="write a model as ONNX graphs, for onnxruntime",
-        description="Write a model as two ONNX graphs in float32: the image's side, and the language model with its "
-        "samplers. Needs the extra onnx.",
+        help="Export a model to ONNX.",
+        description="Export a model to two ONNX graphs in float32: one encodes the image, the other one is the "
+        "language model with its samplers. Requires the extra `onnx`.",
+        examples=("fusion-hf export --output fusion-nano-onnx",),
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="The folder to write, which must not exist."
+    )
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export; returns the exit status."""
+    """Export the model, and return the exit status."""
     check_packages()
     output: Path = arguments.output
     check_output(output)

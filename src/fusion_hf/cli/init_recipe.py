@@ -1,9 +1,10 @@
-"""`fusion-hf init-recipe`: a commented recipe for own records."""
+"""`fusion-hf init-recipe`: write a commented recipe for your own records."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP
 from fusion_hf.cli.terminal import printable
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
@@ -15,39 +16,53 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `init-recipe`."""
+    """Add `init-recipe` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "init-recipe",
-        help="write a commented recipe for your own records",
-        description="Look at records and write a recipe for them, with comments, that fusion-hf train runs as it is. "
-        "The last tenth of a file, at most 500 records, is held out and measured.",
-    )
-    parser.add_argument("data", metavar="DATA", help="records: a file or folder, a Hub data set, or a mixture (.yaml)")
-    parser.add_argument(
-        "--method", choices=METHODS, default=METHODS[0], help="qlora keeps the model in 4 bits; default: %(default)s"
-    )
-    parser.add_argument(
-        "--model", metavar="DIR_OR_REPO", help="what to start from; default: the bundled fusion-nano, to try it"
+        help="Write a training recipe for your own records.",
+        description="Read your records and write a commented recipe that `fusion-hf train` runs unchanged. The last "
+        "tenth of a file, at most 500 records, is held out for evaluation. Requires the extra `train`.",
+        examples=(
+            "fusion-hf init-recipe records.json",
+            "fusion-hf init-recipe records.json --model DIR_OR_REPO --method qlora --output recipe.yaml",
+        ),
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="a new file; default: %(default)s"
+        "data", metavar="DATA", help="The records: a file, a folder, a Hub dataset, or a mixture (.yaml)."
     )
     parser.add_argument(
-        "--data-root", metavar="DIR", help="that relative paths of DATA are under; default: the folder of the file"
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="What to train: LoRA adapters (lora), LoRA adapters on a model in 4 bits (qlora), or all weights (full) "
+        "(default: %(default)s).",
     )
-    parser.add_argument("--eval-data", metavar="DATA", help="held-out records; default: the last ones of DATA")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="The model to start from (default: the bundled fusion-nano)."
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("recipe.yaml"),
+        metavar="FILE",
+        help="The recipe to write (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="The folder of relative paths in DATA (default: the folder of the file)."
+    )
+    parser.add_argument("--eval-data", metavar="DATA", help="Records to evaluate on (default: the last ones of DATA).")
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write it; returns the exit status."""
+    """Write the recipe, and return the exit status."""
     require(("datasets", "pyarrow", "accelerate"), "A training", "train")
     output: Path = arguments.output
     if output.suffix not in SUFFIXES:
-        raise InputError(f"--output is {output}; allowed: a name that ends in {' or '.join(SUFFIXES)}.")
+        raise InputError(f"`--output` must end in {' or '.join(SUFFIXES)}, got {output}.")
     check_new_file(output, "--output")
     if output.exists():
-        raise InputError(f"--output: {output} exists; give another one, or remove it.")
+        raise InputError(f"`--output` must be a new file, got {output}, which exists.")
     model = nano_path() if arguments.model is None else arguments.model
     if Path(model).expanduser().exists() or not REPOSITORY.fullmatch(model):
         find_folder(model)  # one of the Hub is fetched by the training

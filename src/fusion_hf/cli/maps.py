@@ -1,41 +1,47 @@
-"""`fusion-hf maps`: an answer, and images of what the model looked at."""
+"""`fusion-hf maps`: an answer and its attention maps."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from fusion_hf.cli.argument_types import positive
-from fusion_hf.cli.model_options import answer_settings, find_model, model_options
+from fusion_hf.cli.model_options import IMAGE_HELP, QUESTION_HELP, answer_settings, find_model, model_options
 from fusion_hf.cli.terminal import check_image_exists, check_question, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_output, new_folder
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `maps`, which has the options of `ask` as well."""
+    """Add `maps` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "maps",
         parents=[model_options()],
-        help="draw what the model looked at for its answer",
-        description="Answer a question about an image, and draw the attention of the question's words, of the latent "
-        "tokens and of the answer's words over it: a PNG for each.",
+        help="Draw attention maps of an answer.",
+        description="Answer a question about an image. Then draw the attention of the words of the question, of the "
+        "latent tokens and of the words of the answer over the image, one PNG file for each. Requires the extra "
+        "`maps`.",
+        examples=('fusion-hf maps photo.jpg "Where is the dog?" --output maps',),
     )
-    parser.add_argument("image", metavar="IMAGE", help="an image file, or an http(s) address")
-    parser.add_argument("question", metavar="QUESTION", help="in quotation marks")
+    parser.add_argument("image", metavar="IMAGE", help=IMAGE_HELP)
+    parser.add_argument("question", metavar="QUESTION", help=QUESTION_HELP)
     parser.add_argument(
-        "--output", type=Path, default=Path("maps"), metavar="DIR", help="a new or empty folder; default: %(default)s"
+        "--output",
+        type=Path,
+        default=Path("maps"),
+        metavar="DIR",
+        help="The folder to write, which must be new or empty (default: %(default)s).",
     )
     parser.add_argument(
         "--layer-groups",
         type=positive,
         default=4,
         metavar="N",
-        help="neighbouring layers are averaged in at most so many groups; default: %(default)s",
+        help="Maximum number of groups of adjacent layers whose attention is averaged (default: %(default)s).",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer and draw; returns the exit status."""
+    """Answer and draw, and return the exit status."""
     check_question(arguments.question)
     check_image_exists(arguments.image)
     require(("matplotlib",), "Drawing maps", "maps")

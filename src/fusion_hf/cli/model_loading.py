@@ -1,4 +1,4 @@
-"""What `ask` and `chat` share once the heavy libraries are needed: a model, and answers that appear word by word."""
+"""Loading a model for a command, and answers that appear word by word."""
 
 import argparse
 import sys
@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from fusion_hf.cli.model_options import silence_hub
 from fusion_hf.cli.terminal import printable
 from fusion_hf.inference.chat_model import ChatModel
+from fusion_hf.inference.sampling_options import SamplingOptions
 
 
 def load_chat_model(arguments: argparse.Namespace) -> ChatModel:
     """Load the model that the arguments name, on the device that they name."""
     if not arguments.debug:
         silence_libraries()
-    return ChatModel.load(arguments.model, arguments.device, arguments.dtype)
+    return ChatModel.load(arguments.model, arguments.device, arguments.dtype, bits=arguments.bits)
 
 
 def silence_libraries(bars: bool = False) -> None:
@@ -37,6 +38,11 @@ def silence_libraries(bars: bool = False) -> None:
 
 class AnswerStreamer(TextStreamer):
     """Writes an answer to the standard output while it is made, and ends its line."""
+
+    @classmethod
+    def of(cls, chat_model: ChatModel, sampling: SamplingOptions) -> "AnswerStreamer | None":
+        """Make a streamer of a model's answers; None for a beam search, which chooses an answer at its end."""
+        return cls(chat_model.processor.tokenizer) if sampling.num_beams == 1 else None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""`fusion-hf plan`: what a recipe will take on given GPUs, and whether it fits."""
+"""`fusion-hf plan`: the memory and the work of a recipe on given GPUs, and whether it fits."""
 
 import argparse
 import json
@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import config_file, positive, wrong_argument
+from fusion_hf.cli.argument_types import amount, config_file, positive
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, JSON_HELP
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
 from fusion_hf.hub.folders import MODEL_TYPE, is_authors_type, read_config
@@ -23,40 +24,66 @@ TFLOP, DAY, HOUR = 1e12, 86400, 3600
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `plan`."""
+    """Add `plan` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "plan",
-        help="see what a recipe takes, and whether it fits",
-        description="Memory per GPU, steps, tokens and FLOPs of a recipe, before anything is downloaded or allocated. "
-        "Exit status: 0 fits, 1 does not fit, 2 wrong input.",
+        help="Predict the memory and the work of a training run.",
+        description="Predict the memory per GPU, the steps, the tokens and the FLOPs of a training run. Nothing is "
+        "downloaded or allocated. The exit status is 0 if the run fits, 1 if it does not fit and 2 for wrong input.",
+        examples=(
+            "fusion-hf plan recipe.yaml",
+            "fusion-hf plan recipe.yaml global_batch_size=32 --gpus 8 --gpu-memory 40",
+        ),
     )
-    parser.add_argument("recipe", type=config_file, metavar="RECIPE.yaml", help="one of configs/recipes, or your own")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as per_device_train_batch_size=2")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="of all nodes; default: %(default)s")
-    parser.add_argument("--gpu-memory", type=_amount, default=80.0, metavar="GIB", help="default: %(default)g")
-    parser.add_argument("--sharding", choices=SHARDINGS, default="auto", help="default: the first that fits")
+    parser.add_argument("recipe", type=config_file, metavar="RECIPE.yaml", help="The recipe to plan.")
     parser.add_argument(
-        "--config", type=config_file, metavar="FILE", help="the model's config.json; default: the recipe's model"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Keys of the recipe with other values, such as global_batch_size=32.",
     )
-    parser.add_argument("--records", type=positive, metavar="N", help="default: from the names of the mixture's files")
-    parser.add_argument("--tokens-per-record", type=positive, metavar="N", help="on average, image and latents too")
-    parser.add_argument("--tflops", type=_amount, metavar="N", help="that a GPU reaches, for the time")
-    parser.add_argument("--json", action="store_true", help="all numbers, in bytes, as JSON")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-
-
-def _amount(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise wrong_argument(text, "a number above 0")
-    return number
+    parser.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="Number of GPUs on all nodes (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--gpu-memory", type=amount, default=80.0, metavar="GIB", help="Memory of a GPU in GiB (default: %(default)g)."
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=SHARDINGS,
+        default="auto",
+        help="How weights, gradients and optimizer states are sharded (default: auto, the first one that fits).",
+    )
+    parser.add_argument(
+        "--config",
+        type=config_file,
+        metavar="FILE",
+        help="The config.json of the model (default: that of the model in the recipe).",
+    )
+    parser.add_argument(
+        "--records",
+        type=positive,
+        metavar="N",
+        help="Number of training records (default: taken from the file names of the mixture, such as -558k).",
+    )
+    parser.add_argument(
+        "--tokens-per-record",
+        type=positive,
+        metavar="N",
+        help="Average number of tokens per record, with image and latent tokens (default: estimated).",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=amount,
+        metavar="N",
+        help="TFLOP/s that a GPU reaches. If given, the plan includes the training time.",
+    )
+    parser.add_argument("--json", action="store_true", help=f"{JSON_HELP} Sizes are in bytes.")
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; returns the exit status."""
+    """Print the plan, and return the exit status."""
     from fusion_hf.training.recipe import load_recipe, split_batch
     from fusion_hf.training.recipe_keys import check_optimizer
 
@@ -80,11 +107,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path:
     """
-    The file `given`, or the configuration of the recipe's model if that is on disk, or, since a stage's start is only
-    there after the stage before, that of the family member that the recipe's folder is named after.
+    Find the configuration of the model that a recipe trains.
+
+    Args:
+        values: The keys of the recipe.
+        recipe: The recipe's file.
+        given: A configuration file that takes precedence.
+
+    Returns:
+        The file `given`; else the configuration of the recipe's model if that is on disk; else, since the start of a
+        stage only exists after the stage before, that of the family member that the recipe's folder is named after.
 
     Raises:
-        InputError: if there is none, or it is not a FUSION's.
+        InputError: If there is none, or if it is not a FUSION's.
     """
     model = Path(values["model"]).expanduser()
     family = recipe.resolve().parent
@@ -92,22 +127,22 @@ def find_config(values: dict[str, Any], recipe: Path, given: str | None) -> Path
     if given is not None:
         candidates = [Path(given)]
         if not candidates[0].is_file():
-            raise InputError(
-                f"--config is {given!r}, which is no file; give a config.json, as those in configs/models."
-            )
+            raise InputError(f"`--config` must be the config.json of a FUSION, got {given!r}, which does not exist.")
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
-        raise InputError(f"model {values['model']!r} is not on disk, so its size is not known; give --config FILE.")
+        raise InputError(
+            f"The model {values['model']!r} is not on disk, so its size is unknown; pass `--config FILE`."
+        )
     content = read_config(file)
     model_type = content.get("model_type")
     if model_type != MODEL_TYPE and not is_authors_type(content):
         shown = short_name(repr(model_type))
-        raise InputError(f"{file} is of a {shown} model; allowed: {MODEL_TYPE!r}.")
+        raise InputError(f"`model_type` in {file} must be {MODEL_TYPE!r}, got {shown}.")
     return file
 
 
 def count_records(data: str) -> int | None:
-    """Records of a mixture by its files' names (`-558k` is 558,000); None if a name does not tell, or it is none."""
+    """Count the records of a mixture by the names of its files (`-558k` is 558,000); None if a name has no number."""
     from fusion_hf.data.mixture import SUFFIXES, read_entries
 
     if Path(data).suffix not in SUFFIXES:
@@ -137,7 +172,7 @@ def _seconds(plan: "TrainingPlan", tflops: float | None) -> float | None:
 
 
 def table(plan: "TrainingPlan", tflops: float | None) -> str:
-    """Return a plan for people."""
+    """Format a plan as text."""
     lines = [f"{'weights':24}{'all':>12}{'trained':>12}"]
     for part, count in plan.weights.by_part.items():
         lines.append(f"  {part:22}{_millions(count):>12}{_millions(plan.weights.trained[part]):>12}")
@@ -170,7 +205,7 @@ def _work_lines(plan: "TrainingPlan", tflops: float | None) -> list[str]:
     record = f"a record of {plan.record_tokens} tokens: {flops.training / TFLOP:.1f} TFLOPs forward and backward"
     lines = [f"{record}, {flops.recomputed / TFLOP:.1f} more with checkpointing"]
     if plan.work is None:
-        return [*lines, "the number of records is not known: give --records for steps, tokens and FLOPs"]
+        return [*lines, "The number of records is unknown. Pass --records to see steps, tokens and FLOPs."]
     work = plan.work
     lines += [
         f"  {'records':22}{work.records:>18,}",

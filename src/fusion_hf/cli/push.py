@@ -1,33 +1,51 @@
-"""`fusion-hf push`: a checked model folder to the Hub."""
+"""`fusion-hf push`: check a model folder and publish it on the Hub."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from fusion_hf.cli.model_options import silence_hub
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, JSON_HELP, silence_hub
 from fusion_hf.cli.terminal import printable
+from fusion_hf.common.outputs import json_bytes
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `push`."""
+    """Add `push` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "push",
-        help="check a model folder and publish it on the Hub",
-        description="Check that a model folder is complete, safe and answers without this package; then upload it in "
-        "one commit. Of a training run's folder, the model is sent, and not its checkpoints, log and recipe.",
+        help="Publish a model folder on the Hub.",
+        description="Check that a model folder is complete, that it holds nothing unsafe and that the model answers "
+        "without this package. Then upload it in one commit. From the folder of a training run, only the model is "
+        "uploaded, not the checkpoints, the log and the recipe.",
+        examples=(
+            "fusion-hf push --model my-model --repo-id OWNER/NAME --dry-run",
+            "fusion-hf push --model my-model --repo-id OWNER/NAME --private --tag v1.0",
+        ),
     )
     parser.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="a model folder, or that of a finished run"
+        "--model", required=True, type=Path, metavar="DIR", help="A model folder, or the folder of a finished run."
     )
-    parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="the repository on the Hub")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
-    parser.add_argument("--tag", metavar="VERSION", help="of this version of the model; default: none")
-    parser.add_argument("--dry-run", action="store_true", help="check and list what would be sent; send nothing")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument(
+        "--repo-id",
+        required=True,
+        metavar="OWNER/NAME",
+        help="The repository on the Hub. It is created if it does not exist.",
+    )
+    parser.add_argument("--private", action="store_true", help="Make the repository private if it is created.")
+    parser.add_argument(
+        "--tag", metavar="VERSION", help="A tag for the uploaded version, such as v1.0 (default: none)."
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Check the folder and list the files that would be uploaded; upload nothing.",
+    )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and publish; returns the exit status."""
+    """Check and publish the folder, and return the exit status."""
     from fusion_hf.hub import publishing
 
     if not arguments.debug:
@@ -43,10 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         publishing.check_remote(arguments.repo_id, arguments.private, tag)
     if not publishing.names_licence(arguments.model):
-        advice = "say it there, so that others know what they may do with the model"
-        sys.stderr.write(printable(f"WARNING: {arguments.model / publishing.CARD} names no licence: {advice}.\n"))
+        advice = "Add `license` to it, so that others know how they may use the model"
+        sys.stderr.write(printable(f"WARNING: {arguments.model / publishing.CARD} names no licence. {advice}.\n"))
     publishing.check_alone(arguments.model)  # last, for it takes half a minute
     as_version = "" if tag is None else f" as {tag}"
+    report = {
+        "repo_id": arguments.repo_id,
+        "tag": tag,
+        "files": [{"name": file.name, "size": file.size} for file in files],
+        "size": sum(file.size for file in files),
+    }
+    if arguments.dry_run and arguments.json:
+        sys.stdout.write(json_bytes({**report, "url": None}, indent=2).decode())
+        return 0
     if arguments.dry_run:
         width = len(f"{sum(file.size for file in files):,}")
         for file in files:
@@ -59,5 +86,5 @@ def run(arguments: argparse.Namespace) -> int:
     message = f"Upload {arguments.model.resolve().name}{version}"
     names = [file.name for file in files]
     url = publishing.upload(arguments.model, names, arguments.repo_id, arguments.private, message, tag)
-    sys.stdout.write(f"{url}\n")
+    sys.stdout.write(json_bytes({**report, "url": url}, indent=2).decode() if arguments.json else f"{url}\n")
     return 0

@@ -1,4 +1,4 @@
-"""`fusion-hf synthesize`: training data from captions, a language model and a text-to-image model."""
+"""`fusion-hf synthesize`: synthesize training data from captions with a language and a text-to-image model."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fusion_hf.cli.argument_types import config_file
+from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
 from fusion_hf.common.outputs import check_place
@@ -22,26 +23,52 @@ BACKENDS = ("models", "procedural")
 
 
 def add_parser(commands: Any) -> None:
-    """Tell the command line about `synthesize`."""
+    """Add `synthesize` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
         "synthesize",
-        help="make training data from captions",
-        description="Make training data as a config says: descriptions and questions by a language model, images by "
-        "a text-to-image model, or all of it drawn without any model. A run that was stopped goes on with the same "
-        "command. Exit status: 0 done (or, with Slurm, submitted), 1 a task failed, 2 wrong input.",
+        help="Synthesize training data from captions.",
+        description="Synthesize training data as a configuration describes: a language model writes descriptions and "
+        "questions and a text-to-image model makes the images, or both are drawn without any model. If a run was "
+        "interrupted, the same command resumes it. Requires the extra `synth`. The exit status is 0 if the run is "
+        "finished (or, with Slurm, submitted), 1 if a task failed and 2 for wrong input.",
+        examples=(
+            "fusion-hf synthesize config.yaml --dry-run",
+            "fusion-hf synthesize config.yaml records=100 writer.model=NAME",
+            "fusion-hf synthesize OUTPUT_DIR --status",
+        ),
     )
     parser.add_argument(
-        "config", type=config_file, metavar="CONFIG.yaml", help="one of configs/synthesis, or your own"
+        "config",
+        type=config_file,
+        metavar="CONFIG.yaml",
+        help="The configuration: your own, or one of configs/synthesis in the package. With --status, you can "
+        "also give the output folder of the run.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as records=100 or writer.model=NAME")
-    parser.add_argument("--backend", choices=BACKENDS, help="instead of the config's")
-    parser.add_argument("--dry-run", action="store_true", help="only say what the run will cost and how long it takes")
-    parser.add_argument("--status", action="store_true", help="only say how far the run is")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from, and datatrove's log")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Keys of the configuration with other values, such as records=100 or writer.model=NAME.",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="Use language and text-to-image models (models) or draw everything (procedural) (default: the backend in "
+        "the configuration).",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Estimate the cost and the duration of the run; run nothing."
+    )
+    parser.add_argument("--status", action="store_true", help="Show the progress of the run; run nothing.")
+    parser.add_argument(
+        DEBUG,
+        action="store_true",
+        help="Show the traceback of an error, the messages of libraries and the log of datatrove.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Synthesize, or tell about it; returns the exit status."""
+    """Synthesize data, or show the cost or the progress of a run, and return the exit status."""
     if not arguments.debug:
         # read when loguru is imported; processes of other tasks have them too
         os.environ.update(LOGURU_LEVEL="CRITICAL", LOGURU_DIAGNOSE="NO")
@@ -50,9 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
     from fusion_hf.synthesis.run_config import load_config
 
     overrides = [*arguments.overrides, *([f"backend={arguments.backend}"] if arguments.backend else [])]
+    if arguments.status and Path(arguments.config).is_dir():
+        return _tell_status(Path(arguments.config))
     config = load_config(Path(arguments.config), overrides)
     if arguments.status:
-        return _tell_status(config)
+        return _tell_status(config.output)
     lines = make_estimate(config).lines()
     if arguments.dry_run:
         sys.stdout.write("\n".join(lines) + "\n")
@@ -71,32 +100,32 @@ def _synthesize(config: "SynthesisConfig", quiet: bool) -> int:
         with _Watch(RunFolders(config.output).progress):
             finished = run(config, quiet)
     except TaskFailed as error:
-        sys.stderr.write(f"error: {one_line(error)}; what is done is kept: give the same command again.\n")
+        sys.stderr.write(f"error: {one_line(error)}; finished tasks are kept, so run the same command to resume.\n")
         return FAILED
     if finished:
-        return _tell_status(config)
-    sys.stdout.write(f"Submitted to {config.output}. Give the same command with --status to see its progress.\n")
+        return _tell_status(config.output)
+    sys.stdout.write(f"Submitted. To see the progress, run: fusion-hf synthesize {config.output} --status\n")
     return 0
 
 
-def _tell_status(config: "SynthesisConfig") -> int:
+def _tell_status(output: Path) -> int:
     from fusion_hf.synthesis.progress import read_progress
     from fusion_hf.synthesis.run_config import RunFolders
     from fusion_hf.synthesis.run_report import finished_report, table
 
-    folders = RunFolders(config.output)
+    folders = RunFolders(output)
     report = finished_report(folders.data)
     if report is None:
         for stage, counts in read_progress(folders.progress).items():
             sys.stdout.write(f"{progress_line(stage, counts)}\n")
-        sys.stdout.write(f"not finished: {config.output}\n")
+        sys.stdout.write(f"not finished: {output}\n")
         return 0
     sys.stdout.write(f"{printable(table(report))}\n{folders.data}\n")
     return 0
 
 
 def progress_line(stage: str, counts: "Counter[tuple[str, str]]") -> str:
-    """Return a stage's counts by category, those that were rejected so far behind a minus."""
+    """Format the counts of a stage by category, with the number of rejected records behind a minus."""
     from fusion_hf.synthesis.progress import KEPT, REJECTED
 
     parts = []
@@ -107,7 +136,7 @@ def progress_line(stage: str, counts: "Counter[tuple[str, str]]") -> str:
 
 
 class _Watch:
-    """Says on the standard error how far a run is, as long as it runs."""
+    """Writes the progress of a run to the standard error while it runs."""
 
     def __init__(self, folder: Path):
         self.folder = folder

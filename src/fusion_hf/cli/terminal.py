@@ -1,4 +1,4 @@
-"""What the commands write to and read from, apart from answers; imports nothing heavy."""
+"""The streams of the commands, and checks of what they are given; imports nothing heavy."""
 
 import contextlib
 import io
@@ -21,14 +21,14 @@ STREAMS = (0, 1, 2)  # input, output, errors
 
 def guarded(command: Callable[[], int], debug: bool) -> int:
     """
-    Run a command: whatever goes wrong is one line on the standard error.
+    Run a command and write an error as one line to the standard error.
 
     Args:
-        command: returns the exit status.
-        debug: raise what went wrong instead.
+        command: The command, which returns the exit status.
+        debug: Raise errors instead.
 
     Returns:
-        the exit status.
+        The exit status.
     """
     try:
         prepare_streams()
@@ -64,11 +64,12 @@ class _Output(io.FileIO):
 
 def prepare_streams() -> None:
     """
-    Let no character stop a command: not a name that is no Unicode, not a terminal that lacks a letter. A stream that
-    is closed gets a stand-in, or the next file that is opened would take its number, and its text.
+    Make streams that accept every character: names that are no Unicode, and letters that a terminal lacks.
+
+    A closed stream gets a stand-in; otherwise the next file that is opened would get its number, and its text.
 
     Raises:
-        InputError: if the standard output is closed, or is a device that takes nothing.
+        InputError: If the standard output is closed, or is a device that takes nothing.
     """
     for number in STREAMS:
         try:
@@ -83,7 +84,7 @@ def prepare_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (it lasts as long as the process)
     if sys.stdout is None:
-        raise InputError("The standard output is closed; give a file, or /dev/null.")
+        raise InputError("The standard output is closed. Redirect it to a file or to /dev/null.")
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -116,12 +117,12 @@ def _flushed(command: Callable[[], int]) -> int:
 
 
 def _described(error: Exception) -> tuple[str, int]:
-    """What to say of an error that no command has foreseen, and the exit status."""
+    """Describe an error that no command has foreseen, and choose the exit status."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         name = "" if error.filename is None else f"{short_name(str(error.filename))}: "
         return f"{name}{error.strerror}.", USER_ERROR
     kind = type(error).__name__
-    return f"{kind}: {one_line(error)} (run it with --debug to see where this comes from)", FAILED
+    return f"{kind}: {one_line(error)} (run the command with --debug to see the traceback)", FAILED
 
 
 def _fail(message: str, status: int) -> int:
@@ -134,25 +135,25 @@ def _fail(message: str, status: int) -> int:
 
 
 def _abandon(stream: Any) -> None:
-    """Let nothing more be written to a stream: the interpreter would complain of it when it ends."""
+    """Send what is left in a stream to nowhere, because the interpreter would report it when it ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:
-    """Return the text without control characters: what a model writes must not command the terminal."""
+    """Remove control characters, because the text of a model must not control the terminal."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return what an error says, in one line and not at any length."""
+    """Format an error as one line of bounded length."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     longest = error.longest if isinstance(error, InputError) else InputError.longest
     return text if len(text) <= longest else f"{text[: longest - ADVICE]} ... {text[-ADVICE:]}"
 
 
 def wrote(folder: Path) -> str:
-    """Return a line that says what a command has made: a folder, its large files, how many others, and their sizes."""
+    """Describe the folder that a command wrote: its large files, the number of others, and their sizes in MB."""
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     total = sum(sizes.values())
     large = [name for name in sorted(sizes) if sizes[name] >= NAMED_SHARE * total]
@@ -163,10 +164,14 @@ def wrote(folder: Path) -> str:
 
 
 def check_image_exists(source: str) -> None:
-    """Cheap and early: loading the model first takes seconds.
+    """
+    Check that an image exists before the model is loaded, which takes seconds.
+
+    Args:
+        source: The name of a file, or an http(s) address.
 
     Raises:
-        InputError: if `source` is neither an address nor a file.
+        InputError: If `source` is neither an address nor a file.
     """
     if is_address(source):
         return
@@ -176,17 +181,22 @@ def check_image_exists(source: str) -> None:
     except OSError:  # a name longer than any file's
         is_file = is_folder = False
     if is_folder:
-        raise InputError(f"{short_name(source)} is a folder; give the images in it.")
+        raise InputError(f"{short_name(source)} is a folder. Pass the images in it.")
     if not is_file:
-        advice = "check its name, or put the question in quotation marks"
-        raise InputError(f"{short_name(source)!r} is no file; {advice}.")
+        advice = "Check its name, or put the question in quotation marks"
+        raise InputError(f"{short_name(source)!r} is no file. {advice}.")
 
 
 def check_question(question: str) -> None:
-    """Raise an `InputError` if there is no question, or if it is no text."""
+    """
+    Check a question.
+
+    Raises:
+        InputError: If it is empty, or if it is no text.
+    """
     if not question.strip():
-        raise InputError("The question is empty; ask something.")
+        raise InputError("The question is empty. Pass a question.")
     try:
         question.encode()
     except UnicodeEncodeError as error:  # how Python hands over bytes that are no UTF-8
-        raise InputError(f"The question is no UTF-8, from character {error.start + 1} on; write it anew.") from error
+        raise InputError(f"The question must be UTF-8 text, but its character {error.start + 1} is not.") from error

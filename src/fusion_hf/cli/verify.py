@@ -1,4 +1,4 @@
-"""`fusion-hf verify`: a converted folder beside the authors' own code."""
+"""`fusion-hf verify`: compare a converted folder with the authors' own code."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion_hf.cli.argument_types import device, positive, tolerance
-from fusion_hf.cli.model_options import DEBUG, make_options
+from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, make_options
 from fusion_hf.cli.terminal import FAILED, printable
 from fusion_hf.common.outputs import check_place
 from fusion_hf.common.user_values import DTYPE_NAMES
@@ -18,73 +18,93 @@ if TYPE_CHECKING:
     from fusion_hf.verification.certificate import Certificate
 
 DESCRIPTION = (
-    "Run a converted model folder and the authors' own code on the same images and questions, compare weights, ids, "
-    "pixels, features by layer, logits and 16 greedy tokens, and write parity.json into the folder, which `push` puts "
-    "into the model card. The code in --authors-code is executed, with your rights: give a checkout that you trust. "
-    "The exit status is 1 if anything differs."
+    "Run a converted model folder and the authors' own code on the same images and questions. Compare weights, token "
+    "ids, pixels, the features of each layer, logits and 16 greedy tokens. Write the result to parity.json in the "
+    "folder, which `push` adds to the model card. The code in --authors-code is executed with your rights, so give a "
+    "checkout that you trust. The exit status is 0 if everything is equal, 1 if something differs and 2 for wrong "
+    "input."
+)
+EXAMPLES = (
+    "fusion-hf verify --model fusion-3b --checkpoint starriver030515/FUSION-Phi3.5-3B --authors-code FUSION "
+    "--authors-python authors/bin/python",
 )
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Tell the command line about `verify`."""
+    """Add `verify` to the subparsers of `fusion-hf`."""
     parser = commands.add_parser(
-        "verify", help="compare a converted folder with the authors' code, layer by layer", description=DESCRIPTION
+        "verify",
+        help="Compare a converted model with the authors' code.",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
     )
     parser.add_argument(
-        "--model", dest="folder", required=True, metavar="DIR_OR_REPO", help="what `fusion-hf convert` wrote"
+        "--model",
+        dest="folder",
+        required=True,
+        metavar="DIR_OR_REPO",
+        help="The model folder that `fusion-hf convert` wrote.",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_REPO", help="what it was converted from")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR_OR_REPO", help="The checkpoint from which it was converted."
+    )
     parser.add_argument(
         "--authors-code",
         required=True,
         type=Path,
         metavar="DIR",
-        help="a checkout of the authors' repository; its code is executed because you name it here",
+        help="A checkout of the authors' repository. Its code is executed.",
     )
     parser.add_argument(
         "--authors-python",
         required=True,
         metavar="PYTHON",
-        help="the Python of an environment with their requirements (transformers 4.48)",
+        help="The Python of an environment with the authors' requirements (transformers 4.48).",
     )
     parser.add_argument(
         "--vision-config",
         metavar="FILE_DIR_OR_REPO",
-        help="as given to `convert`: the tower's sizes, if not those of its name",
+        help="The sizes of the vision tower, as given to `fusion-hf convert` (default: those of the tower that the "
+        "checkpoint names).",
     )
     parser.add_argument(
         "--input",
         type=Path,
         metavar="QUESTIONS.jsonl",
-        help="what is asked, as for `ask`: a question and an image in each line; default: four drawn images",
+        help="The questions, as for `fusion-hf ask`: a question and an image in each line (default: questions about "
+        "four drawn images).",
     )
     parser.add_argument(
-        "--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps or auto; default: %(default)s"
+        "--device",
+        type=device,
+        default="cpu",
+        help="Device to run on: cpu, cuda, cuda:1, mps or auto (default: %(default)s).",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPE_NAMES,
         default="float32",
-        help="what both compute in; default: %(default)s, in which differences are plainest",
+        help="Data type in which both compute (default: %(default)s, which shows differences best).",
     )
     parser.add_argument(
         "--tolerance",
         type=tolerance,
         metavar="X",
-        help="largest relative error of features and logits; default: 1e-5, of bfloat16 5e-2, of float16 1e-2",
+        help="Maximum relative error of features and logits (default: 1e-5 in float32, 5e-2 in bfloat16, 1e-2 in "
+        "float16).",
     )
     parser.add_argument(
         "--timeout",
         type=positive,
         default=3600,
         metavar="SECONDS",
-        help="how long the authors' code may take; default: %(default)s",
+        help="Maximum time of the authors' code in seconds (default: %(default)s).",
     )
-    parser.add_argument(DEBUG, action="store_true", help="show where an error comes from")
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare; returns the exit status."""
+    """Compare both, and return the exit status."""
     from fusion_hf.verification.questions import draw_questions, read_questions  # they import NumPy and Pillow
 
     environment = find_environment(arguments.authors_code, arguments.authors_python)
@@ -106,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def describe(certificate: "Certificate", folder: Path) -> list[str]:
-    """What was found out, a line for each stage, the verdict last."""
+    """Describe a certificate in a line for each stage, with the verdict last."""
     from fusion_hf.evaluation.stage_comparison import IDS
 
     content, weights = certificate.content, certificate.weights

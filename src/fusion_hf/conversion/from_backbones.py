@@ -63,6 +63,8 @@ def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
     plan = make_plan(config, [_read(vision, TOWER_TABLE), text_source], {}, vision.name, fresh=FRESH)
     dtype = plan.choose_dtype(options.dtype)
     set_dtype(config, dtype)
+    if options.dry_run or options.output is None:
+        return f"The backbones fit: {len(plan.recipes)} tensors in {DTYPE_CODES[dtype]}. Nothing was written."
 
     with new_folder(options.output) as folder:
         weights = make_weights(config, plan, dtype, options.seed)
@@ -70,7 +72,8 @@ def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
         write_weights(folder, shapes, dtype, lambda name: weights[name].contiguous())
         generation = make_generation_config(config, tokenizer, read_generation_config(text.path))
         num_parameters = sum(weight.numel() for weight in weights.values())
-        provenance = _provenance(options, text, vision, dtype, num_parameters, tokenizer is not None)
+        name = options.repo_id or options.output.name
+        provenance = _provenance(options, name, text, vision, dtype, num_parameters, tokenizer is not None)
         write_files(folder, config, make_processor(config, tokenizer), generation, write_card(config, provenance))
     pushed = repositories.push(options.output, options.repo_id, options.private, "Build an untrained FUSION")
     size = f"{num_parameters:,} parameters in {DTYPE_CODES[dtype]}"
@@ -109,6 +112,7 @@ def make_weights(config: FusionConfig, plan: WeightPlan, dtype: torch.dtype, see
 
 def _provenance(
     options: BuildOptions,
+    name: str,
     text: InputLocation,
     vision: InputLocation,
     dtype: torch.dtype,
@@ -116,8 +120,8 @@ def _provenance(
     has_tokenizer: bool,
 ) -> Provenance:
     return Provenance(
-        title=(options.repo_id or options.output.name).split("/")[-1],
-        model_id=options.repo_id or options.output.name,
+        title=name.split("/")[-1],
+        model_id=name,
         sources=(("language model", describe(text)), ("vision tower", describe(vision))),
         base_models=tuple(location.name for location in (text, vision) if "/" in location.name),
         dtype=dtype,

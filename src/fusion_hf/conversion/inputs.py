@@ -80,7 +80,7 @@ class BuildOptions:
 
     text: str
     vision: str
-    output: Path
+    output: Path | None
     tokenizer: str | None = None
     query_lens: tuple[int, ...] = (4, 16, 36, 64, 144)
     window_size: int = 3
@@ -91,6 +91,7 @@ class BuildOptions:
     dtype: str | None = None
     repo_id: str | None = None
     private: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ __all__ = ["RecordDataset", "SampleKey", "StreamedRecords", "load_records"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # what needs the extra `train`: the shapes of records do not
+    # these names need the extra `train`; the shapes of records do not
     from fusion_hf.data import dataset
 
     return getattr(dataset, name)

@@ -1,4 +1,4 @@
-"""What happens to broken records: the run ends, or each is left out, counted and written down."""
+"""Handle broken records: end the run, or skip each one, count it and write it to a file."""
 
 import json
 import os
@@ -17,20 +17,23 @@ from fusion_hf.data.record_parsing import ON_BROKEN, OnBroken, RecordProblem
 
 class BrokenRecords:
     """
-    The policy, and the count of skipped records over all processes that write to one file.
+    Apply the policy for broken records, and count the skipped ones over all processes that write to one file.
 
     Args:
-        on_broken: `error` raises for the first broken record; `skip` writes it down.
-        max_skipped: more different records than these end the run.
-        file: JSON lines `{"file", "index", "id", "reason"}`; default: a temporary file, removed with this object.
-            It is kept when a run is resumed: what was skipped before still counts.
+        on_broken: `error` raises an error at the first broken record, and `skip` writes it to `file`.
+        max_skipped: the maximum number of different skipped records. One more ends the run.
+        file: a file of JSON lines `{"file", "index", "id", "reason"}`. None uses a temporary file that is removed with
+            this object. The file is kept when a run resumes, and earlier skipped records still count.
+
+    Raises:
+        InputError: if `on_broken` or `max_skipped` has an invalid value.
     """
 
     def __init__(self, on_broken: OnBroken = "error", max_skipped: int = 100, file: str | Path | None = None):
         if on_broken not in ON_BROKEN:
-            raise InputError(f"on_broken: {on_broken!r}; allowed: {', '.join(ON_BROKEN)}.")
+            raise InputError(f"`on_broken` must be one of {', '.join(ON_BROKEN)}, got {on_broken!r}.")
         if max_skipped < 0:
-            raise InputError(f"max_skipped: {max_skipped}; allowed: whole numbers from 0.")
+            raise InputError(f"`max_skipped` must be an integer of at least 0, got {max_skipped}.")
         self.on_broken: OnBroken = on_broken
         self.max_skipped = max_skipped
         self.seen: set[tuple[str, int]] = set()
@@ -46,22 +49,26 @@ class BrokenRecords:
         return Path(name)
 
     def __len__(self) -> int:
-        """Different records skipped so far, by any process."""
+        """Return the number of different records that any process has skipped so far."""
         if self.on_broken == "skip":
             self._read()
         return len(self.seen)
 
     def handle(self, problems: Iterable[tuple[str, int, RecordProblem]]) -> None:
         """
-        Deal with broken records: file, index in it, problem.
+        Handle broken records.
+
+        Args:
+            problems: the file, the index in the file, and the problem of each record.
 
         Raises:
-            InputError: for the first one under `error`; under `skip`, once they are too many.
+            InputError: for the first record if `on_broken` is `error`, and once there are more than `max_skipped`
+                records otherwise.
         """
         if self.on_broken == "error":
             for file, index, problem in problems:
-                advice = "repair it, or set on_broken to skip"
-                raise InputError(f"{describe(file, index, problem)}; {advice}.") from problem
+                advice = "Repair it, or set `on_broken` to skip"
+                raise InputError(f"{describe(file, index, problem)}. {advice}.") from problem
             return
         try:
             with FileLock(self.lock_file()):
@@ -72,17 +79,19 @@ class BrokenRecords:
                     if (file, index) not in self.seen:
                         self._append(file, index, problem)
         except OSError as error:
-            raise InputError(f"skipped_file: {self.file} cannot be written ({error}).") from error
+            raise InputError(f"`skipped_file` {self.file} cannot be written ({error}).") from error
         if len(self.seen) > self.max_skipped:
-            advice = "repair the data, or allow more"
-            raise InputError(f"max_skipped: over {self.max_skipped} records are broken, see {self.file}; {advice}.")
+            advice = "Repair the data, or increase `max_skipped`"
+            raise InputError(
+                f"More than `max_skipped` = {self.max_skipped} records are broken, see {self.file}. {advice}."
+            )
 
     def lock_file(self) -> Path:
-        """Name the lock that a writer holds."""
+        """Return the path of the lock that a writer holds."""
         return self.file.with_name(f"{self.file.name}.lock")
 
     def _read(self) -> None:
-        """Whole lines that were added by this or another process."""
+        """Read complete lines that this or another process has added."""
         try:
             with self.file.open("rb") as stream:
                 stream.seek(self.read_bytes)
@@ -95,27 +104,34 @@ class BrokenRecords:
             try:
                 entry = json.loads(line)
                 self.seen.add((entry["file"], entry["index"]))
-            except (ValueError, KeyError, TypeError):  # half of a line, of a process that was killed
+            except (ValueError, KeyError, TypeError):  # an incomplete line of a process that was killed
                 continue
 
     def _append(self, file: str, index: int, problem: RecordProblem) -> None:
         entry = {"file": file, "index": index, "id": problem.identity, "reason": str(problem)}
         with self.file.open("ab") as stream:
-            is_torn = stream.tell() > self.read_bytes  # half a line is at the end
+            is_torn = stream.tell() > self.read_bytes  # the last line is incomplete
             stream.write((b"\n" if is_torn else b"") + encode_line(entry, ascii_only=True))
         self._read()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": set(), "read_bytes": 0}  # another process reads the file anew
+        return {**self.__dict__, "seen": set(), "read_bytes": 0}  # another process reads the file again
 
 
 def describe(file: str, index: int, problem: RecordProblem) -> str:
-    """Say which record it is and what is wrong with it."""
+    """
+    Describe a broken record and its problem.
+
+    Args:
+        file: the file of the record.
+        index: the index of the record in the file.
+        problem: what is wrong with it.
+    """
     identity = "" if problem.identity is None else f" (id {problem.identity!r})"
     return f"{file}, record {index}{identity}: {problem}"
 
 
 def _remove(file: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not a worker that was forked off
+    if os.getpid() == owner:  # a forked worker must not remove it
         file.unlink(missing_ok=True)
         file.with_name(f"{file.name}.lock").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is there of a data set and what is wrong with it, before a run finds out."""
+"""Check a data set and report what is wrong with it, before a run does."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,21 @@ from fusion_hf.data.record_parsing import OnTruncated, RecordProblem, parse_reco
 from fusion_hf.data.sources import RecordSource
 
 Images = Literal["sample", "decode", "exist", "none"]
-SAMPLE = 100  # images of an entry
+SAMPLE = 100  # number of images per entry
 
 
 @dataclass(frozen=True)
 class ImageChecks:
     """
-    What is done with the images of records.
+    What to check about the images of records.
 
     Attributes:
-        images: `decode` all; see that all are there and decode a `sample` of them; see that they `exist`; or `none`.
-            Images at addresses are fetched where they are decoded.
-        max_pixels, on_truncated, places: as in training, see [`open_record_image`].
+        images: `decode` decodes all images, `sample` decodes some and checks that all others exist, `exist` only
+            checks that they exist, and `none` checks nothing. Images at addresses are downloaded when they are
+            decoded.
+        max_pixels: the maximum number of pixels, see [`open_record_image`].
+        on_truncated: what to do with truncated images, see [`open_record_image`].
+        places: where else images may be, see [`open_record_image`].
     """
 
     images: Images
@@ -39,13 +42,20 @@ class ImageChecks:
 
 @dataclass
 class Problems:
-    """Broken records by kind of problem: how many, and the first of each."""
+    """Broken records by kind of problem: the number of them, and a description of the first one."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, file: str, index: int, problem: RecordProblem) -> None:
-        """Count one record."""
+        """
+        Count one broken record.
+
+        Args:
+            file: the file of the record.
+            index: the index of the record in the file.
+            problem: what is wrong with it.
+        """
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         self.first.setdefault(problem.kind, describe(file, index, problem))
 
@@ -53,14 +63,20 @@ class Problems:
 @dataclass
 class EntryReport:
     """
-    One entry of a mixture.
+    The result of checking one entry of a mixture.
 
     Attributes:
-        error: why nothing can be said of it: the file is missing or unreadable, or has too few records.
-        records: in its files; `taken` of them by the sampling strategy, broken ones included.
-        size: bytes of its files.
-        without_image: whole records that have none.
-        with_image: the others; `decoded` of their images were opened, broken ones included.
+        name: the name of the entry.
+        strategy: its sampling strategy.
+        error: why the entry cannot be used: a file is missing or unreadable, or has too few records.
+        files: the number of its files.
+        size: the bytes of its files.
+        records: the number of records in its files.
+        taken: the number of records that the sampling strategy selects, broken ones included.
+        without_image: the number of valid records without an image.
+        with_image: the number of valid records with an image.
+        decoded: the number of images that were decoded, broken ones included.
+        problems: the broken records.
     """
 
     name: str
@@ -77,16 +93,22 @@ class EntryReport:
 
     @property
     def fine(self) -> bool:
+        """Whether the entry can be used and has no broken records."""
         return self.error is None and not self.problems.counts
 
 
 def check_entry(entry: MixtureEntry, cache: Path, checks: ImageChecks, progress: bool = True) -> EntryReport:
     """
-    Look at every record of an entry, taken or not, and at its image: whether it is there, or can be decoded.
+    Check every record of an entry, selected or not, and its image.
 
     Args:
-        cache: of the indexes that are made on the way; training uses them too.
-        progress: show a bar on the standard error, if that is a terminal.
+        entry: the entry of the mixture.
+        cache: the folder for indexes. Training reuses them.
+        checks: what to check about images.
+        progress: whether to show a progress bar on the standard error if it is a terminal.
+
+    Returns:
+        The report.
     """
     report = EntryReport(entry.json_path, entry.sampling_strategy.text)
     try:
@@ -112,7 +134,7 @@ def check_entry(entry: MixtureEntry, cache: Path, checks: ImageChecks, progress:
 
 
 def _choose(lengths: list[np.ndarray], images: Images) -> list[np.ndarray]:
-    """Which records of each source have an image that is decoded; a sample is the same each time."""
+    """Choose the records of each source whose images are decoded. A sample is the same each time."""
     has_image = np.concatenate(lengths) > 0
     if images == "sample":
         places = np.flatnonzero(has_image)
@@ -139,7 +161,7 @@ def _check_images(
     for number, item in enumerate(items):
         try:
             record = parse_record(item.raw, number, source.image_key)
-        except RecordProblem:  # counted already, by the index
+        except RecordProblem:  # already counted by the index
             continue
         try:
             if record.image is None:

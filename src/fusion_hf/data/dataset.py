@@ -1,4 +1,4 @@
-"""Data sets of records for a `DataLoader`: at any place, or as a stream."""
+"""Data sets of records for a `DataLoader`, with random access or as a stream."""
 
 import copy
 import operator
@@ -48,27 +48,30 @@ def load_records(
     private_image_hosts: Iterable[str] | None = None,
 ) -> "RecordDataset | StreamedRecords":
     """
-    Load the records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder or a Hub data set.
+    Load the records of a mixture (.yaml), a JSON, JSONL, Parquet, CSV or tar file, a folder, or a data set on the
+    Hub.
 
     Args:
         source: a file, a folder, or the name of a data set on the Hub.
-        root: that relative paths and images are under; default: the folder of `source`.
-        on_broken, max_skipped, skipped_file: what happens to broken records, see [`BrokenRecords`].
-        cache: folder of the indexes; default: [`default_cache`].
-        streaming: begin at once and never go back.
-        seed: of `random:N` in a mixture.
-        max_image_pixels: an image with more is broken.
-        exif_transpose: turn images upright by their EXIF orientation, as the image processor of that setting does.
-        on_truncated: `error`: an image that ends too early is broken; `load`: what there is of it is taken.
-        image_roots: further folders in which images may be, by absolute paths or by links.
-        image_hosts: hosts from which images at http(s) addresses are fetched, as `NAME` or `NAME:PORT`.
+        root: the folder that relative paths and images are in. Defaults to the folder of `source`.
+        on_broken: `error` raises an error at a broken record, and `skip` leaves it out, see [`BrokenRecords`].
+        max_skipped: the maximum number of skipped records.
+        skipped_file: the JSONL file for skipped records. Defaults to a temporary file.
+        cache: the folder for indexes. Defaults to [`default_cache`].
+        streaming: whether to read the records in their order, without an index.
+        seed: the seed for `random:N` in a mixture.
+        max_image_pixels: the maximum number of pixels of an image. A record with a larger one is broken.
+        exif_transpose: whether to rotate images by their EXIF orientation, as the image processor does.
+        on_truncated: `error` treats truncated image files as broken, and `load` uses what can be decoded.
+        image_roots: further folders that absolute paths and symbolic links of images may point to.
+        image_hosts: the hosts that images may be downloaded from by http or https, as `NAME` or `NAME:PORT`.
         private_image_hosts: the same for hosts of a private network or of this machine.
 
     Returns:
-        [`RecordDataset`], or [`StreamedRecords`] if `streaming`: records `{"id", "image", "messages"}`.
+        A [`RecordDataset`], or [`StreamedRecords`] if `streaming`. Each record is `{"id", "image", "messages"}`.
 
     Raises:
-        InputError: for a missing or unreadable file, and for a broken record under `error`.
+        InputError: if a file is missing or unreadable, or a record is broken and `on_broken` is `error`.
 
     Example:
 
@@ -96,7 +99,7 @@ def load_records(
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Makes what a data set gives from a stored record; see [`load_records`] for the settings."""
+    """Convert stored records to the items of a data set. See [`load_records`] for the settings."""
 
     broken: BrokenRecords
     max_image_pixels: int
@@ -106,14 +109,22 @@ class RecordReader:
 
     def __post_init__(self) -> None:
         if self.on_truncated not in ON_TRUNCATED:
-            raise InputError(f"on_truncated: {self.on_truncated!r}; allowed: {', '.join(ON_TRUNCATED)}.")
+            raise InputError(f"`on_truncated` must be one of {', '.join(ON_TRUNCATED)}, got {self.on_truncated!r}.")
 
     def __call__(self, stream: RecordStream, index: int, raw: Raw) -> dict[str, Any]:
         """
-        `{"id", "image", "messages"}`, or `{"id", "skipped"}` (the reason) for a broken record under `skip`.
+        Convert one record.
+
+        Args:
+            stream: the stream or source of the record.
+            index: the index of the record in it.
+            raw: the stored record.
+
+        Returns:
+            `{"id", "image", "messages"}`, or `{"id", "skipped"}` with the reason if the record is broken and skipped.
 
         Raises:
-            InputError: for a broken record under `error`, or for one too many under `skip`.
+            InputError: if the record is broken and `on_broken` is `error`, or there are too many broken records.
         """
         identity = None
         try:
@@ -130,7 +141,14 @@ class RecordReader:
 
 @dataclass(frozen=True)
 class MixturePart:
-    """Records of one source: a range of them, or sorted numbers."""
+    """
+    Records of one source.
+
+    Attributes:
+        source: the source.
+        index: its index.
+        rows: the selected records, as a range or sorted numbers.
+    """
 
     source: RecordSource
     index: Index
@@ -139,10 +157,15 @@ class MixturePart:
 
 def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[MixturePart]:
     """
-    Read what the entries of a mixture take from their files, in order; broken records are still among it.
+    Select the records of a mixture's entries, in order. Broken records are still included.
+
+    Args:
+        entries: the entries.
+        cache: the folder for indexes.
+        seed: the seed for `random:N`.
 
     Raises:
-        InputError: for a file that cannot be read, or has fewer records than are to be taken.
+        InputError: if a file cannot be read or has fewer records than an entry asks for.
     """
     parts = []
     for number, entry in enumerate(entries):
@@ -158,7 +181,7 @@ def read_parts(entries: Iterable[MixtureEntry], cache: Path, seed: int) -> list[
 
 
 def _inside(rows: Rows, begin: int, end: int) -> Rows:
-    """Those rows of a list of files that lie in one, counted from its begin."""
+    """Return the rows of a list of files that lie in one of them, counted from its first record."""
     if isinstance(rows, range):
         return range(max(rows.start, begin) - begin, max(min(rows.stop, end) - begin, 0))
     first, last = np.searchsorted(rows, (begin, end))
@@ -167,11 +190,19 @@ def _inside(rows: Rows, begin: int, end: int) -> Rows:
 
 class RecordDataset(Dataset):
     """
-    Records at any place. A key is an index or a [`SampleKey`]; items are as [`RecordReader`]'s, and have the
-    `query_len` of their key.
+    A map-style data set of records.
 
-    Records that are broken without a look at their image are found here: under `skip` they are no items of the data
-    set. Those with a broken image are found when they are read.
+    A key is an index or a [`SampleKey`]. Items are those of [`RecordReader`], with the `query_len` of their key.
+
+    Records that are broken apart from their image are found when the data set is made, and are left out if `on_broken`
+    is `skip`. Broken images are found when they are read.
+
+    Args:
+        parts: the selected records of each source.
+        reader: converts stored records to items.
+
+    Raises:
+        InputError: if a record is broken and `on_broken` is `error`, or no record is left.
     """
 
     def __init__(self, parts: list[MixturePart], reader: RecordReader):
@@ -179,7 +210,7 @@ class RecordDataset(Dataset):
         self.parts = [self._without_broken(part) for part in parts]
         self.ends = np.cumsum([len(part.rows) for part in self.parts])
         if len(self) == 0:
-            raise InputError("data: no record is left; all are broken.")
+            raise InputError("`data` must contain at least one valid record, but all records are broken.")
 
     def _without_broken(self, part: MixturePart) -> MixturePart:
         if part.index.num_broken == 0:
@@ -199,18 +230,18 @@ class RecordDataset(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Words of every record, int32; negative for one without an image."""
+        """Words of each record, int32 `(len,)`, negative for records without an image."""
         return np.concatenate([part.index.lengths(part.rows) for part in self.parts])
 
     @property
     def turns(self) -> np.ndarray:
-        """Questions of every record, int32."""
+        """Number of questions of each record, int32 `(len,)`."""
         indexes = [open_index(part.source, part.index.file.parent, needs_turns=True) for part in self.parts]
         return np.concatenate([index.turns(part.rows) for index, part in zip(indexes, self.parts, strict=True)])
 
     @property
     def num_skipped(self) -> int:
-        """Different records skipped so far, by any process."""
+        """Number of different records that any process has skipped so far."""
         return len(self.reader.broken)
 
     def __getitem__(self, key: "int | SampleKey") -> dict[str, Any]:
@@ -218,7 +249,7 @@ class RecordDataset(Dataset):
             return {**self[key.index], "query_len": key.query_len}
         index = operator.index(key)
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+            raise IndexError(f"The index must be less than {len(self)}, got {index}.")
         number = int(np.searchsorted(self.ends, index, side="right"))
         part = self.parts[number]
         begin = int(self.ends[number]) - len(part.rows)
@@ -229,17 +260,19 @@ class RecordDataset(Dataset):
 
 class StreamedRecords(IterableDataset):
     """
-    Records in the order of their files, one epoch after another, without an index.
+    An iterable data set of records in the order of their files, epoch after epoch, without an index.
 
-    Micro-batch k of rank r is records [(k * world_size + r) * batch_size, ... + batch_size) of the endless stream, and
-    the workers of a `DataLoader` of that batch size take micro-batches in turn: each record goes to one of them, and
-    the order does not depend on their number. A broken record keeps its place under `skip`: it is an item with
+    Micro-batch k of rank r holds the records [(k * world_size + r) * batch_size, ... + batch_size) of the endless
+    stream. The workers of a `DataLoader` with this batch size take micro-batches in turn, so that each record goes to
+    one worker and the order does not depend on the number of workers. A skipped record keeps its place as an item with
     `skipped`, so that ranks need not read the records of others.
 
     Attributes:
-        rank, world_size, batch_size: of the part that this is; see `split`.
-        epochs: passes; None: without end.
-        start: micro-batches of this rank that are passed over, for resuming.
+        rank: the rank that these records are for; see `split`.
+        world_size: the number of ranks.
+        batch_size: the number of records per micro-batch.
+        epochs: the number of passes. None repeats without end.
+        start: the number of micro-batches of this rank to leave out when resuming.
     """
 
     rank, world_size, batch_size = 0, 1, 1
@@ -248,16 +281,29 @@ class StreamedRecords(IterableDataset):
 
     def __init__(self, entries: Iterable[MixtureEntry], reader: RecordReader):
         self.reader = reader
-        self.streams: list[tuple[RecordStream, int | None]] = []  # and how many of its records
+        self.streams: list[tuple[RecordStream, int | None]] = []  # each stream with the number of records to take
         for entry in entries:
             self.streams += _streams(entry)
 
     def split(
         self, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, epochs: int | None = None, start: int = 0
     ) -> "StreamedRecords":
-        """Return the same records for a rank of many, from a micro-batch on."""
+        """
+        Return the part of the stream for one rank.
+
+        Args:
+            rank: the number of the rank.
+            world_size: the number of ranks.
+            batch_size: the number of records per micro-batch.
+            epochs: the number of passes. None repeats without end.
+            start: the number of micro-batches of this rank to leave out.
+        """
         if not 0 <= rank < world_size or batch_size < 1 or start < 0:
-            raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, start {start}")
+            raise ValueError(
+                "`rank` must be from 0 to less than `world_size`, `batch_size` at least 1 and `start` at least 0, "
+                "got "
+                f"rank {rank} of {world_size}, batch_size {batch_size} and start {start}."
+            )
         other = copy.copy(self)
         other.rank, other.world_size, other.batch_size = rank, world_size, batch_size
         other.epochs, other.start = epochs, start
@@ -265,7 +311,7 @@ class StreamedRecords(IterableDataset):
 
     @property
     def num_skipped(self) -> int:
-        """Different records skipped so far, by any process."""
+        """Number of different records that any process has skipped so far."""
         return len(self.reader.broken)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -286,17 +332,17 @@ class StreamedRecords(IterableDataset):
                     yield stream, index, item.raw
             if empty:
                 names = ", ".join(stream.name for stream, _ in self.streams)
-                raise InputError(f"data: no records in {names}.")
+                raise InputError(f"`data` must contain at least one record, got none in {names}.")
             epoch += 1
 
 
 def _streams(entry: MixtureEntry) -> list[tuple[RecordStream, int | None]]:
-    """What can be streamed: of files whose number of records is not known, all or the first ones."""
+    """Return the streams of an entry. Since the number of records is unknown, it may take all or the first ones."""
     streams = entry.locate().streams()
     strategy: Strategy = entry.sampling_strategy
     if strategy.amount is None:
         return [(stream, None) for stream in streams]
     if strategy.kind != "first" or not isinstance(strategy.amount, int) or len(streams) > 1:
-        allowed = "all, or first:N of one file"
-        raise InputError(f"{entry.name}: sampling_strategy {strategy.text!r}; allowed when streaming: {allowed}.")
+        allowed = "all or first:N of one file"
+        raise InputError(f"{entry.name}: `sampling_strategy` must be {allowed} when streaming, got {strategy.text!r}.")
     return [(streams[0], strategy.amount)]

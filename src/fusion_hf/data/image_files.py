@@ -1,4 +1,4 @@
-"""Opening the image of a record: from where its user allows, bounded before it is decoded, whole or not at all."""
+"""Open the image of a record safely: only from allowed places, and with limits that apply before decoding."""
 
 import asyncio
 import base64
@@ -22,8 +22,8 @@ from fusion_hf.model.image_limits_fusion import ImageError, OversizedImage
 from fusion_hf.model.image_opening_fusion import open_image
 
 PIL_SETTINGS = threading.RLock()
-MAX_IMAGE_BYTES = 2**28  # of an encoded image inside a file: it is read before its size in pixels is known
-MAX_FETCHED_BYTES = 10 * 2**20  # of an image at an address, as the server's default
+MAX_IMAGE_BYTES = 2**28  # limit of an encoded image inside a file, which is read before its size in pixels is known
+MAX_FETCHED_BYTES = 10 * 2**20  # limit of a downloaded image, equal to the server's default
 DATA_URI, BASE64 = "data:", ";base64"
 
 
@@ -36,21 +36,23 @@ def open_record_image(
     places: ImagePlaces = NO_PLACES,
 ) -> Image.Image:
     """
-    Decode the image as far as the image processor would: what it gives breaks nothing any more.
+    Decode the image of a record and apply the checks of the image processor, so that the result can be used without
+    further errors.
 
     Args:
-        image: a path, which is relative to `root`, a data URI or an http(s) address.
-        root: a resolved folder, which no path may leave, not by a link either, but for the folders of `places`.
-        max_pixels: more are refused before they are decoded.
-        exif_transpose: turn the image upright by its EXIF orientation.
-        on_truncated: `load` takes what there is of an image that ends too early, the rest is grey or black.
+        image: a path relative to `root`, a data URI, encoded bytes, bytes in a larger file, or an http(s) address.
+        root: a resolved folder. No path or symbolic link may lead out of it, except into the folders of `places`.
+        max_pixels: the maximum number of pixels. Larger images are rejected before they are decoded.
+        exif_transpose: whether to rotate the image by its EXIF orientation.
+        on_truncated: `load` uses what can be decoded of a truncated image and leaves the rest grey or black. `error`
+            rejects it.
         places: where else images may be.
 
     Returns:
         The image in mode RGB.
 
     Raises:
-        RecordProblem: if it is missing, where it may not be, too large, truncated or no image.
+        RecordProblem: if the image is missing, at a place that is not allowed, too large, truncated or invalid.
     """
     source = find_record_image(image, root, places)
     if isinstance(source, FileSpan):
@@ -68,7 +70,13 @@ def open_record_image(
 
 @contextmanager
 def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
-    """Let PIL open as many pixels, and as little of a file, as is allowed: it has one setting for a whole process."""
+    """
+    Apply the limits to PIL while the context is active. PIL has one setting for the whole process.
+
+    Args:
+        max_pixels: the maximum number of pixels of an image.
+        on_truncated: whether truncated images are loaded.
+    """
     with PIL_SETTINGS:
         before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
         if before[0] is not None:
@@ -82,12 +90,18 @@ def limits_of_pil(max_pixels: int, on_truncated: OnTruncated) -> Iterator[None]:
 
 def find_record_image(image: ImageReference, root: Path, places: ImagePlaces = NO_PLACES) -> Path | ImageReference:
     """
-    Find what an image is read from: the resolved path of an existing file, or the bytes of a data URI.
+    Find the source of a record's image. Nothing is downloaded yet.
 
-    What else is no path is returned unchanged. Nothing is fetched yet.
+    Args:
+        image: the reference in the record.
+        root: the folder of relative paths.
+        places: where else images may be.
+
+    Returns:
+        The resolved path of an existing file, or the bytes of a data URI. Other references are returned unchanged.
 
     Raises:
-        RecordProblem: if there is no such file, or it is where it may not be.
+        RecordProblem: if the file does not exist or is at a place that is not allowed.
     """
     if not isinstance(image, str):
         return image
@@ -98,7 +112,7 @@ def find_record_image(image: ImageReference, root: Path, places: ImagePlaces = N
     try:
         check_url(image, places.hosts)
     except ImageRefused as error:
-        raise RecordProblem("remote image", f"{error}; allowed: hosts that `image_hosts` names") from error
+        raise RecordProblem("remote image", f"{error}; the host must be listed in `image_hosts`") from error
     return image
 
 
@@ -106,28 +120,28 @@ def _record_image_path(name: str, root: Path, folders: tuple[Path, ...]) -> Path
     try:
         path = (root / name).resolve()
         if not any(path.is_relative_to(folder) for folder in (root, *folders)):
-            allowed = "paths under it, or under a folder that `image_roots` names"
-            raise RecordProblem("path escape", f"{short_name(name)!r} is not under {root}; allowed: {allowed}")
+            allowed = "or under a folder of `image_roots`"
+            raise RecordProblem("path escape", f"the path must lie under {root} {allowed}, got {short_name(name)!r}")
         is_file = stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError, RuntimeError) as error:  # of too long names, null characters and circular links
+    except (OSError, ValueError, RuntimeError) as error:  # names that are too long, null characters and circular links
         raise RecordProblem("missing image", f"there is no {short_name(name)!r} under {root}") from error
     if not is_file:
-        raise RecordProblem("missing image", f"{short_name(name)!r} under {root} is no file")
+        raise RecordProblem("missing image", f"{short_name(name)!r} under {root} is not a file")
     return path
 
 
 def _decode_data_uri(uri: str) -> bytes:
     head, _, content = uri.partition(",")
     if not head.lower().endswith(BASE64):
-        raise RecordProblem("broken image", f"{short_name(uri)!r} is no data URI in base64")
+        raise RecordProblem("broken image", f"{short_name(uri)!r} is not a data URI in base64")
     try:
         return base64.b64decode("".join(content.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RecordProblem("broken image", f"{short_name(uri)!r} is no base64 ({error})") from error
+        raise RecordProblem("broken image", f"{short_name(uri)!r} is not valid base64 ({error})") from error
 
 
 def _fetch(url: str, hosts: HostPolicy) -> bytes:
-    """What is at an address; in a thread of its own, since a notebook's has an event loop already."""
+    """Download an image in a separate thread, since notebooks already run an event loop in this one."""
     require(("httpcore",), "An image at an address", "train")
     from fusion_hf.common.image_fetching import fetch
 
@@ -140,7 +154,7 @@ def _fetch(url: str, hosts: HostPolicy) -> bytes:
 
 def _read(span: FileSpan) -> bytes:
     if span.size > MAX_IMAGE_BYTES:
-        raise RecordProblem("oversized image", f"it has {span.size} bytes; allowed: {MAX_IMAGE_BYTES}")
+        raise RecordProblem("oversized image", f"the image must have at most {MAX_IMAGE_BYTES} bytes, got {span.size}")
     with span.file.open("rb", buffering=0) as stream:
         stream.seek(span.offset)
         return stream.read(span.size)

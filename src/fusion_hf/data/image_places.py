@@ -1,4 +1,6 @@
-"""Where the images of records may be, beside the root of these. Imports nothing heavy: recipes are checked by it."""
+"""Where the images of records may be, apart from their root. This module imports nothing heavy, since recipe checks
+use it.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,11 +13,11 @@ from fusion_hf.common.image_hosts import HostPolicy
 @dataclass(frozen=True)
 class ImagePlaces:
     """
-    Where images may be beside the root of their records.
+    Where images may be, apart from the root of their records.
 
     Attributes:
-        folders: resolved; absolute paths may lead there, and links below the root.
-        hosts: of images at http(s) addresses.
+        folders: resolved folders that absolute paths and symbolic links may point to.
+        hosts: the hosts that images may be downloaded from.
     """
 
     folders: tuple[Path, ...] = ()
@@ -26,15 +28,20 @@ class ImagePlaces:
         cls, folders: Iterable[str | Path] | None, hosts: Iterable[str] | None, private_hosts: Iterable[str] | None
     ) -> "ImagePlaces":
         """
-        Places as a user names them; None stands for none.
+        Make the places from the names that a user gives.
+
+        Args:
+            folders: the folders. None means no folder.
+            hosts: the hosts. None means no host.
+            private_hosts: the hosts of a private network or of this machine. None means no host.
 
         Raises:
-            InputError: for a folder that is none, and what is no host.
+            InputError: if a folder does not exist, or a host is invalid.
         """
         resolved = []
         for folder in map(Path, folders or ()):
             if not folder.expanduser().is_dir():
-                raise InputError(f"image_roots: {folder} is no folder; name one that images are under.")
+                raise InputError(f"`image_roots` must contain folders, got {folder}, which is not a folder.")
             resolved.append(folder.expanduser().resolve())
         return cls(tuple(resolved), HostPolicy.parse(hosts or (), private_hosts or ()))
 

@@ -1,9 +1,9 @@
 """
-What is known about the records of a source without reading it again: where each lies, how long it is, what is wrong.
+Index the records of a source: the position, the length and the problem of each record.
 
-An index is an Arrow file that is memory-mapped, so that the processes of a machine share it. It is named by what the
-source is named by (path, size, time of change), written under another name and then moved: there is a whole one or
-none. Who comes second waits for the first.
+An index is a memory-mapped Arrow file that the processes of a machine share. Its name is derived from the path, size
+and modification time of the source. It is written under another name and then renamed, so that an incomplete index
+never exists. A second process that needs the same index waits for the first one.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from fusion_hf.common.outputs import atomic_file, cache_folder
 from fusion_hf.data.record_parsing import RecordProblem, parse_record
 from fusion_hf.data.sources import RecordSource
 
-READING, READING_VERSION = b"reading", b"2"  # in an index: which layouts were known when it was made
-FORMAT_VERSION = 1  # of the index: older files are left alone, and a new one is written
+READING, READING_VERSION = b"reading", b"2"  # key in an index for the layouts that were known when it was made
+FORMAT_VERSION = 1  # older indexes are ignored, and new ones are written
 TURNS = "turns"
 ROWS_PER_BATCH = 65_536
 SUFFIX = ".arrow"
@@ -29,8 +29,10 @@ SUFFIX = ".arrow"
 
 class Index:
     """
-    Rows of a source: `place` (numbers for the source's `read`), `length` and `turns` (0 if broken), and a problem or
-    None. Earlier versions wrote no `turns`.
+    The rows of a source.
+
+    A row has a `place` (numbers for the source's `read`), a `length`, the number of `turns` (0 if the record is
+    broken), and a problem or None. Earlier versions wrote no `turns`.
 
     Args:
         file: an Arrow file that `open_index` wrote.
@@ -49,57 +51,91 @@ class Index:
         return Index, (self.file,)
 
     def place(self, index: int) -> tuple[int, ...]:
-        """Tell where the record `index` lies."""
+        """
+        Return the numbers by which the source finds a record.
+
+        Args:
+            index: the index of the record.
+        """
         chunk, row = divmod(index, ROWS_PER_BATCH)
         return tuple(column.chunk(chunk)[row].as_py() for column in self.places)
 
     def lengths(self, rows: "range | np.ndarray") -> np.ndarray:
-        """Return the lengths of some records, int32."""
+        """
+        Return the lengths of some records.
+
+        Args:
+            rows: the indices of the records.
+
+        Returns:
+            An int32 array `(len(rows),)`.
+        """
         lengths = self.table.column("length").to_numpy()
         return lengths[rows.start : rows.stop] if isinstance(rows, range) else lengths[rows]
 
     def turns(self, rows: "range | np.ndarray") -> np.ndarray:
-        """Questions of some records, int32."""
+        """
+        Return the numbers of questions of some records.
+
+        Args:
+            rows: the indices of the records.
+
+        Returns:
+            An int32 array `(len(rows),)`.
+        """
         turns = self.table.column(TURNS).to_numpy()
         return turns[rows.start : rows.stop] if isinstance(rows, range) else turns[rows]
 
     @property
     def num_broken(self) -> int:
+        """Number of broken records."""
         return len(self) - self.table.column("problem").null_count
 
     def is_outdated(self, needs_turns: bool) -> bool:
-        """Whether an earlier version made it, and called broken what is read now, or did not count turns."""
+        """
+        Return whether an earlier version made this index that rejected layouts known now, or did not count turns.
+
+        Args:
+            needs_turns: whether turns are needed.
+        """
         is_former = (self.table.schema.metadata or {}).get(READING) != READING_VERSION
         return (is_former and self.num_broken > 0) or (needs_turns and TURNS not in self.table.column_names)
 
     def broken(self) -> np.ndarray:
-        """List the records that are broken, in increasing order."""
+        """Return the indices of broken records in increasing order."""
         chunks = self.table.column("problem").chunks
         found = [np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False)) for chunk in chunks]
         starts = [number * ROWS_PER_BATCH for number in range(len(chunks))]
         return np.concatenate([start + rows for start, rows in zip(starts, found, strict=True)])
 
     def problem(self, index: int) -> RecordProblem:
-        """Say what is wrong with a broken record."""
+        """
+        Return the problem of a broken record.
+
+        Args:
+            index: the index of the record.
+        """
         chunk, row = divmod(index, ROWS_PER_BATCH)
         values = [self.table.column(name).chunk(chunk)[row].as_py() for name in ("problem", "detail", "id")]
         return RecordProblem(*values)
 
 
 def default_cache() -> Path:
-    """Return the folder in which indices are kept unless another one is named."""
+    """Return the folder for indexes that is used if you name none."""
     return cache_folder() / "data"
 
 
 def open_index(source: RecordSource, cache: Path, needs_turns: bool = False) -> Index:
     """
-    Open the index of a source: what lies in `cache`, else a new one.
+    Open the index of a source, and make it if it does not exist.
 
     Args:
-        needs_turns: of an earlier version that has none, a new one is made, too.
+        source: the source.
+        cache: the folder for indexes.
+        needs_turns: whether to replace an index of an earlier version that has no turns.
 
     Raises:
-        InputError: if the source cannot be read or has no records, or nothing can be written to `cache`.
+        InputError: if the source cannot be read or has no records, or `cache` is not writable.
     """
     file = cache / f"{source.fingerprint(FORMAT_VERSION)}{SUFFIX}"
     if (index := _existing(file)) is not None and not index.is_outdated(needs_turns):
@@ -107,19 +143,19 @@ def open_index(source: RecordSource, cache: Path, needs_turns: bool = False) -> 
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            index = _existing(file)  # which another process may have written while this one waited
+            index = _existing(file)  # another process may have written it in the meantime
             if index is not None and not index.is_outdated(needs_turns):
                 return index
             _write(source, file)
     except OSError as error:
-        raise InputError(f"data_cache: {cache} cannot be written ({error}); name a folder that can.") from error
+        raise InputError(f"`data_cache` must be a writable folder, got {cache} ({error}).") from error
     return Index(file)
 
 
 def _existing(file: Path) -> Index | None:
     try:
         return Index(file)
-    except (OSError, pa.ArrowInvalid):  # none, or a damaged one: it is written anew, or the error is told there
+    except (OSError, pa.ArrowInvalid):  # missing or damaged: it is written again, and errors are reported there
         return None
 
 
@@ -128,7 +164,7 @@ def _write(source: RecordSource, file: Path) -> None:
         batches = _batches(source)
         first = next(batches, None)
         if first is None:
-            raise InputError(f"data: {source.name} has no records; give a file that has.")
+            raise InputError(f"`data` must contain at least one record, got none in {source.name}.")
         with pa.ipc.new_file(stream, first.schema) as writer:
             writer.write_batch(first)
             for batch in batches:

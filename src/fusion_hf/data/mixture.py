@@ -1,4 +1,4 @@
-"""Which records of which files: the authors' mixture files, `datasets: [{json_path, sampling_strategy}]` in YAML."""
+"""Read mixture files in the format of the authors: YAML with `datasets: [{json_path, sampling_strategy}]`."""
 
 import re
 from dataclasses import dataclass
@@ -15,15 +15,22 @@ from fusion_hf.data.data_locations import DataLocation, existing_folder, exists,
 
 SUFFIXES = (".yaml", ".yml")
 MAX_MIXTURE_BYTES = 2**24
-ALLOWED = "all, first:N, end:N, random:N with a whole number N from 1 or a share up to 100%"
+ALLOWED = "all, first:N, end:N or random:N, where N is an integer of at least 1 or a share up to 100%"
 STRATEGY = re.compile(r"(?P<kind>first|end|random):(?P<amount>\d{1,12}|\d{1,3}(\.\d{1,6})?%)", re.ASCII)
 
-Rows: TypeAlias = "range | np.ndarray"  # without a step, or in increasing order
+Rows: TypeAlias = "range | np.ndarray"  # a range without a step, or indices in increasing order
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How many records of a file are taken, and from where; `amount` None is all, a fraction is a share."""
+    """
+    How many records of a file are taken, and from where.
+
+    Attributes:
+        text: the strategy as it was written.
+        kind: `first`, `end` or `random`.
+        amount: the number of records. A fraction is a share of all records, and None takes all.
+    """
 
     text: str = "all"
     kind: str = "first"
@@ -32,10 +39,13 @@ class Strategy:
     @classmethod
     def from_yaml(cls, text: Any) -> "Strategy":
         """
-        Make one of its text.
+        Parse a strategy.
+
+        Args:
+            text: the text, such as `first:100` or `random:10%`.
 
         Raises:
-            ValueError: with what is allowed.
+            ValueError: if the text is invalid. The message lists what is allowed.
         """
         if text == "all":
             return cls()
@@ -49,20 +59,34 @@ class Strategy:
 
     def count(self, total: int, where: str) -> int:
         """
-        Count how many of `total` records are taken; a share is rounded up.
+        Return how many of `total` records are taken. Shares are rounded up.
+
+        Args:
+            total: the number of records of the file.
+            where: the name of the entry, for errors.
 
         Raises:
-            InputError: if there are not as many.
+            InputError: if there are fewer records than requested.
         """
         if self.amount is None:
             return total
         count = ceil(self.amount * total) if isinstance(self.amount, Fraction) else self.amount
         if count > total:
-            raise InputError(f"{where}: sampling_strategy {self.text!r}, but there are {total} records; take fewer.")
+            raise InputError(
+                f"{where}: `sampling_strategy` must take at most {total} records, all that there are, got "
+                f"{self.text!r}."
+            )
         return count
 
     def rows(self, total: int, seed: tuple[int, ...], where: str) -> Rows:
-        """Choose the records that are taken, in the order of the file."""
+        """
+        Choose the records to take, in the order of the file.
+
+        Args:
+            total: the number of records of the file.
+            seed: the seed for `random`.
+            where: the name of the entry, for errors.
+        """
         count = self.count(total, where)
         if self.kind == "first" or count == total:
             return range(count)
@@ -78,9 +102,11 @@ class MixtureEntry:
     One file, folder or Hub data set of a mixture.
 
     Attributes:
-        json_path, sampling_strategy, image_root: the keys of an entry in a mixture file.
-        folder: that paths are relative to.
-        name: where the entry stands, for errors.
+        json_path: the path or the Hub id.
+        folder: the folder that relative paths refer to.
+        sampling_strategy: which records to take.
+        image_root: the folder of the images.
+        name: the name of the entry, for errors.
     """
 
     json_path: str
@@ -91,8 +117,10 @@ class MixtureEntry:
 
     def locate(self) -> DataLocation:
         """
+        Find the files of this entry.
+
         Raises:
-            InputError: if it does not exist.
+            InputError: if they do not exist.
         """
         image_root = None if self.image_root is None else self.folder / self.image_root
         try:
@@ -103,13 +131,15 @@ class MixtureEntry:
 
 def read_entries(source: str | Path, root: str | Path | None = None, key: str = "data") -> list[MixtureEntry]:
     """
+    Read the entries of a mixture.
+
     Args:
-        source: a mixture file (.yaml), or what can stand in one.
-        root: that relative paths and images are under; default: the folder of the mixture or data file.
-        key: of the recipe that names the source, for errors.
+        source: a mixture file (.yaml), or a single file, folder or Hub id.
+        root: the folder that relative paths and images are in. Defaults to the folder of the mixture or data file.
+        key: the recipe key of the source, for errors.
 
     Raises:
-        InputError: naming the file, the entry and what is wrong with it.
+        InputError: if the mixture is invalid. The message names the file and the entry.
     """
     path = Path(source).expanduser()
     data_root = None if root is None else existing_folder(Path(root).expanduser())
@@ -124,7 +154,7 @@ def read_entries(source: str | Path, root: str | Path | None = None, key: str = 
 def _mixture(content: Any, path: Path, root: Path, key: str) -> list[MixtureEntry]:
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"datasets"}:
-        raise InputError(f"{key}: {path} must hold `datasets: [...]` with at least one entry, and nothing else.")
+        raise InputError(f"{key}: {path} must contain `datasets: [...]` with at least one entry, and nothing else.")
     names = [f"{path}, entry {number}" for number in range(1, len(entries) + 1)]
     return [
         make_dataclass(MixtureEntry, values, name, folder=root, name=name)

@@ -1,4 +1,4 @@
-"""Layouts of records beside LLaVA's and chat messages, and what has to be renamed in one that is not read."""
+"""Record layouts besides LLaVA's and chat messages, and the renames that would make an unknown layout readable."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,28 +6,34 @@ from typing import Any
 from fusion_hf.common.errors import short_name
 
 TURN_KEYS = ("conversations", "messages")
-PAIRS_KEY = "texts"  # of FineVision and the Cauldron: `{"user", "assistant"}` for each question
-PROMPT, COMPLETION = "prompt", "completion"  # of TRL: texts, or lists of messages
+PAIRS_KEY = "texts"  # FineVision and the Cauldron: `{"user", "assistant"}` for each question
+PROMPT, COMPLETION = "prompt", "completion"  # TRL: texts or lists of messages
 LAYOUT_KEYS = (PAIRS_KEY, PROMPT, COMPLETION)
-# what lists of objects with these keys are called here
+# the field names of lists whose objects have these keys
 NAMES_OF_LISTS = {
     ("from", "value"): "conversations",
     ("role", "content"): "messages",
     ("user", "assistant"): PAIRS_KEY,
 }
-# fields in which other data sets have a question and its answer
+# field names of questions and answers in other data sets
 QUESTIONS = (PROMPT, "question", "query", "instruction", "problem", "input")
 ANSWERS = (COMPLETION, "answer", "response", "output", "solution", "target", "caption", "text", "label")
-# fields in which other data sets have the image
+# field names of images in other data sets
 IMAGES = ("img", "image_path", "image_file", "image_url", "img_path", "image_paths", "image_urls", "picture", "photo")
-FILES = ("file_name", "filename", "file", "path", "url")  # which may be something else than an image
+FILES = ("file_name", "filename", "file", "path", "url")  # these may also name files that are not images
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def with_known_turns(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    A record with `conversations` or `messages`, made of `texts`, or of `prompt` and `completion`. Others are returned
-    themselves; parts of a wrong type stay in the messages, where they are found.
+    Convert `texts`, or `prompt` and `completion`, of a record to messages.
+
+    Args:
+        fields: the record.
+
+    Returns:
+        A record with `conversations` or `messages`, or the record itself if it has neither layout. Values of a wrong
+        type are kept, and reported later.
     """
     if any(fields.get(key) is not None for key in TURN_KEYS):
         return fields
@@ -52,20 +58,38 @@ def _side(value: Any, role: str) -> list[Any]:
 
 
 def has_turns(fields: Mapping[str, Any]) -> bool:
-    """Whether there is a conversation in some layout that is read."""
+    """
+    Return whether a record has a conversation in a known layout.
+
+    Args:
+        fields: the record.
+    """
     known = with_known_turns(fields)
     return any(known.get(key) is not None for key in TURN_KEYS)
 
 
 def describe_missing_turns(fields: Mapping[str, Any]) -> str:
-    """Say that a record has no conversation, and which rename would make one."""
+    """
+    Say that a record has no conversation, and which rename would give it one.
+
+    Args:
+        fields: the record.
+    """
     renames = ", ".join(f"rename {short_name(old)!r} to {new!r}" for old, new in turn_renames(fields).items())
-    advice = renames if renames else f"it has {_listed(fields)}"
-    return f"it has neither conversations nor messages, texts, or prompt and completion; {advice}"
+    advice = renames if renames else f"got {_listed(fields)}"
+    return f"the record must have conversations, messages, texts, or prompt and completion; {advice}"
 
 
 def turn_renames(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Which fields would be a conversation under which other names, judged by their values."""
+    """
+    Find fields that would be a conversation under another name, judged by their values.
+
+    Args:
+        fields: the record.
+
+    Returns:
+        The new names by old name.
+    """
     for key, value in fields.items():
         first = value[0] if isinstance(value, (list, tuple)) and value else None
         if key not in LAYOUT_KEYS and (known := name_of_list(first)) is not None:
@@ -76,18 +100,28 @@ def turn_renames(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def name_of_list(item: Any, present: str | None = None) -> str | None:
-    """What a list of such objects is called here; where several names fit, `present` if it is among them."""
+    """
+    Return the field name of a list with such objects.
+
+    Args:
+        item: an object of the list.
+        present: the current name, which is preferred if several names fit.
+    """
     fitting = [name for keys, name in NAMES_OF_LISTS.items() if isinstance(item, Mapping) and set(keys) <= set(item)]
     return present if present in fitting else next(iter(fitting), None)
 
 
 def image_rename(fields: Mapping[str, Any], image_key: str, is_certain: bool) -> str | None:
     """
-    Which rename would give an image to a record that has none.
+    Find a rename that would give an image to a record without one.
 
     Args:
-        image_key: the name that is read.
-        is_certain: the record says that it has an image, so that a field's name is enough.
+        fields: the record.
+        image_key: the field that is read.
+        is_certain: whether the record refers to an image, so that the name of a field is sufficient evidence.
+
+    Returns:
+        The advice, or None.
     """
     for key in (*IMAGES, *FILES):
         value = fields.get(key)

@@ -1,4 +1,4 @@
-"""Files of records: what is read from beginning to end, and read again at any place."""
+"""Files of records that are read from start to end once, and then at any position."""
 
 import codecs
 import hashlib
@@ -11,13 +11,20 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 from fusion_hf.common.errors import InputError
 from fusion_hf.data.record_parsing import IMAGE_KEY, Raw, RecordProblem
 
-MAX_RECORD_BYTES = 2**26  # memory stays bounded in a file that has no line ends, or is no JSON
+MAX_RECORD_BYTES = 2**26  # bounds the memory for files without line ends and files that are not JSON
 CHUNK_BYTES = 2**22
 WHITE_SPACE = " \t\r\n"
 
 
 class SourceItem(NamedTuple):
-    """A record as it is stored, numbers to find it again by, and how much of the source has been read with it."""
+    """
+    A stored record.
+
+    Attributes:
+        raw: its content.
+        place: the numbers by which the source finds it again.
+        done: how much of the source has been read after this record, for a progress bar.
+    """
 
     raw: Raw
     place: tuple[int, ...]
@@ -26,12 +33,12 @@ class SourceItem(NamedTuple):
 
 class RecordStream(ABC):
     """
-    Records in their order.
+    Records that can be read in order.
 
     Attributes:
-        name: for errors.
-        root: a resolved folder, of image paths.
-        image_key: the field of a record that holds its image.
+        name: the name of the stream, for errors.
+        root: the resolved folder of image paths.
+        image_key: the field that holds the image.
     """
 
     name: str
@@ -40,18 +47,19 @@ class RecordStream(ABC):
 
     @abstractmethod
     def scan(self) -> Iterator[SourceItem]:
-        """Give all records, in memory that does not grow with them."""
+        """Yield all records, with memory that does not grow with their number."""
 
 
 class RecordSource(RecordStream):
     """
-    Records that are found again.
+    Records with random access.
 
     Attributes:
-        kind: in names of indexes on disk, so it stays as it is.
-        place_names: of the numbers by which `read` finds a record.
-        total, unit: how much there is to read, for a progress bar.
-        size: bytes.
+        kind: a name that is part of the names of indexes on disk and must not change.
+        place_names: the names of the numbers by which `read` finds a record.
+        total: how much there is to read, for a progress bar.
+        unit: the unit of `total`.
+        size: the size in bytes.
     """
 
     kind: ClassVar[str]
@@ -62,22 +70,38 @@ class RecordSource(RecordStream):
 
     @abstractmethod
     def read(self, index: int, place: tuple[int, ...]) -> Raw:
-        """Read the record `index`, whose place `scan` gave."""
+        """
+        Read a record.
+
+        Args:
+            index: the index of the record.
+            place: its place, as `scan` gave it.
+        """
 
     @abstractmethod
     def state(self) -> str:
-        """Return a text that changes when the records do."""
+        """Return a text that changes whenever the records change."""
 
     def fingerprint(self, version: int) -> str:
-        """Name an index of the present records."""
+        """
+        Return the name of an index of the present records.
+
+        Args:
+            version: the format version of the index.
+        """
         parts = (str(version), self.kind, self.image_key, self.state())
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def file_state(path: Path) -> str:
     """
+    Return a text with the path, size and modification time of a file.
+
+    Args:
+        path: the file.
+
     Raises:
-        InputError: if there is no such file.
+        InputError: if the file does not exist.
     """
     try:
         status = path.stat()
@@ -87,7 +111,7 @@ def file_state(path: Path) -> str:
 
 
 class FileSource(RecordSource):
-    """A file in which a record is a span of bytes: nothing is copied into the cache but where it begins and ends."""
+    """A file in which each record is a span of bytes. The cache holds only the positions of the records."""
 
     place_names: tuple[str, ...] = ("offset", "size")
     unit = "B"
@@ -100,27 +124,29 @@ class FileSource(RecordSource):
         self.at_opening = file_state(self.path)
         self.total = self.size = self.path.stat().st_size
         if self.size == 0:
-            raise InputError(f"data: {path} is empty.")
+            raise InputError(f"data: {path} must not be empty.")
 
     def state(self) -> str:
         return self.at_opening
 
     def read(self, index: int, place: tuple[int, ...]) -> Raw:
         """
+        Read a record.
+
         Raises:
-            InputError: if the file is no longer as it was when it was opened.
+            InputError: if the file has changed since it was opened.
         """
         offset, size = place[:2]
         if file_state(self.path) != self.at_opening:
-            raise InputError(f"data: {self.name} was changed while it was in use; start anew.")
-        # not through a memory map: its pages would count as this process's, up to the size of the file
+            raise InputError(f"data: {self.name} was changed while it was in use. Start again.")
+        # a memory map would count towards this process's memory, up to the size of the file
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(offset)
             return stream.read(size)
 
 
 class JsonLines(FileSource):
-    """A record per line; empty lines are none."""
+    """A file with one JSON object per line. Empty lines are skipped."""
 
     kind: ClassVar[str] = "JsonLines"
 
@@ -129,8 +155,8 @@ class JsonLines(FileSource):
         with self.path.open("rb") as stream:
             while line := stream.readline(MAX_RECORD_BYTES + 1):
                 if len(line) > MAX_RECORD_BYTES:
-                    limit = f"a line of over {MAX_RECORD_BYTES} bytes"
-                    raise InputError(f"data: {self.name} has {limit} at byte {offset}; is it no JSON Lines?")
+                    limit = f"a line of more than {MAX_RECORD_BYTES} bytes"
+                    raise InputError(f"data: {self.name} has {limit} at byte {offset}. Is it a JSON Lines file?")
                 end = offset + len(line)
                 if offset == 0 and line.startswith(codecs.BOM_UTF8):
                     line, offset = line[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
@@ -141,10 +167,10 @@ class JsonLines(FileSource):
 
 class JsonArray(FileSource):
     """
-    One JSON array of records, also of many gigabytes.
+    A file with one JSON array of records, possibly of many gigabytes.
 
-    The standard library's decoder on a moving window is used and not ijson, which reads 200 MB in 0.8 s instead of
-    2.2 s (of 9 s that their index takes), but does not tell where a record begins: all would have to be copied.
+    The decoder of the standard library is applied to a moving window. ijson reads 200 MB in 0.8 s instead of 2.2 s (of
+    9 s for their index), but it does not report the position of records, so all of them would have to be copied.
     """
 
     kind: ClassVar[str] = "JsonArray"
@@ -155,29 +181,32 @@ class JsonArray(FileSource):
             window.skip_white_space()
             if window.character() != "[":
                 begin = repr(window.character())
-                advice = "a JSON array; a file with a record per line needs the suffix .jsonl"
-                raise InputError(f"data: {self.name} begins with {begin}; allowed: {advice}.")
+                advice = "a JSON array (files with one record per line need the suffix .jsonl)"
+                raise InputError(f"data: {self.name} must contain {advice}, got a file that begins with {begin}.")
             window.move(1)
             window.skip_white_space()
             while window.character() != "]":
                 value, offset, size = window.value()
                 is_record = isinstance(value, dict)
-                problem = RecordProblem("shape", f"it is {type(value).__name__}; allowed: a JSON object")
+                problem = RecordProblem("shape", f"the record must be a JSON object, got {type(value).__name__}")
                 yield SourceItem(value if is_record else problem, (offset, size), offset + size)
                 window.skip_white_space()
                 if window.character() == ",":
                     window.move(1)
                     window.skip_white_space()
                 elif window.character() != "]":
-                    raise window.error("no comma and no end after a record")
+                    raise window.error("expected a comma or the end of the array after a record")
             window.move(1)
             window.skip_white_space()
             if window.character():
-                raise window.error("more text after the array")
+                raise window.error("unexpected text after the array")
 
 
 class _Window:
-    """The part of a UTF-8 file that is being decoded; `start` is a position in `text`, `offset` the same in bytes."""
+    """
+    The part of a UTF-8 file that is being decoded. `start` is a position in `text`, and `offset` the same in
+    bytes.
+    """
 
     def __init__(self, stream: BinaryIO, name: str):
         self.stream = stream
@@ -190,10 +219,10 @@ class _Window:
             self.start, self.offset = 1, len(codecs.BOM_UTF8)
 
     def error(self, detail: str) -> InputError:
-        return InputError(f"data: {self.name} is no JSON: {detail}, at byte {self.offset}.")
+        return InputError(f"data: {self.name} is not valid JSON: {detail}, at byte {self.offset}.")
 
     def extend(self) -> None:
-        """Drop what was read and append more: as much as is there, so that a long record is not scanned often."""
+        """Drop what was read and append as much again, so that long records are not scanned often."""
         self.text = self.text[self.start :]
         self.start = 0
         content = self.stream.read(max(CHUNK_BYTES, len(self.text)))
@@ -202,16 +231,16 @@ class _Window:
             self.text += self.decode(content, final=self.ended)
         except UnicodeDecodeError as error:
             position = self.stream.tell() - len(content)
-            raise InputError(f"data: {self.name} is no UTF-8 ({error.reason} near byte {position}).") from error
+            raise InputError(f"data: {self.name} is not valid UTF-8 ({error.reason} near byte {position}).") from error
 
     def character(self) -> str:
-        """The next one; empty at the end."""
+        """Return the next character, or an empty text at the end."""
         while self.start >= len(self.text) and not self.ended:
             self.extend()
         return self.text[self.start : self.start + 1]
 
     def move(self, count: int) -> None:
-        """Forward by ASCII characters."""
+        """Move forward by a number of ASCII characters."""
         self.start += count
         self.offset += count
 
@@ -220,16 +249,16 @@ class _Window:
             self.move(1)
 
     def value(self) -> tuple[Any, int, int]:
-        """The JSON value that begins here, and its offset and size in bytes."""
+        """Read the JSON value at this position, and return it with its offset and size in bytes."""
         while True:
             try:
                 value, end = self.scan_value(self.text, self.start)
             except (ValueError, RecursionError) as error:
                 if self.ended or len(self.text) - self.start > MAX_RECORD_BYTES:
-                    raise self.error(f"no value ({error})") from error
+                    raise self.error(f"expected a value ({error})") from error
                 self.extend()
                 continue
-            if end == len(self.text) and not self.ended:  # a number may go on
+            if end == len(self.text) and not self.ended:  # a number may continue
                 self.extend()
                 continue
             written = self.text[self.start : end]

@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset layout: `NAME.json` or `NAME.txt` and, beside it, `NAME.jpg` (or .png, ...)."""
+"""Tar shards in the WebDataset layout: `NAME.json` or `NAME.txt` next to `NAME.jpg` (or .png, ...)."""
 
 import tarfile
 from collections.abc import Iterator
@@ -12,16 +12,24 @@ from fusion_hf.data.record_parsing import FileSpan, Raw, RecordProblem, parse_js
 from fusion_hf.data.sources import MAX_RECORD_BYTES, FileSource, SourceItem
 
 RECORD_SUFFIX, CAPTION_SUFFIX = "json", "txt"
-CAPTION_QUESTION = "Describe the image."  # of a caption, which answers it
-MAX_HEADER_BYTES = 2**20  # of a long name, or of pax fields: tarfile reads them whole
+CAPTION_QUESTION = "Describe the image."  # the question that a caption answers
+MAX_HEADER_BYTES = 2**20  # limit of long names and pax fields, which tarfile reads into memory
 IMAGE_SUFFIXES = frozenset(("bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"))
 NO_PLACE = (0, 0, 0, 0)
-TYPE_BYTE = 156  # of a header
+TYPE_BYTE = 156  # position of the type in a header
 EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
 
 
 class TarMember(NamedTuple):
-    """A file in a tar. `name` is its path up to the first dot of its last part, which is the record's."""
+    """
+    A file in a tar archive.
+
+    Attributes:
+        name: its path up to the first dot of the last component, which is the name of the record.
+        suffix: the rest of the path, without the dot.
+        offset: the position of its content in bytes.
+        size: the size of its content in bytes.
+    """
 
     name: str
     suffix: str
@@ -30,29 +38,28 @@ class TarMember(NamedTuple):
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """A member whose extended header, if it has one, fits into memory."""
+    """A member whose extended header, if it has one, is limited in size."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "BoundedTarInfo":
         stream = archive.fileobj
-        assert stream is not None  # it is open
+        assert stream is not None  # the archive is open
         begin = stream.tell()
         header = stream.read(tarfile.BLOCKSIZE)
         stream.seek(begin)
         if len(header) == tarfile.BLOCKSIZE and header[TYPE_BYTE : TYPE_BYTE + 1] in EXTENDED:
             size = cls.frombuf(header, archive.encoding or "utf-8", archive.errors or "strict").size
             if size > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {size} bytes; allowed: {MAX_HEADER_BYTES}")
+                raise ValueError(f"a header must have at most {MAX_HEADER_BYTES} bytes, got {size}")
         return super().fromtarfile(archive)
 
 
 class TarRecords(FileSource):
     """
-    An uncompressed tar. Its images are read where they lie: nothing is unpacked or copied.
+    An uncompressed tar archive. Images are read in place, and nothing is unpacked or copied.
 
-    The image of a record is the one beside it; a path in the record itself is not followed. A record without turns, or
-    without a .json, is the caption beside it, as `CAPTION_QUESTION` and its answer. The `offset` of a caption is
-    negative.
+    The image of a record is the one next to it. A path in the record itself is ignored. If a record has no turns or no
+    .json file, the caption next to it answers `CAPTION_QUESTION`. The `offset` of a caption is negative.
     """
 
     kind: ClassVar[str] = "TarShard"
@@ -88,7 +95,7 @@ class TarRecords(FileSource):
     def _record(self, stream: BinaryIO, place: tuple[int, ...]) -> Raw:
         offset, size = place[:2]
         if size > MAX_RECORD_BYTES:
-            return RecordProblem("unreadable", f"it has {size} bytes; allowed: {MAX_RECORD_BYTES}")
+            return RecordProblem("unreadable", f"the record must have at most {MAX_RECORD_BYTES} bytes, got {size}")
         stream.seek(abs(offset))
         return self._with_image(stream.read(size), place)
 
@@ -102,36 +109,38 @@ class TarRecords(FileSource):
             return {**fields, "image": FileSpan(self.path, offset, size), "images": None}
         if fields.get("image") is not None or fields.get("images"):
             identity = None if fields.get("id") is None else str(fields["id"])
-            return RecordProblem("missing image", "the tar has no image beside it", identity)
+            return RecordProblem("missing image", "the archive has no image next to it", identity)
         return fields
 
     def _members(self) -> Iterator[TarMember]:
-        """Its files, in their order; an InputError for what is no tar, or not a whole one."""
+        """Yield the files of the archive in order. Raise an InputError if it is not a complete tar archive."""
         try:
             with tarfile.open(self.path, "r:", errors="surrogateescape", tarinfo=BoundedTarInfo) as tar:
                 while (info := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or the names of all stay in memory
+                    tar.members.clear()  # type: ignore[attr-defined]  # otherwise all names stay in memory
                     if info.isreg() and not info.issparse():
                         folder, slash, base = info.name.rpartition("/")
                         stem, _, suffix = base.partition(".")
                         yield TarMember(f"{folder}{slash}{stem}", suffix.lower(), info.offset_data, info.size)
                 end = tar.offset
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            raise InputError(f"data: {self.name} is no whole, uncompressed tar ({error}).") from error
-        with self.path.open("rb") as stream:  # tarfile takes any damaged header for the end
+            raise InputError(f"data: {self.name} is not a complete, uncompressed tar archive ({error}).") from error
+        with self.path.open("rb") as stream:  # tarfile treats any damaged header as the end
             stream.seek(end)
             block = stream.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-            raise InputError(f"data: {self.name} is no whole, uncompressed tar: it has no end at byte {end}.")
+            raise InputError(
+                f"data: {self.name} is not a complete, uncompressed tar archive: no end mark at byte {end}."
+            )
 
 
 def _count_problem(name: str, records: list[TarMember], images: list[TarMember]) -> RecordProblem | None:
     identity = name.encode("utf-8", "replace").decode()
     if len(records) != 1:
-        members = f".{RECORD_SUFFIX} or .{CAPTION_SUFFIX} members"
-        return RecordProblem("shape", f"{identity!r} has {len(records)} {members}; allowed: one", identity)
+        members = f".{RECORD_SUFFIX} or .{CAPTION_SUFFIX} file"
+        return RecordProblem("shape", f"{identity!r} must have one {members}, got {len(records)}", identity)
     if len(images) > 1:
-        return RecordProblem("several images", f"{identity!r} has {len(images)} images; allowed: one", identity)
+        return RecordProblem("several images", f"{identity!r} must have one image, got {len(images)}", identity)
     return None
 
 
@@ -141,10 +150,15 @@ def _caption_fields(raw: Raw) -> dict[str, Any]:
     try:
         caption = raw.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise RecordProblem("unreadable", f"it is no UTF-8 ({error.reason} at byte {error.start})") from error
+        raise RecordProblem("unreadable", f"not valid UTF-8 ({error.reason} at byte {error.start})") from error
     return {PROMPT: CAPTION_QUESTION, COMPLETION: caption}
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """List the tars of a folder, in the order of their names."""
+    """
+    List the tar archives of a folder, sorted by name.
+
+    Args:
+        folder: the folder.
+    """
     return sorted(path for path in folder.glob("*.tar") if path.is_file())

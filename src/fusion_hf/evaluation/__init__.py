@@ -1,1 +1,1 @@
-"""FUSION on published benchmarks, through lmms-eval: adapter, tasks, runs and their records."""
+"""Evaluate FUSION on published benchmarks with lmms-eval: model adapter, tasks, runs and their records."""

@@ -1,4 +1,4 @@
-"""Answers requests by a model, each question once, and failures by name."""
+"""Answer the requests of lmms-eval with a model, asking each question once, and record failures."""
 
 import sys
 from collections import Counter
@@ -19,7 +19,7 @@ from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
 
 @dataclass(frozen=True)
 class Failure:
-    """A request without an answer."""
+    """A request without an answer, and the reason."""
 
     task: str
     doc_id: int
@@ -30,7 +30,7 @@ class Failure:
 
 
 class Outcome(NamedTuple):
-    """What became of prompts: an answer to each, or why there is none."""
+    """The answers to some prompts, or the reason why there are none."""
 
     prompts: list[EvaluationPrompt]
     answers: list[Answer] | None
@@ -39,13 +39,13 @@ class Outcome(NamedTuple):
 
 class Model(Protocol):
     """
-    Who answers prompts: a model in this process, or a server.
+    What answers prompts: a model in this process or on a server.
 
     Attributes:
-        reader: makes its prompts.
-        batch_size: prompts that it answers together.
-        window: requests whose images are open at a time.
-        device: for lmms-eval, where to put what processes tell each other.
+        reader: makes the prompts.
+        batch_size: the number of prompts that are answered together.
+        window: the number of requests whose images are open at a time.
+        device: the device on which lmms-eval exchanges values between processes.
     """
 
     reader: RequestReader
@@ -54,25 +54,28 @@ class Model(Protocol):
     device: torch.device
 
     def describe(self) -> ModelRecord:
-        """Describe the model for a run's record."""
+        """Describe the model for the record of a run."""
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
-        Say what became of prompts, part by part, in any order.
+        Answer prompts, and yield the outcomes in any order.
+
+        Args:
+            prompts: the prompts.
 
         Raises:
-            EndpointUnavailable: if nothing further will be answered.
+            EndpointUnavailable: if no further prompt can be answered.
         """
 
 
 class RequestAnswerer:
     """
-    Answers requests by a model.
+    Answer requests with a model.
 
     Args:
-        model: who answers.
-        cache: keeps answers on disk; None: in memory, for as long as this lives.
-        progress: whether to show a bar, if there is a terminal.
+        model: the model.
+        cache: stores answers on disk. None keeps them in memory.
+        progress: whether to show a progress bar in a terminal.
     """
 
     def __init__(self, model: Model, cache: AnswerCache | None = None, progress: bool = True):
@@ -80,17 +83,25 @@ class RequestAnswerer:
         self.cache = cache
         self.progress = progress
         self.failures: list[Failure] = []
-        self.prompts: dict[tuple[str, int], list[AskedQuestion]] = {}  # by task and question
-        self.asked = 0  # prompts that the model has answered, or could not
-        self._is_over = False  # nothing further will be answered
+        self.prompts: dict[tuple[str, int], list[AskedQuestion]] = {}  # prompts by task and question
+        self.asked = 0  # number of prompts that the model has answered or failed to answer
+        self._is_over = False  # True if no further prompt can be answered
         self._memory: dict[str, Answer] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | None]:
-        """Answer requests in their order, None for those that failed, which `failures` then names."""
+        """
+        Answer requests in their order.
+
+        Args:
+            requests: the requests.
+
+        Returns:
+            The answers. None stands for a request that failed, which is then listed in `failures`.
+        """
         answers: list[Answer | None] = []
         numbered = _number_sampled(requests)
         self._is_over = False
-        terminal = sys.__stderr__  # whatever a caller silences
+        terminal = sys.__stderr__  # callers may redirect sys.stderr
         bar = tqdm(total=len(numbered), unit="question", file=terminal, disable=None if self.progress else True)
         with bar:
             for begin in range(0, len(numbered), self.model.window):
@@ -114,7 +125,10 @@ class RequestAnswerer:
         return answers
 
     def _ask(self, new: dict[str, EvaluationPrompt]) -> dict[str, str]:
-        """Ask prompts, given by key, and keep the answers; returns reasons for those that have none, by key."""
+        """
+        Ask prompts, given by key, and store the answers. Return the reasons for prompts without an answer, by
+        key.
+        """
         failed: dict[str, str] = {}
         try:
             for outcome in self.model.answer(list(new.values())):
@@ -123,10 +137,10 @@ class RequestAnswerer:
                     failed.update({prompt.key: outcome.reason for prompt in outcome.prompts})
                 else:
                     self._keep(outcome.prompts, outcome.answers)
-        except EndpointUnavailable as error:  # one failure says it; thousands that were not asked would hide it
+        except EndpointUnavailable as error:  # one failure is reported, not thousands of prompts that were not asked
             self._is_over = True
             first = next(key for key, prompt in new.items() if key not in failed and self._known(prompt) is None)
-            failed[first] = f"{error}; no further question was asked"
+            failed[first] = f"{error}. No further question was asked"
         return failed
 
     def _read(self, request: Request) -> EvaluationPrompt | None:
@@ -153,7 +167,7 @@ class RequestAnswerer:
 
 
 def _number_sampled(requests: Sequence[Request]) -> list[Request]:
-    """Repeated requests for sampled answers get different numbers, so that their answers may differ."""
+    """Number equal requests for sampled answers, so that their answers can differ."""
     counts: Counter[tuple[str, int]] = Counter()
     numbered = []
     for request in requests:

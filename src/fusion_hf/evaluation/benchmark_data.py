@@ -1,4 +1,4 @@
-"""Tasks of lmms-eval, pointed at their data, and what is wrong with data that lie in local folders."""
+"""Prepare lmms-eval's tasks for their data, and check data in local folders."""
 
 import importlib.util
 import os
@@ -36,10 +36,10 @@ from fusion_hf.evaluation.tasks.local_rows import is_image, is_list
 OWN_TASKS = Path(__file__).parent / "tasks"
 SUFFIX = ".parquet"
 FILE_NAME = re.compile(r"[\w.-]+")
-# `datasets` takes paths for patterns and for chains of file systems
+# `datasets` interprets paths as patterns and as chains of file systems
 UNSAFE = re.compile(r"[*?\[\]]|::")
 
-# whether an Arrow type is of a kind
+# tests whether an Arrow type is of a kind
 _OF_KIND: dict[str, Callable[[pa.DataType], bool]] = {
     TEXT: lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
     TEXTS: lambda kind: is_list(kind) and _OF_KIND[TEXT](kind.value_type),
@@ -53,7 +53,7 @@ _OF_KIND: dict[str, Callable[[pa.DataType], bool]] = {
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task that lmms-eval finds under its name, where `yaml` or a folder around it is its `include_path`."""
+    """A task that lmms-eval finds by name if `yaml`, or a folder around it, is its `include_path`."""
 
     benchmark: Benchmark
     task_name: str
@@ -62,7 +62,7 @@ class PreparedTask:
 
 @dataclass(frozen=True)
 class DataProblem:
-    """What keeps a benchmark's data from being used: which file and column it is in, where it is in one."""
+    """The reason why the data of a benchmark cannot be used, with the file and column that it concerns."""
 
     benchmark: str
     message: str
@@ -74,7 +74,7 @@ class DataProblem:
 
 
 class _Broken(Exception):
-    """Carries a `DataProblem` of a file."""
+    """Carry a message about a file until it becomes a `DataProblem`."""
 
     def __init__(self, message: str, file: Path | None = None):
         super().__init__(message)
@@ -83,29 +83,37 @@ class _Broken(Exception):
 
 def prepare_tasks(names: Sequence[str], prompts: str, data_root: Path | None, folder: Path) -> list[PreparedTask]:
     """
-    Write a task for each name into `folder`, which is `include_path` to lmms-eval's TaskManager.
+    Write the files of tasks into a folder, which becomes the `include_path` of lmms-eval's TaskManager.
 
     Args:
-        prompts: "authors" or "lmms-eval": whose prompt, where they are not the same.
-        data_root: holds a folder of Parquet files `SPLIT-*.parquet` for each benchmark; None for the Hub's data.
+        names: the names of benchmarks.
+        prompts: `authors` or `lmms-eval`, whose prompt is used where they differ.
+        data_root: a folder with a subfolder of Parquet files `SPLIT-*.parquet` for each benchmark. None uses the data
+            on the Hub.
+        folder: the folder to write to.
 
     Raises:
-        InputError: for an unknown name or prompt, where lmms-eval is not installed, or data are missing or unsafe.
+        InputError: if a name or `prompts` is unknown, lmms-eval is not installed, or data is missing or unsafe.
     """
     if prompts not in (AUTHORS, LMMS_EVAL):
-        raise InputError(f"prompts is {prompts!r}; allowed: {AUTHORS}, {LMMS_EVAL}.")
+        raise InputError(f"`prompts` must be {AUTHORS} or {LMMS_EVAL}, got {prompts!r}.")
     return [_prepare(find_benchmark(name), prompts, data_root, folder) for name in names]
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Silence lmms-eval and its tasks: what they print is neither an error nor a figure of a command."""
+    """Silence the output of lmms-eval and its tasks while the context is active."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
 
 def load_task(prepared: PreparedTask) -> Any:
-    """Load a task as lmms-eval knows it."""
+    """
+    Load a task as lmms-eval's object.
+
+    Args:
+        prepared: the task.
+    """
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     manager = TaskManager(include_path=str(prepared.yaml.parent), include_defaults=False, model_name="fusion")
@@ -129,17 +137,17 @@ def _prepare(benchmark: Benchmark, prompts: str, data_root: Path | None, folder:
 
 
 def _task_name(benchmark: Benchmark, prompts: str) -> str:
-    """Never a built-in task's: among equal names, lmms-eval takes its own."""
+    """Return a name that no built-in task has, since lmms-eval prefers its own among equal names."""
     if prompts == LMMS_EVAL:
         return f"lmms_{benchmark.name}"
-    # what is submitted has the prompts of a benchmark that is scored, and its name must not be taken for that one's
+    # a submitted benchmark shares prompts with a scored one, and their names must differ
     if benchmark.authors_task is None or benchmark.is_submitted:
         return f"fusion_{benchmark.name}"
     return benchmark.authors_task
 
 
 def _layers(benchmark: Benchmark, prompts: str) -> list[Path]:
-    """YAML files of which the first that has a key counts: the authors' prompt, other changes, lmms-eval's task."""
+    """Return the YAML files in order of precedence: the authors' prompt, other changes, and lmms-eval's task."""
     layers = [_change_file(benchmark)]
     if prompts == AUTHORS and benchmark.authors_task is not None:
         layers.insert(0, OWN_TASKS / "authors" / f"{benchmark.authors_task}.yaml")
@@ -152,57 +160,68 @@ def _change_file(benchmark: Benchmark) -> Path:
 
 
 def _changes(benchmark: Benchmark, key: str) -> bool:
-    """Whether our changes of lmms-eval's task set a key."""
+    """Return whether the changes of this package to lmms-eval's task set a key."""
     file = _change_file(benchmark)
     return file.exists() and any(line.startswith(f"{key}:") for line in file.read_text("utf-8").splitlines())
 
 
 def lmms_tasks() -> Path:
     """
-    lmms-eval's folder of tasks, found without importing it.
+    Find the task folder of lmms-eval without importing it.
 
     Raises:
         InputError: if lmms-eval is not installed.
     """
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or spec.origin is None:
-        raise InputError("Evaluation needs lmms-eval: pip install --no-deps lmms-eval==0.7.3")
+        raise InputError("Evaluation requires lmms-eval. Run `pip install --no-deps lmms-eval==0.7.3`.")
     return Path(spec.origin).parent / "tasks"
 
 
 def _local_data(benchmark: Benchmark, data_root: Path) -> dict[str, Any]:
-    """The keys that point a task at local files. Splits are named: `datasets` makes "validation" of a file `dev-*`."""
+    """
+    Return the keys that point a task at local files, with named splits, since `datasets` reads `dev-*` as
+    "validation".
+    """
     try:
         files = {split: [str(file) for file in _files(benchmark, split, data_root)] for split in benchmark.splits}
     except _Broken as error:
-        raise InputError(f"data_root: {benchmark.name}: {error}") from error
+        raise InputError(f"`data_root`, {benchmark.name}: {error}.") from error
     kwargs = {"data_files": files, "columns": list(benchmark.schema)}
     return {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": kwargs}
 
 
 def _files(benchmark: Benchmark, split: str, data_root: Path) -> list[Path]:
-    """A split's files in order; `_Broken` for none, an unsafe name, or a file that leads out of the data root."""
+    """
+    Return the files of a split in order. Raise `_Broken` for none, an unsafe name, or a file outside the data
+    root.
+    """
     root = data_root.resolve()
     folder = root / folder_of(benchmark)
     if UNSAFE.search(str(root)):
-        raise _Broken(f"the path {root} has one of * ? [ ] or ::, which stand for more than themselves")
+        raise _Broken(f"the path must not contain * ? [ ] or ::, which `datasets` interprets, got {root}")
     if not folder.is_dir():
-        raise _Broken(f"the folder {folder} is missing")
+        raise _Broken(f"the folder {folder} does not exist")
     files = sorted(folder.glob(f"{split}-*{SUFFIX}"))
     if not files:
-        raise _Broken(f"{folder} has no file {split}-*{SUFFIX}")
+        raise _Broken(f"{folder} must contain files {split}-*{SUFFIX}, got none")
     for file in files:
         if not FILE_NAME.fullmatch(file.name):
-            raise _Broken(f"{file.name!r} is no safe name; allowed: letters, digits, '.', '_' and '-'", file)
+            raise _Broken(f"file names may have letters, digits, '.', '_' and '-', got {file.name!r}", file)
         if not file.resolve().is_relative_to(root):
-            raise _Broken(f"{file} leads out of the data root", file)
+            raise _Broken(f"{file} points outside the data root", file)
         if not file.is_file():
-            raise _Broken(f"{file} is no file", file)
+            raise _Broken(f"{file} is not a file", file)
     return files
 
 
 def folder_of(benchmark: Benchmark) -> str:
-    """Name the folder in the data root; a variant has that of its benchmark."""
+    """
+    Return the name of a benchmark's folder in the data root. Variants share the folder of their benchmark.
+
+    Args:
+        benchmark: the benchmark.
+    """
     return next(
         own.name for own in BENCHMARKS.values() if own.dataset == benchmark.dataset and own.config == benchmark.config
     )
@@ -210,12 +229,17 @@ def folder_of(benchmark: Benchmark) -> str:
 
 def check_data(names: Sequence[str], data_root: Path | None) -> list[DataProblem]:
     """
-    Find what is missing or of another kind than a benchmark's `schema`, from the files' heads alone.
+    Find data that is missing or does not match the `schema` of its benchmark. Only the metadata of files is read.
 
-    Without a data root there is nothing to check: the Hub's data are read.
+    Args:
+        names: the names of benchmarks.
+        data_root: the folder of local data. None means the data on the Hub, which is not checked.
+
+    Returns:
+        The problems.
 
     Raises:
-        InputError: for an unknown name.
+        InputError: if a name is unknown.
     """
     benchmarks = [find_benchmark(name) for name in names]
     if data_root is None:
@@ -232,13 +256,13 @@ def _problems(benchmark: Benchmark, data_root: Path) -> Iterator[DataProblem]:
             yield DataProblem(benchmark.name, str(error), error.file)
             continue
         if not sum(head.num_rows for _, head in heads):
-            yield DataProblem(benchmark.name, f"{files[0]}: no rows", str(files[0]))
+            yield DataProblem(benchmark.name, f"{files[0]} has no rows", str(files[0]))
         for file, head in heads:
             yield from _mismatches(benchmark, file, head.schema.to_arrow_schema())
 
 
 def _head(file: Path) -> pyarrow.parquet.FileMetaData:
-    """What a file says of its columns; `_Broken` if it is no Parquet."""
+    """Read the metadata of a file. Raise `_Broken` if it is not a Parquet file."""
     try:
         return pyarrow.parquet.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
@@ -250,12 +274,18 @@ def _mismatches(benchmark: Benchmark, file: Path, schema: pa.Schema) -> Iterator
         if column not in schema.names:
             yield DataProblem(benchmark.name, f"{file}: column {column!r} is missing", str(file), column)
         elif not fits(schema.field(column).type, wanted):
-            message = f"{file}: column {column!r} is {schema.field(column).type}; allowed: {wanted}"
+            message = f"{file}: column {column!r} must be {wanted}, got {schema.field(column).type}"
             yield DataProblem(benchmark.name, message, str(file), column)
 
 
 def fits(found: pa.DataType, wanted: str) -> bool:
-    """Return whether an Arrow type is of a kind of `benchmarks`, as in "text|integer" or "image?"."""
+    """
+    Return whether an Arrow type is of a kind in a benchmark's schema.
+
+    Args:
+        found: the Arrow type.
+        wanted: the kind, as in "text|integer" or "image?".
+    """
     if wanted.endswith(OPTIONAL) and pa.types.is_null(found):
         return True
     return any(_OF_KIND[kind](found) for kind in wanted.removesuffix(OPTIONAL).split(EITHER))

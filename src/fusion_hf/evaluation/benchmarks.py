@@ -1,4 +1,4 @@
-"""The benchmarks of FUSION's published table, what lmms-eval calls them, and what their data hold."""
+"""The benchmarks of FUSION's published table, their names in lmms-eval, and the columns of their data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.yaml_config import make_dataclass, read_yaml_keys
 
 TABLE = Path(__file__).with_name("benchmarks.yaml")
-AUTHORS, LMMS_EVAL = "authors", "lmms-eval"  # whose prompts
-# Kinds of columns; one that ends with OPTIONAL may be empty, and EITHER is between two that are both allowed.
+AUTHORS, LMMS_EVAL = "authors", "lmms-eval"  # the choices of prompts
+# Kinds of columns. A kind that ends with OPTIONAL may be empty, and EITHER separates alternatives.
 TEXT, TEXTS, INTEGER, NUMBER, RECORD, IMAGE, IMAGES = "text", "texts", "integer", "number", "record", "image", "images"
 OPTIONAL, EITHER = "?", "|"
-PERCENT = 100.0  # of a share
+PERCENT = 100.0  # converts a share to percent
 
 API_TYPE, OPENAI, AZURE = "API_TYPE", "openai", "azure"
 JUDGE_VARIABLES: Mapping[str, tuple[str, ...]] = {
@@ -29,11 +29,14 @@ SERVERS = tuple(JUDGE_VARIABLES)
 @dataclass(frozen=True)
 class BenchmarkJudge:
     """
-    A language model that a benchmark's scoring asks.
+    A language model that the scoring of a benchmark asks.
 
-    `model` is what is asked where MODEL_VERSION is not set, or always if `fixed`. `takes_endpoint`: the benchmark's
-    scoring reads OPENAI_API_URL as the whole address, not as the base that `/chat/completions` is put behind.
-    `api_types` are the values of API_TYPE that it knows.
+    Attributes:
+        model: the model that is asked if MODEL_VERSION is not set, or always if `fixed`.
+        fixed: whether MODEL_VERSION is ignored.
+        takes_endpoint: whether the scoring reads OPENAI_API_URL as the full address instead of the base of
+            `/chat/completions`.
+        api_types: the values of API_TYPE that the scoring supports.
     """
 
     model: str
@@ -42,33 +45,48 @@ class BenchmarkJudge:
     api_types: tuple[str, ...] = SERVERS
 
     def asked(self, environment: Mapping[str, str]) -> str:
-        """Name the model that is asked in an environment."""
+        """
+        Return the name of the model that is asked.
+
+        Args:
+            environment: the environment variables.
+        """
         return self.model if self.fixed else environment.get("MODEL_VERSION", self.model)
 
     def lacks(self, environment: Mapping[str, str]) -> list[str]:
-        """Say what of the environment keeps the judge from being asked; empty if nothing does."""
+        """
+        List what prevents the judge from being asked.
+
+        Args:
+            environment: the environment variables.
+
+        Returns:
+            The reasons, empty if there are none.
+        """
         api_type = environment.get(API_TYPE, OPENAI)
         if api_type not in self.api_types:
-            return [f"{API_TYPE} is {api_type!r}; allowed: {', '.join(self.api_types)}"]
+            return [f"{API_TYPE} must be one of {', '.join(self.api_types)}, got {api_type!r}"]
         return [f"{name} is not set" for name in JUDGE_VARIABLES[api_type] if not environment.get(name)]
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """
-    A benchmark as it is published, and what lmms-eval calls it.
+    A published benchmark and its task in lmms-eval.
 
-    Args:
-        name: ours, and that of its folder of local data.
-        lmms_task: lmms-eval's, or None if it has none.
-        authors_task: of our variant with the authors' prompt, or None if their prompt is lmms-eval's.
-        columns: of the published table.
-        metrics: lmms-eval's key `metric,filter` for each column; the filter is what is done to answers before scoring.
-        scale: what a metric is multiplied with for the table's unit.
-        dataset, config, splits: of the Hub; only these splits are read.
+    Attributes:
+        name: the name in this package, and of its folder of local data.
+        metrics: lmms-eval's key `metric,filter` for each column. A filter is applied to answers before scoring.
+        splits: the splits that are read.
+        lmms_task: the name of lmms-eval's task, or None if it has none.
+        authors_task: the name of our variant with the authors' prompt, or None if lmms-eval has the same prompt.
+        columns: the columns of the published table.
+        scale: the factor from a metric to the unit of the table.
+        dataset: the data set on the Hub.
+        config: the configuration of the data set.
         schema: the columns that lmms-eval's functions read, and their kinds.
-        judge: the language model that scoring asks, or None.
-        source: lmms-eval's YAML, in its folder `tasks`.
+        judge: the language model that the scoring asks, or None.
+        source: lmms-eval's YAML file in its folder `tasks`.
     """
 
     name: str
@@ -86,12 +104,12 @@ class Benchmark:
 
     @property
     def is_submitted(self) -> bool:
-        """Whether a server scores it: it is answered and written down, see `submissions`."""
+        """Whether a server scores the benchmark, so that its answers are written to a file; see `submissions`."""
         return not self.metrics
 
 
 def _read_table(section: str) -> dict[str, Benchmark]:
-    """By name, in the order of the file."""
+    """Read the benchmarks of a section by name, in the order of the file."""
     entries = read_yaml_keys(TABLE, "The table of benchmarks")[section]
     return {
         name: make_dataclass(Benchmark, entry, f"{TABLE.name}: {name}", name=name) for name, entry in entries.items()
@@ -104,10 +122,15 @@ VARIANTS = _read_table("variants")
 
 def find_benchmark(name: str) -> Benchmark:
     """
+    Return the benchmark called `name`.
+
+    Args:
+        name: the name.
+
     Raises:
-        InputError: if there is none of this name.
+        InputError: if there is no such benchmark.
     """
     known = {**BENCHMARKS, **VARIANTS}
     if name not in known:
-        raise InputError(f"tasks has {name!r}; allowed: {', '.join(known)}.")
+        raise InputError(f"`tasks` must contain only names from {', '.join(known)}, got {name!r}.")
     return known[name]

@@ -1,4 +1,4 @@
-"""The answers that changed between two runs as one HTML file, with the images that can be found."""
+"""Write the answers that changed between two runs as one HTML file with their images."""
 
 import html
 import io
@@ -13,8 +13,8 @@ from fusion_hf.evaluation.run_comparison import BETTER, SAME, SIDES, UNKNOWN, WO
 from fusion_hf.evaluation.task_images import TaskImages
 from fusion_hf.model.image_opening_fusion import ImageError, open_image
 
-MOST = 100  # examples of a direction of a task: a page stays below 10 MB
-SIDE = 320  # pixels of an image on the page
+MOST = 100  # maximum number of examples per task and direction, which keeps a page below 10 MB
+SIDE = 320  # size of an image on the page in pixels
 DIRECTIONS = (WORSE, BETTER, SAME, UNKNOWN)
 JPEG = "image/jpeg"
 STYLE = (
@@ -27,11 +27,15 @@ STYLE = (
 
 def write_page(first: RunAnswers, second: RunAnswers, tasks: Sequence[TaskComparison]) -> str:
     """
-    Write the page.
+    Write the page of a comparison.
 
     Args:
-        first, second: The runs.
-        tasks: What `compare_runs` made of them.
+        first: the first run.
+        second: the second run.
+        tasks: the comparison of `compare_runs`.
+
+    Returns:
+        The HTML.
     """
     data = [TaskImages(run.record) for run in (first, second)]
     parts = [
@@ -82,12 +86,12 @@ def _scores(scores: dict[str, float]) -> str:
 
 
 def _image(task: str, pair: Pair, data: Sequence[TaskImages]) -> str:
-    """An image from its file or, where no run names one, from the task's data."""
+    """Return an image from its file or, if no run names one, from the data of the task."""
     path = pair.first.image or pair.second.image
     if path is None:
         found = (images.find(task, pair.first.doc_id) for images in data)
         image = next((each for each in found if each is not None), None)
-        return "<p>No run names the file of this image.</p>" if image is None else _shown(image.convert("RGB"))
+        return "<p>Neither run names the file of this image.</p>" if image is None else _shown(image.convert("RGB"))
     try:
         return _shown(open_image(Path(path)))
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""A comparison of two runs as text for a terminal, and as JSON."""
+"""Write a comparison of two runs as text for a terminal and as JSON."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -25,8 +25,9 @@ def describe_comparison(first: RunAnswers, second: RunAnswers, tasks: Sequence[T
     Describe a comparison as JSON.
 
     Args:
-        first, second: The runs.
-        tasks: What `compare_runs` made of them.
+        first: the first run.
+        second: the second run.
+        tasks: the comparison of `compare_runs`.
     """
     return {
         "runs": [_describe_run(run) for run in (first, second)],
@@ -70,7 +71,14 @@ def _describe_change(pair: Pair, direction: str) -> dict[str, Any]:
 
 
 def write_text(first: RunAnswers, second: RunAnswers, tasks: Sequence[TaskComparison]) -> str:
-    """Write a comparison for a terminal; see `describe_comparison`."""
+    """
+    Write a comparison as text for a terminal.
+
+    Args:
+        first: the first run.
+        second: the second run.
+        tasks: the comparison of `compare_runs`.
+    """
     lines = [f"{side}: {_name(run)}" for side, run in zip(SIDES, (first, second), strict=True)]
     lines += missing_tasks(first, second)
     for task in tasks:
@@ -87,8 +95,8 @@ def _name(run: RunAnswers) -> str:
 
 def _task_lines(task: TaskComparison) -> Iterator[str]:
     clusters = task.metrics[0].test.clusters if task.metrics else len({pair.cluster for pair in task.pairs})
-    grouped = "" if clusters == len(task.pairs) else f", in {clusters} groups by their images"
-    name = f"{task.task}: " if task.task else ""  # answers alone are of no task
+    grouped = "" if clusters == len(task.pairs) else f", in {clusters} groups with a common image"
+    name = f"{task.task}: " if task.task else ""  # files of answers belong to no task
     yield f"{name}{len(task.pairs)} questions{grouped}"
     for metric in task.metrics:
         yield from _metric_lines(metric)
@@ -105,32 +113,37 @@ def _metric_lines(metric: MetricComparison) -> Iterator[str]:
         for figure, mean in zip(metric.figures, (test.first, test.second), strict=True)
     ):
         shown = ["unknown" if figure is None else f"{figure:.4f}" for figure in metric.figures]
-        yield f"    the runs report {shown[0]} and {shown[1]}; tested are the scores of single questions"
+        yield f"    the runs report {shown[0]} and {shown[1]}; the test uses the scores of single questions"
     if test.interval is not None and test.bootstrap is not None:
         yield (
             f"    {SHARE} interval {test.interval.low:+.4f} to {test.interval.high:+.4f} "
             f"(bootstrap {test.bootstrap.low:+.4f} to {test.bootstrap.high:+.4f})"
         )
     by_clusters = "unknown: all questions are about one image" if test.p_value is None else f"{test.p_value:.3g}"
-    yield f"    p by groups {by_clusters}; {test.method} {test.method_p_value:.3g}"
-    yield f"    {test.won} questions score more, {test.lost} less"
+    yield f"    p-value by groups {by_clusters}; {test.method} {test.method_p_value:.3g}"
+    yield f"    {test.won} questions score higher, {test.lost} lower"
     yield from _power_lines(test)
 
 
 def _power_lines(test: PairedTest) -> Iterator[str]:
     if test.detectable is not None:
-        yield f"    a difference of {test.detectable:.4f} would be shown with a power of {POWER:.0%}"
+        yield f"    these questions detect a difference of {test.detectable:.4f} with a power of {POWER:.0%}"
     else:
-        yield "    no score tells how much the questions vary, so the difference that they can show is unknown"
+        yield "    the scores do not vary, so the difference that these questions can detect is unknown"
     if test.least_changed > test.questions:
-        yield f"    so few questions can never show a difference: it takes {test.least_changed} changed scores"
+        yield f"    too few questions to detect a difference: at least {test.least_changed} scores must change"
         return
     share = test.least_changed / test.questions
     yield f"    fewer than {test.least_changed} changed scores ({share:.4f} of all) can never be significant"
 
 
 def describe_stages(report: "StageReport") -> dict[str, Any]:
-    """Describe as JSON where two runs begin to differ."""
+    """
+    Describe as JSON where two runs start to differ.
+
+    Args:
+        report: the report of `compare_run_stages`.
+    """
     first = report.first
     return {
         "task": report.task,
@@ -157,18 +170,21 @@ def describe_stages(report: "StageReport") -> dict[str, Any]:
 
 
 def write_stages(report: "StageReport") -> str:
-    """Write for a terminal where two runs begin to differ; see `describe_stages`."""
+    """
+    Describe where two runs start to differ as text for a terminal.
+
+    Args:
+        report: the report of `compare_run_stages`.
+    """
     first = report.first
     if first is None:
-        rest = "" if report.is_reproduced else "; what made the recorded answers is not rebuilt, see the notes"
+        rest = "" if report.is_reproduced else ", but the recorded answers were not reproduced, see the notes"
         lines = [f"{report.task}: no stage differs in {len(report.questions)} questions{rest}"]
     else:
         lines = [f"{report.task}: the first stage that differs is {first.stage}: {first.detail}"]
     for stage in report.differing:
         acting = [str(each) for each in report.settings if stage in each.stages]
-        lines.append(
-            f"  {stage} differs by itself; settings that act on it: {'; '.join(acting) or 'none is recorded'}"
-        )
+        lines.append(f"  {stage} differs by itself; recorded settings that affect it: {'; '.join(acting) or 'none'}")
     for question in report.questions:
         lines += _question_lines(question)
     return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)]) + "\n"
@@ -180,5 +196,5 @@ def _question_lines(question: "QuestionStages") -> Iterator[str]:
     for stage in question.stages:
         told = stage.detail if stage.differs else "equal"
         if stage.stage in question.exchanged:
-            told += f"; exchanged alone, the answer is {question.exchanged[stage.stage]!r}"
+            told += f"; with only this stage exchanged, the answer is {question.exchanged[stage.stage]!r}"
         yield f"    {stage.stage}: {told}"

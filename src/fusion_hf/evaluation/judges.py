@@ -1,4 +1,4 @@
-"""Judges that do not answer: lmms-eval scores what they should have judged as wrong, and says so in its log alone."""
+"""Detect judges that do not answer. lmms-eval counts their questions as wrong and reports it in its log only."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ PUBLIC_URL = "https://api.openai.com/v1"
 COMPLETIONS = f"/{CHAT}"
 KEY_VARIABLE = "OPENAI_API_KEY"
 PROBE_SECONDS = 60.0
-# what tasks say below the level of errors before they count a question as wrong, or guess
+# messages below the level of errors that precede a question counted as wrong, or a guess
 GIVEN_UP = re.compile(
     r"API failed to answer|failed to get a score|when extracting response|Error in llava_aggregation"
 )
@@ -33,15 +33,18 @@ class JudgeFailed(RuntimeError):
 
 def check_judge(judge: BenchmarkJudge) -> None:
     """
-    Ask the judge for a word, before any question is answered in vain.
+    Send a short question to the judge before any question of the benchmark is answered.
+
+    Args:
+        judge: the judge.
 
     Raises:
-        InputError: if the environment does not say how it is asked.
-        JudgeFailed: if a server of OpenAI's protocol gives no answer.
+        InputError: if environment variables of the judge are missing.
+        JudgeFailed: if an OpenAI-compatible server does not answer.
     """
     lacking = judge.lacks(os.environ)
     if lacking:
-        raise InputError(f"The judge {judge.asked(os.environ)} cannot be asked: {'; '.join(lacking)}.")
+        raise InputError(f"The judge {judge.asked(os.environ)} is not configured: {'; '.join(lacking)}.")
     if os.environ.get(API_TYPE, OPENAI) == OPENAI:
         _ask_for_a_word(judge.asked(os.environ), _base_url() + COMPLETIONS)
 
@@ -55,31 +58,38 @@ def _ask_for_a_word(model: str, url: str) -> None:
 
 
 def _base_url() -> str:
-    """The address before `/chat/completions`; an InputError for what is no address of the web."""
+    """Return the address before `/chat/completions`. Raise an InputError if it is not an http or https address."""
     given = os.environ.get(URL, PUBLIC_URL)
     if not given.startswith(("http://", "https://")):
-        raise InputError(f"{URL} is {given!r}; allowed: an address with http:// or https://.")
+        raise InputError(f"{URL} must be an address with http:// or https://, got {given!r}.")
     return given.rstrip("/").removesuffix(COMPLETIONS)
 
 
 def address_of(judge: BenchmarkJudge | None) -> AbstractContextManager[None]:
-    """Put the address into the form that a task of lmms-eval reads, of two; some read it when they are imported."""
+    """
+    Set the address to the form that the task reads, while the context is active. Some tasks read it when they are
+    imported.
+
+    Args:
+        judge: the judge of the benchmark, or None.
+    """
     if judge is None or URL not in os.environ:
         return nullcontext()
     return environment({URL: _base_url() + (COMPLETIONS if judge.takes_endpoint else "")})
 
 
 class JudgeWatch(logging.Handler):
-    """Listens to lmms-eval's logs while a task is scored.
+    """
+    Watch the logs of lmms-eval while a task is scored.
 
     Raises:
-        JudgeFailed: on leaving, if a judge has not answered.
+        JudgeFailed: on exit, if a judge has not answered.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.complaints: list[str] = []
-        self._guard = threading.Lock()  # answers are judged in several threads
+        self._guard = threading.Lock()  # scoring runs in several threads
 
     def __enter__(self) -> "JudgeWatch":
         self._sink = logger.add(self._hear, level="INFO", format="{message}")
@@ -90,7 +100,7 @@ class JudgeWatch(logging.Handler):
         logger.remove(self._sink)
         logging.getLogger("lmms_eval").removeHandler(self)
         if error is None and self.complaints:
-            raise JudgeFailed(f"{len(self.complaints)} complaints of scoring, the first: {self.complaints[0]}")
+            raise JudgeFailed(f"Scoring reported {len(self.complaints)} errors. The first one: {self.complaints[0]}")
 
     def _hear(self, message: Any) -> None:
         record = message.record

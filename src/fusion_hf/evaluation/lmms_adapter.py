@@ -1,4 +1,4 @@
-"""FUSION as a model of lmms-eval: `lmms-eval --model fusion --model_args pretrained=DIR`."""
+"""The model adapter for lmms-eval: `lmms-eval --model fusion --model_args pretrained=DIR`."""
 
 import os
 from collections.abc import Sequence
@@ -24,7 +24,12 @@ SHOWN_FAILURES = 3
 
 
 class RequestsFailed(RuntimeError):
-    """Some requests have no answer, so none of the task's is scored."""
+    """
+    Some requests of a task have no answer, so the task is not scored.
+
+    Args:
+        failures: the failed requests.
+    """
 
     def __init__(self, failures: Sequence[Failure]):
         shown = "; ".join(str(failure) for failure in failures[:SHOWN_FAILURES])
@@ -35,21 +40,25 @@ class RequestsFailed(RuntimeError):
 
 class FusionChat(lmms):
     """
-    FUSION for lmms-eval's chat messages.
+    Let lmms-eval ask a FUSION model with chat messages.
 
     Args:
-        pretrained: a model folder or a repository of the Hub; None: the bundled fusion-nano. With `url`, the model's
-            name there; None: the only one.
-        device, dtype: see `ChatModel.load`. Give `device` once: here, or to lmms-eval.
-        batch_size: prompts answered together.
-        query_len, image_token_grid: see `ChatModel.answer`.
-        answers: a folder where answers are kept; a run that was killed goes on with them.
-        url, api_key_env, parallel: of a server that is asked instead of a model in this process; see
-            `ServedModel.connect`. `device` and `dtype` are the server's then, and `batch_size` has no meaning.
-        max_batch_size: has no meaning here; lmms-eval may give it.
+        pretrained: a model folder or a repository of the Hub. None uses the bundled fusion-nano. With `url`, the name
+            of the model on the server, or None for its only one.
+        device: the device of the model, see `ChatModel.load`. Give it either here or to lmms-eval.
+        dtype: the dtype of the model, see `ChatModel.load`.
+        batch_size: the number of prompts that are answered together.
+        query_len: the number of latent tokens, see `ChatModel.answer`.
+        image_token_grid: the side of the grid of image tokens, see `ChatModel.answer`.
+        answers: a folder to store answers in. A run that was killed continues with them.
+        max_batch_size: ignored. lmms-eval may pass it.
+        url: the address of a server to ask instead of a model in this process. `device`, `dtype` and `batch_size` then
+            have no effect.
+        api_key_env: the environment variable with the API key of the server.
+        parallel: the number of concurrent requests to the server.
 
     Raises:
-        InputError: if there is no such model or server, or an argument is impossible.
+        InputError: if the model or server does not exist, or an argument is invalid.
     """
 
     is_simple = False
@@ -75,7 +84,8 @@ class FusionChat(lmms):
             model = LocalModel.load(pretrained, own_device(device), dtype, batch_size=int(batch_size), **budget)
         elif (device, dtype) != (AUTO, AUTO):
             raise InputError(
-                f"device is {device}, dtype is {dtype}; allowed with url: {AUTO}, as the server has them."
+                f"`device` and `dtype` must be {AUTO} if `url` is given, since the server chooses them, got {device} "
+                f"and {dtype}."
             )
         else:
             model = ServedModel.connect(url, pretrained, api_key_env, parallel=parallel, **budget)
@@ -85,14 +95,19 @@ class FusionChat(lmms):
 
     @classmethod
     def around(cls, answerer: RequestAnswerer) -> "FusionChat":
-        """Make an adapter of a model that is loaded or asked, for a process that evaluates by itself."""
+        """
+        Make an adapter around an existing answerer.
+
+        Args:
+            answerer: the answerer.
+        """
         adapter = cls.__new__(cls)
         adapter._begin(answerer, None)
         return adapter
 
     def _begin(self, answerer: RequestAnswerer, accelerator: Accelerator | None) -> None:
         super().__init__()
-        # no attribute is a module: `clean` of lmms-eval deletes those after the first task
+        # no attribute may be a module, since lmms-eval's `clean` deletes modules after the first task
         self.answerer = answerer
         self.accelerator = accelerator
         if accelerator is not None:
@@ -108,33 +123,54 @@ class FusionChat(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """
+        Answer requests in text.
+
+        Args:
+            requests: the requests of lmms-eval.
+
+        Returns:
+            The answers in the order of the requests.
+
         Raises:
-            RequestsFailed: if one has no answer; in all processes.
+            RequestsFailed: in all processes, if a request has no answer.
         """
         return [answer["answer"] for answer in self._answer(requests)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Give the losses of continuations, their negated log-probabilities, and whether each is the greedy one.
+        """
+        Compute the losses of continuations, which are their negated log-probabilities, and whether each is the
+        greedy one.
 
-        lmms-eval 0.7.3 takes the smallest for the model's choice, whatever the method is called.
+        lmms-eval 0.7.3 takes the smallest value as the choice of the model, in spite of the method's name.
+
+        Args:
+            requests: the requests of lmms-eval.
+
+        Returns:
+            The results in the order of the requests.
 
         Raises:
-            RequestsFailed: see `generate_until`.
+            RequestsFailed: in all processes, if a request has no answer.
         """
-        # its evaluator takes the pair out of this, and makes a text of a pair by itself
+        # lmms-eval's evaluator unpacks the pair, but converts a bare pair to text
         return [GenerationResult((-answer["logprob"], answer["greedy"])) for answer in self._answer(requests)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise InputError("The task asks in several rounds (generate_until_multi_round); allowed: generate_until.")
+        raise InputError("The output type of a task must be generate_until, got generate_until_multi_round.")
 
     def translate(self, requests: Sequence[Instance]) -> list[Request]:
-        """lmms-eval's requests as this package's."""
+        """
+        Convert requests of lmms-eval to those of this package.
+
+        Args:
+            requests: the requests of lmms-eval.
+        """
         return [self._translate(request) for request in requests]
 
     def _answer(self, requests: Sequence[Instance]) -> list[Answer]:
         first = len(self.answerer.failures)
         answers = self.answerer.answer(self.translate(requests))
-        # all processes fail together: one that went on alone would wait for the others for ever
+        # all processes fail together, since one that continued alone would wait for the others forever
         gathered = Processes(self.rank, self.world_size).gather(self.answerer.failures[first:])
         failures = [failure for part in gathered for failure in part]
         if failures:
@@ -160,18 +196,26 @@ class FusionChat(lmms):
 
 
 class FusionSimple(FusionChat):
-    """The same for `lmms-eval --force_simple`, which tasks that score options need."""
+    """The same adapter for `lmms-eval --force_simple`, which tasks that score options require."""
 
     is_simple = True
 
 
 def _is_chat(request: Instance) -> bool:
-    """Whether it brings messages: lmms-eval also gives simple requests to models of chats, for tasks in a folder."""
+    """
+    Return whether a request has messages. lmms-eval also passes simple requests of tasks in a folder to chat
+    models.
+    """
     return request.request_type != "loglikelihood" and callable(request.args[1])
 
 
 def own_device(name: str) -> str:
-    """Choose the device of this process: with several on a machine, each has a GPU of its own."""
+    """
+    Choose the device of this process. Several processes on a machine use one GPU each.
+
+    Args:
+        name: the name of the device, or `auto`.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and choose_device(name) == torch.device("cuda"):
@@ -183,6 +227,6 @@ def _with_visuals(context: str, doc_to_visual: Any, doc: dict[str, Any]) -> Mess
     visuals = [] if doc_to_visual is None else doc_to_visual(doc) or []
     for visual in visuals:
         if not isinstance(visual, (Image.Image, str)):
-            raise InputError(f"A request shows a {type(visual).__name__}; allowed: images.")
+            raise InputError(f"The visuals of a request must be images, got {type(visual).__name__}.")
     content = [*({"type": "image", "url": visual} for visual in visuals), {"type": "text", "text": context}]
     return [{"role": "user", "content": content}]

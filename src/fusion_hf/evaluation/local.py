@@ -1,4 +1,4 @@
-"""A model in this process: answers in batches, tiles of repeated images encoded once."""
+"""A model in this process, which answers in batches and encodes the tiles of repeated images once."""
 
 import hashlib
 import json
@@ -24,19 +24,28 @@ from fusion_hf.inference.image_features import join_features
 from fusion_hf.inference.model_info import ModelInfo
 
 BATCH_SIZE = 1
-NO_SETTINGS = ("auto_map", "image_processor_type", "processor_class", "transformers_version")  # names of code
+NO_SETTINGS = (
+    "auto_map",
+    "image_processor_type",
+    "processor_class",
+    "transformers_version",
+)  # keys that do not change answers
 WINDOW = 64  # requests whose images are open at a time
 
 
 class LocalModel:
     """
-    A model that is loaded; see `answering.Model`.
+    A model in this process; see `answering.Model`.
 
     Args:
-        chat_model: The model.
-        batch_size: prompts answered together; the answers do not depend on it.
-        query_len, image_token_grid: see `ChatModel.answer`.
-        name: for the record; None: fusion-nano.
+        chat_model: the model.
+        batch_size: the number of prompts that are answered together. In float32 it does not change the answers.
+        query_len: the number of latent tokens, see `ChatModel.answer`.
+        image_token_grid: the side of the grid of image tokens, see `ChatModel.answer`.
+        name: the name in the record. None means fusion-nano.
+
+    Raises:
+        InputError: if `batch_size` is less than 1.
     """
 
     window = WINDOW
@@ -50,7 +59,7 @@ class LocalModel:
         name: str | None = None,
     ):
         if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; allowed: a whole number from 1.")
+            raise InputError(f"`batch_size` must be an integer of at least 1, got {batch_size}.")
         self.chat_model = chat_model
         self.batch_size = batch_size
         self.name = Path(nano_path()).name if name is None else name
@@ -67,25 +76,41 @@ class LocalModel:
     @classmethod
     def load(cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, **settings: Any) -> "LocalModel":
         """
-        Load the model called `name`; see `ChatModel.load`, and `settings` above.
+        Load a model.
+
+        Args:
+            name: a model folder or a repository of the Hub. None uses the bundled fusion-nano.
+            device: the device, see `ChatModel.load`.
+            dtype: the dtype, see `ChatModel.load`.
+            **settings: further arguments of this class.
 
         Raises:
-            InputError: if it cannot be loaded.
+            InputError: if the model cannot be loaded.
         """
         return cls(ChatModel.load(name, device, dtype), name=name, **settings)
 
     def describe(self) -> ModelRecord:
-        """Describe the model for a run's record."""
+        """Describe the model for the record of a run."""
         folder = Path(self.name) if Path(self.name).is_dir() else None
         place = None if folder is None else str(folder.resolve())
         return replace(ModelRecord.of(self.name, self.info), settings=describe_settings(self.chat_model, place))
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
-        """Say what became of prompts, batch by batch."""
+        """
+        Answer prompts, and yield one outcome per batch.
+
+        Args:
+            prompts: the prompts.
+        """
         return run_halving(self.plan(prompts), self._run, lambda batch, message: Outcome(batch, None, message))
 
     def plan(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[list[EvaluationPrompt]]:
-        """Plan batches of one kind and similar length, the longest first."""
+        """
+        Divide prompts into batches of one kind and similar length, and yield the longest ones first.
+
+        Args:
+            prompts: the prompts.
+        """
         return plan_batches(prompts, self.batch_size, self._kind)
 
     def _identity(self) -> str:
@@ -94,7 +119,7 @@ class LocalModel:
         return json.dumps(parts, sort_keys=True, default=str)
 
     def _kind(self, prompt: EvaluationPrompt) -> Hashable:
-        """What prompts of one batch have in common."""
+        """Return what the prompts of a batch must have in common."""
         wanted = prompt.wanted if isinstance(prompt.wanted, Generation) else Continuation
         return prompt.key if self._is_alone(prompt) else (wanted, prompt.image is None)
 
@@ -109,7 +134,7 @@ class LocalModel:
         """Answer a batch."""
         try:
             return Outcome(batch, self._answer_batch(batch))
-        except InputError as error:  # of one prompt: longer ones are never in a batch
+        except InputError as error:  # concerns one prompt, since prompts that are too long never share a batch
             return Outcome(batch, None, str(error))
 
     @torch.inference_mode()
@@ -124,27 +149,27 @@ class LocalModel:
         begin = inputs["input_ids"].shape[1]
         room = self.chat_model.max_length - begin
         if room < 1:
-            raise InputError(f"The prompt has {begin} tokens; allowed: fewer than {self.chat_model.max_length}.")
-        if wanted.sampled:  # by the question, so that a run can be repeated and resumed
+            raise InputError(f"The prompt must have fewer than {self.chat_model.max_length} tokens, got {begin}.")
+        if wanted.sampled:  # seeded by the question, so that runs can be repeated and resumed
             torch.manual_seed(int(batch[0].key[:8], 16))
         output = model.generate(**inputs, max_new_tokens=min(wanted.max_new_tokens, room), **wanted.keywords())
         texts = processor.batch_decode(output[:, begin:], skip_special_tokens=True)
         return [wanted.cut(text) for text in texts]
 
     def _score(self, batch: list[EvaluationPrompt]) -> list[Answer]:
-        """Sums of the continuations' log-probabilities, and whether each is the greedy one."""
+        """Return the summed log-probabilities of continuations, and whether each is the greedy one."""
         conversations = []
         for prompt in batch:
             assert isinstance(prompt.wanted, Continuation)
-            text = prompt.wanted.text.lstrip()  # answers of a chat begin without a space
+            text = prompt.wanted.text.lstrip()  # answers in a chat start without a space
             if not text:
-                raise InputError(f"The continuation is {prompt.wanted.text!r}; allowed: a text.")
+                raise InputError(f"The continuation must be a text that is not empty, got {prompt.wanted.text!r}.")
             conversations.append([*prompt.messages, {"role": "assistant", "content": text}])
         inputs = self._inputs(batch, conversations, continue_final_message=True)
         ids = inputs["input_ids"]  # (B, S), padded on the left
         if ids.shape[1] > self.chat_model.max_length:
-            raise InputError(f"The prompt has {ids.shape[1]} tokens; allowed: {self.chat_model.max_length}.")
-        begins = inputs["prompt_end_positions"].amax(1)  # (B), of the token that the continuation follows
+            raise InputError(f"The prompt must have at most {self.chat_model.max_length} tokens, got {ids.shape[1]}.")
+        begins = inputs["prompt_end_positions"].amax(1)  # (B), positions of the tokens before the continuations
         kept = ids.shape[1] - int(begins.min())
         logits = self.chat_model.model(**inputs, logits_to_keep=kept).logits.float()  # (B, kept, V)
         answers: list[Answer] = []
@@ -156,7 +181,7 @@ class LocalModel:
         return answers
 
     def _inputs(self, batch: list[EvaluationPrompt], conversations: list[Messages], **template: Any) -> BatchFeature:
-        """What the model takes for conversations that all have an image, or all none."""
+        """Make the inputs of the model for conversations that all have an image or all have none."""
         inputs = self.chat_model.prepare_batch(conversations, self.budget, process_images=False, **template)
         if batch[0].image is not None:
             images, digests = [prompt.image for prompt in batch], [prompt.image_hash for prompt in batch]
@@ -166,11 +191,11 @@ class LocalModel:
 
 def describe_settings(chat_model: ChatModel, folder: str | None) -> dict[str, Any]:
     """
-    What answers depend on beside the weights, the dtype and the token budget.
+    Describe what answers depend on, apart from the weights, the dtype and the token budget.
 
     Args:
-        chat_model: The model.
-        folder: It is in this one; None: it was named otherwise.
+        chat_model: the model.
+        folder: the folder of the model, or None if it has none.
     """
     model, processor = chat_model.model, chat_model.processor
     image_processor, generation = processor.image_processor.to_dict(), model.generation_config.to_diff_dict()

@@ -1,4 +1,4 @@
-"""What lmms-eval's entry point `lmms_eval.models` finds: the name `fusion` of the adapter."""
+"""The target of lmms-eval's entry point `lmms_eval.models`, which registers the adapter as `fusion`."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,4 +1,4 @@
-"""Questions of your own, with their right answers: what scores a run that knows neither."""
+"""Score runs without scores by a file of your own questions and their right answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,33 +8,38 @@ from fusion_hf.evaluation.run_answers import AUTHORS, RunAnswers, TaskAnswers, a
 from fusion_hf.evaluation.run_comparison import exact_match
 from fusion_hf.evaluation.sample_log import AnsweredQuestion, find_image, read_lines
 
-METRIC = "exact_match"  # lmms-eval's name
+METRIC = "exact_match"  # the name that lmms-eval uses
 
 
 def score_answers(run: RunAnswers, questions: Path) -> RunAnswers:
     """
-    Score the answers to a file of questions that has the right ones: a score is 1 where both are the same text.
+    Score answers by a file of questions with the right answers. A score is 1 if both texts are equal, and 0
+    otherwise.
 
     Args:
-        run: of an `answers.jsonl`.
-        questions: JSON Lines: `question_id` or `id`, `answer`, optionally `text` or `question`, and `image`, a path
-            relative to the file.
+        run: the run of an `answers.jsonl`.
+        questions: a JSON Lines file with `question_id` or `id`, `answer`, optionally `text` or `question`, and
+            optionally `image`, a path relative to the file.
 
     Returns:
-        The run as one task, which has the file's name.
+        The run as one task, named after the file.
 
     Raises:
-        InputError: If the run has scores of its own, an answer's question is not in the file, or a line has no right
+        InputError: if the run has scores already, the file lacks a question that was answered, or a line has no right
             answer.
     """
     if run.kind != AUTHORS:
-        raise InputError(f"{run.path} is a run of {run.kind}; allowed with --questions: an answers.jsonl.")
+        raise InputError(
+            f"The runs must be answers.jsonl files if --questions is given, got a run of {run.kind}: {run.path}."
+        )
     known = _read_questions(questions)
     samples = []
     for sample in run.tasks[""].samples:
         question = known.get(str(sample.question_id))
         if question is None:
-            raise InputError(f"{run.path} answers question {sample.question_id!r}, which is not in {questions}.")
+            raise InputError(
+                f"{questions} must contain all answered questions, but lacks {sample.question_id!r} of {run.path}."
+            )
         scores = {METRIC: exact_match(sample.answer, question.target)}
         asked = question.asked if sample.asked is None else sample.asked
         samples.append(replace(question, answer=sample.answer, scores=scores, asked=asked))
@@ -43,12 +48,12 @@ def score_answers(run: RunAnswers, questions: Path) -> RunAnswers:
 
 
 def _read_questions(path: Path) -> dict[str, AnsweredQuestion]:
-    """The questions by their ids, without answers."""
+    """Read the questions by id, without answers."""
     found = []
     for number, entry in enumerate(read_lines(path), start=1):
         identity, target, image = read_id(entry), entry.get("answer"), entry.get("image")
         if not isinstance(identity, str | int) or not isinstance(target, str):
-            raise InputError(f"{path} has no question_id and answer, which are texts, in line {number}.")
+            raise InputError(f"{path}: line {number} must have the texts question_id and answer.")
         text = entry.get("text", entry.get("question"))
         found.append(
             AnsweredQuestion(

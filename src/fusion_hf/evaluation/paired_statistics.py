@@ -1,4 +1,4 @@
-"""Is one run better than another on the same questions? Tests, intervals and what the questions can show at all."""
+"""Test whether one run is better than another on the same questions, and what difference the questions can detect."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ CONFIDENCE = 0.95
 POWER = 0.8
 RESAMPLES = 10_000
 SEED = 0
-BLOCK = 2**22  # numbers drawn at a time: 32 MB
+BLOCK = 2**22  # numbers drawn at a time (32 MB)
 MCNEMAR: Final = "McNemar, exact"
 WILCOXON: Final = "Wilcoxon signed-rank"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Of `CONFIDENCE`."""
+    """An interval with the confidence `CONFIDENCE`."""
 
     low: float
     high: float
@@ -27,23 +27,27 @@ class Interval:
 @dataclass(frozen=True)
 class PairedTest:
     """
-    The scores of two runs on the same questions; all differences are the second run's score less the first's.
+    The comparison of two runs on the same questions. All differences are the second score minus the first.
 
     Attributes:
-        questions, clusters: How many; questions of one cluster, such as those about one image, depend on each other.
-        first, second: Mean scores.
-        difference: Of the means.
-        standard_error: Of the difference, by clusters; None for a single cluster.
-        interval: Of the difference, by the standard error and Student's distribution; None where that is unknown, or 0
-            because all questions changed alike.
-        bootstrap: Of the difference, by drawing clusters with a fixed seed; None as above.
-        p_value: That there is no difference, by the standard error and Student's distribution: it takes clusters into
-            account.
-        method, method_p_value: McNemar's test where scores have two values at most, Wilcoxon's otherwise: of single
-            questions.
-        won, lost: Questions that score more, or less, in the second run.
-        detectable: The difference that so many questions, if they vary as these do, show with a power of `POWER`.
-        least_changed: If all changes went in one direction: how many questions had to change for the test to show it.
+        questions: the number of questions.
+        clusters: the number of clusters. Questions of one cluster, such as those about one image, depend on each
+            other.
+        first: the mean score of the first run.
+        second: the mean score of the second run.
+        difference: the difference of the means.
+        standard_error: the standard error of the difference, by clusters. None for a single cluster.
+        interval: the confidence interval of the difference, by the standard error and Student's distribution. None if
+            the standard error is unknown, or is 0 because all scores changed by the same amount.
+        bootstrap: the confidence interval by resampling clusters with a fixed seed. None in the same cases.
+        p_value: the p-value of no difference, by the standard error and Student's distribution, which accounts for
+            clusters.
+        method: McNemar's test if scores have at most two values, and Wilcoxon's otherwise.
+        method_p_value: the p-value of that test, which treats questions as independent.
+        won: the number of questions that score higher in the second run.
+        lost: the number of questions that score lower in the second run.
+        detectable: the difference that so many questions, with the variance of these, detect with a power of `POWER`.
+        least_changed: the minimum number of scores that must change, all in one direction, for a significant test.
     """
 
     questions: int
@@ -70,21 +74,26 @@ def compare_scores(
     Compare the scores of two runs question by question.
 
     Args:
-        first, second: A score for each question.
-        clusters: What each question depends on; questions that share it are drawn together.
-        resamples: Of the bootstrap.
+        first: the score of each question in the first run.
+        second: the score of each question in the second run.
+        clusters: the cluster of each question. Questions of a cluster are resampled together.
+        resamples: the number of bootstrap samples.
+
+    Returns:
+        The comparison.
 
     Raises:
-        ValueError: If there is no question, or the lengths differ.
+        ValueError: if there is no question, or the lengths differ.
     """
     if not len(first) or len({len(first), len(second), len(clusters)}) > 1:
         raise ValueError(
-            f"There are {len(first)}, {len(second)} scores of {len(clusters)} questions; allowed: one each."
+            f"There must be one score per run and question, got {len(first)} and {len(second)} scores of "
+            f"{len(clusters)} questions."
         )
     a, b = np.asarray(first, float), np.asarray(second, float)
     differences = b - a
     numbers = {key: number for number, key in enumerate(dict.fromkeys(clusters))}
-    groups = np.array([numbers[key] for key in clusters])  # (n), cluster of each question
+    groups = np.array([numbers[key] for key in clusters])  # (n,), the cluster of each question
     mean, error = differences.mean().item(), _standard_error(differences, groups)
     binary = len(np.unique([a, b])) <= 2  # 0 and 1, or 0 and 100
     return PairedTest(
@@ -102,12 +111,15 @@ def compare_scores(
         won=int((differences > 0).sum()),
         lost=int((differences < 0).sum()),
         detectable=_detectable(error) if error else None,
-        least_changed=ceil(1 - log2(1 - CONFIDENCE)),  # both tests: 2 * 0.5 ** k <= 0.05
+        least_changed=ceil(1 - log2(1 - CONFIDENCE)),  # for both tests, 2 * 0.5 ** k <= 0.05
     )
 
 
 def _standard_error(differences: np.ndarray, groups: np.ndarray) -> float | None:
-    """Of the mean: the root of the squared sums of residuals over clusters, with the factor G / (G - 1)."""
+    """
+    Return the standard error of the mean: the root of the squared cluster sums of residuals, with the factor G /
+    (G - 1).
+    """
     count = int(groups.max()) + 1
     if count < 2:
         return None
@@ -127,13 +139,13 @@ def _student_p_value(mean: float, error: float | None, clusters: int) -> float |
 
     if error is None:
         return None
-    if error == 0:  # all questions changed alike, or none did
+    if error == 0:  # all scores changed by the same amount, or none did
         return 1.0 if mean == 0 else 0.0
     return float(2 * stats.t.sf(abs(mean) / error, clusters - 1))
 
 
 def _bootstrap(differences: np.ndarray, groups: np.ndarray, resamples: int) -> Interval:
-    """Percentiles of the mean over clusters that are drawn with replacement."""
+    """Return percentiles of the mean over clusters that are drawn with replacement."""
     sums, sizes = np.bincount(groups, weights=differences), np.bincount(groups)
     generator = np.random.default_rng(SEED)
     means, step = [], max(1, BLOCK // len(sums))

@@ -1,4 +1,4 @@
-"""The processes of a run, under `accelerate launch` or torchrun: who they are, and what they tell each other."""
+"""The processes of a run under `accelerate launch` or torchrun, and how they exchange values."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from torch import distributed
 
-PATIENCE = timedelta(days=2)  # for the slowest process, and for one that waits for a judge
-# what lmms-eval, which asks the environment, takes for the only process
+PATIENCE = timedelta(days=2)  # timeout for the slowest process, and for one that waits for a judge
+# environment variables that make lmms-eval treat this process as the only one
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 T = TypeVar("T")
@@ -18,21 +18,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, and how many there are."""
+    """The rank of this process, and the number of processes."""
 
     rank: int
     count: int
 
     @classmethod
     def start(cls) -> "Processes":
-        """Meet the others. They exchange few words, so gloo will do beside any device."""
+        """Join the group of processes. It uses gloo on any device, since little data is exchanged."""
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if count > 1:
             distributed.init_process_group("gloo", timeout=PATIENCE)
         return cls(rank, count)
 
     def gather(self, value: T) -> list[T]:
-        """Gather everybody's value, in the order of ranks; waits for all."""
+        """
+        Collect a value of each process, in the order of ranks. This waits for all processes.
+
+        Args:
+            value: the value of this process.
+        """
         if self.count == 1:
             return [value]
         values: list[T] = [value] * self.count
@@ -40,13 +45,19 @@ class Processes:
         return values
 
     def end(self) -> None:
+        """Leave the group of processes."""
         if self.count > 1:
             distributed.destroy_process_group()
 
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment for a while."""
+    """
+    Set environment variables while the context is active.
+
+    Args:
+        values: the variables.
+    """
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

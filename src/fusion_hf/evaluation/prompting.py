@@ -1,4 +1,4 @@
-"""What lmms-eval asks, as this package's own: conversations, how to answer them, and what tells two of them apart."""
+"""Convert what lmms-eval asks to conversations, generation settings, and keys that identify prompts."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.evaluation.sample_log import AskedQuestion
 from fusion_hf.inference.image_digests import hash_image
 
-MAX_NEW_TOKENS = 1024  # where a task does not say
-# lmms-eval puts its few-shot delimiter where a task names no end; an answer of two paragraphs must not be cut there
+MAX_NEW_TOKENS = 1024  # for tasks that do not set it
+# lmms-eval stops at its few-shot delimiter if a task sets no stop text, but answers may have several paragraphs
 NO_END = ("\n\n",)
 USED = ("max_new_tokens", "until", "do_sample", "temperature", "top_p", "num_beams")
-UNUSED = ("image_aspect_ratio", "use_cache", "interleaved_format")  # of other models
-FORMAT = 1  # another one means other answers to the same questions
+UNUSED = ("image_aspect_ratio", "use_cache", "interleaved_format")  # settings of other models
+FORMAT = 1  # part of the keys: increase it when the same questions would get different answers
 
 Messages: TypeAlias = list[dict[str, Any]]
 
@@ -28,7 +28,16 @@ class SeveralImages(InputError):
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer is wanted; `temperature` 0 means the most likely one. It ends before any of `until`."""
+    """
+    The settings of a generated answer.
+
+    Attributes:
+        max_new_tokens: the maximum number of tokens.
+        until: the texts at which the answer ends.
+        temperature: the sampling temperature. 0 selects the most likely answer.
+        top_p: the probability mass of nucleus sampling.
+        num_beams: the number of beams.
+    """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     until: tuple[str, ...] = ()
@@ -39,14 +48,19 @@ class Generation:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Generation":
         """
-        Read a task's `generation_kwargs`.
+        Read the `generation_kwargs` of a task.
+
+        Args:
+            settings: the settings.
 
         Raises:
-            InputError: for a setting that is not known.
+            InputError: if a setting is unknown.
         """
         unknown = sorted(set(settings) - {*USED, *UNUSED})
         if unknown:
-            raise InputError(f"generation_kwargs has {unknown[0]}; allowed: {', '.join((*USED, *UNUSED))}.")
+            raise InputError(
+                f"The keys of `generation_kwargs` must be among {', '.join((*USED, *UNUSED))}, got {unknown[0]!r}."
+            )
         until = settings.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(until)
         temperature = float(settings.get("temperature") or 0)
@@ -63,15 +77,21 @@ class Generation:
 
     @property
     def sampled(self) -> bool:
+        """Whether tokens are sampled."""
         return self.temperature > 0
 
     def cut(self, answer: str) -> str:
-        """Cut an answer to what counts."""
+        """
+        Cut an answer at the first of the texts in `until`.
+
+        Args:
+            answer: the answer.
+        """
         ends = [end for end in (answer.find(text) for text in self.until if text) if end >= 0]
         return (answer[: min(ends)] if ends else answer).strip()
 
     def keywords(self) -> dict[str, Any]:
-        """Return what `generate` takes beside the length."""
+        """Return the arguments of `generate` other than the length."""
         if not self.sampled:
             return {"do_sample": False, "num_beams": self.num_beams}
         top_p = {} if self.top_p is None else {"top_p": self.top_p}
@@ -80,25 +100,25 @@ class Generation:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The probability of a given answer is wanted."""
+    """A request for the probability of a given text."""
 
     text: str
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """`read` gives the conversation as lmms-eval writes it, and opens images only then."""
+    """A request of lmms-eval. Images are opened only when `read` returns the conversation."""
 
     task: str
     doc_id: int
     read: Callable[[], Messages]
     wanted: Generation | Continuation
-    repeat: int = 0  # counts equal requests whose answers are sampled
+    repeat: int = 0  # number among equal requests whose answers are sampled
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationPrompt:
-    """A request that is ready: `text` is what the model reads, `length` at least the number of its tokens."""
+    """A prompt that is ready. `text` is what the model reads, and `length` an upper bound of its number of tokens."""
 
     request: Request
     messages: Messages
@@ -110,10 +130,11 @@ class EvaluationPrompt:
 
     @property
     def wanted(self) -> Generation | Continuation:
+        """What the request asks for."""
         return self.request.wanted
 
     def describe(self) -> AskedQuestion:
-        """For a run's samples."""
+        """Describe the prompt for the samples of a run."""
         messages = [
             {"role": message["role"], "content": [_without_image(block) for block in message["content"]]}
             for message in self.messages
@@ -125,13 +146,13 @@ class EvaluationPrompt:
 @dataclass(frozen=True)
 class RequestReader:
     """
-    Makes prompts.
+    Make prompts from requests.
 
     Args:
         identity: what all answers depend on.
-        open_image: makes an image of what a message shows.
-        render: a conversation as text that tells it apart from others; what the model reads, if that is known.
-        count: at least the number of that text's tokens.
+        open_image: opens the image of an image block.
+        render: converts a conversation to a text that identifies it, which is what the model reads if that is known.
+        count: returns an upper bound of the number of tokens of that text.
     """
 
     identity: str
@@ -141,6 +162,11 @@ class RequestReader:
 
     def prompt(self, request: Request) -> EvaluationPrompt:
         """
+        Make the prompt of a request.
+
+        Args:
+            request: the request.
+
         Raises:
             InputError: if the request cannot be answered.
         """
@@ -153,7 +179,7 @@ class RequestReader:
         return EvaluationPrompt(request, messages, text, self.count(text), image, digest, key)
 
     def _messages(self, given: Messages) -> tuple[Messages, Image.Image | None]:
-        """The conversation as the processor takes it, and its image."""
+        """Return the conversation in the form that the processor takes, and its image."""
         messages, images = [], []
         for message in given:
             content = message["content"]
@@ -166,10 +192,10 @@ class RequestReader:
                 elif block["type"] == "text":
                     own.append({"type": "text", "text": block["text"]})
                 else:
-                    raise InputError(f"A message shows {block['type']}; allowed: text and image.")
+                    raise InputError(f"The type of a content block must be text or image, got {block['type']!r}.")
             messages.append({"role": message["role"], "content": own})
         if len(images) > 1:
-            raise SeveralImages(f"The request shows {len(images)} images; FUSION reads 1.")
+            raise SeveralImages(f"A request must have at most one image, got {len(images)}.")
         return messages, images[0] if images else None
 
 

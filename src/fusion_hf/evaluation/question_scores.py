@@ -1,4 +1,4 @@
-"""What single questions score, where a metric of lmms-eval is a number of all questions together."""
+"""Compute the scores of single questions where lmms-eval has a metric of all questions together."""
 
 import copy
 import inspect
@@ -9,12 +9,20 @@ from typing import Any
 
 from fusion_hf.evaluation.sample_log import read_scores
 
-# of a metric that is no figure of one question alone, as an F1 whose only question is no hit
+# raised by metrics that are undefined for a single question, such as the F1 of one miss
 NO_FIGURE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def keep_results(task: Any) -> list[dict[str, Any]]:
-    """Let a task of lmms-eval copy what it makes of each answer into a list, before its aggregations change it."""
+    """
+    Copy the results of each answer into a list, before lmms-eval's aggregations change them.
+
+    Args:
+        task: a task of lmms-eval, changed in place.
+
+    Returns:
+        The list, which grows while answers are processed.
+    """
     kept: list[dict[str, Any]] = []
     process = task.process_results
 
@@ -34,19 +42,20 @@ def score_questions(
     metrics: Iterable[str],
 ) -> Iterator[dict[str, Any]]:
     """
-    Put the score of each question where lmms-eval logs what its aggregation needs.
+    Replace what lmms-eval logs for its aggregations by the score of each question.
 
     Args:
-        logged: lmms-eval's samples of a task.
-        kept: What the task made of each of their answers.
-        aggregations: The task's, by metric. One without a number for each question is applied to the question alone.
-        metrics: Whose scores are wanted.
+        logged: the samples that lmms-eval logs for a task.
+        kept: the results that `keep_results` has kept.
+        aggregations: the aggregations of the task, by metric. If a metric has no number per question, its aggregation
+            is applied to the question alone.
+        metrics: the metrics to score.
 
     Yields:
-        The samples, with what `keep_results` kept in place of what aggregations may have changed.
+        The samples with results as they were before aggregation.
     """
     names = [name for name in metrics if name in aggregations]
-    with tempfile.TemporaryDirectory() as folder:  # some write files
+    with tempfile.TemporaryDirectory() as folder:  # some aggregations write files
         arguments = Namespace(output_path=folder, process_with_media=False, reasoning_tags=None)
         for sample, results in zip(logged, kept, strict=True):
             entry = {**sample, **results}
@@ -57,9 +66,9 @@ def score_questions(
 
 
 def _aggregate(aggregation: Callable[..., Any], value: Any, arguments: Namespace) -> float | None:
-    """None if the aggregation of one question is no number."""
+    """Apply an aggregation to one question. Return None if the result is not a number."""
     takes_arguments = "args" in inspect.signature(aggregation).parameters
-    value = copy.deepcopy(value)  # some change it
+    value = copy.deepcopy(value)  # some aggregations change their input
     try:
         return float(aggregation([value], args=arguments) if takes_arguments else aggregation([value]))
     except NO_FIGURE:

@@ -1,4 +1,4 @@
-"""A run of `fusion-hf evaluate` made anew from its record: its model as it ran, its questions as they were asked."""
+"""Rebuild a run of `fusion-hf evaluate` from its record: its model, and its questions as they were asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,20 +17,25 @@ from fusion_hf.hub.folders import nano_path
 from fusion_hf.inference.devices import AUTO, DTYPES, choose_device
 from fusion_hf.inference.image_digests import hash_image
 
-CHECKED = ("image_processor", "generation_config", "chat_template", "tokenizer_sha256")  # not in a revision
+CHECKED = (
+    "image_processor",
+    "generation_config",
+    "chat_template",
+    "tokenizer_sha256",
+)  # settings that a revision does not cover
 
 
 @dataclass(eq=False)
 class RebuiltRun:
     """
-    One run, whose model is loaded.
+    A run whose model is loaded.
 
     Attributes:
-        name: For errors: RUN_A or RUN_B.
-        run: Its answers.
-        model: Its model, with the batch size of the run.
-        task_images: Those that are in no file.
-        images: Opened so far, by their files or questions.
+        name: RUN_A or RUN_B, for errors.
+        run: the answers of the run.
+        model: the model, with the batch size of the run.
+        task_images: images that are in no file.
+        images: the images opened so far, by file or question.
     """
 
     name: str
@@ -42,54 +47,62 @@ class RebuiltRun:
     @classmethod
     def load(cls, name: str, run: RunAnswers, folder: str | None = None) -> "RebuiltRun":
         """
-        Load the model of a run as the run had it.
+        Load the model of a run with the settings of the run.
 
         Args:
-            name: For errors.
-            run: Of `fusion-hf evaluate`.
-            folder: The model's, where it is not where the record says.
+            name: RUN_A or RUN_B, for errors.
+            run: a run of `fusion-hf evaluate`.
+            folder: the folder of the model if it is not where the record says.
 
         Raises:
-            InputError: If the record does not say which model it was, or it is another one by now.
+            InputError: if the record does not name the model, or the model has changed.
         """
         record = run.record
         if record is None:
-            raise InputError(f"{name} is no record of `fusion-hf evaluate`, which says how to rebuild its answers.")
+            raise InputError(
+                f"{name} must be a record of `fusion-hf evaluate`, since other runs do not say how to rebuild them."
+            )
         option = f"--model-{name[-1].lower()}"
         settings = record.model.settings or {}
         if folder is None and record.model.url is not None:
-            raise InputError(f"{name} asked a server; give its model's folder with {option}.")
+            raise InputError(f"{name} asked a server. Give the folder of its model with {option}.")
         place = folder or settings.get("folder") or record.model.name
         if folder is None and place == Path(nano_path()).name and not Path(place).is_dir():
             place = nano_path()
         budget = {"query_len": record.model.query_len, "image_token_grid": record.model.image_token_grid}
-        dtype = record.model.dtype if record.model.dtype in DTYPES else AUTO  # a server may not say
+        dtype = record.model.dtype if record.model.dtype in DTYPES else AUTO  # a server may not report its dtype
         model = LocalModel.load(place, _device_of(record.model.device), dtype, batch_size=record.batch_size, **budget)
         side = cls(name, run, model, TaskImages(record))
         side._check_model(place, option)
         return side
 
     def _check_model(self, place: str, option: str) -> None:
-        """An InputError if the folder has not what the record says."""
+        """Raise an InputError if the folder differs from what the record says."""
         assert self.run.record is not None
         recorded = self.run.record.model
         found, wanted = (one.revision.rpartition("@")[2] for one in (self.model.info, recorded))
         if self.is_known and found != wanted:
             raise InputError(
-                f"{place} is not the model of {self.name} any more: its revision is {found}, of the record {wanted}; "
-                f"give the right folder with {option}."
+                f"The revision of {place} must be {wanted}, as in the record of {self.name}, got {found}. Give the "
+                f"right folder with {option}."
             )
         settings = self.model.describe().settings or {}
         for name in CHECKED:
             if recorded.settings is not None and recorded.settings.get(name) != settings[name]:
-                raise InputError(f"{place} has changed since {self.name}: {name} is another one than in the record.")
+                raise InputError(f"{place} has changed since {self.name}: {name} differs from the record.")
 
     @property
     def staged(self) -> StagedModel:
+        """The model of the run, ready to run stage by stage."""
         return StagedModel(self.model.chat_model, self.model.budget)
 
     def decoding_of(self, sample: AnsweredQuestion) -> Decoding:
-        """How the tokens of an answer are chosen."""
+        """
+        Return how the tokens of an answer are chosen.
+
+        Args:
+            sample: the answered question.
+        """
         return Decoding(self.model.chat_model.model.generation_config, wanted_of(sample))
 
     def open_image(
@@ -99,15 +112,15 @@ class RebuiltRun:
         Open the image of a question.
 
         Args:
-            task: The question is of this one.
-            sample: This run's.
-            other: The other run's, which may know the file where this one does not.
+            task: the task of the question.
+            sample: the question in this run.
+            other: the question in the other run, which may know the file.
 
         Returns:
-            The image; None for a question without one.
+            The image, or None if the question has none.
 
         Raises:
-            InputError: If neither a file nor the data have it, or it is another image by now.
+            InputError: if neither a file nor the data has the image, or the image has changed.
         """
         asked = sample.asked
         if asked is None or asked.image_sha256 is None:
@@ -116,29 +129,35 @@ class RebuiltRun:
         source = self.task_images.find(task, sample.doc_id) if path is None else path
         if source is None:
             raise InputError(
-                f"no record names the file of the image of question {sample.doc_id}, and it is not found in the data "
-                "by lmms-eval"
+                f"the image of question {sample.doc_id} was not found: no record names its file, and lmms-eval does "
+                "not find it in the data"
             )
         key = path or f"{task} {sample.doc_id}"
         if key not in self.images:
             self.images[key] = self.model.chat_model.open_image(source)
         image = self.images[key]
         if self.is_local and hash_image(image) != asked.image_sha256:
-            raise InputError(f"the image of question {sample.doc_id} is not that of {self.name} any more: {key}")
+            raise InputError(f"the image of question {sample.doc_id} has changed since {self.name}: {key}")
         return image
 
     @property
     def is_known(self) -> bool:
-        """Whether the record says which weights they were; those of an unknown server it does not."""
+        """Whether the record identifies the weights. Servers may not report them."""
         return self.run.record is not None and self.run.record.model.dtype in DTYPES
 
     @property
     def is_local(self) -> bool:
-        """Whether the run had its model in its own process: servers open images otherwise."""
+        """Whether the run had its model in its own process. Servers open images in another way."""
         return self.run.record is not None and self.run.record.model.url is None
 
     def batch_of(self, task: str, sample: AnsweredQuestion) -> list[EvaluationPrompt]:
-        """The other questions that the run answered together with one; empty without batches."""
+        """
+        Return the other questions that the run answered in the same batch, empty if it used no batches.
+
+        Args:
+            task: the task of the question.
+            sample: the question.
+        """
         if self.model.batch_size == 1 or not self.is_local:
             return []
         samples = list(self.run.tasks[task].samples)
@@ -161,7 +180,12 @@ class RebuiltRun:
         return self.model.reader.prompt(Request(task, sample.doc_id, lambda: messages, wanted_of(sample)))
 
     def rows(self, prompts: Sequence[EvaluationPrompt]) -> list[StagedQuestion]:
-        """Questions as the model computes them."""
+        """
+        Convert prompts to questions for the staged model.
+
+        Args:
+            prompts: the prompts.
+        """
         staged = self.staged
         return [
             StagedQuestion(
@@ -173,7 +197,7 @@ class RebuiltRun:
 
 
 def _device_of(name: str) -> str:
-    """The device of a run or, where this machine has none like it, its best."""
+    """Return the device of a run, or the best one if this machine has no such device."""
     try:
         choose_device(name)
     except InputError:
@@ -182,7 +206,14 @@ def _device_of(name: str) -> str:
 
 
 def conversation(asked: AskedQuestion, image: Image.Image | None, key: str = "image") -> Messages:
-    """A recorded conversation with its image; `key` names it in its block."""
+    """
+    Return a recorded conversation with its image.
+
+    Args:
+        asked: the recorded question.
+        image: its image, or None.
+        key: the key of the image in its block.
+    """
     return [
         {
             "role": message["role"],
@@ -195,10 +226,18 @@ def conversation(asked: AskedQuestion, image: Image.Image | None, key: str = "im
 
 
 def wanted_of(sample: AnsweredQuestion) -> Generation:
-    """How a question is to be answered."""
+    """
+    Return how a question must be answered.
+
+    Args:
+        sample: the answered question.
+
+    Raises:
+        InputError: if the record has invalid settings.
+    """
     assert sample.asked is not None and sample.asked.generation is not None
     settings = dict(sample.asked.generation)
     try:
         return Generation(**{**settings, "until": tuple(settings["until"])})
     except (KeyError, TypeError) as error:
-        raise InputError(f"The generation of question {sample.doc_id} is {settings}, which is none.") from error
+        raise InputError(f"Question {sample.doc_id} must have valid generation settings, got {settings}.") from error

@@ -1,4 +1,4 @@
-"""What runs have measured, as a Markdown table in the layout of the published one, beside the published figures."""
+"""Write the results of runs as a Markdown table in the layout of the published one, next to the published numbers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from fusion_hf.evaluation.benchmarks import AUTHORS, BENCHMARKS, Benchmark, find
 from fusion_hf.evaluation.run_record import FAILED, ModelRecord, RunRecord, TaskRecord
 from fusion_hf.hub.family import PublishedRow, published_rows
 
-NOTHING = "—"  # in a cell without a figure
-DECIMALS = 1  # as published
+NOTHING = "—"  # for cells without a value
+DECIMALS = 1  # as in the published table
 
 
 @dataclass(frozen=True)
 class _Done:
-    """A task with the run that it is of."""
+    """A task and its run."""
 
     task: TaskRecord
     run: RunRecord
@@ -25,14 +25,14 @@ class _Done:
 
     @property
     def figures(self) -> list[float]:
-        """In the table's unit, one for each of the benchmark's metrics; empty if it is not scored."""
+        """Results in the unit of the table, one per metric of the benchmark. Empty if the task is not scored."""
         values = {metric.metric: metric.value for metric in self.task.metrics}
         wanted = self.benchmark.metrics if values else ()
         return [round(values[metric] * self.benchmark.scale, DECIMALS) for metric in wanted]
 
     @property
     def note(self) -> str:
-        """What to know about the figures; empty if they are of all questions with the authors' prompt and no judge."""
+        """What differs from a full run with the authors' prompt and no judge. Empty if nothing does."""
         parts = []
         if self.task.status == FAILED:
             parts.append(f"failed: {self.task.reason}")
@@ -47,26 +47,32 @@ class _Done:
 
 def find_published(name: str) -> PublishedRow:
     """
+    Return a row of the published table.
+
+    Args:
+        name: the name of the row.
+
     Raises:
-        InputError: if the published table has no such row.
+        InputError: if there is no such row.
     """
     rows = published_rows()
     if name not in rows:
-        raise InputError(f"--published is {name!r}; allowed: {', '.join(rows)}.")
+        raise InputError(f"--published must be one of {', '.join(rows)}, got {name!r}.")
     return rows[name]
 
 
 def make_table(records: Sequence[RunRecord], published: str | None = None, peers: bool = False) -> str:
     """
-    Write one table of one or several runs of a model; where several have a task, the last of them counts.
+    Write one table of one or several runs of a model. If several runs have a task, the last one counts.
 
     Args:
-        records: at least one.
-        published: the name of the published row to compare with; None: the one whose sizes the model has, if any.
-        peers: whether to show the other published rows of this size as well, or all where there is nothing to compare.
+        records: the records, at least one.
+        published: the name of the published row to compare with. None chooses the one with the sizes of the model, if
+            any.
+        peers: whether to show other published models of this size, or all of them if there is no row to compare with.
 
     Raises:
-        InputError: if the records are of several models, or a name is unknown.
+        InputError: if the records belong to several models, or a name is unknown.
     """
     _check_one_model(records)
     model = records[-1].model
@@ -91,7 +97,7 @@ def _check_one_model(records: Sequence[RunRecord]) -> None:
         for name in ("revision", "dtype", "query_len", "image_token_grid"):
             own, other = vars(first)[name], vars(record.model)[name]
             if own != other:
-                raise InputError(f"The records are of several models: {name} is {own!r} and {other!r}; allowed: one.")
+                raise InputError(f"All records must have the same {name}, got {own!r} and {other!r}.")
 
 
 def _rows(
@@ -126,7 +132,7 @@ def _published_cells(row: PublishedRow, columns: list[str], suffix: str = "") ->
 
 
 def _difference(ours: float, theirs: float) -> str:
-    """Of the figures as they are printed; never "-0.0"."""
+    """Return the difference of the numbers as they are printed, never "-0.0"."""
     return f"{round(ours - theirs, DECIMALS) + 0.0:+.{DECIMALS}f}"
 
 
@@ -141,7 +147,7 @@ def _lines(texts: Iterator[str]) -> str:
 
 
 def _beside(one: _Done) -> str:
-    """A task that has no column."""
+    """Describe a task that has no column."""
     task = one.task
     if task.submission is not None:
         return f"`{task.task}`: {task.status}, {task.n} answers in {task.submission}, no score"
@@ -154,20 +160,20 @@ def _about(model: ModelRecord, row: PublishedRow | None, is_recognised: bool) ->
     place = "" if model.url is None else f" at {model.url}"
     texts = [f"Measured: {model.name} ({model.revision}){place}, {model.dtype} on {model.device}, {_budget(model)}."]
     if row is None:
-        texts.append("No published model has its sizes; `--published NAME` chooses a row to compare with.")
+        texts.append("No published model has these sizes. Choose a row to compare with by `--published NAME`.")
     elif is_recognised:
-        texts.append(f"Published: {row.name}, whose sizes the model has.")
+        texts.append(f"Published: {row.name}, which has the sizes of this model.")
     else:
-        texts.append(f"Published: {row.name}, as asked for.")
+        texts.append(f"Published: {row.name}, as requested.")
     return _escape("\n".join(texts))
 
 
 def _budget(model: ModelRecord) -> str:
     if model.image_token_grid is None or model.query_len is None:
-        return "image tokens and latents as its server has them"
+        return "with the image tokens and latents of its server"
     return f"{model.image_token_grid**2} image tokens, {model.query_len} latents"
 
 
 def _escape(text: str) -> str:
-    """Without what Markdown would take for cells or HTML."""
+    """Remove what Markdown would interpret as cells or HTML."""
     return text.replace("|", r"\|").replace("<", "&lt;")

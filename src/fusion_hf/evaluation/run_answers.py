@@ -1,4 +1,4 @@
-"""The answers of a run, whoever made it: `fusion-hf evaluate`, lmms-eval alone, or the authors' code."""
+"""Read the answers of a run of `fusion-hf evaluate`, of lmms-eval alone, or of the authors' code."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -23,8 +23,8 @@ OURS: Final = "fusion-hf"
 LMMS_EVAL: Final = "lmms-eval"
 AUTHORS: Final = "authors"
 RECORDS, LMMS_SAMPLES = "record-*.json", "*_samples_*.jsonl"
-MARK = "_samples_"  # of lmms-eval's file names: between the time and the task
-ANSWERS = "answers"  # the folder of kept answers beside a record
+MARK = "_samples_"  # stands between the time and the task in lmms-eval's file names
+ANSWERS = "answers"  # the folder of stored answers next to a record
 ALLOWED = (
     "a record of `fusion-hf evaluate`, its folder, samples of lmms-eval's --log_samples, an answers.jsonl of the "
     "authors or of `fusion-hf ask`"
@@ -37,10 +37,10 @@ class TaskAnswers:
     The answers to a task.
 
     Attributes:
-        task: The benchmark's name in this package, or what the run calls it if it is no benchmark of the table.
-        samples: One for each question.
-        metrics: The run's figures, by their names.
-        reason: Why there are no samples; None otherwise.
+        task: the name of the benchmark in this package, or the name in the run if it is no known benchmark.
+        samples: one sample per question.
+        metrics: the results of the run by metric.
+        reason: why there are no samples, or None.
     """
 
     task: str
@@ -52,13 +52,14 @@ class TaskAnswers:
 @dataclass(frozen=True)
 class RunAnswers:
     """
-    A run that is compared.
+    A run to compare.
 
     Attributes:
-        path: Of its record, or of the file or folder of its answers.
-        kind: Who made it.
-        tasks: By name. The authors' answers belong to no task: they have the name "".
-        record, versions: Of a run of `fusion-hf evaluate`.
+        path: the path of its record, or of the file or folder of its answers.
+        kind: what made the run.
+        tasks: the tasks by name. The authors' answers belong to no task and have the name "".
+        record: the record of a run of `fusion-hf evaluate`.
+        versions: the package versions of a run of `fusion-hf evaluate`.
     """
 
     path: Path
@@ -70,14 +71,15 @@ class RunAnswers:
 
 def read_run(path: Path) -> RunAnswers:
     """
-    Read a run.
+    Read the answers of a run.
 
     Args:
-        path: A record of `fusion-hf evaluate` or the folder with it, of several the newest; a file of lmms-eval's
-            `--log_samples` or a folder with some; an `answers.jsonl` of the authors or of `fusion-hf ask`.
+        path: a record of `fusion-hf evaluate` or a folder with records, of which the newest is used; a file of
+            lmms-eval's `--log_samples` or a folder with such files; or an `answers.jsonl` of the authors or of
+            `fusion-hf ask`.
 
     Raises:
-        InputError: If it is nothing of that, torn, or has a question twice.
+        InputError: if the path is none of these, is damaged, or has a question twice.
     """
     if path.is_dir():
         records = sorted(path.glob(RECORDS))
@@ -88,7 +90,7 @@ def read_run(path: Path) -> RunAnswers:
         return _read_lmms_eval([path], path)
     if path.suffix == ".jsonl":
         return _read_authors(path)
-    raise InputError(f"{path} is no run; allowed: {ALLOWED}.")
+    raise InputError(f"A run must be {ALLOWED}, got {path}.")
 
 
 def _read_record(path: Path) -> RunAnswers:
@@ -112,15 +114,18 @@ def _read_task(path: Path, record: RunRecord, task: TaskRecord) -> TaskAnswers:
 
 
 def _inside(path: Path, name: str) -> Path:
-    """A folder that a record names, in the record's own."""
+    """Return the path of a folder that a record names, which must lie in the folder of the record."""
     folder = path.parent.resolve()
     if not (folder / name).resolve().is_relative_to(folder):
-        raise InputError(f"{path}: samples is {name!r}; allowed: a folder in {folder}.")
+        raise InputError(f"{path}: `samples` must be a folder in {folder}, got {name!r}.")
     return folder / name
 
 
 def _kept_answers(folder: Path, task: TaskRecord) -> list[AnsweredQuestion]:
-    """The answers that a run kept, without scores; an InputError where they are of several models or prompts."""
+    """
+    Return the stored answers of a run without scores. Raise an InputError if they belong to several models or
+    prompts.
+    """
     found: dict[int, str] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for entry in read_lines(path):
@@ -130,23 +135,25 @@ def _kept_answers(folder: Path, task: TaskRecord) -> list[AnsweredQuestion]:
             if found.setdefault(number, answer) != answer:
                 raise InputError(
                     f"{folder} has several answers to question {number} of {task.task}, and the record does not say "
-                    "which are its own; run the evaluation again with the same command: answers are kept."
+                    "which one belongs to it. Run the evaluation again with the same command, which reuses answers."
                 )
     kept = {number: answer for number, answer in found.items() if number < task.n}
     if len(kept) < task.n:
-        raise InputError(f"{folder} has {len(kept)} of the {task.n} answers to {task.task}; run the evaluation again.")
+        raise InputError(
+            f"{folder} has only {len(kept)} of {task.n} answers to {task.task}. Run the evaluation again."
+        )
     return [AnsweredQuestion(number, answer) for number, answer in sorted(kept.items())]
 
 
 def _read_lmms_eval(paths: Sequence[Path], given: Path) -> RunAnswers:
     if not paths:
-        raise InputError(f"{given} has no record-*.json and no *_samples_TASK.jsonl; allowed: {ALLOWED}.")
+        raise InputError(f"A run must be {ALLOWED}, but {given} holds neither record-*.json nor *_samples_TASK.jsonl.")
     tasks: dict[str, TaskAnswers] = {}
     for path in paths:
         time, _, name = path.stem.partition(MARK)
         task = find_task(name)
         if task in tasks:
-            raise InputError(f"{given} has several files of samples of {task}; give one of them: {path}.")
+            raise InputError(f"{given} has several files of samples of {task}. Give one of them, such as {path}.")
         samples = [_lmms_sample(path, number, entry) for number, entry in enumerate(read_lines(path), start=1)]
         check_ids([sample.doc_id for sample in samples], path)
         tasks[task] = TaskAnswers(task, samples, _lmms_metrics(path.with_name(f"{time}_results.json"), name))
@@ -155,7 +162,7 @@ def _read_lmms_eval(paths: Sequence[Path], given: Path) -> RunAnswers:
 
 def _lmms_sample(path: Path, number: int, entry: dict[str, Any]) -> AnsweredQuestion:
     if not isinstance(entry.get("doc_id"), int) or "filtered_resps" not in entry:
-        raise InputError(f"{path} has no doc_id and filtered_resps in line {number}, as lmms-eval's samples have.")
+        raise InputError(f"{path}: line {number} must have doc_id and filtered_resps, as samples of lmms-eval have.")
     text, target = entry.get("input"), entry.get("target")
     return AnsweredQuestion(
         doc_id=entry["doc_id"],
@@ -167,18 +174,23 @@ def _lmms_sample(path: Path, number: int, entry: dict[str, Any]) -> AnsweredQues
 
 
 def asked_text(text: str) -> AskedQuestion:
-    """A question that is known by its words only."""
+    """
+    Make a question of which only the text is known.
+
+    Args:
+        text: the text.
+    """
     return AskedQuestion([{"role": "user", "content": [{"type": "text", "text": text}]}], text)
 
 
 def _lmms_metrics(path: Path, name: str) -> dict[str, float]:
-    """A task's figures in lmms-eval's file of results, if it is there."""
+    """Read the results of a task from lmms-eval's file of results, if it exists."""
     if not path.is_file():
         return {}
     try:
         metrics = read_metrics(json.loads(path.read_text(encoding="utf-8"))["results"][name])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has no results of {name} ({error!r}).") from error
+        raise InputError(f"{path} must have results of {name} ({error!r}).") from error
     return {metric.metric.partition(",")[0]: metric.value for metric in metrics}
 
 
@@ -188,8 +200,8 @@ def _read_authors(path: Path) -> RunAnswers:
         identity, text, prompt = read_id(entry), entry.get("text", entry.get("answer")), entry.get("prompt")
         if not isinstance(identity, str | int) or not isinstance(text, str):
             raise InputError(
-                f"{path} has no question_id and text in line {number}, as the authors' answers have, and no id and "
-                "answer, as those of `fusion-hf ask`."
+                f"{path}: line {number} must have question_id and text, as the authors' answers have, or id and "
+                "answer, as those of `fusion-hf ask` have."
             )
         asked = asked_text(prompt) if isinstance(prompt, str) else None
         samples.append(AnsweredQuestion(number - 1, text, question_id=identity, asked=asked))
@@ -198,28 +210,42 @@ def _read_authors(path: Path) -> RunAnswers:
 
 
 def read_id(entry: dict[str, Any]) -> Any:
-    """What a line of answers or questions calls its question."""
+    """
+    Return the id of the question in a line of answers or questions.
+
+    Args:
+        entry: the line.
+    """
     return entry.get("question_id", entry.get("id"))
 
 
 def check_ids(ids: Iterable[Any], path: Path) -> None:
     """
-    Check that there is an answer, and one to each question.
+    Check that there are answers, and at most one per question.
+
+    Args:
+        ids: the ids of the questions.
+        path: the file, for errors.
 
     Raises:
-        InputError: Otherwise; names the question.
+        InputError: if there is no answer, or several to one question. The message names the question.
     """
     known = set()
     for identity in ids:
         if identity in known:
-            raise InputError(f"{path} has question {identity!r} twice; allowed: once.")
+            raise InputError(f"{path} must have each question once, got question {identity!r} twice.")
         known.add(identity)
     if not known:
-        raise InputError(f"{path} has no answers.")
+        raise InputError(f"{path} must contain at least one answer.")
 
 
 def find_task(name: str) -> str:
-    """The benchmark that lmms-eval, or a run of this package, calls `name`; the name itself if there is none."""
+    """
+    Return the benchmark for a name of lmms-eval or of a run of this package, or the name itself if there is none.
+
+    Args:
+        name: the name.
+    """
     for benchmark in (*BENCHMARKS.values(), *VARIANTS.values()):
         own = {benchmark.name, benchmark.lmms_task, benchmark.authors_task}
         if name in own | {f"lmms_{benchmark.name}", f"fusion_{benchmark.name}"}:

@@ -1,4 +1,4 @@
-"""Two runs of the same questions: which is better, what that is worth, and which answers changed."""
+"""Compare two runs on the same questions: which one is better, how certain that is, and which answers changed."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -29,7 +29,7 @@ class Pair:
 
     @property
     def question(self) -> str | None:
-        """The user's words; None if no run knows them."""
+        """The text of the user, or None if neither run has it."""
         return next((text for text in map(question_text, (self.first, self.second)) if text is not None), None)
 
     @property
@@ -39,14 +39,19 @@ class Pair:
 
     @property
     def cluster(self) -> Hashable:
-        """What questions that depend on each other have in common: the image."""
+        """Key of the image. Questions about the same image depend on each other."""
         for sample in (self.first, self.second):
             if sample.asked is not None and sample.asked.image_sha256 is not None:
                 return sample.asked.image_sha256
         return self.first.image or self.second.image or ("question", self.first.doc_id)
 
     def direction(self, metrics: Sequence[str]) -> Direction:
-        """What the change did to the score: to the first of the metrics that this question has in both runs."""
+        """
+        Return how the score of the first metric that this question has in both runs has changed.
+
+        Args:
+            metrics: the metrics in order of preference.
+        """
         for metric in metrics:
             if metric in self.first.scores and metric in self.second.scores:
                 difference = self.second.scores[metric] - self.first.scores[metric]
@@ -57,12 +62,12 @@ class Pair:
 @dataclass(frozen=True)
 class MetricComparison:
     """
-    A metric of a task in both runs.
+    One metric of a task in both runs.
 
     Attributes:
-        metric: Its name in lmms-eval.
-        figures: What the runs report; None where they do not, or of other questions than these.
-        test: Of the scores of single questions, in lmms-eval's unit.
+        metric: the name of the metric in lmms-eval.
+        figures: the values that the runs report. None if they report none, or for other questions.
+        test: the comparison of the scores of single questions, in lmms-eval's unit.
     """
 
     metric: str
@@ -73,13 +78,14 @@ class MetricComparison:
 @dataclass(frozen=True)
 class TaskComparison:
     """
-    A task in both runs.
+    One task in both runs.
 
     Attributes:
-        pairs: The questions that both runs have.
-        alone: How many questions only the first run has, and only the second.
-        metrics: What both runs score each question by.
-        notes: What a reader has to know, in sentences.
+        task: the name of the task.
+        pairs: the questions that both runs have.
+        alone: how many questions only the first run has, and how many only the second.
+        metrics: the metrics by which both runs score questions.
+        notes: what readers need to know, in sentences.
     """
 
     task: str
@@ -94,12 +100,17 @@ class TaskComparison:
         return [pair for pair in self.pairs if pair.is_changed]
 
     def direction(self, pair: Pair) -> Direction:
-        """What the change of an answer did to its score."""
+        """
+        Return how the score of a changed answer has changed.
+
+        Args:
+            pair: the question in both runs.
+        """
         return pair.direction([metric.metric for metric in self.metrics])
 
     @property
     def directions(self) -> dict[Direction, int]:
-        """How many changed answers score better, worse, the same."""
+        """The number of changed answers that score better, worse and the same."""
         return dict(Counter(map(self.direction, self.changed)))
 
 
@@ -108,16 +119,17 @@ def compare_runs(first: RunAnswers, second: RunAnswers, names: Sequence[str] | N
     Compare the tasks that two runs have in common.
 
     Args:
-        first, second: The runs.
-        names: Of the tasks; None: all.
+        first: the first run.
+        second: the second run.
+        names: the names of tasks to compare. None compares all.
 
     Raises:
-        InputError: If they have no task in common, or a task has other questions in the second run.
+        InputError: if there is no common task, or a task has different questions in the second run.
     """
     common = {name: (a, b) for name, a, b in _pair_tasks(first, second)}
     for name in names or ():
         if name not in common:
-            raise InputError(f"--tasks has {name!r}; allowed: {', '.join(common) or 'none'}.")
+            raise InputError(f"--tasks must contain only names from {', '.join(common) or 'none'}, got {name!r}.")
     pairs = [(name, *common[name]) for name in (common if names is None else names)]
     compared = []
     for name, a, b in pairs:
@@ -126,15 +138,21 @@ def compare_runs(first: RunAnswers, second: RunAnswers, names: Sequence[str] | N
     if not compared:
         reasons = [f"{a.reason or b.reason} ({name})" for name, a, b in pairs]
         told = "; ".join(reasons) if reasons else f"{_listed(first)} and {_listed(second)}"
-        raise InputError(f"The runs have no scored task in common: {told}.")
+        raise InputError(f"The runs must have a scored task in common: {told}.")
     return compared
 
 
 def missing_tasks(first: RunAnswers, second: RunAnswers) -> list[str]:
-    """Say which tasks cannot be compared, and why."""
+    """
+    List the tasks that cannot be compared, with the reasons.
+
+    Args:
+        first: the first run.
+        second: the second run.
+    """
     paired = {name for name, _, _ in _pair_tasks(first, second)}
     lines = [
-        f"{task.task} is in {side} alone."
+        f"{task.task} is only in {side}."
         for side, run in zip(SIDES, (first, second), strict=True)
         for task in run.tasks.values()
         if task.task and task.task not in paired
@@ -150,7 +168,7 @@ def _listed(run: RunAnswers) -> str:
 
 
 def _pair_tasks(first: RunAnswers, second: RunAnswers) -> Iterator[tuple[str, TaskAnswers, TaskAnswers]]:
-    """Tasks of the same name; the authors' answers, which belong to no task, are those of the other run's only one."""
+    """Pair tasks of the same name. Answers without a task belong to the only task of the other run."""
     for name, task in first.tasks.items():
         others = second.tasks
         if name in others:
@@ -165,13 +183,16 @@ def _pair_tasks(first: RunAnswers, second: RunAnswers) -> Iterator[tuple[str, Ta
 def _compare_task(name: str, first: TaskAnswers, second: TaskAnswers, notes: list[str]) -> TaskComparison:
     pairs, alone = _align(name, first, second)
     if any(alone):
-        notes = [*notes, f"{alone[0]} questions are in {SIDES[0]} alone, {alone[1]} in {SIDES[1]} alone; left out."]
+        notes = [
+            *notes,
+            f"{alone[0]} questions are only in {SIDES[0]} and {alone[1]} only in {SIDES[1]}. They are left out.",
+        ]
     pairs, scored_note = _with_scores(pairs)
     others = [pair for pair in pairs if _has_other_words(pair)]
     if others:
-        notes = [*notes, f"{len(others)} questions are asked in other words."]
+        notes = [*notes, f"{len(others)} questions have different wording in the two runs."]
     if not any(isinstance(pair.cluster, str) for pair in pairs):
-        notes = [*notes, "No run says which questions are about the same image: each counts as independent."]
+        notes = [*notes, "Neither run says which questions share an image, so all count as independent."]
     metrics = [_compare_metric(metric, pairs, first, second, alone) for metric in _metric_names(name, pairs)]
     if not metrics:
         notes = [*notes, _why_not_scored(name, pairs)]
@@ -192,10 +213,10 @@ def _compare_metric(
 
 
 def _metric_names(task: str, pairs: Sequence[Pair]) -> list[str]:
-    """What both runs score questions by: of a benchmark the metrics of its published figures, else all."""
+    """Return the metrics that both runs have: those of the published numbers for a benchmark, and all otherwise."""
     common = {
         name: None for pair in pairs for name in pair.first.scores if name in pair.second.scores
-    }  # in their order
+    }  # keeps their order
     benchmark = BENCHMARKS.get(task, VARIANTS.get(task))
     published = [] if benchmark is None else [metric.partition(",")[0] for metric in benchmark.metrics]
     return [name for name in published if name in common] or list(common)
@@ -203,7 +224,7 @@ def _metric_names(task: str, pairs: Sequence[Pair]) -> list[str]:
 
 def _why_not_scored(task: str, pairs: Sequence[Pair]) -> str:
     if not task:
-        return "Answers alone have no scores: only the answers are compared. --questions names the right ones."
+        return "Files of answers have no scores, so only answers are compared. Give the right ones with --questions."
     sides = [
         side
         for side, scored in zip(
@@ -212,33 +233,38 @@ def _why_not_scored(task: str, pairs: Sequence[Pair]) -> str:
         if not scored
     ]
     if not sides:
-        return "The runs score by other metrics: only the answers are compared."
+        return "The runs use different metrics, so only answers are compared."
     return (
-        f"{' and '.join(sides)} has no scores of single questions: only the answers are compared. Run `fusion-hf "
-        "evaluate` again with the same command: it writes them, and asks nothing twice."
+        f"{' and '.join(sides)} has no scores of single questions, so only answers are compared. Run `fusion-hf "
+        "evaluate` again with the same command to write them. It reuses all answers."
     )
 
 
 def _align(name: str, first: TaskAnswers, second: TaskAnswers) -> tuple[list[Pair], tuple[int, int]]:
-    """The questions of both runs, and how many each has alone; an InputError if they are others."""
+    """
+    Pair the questions of both runs, and count those that only one run has. Raise an InputError if the questions
+    differ.
+    """
     for keys in _key_choices(first, second):
         common = [key for key in keys[0] if key in keys[1]]
         if common:
             break
     else:
-        raise InputError(f"The runs have no question of {name} in common.")
+        raise InputError(f"The runs must have at least one question of {name} in common.")
     pairs = [Pair(keys[0][key], keys[1][key]) for key in common]
     for key, pair in zip(common, pairs, strict=True):
         contradiction = _contradiction(pair)
         if contradiction is not None:
-            raise InputError(f"The runs have other questions of {name}: question {key} has {contradiction}.")
+            raise InputError(
+                f"The runs must have the same questions of {name}, but question {key} has {contradiction}."
+            )
     return pairs, (len(keys[0]) - len(common), len(keys[1]) - len(common))
 
 
 def _key_choices(
     first: TaskAnswers, second: TaskAnswers
 ) -> Iterator[tuple[dict[str, AnsweredQuestion], dict[str, AnsweredQuestion]]]:
-    """Samples by what identifies a question: its number or, where the authors give ids, the benchmark's id first."""
+    """Yield samples by each possible key of questions: their number or, if the authors give ids, first the id."""
     if first.task and second.task:
         yield _by_number(first), _by_number(second)
         return
@@ -253,13 +279,13 @@ def _by_number(task: TaskAnswers) -> dict[str, AnsweredQuestion]:
 
 
 def _by_id(task: TaskAnswers) -> dict[str, AnsweredQuestion]:
-    """Empty if questions have no ids of their own."""
+    """Return samples by id, empty if questions have no ids of their own."""
     found = {str(sample.question_id): sample for sample in task.samples if sample.question_id is not None}
     return found if len(found) == len(task.samples) else {}
 
 
 def _contradiction(pair: Pair) -> str | None:
-    """What shows that a pair is not the same question; None if nothing does."""
+    """Describe why a pair is not the same question, or return None."""
     targets = [None if sample.target is None else sample.target.strip() for sample in (pair.first, pair.second)]
     texts = [question_text(sample) for sample in (pair.first, pair.second)]
     if None not in targets:
@@ -272,7 +298,7 @@ def _contradiction(pair: Pair) -> str | None:
 
 
 def _is_within(first: str, second: str) -> bool:
-    """Whether one text has the other in it, as where a prompt has an instruction behind the question."""
+    """Return whether one text contains the other, as a prompt with an instruction contains its question."""
     a, b = ("".join(text.split()).lower() for text in (first, second))
     return a in b or b in a
 
@@ -283,7 +309,12 @@ def _has_other_words(pair: Pair) -> bool:
 
 
 def question_text(sample: AnsweredQuestion) -> str | None:
-    """The user's words; None where a run does not know them."""
+    """
+    Return the text of the user, or None if the run does not have it.
+
+    Args:
+        sample: the answered question.
+    """
     if sample.asked is None:
         return None
     blocks = [block for message in sample.asked.messages if message["role"] == "user" for block in message["content"]]
@@ -292,7 +323,8 @@ def question_text(sample: AnsweredQuestion) -> str | None:
 
 def _with_scores(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
     """
-    Score a run that has no scores by exact match, if that gives every score of the other run; and the note on it.
+    Score a run without scores by exact match, if that reproduces all scores of the other run, and add a note
+    about it.
     """
     scored = [any(pair.first.scores for pair in pairs), any(pair.second.scores for pair in pairs)]
     if all(scored) or not any(scored):
@@ -307,7 +339,7 @@ def _with_scores(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
         mended = AnsweredQuestion(**{**vars(other), "scores": {metric: exact_match(other.answer, sample.target)}})
         made.append(Pair(pair.first, mended) if scored[0] else Pair(mended, pair.second))
     side = SIDES[1] if scored[0] else SIDES[0]
-    return made, [f"{side} is scored here by exact match, which gives every {metric} of the other run."]
+    return made, [f"{side} is scored by exact match, which reproduces every {metric} of the other run."]
 
 
 def _gives_exact_match(metric: str, samples: Sequence[AnsweredQuestion]) -> bool:
@@ -318,20 +350,26 @@ def _gives_exact_match(metric: str, samples: Sequence[AnsweredQuestion]) -> bool
 
 
 def exact_match(answer: str, target: str | None) -> float:
-    """Score an answer: 1 where it is the right text, white space around it aside."""
+    """
+    Score an answer: 1 if it equals the right text apart from surrounding white space, and 0 otherwise.
+
+    Args:
+        answer: the answer.
+        target: the right text.
+    """
     return float(target is not None and answer.strip() == target.strip())
 
 
 def _record_notes(name: str, first: RunAnswers, second: RunAnswers) -> list[str]:
-    """What the records say was done otherwise."""
+    """Describe what the records say was done differently."""
     if first.record is None or second.record is None:
         return []
     notes = []
     if first.record.prompts != second.record.prompts:
-        notes.append(f"The prompts are those of {first.record.prompts} and of {second.record.prompts}.")
+        notes.append(f"The runs use different prompts: {first.record.prompts} and {second.record.prompts}.")
     judges = [_task_record(run, name).judge for run in (first, second)]
     if judges[0] != judges[1]:
-        notes.append(f"The judges are {judges[0]} and {judges[1]}.")
+        notes.append(f"The runs use different judges: {judges[0]} and {judges[1]}.")
     return notes
 
 

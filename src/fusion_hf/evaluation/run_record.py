@@ -1,4 +1,4 @@
-"""What a run measured, and everything that it depends on, as one JSON file."""
+"""The record of a run: its results and everything that they depend on, in one JSON file."""
 
 import json
 import math
@@ -18,13 +18,13 @@ SCORED: Final = "scored"
 FAILED: Final = "failed"
 SUBMITTED: Final = "submission written"
 PACKAGES = ("fusion_hf", "lmms_eval", "transformers", "torch", "datasets", "accelerate", "pillow")
-TIME = "%Y%m%d-%H%M%S-%f"  # in names of files
-STDERR = ("_stderr", "_stderr_clt")  # behind a metric's name, before its filter
+TIME = "%Y%m%d-%H%M%S-%f"  # time format in file names
+STDERR = ("_stderr", "_stderr_clt")  # suffixes between the name of a metric and its filter
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a task in lmms-eval's unit; `standard_error` is None where lmms-eval knows none."""
+    """One result of a task in lmms-eval's unit. `standard_error` is None if lmms-eval gives none."""
 
     metric: str
     value: float
@@ -34,10 +34,20 @@ class Metric:
 @dataclass(frozen=True)
 class TaskRecord:
     """
-    A task that was scored, or whose answers were written down for a server, or why neither was done.
+    A task that was scored, whose answers were written to a file for a server, or that failed.
 
-    `n` of its `n_total` questions were asked; only a task that is scored has metrics. `judge` is the language model
-    that scoring asked, `submission` the file for the server, in the run's output folder.
+    Attributes:
+        task: the name of the benchmark.
+        lmms_task: the name of lmms-eval's task.
+        status: what was done.
+        n: the number of questions that were asked.
+        n_total: the number of questions of the benchmark.
+        prompt_sha256: the hash of all prompts.
+        metrics: the results of a scored task.
+        judge: the language model that the scoring asked.
+        submission: the file for the server, in the output folder of the run.
+        reason: why the task failed.
+        failures: the failed requests.
     """
 
     task: str
@@ -56,11 +66,19 @@ class TaskRecord:
 @dataclass(frozen=True)
 class ModelRecord:
     """
-    Which model it was, and how it ran. `published`: the row of the published table whose sizes it has, if any.
+    The model of a run, and how it was run.
 
-    A model that a server has is at `url`, under its `name` there. A server that does not say more of it leaves
-    `dtype` and `device` unknown, the token budget too. `settings` are those of a model in the run's own process which
-    change answers and are not in its weights; see `local.describe_settings`.
+    Attributes:
+        name: the name of the model, on the server if it has one.
+        revision: the hash of its weights and configuration.
+        dtype: the dtype of the weights, which a server may not report.
+        device: the device, which a server may not report.
+        query_len: the number of latent tokens, which a server may not report.
+        image_token_grid: the side of the grid of image tokens, which a server may not report.
+        published: the row of the published table with the sizes of the model, if any.
+        url: the address of the server, or None for a model in the process of the run.
+        settings: the settings of a model in the process of the run that change answers and are not in its weights; see
+            `local.describe_settings`.
     """
 
     name: str
@@ -75,7 +93,14 @@ class ModelRecord:
 
     @classmethod
     def of(cls, name: str, info: ModelInfo, url: str | None = None) -> "ModelRecord":
-        """Describe a model that is known."""
+        """
+        Make the record of a model whose information is known.
+
+        Args:
+            name: the name of the model.
+            info: the information.
+            url: the address of the server, or None.
+        """
         known = asdict(info)
         del known["max_length"]
         return cls(name, **known, url=url)
@@ -84,8 +109,19 @@ class ModelRecord:
 @dataclass(frozen=True)
 class RunRecord:
     """
-    A run: its tasks in the order in which they were asked for. `parallel`: requests in flight to a server. `samples`:
-    the folder of what it did with each question, in the output folder; see `sample_log`.
+    The record of a run.
+
+    Attributes:
+        command: the command line.
+        model: the model.
+        prompts: whose prompts were used.
+        limit: the maximum number of questions per task, or None.
+        batch_size: the number of prompts per batch.
+        processes: the number of processes.
+        data_root: the folder of local data, or None.
+        tasks: the tasks in the order in which they were requested.
+        parallel: the number of concurrent requests to a server.
+        samples: the folder in the output folder with the log of each question; see `sample_log`.
     """
 
     command: list[str]
@@ -101,10 +137,19 @@ class RunRecord:
 
     @property
     def failed(self) -> list[TaskRecord]:
+        """The tasks that failed."""
         return [task for task in self.tasks if task.status == FAILED]
 
     def write(self, folder: Path) -> Path:
-        """Write a new file into `folder`, named by the time."""
+        """
+        Write the record to a new file in `folder`, with the time in its name.
+
+        Args:
+            folder: the output folder of the run.
+
+        Returns:
+            The path of the file.
+        """
         now = datetime.now(timezone.utc)
         content = {"format": FORMAT, "date": now.isoformat(timespec="seconds"), "versions": versions(), **asdict(self)}
         path = folder / f"record-{now.strftime(TIME)}.json"
@@ -114,8 +159,13 @@ class RunRecord:
     @classmethod
     def read(cls, path: Path) -> "RunRecord":
         """
+        Read a record.
+
+        Args:
+            path: the file.
+
         Raises:
-            InputError: if the file is no record of this format.
+            InputError: if the file is not a record of this format.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -125,8 +175,8 @@ class RunRecord:
                 tasks = [_read_task(task) for task in content.pop("tasks")]
                 return cls(model=ModelRecord(**content.pop("model")), tasks=tasks, **content)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no record of `fusion-hf evaluate` ({error!r}).") from error
-        raise InputError(f"{path} has the format {found!r}; allowed: {FORMAT}.")
+            raise InputError(f"{path} is not a record of `fusion-hf evaluate` ({error!r}).") from error
+        raise InputError(f"The format of {path} must be {FORMAT}, got {found!r}.")
 
 
 def _read_task(content: dict[str, Any]) -> TaskRecord:
@@ -135,15 +185,19 @@ def _read_task(content: dict[str, Any]) -> TaskRecord:
 
 
 def versions() -> dict[str, str]:
-    """List the versions of Python and the packages that the figures depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def read_metrics(results: dict[str, Any]) -> tuple[Metric, ...]:
-    """Read the figures among a task's results of lmms-eval, whose keys are `metric,filter`.
+    """
+    Read the results of a task from those of lmms-eval, whose keys are `metric,filter`.
+
+    Args:
+        results: the results of lmms-eval.
 
     Raises:
-        ValueError: if there is none, or one is no number.
+        ValueError: if there is no result, or one is not a number.
     """
     metrics = []
     for key, value in results.items():
@@ -151,12 +205,12 @@ def read_metrics(results: dict[str, Any]) -> tuple[Metric, ...]:
         if not kind or not _is_number(value) or "_stderr" in name:
             continue
         if not math.isfinite(value):
-            raise ValueError(f"{key} is {value}; allowed: a number.")
+            raise ValueError(f"{key} must be a number, got {value}.")
         errors: list[Any] = [results.get(f"{name}{suffix},{kind}") for suffix in STDERR]
         error = next((float(e) for e in errors if _is_number(e) and math.isfinite(e)), None)
         metrics.append(Metric(key, float(value), error))
     if not metrics:
-        raise ValueError(f"lmms-eval gave no figure, only {', '.join(results)}.")
+        raise ValueError(f"lmms-eval must return at least one metric, got only {', '.join(results)}.")
     return tuple(metrics)
 
 

@@ -1,4 +1,4 @@
-"""What two records say was set otherwise, and at which stages of an answer it acts."""
+"""Find the settings that differ between two records, and the stages of an answer that they affect."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from fusion_hf.evaluation.run_answers import RunAnswers
 
-# the first part of a setting's name -> the stages of `stage_comparison.STAGES` that it acts on
+# maps the first part of a setting's name to the stages of `stage_comparison.STAGES` that it affects
 ACTS_ON = {
     "chat_template": ("prompt",),
     "prompts": ("prompt",),
@@ -33,12 +33,12 @@ ACTS_ON = {
 REVISION = "revision"
 OF_MODEL = (REVISION, "dtype", "device", "query_len", "image_token_grid", "url")
 OF_RUN = ("batch_size", "prompts")
-LONGEST = 60  # characters of a value
+LONGEST = 60  # maximum number of characters of a value
 
 
 @dataclass(frozen=True)
 class SettingDifference:
-    """A setting that two records have otherwise, and the stages that it acts on."""
+    """A setting that differs between two records."""
 
     name: str
     first: Any
@@ -46,6 +46,7 @@ class SettingDifference:
 
     @property
     def stages(self) -> tuple[str, ...]:
+        """The stages of an answer that the setting affects."""
         return ACTS_ON.get(self.name.partition(".")[0], ())
 
     def __str__(self) -> str:
@@ -53,7 +54,13 @@ class SettingDifference:
 
 
 def differing_settings(first: RunAnswers, second: RunAnswers) -> list[SettingDifference]:
-    """The settings that both records have, and have otherwise."""
+    """
+    Return the settings that both records have with different values.
+
+    Args:
+        first: the first run.
+        second: the second run.
+    """
     own, other = dict(_settings(first)), dict(_settings(second))
     return [
         SettingDifference(name, value, other[name])
@@ -63,14 +70,14 @@ def differing_settings(first: RunAnswers, second: RunAnswers) -> list[SettingDif
 
 
 def _settings(run: RunAnswers) -> Iterator[tuple[str, Any]]:
-    """By name; those in groups as `group.name`."""
+    """Yield settings by name. Those of groups are called `group.name`."""
     if run.record is None:
         return
     for name in OF_RUN:
         yield name, vars(run.record)[name]
     for name in OF_MODEL:
         value = vars(run.record.model)[name]
-        yield name, value.rpartition("@")[2] if name == REVISION else value  # a folder may have any name
+        yield name, value.rpartition("@")[2] if name == REVISION else value  # the name of a folder is irrelevant
     for task in run.record.tasks:
         yield f"judge.{task.task}", task.judge
     for name, value in (run.record.model.settings or {}).items():

@@ -1,4 +1,4 @@
-"""Where two runs that should be equal begin to differ: both are rebuilt, and one stage at a time is exchanged."""
+"""Find where two runs start to differ, by rebuilding both and exchanging one stage at a time."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,21 +26,22 @@ from fusion_hf.evaluation.stage_comparison import (
 )
 from fusion_hf.evaluation.staged_model import Features, StagedQuestion, WrittenPrompt
 
-QUESTIONS = 3  # that are rebuilt
+QUESTIONS = 3  # number of questions to rebuild
 EXCHANGED = (PROMPT, IDS, PIXELS, FEATURES, LOGITS, DECODING)
-UNFIT = (ValueError, RuntimeError, IndexError)  # of a stage that is given values of a model of other sizes
+UNFIT = (ValueError, RuntimeError, IndexError)  # raised by a stage that gets values of a model with different sizes
 
 
 @dataclass(frozen=True)
 class QuestionStages:
     """
-    A question at all stages.
+    One question at all stages.
 
     Attributes:
-        doc_id: Its number.
-        stages: Each stage, made by both runs from what the first run has at the stages before it.
-        recorded, rebuilt: The runs' answers, as recorded and as made here.
-        exchanged: The first run's answer with a stage of the second run in place of its own, by the differing stages.
+        doc_id: the number of the question.
+        stages: the comparison of each stage, which both runs compute from the first run's values of earlier stages.
+        recorded: the answers of both runs as recorded.
+        rebuilt: the answers of both runs as computed now.
+        exchanged: for each stage that differs, the first run's answer with this stage taken from the second run.
     """
 
     doc_id: int
@@ -53,14 +54,14 @@ class QuestionStages:
 @dataclass(frozen=True)
 class StageReport:
     """
-    Where two runs begin to differ in a task.
+    Where two runs start to differ in a task.
 
     Attributes:
-        task: Its name.
-        settings: What the records say was set otherwise.
-        questions: Those that were rebuilt.
-        scoring: Of all questions with equal answers.
-        notes: What a reader has to know, in sentences.
+        task: the name of the task.
+        settings: the settings that differ between the records.
+        questions: the questions that were rebuilt.
+        scoring: the comparison of the scores of all equal answers.
+        notes: what readers need to know, in sentences.
     """
 
     task: str
@@ -71,17 +72,17 @@ class StageReport:
 
     @property
     def first(self) -> StageComparison | None:
-        """The first stage that differs in any question; None if none does."""
+        """The first stage that differs in any question, or None."""
         return first_difference([*(stage for each in self.questions for stage in each.stages), self.scoring])
 
     @property
     def is_reproduced(self) -> bool:
-        """Whether both models give the recorded answers here."""
+        """Whether both models reproduce the recorded answers."""
         return all(each.recorded == each.rebuilt for each in self.questions)
 
     @property
     def differing(self) -> list[str]:
-        """All stages that differ by themselves, in their order."""
+        """All stages that differ on equal inputs, in order."""
         found = {stage.stage for each in self.questions for stage in each.stages if stage.differs}
         found |= {SCORING} if self.scoring.differs else set()
         return [stage for stage in STAGES if stage in found]
@@ -94,12 +95,13 @@ def compare_run_stages(
     Find the first stage at which two runs differ in a task.
 
     Args:
-        first, second: The runs, with their models.
-        task: What `compare_runs` found.
-        questions: How many are rebuilt: of those whose answers differ or, if none does, of all.
+        first: the first run, with its model.
+        second: the second run, with its model.
+        task: the comparison of the task by `compare_runs`.
+        questions: the number of questions to rebuild. Those with different answers are preferred.
 
     Raises:
-        InputError: If no question can be rebuilt.
+        InputError: if no question can be rebuilt.
     """
     chosen = [pair for pair in (task.changed or task.pairs) if _can_be_rebuilt(pair)]
     rebuilt: list[QuestionStages] = []
@@ -112,7 +114,7 @@ def compare_run_stages(
         except InputError as error:
             reasons.append(str(error))
     if not rebuilt:
-        told = reasons[0] if reasons else "the records do not say how they were asked; run the evaluations again"
+        told = reasons[0] if reasons else "the records do not say how questions were asked. Run the evaluations again"
         raise InputError(f"No question of {task.task} can be rebuilt: {told}.")
     return StageReport(
         task.task,
@@ -130,7 +132,12 @@ def _can_be_rebuilt(pair: Pair) -> bool:
 
 
 def compare_scoring(pairs: Sequence[Pair]) -> StageComparison:
-    """Whether equal answers have other scores."""
+    """
+    Check whether equal answers have equal scores.
+
+    Args:
+        pairs: the questions of both runs.
+    """
     equal = [pair for pair in pairs if not pair.is_changed]
     for pair in equal:
         for metric in pair.first.scores:
@@ -138,7 +145,7 @@ def compare_scoring(pairs: Sequence[Pair]) -> StageComparison:
             if other is not None and own != other:
                 count = sum(each.first.scores != each.second.scores for each in equal)
                 answer = f"question {pair.first.doc_id}, {pair.first.answer[:40]!r}: {metric} {own:g} and {other:g}"
-                return StageComparison(SCORING, True, f"{count} equal answers have other scores; {answer}")
+                return StageComparison(SCORING, True, f"{count} equal answers have different scores; {answer}")
     return StageComparison(SCORING, False)
 
 
@@ -146,24 +153,24 @@ def _notes(first: RebuiltRun, second: RebuiltRun, questions: Sequence[QuestionSt
     notes = []
     for place, run in enumerate((first, second)):
         if not run.is_local:
-            notes.append(f"{run.name} asked a server: what is done inside it is rebuilt by this package's model.")
+            notes.append(f"{run.name} asked a server. This package's model stands in for the stages on the server.")
         lost = [each for each in questions if each.recorded[place] != each.rebuilt[place]]
         if lost:
             notes.append(
-                f"{run.name}: {len(lost)} of {len(questions)} recorded answers are others than here, such as "
-                f"{lost[0].recorded[place]!r} and here {lost[0].rebuilt[place]!r}: something that made them is not "
-                "rebuilt, such as another engine, device or release."
+                f"{run.name}: {len(lost)} of {len(questions)} recorded answers were not reproduced, such as "
+                f"{lost[0].recorded[place]!r}, which became {lost[0].rebuilt[place]!r}. The run may have used "
+                "another engine, device or release."
             )
     return notes
 
 
-FIRST: Mapping[str, int] = dict.fromkeys(EXCHANGED, 0)  # stage -> run that makes it
+FIRST: Mapping[str, int] = dict.fromkeys(EXCHANGED, 0)  # maps each stage to the run that computes it
 SECOND: Mapping[str, int] = dict.fromkeys(EXCHANGED, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """What the stages gave; a question without image has neither pixels nor features."""
+    """The results of the stages. A question without an image has neither pixels nor features."""
 
     prompt: WrittenPrompt
     row: StagedQuestion
@@ -173,7 +180,7 @@ class _Made:
 
 
 class _Exchange:
-    """One question, each of whose stages either run makes."""
+    """One question whose stages can be computed by either run."""
 
     def __init__(self, first: RebuiltRun, second: RebuiltRun, task: str, pair: Pair):
         self.pair = pair
@@ -194,7 +201,7 @@ class _Exchange:
         stages = [self._compare(stage, base) for stage in EXCHANGED]
         exchanged = {}
         for stage in (each.stage for each in stages if each.differs):
-            with suppress(*UNFIT):  # then the comparison says so
+            with suppress(*UNFIT):  # the comparison reports it then
                 exchanged[stage] = self._make({**FIRST, stage: 1}).answer
         return QuestionStages(
             self.pair.first.doc_id,
@@ -205,7 +212,7 @@ class _Exchange:
         )
 
     def _make(self, by: Mapping[str, int]) -> _Made:
-        """Answer the question, each stage by the run that `by` names."""
+        """Answer the question, with each stage computed by the run that `by` names."""
         prompt = self._write(by[PROMPT])
         row = StagedQuestion(self.staged[by[IDS]].tokenize(prompt), self._preprocess(by[PIXELS]))
         features = self._encode(by[FEATURES], row)
@@ -225,13 +232,13 @@ class _Exchange:
         return None if row.pixels is None else self.staged[run].encode(row, self.batches[run])
 
     def _compare(self, stage: str, base: _Made) -> StageComparison:
-        """A stage of both runs, made of what the first run has before it."""
+        """Compare one stage of both runs, computed from the first run's values of earlier stages."""
         try:
             if stage == IDS:
                 return self._compare_ids(base)
             return compare_stage(stage, self._value(stage, 0, base), self._value(stage, 1, base))
         except UNFIT as error:
-            return StageComparison(stage, True, f"{SIDES[1]} cannot take what {SIDES[0]} has: {error}")
+            return StageComparison(stage, True, f"{SIDES[1]} cannot process the values of {SIDES[0]}: {error}")
 
     def _value(self, stage: str, run: int, base: _Made) -> Value:
         if stage == PROMPT:
@@ -246,7 +253,10 @@ class _Exchange:
         return self._make({**FIRST, DECODING: run}).answer
 
     def _compare_ids(self, base: _Made) -> StageComparison:
-        """Of the prompt and, where these are equal, of the question that guides the tower, and the ends of turns."""
+        """
+        Compare the ids of the prompt and, if they are equal, those of the question for the vision tower and the
+        turn ends.
+        """
         own, other = base.row.ids, self.staged[1].tokenize(base.prompt)
         compared = [compare_stage(IDS, list(vars(own)[name]), list(vars(other)[name])) for name in vars(own)]
         return next((each for each in compared if each.differs), compared[0])

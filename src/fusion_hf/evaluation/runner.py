@@ -1,4 +1,4 @@
-"""Benchmarks from beginning to end, in one process or several, where no failure passes for a wrong answer."""
+"""Run benchmarks in one or several processes, and make sure that no failure is counted as a wrong answer."""
 
 import argparse
 import hashlib
@@ -29,9 +29,9 @@ from fusion_hf.evaluation.sample_log import AskedQuestion, make_samples, samples
 from fusion_hf.evaluation.served import PARALLEL, ServedModel
 from fusion_hf.evaluation.submissions import submission_file, write_submission
 
-# lmms-eval's own seeds: some tasks guess where an answer names no option
+# lmms-eval's default seeds, since some tasks guess if an answer names no option
 PYTHON_SEED, SEED = 0, 1234
-ANSWERS, TASKS, SUBMISSIONS, SAMPLES = "answers", "tasks", "submissions", "samples"  # folders of a run
+ANSWERS, TASKS, SUBMISSIONS, SAMPLES = "answers", "tasks", "submissions", "samples"  # subfolders of a run
 
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What a run is asked for; see `fusion-hf evaluate --help`."""
+    """The options of a run; see `fusion-hf evaluate --help`."""
 
     tasks: Sequence[str]
     output: Path
@@ -59,10 +59,16 @@ class EvaluationOptions:
 
 def run(options: EvaluationOptions) -> RunRecord:
     """
-    Answer the tasks one after the other, and score them or write the answers down; what failed is in the record.
+    Answer tasks one after the other, and score them or write their answers to a file. The record lists what failed.
+
+    Args:
+        options: the options of the run.
+
+    Returns:
+        The record.
 
     Raises:
-        InputError: if the model cannot be loaded or asked, or another run works in the output folder.
+        InputError: if the model cannot be loaded or asked, or another run uses the output folder.
     """
     processes = Processes.start()
     model = _open_model(options)
@@ -103,7 +109,7 @@ def _begin_record(
 
 
 class _Evaluation:
-    """One task. The first process prepares and scores, all answer: what one process scores, two score as well."""
+    """One task. The first process prepares and scores it, and all processes answer it."""
 
     def __init__(
         self, options: EvaluationOptions, processes: Processes, answerer: RequestAnswerer, name: str, samples: Path
@@ -113,15 +119,15 @@ class _Evaluation:
         self.answerer = answerer
         self.name = name
         self.samples = samples
-        self.lmms_task = name  # until lmms-eval's own is known
+        self.lmms_task = name  # replaced when lmms-eval's name is known
         self.first_failure = len(answerer.failures)
 
     def record(self) -> TaskRecord:
-        """The task's record, in all processes."""
+        """Evaluate the task and return its record in all processes."""
         try:
             with nullcontext() if self.options.debug else silence():
                 done = self._evaluate()
-        except Exception as error:  # whatever it is, the other tasks go on
+        except Exception as error:  # the other tasks continue after any error
             if self.options.debug:
                 raise
             done = self._failed(error)
@@ -145,7 +151,10 @@ class _Evaluation:
             return self._in_first(lambda: self._finish(prepared, model, task_dict))
 
     def _finish(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
-        """Score the answers of all processes, or write them down for a server; what is missing yet is made now."""
+        """
+        Score the answers of all processes, or write them to a file for a server. Missing answers are computed
+        first.
+        """
         if self.answerer.cache is not None:
             self.answerer.cache.reload()
         finish = self._submit if prepared.benchmark.is_submitted else self._score
@@ -153,28 +162,28 @@ class _Evaluation:
         return replace(record, prompt_sha256=self._hash_prompts(prepared.task_name))
 
     def _in_all(self, step: Callable[[], T]) -> T:
-        """Do a step in all processes; an error in one ends the task in all."""
+        """Run a step in all processes. An error in one of them ends the task in all."""
         results, error = self._attempt(step)
         self._agree(error)
         return results[0]
 
     def _in_first(self, step: Callable[[], T]) -> T:
-        """Do a step in the first process; all return its result, or end the task."""
+        """Run a step in the first process, and return its result or end the task in all processes."""
         results, error = self._attempt(step) if self.processes.rank == 0 else ([], None)
         self._agree(error)
         return self.processes.gather(results)[0][0]
 
     def _attempt(self, step: Callable[[], T]) -> tuple[list[T], Exception | None]:
-        """The step's result, alone in a list; an empty list if there is an error."""
+        """Return the result of a step as the only entry of a list, or an empty list and the error."""
         try:
             return [step()], None
-        except Exception as error:  # is raised by `_agree`, when all processes know
+        except Exception as error:  # `_agree` raises it when all processes know
             if self.options.debug and self.processes.count == 1:
                 raise
             return [], error
 
     def _agree(self, error: Exception | None) -> None:
-        """Raise this process's error, or another one's."""
+        """Raise the error of this process or of another one."""
         told = None if error is None else self._failed(error)
         first = next((one for one in self.processes.gather(told) if one is not None), None)
         if error is not None:
@@ -183,7 +192,7 @@ class _Evaluation:
             raise RuntimeError(f"in another process: {first.reason}")
 
     def _prepare(self) -> PreparedTask:
-        """Write the task for lmms-eval; an InputError if there is no judge or no data."""
+        """Write the task for lmms-eval. Raise an InputError if there is no judge or no data."""
         folder = self.options.output / TASKS
         folder.mkdir(parents=True, exist_ok=True)
         if problems := check_data([self.name], self.options.data_root):
@@ -191,12 +200,12 @@ class _Evaluation:
         (prepared,) = prepare_tasks([self.name], self.options.prompts, self.options.data_root, folder)
         if prepared.benchmark.judge is not None:
             check_judge(prepared.benchmark.judge)
-        if prepared.benchmark.is_submitted:  # what an earlier run wrote must not be taken for this one's
+        if prepared.benchmark.is_submitted:  # the file of an earlier run must not be mistaken for this run's
             submission_file(prepared.benchmark, self._submissions).unlink(missing_ok=True)
         return prepared
 
     def _load(self, prepared: PreparedTask, model: FusionChat) -> dict[str, Any]:
-        """The task as lmms-eval knows it, set up as its `simple_evaluate` does."""
+        """Load the task and set it up as lmms-eval's `simple_evaluate` does."""
         task = load_task(prepared)
         model.task_dict[prepared.task_name] = task.dataset
         if task.get_config("num_fewshot") is None:
@@ -205,7 +214,10 @@ class _Evaluation:
         return {prepared.task_name: task}
 
     def _answer_share(self, model: FusionChat, task: Any) -> None:
-        """Answer this process's part of the requests, whole windows of them, whose images stay together."""
+        """
+        Answer this process's part of the requests, in whole windows, so that requests about one image stay
+        together.
+        """
         task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
         requests = model.translate(task.instances)
         window = self.answerer.model.window
@@ -220,7 +232,7 @@ class _Evaluation:
         return self.options.output / SUBMISSIONS
 
     def _score(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
-        """What lmms-eval makes of the answers."""
+        """Score the answers with lmms-eval."""
         random.seed(PYTHON_SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
@@ -243,7 +255,7 @@ class _Evaluation:
         names = {metric.metric for metric in metrics}
         absent = [metric for metric in prepared.benchmark.metrics if metric not in names]
         if absent:
-            raise ValueError(f"lmms-eval gave no {absent[0]}, only {', '.join(sorted(names))}.")
+            raise ValueError(f"lmms-eval must return the metric {absent[0]}, got only {', '.join(sorted(names))}.")
         n = results["n-samples"][prepared.task_name]
         judge = prepared.benchmark.judge
         return TaskRecord(
@@ -257,7 +269,7 @@ class _Evaluation:
         )
 
     def _submit(self, prepared: PreparedTask, model: FusionChat, task_dict: dict[str, Any]) -> TaskRecord:
-        """Write the answers down for a server."""
+        """Write the answers to a file for a server."""
         task = task_dict[prepared.task_name]
         task.build_all_requests(limit=self.options.limit, rank=0, world_size=1)
         answers = model.generate_until(task.instances)
@@ -277,14 +289,16 @@ class _Evaluation:
         )
 
     def _hash_prompts(self, task_name: str) -> str:
-        """Of all prompts of the task, in the order of its questions."""
+        """Hash all prompts of the task, in the order of its questions."""
         digest = hashlib.sha256()
         own = self._asked(task_name)
         for doc in sorted(own):
-            for text in dict.fromkeys(asked.prompt for asked in own[doc]):  # once, however many processes have read it
+            for text in dict.fromkeys(
+                asked.prompt for asked in own[doc]
+            ):  # once, even if several processes have read it
                 digest.update(hashlib.sha256(text.encode()).digest())
         return digest.hexdigest()
 
     def _asked(self, task_name: str) -> dict[int, list[AskedQuestion]]:
-        """How the task's questions were asked, by their numbers."""
+        """Return how the questions of the task were asked, by number."""
         return {doc: asked for (task, doc), asked in self.answerer.prompts.items() if task == task_name}

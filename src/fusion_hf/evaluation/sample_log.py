@@ -1,4 +1,4 @@
-"""What a run did with each question of a task, one line of JSON each: asked, answered, scored."""
+"""The log of each question of a task, one line of JSON per question: how it was asked, answered and scored."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.common.outputs import write_atomically
 from fusion_hf.common.result_log import encode_line
 
-ADVICE = "run the evaluation again: answers are kept"  # about damage
+ADVICE = "Run the evaluation again, which reuses stored answers"  # for damaged files
 QUESTION_IDS = (
     "question_id",
     "questionId",
@@ -19,9 +19,9 @@ QUESTION_IDS = (
     "index",
     "Index",
     "id",
-)  # of benchmarks' rows, the first that is there
+)  # fields of benchmarks' rows, of which the first existing one is used
 MAX_BYTES = 2**31
-# what lmms-eval's samples have beside metrics
+# keys of lmms-eval's samples that are not metrics
 NO_METRICS = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input")
 IMAGE, SCORE = "image", "score"
 
@@ -29,13 +29,14 @@ IMAGE, SCORE = "image", "score"
 @dataclass(frozen=True)
 class AskedQuestion:
     """
-    A question as a model was asked it.
+    A question as it was given to a model.
 
     Attributes:
-        messages: The conversation, whose image blocks show nothing.
-        prompt: What the model reads, or what stands for it where that is not known.
-        image_sha256: Of the image's pixels; None without an image.
-        generation: How to answer; see `prompting.Generation`. None where a given answer's probability was asked.
+        messages: the conversation, with image blocks that hold no image.
+        prompt: the text that the model reads, or a substitute if it is unknown.
+        image_sha256: the hash of the pixels of the image, or None without an image.
+        generation: the generation settings; see `prompting.Generation`. None if the probability of a given answer was
+            requested.
     """
 
     messages: list[dict[str, Any]]
@@ -47,16 +48,16 @@ class AskedQuestion:
 @dataclass(frozen=True)
 class AnsweredQuestion:
     """
-    A question, its answer and what it scored.
+    A question with its answer and scores.
 
     Attributes:
-        doc_id: The question's number in the data.
-        answer: As it was scored.
-        question_id: Of the benchmark, where it has one.
-        target: The right answer.
-        scores: By the names of metrics, where a metric is a number of each question.
-        image: The image's file, where there is one.
-        asked: How it was asked; None where several prompts make one answer.
+        doc_id: the number of the question in the data.
+        answer: the answer as it was scored.
+        question_id: the id of the question in the benchmark, if it has one.
+        target: the right answer.
+        scores: the scores by metric, for metrics with a number per question.
+        image: the file of the image, if there is one.
+        asked: how the question was asked. None if several prompts make one answer.
     """
 
     doc_id: int
@@ -72,11 +73,12 @@ def make_samples(
     logged: Iterable[Mapping[str, Any]], asked: Mapping[int, list[AskedQuestion]]
 ) -> list[AnsweredQuestion]:
     """
-    Take samples from what lmms-eval logs of a task; of a question that it scores by several filters, the first.
+    Make samples from what lmms-eval logs for a task. If a question is scored by several filters, the first one is
+    used.
 
     Args:
-        logged: lmms-eval's samples.
-        asked: How each question was asked, by its number.
+        logged: the samples of lmms-eval.
+        asked: how each question was asked, by number.
     """
     samples: dict[int, AnsweredQuestion] = {}
     for entry in logged:
@@ -102,7 +104,12 @@ def _make_sample(entry: Mapping[str, Any], asked: AskedQuestion | None) -> Answe
 
 
 def read_answer(entry: Mapping[str, Any]) -> str:
-    """The answer in a sample of lmms-eval; several are one text."""
+    """
+    Return the answer in a sample of lmms-eval. Several answers become one text.
+
+    Args:
+        entry: the sample.
+    """
     found = entry.get("filtered_resps")
     while isinstance(found, list | tuple) and len(found) == 1:
         found = found[0]
@@ -110,7 +117,12 @@ def read_answer(entry: Mapping[str, Any]) -> str:
 
 
 def read_scores(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a sample of lmms-eval that are numbers, or that say which number they count."""
+    """
+    Return the metrics of a lmms-eval sample that are numbers or hold the number that they count.
+
+    Args:
+        entry: the sample.
+    """
     scores = {}
     for name, value in entry.items():
         number = value.get(SCORE) if isinstance(value, dict) else value
@@ -120,22 +132,39 @@ def read_scores(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def find_image(source: Any) -> str | None:
-    """The file of an image, where a row of data names one that is there."""
+    """
+    Return the file of an image if a row of data names an existing one.
+
+    Args:
+        source: the value in the row.
+    """
     if not isinstance(source, str):
         return None
     try:
         return str(Path(source).resolve()) if Path(source).is_file() else None
-    except OSError:  # no name of a file, such as an image in base64
+    except OSError:  # not the name of a file, such as an image in base64
         return None
 
 
 def samples_file(folder: Path, task: str) -> Path:
-    """Where a task's samples are."""
+    """
+    Return the path of a task's samples.
+
+    Args:
+        folder: the folder of samples.
+        task: the name of the task.
+    """
     return folder / f"{task}.jsonl"
 
 
 def write_samples(path: Path, samples: Iterable[AnsweredQuestion]) -> None:
-    """Write a task's samples as a whole file."""
+    """
+    Write the samples of a task atomically.
+
+    Args:
+        path: the file.
+        samples: the samples.
+    """
     write_atomically(path, b"".join(encode_line(asdict(sample)) for sample in samples))
 
 
@@ -143,8 +172,11 @@ def read_samples(path: Path) -> list[AnsweredQuestion]:
     """
     Read what `write_samples` wrote.
 
+    Args:
+        path: the file.
+
     Raises:
-        InputError: If the file is missing, torn, or has anything else in it.
+        InputError: if the file is missing, incomplete, or holds anything else.
     """
     samples = []
     for number, entry in enumerate(read_lines(path), start=1):
@@ -152,15 +184,15 @@ def read_samples(path: Path) -> list[AnsweredQuestion]:
             asked = entry.pop("asked")
             sample = AnsweredQuestion(asked=None if asked is None else AskedQuestion(**asked), **entry)
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path} has no sample in line {number} ({error}); {ADVICE}.") from error
+            raise InputError(f"{path}: line {number} must contain a sample ({error}). {ADVICE}.") from error
         if not _is_sound(sample):
-            raise InputError(f"{path} has no sample in line {number}; {ADVICE}.")
+            raise InputError(f"{path}: line {number} must contain a sample. {ADVICE}.")
         samples.append(sample)
     return samples
 
 
 def _is_sound(sample: AnsweredQuestion) -> bool:
-    """Whether the values that are compared and shown are of their kinds."""
+    """Return whether the values to compare and show have the right types."""
     asked = sample.asked
     texts = (sample.target, sample.image, asked.image_sha256 if asked else None)
     return (
@@ -176,7 +208,7 @@ def _is_sound(sample: AnsweredQuestion) -> bool:
 
 
 def _are_messages(messages: Any) -> bool:
-    """Whether these are conversations as `AskedQuestion` has them."""
+    """Return whether these are conversations as in `AskedQuestion`."""
     return isinstance(messages, list) and all(
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
@@ -192,15 +224,18 @@ def _is_text(block: Any) -> bool:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """
-    Read a file of one JSON object in each line; empty lines do not count.
+    Read a file with one JSON object per line. Empty lines are skipped.
+
+    Args:
+        path: the file.
 
     Raises:
-        InputError: If the file is missing, very large, or a line is something else, as a torn one is.
+        InputError: if the file is missing or very large, or a line is not a JSON object.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing.")
+        raise InputError(f"{path} does not exist.")
     if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} has {path.stat().st_size} bytes; allowed: {MAX_BYTES}.")
+        raise InputError(f"{path} must have at most {MAX_BYTES} bytes, got {path.stat().st_size}.")
     entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -208,8 +243,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is torn or damaged in line {number}, which is no JSON.") from error
+            raise InputError(f"{path} is incomplete or damaged: line {number} is not valid JSON.") from error
         if not isinstance(entry, dict):
-            raise InputError(f"{path} is damaged in line {number}, which is no object of JSON.")
+            raise InputError(f"{path} is damaged: line {number} is not a JSON object.")
         entries.append(entry)
     return entries

@@ -1,4 +1,4 @@
-"""A model that a server has, asked through the OpenAI protocol: several requests in flight, images in them."""
+"""A model on a server, asked by the OpenAI protocol with several concurrent requests."""
 
 import io
 import json
@@ -34,30 +34,34 @@ from fusion_hf.inference.model_info import FINGERPRINT, INFO, MAX_LENGTH, ModelI
 from fusion_hf.model.image_opening_fusion import ORIENTATION_TAG, TIFF, UPRIGHT, read_orientation
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
-PARALLEL = 4  # as many as `fusion-hf serve` answers at the same time
-TRIES = 8  # over half a minute to a minute: as long as a server may take to start anew
-SECONDS = 600.0  # of one request: twice what a server of this package gives it
+PARALLEL = 4  # the number of requests that `fusion-hf serve` answers concurrently
+TRIES = 8  # takes half a minute to a minute, in which a server can restart
+SECONDS = 600.0  # timeout of a request, twice the limit of this package's server
 CONNECT_TRIES = 3
 KEY_OPTION = "--api-key-env"
-WINDOW, WINDOW_PER_REQUEST = 64, 4  # a window's end waits for its slowest answer: many requests want a larger one
+WINDOW, WINDOW_PER_REQUEST = (
+    64,
+    4,
+)  # each window waits for its slowest answer, so many concurrent requests need a larger one
 UNKNOWN = "unknown"
-MAX_STOPS = 4  # of the protocol
-SEED_DIGITS = 8  # hexadecimal: as a model in this process is seeded
-EXIF, FILE = "exif", "file"  # among an image's `info`
+MAX_STOPS = 4  # limit of the protocol
+SEED_DIGITS = 8  # hexadecimal digits, as for the seed of a model in this process
+EXIF, FILE = "exif", "file"  # keys in the `info` of an image
 PNG = "image/png"
 
 
 class ServedModel:
     """
-    A model at an address; see `answering.Model`.
+    A model on a server; see `answering.Model`.
 
     Args:
-        client: asks its server.
-        url: the server's address, as of `check_url`.
-        name: the model's there.
-        entry: what the server's list of models says of it.
-        parallel: requests in flight.
-        query_len, image_token_grid: see `ChatModel.answer`; None: the server's.
+        client: sends requests to the server.
+        url: the address of the server, as `check_url` returns it.
+        name: the name of the model on the server.
+        entry: the entry of the model in the server's list.
+        parallel: the number of concurrent requests.
+        query_len: the number of latent tokens, see `ChatModel.answer`. None uses that of the server.
+        image_token_grid: the side of the grid of image tokens, see `ChatModel.answer`. None uses that of the server.
     """
 
     device = torch.device("cpu")
@@ -83,7 +87,7 @@ class ServedModel:
         self.info = ModelInfo.read(entry.get(INFO))
         most = entry.get(MAX_LENGTH)
         self.max_length = most if isinstance(most, int) else None
-        self.fingerprint = entry.get(FINGERPRINT)  # None: the server does not say what its answers are of
+        self.fingerprint = entry.get(FINGERPRINT)  # None if the server does not identify its model
         self.reader = RequestReader(self._identity(), open_unturned, _render, len)
 
     @classmethod
@@ -91,16 +95,16 @@ class ServedModel:
         cls, url: str, name: str | None = None, key_variable: str | None = None, **settings: Any
     ) -> "ServedModel":
         """
-        Find a model at a server.
+        Find a model on a server.
 
         Args:
-            url: the server's address; without a path it gets `/v1`.
-            name: the model's there; None: the only one that the server has.
-            key_variable: environment variable with the API key.
-            settings: see above.
+            url: the address of the server. `/v1` is added if it has no path.
+            name: the name of the model on the server. None uses its only model.
+            key_variable: the environment variable with the API key.
+            **settings: further arguments of this class.
 
         Raises:
-            InputError: if nobody answers there in the OpenAI protocol, there is no such model, or no key.
+            InputError: if no OpenAI-compatible server answers, or the model or the key does not exist.
         """
         check_key(key_variable, KEY_OPTION)
         try:
@@ -115,16 +119,18 @@ class ServedModel:
         if not isinstance(models, list) or not all(
             isinstance(model, dict) and isinstance(model.get("id"), str) for model in models
         ):
-            raise InputError(f"--url {base} lists no models; allowed: a server of the OpenAI protocol.")
+            raise InputError(f"--url must be an OpenAI-compatible server that lists its models, got {base}.")
         entries = {model["id"]: model for model in models}
         chosen = next(iter(entries)) if name is None and len(entries) == 1 else name
         if chosen is None or chosen not in entries:
-            given = "is missing" if name is None else f"is {name!r}"
-            raise InputError(f"--model {given}; allowed at {base}: {', '.join(map(repr, entries)) or 'none'}.")
+            given = "no name" if name is None else repr(name)
+            raise InputError(
+                f"--model must be one of {', '.join(map(repr, entries)) or 'none'} at {base}, got {given}."
+            )
         return cls(client, base, chosen, entries[chosen], **settings)
 
     def describe(self) -> ModelRecord:
-        """Describe the model for a run's record."""
+        """Describe the model for the record of a run."""
         if self.info is None:
             revision = f"{self.name} at {self.url}"
             record = ModelRecord(self.name, revision, UNKNOWN, UNKNOWN, None, None, url=self.url)
@@ -139,10 +145,13 @@ class ServedModel:
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> Iterator[Outcome]:
         """
-        Ask prompts, and give what became of them one by one as the answers come.
+        Send prompts to the server, and yield each outcome as soon as it arrives.
+
+        Args:
+            prompts: the prompts.
 
         Raises:
-            EndpointUnavailable: if the server answers nobody; answers that came yet are given before.
+            EndpointUnavailable: if the server stops answering. Answers that arrived before are yielded first.
         """
         stop = threading.Event()
         unavailable: EndpointUnavailable | None = None
@@ -158,25 +167,25 @@ class ServedModel:
                     else:
                         if outcome is not None:
                             yield outcome
-            finally:  # whoever leaves early waits for the requests in flight alone
+            finally:  # leaving early waits only for requests in progress
                 stop.set()
         if unavailable is not None:
             raise unavailable
 
     def _outcome(self, prompt: EvaluationPrompt, future: "Future[Answer | None]") -> Outcome | None:
-        """None for a prompt that was not asked any more; EndpointUnavailable is raised, see `answer`."""
+        """Return None for a prompt that was not asked any more. EndpointUnavailable is raised, see `answer`."""
         try:
             answer = future.result()
-        except (RequestRejected, InputError, OSError) as error:  # the latter of an image's file
+        except (RequestRejected, InputError, OSError) as error:  # an OSError concerns the file of an image
             return Outcome([prompt], None, str(error))
         return None if answer is None else Outcome([prompt], [answer])
 
     def _ask(self, prompt: EvaluationPrompt, stop: threading.Event) -> Answer | None:
-        """None if nobody waits any more; InputError, RequestRejected or EndpointUnavailable if there is no answer."""
+        """Return None if nobody waits for the answer any more. Raise an error if there is no answer."""
         if stop.is_set():
             return None
         if not isinstance(prompt.wanted, Generation):
-            raise InputError("The task scores options by log-likelihood; a server is asked for answers alone.")
+            raise InputError("Tasks that score options by log-likelihood are not supported with --url.")
         payload = self._payload(prompt, prompt.wanted)
         reply = self.client.ask(endpoint_url(self.url, CHAT), payload, stop)
         self._check_model(reply.get(FINGERPRINT))
@@ -185,10 +194,10 @@ class ServedModel:
 
     def _payload(self, prompt: EvaluationPrompt, wanted: Generation) -> dict[str, Any]:
         if wanted.num_beams > 1:
-            raise InputError(f"num_beams is {wanted.num_beams}; allowed with --url: 1.")
+            raise InputError(f"`num_beams` must be 1 with --url, got {wanted.num_beams}.")
         stops = [text for text in wanted.until if text]
         if len(stops) > MAX_STOPS:
-            raise InputError(f"until has {len(stops)} texts; allowed with --url: {MAX_STOPS}.")
+            raise InputError(f"`until` must have at most {MAX_STOPS} texts with --url, got {len(stops)}.")
         uri = None if prompt.image is None else image_uri(prompt.image)
         payload: dict[str, Any] = {
             "model": self.name,
@@ -205,19 +214,19 @@ class ServedModel:
         return payload
 
     def _check_model(self, fingerprint: Any) -> None:
-        """Raise EndpointUnavailable if the server has another model by now, or another dtype or token budget."""
+        """Raise EndpointUnavailable if the server has changed its model, dtype or token budget."""
         if self.fingerprint is not None and fingerprint != self.fingerprint:
             change = f"from {self.fingerprint!r} to {fingerprint!r}"
-            raise EndpointUnavailable(f"{self.url} has changed its model {change} since the run began")
+            raise EndpointUnavailable(f"{self.url} has changed its model {change} since the run started")
 
     def _read(self, reply: dict[str, Any], wanted: Generation) -> str:
-        """The text of an answer; RequestRejected for none, or if the server ended it where this package would not."""
+        """Return the text of an answer. Raise RequestRejected if there is none, or the server ended it early."""
         try:
             choice = reply["choices"][0]
             content, reason, usage = choice["message"]["content"], choice.get("finish_reason"), reply.get("usage")
         except (LookupError, TypeError, AttributeError) as error:
             found = ", ".join(reply) or "nothing"
-            raise RequestRejected(f"the reply has no choices[0].message.content, only {found}") from error
+            raise RequestRejected(f"the reply must have choices[0].message.content, got {found}") from error
         if not isinstance(content, str):
             raise RequestRejected(f"the reply has no content (finish_reason is {reason!r})")
         if reason == "length" and isinstance(usage, dict):
@@ -225,30 +234,30 @@ class ServedModel:
         return content
 
     def _check_length(self, read: Any, written: Any, most: int) -> None:
-        """Raise RequestRejected if an answer ends before its most tokens, and not for the model's maximum."""
+        """Raise RequestRejected if an answer ended before its maximum length, and not at the maximum of the model."""
         if not isinstance(read, int) or not isinstance(written, int) or written >= most:
             return
         if self.max_length is None or read + written < self.max_length:
             raise RequestRejected(
-                f"the server has ended the answer after {written} of {most} tokens, as --max-seconds does"
+                f"the server ended the answer after {written} of {most} tokens, possibly because of --max-seconds"
             )
 
     def _identity(self) -> str:
-        """What is known of the model; where that is nothing, its address stands for it."""
+        """Return what identifies the model, or the address of the server if nothing is known."""
         known: dict[str, Any] = {"url": self.url} if self.info is None else self.info.write()
         known.pop("device", None)
         return json.dumps(["served", self.name, known, self.budget], sort_keys=True)
 
 
 def _protocol_message(message: dict[str, Any], uri: str | None) -> dict[str, Any]:
-    """A message of the ecosystem as the protocol writes it."""
+    """Convert a message of transformers to the OpenAI protocol."""
     shown = {"type": "image_url", "image_url": {"url": uri}}
     content = [shown if block["type"] == "image" else block for block in message["content"]]
     return {"role": message["role"], "content": content}
 
 
 def _render(messages: Messages) -> str:
-    """Everything but the image itself: the server's template is not known."""
+    """Return everything except the image, since the template of the server is unknown."""
     return json.dumps(
         [
             [message["role"], [block.get("text") if block["type"] == "text" else None for block in message["content"]]]
@@ -260,12 +269,15 @@ def _render(messages: Messages) -> str:
 
 def open_unturned(source: str | Image.Image) -> Image.Image:
     """
-    Open an image in RGB as it lies in its file: whether to turn it upright is for the server's processor to say.
+    Open an image in RGB without applying its EXIF orientation, which the server's processor does.
 
-    How it is to be turned, and which file it is, stand in its `info`.
+    The orientation and the file are kept in the `info` of the image.
+
+    Args:
+        source: the path of an image, or an image.
 
     Raises:
-        InputError: if it cannot be read or is too large.
+        InputError: if the image cannot be read or is too large.
     """
     processor = FusionImageProcessor()
     try:
@@ -279,14 +291,19 @@ def open_unturned(source: str | Image.Image) -> Image.Image:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = orientation
         image.info[EXIF] = exif.tobytes()
-    # some releases of PIL turn a TIFF otherwise when it is read from memory, as a server does
+    # some releases of PIL orient TIFF images differently when they are read from memory, as a server does
     if isinstance(source, str) and Path(source).is_file() and given.format != TIFF:
         image.info[FILE] = (source, Image.MIME[given.format])
     return image
 
 
 def image_uri(image: Image.Image) -> str:
-    """Write the file of what `open_unturned` gave, as it is; a PNG of the same pixels, if there is none."""
+    """
+    Return the file of an image from `open_unturned` as a data URI, or a PNG of its pixels if there is no file.
+
+    Args:
+        image: the image.
+    """
     if FILE in image.info:
         name, kind = image.info[FILE]
         content = Path(name).read_bytes()

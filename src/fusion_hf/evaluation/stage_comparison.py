@@ -1,4 +1,4 @@
-"""Compare what two runs make of a question, stage by stage, and name the first stage that differs."""
+"""Compare the values of two runs for a question stage by stage, and find the first stage that differs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ PROMPT, IDS, PIXELS, FEATURES, LOGITS, DECODING, SCORING = STAGES = (
     "scoring",
 )
 EXACT = 0.0
-SHOWN = 20  # characters of a text around the place where it differs
+SHOWN = 20  # characters to show around the position where texts differ
 
-# a text; ids; a number, such as a score; a tensor, or several by the names of their parts, in the order of computing
+# a text, ids, a number such as a score, a tensor, or tensors by name in the order of computation
 Value: TypeAlias = str | Sequence[int] | float | torch.Tensor | Mapping[str, torch.Tensor] | None
 
 
 @dataclass(frozen=True)
 class StageComparison:
     """
-    How the values of two sides compare at one stage.
+    How the values of two runs compare at one stage.
 
     Attributes:
-        stage: One of `STAGES`.
-        differs: Whether they differ by more than the tolerance.
-        detail: Where and by how much, in words; empty if the values are equal to the bit.
-        part: The first part that differs by more than the tolerance, such as a layer; None without parts.
-        largest: The largest absolute difference of one number, of tensors.
-        relative: The norm of the difference divided by the norm of the first side, the largest of all parts.
-        tolerance: The largest `relative` that counts as equal.
+        stage: one of `STAGES`.
+        differs: whether the difference exceeds the tolerance.
+        detail: where and by how much the values differ. Empty if they are bitwise equal.
+        part: the first part that differs by more than the tolerance, such as a layer. None without parts.
+        largest: the largest absolute difference of tensor elements.
+        relative: the norm of the difference divided by the norm of the first value, the largest over all parts.
+        tolerance: the largest `relative` that counts as equal.
     """
 
     stage: str
@@ -49,18 +49,19 @@ class StageComparison:
 
 def compare_stage(stage: str, first: Value, second: Value, tolerance: float = EXACT) -> StageComparison:
     """
-    Compare the values of two sides at one stage.
+    Compare the values of two runs at one stage.
 
     Args:
-        stage: One of `STAGES`.
-        first, second: Of the same kind: texts, ids, numbers, tensors, or mappings of names to tensors.
-        tolerance: Of tensors: the largest relative error that counts as equal. Everything else must be equal.
+        stage: one of `STAGES`.
+        first: the first value: a text, ids, a number, a tensor, or tensors by name.
+        second: the second value, of the same kind.
+        tolerance: the largest relative error of tensors that counts as equal. Everything else must be equal.
 
     Raises:
-        ValueError: If there is no such stage, or the values are of different kinds.
+        ValueError: if the stage is unknown, or the values are of different kinds.
     """
     if stage not in STAGES:
-        raise ValueError(f"stage is {stage!r}; allowed: {', '.join(STAGES)}.")
+        raise ValueError(f"`stage` must be one of {', '.join(STAGES)}, got {stage!r}.")
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return _compare_parts(stage, {"": first}, {"": second}, tolerance)
     if isinstance(first, Mapping) and isinstance(second, Mapping):
@@ -71,11 +72,18 @@ def compare_stage(stage: str, first: Value, second: Value, tolerance: float = EX
         return _told(stage, list(first) != list(second), lambda: _describe_ids(first, second))
     if isinstance(first, float | int | None) and isinstance(second, float | int | None):
         return _told(stage, first != second, lambda: f"{first} and {second}")
-    raise ValueError(f"{stage} is {type(first).__name__} and {type(second).__name__}; allowed: values of one kind.")
+    raise ValueError(
+        f"The values of {stage} must be of the same kind, got {type(first).__name__} and {type(second).__name__}."
+    )
 
 
 def first_difference(comparisons: Sequence[StageComparison]) -> StageComparison | None:
-    """The first of the comparisons, in the order of `STAGES`, that differs; None if none does."""
+    """
+    Return the first comparison in the order of `STAGES` that differs, or None.
+
+    Args:
+        comparisons: the comparisons.
+    """
     ordered = sorted(comparisons, key=lambda comparison: STAGES.index(comparison.stage))
     return next((comparison for comparison in ordered if comparison.differs), None)
 
@@ -94,12 +102,12 @@ def _describe_texts(first: str, second: str) -> str:
 def _describe_ids(first: Sequence[int], second: Sequence[int]) -> str:
     place = next(i for i, pair in enumerate(zip_longest(first, second)) if pair[0] != pair[1])
     shown = [str(ids[place]) if place < len(ids) else "the end" for ids in (first, second)]
-    return f"from place {place} on: {shown[0]} and {shown[1]}; {len(first)} and {len(second)} ids"
+    return f"from position {place} on: {shown[0]} and {shown[1]}; {len(first)} and {len(second)} ids"
 
 
 @dataclass(frozen=True)
 class _PartDifference:
-    """`shapes` is None where they are equal; otherwise nothing else is known."""
+    """The difference of one part. If `shapes` is set, the shapes differ and nothing else is known."""
 
     name: str
     shapes: str | None = None
@@ -112,7 +120,7 @@ def _compare_parts(
 ) -> StageComparison:
     if list(first) != list(second):
         alone = sorted(set(first) ^ set(second))
-        told = f"one side alone has {', '.join(alone)}" if alone else "the parts have another order"
+        told = f"only one run has {', '.join(alone)}" if alone else "the order of the parts differs"
         return StageComparison(stage, True, told, tolerance=tolerance)
     parts = [_compare_tensors(name, first[name], second[name]) for name in first]
     differing = [part for part in parts if part.shapes is not None or part.relative > tolerance]

@@ -1,7 +1,7 @@
-"""A model whose answer is made stage by stage, each of them from what any model gave at the stages before.
+"""Run a model stage by stage, where each stage can take values of another model from earlier stages.
 
 Shapes: S prompt tokens, T question tokens, N patches of a tile, P patches per side of a tile, D width of the language
-model, V vocabulary.
+model, V vocabulary size.
 """
 
 import copy
@@ -21,12 +21,12 @@ from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.modeling_fusion_vision import EncodedImage
 from fusion_hf.model.prompt_tokens_fusion import pad_rows
 
-NO_END = -1  # pads ends of prompts
+NO_END = -1  # padding of prompt ends
 
 
 @dataclass(frozen=True)
 class WrittenPrompt:
-    """What the language model is to read, as text, and what guides the tower."""
+    """The prompt of the language model as text, and the question that guides the vision tower."""
 
     text: str
     question: str
@@ -34,7 +34,14 @@ class WrittenPrompt:
 
 @dataclass(frozen=True)
 class PromptIds:
-    """A prompt in ids, without padding: of the language model, of the tower's question, and the ends of the turns."""
+    """
+    The ids of a prompt without padding.
+
+    Attributes:
+        input_ids: the ids of the prompt.
+        instruct_ids: the ids of the question for the vision tower.
+        prompt_ends: the positions where turns end.
+    """
 
     input_ids: list[int]
     instruct_ids: list[int]
@@ -44,11 +51,12 @@ class PromptIds:
 @dataclass(frozen=True, eq=False)
 class Features:
     """
-    An image as the language model gets it.
+    The features of an image.
 
-    image_features: (N, D), of the overview with its question.
-    global_features: (D, 2P, 2P), of the tiles.
-    layers: (N + T, width) each, what enters the tower's layers and what leaves the last.
+    Attributes:
+        image_features: features of the overview with its question (N, D).
+        global_features: features of the tiles (D, 2P, 2P).
+        layers: hidden states (N + T, width) before each layer of the vision tower and after the last one.
     """
 
     image_features: torch.Tensor
@@ -57,14 +65,14 @@ class Features:
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """By name, in the order of computing."""
+        """The tensors by name, in the order of computation."""
         layers = {f"vision layer {number}": layer for number, layer in enumerate(self.layers)}
         return {**layers, "image tokens": self.image_features, "tiles": self.global_features}
 
 
 @dataclass(frozen=True, eq=False)
 class Decoding:
-    """How tokens are chosen: the settings in the model's folder, and those of the question."""
+    """How tokens are chosen: the generation settings of the model's folder, and those of the question."""
 
     config: GenerationConfig
     wanted: Generation
@@ -72,7 +80,7 @@ class Decoding:
 
 @dataclass(frozen=True, eq=False)
 class StagedQuestion:
-    """A question in a batch; without `pixels` it shows no image."""
+    """A question in a batch. Without an image, `pixels` is None."""
 
     ids: PromptIds
     pixels: torch.Tensor | None  # (5, 3, H, W), float32
@@ -80,11 +88,11 @@ class StagedQuestion:
 
 class StagedModel:
     """
-    A model that runs one stage at a time.
+    Run one stage of a model at a time.
 
     Args:
-        chat_model: The model.
-        budget: Tokens per image.
+        chat_model: the model.
+        budget: the numbers of image tokens and latent tokens.
     """
 
     def __init__(self, chat_model: ChatModel, budget: TokenBudget):
@@ -92,13 +100,23 @@ class StagedModel:
         self.budget = budget
 
     def write_prompt(self, messages: Messages) -> WrittenPrompt:
-        """Write a conversation that ends with a question as the model's chat template has it."""
+        """
+        Apply the chat template to a conversation that ends with a question.
+
+        Args:
+            messages: the conversation.
+        """
         blocks = [block for message in messages if message["role"] == "user" for block in message["content"]]
         question = "".join(block["text"] for block in blocks if block["type"] == "text").strip()
         return WrittenPrompt(render(self.chat_model, messages, self.budget), question)
 
     def tokenize(self, prompt: WrittenPrompt) -> PromptIds:
-        """Turn a prompt into ids."""
+        """
+        Convert a prompt to ids.
+
+        Args:
+            prompt: the prompt.
+        """
         outputs = self.chat_model.processor(
             text=[prompt.text], questions=[prompt.question], process_images=False, **self.budget._asdict()
         )
@@ -110,7 +128,15 @@ class StagedModel:
         )
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Cut an image into tiles `(5, 3, H, W)`, float32."""
+        """
+        Cut an image into tiles and an overview.
+
+        Args:
+            image: the image.
+
+        Returns:
+            The pixels `(5, 3, H, W)` in float32.
+        """
         return self.chat_model.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
@@ -119,8 +145,8 @@ class StagedModel:
         Encode the image of a question.
 
         Args:
-            row: The question.
-            batch: Further questions that are computed together with it.
+            row: the question.
+            batch: further questions that are encoded in the same batch.
         """
         inputs = self._pad([row, *batch])
         encoded = self.chat_model.model.model.encode_image(
@@ -129,7 +155,7 @@ class StagedModel:
             inputs["instruct_attention_mask"],
             output_hidden_states=True,
         )
-        assert encoded.guided.hidden_states is not None, "they were asked for"
+        assert encoded.guided.hidden_states is not None, "hidden states were requested"
         length = encoded.image_features.shape[1] + len(row.ids.instruct_ids)
         layers = tuple(layer[0, :length] for layer in encoded.guided.hidden_states)
         return Features(encoded.image_features[0], encoded.global_features[0], layers)
@@ -143,16 +169,16 @@ class StagedModel:
         batch: Sequence[StagedQuestion] = (),
     ) -> dict[str, torch.Tensor]:
         """
-        Read a prompt and an answer to it.
+        Compute the hidden states and logits of a prompt and an answer to it.
 
         Args:
-            row: The prompt.
-            features: Of its image; None without an image.
-            answer: Ids behind the prompt.
-            batch: Further prompts that are read together with it.
+            row: the prompt.
+            features: the features of its image, or None without an image.
+            answer: the ids of the answer.
+            batch: further prompts that are computed in the same batch.
 
         Returns:
-            What enters the layers of the language model `(S, D)` and the logits `(S, V)`, by name.
+            The inputs of the language model's layers `(S, D)` and the logits `(S, V)`, by name.
         """
         ids = PromptIds([*row.ids.input_ids, *answer], row.ids.instruct_ids, row.ids.prompt_ends)
         rows = [StagedQuestion(ids, row.pixels), *batch]
@@ -166,7 +192,18 @@ class StagedModel:
     def generate(
         self, row: StagedQuestion, features: Features | None, decoding: Decoding, batch: Sequence[StagedQuestion] = ()
     ) -> list[int]:
-        """Choose the ids of an answer, its end included; arguments as of `compute_logits`."""
+        """
+        Generate an answer.
+
+        Args:
+            row: the prompt.
+            features: the features of its image, or None without an image.
+            decoding: how tokens are chosen.
+            batch: further prompts that are computed in the same batch.
+
+        Returns:
+            The ids of the answer, including its end token.
+        """
         inputs = self._pad([row, *batch])
         length = inputs["input_ids"].shape[1]
         config = copy.deepcopy(decoding.config)
@@ -177,15 +214,21 @@ class StagedModel:
         ids = output[0, length:].tolist()
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         last = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-        return ids[: last + 1]  # without what fills the row up to the batch's longest answer
+        return ids[: last + 1]  # removes the padding up to the longest answer of the batch
 
     def decode(self, ids: Sequence[int], wanted: Generation) -> str:
-        """Write ids as the text that is scored."""
+        """
+        Convert ids to the text that is scored.
+
+        Args:
+            ids: the ids.
+            wanted: the generation settings, which include the stop texts.
+        """
         return wanted.cut(self.chat_model.processor.batch_decode([list(ids)], skip_special_tokens=True)[0])
 
     @contextmanager
     def _given(self, features: Features | None, rows: int) -> Iterator[None]:
-        """Let the first of the rows of a batch have these features, whatever its image."""
+        """Let the first row of a batch use these features, whatever its image is, while the context is active."""
         if features is None:
             yield
             return
@@ -195,18 +238,18 @@ class StagedModel:
         def encode_others(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> EncodedImage:
             encoded = encode(pixel_values, *args, **kwargs)
             image, tiles = encoded.image_features.clone(), encoded.global_features.clone()
-            first = len(image) // rows  # a row for each of its beams
+            first = len(image) // rows  # one row per beam
             image[:first], tiles[:first] = features.image_features.to(image), features.global_features.to(tiles)
             return encoded._replace(image_features=image, global_features=tiles)
 
-        model.__dict__["encode_image"] = encode_others  # in front of the class's method
+        model.__dict__["encode_image"] = encode_others  # hides the method of the class
         try:
             yield
         finally:
             del model.__dict__["encode_image"]
 
     def _pad(self, rows: Sequence[StagedQuestion]) -> dict[str, torch.Tensor]:
-        """The inputs of the model for rows, padded on the left as an evaluation pads them."""
+        """Make the inputs of the model for several rows, padded on the left as in an evaluation."""
         processor, device = self.chat_model.processor, self.chat_model.model.device
         longest = max(len(row.ids.input_ids) for row in rows)
         gaps = [longest - len(row.ids.input_ids) for row in rows]

@@ -1,4 +1,4 @@
-"""Answers for benchmarks that a server scores, in the file that the server takes."""
+"""Write answers for benchmarks that a server scores, in the file format of the server."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,23 +12,24 @@ from fusion_hf.evaluation.benchmarks import Benchmark
 Row = Mapping[str, Any]
 Write = Callable[[list[dict[str, Any]], BinaryIO], None]
 OPTIONS = "ABCD"
-NO_OPTION = (None, "nan")  # how the data of MMBench write it
+NO_OPTION = (None, "nan")  # as MMBench's data encodes a missing option
 
 
 class SubmissionIncomplete(ValueError):
-    """Not every question of the test set has an answer: the server would refuse the file."""
+    """A question of the test set has no answer, so the server would reject the file."""
 
 
 @dataclass(frozen=True)
 class FileFormat:
     """
-    What a server takes.
+    The file format of a server.
 
     Args:
-        suffix: of the file.
-        fields: the file's field or column -> the key of lmms-eval's row.
-        question, answer: the fields that name the question, and that answer it.
-        write: writes rows of the fields into a file.
+        suffix: the suffix of the file.
+        fields: maps the fields or columns of the file to keys of lmms-eval's rows.
+        question: the field that identifies the question.
+        answer: the field that holds the answer.
+        write: writes rows of the fields to a file.
     """
 
     suffix: str
@@ -43,7 +44,7 @@ def _write_json(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
 
 
 def _write_table(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
-    """A workbook of one sheet; its first row has the columns' names. Where there is no option, the cell is empty."""
+    """Write a workbook with one sheet, whose first row has the column names. Missing options are empty cells."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
@@ -58,7 +59,7 @@ def _write_table(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
                 sheet.cell(number, place, value)
                 continue
             cell = sheet.cell(number, place, ILLEGAL_CHARACTERS_RE.sub("", value))
-            cell.data_type = "s"  # a text that begins with "=" is no formula
+            cell.data_type = "s"  # prevents a text that starts with "=" from becoming a formula
     book.save(stream)
 
 
@@ -84,31 +85,42 @@ FORMATS: dict[str, FileFormat] = {
 
 
 def submission_file(benchmark: Benchmark, folder: Path) -> Path:
-    """Name the file that `write_submission` writes."""
+    """
+    Return the path of the file that `write_submission` writes.
+
+    Args:
+        benchmark: the benchmark.
+        folder: the folder of the file.
+    """
     return folder / f"{benchmark.name}{FORMATS[benchmark.name].suffix}"
 
 
 def write_submission(benchmark: Benchmark, rows: Sequence[Row], n_total: int, folder: Path) -> Path:
     """
-    Write the answers into `folder`, all of them or no file.
+    Write all answers to a file in `folder`, or no file if an answer is missing.
 
     Args:
+        benchmark: the benchmark.
         rows: lmms-eval's `submission` of each question, in the order of the data.
-        n_total: questions of the test set.
+        n_total: the number of questions of the test set.
+        folder: the folder of the file.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        SubmissionIncomplete: if a question has no answer, or there are fewer or more answers than questions.
+        SubmissionIncomplete: if a question has no answer, or the numbers of answers and questions differ.
     """
     form = FORMATS[benchmark.name]
     content = [{name: row.get(key) for name, key in form.fields.items()} for row in rows]
     unanswered = [row[form.question] for row in content if row[form.answer] is None]
     if unanswered:
         raise SubmissionIncomplete(
-            f"{len(unanswered)} of {n_total} questions have no answer, the first is {form.question} {unanswered[0]}; "
-            "no submission is written."
+            f"{len(unanswered)} of {n_total} questions have no answer. The first one is {form.question} "
+            f"{unanswered[0]}. No submission was written."
         )
     if not content or len(content) != n_total:
-        raise SubmissionIncomplete(f"{len(content)} answers to {n_total} questions; no submission is written.")
+        raise SubmissionIncomplete(f"There must be {n_total} answers, got {len(content)}. No submission was written.")
     path = submission_file(benchmark, folder)
     with atomic_file(path) as stream:
         form.write(content, stream)

@@ -1,4 +1,4 @@
-"""Images of questions that no file shows, read again from the data of their task."""
+"""Read images that are in no file again from the data of their task."""
 
 import tempfile
 from importlib.util import find_spec
@@ -14,10 +14,11 @@ UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError
 
 class TaskImages:
     """
-    Images of the questions of a run, which lmms-eval reads as it did for the run.
+    Read the images of a run's questions with lmms-eval, as the run did.
 
     Args:
-        record: Of the run. Its tasks are prepared anew: what lies beside a record may be a stranger's code.
+        record: the record of the run. Its tasks are prepared again, since files next to a record may hold untrusted
+            code.
     """
 
     def __init__(self, record: RunRecord | None):
@@ -30,11 +31,11 @@ class TaskImages:
         Find the image of a question.
 
         Args:
-            name: Of its task.
-            doc_id: Its number.
+            name: the name of the task.
+            doc_id: the number of the question.
 
         Returns:
-            The first image that the task shows; None without lmms-eval, without the data, or if it shows none.
+            The first image of the question. None if lmms-eval or the data is missing, or the question has no image.
         """
         if self.record is None or name not in [task.task for task in self.record.tasks]:
             return None

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from fusion_hf.inference.conversation import Conversation
     from fusion_hf.inference.devices import choose_device, choose_dtype
     from fusion_hf.inference.image_features import ImageFeatures
+    from fusion_hf.inference.sampling_options import SamplingOptions
 
 __all__ = [
     "Assistant",
     "ChatModel",
     "Conversation",
     "ImageFeatures",
+    "SamplingOptions",
     "choose_device",
     "choose_dtype",
     "nano_path",
@@ -26,6 +28,7 @@ _MODULES = {
     "ChatModel": "fusion_hf.inference.chat_model",
     "Conversation": "fusion_hf.inference.conversation",
     "ImageFeatures": "fusion_hf.inference.image_features",
+    "SamplingOptions": "fusion_hf.inference.sampling_options",
     "choose_device": "fusion_hf.inference.devices",
     "choose_dtype": "fusion_hf.inference.devices",
     "nano_path": "fusion_hf.hub.folders",

@@ -110,11 +110,11 @@ class AnswerFile:
         before = header.get("settings")
         if header.get("format") != FORMAT or not isinstance(before, dict):
             raise damaged_line(self.path, 1, self.log.advice)
-        for name, value in settings.items():
-            if before.get(name) != value:
+        for name in dict.fromkeys([*settings, *before]):  # a default may be absent from either
+            if before.get(name) != settings.get(name):
                 raise InputError(
-                    f"{name} is {value}, but {self.path} was begun with {before.get(name)}; give the same again, or "
-                    "remove that file to begin anew."
+                    f"{name} is {settings.get(name)}, but {self.path} was begun with {before.get(name)}; give "
+                    "the same again, or remove that file to begin anew."
                 )
 
     def _unwritable(self, path: Path, error: OSError) -> InputError:

@@ -32,6 +32,8 @@ from fusion_hf.inference.question_files import (
     parse_question,
     read_entries,
 )
+from fusion_hf.inference.sampling import generate_keywords
+from fusion_hf.inference.sampling_options import MOST_LIKELY, SamplingOptions
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.model.processing_fusion import IMAGE_TOKEN
 from fusion_hf.model.quantization_fusion import plain_tensors
@@ -82,9 +84,11 @@ def batch_generate(
     progress: bool = True,
     image_root: str | os.PathLike[str] | None = None,
     output_format: str = ANSWERS,
+    sampling: SamplingOptions = MOST_LIKELY,
+    bits: int | None = None,
 ) -> list[Result]:
     """
-    The most likely answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
+    The answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
     cannot be answered. Long prompts come first, so that too large a batch shows at once; a batch that exceeds a GPU's
     memory is halved. Images are opened when their batch is up.
 
@@ -99,9 +103,11 @@ def batch_generate(
         batch_size: prompts that are answered together. One that might, with its answer, outgrow the model's maximum
             or Phi-3's short RoPE is answered alone: only so is its answer that of one by one.
         max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
-        device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
+        device, dtype, bits: see [`ChatModel.load`]; not with a [`ChatModel`].
         progress: whether to show a bar, if there is a terminal.
         image_root: folder that paths of images are relative to.
+        sampling: how answers are chosen; default: the most likely ones. The seed of a record's answer is `seed` plus
+            the record's index, so that a sampled answer depends neither on the batch nor on a kill.
         output_format: `answers`: lines of `output` are what this returns; `llava`: those of LLaVA's `answers.jsonl`.
 
     Raises:
@@ -118,15 +124,16 @@ def batch_generate(
     entries, root = read_entries(records)
     root = root if image_root is None else Path(image_root)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
-        chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
+        chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype, bits=bits)
         if answer_file is not None and output_format == LLAVA:
             answer_file.as_line = llava_answers(entries, Path(chat_model.model.config.name_or_path).name)
         budget = chat_model.token_budget(query_len, image_token_grid)
         results: dict[int, Result] = {}
         if answer_file is not None:
-            answer_file.begin(_settings(entries, chat_model, max_new_tokens, budget))
+            settings = _settings(entries, chat_model, max_new_tokens, budget)
+            answer_file.begin(settings | sampling.as_settings())
             results = answer_file.results
-        run = _Run(chat_model, root, max_new_tokens, budget)
+        run = _Run(chat_model, root, max_new_tokens, budget, sampling)
         with tqdm(total=len(entries), initial=len(results), unit="record", disable=None if progress else True) as bar:
             for answered in run.results(entries, set(results), batch_size):
                 if answer_file is not None:
@@ -141,11 +148,14 @@ def batch_generate(
 class _Run:
     """What the batches of a run have in common."""
 
-    def __init__(self, chat_model: ChatModel, root: Path, max_new_tokens: int, budget: TokenBudget):
+    def __init__(
+        self, chat_model: ChatModel, root: Path, max_new_tokens: int, budget: TokenBudget, sampling: SamplingOptions
+    ):
         self.chat_model = chat_model
         self.root = root
         self.max_new_tokens = max_new_tokens
         self.budget = budget
+        self.sampling = sampling
 
     def results(self, entries: list[Entry], done: set[int], batch_size: int) -> Iterator[dict[int, Result]]:
         """By index, batch by batch, of all records that are not `done`."""
@@ -200,7 +210,8 @@ class _Run:
             }
         for each in whole:
             features = None if each.image is None else self._encode(whole)[0]
-            settings = {**self.budget._asdict(), "image_features": features}
+            sampling = self.sampling.of_answer(each.prompt.index)
+            settings = {**self.budget._asdict(), "image_features": features, "sampling": sampling}
             try:
                 answer = self.chat_model.answer(each.messages, self.max_new_tokens, **settings)
                 results[each.prompt.index] = _answered(each.prompt, answer)
@@ -218,7 +229,8 @@ class _Run:
         )
         if any(each.image is not None for each in batch):
             inputs.update(join_features(self._encode(batch)))
-        output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        choice = generate_keywords([self.sampling.of_answer(each.prompt.index) for each in batch])
+        output = model.generate(**inputs, **choice, max_new_tokens=self.max_new_tokens)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 

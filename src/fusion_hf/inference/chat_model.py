@@ -20,7 +20,9 @@ from fusion_hf.inference.encoder_state import EncoderState
 from fusion_hf.inference.image_digests import digest_pixels
 from fusion_hf.inference.image_feature_cache import ImageFeatureCache
 from fusion_hf.inference.image_features import ImageFeatures, join_features, pool_map
-from fusion_hf.inference.loading import load_config, load_model
+from fusion_hf.inference.loading import load_config, load_model, quantization_config
+from fusion_hf.inference.sampling import generate_keywords
+from fusion_hf.inference.sampling_options import MOST_LIKELY, SamplingOptions
 from fusion_hf.model.configuration_fusion import NUM_TILES, TokenBudget, is_perfect_square
 from fusion_hf.model.image_processing_fusion import FusionImageProcessor, values_of_bytes
 from fusion_hf.model.image_sources_fusion import describe_source
@@ -52,7 +54,12 @@ class ChatModel:
 
     @classmethod
     def load(
-        cls, name: str | None = None, device: str = AUTO, dtype: str = AUTO, revision: str | None = None
+        cls,
+        name: str | None = None,
+        device: str = AUTO,
+        dtype: str = AUTO,
+        revision: str | None = None,
+        bits: int | None = None,
     ) -> "ChatModel":
         """
         Args:
@@ -61,6 +68,7 @@ class ChatModel:
             dtype: `"auto"` (see `choose_dtype`) or a key of `DTYPES`. A quantized model has the type that it was saved
                 in.
             revision: branch, tag or commit of a repository; None: the main branch, or what `name` has behind `@`.
+            bits: 8 or 4, to quantize the language model's layers with bitsandbytes (extra `quant`); None: as saved.
 
         Raises:
             InputError: if there is no such FUSION, or no such device, or a quantized one of another type.
@@ -69,9 +77,12 @@ class ChatModel:
         folder = find_folder(nano_path() if name is None else name, revision)
         config = load_config(folder)
         kind = choose_dtype(dtype, chosen, config.dtype)
-        if "quantization_config" in vars(config):
+        options: dict[str, Any] = {"config": config}
+        if bits is not None:
+            options["quantization_config"] = quantization_config(config, bits, chosen, kind)
+        elif "quantization_config" in vars(config):
             kind = check_quantized_dtype(config, dtype)
-        model, processor = load_model(folder, kind, config=config)
+        model, processor = load_model(folder, kind, **options)
         model = model.to(chosen).eval()
         if chosen.type == "cpu":
             use_onednn(model)
@@ -270,14 +281,18 @@ class ChatModel:
 
     @torch.inference_mode()
     def generate(
-        self, inputs: BatchFeature, max_new_tokens: int, streamer: BaseStreamer | None = None, **kwargs: Any
+        self,
+        inputs: BatchFeature,
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
+        **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput:
-        """Return the most likely continuation of what `prepare` gave, never beyond the model's maximum."""
+        """Return the continuation of what `prepare` gave, never beyond the model's maximum."""
         return self.model.generate(
             **inputs,
+            **generate_keywords([sampling]),
             max_new_tokens=min(max_new_tokens, self.max_length - inputs["input_ids"].shape[1]),
-            do_sample=False,
-            num_beams=1,
             streamer=streamer,
             return_dict_in_generate=True,
             **kwargs,
@@ -296,9 +311,10 @@ class ChatModel:
         streamer: BaseStreamer | None = None,
         image_features: ImageFeatures | None = None,
         image_token_grid: int | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
     ) -> str:
         """
-        Return the most likely answer to a conversation that ends with a question; the same one every time.
+        Return the answer to a conversation that ends with a question; the same one every time.
 
         Args:
             messages: chat messages of the ecosystem, with at most one image.
@@ -307,13 +323,14 @@ class ChatModel:
             streamer: is given the tokens as they come.
             image_features: the image in the messages, from `encode_image`; None: it is resized and encoded as a whole.
             image_token_grid: side of the grid of image tokens, 1 to the tower's patches per side; None: the model's.
+            sampling: how the answer is chosen; default: the most likely one.
 
         Raises:
             InputError: if `query_len` or `image_token_grid` is impossible, or the conversation exceeds the model's
                 maximum.
         """
         inputs = self.prepare(messages, query_len, image_features, image_token_grid)
-        return self.decode(inputs, self.generate(inputs, max_new_tokens, streamer))
+        return self.decode(inputs, self.generate(inputs, max_new_tokens, streamer, sampling))
 
     def answer_each(
         self,
@@ -322,15 +339,15 @@ class ChatModel:
         max_new_tokens: int,
         query_len: int | None = None,
         image_token_grid: int | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
     ) -> Iterator[str]:
         """Yield the answers to questions about one image, each asked by itself; its tiles are encoded once for all."""
         budget = self.token_budget(query_len, image_token_grid)
         image_features = self.encode_image(image, budget.query_len)
-        for question in questions:
+        settings = {"image_features": image_features, **budget._asdict()}
+        for number, question in enumerate(questions):
             messages = [question_message(question, image)]
-            yield self.answer(
-                messages, max_new_tokens, query_len, image_features=image_features, image_token_grid=image_token_grid
-            )
+            yield self.answer(messages, max_new_tokens, sampling=sampling.of_answer(number), **settings)
 
 
 Assistant = ChatModel  # the class's former name

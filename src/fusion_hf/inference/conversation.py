@@ -8,8 +8,10 @@ from PIL import Image
 from transformers import BatchFeature, Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from fusion_hf.common.errors import InputError
 from fusion_hf.inference.chat_model import ChatModel, question_message
 from fusion_hf.inference.image_features import ImageFeatures
+from fusion_hf.inference.sampling_options import MOST_LIKELY, SamplingOptions
 from fusion_hf.model.modeling_fusion_base import CACHE_NAME, cache_keyword
 
 
@@ -28,9 +30,10 @@ class Conversation:
         fast: keep the language model's cache from question to question.
         image_features: what `ChatModel.encode_image` made of the image, for any number of latent tokens; None: it is
             made with the first question, unless the model still has it.
+        sampling: how answers are chosen; each has random numbers of its own, which `reset` begins anew.
 
     Raises:
-        InputError: if `query_len` or `image_token_grid` is impossible.
+        InputError: if `query_len` or `image_token_grid` is impossible, or `fast` is given with a beam search.
 
     Example:
         >>> from fusion_hf.inference import ChatModel, Conversation
@@ -52,12 +55,16 @@ class Conversation:
         fast: bool = False,
         image_token_grid: int | None = None,
         image_features: ImageFeatures | None = None,
+        sampling: SamplingOptions = MOST_LIKELY,
     ):
         self.chat_model = chat_model
         self.image = image
         self.max_new_tokens = max_new_tokens
         self.budget = chat_model.token_budget(query_len, image_token_grid)
+        if fast and sampling.num_beams > 1:
+            raise InputError(f"`num_beams` must be 1 in fast mode, got {sampling.num_beams}.")
         self.fast = fast
+        self.sampling = sampling
         self.messages: list[dict[str, Any]] = []
         self._image_features = image_features
         self._guide: dict[str, torch.Tensor] = {}  # fast mode: the question that guides the overview
@@ -76,9 +83,15 @@ class Conversation:
             answer = self._answer_fast(messages, self._image_features, streamer)
         else:
             settings = {"streamer": streamer, "image_features": self._image_features, **self.budget._asdict()}
+            settings["sampling"] = self._sampling
             answer = self.chat_model.answer(messages, self.max_new_tokens, **settings)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
+
+    @property
+    def _sampling(self) -> SamplingOptions:
+        """Those of the next answer."""
+        return self.sampling.of_answer(len(self.messages) // 2)
 
     @torch.inference_mode()
     def _answer_fast(
@@ -93,7 +106,9 @@ class Conversation:
         cache = memory.cache_before(inputs) if memory is not None else None
         if cache is None:
             cache = DynamicCache(config=self.chat_model.model.config.text_config)
-        output = self.chat_model.generate(inputs, self.max_new_tokens, streamer, **cache_keyword(cache))
+        output = self.chat_model.generate(
+            inputs, self.max_new_tokens, streamer, self._sampling, **cache_keyword(cache)
+        )
         cache = getattr(output, CACHE_NAME)  # another one than was given where long RoPE began
         self._memory = _Memory(output.sequences[0, : cache.get_seq_length()], cache)
         return self.chat_model.decode(inputs, output)

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
 
 from fusion_hf.common.errors import InputError
+from fusion_hf.common.extras import require
 from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.processing_fusion import FusionProcessor
 
 TOKENIZER_FILE = "tokenizer.json"
+BITS = (8, 4)  # that bitsandbytes quantizes to
 
 
 class LoadedModel(NamedTuple):
@@ -64,6 +67,35 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
     if absent:
         raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again.")
     return LoadedModel(model, processor)
+
+
+def quantization_config(
+    config: FusionConfig, bits: int, device: torch.device, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    """
+    Make the configuration that quantizes the language model's layers with bitsandbytes while they are loaded.
+
+    Args:
+        config: The model's, which must not be quantized already.
+        bits: 8 or 4 (nf4).
+        device: What the model is to run on.
+        dtype: What layers of 4 bits compute in.
+
+    Raises:
+        InputError: If bitsandbytes is missing or does not support the device, or if the model is quantized already.
+    """
+    name = f"load_in_{bits}bit"
+    require(("bitsandbytes",), f"`{name}`", "quant")
+    if "quantization_config" in vars(config):
+        raise InputError(f"`{name}` must not be given for a model that is quantized already; leave it out.")
+    from bitsandbytes import supported_torch_devices
+
+    if device.type not in supported_torch_devices:
+        allowed = ", ".join(sorted(supported_torch_devices))
+        raise InputError(f"`{name}` requires a device of bitsandbytes ({allowed}), got {device.type}.")
+    if bits == BITS[0]:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 @contextmanager

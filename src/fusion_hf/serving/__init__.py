@@ -1,1 +1,1 @@
-"""A server with OpenAI's protocol: `fusion-hf serve`."""
+"""The OpenAI-compatible server behind `fusion-hf serve`."""

@@ -1,4 +1,4 @@
-"""Errors of the server, as OpenAI's clients read them. Imports nothing heavy."""
+"""Errors of the server in the format of OpenAI's API. This module imports nothing heavy."""
 
 import reprlib
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from fusion_hf.common.errors import short_name
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMEOUT, TOO_LARGE, UNSUPPORTED_TYPE = 400, 401, 404, 408, 413, 415
 TOO_MANY, INTERNAL, OVERLOADED = 429, 500, 503
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-# some clients speak OpenAI's newer protocol unless they are told otherwise
-CHAT_ADVICE = "Set your client to chat completions; openai-agents: `set_default_openai_api('chat_completions')`."
-RETRY_SECONDS = 1  # what a client that is sent away is told to wait
+# some clients use OpenAI's Responses API by default
+CHAT_ADVICE = "Set your client to chat completions (openai-agents: `set_default_openai_api('chat_completions')`)."
+RETRY_SECONDS = 1  # when a rejected client may try again
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
     """
-    What a client is told instead of an answer.
+    An error that the server returns to a client.
 
     Args:
-        status: of HTTP.
-        message: for a person.
+        status: the HTTP status.
+        message: the message for people.
         param: the field of the request that is wrong.
-        code: for a program.
-        headers: of the reply.
+        code: the code for programs.
+        headers: further headers of the reply.
     """
 
     status: int
@@ -39,34 +39,46 @@ class ApiError(Exception):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The reply's JSON."""
+        """The JSON body of the reply."""
         kinds = {TOO_MANY: "rate_limit_error", UNAUTHORIZED: "authentication_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= INTERNAL else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def wrong_value(param: str, value: object, allowed: str, code: str | None = None) -> ApiError:
-    """Return the error of a field's value; a long one is repeated in part, and so is a long name."""
+    """
+    Make the error of a field with an invalid value. Long names and values are shortened.
+
+    Args:
+        param: the name of the field.
+        value: its value.
+        allowed: what the field must be, as the end of the phrase "must be ...".
+        code: the code for programs.
+    """
     param = short_name(param)
-    return ApiError(BAD_REQUEST, f"{param} is {reprlib.repr(value)}; allowed: {allowed}.", param, code)
+    return ApiError(BAD_REQUEST, f"`{param}` must be {allowed}, got {reprlib.repr(value)}.", param, code)
 
 
 def overloaded(message: str, status: int = OVERLOADED) -> ApiError:
-    """Return the error of a request that may be sent again soon."""
+    """
+    Make the error of a request that may be sent again soon.
+
+    Args:
+        message: the message for people.
+        status: the HTTP status.
+    """
     return ApiError(status, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def no_such_path(method: str, path: str, allowed: str) -> ApiError:
-    """Make the error of a path that a server does not have.
+    """
+    Make the error of a path that the server does not have. For OpenAI's Responses API, it says what to use instead.
 
     Args:
-        method: Of HTTP.
-        path: What a client asked for; a long one is repeated in part.
-        allowed: The methods and paths that there are.
-
-    Returns:
-        The error. That of OpenAI's Responses API says what to use instead.
+        method: the HTTP method.
+        path: the path in the request. Long ones are shortened.
+        allowed: the methods and paths that the server has.
     """
-    message = f"There is no {short_name(method)} {short_name(path)!r} here; allowed: {allowed}."
+    message = f"The request must be one of {allowed}, got {short_name(method)} {short_name(path)!r}."
     advice = f" {CHAT_ADVICE}" if path.rstrip("/") == RESPONSES else ""
     return ApiError(NOT_FOUND, message + advice, code="unknown_url")

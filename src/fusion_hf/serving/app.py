@@ -1,8 +1,8 @@
-"""The server's application: who may ask, how much, and what is sent back.
+"""The ASGI application of the server: authentication, limits, requests and replies.
 
-Why it is not `transformers serve`: that one opens any address or file and loads any model that a client names, has no
-limits, no end of its queue and no key, takes no `query_len`, passes over `n` and `stream_options` in silence, draws
-all answers with one random state, and answers one after another. None of it can be set from outside.
+Why not `transformers serve`? It opens any address or file and loads any model that a client names. It has no limits,
+no bounded queue and no API key. It does not accept `query_len`, silently ignores `n` and `stream_options`, draws all
+answers with one random state, and answers requests one after another. None of this can be changed from outside.
 """
 
 import asyncio
@@ -47,9 +47,9 @@ from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.replies import END, Completion, model_object, sse
 
 HEALTH, MODELS = "/health", "/v1/models"
-BODY_SECONDS = 30.0  # for a request to arrive
-SEND_SECONDS = 30.0  # for a client to take a piece of its answer
-CANCEL_SECONDS = 0.1  # until work for a client that is gone is told again to end
+BODY_SECONDS = 30.0  # timeout for the body of a request
+SEND_SECONDS = 30.0  # timeout for a client to receive a piece of its answer
+CANCEL_SECONDS = 0.1  # interval between cancellations of work for a client that has disconnected
 JSON = "application/json"
 Result = TypeVar("Result")
 SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -57,18 +57,33 @@ SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-
 
 @dataclass(frozen=True)
 class Service:
-    """What is served: a model under a name, to whom (no key: to everybody), and within which limits."""
+    """
+    The configuration of the server.
+
+    Attributes:
+        chat_model: the model.
+        name: the name of the model for clients.
+        limits: the limits on requests.
+        hosts: the hosts that images may be downloaded from.
+        api_key: the API key. None accepts all requests.
+        budget: the numbers of image tokens and latent tokens of requests that do not set them.
+    """
 
     chat_model: ChatModel
     name: str
     limits: Limits
     hosts: HostPolicy
     api_key: str | None
-    budget: TokenBudget  # of requests that say nothing about it
+    budget: TokenBudget
 
 
 def build_app(service: Service) -> Starlette:
-    """Build the application; it answers in the event loop that runs it, by the engine in its state."""
+    """
+    Build the ASGI application. It runs the engine in its state and answers in its event loop.
+
+    Args:
+        service: the configuration of the server.
+    """
     engine = Engine(service.chat_model, service.limits, service.budget)
     info = ModelInfo.of(service.chat_model, service.budget)
     chat = ChatEndpoint(service, engine, info.fingerprint)
@@ -84,7 +99,7 @@ def build_app(service: Service) -> Starlette:
     async def retrieve_model(request: Request) -> JSONResponse:
         name = request.path_params["name"]
         if name != service.name:
-            message = f"model is {short_name(name)!r}; allowed: {service.name!r}."
+            message = f"`model` must be {service.name!r}, got {short_name(name)!r}."
             raise ApiError(NOT_FOUND, message, "model", "model_not_found")
         return JSONResponse(model)
 
@@ -110,7 +125,12 @@ def build_app(service: Service) -> Starlette:
 
 
 def error_reply(error: ApiError) -> JSONResponse:
-    """Return the error as HTTP."""
+    """
+    Convert an error to an HTTP response.
+
+    Args:
+        error: the error.
+    """
     return JSONResponse(error.content, error.status, error.headers)
 
 
@@ -121,12 +141,18 @@ def _reply_to_error(request: Request, error: Exception) -> JSONResponse:
     elif isinstance(error, HTTPException):
         error = ApiError(error.status_code, f"{method} {short_name(path)}: {error.detail}", headers=error.headers)
     elif not isinstance(error, ApiError):
-        error = ApiError(INTERNAL, "The request failed; the server's log says why.")
+        error = ApiError(INTERNAL, "The request failed. See the log of the server for the reason.")
     return error_reply(error)
 
 
 class KeyCheck:
-    """Lets only requests with the key pass; everybody may ask for the server's health."""
+    """
+    ASGI middleware that rejects requests without the API key. The health check needs no key.
+
+    Args:
+        app: the application to protect.
+        api_key: the API key. None accepts all requests.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
@@ -136,7 +162,7 @@ class KeyCheck:
         if scope["type"] == "http" and scope["path"] != HEALTH and not self._is_known(scope):
             error = ApiError(
                 UNAUTHORIZED,
-                "The API key is missing or wrong; send it as: Authorization: Bearer KEY.",
+                "The API key is missing or wrong. Send it in the header `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -151,20 +177,29 @@ class KeyCheck:
 
 class Intake:
     """
-    Bounds on what clients send: whole requests that are here at once, those that are answered and those that wait, and
-    bytes of bodies that are still arriving. Bytes are counted as they come, not connections: who sends slowly keeps
-    nobody out.
+    Limit what clients send: the number of accepted and waiting requests, and the bytes of bodies that are still
+    arriving.
+
+    Bytes are counted as they arrive, not connections, so that slow clients keep nobody out.
+
+    Args:
+        limits: the limits on requests.
     """
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self.taken = 0  # requests
+        self.taken = 0  # number of accepted requests
         self.most_held = max(limits.upload_bytes, limits.body_bytes)
-        self.held = 0  # bytes
+        self.held = 0  # bytes of arriving bodies
 
     @contextmanager
     def take_slot(self) -> Iterator[None]:
-        """Count a request as here, or raise an `ApiError` if as many are here as may be."""
+        """
+        Reserve a place for a request while the context is active.
+
+        Raises:
+            ApiError: if all places are taken.
+        """
         self._check_slots()
         self.taken += 1
         try:
@@ -176,24 +211,30 @@ class Intake:
         limits = self.limits
         if self.taken >= limits.parallel + limits.queue_length:
             raise overloaded(
-                f"{limits.parallel} requests are being answered and {limits.queue_length} wait, which is all that "
-                "this server takes; try again soon.",
+                f"The server is busy: {limits.parallel} requests are being answered and {limits.queue_length} are "
+                "waiting. Try again soon.",
                 TOO_MANY,
             )
 
     async def read(self, request: Request) -> dict[str, Any]:
         """
-        Read the JSON of a request.
+        Read the JSON body of a request.
+
+        Args:
+            request: the request.
+
+        Returns:
+            The JSON object.
 
         Raises:
-            ApiError: if it is not called JSON (else any web page could make its visitor's browser ask) or is none, if
-                as many requests are here as may be, or if the body has more than `body_bytes`, by its header or in
-                truth, does not come, or comes with too many others.
+            ApiError: if the content type is not JSON (otherwise any web page could send requests from its visitor's
+                browser), the body is not valid JSON, all places are taken, the body is larger than `body_bytes` or
+                arrives too slowly, or too many bodies are arriving.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
-            raise ApiError(UNSUPPORTED_TYPE, f"Content-Type is {kind[:80]!r}; allowed: {JSON}.")
-        self._check_slots()  # who would find none need not send anything
+            raise ApiError(UNSUPPORTED_TYPE, f"`Content-Type` must be {JSON}, got {kind[:80]!r}.")
+        self._check_slots()  # a request without a place need not send its body
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.limits.body_bytes:
             raise self._too_large()
@@ -202,7 +243,9 @@ class Intake:
             await asyncio.wait_for(self._receive(request, content), BODY_SECONDS)
             return load_json(bytes(content))
         except asyncio.TimeoutError as late:
-            raise ApiError(TIMEOUT, f"The body did not arrive within {BODY_SECONDS:g} s.") from late
+            raise ApiError(
+                TIMEOUT, f"The body of the request did not arrive within {BODY_SECONDS:g} seconds."
+            ) from late
         finally:
             self.held -= len(content)
 
@@ -212,18 +255,25 @@ class Intake:
                 raise self._too_large()
             if self.held + len(chunk) > self.most_held:
                 raise overloaded(
-                    f"Requests that are still arriving hold {self.held} bytes; allowed: {self.most_held}; "
-                    "try again soon."
+                    f"The bodies of arriving requests may have {self.most_held} bytes in total, got {self.held}. "
+                    "Try again soon."
                 )
             self.held += len(chunk)
             content.extend(chunk)
 
     def _too_large(self) -> ApiError:
-        return ApiError(TOO_LARGE, f"The body is too large; allowed: {self.limits.body_bytes} bytes.")
+        return ApiError(TOO_LARGE, f"The body of a request must have at most {self.limits.body_bytes} bytes.")
 
 
 class ChatEndpoint:
-    """`POST /v1/chat/completions`."""
+    """
+    The ASGI application for `POST /v1/chat/completions`.
+
+    Args:
+        service: the configuration of the server.
+        engine: the engine.
+        fingerprint: the fingerprint of the model for replies.
+    """
 
     def __init__(self, service: Service, engine: Engine, fingerprint: str):
         self.service = service
@@ -234,13 +284,13 @@ class ChatEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         deadline = time.monotonic() + self.service.limits.seconds
-        with suppress(ClientDisconnect, asyncio.TimeoutError):  # a client that is gone, or does not read
+        with suppress(ClientDisconnect, asyncio.TimeoutError):  # the client has disconnected or does not read
             asked = await self._read(request)
             with self.intake.take_slot():
                 await unless_gone(receive, self._answer(asked, deadline, scope, receive, send))
 
     async def _read(self, request: Request) -> ChatRequest:
-        """The request with its image's bytes or address; the body, which may be large, is forgotten."""
+        """Return the request with the bytes or the address of its image. The body, which may be large, is dropped."""
         limits = self.service.limits
         asked = parse_chat_request(await self.intake.read(request), self.service.name, limits)
         if isinstance(asked.image, str) and is_data_uri(asked.image):
@@ -267,7 +317,7 @@ class ChatEndpoint:
     async def _stream(
         self, asked: ChatRequest, completion: Completion, events: AsyncGenerator[Piece | Finished, None], send: Send
     ) -> None:
-        event = await anext(events)  # what is wrong with the request shows here, while it can be an HTTP status
+        event = await anext(events)  # errors of the request appear here, while they can still set the HTTP status
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         begin = {"role": "assistant", "content": ""}
         await _send_piece(send, completion.chunk(begin, asked.include_usage))
@@ -285,13 +335,19 @@ class ChatEndpoint:
 
 
 async def _send_piece(send: Send, body: bytes, is_last: bool = False) -> None:
-    """Send a piece of a body; a client that does not take it makes an `asyncio.TimeoutError`."""
+    """Send a piece of a body. Raise `asyncio.TimeoutError` if the client does not receive it."""
     message = {"type": "http.response.body", "body": body, "more_body": not is_last}
     await asyncio.wait_for(send(message), SEND_SECONDS)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Give a body that was read once more, then what the client does."""
+    """
+    Return a `receive` that gives a body that was read already, and then what the client sends.
+
+    Args:
+        body: the body.
+        receive: the `receive` of the request.
+    """
     remaining: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -301,7 +357,13 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
-    """Return the work's result; None if the client goes away before."""
+    """
+    Return the result of some work, or None if the client disconnects first.
+
+    Args:
+        receive: the `receive` of the request.
+        work: the work.
+    """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_wait_until_gone(receive))
     try:
@@ -309,7 +371,7 @@ async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | Non
         return working.result() if working.done() else None
     finally:
         watching.cancel()
-        while not working.done():  # before Python 3.12 `wait_for` may swallow a cancellation
+        while not working.done():  # `wait_for` may swallow a cancellation before Python 3.12
             working.cancel()
             await asyncio.wait({working}, timeout=CANCEL_SECONDS)
         await asyncio.gather(working, watching, return_exceptions=True)

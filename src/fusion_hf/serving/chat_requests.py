@@ -1,4 +1,4 @@
-"""The JSON of a chat request, checked: what is unknown or cannot be done is refused, never passed over in silence."""
+"""Parse and check the JSON of a chat request. Unknown or unsupported fields are errors and never silently ignored."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from fusion_hf.serving.fields import REQUEST, STREAM_OPTIONS
 from fusion_hf.serving.limits import Limits
 from fusion_hf.serving.messages import parse_messages
 
-MAX_JSON_MARKS = 2**17  # commas and opening brackets: each may become an object that is far larger than its bytes
+MAX_JSON_MARKS = 2**17  # maximum number of commas and opening brackets, each of which may become a much larger object
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_TEMPERATURE = 2.0
 SEED_BITS = 64
@@ -19,7 +19,7 @@ SEED_BITS = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; a temperature of 0 takes the most likely one."""
+    """How tokens are drawn. A temperature of 0 selects the most likely token."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -29,11 +29,18 @@ class Sampling:
 @dataclass(frozen=True)
 class ChatRequest:
     """
-    messages: of the ecosystem, with a block `{"type": "image"}` in the image's place.
-    image: its data URI or address, or its bytes.
-    max_tokens: of the answer.
-    stop: the answer ends before the first of them.
-    query_len, image_token_grid: see `ChatModel.answer`.
+    A parsed chat request.
+
+    Attributes:
+        messages: the messages in the format of transformers, with a block `{"type": "image"}` for the image.
+        image: the data URI, the address or the bytes of the image.
+        max_tokens: the maximum number of tokens of the answer.
+        sampling: how tokens are drawn.
+        stop: texts before which the answer ends.
+        stream: whether the answer is streamed.
+        include_usage: whether a streamed answer ends with the usage.
+        query_len: the number of latent tokens, see `ChatModel.answer`.
+        image_token_grid: the side of the grid of image tokens, see `ChatModel.answer`.
     """
 
     messages: list[dict[str, Any]]
@@ -48,31 +55,42 @@ class ChatRequest:
 
 
 def load_json(body: bytes) -> dict[str, Any]:
-    """Read a JSON object, or raise an `ApiError` if it is none in UTF-8, is deep or has very many values."""
+    """
+    Parse a JSON object.
+
+    Args:
+        body: the bytes of the body.
+
+    Raises:
+        ApiError: if the body is not a JSON object in UTF-8, is nested too deeply, or has too many values.
+    """
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_MARKS:
-        raise ApiError(BAD_REQUEST, f"The body has too many values; allowed: {MAX_JSON_MARKS}.")
+        raise ApiError(BAD_REQUEST, f"The body must have at most {MAX_JSON_MARKS} values.")
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(BAD_REQUEST, f"The body is no JSON in UTF-8: {reason}.") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(BAD_REQUEST, f"The body is not valid JSON in UTF-8: {reason}.") from error
     if not isinstance(content, dict):
-        raise ApiError(BAD_REQUEST, f"The body is a JSON {type(content).__name__}; allowed: an object.")
+        raise ApiError(BAD_REQUEST, f"The body must be a JSON object, got {type(content).__name__}.")
     return content
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def parse_chat_request(content: dict[str, Any], model: str, limits: Limits) -> ChatRequest:
     """
+    Parse and check a chat request.
+
     Args:
-        content: the JSON; a field that is null counts as absent.
-        model: the name that this server's model has.
+        content: the JSON object. Fields that are null count as absent.
+        model: the name of the server's model.
+        limits: the limits on requests.
 
     Raises:
-        ApiError: names the field, its value and the allowed ones.
+        ApiError: if a field is invalid. The message names the field, its value and the allowed values.
     """
     given = REQUEST.select(content)
     _check_model(given.get("model"), model)
@@ -102,12 +120,12 @@ def _check_model(name: Any, model: str) -> None:
 def _flag(given: dict[str, Any], name: str) -> bool:
     value = given.get(name, False)
     if not isinstance(value, bool):
-        raise wrong_value(name, value, "true, false")
+        raise wrong_value(name, value, "true or false")
     return value
 
 
 def _whole(given: dict[str, Any], name: str, least: int = 1, most: float = math.inf) -> int | None:
-    allowed = f"a whole number from {least}" + ("" if most == math.inf else f" to {most}")
+    allowed = f"an integer of at least {least}" if most == math.inf else f"an integer from {least} to {most}"
     return _number(given, name, allowed, least, most, kinds=(int,))
 
 
@@ -120,22 +138,22 @@ def _query_len(given: dict[str, Any]) -> int | None:
 
 def parse_max_tokens(given: dict[str, Any], most: int) -> int:
     """
-    Read the longest answer that a request allows, under both of its names.
+    Read the maximum length of the answer, under both of its names.
 
     Args:
-        given: The request.
-        most: The server's limit in tokens. A request that allows more gets it, as clients know it of other servers.
+        given: the fields of the request.
+        most: the limit of the server in tokens. Larger values are reduced to it, as other servers do.
 
     Returns:
-        Tokens.
+        The number of tokens.
 
     Raises:
-        ApiError: For anything but a whole number from 1, and for two different ones.
+        ApiError: if a value is not an integer of at least 1, or both names have different values.
     """
     lengths = [_whole(given, name) for name in ("max_completion_tokens", "max_tokens")]
     known = [length for length in lengths if length is not None]
     if len(set(known)) > 1:
-        raise wrong_value("max_tokens", known[1], f"{known[0]}, as max_completion_tokens, or only one of the two")
+        raise wrong_value("max_tokens", known[1], f"equal to `max_completion_tokens` ({known[0]}) or left out")
     return min(known[0], most) if known else most
 
 
@@ -150,11 +168,11 @@ def _number(
 
 def _sampling(given: dict[str, Any]) -> Sampling:
     temperature = _number(given, "temperature", f"a number from 0 to {MAX_TEMPERATURE:g}", 0.0, MAX_TEMPERATURE)
-    top_p = _number(given, "top_p", "a number above 0, up to 1", 0.0, 1.0)
+    top_p = _number(given, "top_p", "a number above 0 and up to 1", 0.0, 1.0)
     if top_p == 0:
-        raise wrong_value("top_p", top_p, "a number above 0, up to 1")
+        raise wrong_value("top_p", top_p, "a number above 0 and up to 1")
     if temperature is None and top_p not in (None, 1.0):
-        raise wrong_value("top_p", top_p, "1, or give a temperature: it is 0 where there is none")
+        raise wrong_value("top_p", top_p, "1 unless you also set `temperature`, whose default is 0")
     seed = _whole(given, "seed", -(2 ** (SEED_BITS - 1)), 2 ** (SEED_BITS - 1) - 1)
     return Sampling(float(temperature or 0), 1.0 if top_p is None else float(top_p), seed)
 

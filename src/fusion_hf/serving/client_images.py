@@ -1,4 +1,4 @@
-"""A client's image: the bytes of a data URI, and the image in them; nothing of a client names a file."""
+"""Decode the image of a client from the bytes of a data URI. No value from a client names a file."""
 
 import base64
 import binascii
@@ -15,48 +15,67 @@ from fusion_hf.serving.limits import Limits
 
 PARAM = "messages.content.image_url.url"
 DATA_URI = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
-BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # so many characters are so many bytes
+BASE64_CHARACTERS, BASE64_BYTES = 4, 3  # 4 characters encode 3 bytes
 
 
 def is_data_uri(uri: str) -> bool:
-    """Return whether it says that it is one."""
+    """
+    Return whether a text claims to be a data URI.
+
+    Args:
+        uri: the text.
+    """
     return uri[:5].lower() == "data:"
 
 
 def decode_data_uri(uri: str, limits: Limits) -> bytes:
     """
-    Decode the bytes in `data:image/...;base64,...`.
+    Decode the bytes of `data:image/...;base64,...`.
+
+    Args:
+        uri: the data URI.
+        limits: the limits on requests.
 
     Raises:
-        ApiError: if it is none, or has more than `limits.image_bytes`.
+        ApiError: if the text is not such a data URI, or has more than `limits.image_bytes`.
     """
     head = DATA_URI.match(uri)
     if head is None:
-        allowed = "data:image/png;base64,... or of another kind of image"
-        raise ApiError(BAD_REQUEST, f"The data URI begins with {short_name(uri)!r}; allowed: {allowed}.", PARAM)
+        allowed = "data:image/png;base64,... or the same with another type of image"
+        raise ApiError(BAD_REQUEST, f"The data URI must be {allowed}, got {short_name(uri)!r}.", PARAM)
     if (len(uri) - head.end()) // BASE64_CHARACTERS * BASE64_BYTES > limits.image_bytes + BASE64_BYTES:
         raise too_large(limits)
     try:
         content = base64.b64decode(uri[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(BAD_REQUEST, f"The data URI is no base64: {error}.", PARAM) from error
+        raise ApiError(BAD_REQUEST, f"The data URI is not valid base64: {error}.", PARAM) from error
     if len(content) > limits.image_bytes:
         raise too_large(limits)
     return content
 
 
 def too_large(limits: Limits) -> ApiError:
-    """Return the error of an image's file with too many bytes."""
-    return ApiError(TOO_LARGE, f"The image is too large; allowed: {limits.image_bytes} bytes.", PARAM)
+    """
+    Make the error of an image file with too many bytes.
+
+    Args:
+        limits: the limits on requests.
+    """
+    return ApiError(TOO_LARGE, f"The image file must have at most {limits.image_bytes} bytes.", PARAM)
 
 
 def decode_client_image(content: bytes, processor: FusionImageProcessor, max_pixels: int) -> Image.Image:
     """
-    Decode the image in a file's bytes, upright, in RGB. Its size is checked before its pixels are decoded.
+    Decode the image in the bytes of a file, upright and in RGB. Its size is checked before its pixels are decoded.
+
+    Args:
+        content: the bytes.
+        processor: the image processor.
+        max_pixels: the maximum number of pixels.
 
     Raises:
-        ApiError: if it is none, is broken or has more than `max_pixels`.
-        MemoryError: if there is too little memory for it.
+        ApiError: if the bytes are not an image, or the image is broken or has more than `max_pixels`.
+        MemoryError: if there is not enough memory.
     """
     try:
         return open_image(content, max_pixels, exif_transpose=processor.exif_transpose)

@@ -1,4 +1,4 @@
-"""Answers to many requests by one model, in the order of arrival."""
+"""Answer concurrent requests with one model, in the order of their arrival."""
 
 import asyncio
 import logging
@@ -38,7 +38,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer: `"stop"` or `"length"`, tokens read and written."""
+    """
+    The end of an answer.
+
+    Attributes:
+        reason: `"stop"` or `"length"`.
+        prompt_tokens: the number of tokens in the prompt.
+        completion_tokens: the number of tokens in the answer.
+    """
 
     reason: str
     prompt_tokens: int
@@ -46,10 +53,13 @@ class Finished:
 
 
 class _Job(Answer):
-    """A request on its way; `events` belongs to the event loop `loop`, the rest to whoever has it."""
+    """
+    A request in progress. `events` belongs to the event loop `loop`. Everything else belongs to the current
+    holder.
+    """
 
     def __init__(self, engine: "Engine", request: ChatRequest, image: bytes | None, deadline: float):
-        """The image is a file, until it is decoded; the deadline is of the monotonic clock."""
+        """Make a job. `image` is the file until it is decoded, and `deadline` is a time of the monotonic clock."""
         super().__init__()
         self.engine = engine
         self.request = request
@@ -65,7 +75,7 @@ class _Job(Answer):
         self.prompt_tokens = 0
 
     def emit(self, event: Piece | Finished | ApiError) -> None:
-        """May be called by any thread."""
+        """Add an event. Any thread may call this."""
         if not self.is_cancelled:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -74,7 +84,7 @@ class _Job(Answer):
         return self.is_cancelled or time.monotonic() > self.deadline
 
     def begin(self) -> DecodingRow:
-        if self.is_over:  # a prompt takes long, and nobody waits for it
+        if self.is_over:  # avoids the cost of a prompt that nobody waits for
             raise too_late()
         inputs = self.engine.prepare(self.request, self.tiles)
         self.prompt_tokens = inputs["input_ids"].shape[1]
@@ -103,27 +113,36 @@ class _Job(Answer):
         except InputError as error:
             self.emit(ApiError(BAD_REQUEST, str(error)))
         except torch.OutOfMemoryError:
-            logger.exception("a request needs too much memory")
-            self.emit(overloaded("The model has too little memory for this request now."))
-        except Exception:  # the last resort: the client gets an answer, the log gets the reason
-            logger.exception("a request failed")
-            self.emit(ApiError(INTERNAL, "The request failed; the server's log says why."))
+            logger.exception("There was not enough memory for a request")
+            self.emit(overloaded("There is not enough memory for this request now."))
+        except Exception:  # the last resort: the client gets a reply, and the reason is logged
+            logger.exception("A request failed")
+            self.emit(ApiError(INTERNAL, "The request failed. See the log of the server for the reason."))
 
 
 class Engine:
     """
-    Up to `limits.parallel` answers are on their way at the same time. Their prompts are processed one after the other,
-    in the order of arrival, and what follows is decoded together: see `ModelThread`.
+    Answer up to `limits.parallel` requests concurrently.
+
+    Prompts are processed one after the other in the order of arrival, and all answers are then decoded together; see
+    `ModelThread`.
+
+    Args:
+        chat_model: the model.
+        limits: the limits on requests.
+        budget: the numbers of image tokens and latent tokens of requests that do not set them.
     """
 
     def __init__(self, chat_model: ChatModel, limits: Limits, budget: TokenBudget):
         self.chat_model = replace(chat_model, image_cache=ImageFeatureCache(limits.image_cache_bytes))
-        self.budget = budget  # of requests that say nothing about it
+        self.budget = budget
         self.limits = limits
         self.max_prompt_tokens = min(limits.prompt_tokens, chat_model.max_length - 1)
         ends = chat_model.model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends])
-        self.longest_token = max(map(len, chat_model.processor.tokenizer.get_vocab()))  # characters
+        self.longest_token = max(
+            map(len, chat_model.processor.tokenizer.get_vocab())
+        )  # length of the longest token in characters
         self._images = ImageWorkers(chat_model.processor.image_processor, limits)
         self._is_ending = False
         self._slots = asyncio.Semaphore(limits.parallel)
@@ -132,23 +151,30 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests that have a slot."""
+        """Number of requests that have a slot."""
         return sum(job.is_begun for job in self._jobs.values())
 
     async def answer(
         self, request: ChatRequest, image: bytes | None, deadline: float
     ) -> AsyncGenerator[Piece | Finished, None]:
         """
-        Pieces of text, then the end. Whoever closes this generator before ends the answer and frees its slot. After
-        the deadline (of the monotonic clock) an answer that has begun ends with what there is.
+        Yield the pieces of an answer, and then its end.
+
+        Closing this generator early ends the answer and frees its slot. After the deadline, an answer that has started
+        ends with the text so far.
+
+        Args:
+            request: the request.
+            image: the bytes of the image file, or None.
+            deadline: the deadline on the monotonic clock.
 
         Raises:
-            ApiError: before the first piece, if the request cannot be answered, or not until its deadline.
+            ApiError: before the first piece, if the request is invalid or could not be started before its deadline.
         """
         if self._is_ending:
             raise too_late()
         job = _Job(self, request, image, deadline)
-        del image  # which would stay until the answer's end
+        del image  # it would otherwise stay in memory until the end of the answer
         task = asyncio.create_task(self._run(job))
         self._jobs[task] = job
         task.add_done_callback(self._jobs.pop)
@@ -167,12 +193,12 @@ class Engine:
                 task.cancel()
 
     async def start(self) -> None:
-        """Start what decodes images, and what answers."""
+        """Start the image workers and the model thread."""
         await self._images.start()
         self._model_thread.start()
 
     def finish_soon(self) -> None:
-        """End all answers with what there is, and begin no more."""
+        """End all answers with the text so far, and start no further ones."""
         self._is_ending = True
         for job in self._jobs.values():
             job.deadline = time.monotonic()
@@ -180,7 +206,7 @@ class Engine:
                 job.emit(too_late())
 
     async def close(self) -> None:
-        """End all answers."""
+        """End all answers at once."""
         await self._images.close()
         for job in self._jobs.values():
             job.is_cancelled = True
@@ -190,7 +216,7 @@ class Engine:
         with job.catch():
             self._check_length_roughly(job.request.messages, self._budget(job.request))
             if job.image is not None:
-                # before the job has a slot: whatever an image costs, the model is there for others
+                # comes before the job has a slot, so that an expensive image does not block the model
                 job.tiles, job.image = await self._images.cut_tiles(job.image), None
             async with self._slots:
                 job.is_begun = True
@@ -199,10 +225,15 @@ class Engine:
 
     def prepare(self, request: ChatRequest, tiles: np.ndarray | None) -> BatchFeature:
         """
-        Return what the model reads of a request.
+        Make the model inputs of a request.
+
+        Args:
+            request: the request.
+            tiles: the tiles of its image `(5, 3, H, W)`, or None.
 
         Raises:
-            ApiError, InputError: if it cannot read that.
+            ApiError: if the prompt is too long.
+            InputError: if the model cannot read the prompt.
         """
         budget = self._budget(request)
         inputs = self.chat_model.prepare_batch(
@@ -218,7 +249,7 @@ class Engine:
         return self.chat_model.token_budget(request.query_len or self.budget.query_len, grid)
 
     def _check_length_roughly(self, messages: list[dict[str, Any]], budget: TokenBudget) -> None:
-        """Refuse at once what would take long to tokenise only to be refused: surely too long prompts."""
+        """Reject prompts that are certainly too long before the cost of tokenizing them."""
         questions = sum(message["role"] == "user" for message in messages)
         blocks = [block for message in messages for block in message["content"]]
         characters = sum(len(block["text"]) for block in blocks if block["type"] == "text")
@@ -229,12 +260,12 @@ class Engine:
 
     def _check_length(self, tokens: int, about: str = "") -> None:
         if tokens > self.max_prompt_tokens:
-            message = f"The prompt has {about}{tokens} tokens; allowed: {self.max_prompt_tokens}."
+            message = f"The prompt must have at most {self.max_prompt_tokens} tokens, got {about}{tokens}."
             raise ApiError(BAD_REQUEST, message, "messages", TOO_LONG)
 
 
 async def _first_event(job: _Job) -> Piece | Finished | ApiError:
-    """The first event; an `ApiError` if there is none until the deadline."""
+    """Return the first event, or an `ApiError` if there is none before the deadline."""
     try:
         return await asyncio.wait_for(job.events.get(), job.deadline - time.monotonic())
     except asyncio.TimeoutError as error:
@@ -242,5 +273,5 @@ async def _first_event(job: _Job) -> Piece | Finished | ApiError:
 
 
 def too_late() -> ApiError:
-    """Return the error of a request whose turn did not come in time."""
-    return overloaded("No answer began within the time that a request may take.")
+    """Make the error for a request that was not started in time."""
+    return overloaded("The answer did not start within the time limit of a request. Try again soon.")

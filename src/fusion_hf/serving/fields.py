@@ -1,4 +1,6 @@
-"""Which fields a request may have, as tables: those that are read, values that ask for nothing, and ignored ones."""
+"""Tables of the fields that a request may have: known ones, unsupported ones with their neutral values, and ignored
+ones.
+"""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +16,12 @@ ANY_FLAG = (True, False)
 @dataclass(frozen=True)
 class Fields:
     """
-    The fields that a JSON object may have. A field that is null counts as absent.
+    The fields of a JSON object. Fields that are null count as absent.
 
     Args:
-        known: Fields that are read.
-        neutral: Of what this server does not do, the values that ask for nothing.
-        ignored: Fields that change no answer, whatever their value.
+        known: the fields that are read.
+        neutral: unsupported fields, with the values that request nothing.
+        ignored: fields that never change an answer.
     """
 
     known: tuple[str, ...]
@@ -28,27 +30,27 @@ class Fields:
 
     def select(self, content: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """
-        Check all fields of an object, and keep the known ones.
+        Check all fields of an object, and return the known ones.
 
         Args:
-            content: The object.
-            where: Where it stands in the request; "" for the request itself.
+            content: the object.
+            where: the path of the object in the request, or "" for the request itself.
 
         Returns:
             The known fields that are not null.
 
         Raises:
-            ApiError: For an unknown field, and for a value that asks for what is not there.
+            ApiError: if a field is unknown, or the value of an unsupported field requests something.
         """
         given = {name: value for name, value in content.items() if value is not None}
-        # in the table's order: a client that has tools learns of them first, not of how to choose one
+        # in the order of the table, so that a client with tools gets the error about tools, not about choosing one
         for name in self.neutral:
             if name in given and not any(_is_same(given[name], x) for x in self.neutral[name]):
-                allowed = ", ".join(map(json.dumps, self.neutral[name]))
+                allowed = " or ".join(map(json.dumps, self.neutral[name]))
                 raise wrong_value(_join(where, name), given[name], allowed, UNSUPPORTED)
         for name, value in given.items():
             if name not in self.known and name not in self.neutral and name not in self.ignored:
-                allowed = f"no such field; known ones: {', '.join(self.known)}"
+                allowed = f"left out, since it is not one of the known fields {', '.join(self.known)}"
                 raise wrong_value(_join(where, name), value, allowed, UNKNOWN)
         return {name: value for name, value in given.items() if name in self.known}
 
@@ -62,7 +64,7 @@ def _is_same(value: Any, allowed: Any) -> bool:
     return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
 
 
-# what a request without tools may say about them
+# values of these fields in a request without tools
 WITHOUT_TOOLS: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -77,7 +79,7 @@ REQUEST = Fields(
     ),
     neutral={
         **WITHOUT_TOOLS,
-        # what else OpenAI's protocol has
+        # further fields of OpenAI's protocol
         "n": (1,),
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
@@ -90,11 +92,11 @@ REQUEST = Fields(
         "service_tier": ("auto", "default"),
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
-        # of the older completions
+        # fields of the older completions
         "best_of": (1,),
         "echo": (False,),
         "suffix": ("",),
-        # how other servers (vLLM, SGLang, llama.cpp, OpenRouter, TGI) choose tokens and end answers
+        # fields of other servers (vLLM, SGLang, llama.cpp, OpenRouter, TGI) for sampling and stopping
         "repetition_penalty": (1,),
         "repeat_penalty": (1,),
         "length_penalty": (1,),
@@ -115,7 +117,7 @@ REQUEST = Fields(
         "include_stop_str_in_output": (False,),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
-        # how other servers write prompts and answers
+        # fields of other servers for the format of prompts and answers
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "add_special_tokens": (False,),
@@ -125,7 +127,7 @@ REQUEST = Fields(
         "documents": ([],),
         "enable_thinking": (False,),
         "thinking": ({"type": "disabled"},),
-        "include_reasoning": ANY_FLAG,  # there is none
+        "include_reasoning": ANY_FLAG,  # FUSION writes no reasoning
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "priority": (0,),
@@ -136,7 +138,7 @@ STREAM_OPTIONS = Fields(
     known=("include_usage",),
     neutral={"include_obfuscation": (False,), "continuous_usage_stats": (False,)},
 )
-# An answer that a client sends back has fields that say that there was nothing else in it.
+# Answers that clients send back have empty fields of features that were not used.
 MESSAGE = Fields(
     known=("role", "content"),
     neutral={
@@ -154,5 +156,5 @@ MESSAGE = Fields(
 )
 TEXT_PART = Fields(known=("type", "text"), neutral={"annotations": ([],)}, ignored=("cache_control",))
 IMAGE_PART = Fields(known=("type", "image_url"), ignored=("cache_control",))
-# `query_len` and `image_token_grid` are what this model has instead of `detail`
+# this model has `query_len` and `image_token_grid` instead of `detail`
 IMAGE_URL = Fields(known=("url",), neutral={"detail": ("auto", "low", "high")})

@@ -1,4 +1,4 @@
-"""One answer while it is made: its text piece by piece, where it ends, and how its tokens are drawn."""
+"""One answer during generation: its pieces of text, its end, and the drawing of its tokens."""
 
 from collections.abc import Callable
 
@@ -8,19 +8,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusion_hf.serving.chat_requests import Sampling
 
-# of logits: below it a lower one has no chance that float32 can tell from none, and dividing by it may overflow
+# smallest temperature: below it, float32 rounds the probability of other tokens to 0, and the division may overflow
 LEAST_TEMPERATURE = 1e-30
-HALF_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
+HALF_CHARACTER = "\ufffd"  # how a tokenizer decodes the bytes of an incomplete character
 
 
 class AnswerText(BaseStreamer):
     """
-    Turns tokens into text as they come; all pieces together are what `ChatModel.decode` gives, up to a stop string.
+    Convert tokens to text as they are generated. The concatenated pieces equal the result of `ChatModel.decode`, up
+    to a stop text.
 
     Args:
-        tokenizer: of the model.
-        stops: texts before the first of which the answer ends.
-        emit: is given each further piece of text.
+        tokenizer: the tokenizer of the model.
+        stops: texts before which the answer ends.
+        emit: a function that is called with each further piece of text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], emit: Callable[[str], None]):
@@ -30,12 +31,19 @@ class AnswerText(BaseStreamer):
         self.is_stopped = False
         self._prompt_is_due = True
         self._ids: list[int] = []
-        self._begin = self._read = 0  # the ids from which a word's spelling can depend, and those that are text
+        self._begin = self._read = (
+            0  # index of the first id that can influence the spelling of the next word, and the number of decoded ids
+        )
         self._text = ""
         self._searched = self._sent = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt `(1, S)`, then with each new token `(1)`."""
+        """
+        Add tokens. `generate` calls this with the prompt `(1, S)`, and then with each new token `(1,)`.
+
+        Args:
+            value: the tokens.
+        """
         if self._prompt_is_due:
             self._prompt_is_due = False
             return
@@ -46,7 +54,7 @@ class AnswerText(BaseStreamer):
             self._append(text[len(before) :])
 
     def end(self) -> None:
-        """Called by `generate` after the last token."""
+        """Send the rest of the text. `generate` calls this after the last token."""
         if self.is_stopped:
             return
         whole = self._decode(self._ids)
@@ -69,12 +77,12 @@ class AnswerText(BaseStreamer):
             self._send(self._text[: self._searched])
 
     def _may_become_stop(self) -> int:
-        """Characters at the end with which a stop string may begin."""
+        """Return the number of characters at the end that may be the beginning of a stop text."""
         lengths = (n for stop in self.stops for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
         return max(lengths, default=0)
 
     def _send(self, text: str) -> None:
-        """Send what is new of the answer's beginning `text`; white space at its end may turn out to be its end."""
+        """Send the new part of `text`. White space at its end is held back, since it may be the end of the answer."""
         text = text.strip()
         if len(text) > self._sent:
             self.emit(text[self._sent :])
@@ -83,9 +91,13 @@ class AnswerText(BaseStreamer):
 
 class SamplingLogitsProcessor(LogitsProcessor):
     """
-    Draws a token and forbids all others, so that `generate` without sampling takes it.
+    Draw a token and forbid all others, so that `generate` without sampling selects it.
 
-    The random numbers are this answer's own, on the CPU: the same seed draws the same whatever else is answered.
+    Each answer has its own random numbers on the CPU, so that a seed gives the same answer whatever else is being
+    answered.
+
+    Args:
+        sampling: the settings of the draw.
     """
 
     def __init__(self, sampling: Sampling):

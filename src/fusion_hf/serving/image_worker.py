@@ -1,7 +1,8 @@
-"""A process that decodes clients' images and nothing else, so that it can be ended at any moment.
+"""A process that only decodes clients' images, so that it can be killed at any moment.
 
-[`ImageWorkers`] starts it and speaks with it through its standard input and output: a length, then so many bytes, in
-both directions. Decoders of some formats keep the interpreter's lock until they are done, and no thread can be ended.
+[`ImageWorkers`] starts it, and communicates through its standard input and output: a length, followed by that many
+bytes, in both directions. Decoders of some formats hold the interpreter's lock until they finish, and threads cannot
+be killed.
 """
 
 import json
@@ -18,22 +19,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 REQUEST_HEAD = struct.Struct("<Q")  # length
-REPLY_HEAD = struct.Struct("<?Q")  # whether the image can be used, length
+REPLY_HEAD = struct.Struct("<?Q")  # whether the image is usable, length
 MAX_MESSAGE_BYTES = 2000
-NICENESS = 5  # the server and its answers come first
-SIZES = Path("/proc/self/statm")  # the first number is the address space in pages; Linux
-# their decoders let other threads of a process run
+NICENESS = 5  # lower priority than the server and its answers
+SIZES = Path("/proc/self/statm")  # on Linux, the first number is the address space in pages
+# formats whose decoders release the interpreter's lock
 UNLOCKED_FORMATS = ("JPEG", "PNG")
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
     """
-    processor: the image processor's configuration.
-    tiles: whether the result is the image's tiles; else it is what vLLM is given, see `vet`.
-    max_pixels: of an image.
-    seconds: of the processor's time for an image.
-    memory_bytes: for an image, beside what the process needs by itself.
+    The settings of an image worker.
+
+    Attributes:
+        processor: the configuration of the image processor.
+        tiles: whether the result is the tiles of the image. Otherwise it is the input of vLLM, see `vet`.
+        max_pixels: the maximum number of pixels of an image.
+        seconds: the maximum processor time per image in seconds.
+        memory_bytes: the memory for an image, in addition to that of the process itself.
     """
 
     processor: dict[str, Any]
@@ -43,21 +47,26 @@ class WorkerSettings:
     memory_bytes: int
 
     def to_json(self) -> str:
-        """As the command line of the process has it."""
+        """Return the settings as text for the command line of the process."""
         return json.dumps(asdict(self))
 
 
 def main(settings_json: str) -> None:
-    """Answer until the standard input ends."""
+    """
+    Decode images until the standard input ends.
+
+    Args:
+        settings_json: the settings as JSON.
+    """
     settings = WorkerSettings(**json.loads(settings_json))
     replies = _take_standard_output()
-    # transformers, which the image processor is made of, would import it: seconds, and hundreds of megabytes
+    # prevents the image processor's transformers from importing torch, which takes seconds and hundreds of megabytes
     sys.modules["torch"] = None  # type: ignore[assignment]
     from PIL import Image
 
     from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 
-    # instead of PIL's own, which may be lower; the processor refuses more
+    # replaces PIL's limit, which may be lower; the processor rejects larger images
     Image.MAX_IMAGE_PIXELS = settings.max_pixels
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     processor = FusionImageProcessor.from_dict(settings.processor)
@@ -74,14 +83,14 @@ def main(settings_json: str) -> None:
 
 
 def _take_standard_output() -> BinaryIO:
-    """The standard output for replies alone: what libraries of decoders print goes to the standard error."""
+    """Reserve the standard output for replies. What decoders' libraries print goes to the standard error."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return replies
 
 
 def _bound_memory(more: int) -> None:
-    """Let the process use so many bytes beside those that it uses now; only Linux says how many these are."""
+    """Limit the memory of the process to so many bytes more than now. Only Linux reports the current amount."""
     if not SIZES.exists():
         return
     import resource
@@ -93,8 +102,8 @@ def _bound_memory(more: int) -> None:
 
 @contextmanager
 def _bounded_time(seconds: float) -> Iterator[None]:
-    """Let the system end the process after so many seconds of the processor's time, whatever code it is in then."""
-    if sys.platform == "win32":  # has no such clock: the server's own bound has to do
+    """Let the system kill the process after so many seconds of processor time, whatever code is running."""
+    if sys.platform == "win32":  # Windows has no such limit, so only the server's own one applies
         yield
         return
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -105,7 +114,10 @@ def _bounded_time(seconds: float) -> Iterator[None]:
 
 
 def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[bool, bytes]:
-    """The image as bytes `(5, 3, height, width)`, or what `vet` gives; False and a message if it cannot be used."""
+    """
+    Return the image as bytes `(5, 3, height, width)` or the result of `vet`, or False and a message if it is not
+    usable.
+    """
     from fusion_hf.serving.api_errors import ApiError
     from fusion_hf.serving.client_images import decode_client_image
 
@@ -117,14 +129,21 @@ def _answer(content: bytes, processor: Any, settings: WorkerSettings) -> tuple[b
     except ApiError as error:
         return False, error.message.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]
     except MemoryError:
-        message = f"The image needs too much memory to be decoded; allowed: {settings.memory_bytes} bytes."
+        message = (
+            f"Decoding an image may take at most {settings.memory_bytes} bytes of memory, and this one takes more."
+        )
         return False, message.encode()
 
 
 def vet(content: bytes, image: Any) -> bytes:
     """
-    The MIME type of a file whose image was decoded, and a line break; then a PNG file of the same pixels, if whoever
-    decodes the image itself could do nothing else meanwhile.
+    Return the MIME type of a file with a decoded image, and a line break.
+
+    If the decoder would block other threads, a PNG file of the same pixels follows, which the caller decodes instead.
+
+    Args:
+        content: the file.
+        image: the decoded image.
     """
     from PIL import Image
 

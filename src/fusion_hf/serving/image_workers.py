@@ -1,9 +1,9 @@
-"""Decoding of clients' images in processes of their own, which end when nobody waits for them.
+"""Decode clients' images in separate processes, which end when nobody waits for them.
 
-They are no workers of `concurrent.futures`: none of those can be ended alone, and each would import torch.
+`concurrent.futures` is not used, since its workers cannot be killed one by one and each would import torch.
 
-No image holds the server's interpreter or one of the places at the model while it is decoded; an image that costs too
-much time or memory costs nothing but the process that decodes it.
+While an image is decoded, it holds neither the interpreter of the server nor a place at the model. An image that takes
+too much time or memory affects only the process that decodes it.
 """
 
 import asyncio
@@ -26,30 +26,32 @@ from fusion_hf.serving.image_worker import MAX_MESSAGE_BYTES, REPLY_HEAD, REQUES
 from fusion_hf.serving.limits import MEGABYTE, Limits
 
 logger = logging.getLogger(__name__)
-MIN_WORKERS, MAX_WORKERS = 2, 4  # one hostile image leaves a process for others
-WAIT_SECONDS = 30  # beyond the time that an image may take: a process has to start, and others use the processor
-GRACE_SECONDS = 0.5  # for the image of a client that is gone: to finish one is cheaper than to start a process
-PIPE_BYTES = 2**20  # of a result that are read at once
+MIN_WORKERS, MAX_WORKERS = 2, 4  # at least two, so that one hostile image leaves a process for others
+WAIT_SECONDS = 30  # in addition to the time limit of an image, since a process must start and shares the processor
+GRACE_SECONDS = (
+    0.5  # time to finish the image of a client that has disconnected, which is cheaper than starting a process
+)
+PIPE_BYTES = 2**20  # bytes of a result to read at a time
 CODE = "import sys; sys.path[:] = sys.argv[2:]; from fusion_hf.serving.image_worker import main; main(sys.argv[1])"
-# one thread each, and nothing on the standard error about the absence of torch
+# one thread per process, and no warnings about the missing torch
 VARIABLES = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-BYTES_PER_PIXEL = 24  # the most that a decoder needs for a pixel, with a margin
-BASE_BYTES = 128 * MEGABYTE  # what a small image may cost
-PNG_BYTES = 4  # more than a pixel of a PNG file in RGB takes
+BYTES_PER_PIXEL = 24  # maximum memory of a decoder per pixel, with a margin
+BASE_BYTES = 128 * MEGABYTE  # memory for small images
+PNG_BYTES = 4  # upper bound per pixel of a PNG file in RGB
 
 
 class ImageWorkers:
     """
-    Up to `MAX_WORKERS` processes, one of which is started by `start`, others when they are needed.
+    Up to `MAX_WORKERS` processes, of which `start` starts one. Others are started when they are needed.
 
     Args:
-        processor: makes the tiles; None: there are none to make, files are read for another decoder.
-        limits: of an image.
+        processor: the image processor that makes tiles. None checks files for another decoder instead.
+        limits: the limits on images.
     """
 
     def __init__(self, processor: FusionImageProcessor | None, limits: Limits):
         tiles = processor is not None
-        if processor is None:  # the other decoder turns images upright by itself, or does not
+        if processor is None:  # the other decoder handles the EXIF orientation itself
             processor = FusionImageProcessor(exif_transpose=False)
         configuration = json.loads(processor.to_json_string())
         memory = limits.image_pixels * BYTES_PER_PIXEL + BASE_BYTES
@@ -64,30 +66,44 @@ class ImageWorkers:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start the process that decodes the first image."""
-        with suppress(OSError):  # an image's error says it, if it does not pass
+        """Start the process for the first image."""
+        with suppress(OSError):  # the first image reports the error if it persists
             await self._idle[-1].start()
 
     async def close(self) -> None:
-        """End all processes, whatever they do."""
+        """Kill all processes."""
         self._is_closed = True
         await asyncio.gather(*(worker.end() for worker in self._workers))
         await asyncio.gather(*self._recoveries)
 
     async def cut_tiles(self, content: bytes) -> np.ndarray:
-        """Return the tiles `(5, 3, H, W)`, uint8, of the image in a file's bytes.
+        """
+        Decode an image and cut it into tiles.
+
+        Args:
+            content: the bytes of the image file.
+
+        Returns:
+            The tiles `(5, 3, H, W)` in uint8.
 
         Raises:
-            ApiError: if the image cannot be used, or there is no time for it.
+            ApiError: if the image is not usable, or there is no time to decode it.
         """
         result = await self._ask(content, math.prod(self._shape))
         return np.frombuffer(result, dtype=np.uint8).reshape(self._shape)
 
     async def vet(self, content: bytes) -> tuple[str, bytes]:
-        """Return the image's MIME type, and the bytes in which others may decode it.
+        """
+        Check an image for another decoder.
+
+        Args:
+            content: the bytes of the image file.
+
+        Returns:
+            The MIME type, and the bytes that the other decoder may decode.
 
         Raises:
-            ApiError: if the image cannot be used, or there is no time for it.
+            ApiError: if the image is not usable, or there is no time to decode it.
         """
         most = self._limits.image_pixels * PNG_BYTES + self._limits.image_bytes
         kind, _, replaced = (await self._ask(content, most)).partition(b"\n")
@@ -95,7 +111,7 @@ class ImageWorkers:
 
     async def _ask(self, content: bytes, most: int) -> bytes:
         if self._is_closed:
-            raise overloaded("The server is about to end.")
+            raise overloaded("The server is shutting down.")
         await self._free.acquire()
         worker = self._idle.pop()
         asking = asyncio.create_task(worker.ask(content, most))
@@ -104,7 +120,7 @@ class ImageWorkers:
             done, _ = await asyncio.wait({asking}, timeout=self._limits.image_seconds + WAIT_SECONDS)
             if not done:
                 grace = 0.0
-                raise overloaded("The server had no time to decode the image.")
+                raise overloaded("The server had no time to decode the image. Try again soon.")
             return asking.result()
         finally:
             if asking.done() and worker.is_alive:
@@ -119,20 +135,20 @@ class ImageWorkers:
         self._free.release()
 
     async def _recover(self, worker: "_Worker", asking: asyncio.Task[bytes], grace: float) -> None:
-        """Make a process ready for the next image, which may mean to end it and start another one."""
+        """Prepare a process for the next image, by killing it and starting another one if needed."""
         if not asking.done():  # nobody waits for the result
             await asyncio.wait({asking}, timeout=grace)
             if not asking.done():
                 await worker.end()
             await asyncio.gather(asking, return_exceptions=True)
         if not worker.is_alive and not self._is_closed:
-            with suppress(OSError):  # then it starts with its next image, or that is told the reason
+            with suppress(OSError):  # the next image starts the process, or reports the error
                 await worker.start()
         self._give_back(worker)
 
 
 class _Worker:
-    """One process, or its successors."""
+    """One process, which is replaced when it ends."""
 
     def __init__(self, settings: WorkerSettings):
         self._settings = settings
@@ -143,32 +159,37 @@ class _Worker:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start the process; it will need a second until it answers."""
+        """Start the process. It takes about a second until it answers."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CODE, self._settings.to_json(), *sys.path,
             stdin=PIPE, stdout=PIPE, limit=PIPE_BYTES, env={**os.environ, **VARIABLES},
-            start_new_session=True,  # a person's Ctrl-C is for the server alone
+            start_new_session=True,  # Ctrl-C must reach the server only
         )  # fmt: skip
 
     async def end(self) -> None:
-        """End the process at once, if there is one."""
+        """Kill the process, if there is one."""
         if self._process is not None:
             if self._process.returncode is None:
                 self._process.kill()
             await self._process.wait()
 
     async def ask(self, content: bytes, most: int) -> bytes:
-        """Return the process's result for an image, of up to `most` bytes.
+        """
+        Return the result of the process for an image.
+
+        Args:
+            content: the bytes of the image file.
+            most: the maximum number of bytes of the result.
 
         Raises:
-            ApiError: if the image cannot be used, or has ended the process.
+            ApiError: if the image is not usable, or has ended the process.
         """
         try:
             if not self.is_alive:
                 await self.start()
         except OSError as error:
-            logger.exception("no process for images can be started")
-            raise overloaded("The server has no room for a process that decodes the image.") from error
+            logger.exception("No process for decoding images can be started")
+            raise overloaded("The server cannot start a process to decode the image. Try again soon.") from error
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
@@ -176,7 +197,9 @@ class _Worker:
             process.stdin.write(content)
             await process.stdin.drain()
             is_usable, length = REPLY_HEAD.unpack(await process.stdout.readexactly(REPLY_HEAD.size))
-            if length > (most if is_usable else MAX_MESSAGE_BYTES):  # whoever writes it has read a client's image
+            if length > (
+                most if is_usable else MAX_MESSAGE_BYTES
+            ):  # not trusted, since the process has read a client's image
                 process.kill()
             result = await process.stdout.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -186,15 +209,15 @@ class _Worker:
         return result
 
     def _why(self, status: int) -> ApiError:
-        """The error of an image whose process has ended."""
+        """Return the error of an image whose process has ended."""
         if status >= 0:
-            logger.error("a process that decodes images has ended with status %d", status)
-            return ApiError(INTERNAL, "The request failed; the server's log says why.")
+            logger.error("A process that decodes images ended with status %d", status)
+            return ApiError(INTERNAL, "The request failed. See the log of the server for the reason.")
         if status == -signal.SIGPROF:
             seconds = self._settings.seconds
-            message = f"The image takes more than {seconds:g} s of processor time to decode; allowed: {seconds:g} s."
+            message = f"Decoding an image may take at most {seconds:g} s of processor time, and this one takes more."
             return ApiError(BAD_REQUEST, message, PARAM)
-        if status == -signal.SIGKILL:  # this server's doing, or that of a system without memory
-            return overloaded("The process that decodes the image was ended.")
+        if status == -signal.SIGKILL:  # killed by this server, or by a system without memory
+            return overloaded("The process that decoded the image was killed. Try again soon.")
         message = f"The image cannot be used: its decoder crashed ({signal.Signals(-status).name})."
         return ApiError(BAD_REQUEST, message, PARAM)

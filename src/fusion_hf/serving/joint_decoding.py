@@ -1,10 +1,10 @@
-"""The next tokens of several answers by one forward pass.
+"""Decode the next tokens of several answers with one forward pass.
 
-Each prompt is processed by itself, since a prompt's pass has an image and turns of its own. After it FUSION decodes as
-its language model does, and what rows have in common is what `generate` has for a batch with padding on the left: the
-keys of shorter rows are behind places that the mask leaves out. Positions are counted per row.
+Each prompt is processed on its own, since it has its own image and turns. After the prompt, FUSION decodes like its
+language model, and rows are combined like a batch that `generate` pads on the left: the mask leaves out the positions
+before the keys of shorter rows. Positions are counted per row.
 
-Shapes: B rows, S ids of a row, L of the longest one, V vocabulary, H heads, D width of a head.
+Shapes: B rows, S ids of a row, L ids of the longest row, V vocabulary size, H heads, D head size.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,20 @@ from fusion_hf.model.compatibility_fusion import CACHE_NAMES
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_base import cache_keyword
 
-POSITIONS = ("attention_mask", "position_ids")  # of a single row they follow from its length
+POSITIONS = ("attention_mask", "position_ids")  # for a single row, they follow from its length
 
 
 @dataclass(eq=False)
 class DecodingRow:
     """
-    A prompt and the answer to it, as far as it is written.
+    A prompt and its answer so far.
 
-    ids: `(1, S)`.
-    inputs: what a pass over all ids needs beside them.
-    processors: of logits, before the most likely token is taken.
-    max_length: S at most.
-    cache: keys and values of all ids but the last one; None: not known, or in a `RowBatch`.
+    Attributes:
+        ids: the ids `(1, S)`.
+        inputs: the other inputs of a pass over all ids.
+        processors: the logits processors that are applied before the most likely token is selected.
+        max_length: the maximum of S.
+        cache: the keys and values of all ids except the last one. None if they are unknown or in a `RowBatch`.
     """
 
     ids: torch.Tensor
@@ -53,14 +54,14 @@ class DecodingRow:
         processors: LogitsProcessorList,
     ) -> "DecodingRow":
         """
-        Check and complete arguments as `ChatModel.generate` does, and stop where its first pass would begin.
+        Check and complete arguments as `ChatModel.generate` does, up to its first forward pass.
 
         Args:
-            chat_model: What answers.
-            inputs: What `ChatModel.prepare` gave.
-            max_new_tokens: Of the answer.
-            streamer: Is given the prompt.
-            processors: Logits processors behind those of the model.
+            chat_model: the model.
+            inputs: the result of `ChatModel.prepare`.
+            max_new_tokens: the maximum number of tokens of the answer.
+            streamer: the streamer, which gets the prompt.
+            processors: logits processors to apply after those of the model.
 
         Returns:
             A row without a cache.
@@ -83,25 +84,46 @@ class DecodingRow:
 
     @property
     def length(self) -> int:
-        """S."""
+        """Number of ids (S)."""
         return self.ids.shape[1]
 
     def process(self, model: FusionForConditionalGeneration) -> torch.Tensor:
-        """Process all ids, and keep their cache; returns the logits `(1, V)` of the next one."""
+        """
+        Process all ids and keep their cache.
+
+        Args:
+            model: the model.
+
+        Returns:
+            The logits `(1, V)` of the next token.
+        """
         cache = new_cache(model)
         outputs = model(input_ids=self.ids, **self.inputs, **cache_keyword(cache))
         self.cache = cache
         return outputs.logits[:, -1].float()
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the next id `(1)` by its logits `(1, V)`, and append it."""
+        """
+        Choose the next token and append it.
+
+        Args:
+            logits (`(1, V)`): the logits of the next token.
+
+        Returns:
+            The id `(1,)`.
+        """
         chosen = self.processors(self.ids, logits).argmax(-1)
         self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
         return chosen
 
 
 class RowBatch:
-    """The cache of rows that decode together: joined, and left, between two steps."""
+    """
+    The cache of rows that decode together. Rows may join or leave between two steps.
+
+    Args:
+        model: the model.
+    """
 
     def __init__(self, model: FusionForConditionalGeneration):
         self._model = model
@@ -113,10 +135,10 @@ class RowBatch:
         Process the last id of each row.
 
         Args:
-            rows: Those of the step before that remain, in any order, and new ones with their own caches.
+            rows: the remaining rows of the last step in any order, and new rows with their own caches.
 
         Returns:
-            Logits `(B, V)` in float32.
+            The logits `(B, V)` in float32.
         """
         self._arrange(rows)
         lengths = [row.length for row in rows]
@@ -135,7 +157,7 @@ class RowBatch:
         return outputs.logits[:, -1].float()
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self._rows, self._cache = [], None
 
     def _arrange(self, rows: Sequence[DecodingRow]) -> None:
@@ -157,7 +179,7 @@ class RowBatch:
             num_layers = len(sources[0][0].layers)
             caches = {id(cache): cache for cache, _ in sources}.values()
             for index in range(num_layers):
-                # out of the list: two copies of one layer are in memory, not of all
+                # removed from the list, so that only one layer is in memory twice
                 layers = {id(cache): cache.layers.pop(0) for cache in caches}
                 parts = [(layers[id(cache)], place) for cache, place in sources]
                 keys = torch.cat([_fit(layer.keys[place], length) for layer, place in parts])
@@ -167,7 +189,12 @@ class RowBatch:
 
 
 def new_cache(model: FusionForConditionalGeneration) -> Cache:
-    """Return an empty cache, as `generate` has it."""
+    """
+    Return an empty cache of the kind that `generate` uses.
+
+    Args:
+        model: the model.
+    """
     cache = DynamicCache(config=model.config.text_config)
     if model.device.type == "cpu":
         give_room(cache)
@@ -176,8 +203,10 @@ def new_cache(model: FusionForConditionalGeneration) -> Cache:
 
 def _fit(states: torch.Tensor, length: int) -> torch.Tensor:
     """
-    Pad a row's keys or values `(H, S, D)` on the left, or cut off padding there: `(1, H, length, D)`. A layer with a
-    sliding window has kept the last ones only, and keeps no more of what it is given.
+    Pad the keys or values `(H, S, D)` of a row on the left, or remove padding there, and return `(1, H, length,
+    D)`.
+
+    A layer with a sliding window has kept only the last ones, and keeps as many of its input.
     """
     kept = states[:, -length:]
     return functional.pad(kept, (0, 0, length - kept.shape[1], 0))[None]

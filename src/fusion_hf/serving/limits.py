@@ -1,4 +1,4 @@
-"""What a server lets its clients have. Imports nothing heavy: the command line shows these defaults."""
+"""The limits on requests. This module imports nothing heavy, since the command line shows the defaults."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,21 @@ MAX_IMAGES = 1  # FUSION reads one image
 @dataclass(frozen=True)
 class Limits:
     """
-    What requests may cost.
+    The limits on requests to the server.
 
-    Args:
-        image_bytes: Largest image file, in bytes.
-        image_pixels: Largest image, in pixels. It is checked before the image is decoded.
-        image_seconds: Processor time for decoding an image, in seconds.
-        body_bytes: Largest request, in bytes.
-        upload_bytes: All requests that are still arriving, together, in bytes. Never less than `body_bytes`.
-        prompt_tokens: Longest prompt: text, image and latent tokens. Never more than the model's maximum.
-        answer_tokens: Longest answer, and the default of a request without `max_tokens`.
-        image_cache_bytes: Image features that are kept for further questions, in bytes. 0 keeps none.
-        parallel: Requests that are answered at the same time. Further ones wait.
-        queue_length: Requests that wait. Further ones are refused.
-        seconds: Time from the end of a request's head to the end of its answer.
+    Attributes:
+        image_bytes: The maximum size of an image file in bytes.
+        image_pixels: The maximum number of pixels of an image, which is checked before decoding.
+        image_seconds: The maximum processor time for decoding an image in seconds.
+        body_bytes: The maximum size of the body of a request in bytes.
+        upload_bytes: The maximum size of all arriving bodies together in bytes, at least `body_bytes`.
+        prompt_tokens: The maximum number of text, image and latent tokens of a prompt, at most the maximum of the
+            model.
+        answer_tokens: The maximum number of tokens of an answer, and the default of requests that set none.
+        image_cache_bytes: The maximum size of the cache for image features in bytes. 0 disables the cache.
+        parallel: The maximum number of requests that are answered concurrently.
+        queue_length: The maximum number of waiting requests. Further requests are rejected.
+        seconds: The maximum time from the end of the request's headers to the end of the answer in seconds.
     """
 
     image_bytes: int = 10 * MEGABYTE

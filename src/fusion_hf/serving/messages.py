@@ -1,4 +1,6 @@
-"""The messages of a request, in the one order that FUSION reads: a system message, then questions and answers."""
+"""Convert the messages of a request to the order that FUSION reads: a system message, then alternating questions
+and answers.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +12,17 @@ from fusion_hf.serving.limits import MAX_IMAGES
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = {SYSTEM: SYSTEM, "developer": SYSTEM, USER: USER, ASSISTANT: ASSISTANT}
 TEXT, IMAGE = "text", "image_url"
-BETWEEN_TEXTS = "\n\n"  # of neighbouring messages that are joined
+BETWEEN_TEXTS = "\n\n"  # joins the texts of adjacent messages
 
 
 @dataclass(frozen=True)
 class Chat:
     """
-    A conversation that FUSION reads.
+    A conversation that FUSION can read.
 
     Args:
-        messages: Of the ecosystem, with a block `{"type": "image"}` in the image's place.
-        image: Its data URI or address.
+        messages: the messages in the format of transformers, with a block `{"type": "image"}` for the image.
+        image: the data URI or address of the image.
     """
 
     messages: list[dict[str, Any]]
@@ -29,7 +31,7 @@ class Chat:
 
 @dataclass
 class _Turn:
-    """Neighbouring messages of one role: the blocks of each, and the index of the first and of the last one."""
+    """Adjacent messages of one role: the blocks of each message, and the indices of the first and the last one."""
 
     role: str
     first: int
@@ -37,7 +39,7 @@ class _Turn:
     contents: list[list[dict[str, Any]]]
 
     def join(self) -> dict[str, Any]:
-        """Return one message: of several, the images and one text; of a single one, its blocks as they are."""
+        """Return one message. Several messages become their images and one text, and a single one keeps its blocks."""
         if len(self.contents) == 1:
             return {"role": self.role, "content": self.contents[0]}
         texts = ["".join(block["text"] for block in blocks if block["type"] == TEXT) for blocks in self.contents]
@@ -48,25 +50,25 @@ class _Turn:
 
 def parse_messages(given: Any, ends_with_answer: bool = False) -> Chat:
     """
-    Check messages, and put them into the order that FUSION was trained on.
+    Check messages and convert them to the order that FUSION was trained on.
 
-    Neighbours of one role become one message: their texts are joined by a blank line, their image is kept. The same
-    image in several messages counts once.
+    Adjacent messages of one role become one message, whose texts are joined by a blank line. An image that occurs in
+    several messages counts once.
 
     Args:
-        given: The field `messages`.
-        ends_with_answer: Whether the last message is an answer's beginning instead of a question.
+        given: the field `messages`.
+        ends_with_answer: whether the last message is the beginning of an answer instead of a question.
 
     Returns:
         The conversation.
 
     Raises:
-        ApiError: Names the message by its index, the field, its value and the allowed ones.
+        ApiError: if a message is invalid. The message names its index, the field, the value and the allowed values.
     """
     if not isinstance(given, list) or not given:
-        raise wrong_value("messages", given, "a list of one or more messages")
+        raise wrong_value("messages", given, "a list of at least one message")
     turns: list[_Turn] = []
-    urls: dict[str, None] = {}  # in the order of their first message
+    urls: dict[str, None] = {}  # in the order of their first use
     for index, message in enumerate(given):
         role, blocks = _parse_message(message, f"messages[{index}]", urls)
         if turns and turns[-1].role == role:
@@ -75,13 +77,13 @@ def parse_messages(given: Any, ends_with_answer: bool = False) -> Chat:
         else:
             turns.append(_Turn(role, index, index, [blocks]))
     if len(urls) > MAX_IMAGES:
-        raise ApiError(BAD_REQUEST, f"messages have {len(urls)} images; allowed: {MAX_IMAGES}.", "messages")
+        raise ApiError(BAD_REQUEST, f"`messages` must have at most {MAX_IMAGES} image, got {len(urls)}.", "messages")
     _check_order(turns, given, ASSISTANT if ends_with_answer else USER)
     return Chat([turn.join() for turn in turns], next(iter(urls), None))
 
 
 def _check_order(turns: list[_Turn], given: list[dict[str, Any]], last_role: str) -> None:
-    """Raise an `ApiError` unless questions and answers take turns behind at most one system message."""
+    """Raise an `ApiError` unless questions and answers alternate after at most one system message."""
     expected = {SYSTEM, USER}
     for turn in turns:
         if turn.role not in expected:
@@ -90,16 +92,16 @@ def _check_order(turns: list[_Turn], given: list[dict[str, Any]], last_role: str
     end = turns[-1]
     where = f"messages[{end.last}]"
     if end.role != last_role:
-        reason = "the last message is the question" if last_role == USER else "it is continued"
-        raise wrong_value(f"{where}.role", given[end.last]["role"], f"{last_role!r}: {reason}")
+        reason = "since the last message is the question" if last_role == USER else "since the answer is continued"
+        raise wrong_value(f"{where}.role", given[end.last]["role"], f"{last_role!r}, {reason}")
     if last_role == USER and not any(_has_text(block) for blocks in end.contents for block in blocks):
-        raise ApiError(BAD_REQUEST, f"{where}.content has no text; allowed: a question.", f"{where}.content")
+        raise ApiError(BAD_REQUEST, f"`{where}.content` must have a text with the question.", f"{where}.content")
 
 
 def _allowed_role(role: str) -> str:
     if role == SYSTEM:
-        return f"{USER!r}, {ASSISTANT!r}: system and developer messages come before all others"
-    return f"{USER!r}: an answer comes after a question, and the first message that is not system is the user's"
+        return f"{USER!r} or {ASSISTANT!r}, since system and developer messages come before all others"
+    return f"{USER!r}, since each answer must follow a question"
 
 
 def _has_text(block: dict[str, Any]) -> bool:
@@ -107,35 +109,35 @@ def _has_text(block: dict[str, Any]) -> bool:
 
 
 def _parse_message(message: Any, where: str, urls: dict[str, None]) -> tuple[str, list[dict[str, Any]]]:
-    """Return role and blocks; a further image's address goes to `urls`."""
+    """Return the role and the blocks of a message, and add the address of a new image to `urls`."""
     if not isinstance(message, dict):
         raise wrong_value(where, message, "an object with role and content")
     given = MESSAGE.select(message, where)
     role, content = given.get("role"), given.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        raise wrong_value(f"{where}.role", role, ", ".join(ROLES))
+        raise wrong_value(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     if role == ASSISTANT and content in (None, []):
-        content = ""  # an assistant that said nothing
+        content = ""  # an empty answer of the assistant
     if isinstance(content, str):
         content = [{"type": TEXT, "text": content}]
     if not isinstance(content, list) or not content:
-        raise wrong_value(f"{where}.content", content, "a text, or a list of one or more parts")
+        raise wrong_value(f"{where}.content", content, "a text or a list of at least one part")
     blocks = [_parse_part(part, role, f"{where}.content[{index}]", urls) for index, part in enumerate(content)]
     kept = [block for block in blocks if block is not None]
     return ROLES[role], kept or [{"type": TEXT, "text": ""}]
 
 
 def _parse_part(part: Any, role: str, where: str, urls: dict[str, None]) -> dict[str, Any] | None:
-    """Return the block; None for an image that the messages have already."""
+    """Return the block of a part, or None for an image that the messages have already."""
     kinds = (TEXT, IMAGE) if role == USER else (TEXT,)
     kind = part.get("type") if isinstance(part, dict) else part
     if not isinstance(part, dict) or not isinstance(kind, str) or kind not in kinds:
-        raise wrong_value(f"{where}.type", kind, f"{', '.join(kinds)} in a message of role {role}")
+        raise wrong_value(f"{where}.type", kind, f"{' or '.join(kinds)} in a message of the role {role}")
     if kind == TEXT:
         return {"type": TEXT, "text": _text(TEXT_PART.select(part, where).get("text"), f"{where}.text")}
     image = IMAGE_PART.select(part, where).get(IMAGE)
     if not isinstance(image, dict):
-        raise wrong_value(f"{where}.{IMAGE}", image, 'an object: {"url": "..."}')
+        raise wrong_value(f"{where}.{IMAGE}", image, 'an object {"url": "..."}')
     url = _text(IMAGE_URL.select(image, f"{where}.{IMAGE}").get("url"), f"{where}.{IMAGE}.url")
     if url in urls:
         return None
@@ -150,5 +152,5 @@ def _text(value: Any, where: str) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ApiError(BAD_REQUEST, f"{where} has half a character: {error.reason}.", where) from error
+            raise ApiError(BAD_REQUEST, f"`{where}` has an invalid character: {error.reason}.", where) from error
     return value

@@ -1,4 +1,6 @@
-"""The one thread that uses the model: prompts in the order of arrival, and tokens of all answers together."""
+"""The only thread that uses the model. It processes prompts in the order of arrival, and decodes all answers
+together.
+"""
 
 import logging
 import threading
@@ -20,10 +22,11 @@ logger = logging.getLogger(__name__)
 
 class Answer(ABC):
     """
-    What is asked of the thread, which calls all methods.
+    A request to the thread, which calls all methods.
 
-    row: None until `begin` was called.
-    ended: is set when the thread is done with it.
+    Attributes:
+        row: None until `begin` is called.
+        ended: set when the thread has finished the answer.
     """
 
     def __init__(self) -> None:
@@ -32,15 +35,23 @@ class Answer(ABC):
 
     @abstractmethod
     def begin(self) -> DecodingRow:
-        """Return the row, whose prompt is processed next."""
+        """Return the row whose prompt is processed next."""
 
     @abstractmethod
     def take(self, token: int) -> bool:
-        """Take a further token; returns whether it is the last one."""
+        """
+        Take a further token.
+
+        Args:
+            token: the id.
+
+        Returns:
+            Whether the answer ends with this token.
+        """
 
     @abstractmethod
     def catch(self) -> AbstractContextManager[None]:
-        """Return what takes any error as this answer's end."""
+        """Return a context that turns any error into the end of this answer."""
 
 
 @dataclass
@@ -53,12 +64,14 @@ class _Group:
 
 class ModelThread:
     """
-    A round is the prompt of whoever waits longest, if there is room, and then a token of every answer that has begun.
-    So nobody waits for the end of another's answer, and the model's code need not bear several threads.
+    Run the model in rounds: the prompt of the request that has waited longest, if there is room, and then one token
+    of every answer.
+
+    So no request waits for the end of another answer, and the code of the model need not be thread-safe.
 
     Args:
-        chat_model: What answers.
-        most: Answers at the same time.
+        chat_model: the model.
+        most: the maximum number of concurrent answers.
     """
 
     def __init__(self, chat_model: ChatModel, most: int):
@@ -67,21 +80,29 @@ class ModelThread:
         self._most = self._room = most
         self._arrivals: SimpleQueue[Answer | None] = SimpleQueue()
         self._waiting: deque[Answer] = deque()
-        # by whether rows have outgrown Phi-3's short RoPE: a pass has one of the two for all its rows
+        # keyed by whether rows are longer than Phi-3's short RoPE, since a pass uses one RoPE for all rows
         self._groups = {is_long: _Group(RowBatch(self._model)) for is_long in (False, True)}
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, answer: Answer) -> Future[None]:
-        """Return what is set at the answer's end. May be called by any thread."""
+        """
+        Add an answer. Any thread may call this.
+
+        Args:
+            answer: the answer.
+
+        Returns:
+            A future that is set at the end of the answer.
+        """
         self._arrivals.put(answer)
         return answer.ended
 
     def close(self) -> None:
-        """End without finishing any answer."""
+        """Stop without finishing any answer."""
         if self._thread.is_alive():
             self._arrivals.put(None)
             self._thread.join()
@@ -97,7 +118,7 @@ class ModelThread:
             answer.ended.set_result(None)
 
     def _receive(self) -> bool:
-        """Take what has arrived, and wait for it if there is nothing else to do; False: this is the end."""
+        """Take new answers, and wait for them if there is nothing else to do. Return False if the thread must stop."""
         is_idle = not self._waiting and not any(group.answers for group in self._groups.values())
         while is_idle or not self._arrivals.empty():
             answer = self._arrivals.get()
@@ -108,7 +129,7 @@ class ModelThread:
         return True
 
     def _begin(self, answer: Answer) -> None:
-        """Process a prompt, or a text that has outgrown its cache."""
+        """Process a prompt, or a text whose cache became invalid."""
         with self._errors_to(answer):
             if answer.row is None:
                 answer.row = answer.begin()
@@ -116,7 +137,7 @@ class ModelThread:
             self._write(answer, logits)
 
     def _decode(self, group: _Group) -> None:
-        """Make the next token of all answers in a group."""
+        """Generate the next token of all answers in a group."""
         answers = group.answers
         if not answers:
             return
@@ -128,8 +149,8 @@ class ModelThread:
         else:
             try:
                 logits = group.batch.step(rows)
-            except Exception:  # such as too little memory: alone, each of them gets on or meets its own error
-                logger.exception("%d answers together failed; fewer of them go on", len(answers))
+            except Exception:  # for example, not enough memory: each answer continues alone, or gets its own error
+                logger.exception("Decoding %d answers together failed. They continue in smaller groups", len(answers))
         if logits is not None:
             for answer, row in zip(answers, logits.split(1), strict=True):
                 self._write(answer, row)
@@ -140,12 +161,12 @@ class ModelThread:
             group.batch.clear()
 
     def _write(self, answer: Answer, logits: torch.Tensor) -> None:
-        """Choose a token by its logits `(1, V)`; an answer that goes on joins those that decode."""
+        """Choose a token by its logits `(1, V)`. An answer that continues joins those that decode."""
         with self._errors_to(answer):
             row = row_of(answer)
             if answer.take(int(row.choose(logits))):
                 self._end(answer)
-            elif row.length - 1 <= self._short < row.length:  # all keys change
+            elif row.length - 1 <= self._short < row.length:  # the other RoPE changes all keys
                 row.cache = None
                 self._waiting.appendleft(answer)
             else:
@@ -165,6 +186,11 @@ class ModelThread:
 
 
 def row_of(answer: Answer) -> DecodingRow:
-    """Return the row of an answer that has begun."""
+    """
+    Return the row of an answer that has started.
+
+    Args:
+        answer: the answer.
+    """
     assert answer.row is not None
     return answer.row

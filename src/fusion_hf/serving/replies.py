@@ -1,4 +1,4 @@
-"""OpenAI's objects, as far as this server speaks of them."""
+"""The objects of OpenAI's API that this server returns."""
 
 import json
 import time
@@ -13,7 +13,15 @@ END = b"data: [DONE]\n\n"
 
 
 def model_object(name: str, created: int, info: ModelInfo) -> dict[str, Any]:
-    """A model in a list; beside OpenAI's fields its greatest length, called as vLLM does, and what else is known."""
+    """
+    Describe a model in a list. In addition to OpenAI's fields, it has the maximum length, named as in vLLM, and
+    other facts.
+
+    Args:
+        name: the name of the model.
+        created: the time of the server's start in seconds since the epoch.
+        info: the information about the model.
+    """
     return {
         "id": name,
         "object": "model",
@@ -26,12 +34,22 @@ def model_object(name: str, created: int, info: ModelInfo) -> dict[str, Any]:
 
 
 def sse(content: dict[str, Any]) -> bytes:
-    """Return an event of a stream."""
+    """
+    Return a server-sent event.
+
+    Args:
+        content: the JSON value.
+    """
     return f"data: {json.dumps(content)}\n\n".encode()
 
 
 def usage(finished: Finished) -> dict[str, int]:
-    """Return tokens of a request."""
+    """
+    Return the numbers of tokens of a request.
+
+    Args:
+        finished: the end of the answer.
+    """
     return {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
@@ -41,15 +59,21 @@ def usage(finished: Finished) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one request, whole or in chunks."""
+    """The answer to one request, complete or in chunks."""
 
     model: str
-    fingerprint: str  # of what it is made by
+    fingerprint: str  # identifies the model and its settings
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        """Return the reply of a request that does not stream."""
+        """
+        Return the reply to a request that does not stream.
+
+        Args:
+            text: the answer.
+            finished: the end of the answer.
+        """
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -59,13 +83,25 @@ class Completion:
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage(finished)}
 
     def chunk(self, delta: dict[str, str], with_usage: bool, reason: str | None = None) -> bytes:
-        """Return a piece of a streamed answer."""
+        """
+        Return a piece of a streamed answer.
+
+        Args:
+            delta: the new part of the message.
+            with_usage: whether the stream ends with the usage.
+            reason: the finish reason, in the last piece.
+        """
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         more = {"usage": None} if with_usage else {}
         return sse({**self._head("chat.completion.chunk"), "choices": [choice], **more})
 
     def usage_chunk(self, finished: Finished) -> bytes:
-        """Return the last chunk, for who asked for it."""
+        """
+        Return the last chunk, for requests that ask for the usage.
+
+        Args:
+            finished: the end of the answer.
+        """
         return sse({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)})
 
     def _head(self, kind: str) -> dict[str, Any]:

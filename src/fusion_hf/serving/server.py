@@ -1,4 +1,4 @@
-"""A listening server process, and its connections, on which the beginning of a request has to come in time."""
+"""The server process and its connections, on which requests must start in time."""
 
 import asyncio
 import logging
@@ -15,19 +15,23 @@ from fusion_hf.serving.app import Service, build_app
 from fusion_hf.serving.engine import Engine
 
 BACKLOG = 2048
-HEAD_SECONDS = 10  # for the head of a request to arrive: uvicorn waits for ever once a byte of it has come
-GOODBYE_SECONDS = 5  # for answers on their way when the server is told to end; then they end with what there is
-LAST_SECONDS = 10  # for them to reach their clients
-# until the event loop, whose turns are short, gets the interpreter from the thread that computes; Python's is 5 ms
+HEAD_SECONDS = 10  # timeout for the headers of a request, since uvicorn waits forever once a byte has arrived
+GOODBYE_SECONDS = 5  # time for answers in progress when the server is stopped; then they end with the text so far
+LAST_SECONDS = 10  # time to send them to their clients
+# interval after which the model thread yields the interpreter to the event loop; Python's default is 5 ms
 SWITCH_SECONDS = 0.001
 
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    Return a listening socket; port 0 is any free one.
+    Open a listening socket.
+
+    Args:
+        host: the address.
+        port: the port. 0 selects any free port.
 
     Raises:
-        InputError: if there is no such address here, or the port is taken.
+        InputError: if the address does not exist on this machine, or the port is in use.
     """
     try:
         kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -37,21 +41,34 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Where it listens, as a URL."""
+    """
+    Return the URL of a listening socket.
+
+    Args:
+        listener: the socket.
+    """
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def announce(address: str, name: str) -> None:
-    """Say on the standard output, in one line, where the server is."""
+    """
+    Write one line with the address of the server to the standard output.
+
+    Args:
+        address: the URL of the server.
+        name: the name of the model.
+    """
     sys.stdout.write(f"{address} serves {name}\n")
     sys.stdout.flush()
 
 
 class BoundedProtocol(H11Protocol):
     """
-    uvicorn's protocol, which closes a connection on which no request has begun for `HEAD_SECONDS`: whether nothing has
-    come, or a head that does not end. Between requests uvicorn's own, shorter time holds as long as nothing comes.
+    uvicorn's protocol, which also closes connections on which no request has started for `HEAD_SECONDS`.
+
+    This covers silent connections and headers that never end. Between requests, uvicorn's own, shorter timeout applies
+    as long as nothing arrives.
     """
 
     _clock: asyncio.TimerHandle | None = None
@@ -73,7 +90,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Let the clock run as long as the client is to begin a request."""
+        """Run the timer while the client is expected to start a request."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._stop()
         elif self._clock is None:
@@ -86,21 +103,27 @@ class BoundedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Ends answers that take long before it ends itself."""
+    """A server that ends long answers before it stops."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine):
         super().__init__(config)
         self.engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called when the process was told to end."""
+        """End the answers and stop. uvicorn calls this when the process is told to stop."""
         hurry = asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self.engine.finish_soon)
         await super().shutdown(sockets)
         hurry.cancel()
 
 
 def serve(service: Service, listener: socket.socket) -> None:
-    """Say on the standard output, in one line, where the server is, and serve until it is told to end."""
+    """
+    Serve until the process is told to stop, and write one line with the address to the standard output.
+
+    Args:
+        service: the configuration of the server.
+        listener: the listening socket.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     app = build_app(service)
     config = uvicorn.Config(
@@ -115,5 +138,5 @@ def serve(service: Service, listener: socket.socket) -> None:
     )
     announce(address_of(listener), service.name)
     sys.setswitchinterval(SWITCH_SECONDS)
-    with suppress(KeyboardInterrupt):  # which is how a person ends it
+    with suppress(KeyboardInterrupt):  # Ctrl-C stops the server
         _Server(config, app.state.engine).run(sockets=[listener])

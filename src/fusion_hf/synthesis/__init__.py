@@ -1,1 +1,3 @@
-"""The data engine: captions to descriptions, images, questions and answers, filtered and written to train on."""
+"""The data engine: it turns captions into descriptions, images, questions and answers, filters them and writes
+training data.
+"""

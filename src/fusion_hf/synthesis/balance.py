@@ -1,4 +1,6 @@
-"""How the answers of each form of question are spread: what a model could guess without looking at the image."""
+"""Measure how the answers to each form of question are distributed, that is, what a model could guess without the
+image.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,22 +17,28 @@ from fusion_hf.synthesis.filters.mentions import (
 from fusion_hf.synthesis.filters.words import ARTICLES, color_of, is_word, number_at, tokens
 from fusion_hf.synthesis.synth_record import RecordTurn
 
-FORM_WORDS = 3  # at the beginning of a question, that make its form
-SHORT_FORMS = (("how", "many"), ("is", "there"), ("are", "there"))  # whose next word is what is asked for
-VALUE = "..."  # stands for a colour, a number or quoted text
-ANSWER_WORDS = 4  # of the longest answer that is counted as it is
-CONCLUSION = "Answer:"  # stands behind the steps to a number
+FORM_WORDS = 3  # number of first words that make the form of a question
+SHORT_FORMS = (("how", "many"), ("is", "there"), ("are", "there"))  # forms whose next word is the thing in question
+VALUE = "..."  # replaces a colour, a number or quoted text
+ANSWER_WORDS = 4  # maximum length of an answer that is counted verbatim
+CONCLUSION = "Answer:"  # follows the steps to a number
 LONGER, OTHER = "(longer)", "(other)"
-MOST_FORMS, MOST_ANSWERS = 64, 24  # of a category, of a form: language models write as many as there are records
+MOST_FORMS, MOST_ANSWERS = (
+    64,
+    24,
+)  # limits per category and per form, since language models may write a new one for each record
 
 Answers = dict[str, Counter[str]]
 
 
 def question_form(question: str) -> str:
     """
-    Return the words a question begins with, which questions for the same property share.
+    Return the form of a question: its first words, which questions about the same property share.
 
-    Colours, numbers and quoted text become `...`, and articles are left out.
+    Colours, numbers and quoted text become `...`, and articles are removed.
+
+    Args:
+        question: the question.
 
     Returns:
         Up to three words, for example "which shape is" for "Which shape is left of the red circle?".
@@ -52,7 +60,11 @@ def question_form(question: str) -> str:
 
 def answer_value(turn: RecordTurn) -> str:
     """
-    Return what an answer says, in the same words for a word, a phrase and a sentence where that can be known.
+    Return the value of an answer in a normal form, so that a word, a phrase and a sentence with the same answer
+    agree.
+
+    Args:
+        turn: the question and its answer.
 
     Returns:
         "yes" or "no", a number in digits, a colour, a short answer in lower case, or `LONGER`.
@@ -77,7 +89,13 @@ def answer_value(turn: RecordTurn) -> str:
 
 
 def count_answers(found: Answers, turn: RecordTurn) -> None:
-    """Add the answer of a turn to the counts of its form."""
+    """
+    Add the answer of a turn to the counts of its form.
+
+    Args:
+        found: the counts, changed in place.
+        turn: the question and its answer.
+    """
     merge_answers(found, {question_form(plain_turn(turn).question): {answer_value(turn): 1}})
 
 
@@ -85,7 +103,11 @@ def merge_answers(found: Answers, more: Mapping[str, Mapping[str, int]]) -> None
     """
     Add the counts of another task.
 
-    What is one too many counts as `OTHER`, so that a summary stays as small as it is for drawn records.
+    Entries above the limits count as `OTHER`, which bounds the size of a summary.
+
+    Args:
+        found: the counts, changed in place.
+        more: the counts of the other task.
     """
     for form, values in more.items():
         for value, count in values.items():

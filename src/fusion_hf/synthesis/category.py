@@ -1,4 +1,4 @@
-"""The categories of synthesized data: each is one file in `synthesis/categories`."""
+"""The categories of synthesized data. Each one is a file in `synthesis/categories`."""
 
 import hashlib
 import random
@@ -15,8 +15,8 @@ from fusion_hf.common.yaml_config import allow, make_dataclass, read_yaml_keys
 FOLDER = Path(__file__).parent / "categories"
 DESCRIBE_NAMES = frozenset({"caption"})
 CHECK_NAMES = frozenset({"description", "conversation"})
-MOST_SCORE = 5  # of a judge
-QA_NAMES = {1: frozenset({"description", "style"}), 2: frozenset({"first", "second", "style"})}  # by images
+MOST_SCORE = 5  # the best score of a judge
+QA_NAMES = {1: frozenset({"description", "style"}), 2: frozenset({"first", "second", "style"})}  # by number of images
 
 
 def _text(value: str) -> str:
@@ -40,7 +40,7 @@ Score: TypeAlias = Annotated[
 
 
 def _prompt(names: frozenset[str]) -> Callable[[str], str]:
-    """A check of a text that must have exactly these placeholders."""
+    """Make a check for a text that must have exactly these placeholders."""
 
     def check(value: str) -> str:
         text = _text(value)
@@ -62,7 +62,7 @@ def _written(names: Iterable[str]) -> str:
 
 
 def _schema(value: str) -> str:
-    from fusion_hf.synthesis.schemas import SCHEMAS  # pydantic is of an extra
+    from fusion_hf.synthesis.schemas import SCHEMAS  # pydantic belongs to an extra
 
     if value not in SCHEMAS:
         raise ValueError(", ".join(map(repr, SCHEMAS)))
@@ -71,7 +71,7 @@ def _schema(value: str) -> str:
 
 @dataclass(frozen=True)
 class Style:
-    """One way of asking, and the share of records that get it."""
+    """One style of question, and the share of records that get it."""
 
     text: Text
     share: Share
@@ -80,11 +80,11 @@ class Style:
 @dataclass(frozen=True)
 class ModelCheck:
     """
-    What a model is asked about a finished record.
+    A check of finished records by a model.
 
     Attributes:
-        prompt: has `$description` and `$conversation`.
-        least_score: of 1 to 5; a record with a lower one is rejected.
+        prompt: the prompt, with the placeholders `$description` and `$conversation`.
+        least_score: the minimum score from 1 to 5. Records with a lower one are rejected.
     """
 
     prompt: Annotated[str, _prompt(CHECK_NAMES)]
@@ -97,17 +97,19 @@ class Category:
     One kind of training data.
 
     Attributes:
-        stage: of training, "1" or "1.5".
-        pictures: images of a record: 1, or 2 for a pair that is composed into one.
-        share: of the records of the mix of all categories.
-        schema: name of the writer's answer in `synthesis.schemas`.
-        describe_prompt: of the scene description; has `$caption`.
-        turns: the least and the most of a record.
-        qa_prompt: of questions and answers; has `$description` (or `$first` and `$second`) and `$style`.
-        styles: one of them is drawn for each record.
-        rules: settings of filters by their name.
-        judge: what a language model scores.
-        image_check: what a vision-language model scores, with the image before it.
+        name: the name of the category.
+        stage: the training stage, "1" or "1.5".
+        pictures: the number of images of a record: 1, or 2 for a pair that is composed into one image.
+        share: the share of this category in the mix of all categories, above 0 and up to 1.
+        schema: the name of the writer's answer format in `synthesis.schemas`.
+        turns: the minimum and maximum number of turns of a record.
+        describe_prompt: the prompt for the scene description, with the placeholder `$caption`.
+        qa_prompt: the prompt for questions and answers, with the placeholders `$description` (or `$first` and
+            `$second`) and `$style`.
+        styles: the styles, of which one is drawn for each record.
+        rules: the settings of filters, by filter name.
+        judge: the check by a language model.
+        image_check: the check by a vision-language model that sees the image.
     """
 
     name: str
@@ -119,39 +121,53 @@ class Category:
     describe_prompt: Annotated[str, _prompt(DESCRIBE_NAMES)]
     qa_prompt: Text
     styles: Annotated[tuple[Style, ...], allow("a list of mappings with text and share", bool)]
-    rules: dict[str, dict[str, Any]]  # `build_filters` checks them
+    rules: dict[str, dict[str, Any]]  # checked by `build_filters`
     judge: ModelCheck
     image_check: ModelCheck
 
     def __post_init__(self) -> None:
         if (found := _placeholders(self.qa_prompt)) != (names := QA_NAMES[self.pictures]):
-            raise ValueError(f"qa_prompt has the placeholders {_written(found)}; allowed: {_written(names)}.")
+            raise ValueError(f"`qa_prompt` must have the placeholders {_written(names)}, got {_written(found)}.")
 
     def describe(self, caption: str) -> str:
-        """Write the prompt that asks for a description."""
+        """
+        Return the prompt for a description.
+
+        Args:
+            caption: the caption to describe.
+        """
         return Template(self.describe_prompt).substitute(caption=caption)
 
     def ask(self, descriptions: tuple[str, ...], seed: int) -> str:
         """
-        Write the prompt that asks for questions and answers, in a style drawn by the seed.
+        Return the prompt for questions and answers, in a style that the seed selects.
+
+        Args:
+            descriptions: one description per image.
+            seed: the seed of the record.
 
         Raises:
-            ValueError: if there is not one description for each image.
+            ValueError: if the number of descriptions differs from the number of images.
         """
         if len(descriptions) != self.pictures:
-            raise ValueError(f"{self.name} has {len(descriptions)} descriptions; allowed: {self.pictures}")
+            raise ValueError(f"{self.name} must have {self.pictures} descriptions, got {len(descriptions)}.")
         names = ("description",) if self.pictures == 1 else ("first", "second")
         values = dict(zip(names, descriptions, strict=True))
         return Template(self.qa_prompt).substitute(values, style=self.style(seed).text)
 
     def style(self, seed: int) -> Style:
-        """Choose the one of this seed."""
+        """
+        Select a style.
+
+        Args:
+            seed: the seed of the record.
+        """
         shares = [style.share for style in self.styles]
         return random.Random(f"{self.name}/style/{seed}").choices(self.styles, shares)[0]
 
     @property
     def prompts_hash(self) -> str:
-        """SHA-256 of all prompts, in hexadecimal digits."""
+        """SHA-256 of all prompts as hexadecimal digits."""
         texts = [self.describe_prompt, self.qa_prompt, *(style.text for style in self.styles)]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
@@ -159,21 +175,29 @@ class Category:
 @cache
 def load_categories(folder: Path = FOLDER) -> dict[str, Category]:
     """
-    Load all categories of a folder by name, in the order of their files' names.
+    Load all categories of a folder by name, sorted by file name.
+
+    Args:
+        folder: the folder. Defaults to the categories of this package.
 
     Raises:
-        InputError: for a file that is no category, or if there is none.
+        InputError: if a file is not a category, or the folder has none.
     """
     categories = [read_category(path) for path in sorted(folder.glob("*.yaml"))]
     if not categories:
-        raise InputError(f"categories: there is no .yaml file in {folder}.")
+        raise InputError(f"`categories` must be a folder with .yaml files, got {folder}.")
     return {category.name: category for category in categories}
 
 
 def read_category(path: Path) -> Category:
     """
+    Read a category.
+
+    Args:
+        path: the YAML file.
+
     Raises:
-        InputError: naming the key, its value and what is allowed.
+        InputError: if a key is invalid. The message names the key, its value and the allowed values.
     """
     values = read_yaml_keys(path, "The category")
     return make_dataclass(Category, values, path.name, name=path.stem)

@@ -1,4 +1,6 @@
-"""Multiple choice inside of a turn: `stem`, a line for each option, and an answer that begins with a letter."""
+"""Multiple choice as the text of a turn: the question, one line per option, and an answer that starts with a
+letter.
+"""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +18,16 @@ _ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with options; `answer` is an index into them, `rest` what the answer says after the option's text."""
+    """
+    A multiple-choice question.
+
+    Attributes:
+        stem: the question without options.
+        options: the options.
+        answer: the index of the right option.
+        with_text: whether the answer repeats the text of the option.
+        rest: what the answer says after the text of the option.
+    """
 
     stem: str
     options: tuple[str, ...]
@@ -26,17 +37,26 @@ class Choice:
 
     @property
     def letter(self) -> str:
+        """Letter of the right option."""
         return LETTERS[self.answer]
 
     def turn(self) -> RecordTurn:
-        """Write as text: options one a line, the answer "B. a red bus", or "B" alone without `with_text`."""
+        """Write the choice as a turn. The answer is "B. a red bus", or "B" without `with_text`."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         answer = f"{self.letter}. {self.options[self.answer]}" if self.with_text else self.letter
         return RecordTurn("\n".join([self.stem, *lines]), answer + self.rest)
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:
-    """Split a question into stem and options; there are none without two or more lines A, B, ... at its end."""
+    """
+    Split a question into its stem and options.
+
+    Args:
+        question: the question.
+
+    Returns:
+        The stem and the options. There are none unless the question ends with two or more lines A, B, ...
+    """
     lines = question.rstrip().split("\n")
     options: list[str] = []
     while lines and (match := _OPTION.match(lines[-1])):
@@ -49,7 +69,15 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
 
 
 def parse_choice(turn: RecordTurn) -> Choice | str:
-    """Parse the choice of a turn; a text says why there is none."""
+    """
+    Parse the choice of a turn.
+
+    Args:
+        turn: the turn.
+
+    Returns:
+        The choice, or a text that says why the turn is not one.
+    """
     stem, options = split_options(turn.question)
     if not options:
         return "the question has no options A, B, ... one a line"
@@ -58,7 +86,7 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
     text = turn.answer.strip()
     match = _ANSWER.match(text)
     repeated = [number for number, option in enumerate(options) if plain(option) == plain(text)]
-    if match is None and len(repeated) != 1:  # an answer without a letter repeats an option
+    if match is None and len(repeated) != 1:  # an answer without a letter must repeat an option
         return f"the answer {text[:40]!r} is none of the options"
     index = LETTERS.index(match[1].upper()) if match else repeated[0]
     if index >= len(options):
@@ -75,7 +103,12 @@ def parse_choice(turn: RecordTurn) -> Choice | str:
 
 
 def plain_turn(turn: RecordTurn) -> RecordTurn:
-    """Take options and letters out of a turn; one that is no multiple choice stays as it is."""
+    """
+    Remove options and letters from a turn. Turns that are not multiple choice are returned unchanged.
+
+    Args:
+        turn: the turn.
+    """
     choice = parse_choice(turn)
     if isinstance(choice, Choice):
         return RecordTurn(choice.stem, choice.options[choice.answer] + choice.rest)
@@ -83,5 +116,10 @@ def plain_turn(turn: RecordTurn) -> RecordTurn:
 
 
 def plain(text: str) -> str:
-    """Write in lower case, without punctuation and repeated spaces."""
+    """
+    Convert a text to lower case, without punctuation and repeated spaces.
+
+    Args:
+        text: the text.
+    """
     return " ".join(re.findall(r"[^\W_]+", text.lower()))

@@ -1,4 +1,4 @@
-"""The data card of a run, and its contact sheet as an image and as a page."""
+"""Write the data card of a run, and its contact sheet as an image and as a page."""
 
 import html
 from collections.abc import Iterator, Mapping
@@ -20,24 +20,24 @@ from fusion_hf.synthesis.shards import read_records
 from fusion_hf.synthesis.summary import Summary
 
 CARD, SHEET, PAGE = "README.md", "contact_sheet.png", "contact_sheet.html"
-SIDE, GAP, LABEL = 192, 8, 20  # pixels: of an image's box, between boxes, of a line of text
+SIDE, GAP, LABEL = 192, 8, 20  # sizes in pixels: of the box of an image, the gap between boxes, and a line of text
 COLUMNS = 4
-# Of the page: nothing runs, and its images are inside it, since browsers give a local page no other file.
+# The page runs no code and embeds its images, since browsers do not let local pages read other files.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:auto}"
     "section{display:flex;gap:1em;align-items:flex-start}"
     f"img{{width:{SIDE}px;flex:none}}dl{{margin:0}}"
-    "dt{font-weight:bold}dt,dd{white-space:pre-line}"  # options and steps stand one a line
+    "dt{font-weight:bold}dt,dd{white-space:pre-line}"  # keeps one option or step per line
 )
-NOT_RUN, NONE_CAME = "not run", "none came"
-UNKNOWN_LICENSE = "unknown"  # as the Hub names it
-MOST_SHOWN = 6  # answers of a form
+NOT_RUN, NONE_CAME = "not run", "no records"
+UNKNOWN_LICENSE = "unknown"  # the Hub's identifier
+MOST_SHOWN = 6  # maximum number of answers shown per form
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
 class Sample(NamedTuple):
-    """A written record that is shown."""
+    """A written record that the contact sheet shows."""
 
     category: str
     record: dict[str, Any]
@@ -45,7 +45,16 @@ class Sample(NamedTuple):
 
 
 def write_card(data: Path, report: dict[str, Any], summary: Summary, mixtures: list[Path], kind: str) -> None:
-    """Write the card and, if there is a record to show, the contact sheet."""
+    """
+    Write the data card and, if there are records to show, the contact sheet.
+
+    Args:
+        data: the folder of the data.
+        report: the report of the run.
+        summary: the counts of the run.
+        mixtures: the mixture files.
+        kind: `tar` or `parquet`.
+    """
     samples = list(_samples(data, summary, kind))
     if samples:
         write_atomically(data / SHEET, _sheet(samples))
@@ -54,7 +63,7 @@ def write_card(data: Path, report: dict[str, Any], summary: Summary, mixtures: l
 
 
 def _samples(data: Path, summary: Summary, kind: str) -> Iterator[Sample]:
-    """In the order of categories; shards are read until all are found."""
+    """Yield samples in the order of categories. Shards are read until all samples are found."""
     wanted = {identity for category in summary.categories.values() for identity in category.samples}
     found: dict[str, Sample] = {}
     for record, image in chain.from_iterable(map(read_records, sorted(data.glob(f"stage*/*.{kind}")))):
@@ -86,7 +95,12 @@ def _sheet(samples: list[Sample]) -> bytes:
 
 
 def contact_page(samples: list[Sample]) -> str:
-    """Write each sample's image beside its turns; texts of others are escaped, and the page runs nothing."""
+    """
+    Write a page with the image and the turns of each sample. Texts are escaped, and the page runs no code.
+
+    Args:
+        samples: the samples.
+    """
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Contact sheet</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
@@ -113,14 +127,14 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
         "tags": ["synthetic"],
     }
     rejected = report["records"] - report["written"]
-    others = "the others were rejected, each with its reason in `rejected/`" if rejected else "none was rejected"
+    others = "The others were rejected, with their reasons in `rejected/`" if rejected else "None was rejected"
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Synthesized visual questions", ""]
     lines += [
-        f"{report['written']:,} of {report['records']:,} records that were begun; {others}. "
+        f"{report['written']:,} of {report['records']:,} records were written. {others}. "
         f"Backend: {report['backend']}. Seed: {report['seed']}.",
         "",
-        "Made by `fusion-hf synthesize` of fusion_hf. For training, name a mixture in `data`: "
-        + (", ".join(f"`{path.name}`" for path in mixtures) or "there is none"),
+        "`fusion-hf synthesize` made this data. To train on it, set `data` in a recipe to one of these mixtures: "
+        + (", ".join(f"`{path.name}`" for path in mixtures) or "none"),
         "",
     ]
     if has_sheet:
@@ -129,12 +143,12 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     categories = report["categories"].items()
     keys = ("records", "written", "turns", "words")
     counts = [[name, each["stage"], *(f"{each[key]:,}" for key in keys)] for name, each in categories]
-    lines += _table("category | stage | begun | written | turns | words of answers", counts)
+    lines += _table("category | stage | started | written | turns | words of answers", counts)
     models = [
         [step, _cell(name), f"{number:,}"] for step, used in report["models"].items() for name, number in used.items()
     ]
     lines += ["", "## Models", "", *_table("step | model | records", models)]
-    # how often each answer of each form of question is right, the most frequent answers first
+    # frequencies of the right answers of each form of question, in descending order
     answers = [
         [name, _cell(form), f"{sum(found.values()):,}", _shares(found)]
         for name, each in categories
@@ -143,27 +157,34 @@ def _card(report: dict[str, Any], mixtures: list[Path], has_sheet: bool) -> str:
     lines += ["", "## Balance of the answers", ""]
     lines += _table("category | question begins | answers | shares of short answers", answers)
     yields = [[name, step["step"], *_yield(step)] for name, each in categories for step in each["yields"]]
-    lines += ["", "## Yield of each step", "", *_table("category | step | came | rejected | kept", yields)]
+    lines += ["", "## Yield of each step", "", *_table("category | step | reached | rejected | kept", yields)]
     if report["backend"] == PROCEDURAL:
-        return "\n".join([*lines, "", "No model was asked, so no prompt was used."]) + "\n"
+        return "\n".join([*lines, "", "This backend uses no model and no prompts."]) + "\n"
     hashes = [[name, f"`{each['prompts_sha256']}`"] for name, each in categories]
-    lines += ["", "## Prompts", "", "SHA-256 of each category's prompts.", "", *_table("category | hash", hashes)]
+    lines += [
+        "",
+        "## Prompts",
+        "",
+        "The SHA-256 of the prompts of each category:",
+        "",
+        *_table("category | hash", hashes),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _table(head: str, rows: list[list[str]]) -> list[str]:
-    """A table of Markdown; its names stand between bars in `head`."""
+    """Write a Markdown table. `head` holds the column names, separated by bars."""
     return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _license(report: dict[str, Any]) -> str:
     if report["license"] is None:
         terms = "it depends on the captions and on the terms of the models below"
-        return f"To be stated by you: {terms}. The key `license` of the config sets it."
+        return f"To be stated by you, since {terms}. Set the key `license` of the configuration."
     if report["backend"] == PROCEDURAL and report["license"] == DRAWN_LICENSE:
-        source = "the license of fusion_hf, whose templates all images and texts are drawn from"
-        return f"`{DRAWN_LICENSE}`, {source}. The key `license` of the config sets another one."
-    return f"`{report['license']}`, as the config of the run states."
+        source = "the license of fusion_hf, whose templates produced all images and texts"
+        return f"`{DRAWN_LICENSE}`, {source}. The key `license` of the configuration overrides it."
+    return f"`{report['license']}`, as set in the configuration of the run."
 
 
 def _shares(answers: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""What a run will cost and how long it will take, before it begins. From lengths of prompts and of allowed answers."""
+"""Estimate the cost and the time of a run from the lengths of prompts and the allowed lengths of answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from math import floor
 from fusion_hf.synthesis.category import Category, load_categories
 from fusion_hf.synthesis.run_config import PROCEDURAL, SynthesisConfig
 
-CHARACTERS_PER_TOKEN = 4  # of English in the vocabularies of large models
+CHARACTERS_PER_TOKEN = 4  # average for English text and large language models
 TOKENS_PER_WORD = 1.35
 CAPTION_WORDS = 20
-JSON_TOKENS = 16  # of braces and names around a turn
+JSON_TOKENS = 16  # tokens of braces and names around a turn
 SECONDS_PER_HOUR, MILLION = 3600, 10**6
 DEFAULT_WORDS = {"question": 12, "answer": 20, "description": 120}
 
@@ -18,11 +18,17 @@ DEFAULT_WORDS = {"question": 12, "answer": 20, "description": 120}
 @dataclass(frozen=True)
 class Estimate:
     """
+    The estimate of a run.
+
     Attributes:
-        requests, input_tokens, output_tokens: of the language model, if each first answer is valid.
-        images: if nothing is rejected before them.
-        cost, hours: None where the config does not say what is needed for it.
-        missing: keys of the config that would say it.
+        records: the number of records, by category.
+        requests: the number of requests to the language model, if every first answer is valid.
+        input_tokens: the number of tokens in these requests.
+        output_tokens: the number of tokens in their answers.
+        images: the number of images, if no record is rejected before.
+        cost: the cost in the currency of the prices. None if a price is missing.
+        hours: the time in hours. None if a speed is missing.
+        missing: the configuration keys that are missing for cost and time.
     """
 
     records: Mapping[str, int]
@@ -35,7 +41,7 @@ class Estimate:
     missing: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Write the estimate for a terminal."""
+        """Write the estimate as lines for a terminal."""
         mix = ", ".join(f"{name} {number:,}" for name, number in self.records.items())
         lines = [f"records: {sum(self.records.values()):,} ({mix})"]
         lines.append(
@@ -46,12 +52,17 @@ class Estimate:
         hours = "unknown" if self.hours is None else f"about {self.hours:,.2f} hours"
         lines.append(f"cost: {cost}; time: {hours}")
         if self.missing:
-            lines.append(f"for what is unknown, give {', '.join(self.missing)} in the config")
+            lines.append(f"to estimate the rest, set {', '.join(self.missing)} in the configuration")
         return lines
 
 
 def make_estimate(config: SynthesisConfig) -> Estimate:
-    """Estimate the whole run, from its beginning."""
+    """
+    Estimate a whole run.
+
+    Args:
+        config: the configuration of the run.
+    """
     records = split_records(config.records, config.shares)
     if config.backend == PROCEDURAL:
         return Estimate(records, 0, 0, 0, 0, 0.0, None, ())
@@ -82,13 +93,19 @@ def make_estimate(config: SynthesisConfig) -> Estimate:
 
 
 def _all_given(settings: Mapping[str, float | None]) -> list[float]:
-    """Their values, or none of them if one is missing."""
+    """Return the values, or none of them if one is missing."""
     given = [value for value in settings.values() if value is not None]
     return given if len(given) == len(settings) else []
 
 
 def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Divide `total` by shares: rounded down, and one more where that has cut off most."""
+    """
+    Divide a number of records by shares. Numbers are rounded down, and the largest remainders get one more.
+
+    Args:
+        total: the number of records.
+        shares: the share of each category. Their sum is 1.
+    """
     counts = {name: floor(total * share) for name, share in shares.items()}
     most_cut = sorted(shares, key=lambda name: counts[name] - total * shares[name])
     for name in most_cut[: total - sum(counts.values())]:
@@ -97,8 +114,8 @@ def split_records(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def _per_record(category: Category) -> tuple[float, float, int]:
-    """Tokens in, tokens out, images."""
-    length = category.rules.get("length", {})  # the middle of what the rule allows
+    """Return the input tokens, output tokens and images of a record."""
+    length = category.rules.get("length", {})  # uses the middle of the allowed range
     words = {name: sum(length[name]) / 2 if name in length else usual for name, usual in DEFAULT_WORDS.items()}
     turns = sum(category.turns) / 2
     described = words["description"] * TOKENS_PER_WORD * category.pictures

@@ -1,4 +1,4 @@
-"""The stages of a run, and datatrove's executors for them: processes of this machine, Slurm, Ray."""
+"""The stages of a run, and datatrove's executors that run them on this machine, on Slurm or on Ray."""
 
 import inspect
 import io
@@ -17,16 +17,16 @@ from fusion_hf.common.yaml_config import check_keys
 from fusion_hf.synthesis.run_config import ExecutorSettings, RunFolders
 
 JOB = "synth-{}"
-# a stage whose predecessor failed would wait in Slurm's queue for ever
+# otherwise a stage whose predecessor failed would wait in Slurm's queue forever
 SLURM_DEFAULTS = {"kill-on-invalid-dep": "yes"}
-# loguru writes the values of variables into its traces; no key is in one, but nothing else need be either
+# loguru would write the values of variables into tracebacks, which could reveal private data
 WITHOUT_VALUES = "export LOGURU_DIAGNOSE=NO"
 OURS = ("self", "pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that run together, in as many tasks; a stage begins when all tasks of the one before are done."""
+    """Steps that run together in a number of tasks. A stage starts when all tasks of the stage before it are done."""
 
     name: str
     steps: list[PipelineStep]
@@ -34,11 +34,11 @@ class Stage:
 
 
 class TaskFailed(RuntimeError):
-    """A task did not end; its message says why, in a form that passes between processes."""
+    """A task failed. The message says why, in a form that can be passed between processes."""
 
 
 class _NullStream(io.TextIOBase):
-    """A stream that keeps nothing. It is never closed: loguru goes on writing to it."""
+    """A stream that discards its input. It is never closed, since loguru keeps writing to it."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -49,7 +49,8 @@ class LocalExecutor(LocalPipelineExecutor):
     datatrove's executor for this machine.
 
     Args:
-        quiet: keep its logs in their folder alone.
+        *arguments: arguments of datatrove's executor.
+        quiet: whether to write logs to their folder only.
     """
 
     def __init__(self, *arguments: Any, quiet: bool):
@@ -60,10 +61,10 @@ class LocalExecutor(LocalPipelineExecutor):
         try:
             with redirect_stderr(_NullStream()) if self.quiet else nullcontext():
                 return super()._run_for_rank(rank, local_rank, node_rank)
-        except InputError:  # it passes between processes, and no other start of the same run fares better
+        except InputError:  # can be passed between processes, and a retry would not help
             raise
         except Exception as error:
-            # datatrove's own errors cannot be unpickled: the parent process would wait for ever
+            # datatrove's errors cannot be unpickled, so the parent process would wait forever
             raise TaskFailed(f"task {rank}: {type(error).__name__}: {error}") from error
 
 
@@ -71,10 +72,16 @@ def make_executors(
     settings: ExecutorSettings, stages: list[Stage], folders: RunFolders, quiet: bool = True
 ) -> list[PipelineExecutor]:
     """
-    Make one executor for each stage, in their order. Those of Slurm depend on each other.
+    Make one executor per stage, in order. Those of Slurm depend on each other.
+
+    Args:
+        settings: the settings of the executors.
+        stages: the stages.
+        folders: the folders of the run.
+        quiet: whether to write logs to their folder only.
 
     Raises:
-        InputError: for an option that the executor does not have, or a stage that there is not.
+        InputError: if an option or a stage is unknown.
     """
     check_keys(settings.stages, [stage.name for stage in stages], "executor.stages")
     executors: list[PipelineExecutor] = []

@@ -1,4 +1,4 @@
-"""The step that takes records out by the rules of their category; each keeps the name of the filter and its reason."""
+"""The step that rejects records by the rules of their category, and stores the name and the reason of the filter."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -17,14 +17,24 @@ from fusion_hf.synthesis.record_documents import TASK, put_record, record_of
 
 @cache
 def filters_of(category: str) -> list[Filter]:
-    """Build the filters of a category, in the order in which they look."""
+    """
+    Build the filters of a category, in the order in which they are applied.
+
+    Args:
+        category: the name of the category.
+    """
     return build_filters(load_categories()[category])
 
 
 class FilterRecords(PipelineStep):
     """
-    Rejected records stay in the stream: what was rejected is written too, in its own file. Questions that were asked
-    before are found among the records of one task.
+    Apply the filters of each record's category.
+
+    Rejected records stay in the stream, since they are written to a file of their own. Repeated questions are found
+    among the records of one task.
+
+    Args:
+        progress: counts the records.
     """
 
     name = "Filter records"
@@ -48,7 +58,12 @@ class FilterRecords(PipelineStep):
 
 
 class BalanceOptions(PipelineStep):
-    """Gives the options of multiple choice another order, so that each letter is right equally often in a task."""
+    """
+    Reorder the options of multiple-choice questions, so that each letter is right equally often within a task.
+
+    Args:
+        seed: the seed of the order.
+    """
 
     name = "Balance options"
     type = "Formatter"

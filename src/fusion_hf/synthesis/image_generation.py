@@ -1,4 +1,6 @@
-"""The step from descriptions to images: a diffusers pipeline or an images endpoint; files whole or absent."""
+"""The step from descriptions to images, with a diffusers pipeline or an images endpoint. Files are written
+atomically.
+"""
 
 import asyncio
 import base64
@@ -29,28 +31,40 @@ from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
 
 STEP = "make_image"
 RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-SPREAD = 2  # last characters of an id that name its subfolder: a folder of millions of files is slow
-MODEL, PROMPT, SEED, SETTINGS = "model", "prompt", "seed", "settings"  # keys of a PNG's texts
-GAP = 16  # pixels between the two of a pair, at a height of 512
+SPREAD = 2  # last characters of an id, which name its subfolder, since folders of millions of files are slow
+MODEL, PROMPT, SEED, SETTINGS = "model", "prompt", "seed", "settings"  # keys of the texts in a PNG
+GAP = 16  # pixels between the images of a pair at a height of 512
 GAP_HEIGHT = 512
 WHITE = (255, 255, 255)
 MAX_PIXELS = 4096 * 4096
 MAX_RESPONSE_BYTES = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP")
-INSTALL = "pip install 'fusion_hf[synth]'"
-MadeImage: TypeAlias = Image.Image | str  # or why there is none
+INSTALL = "Install the extra `synth`"
+MadeImage: TypeAlias = Image.Image | str  # an image, or the reason why there is none
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to be made."""
+    """
+    A request for one image.
+
+    Attributes:
+        file: the path relative to the folder of images.
+        prompt: the description.
+        seed: the seed of the image.
+    """
 
     file: str
     prompt: str
     seed: int
 
     def texts(self, settings: ImageSettings) -> dict[str, str]:
-        """Write what the PNG says about itself; a file that says otherwise is another image."""
+        """
+        Return the texts that the PNG holds. A file with other texts is a different image.
+
+        Args:
+            settings: the settings of the generator.
+        """
         size = f"{settings.width}x{settings.height}, {settings.steps} steps, guidance {settings.guidance:g}"
         extra = "".join(f", {name}={value!r}" for name, value in sorted(settings.arguments.items()))
         return {MODEL: settings.model, PROMPT: self.prompt, SEED: str(self.seed), SETTINGS: size + extra}
@@ -58,13 +72,16 @@ class ImageRequest:
 
 def file_names(record: SynthRecord) -> tuple[str, ...]:
     """
-    Name the files of a record's images, relative to the folder of images.
+    Return the files of a record's images, relative to the folder of images.
+
+    Args:
+        record: the record.
 
     Raises:
-        ValueError: if its id cannot be a part of a file's name.
+        ValueError: if its id cannot be part of a file name.
     """
     if RECORD_ID.fullmatch(record.id) is None:
-        raise ValueError(f"id is {record.id!r}; allowed: letters, digits, - and _.")
+        raise ValueError(f"`id` must consist of letters, digits, - and _, got {record.id!r}.")
     folder = record.id[-SPREAD:]
     return tuple(f"{folder}/{record.id}-{number}.png" for number in range(len(record.descriptions)))
 
@@ -74,10 +91,11 @@ class DiffusersGenerator:
     A text-to-image pipeline of diffusers.
 
     Args:
-        task: which of several GPUs is used.
+        settings: the settings of the pipeline.
+        task: the number of the task, which selects one of several GPUs.
 
     Raises:
-        InputError: if it cannot be loaded.
+        InputError: if the pipeline cannot be loaded.
     """
 
     def __init__(self, settings: ImageSettings, task: int = 0):
@@ -85,7 +103,9 @@ class DiffusersGenerator:
             import torch
             from diffusers import DiffusionPipeline
         except ImportError as error:
-            raise InputError(f"Images by diffusers need the extra `synth` ({error}): {INSTALL}") from error
+            raise InputError(
+                f"Generating images with diffusers requires further packages ({error}). {INSTALL}."
+            ) from error
         from fusion_hf.inference.devices import choose_device, choose_dtype
 
         device = choose_device(settings.device)
@@ -96,7 +116,9 @@ class DiffusersGenerator:
                 settings.model, dtype=choose_dtype(settings.dtype, device), trust_remote_code=False
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise InputError(f"images.model {settings.model} cannot be loaded by diffusers: {error}") from error
+            raise InputError(
+                f"`images.model` must be a pipeline of diffusers, got {settings.model}: {error}"
+            ) from error
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval()
@@ -108,7 +130,12 @@ class DiffusersGenerator:
         self.pipeline, self.settings, self.torch = pipeline, settings, torch
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
-        """Generate the images of a batch; a seed is that of one image, not of the batch."""
+        """
+        Generate the images of a batch. Each image has a seed of its own.
+
+        Args:
+            requests: the requests.
+        """
         generators = [self.torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         made = self.pipeline(
             prompt=[request.prompt for request in requests],
@@ -124,7 +151,12 @@ class DiffusersGenerator:
 
 
 class EndpointGenerator:
-    """An endpoint with OpenAI's images API. Images come in the response: an address in it is not followed."""
+    """
+    An endpoint with OpenAI's images API. Images must be in the response, since addresses in it are not followed.
+
+    Args:
+        settings: the settings of the endpoint.
+    """
 
     def __init__(self, settings: ImageSettings):
         assert settings.url is not None, "checked by ImageSettings"
@@ -140,7 +172,12 @@ class EndpointGenerator:
         )
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
-        """Send one request for each, all at a time."""
+        """
+        Send one request per image, all concurrently.
+
+        Args:
+            requests: the requests.
+        """
         return asyncio.run(self._generate(requests))
 
     async def _generate(self, requests: Sequence[ImageRequest]) -> list[MadeImage]:
@@ -177,16 +214,27 @@ ImageGenerator: TypeAlias = DiffusersGenerator | EndpointGenerator
 
 
 def make_generator(settings: ImageSettings, task: int = 0) -> ImageGenerator:
-    """Make the one that the settings name."""
+    """
+    Make the generator that the settings name.
+
+    Args:
+        settings: the settings.
+        task: the number of the task, which selects one of several GPUs.
+    """
     return DiffusersGenerator(settings, task) if settings.kind == "diffusers" else EndpointGenerator(settings)
 
 
 class MakeImages(PipelineStep):
     """
-    Makes the images of the records that are not rejected. What is there, by the texts in it, is not made again.
+    Generate the images of records that are not rejected. Existing images with the same texts are kept.
 
-    Batches are always the same records, made as a whole if one of their images is missing: rounding in a batch may
-    depend on who is in it, and a run that was killed is to end with the same bytes.
+    Batches always hold the same records, and are generated completely if one image is missing: rounding may depend on
+    the other images of a batch, and a run that was killed must end with the same bytes.
+
+    Args:
+        settings: the settings of the generator.
+        folder: the folder of images.
+        progress: counts the records.
     """
 
     name = "Make image"
@@ -217,12 +265,12 @@ class MakeImages(PipelineStep):
     def _requests(self, record: SynthRecord) -> list[ImageRequest]:
         if record.rejection is not None:
             return []
-        # a pair has one seed: what is alike in its descriptions is to look alike
+        # a pair has one seed, so that equal parts of its descriptions look alike
         pairs = zip(file_names(record), record.descriptions, strict=True)
         return [ImageRequest(file, prompt, record.seed) for file, prompt in pairs]
 
     def _make(self, generator: ImageGenerator, requests: list[ImageRequest]) -> None:
-        """Pairs make a batch longer than its size: it is cut again."""
+        """Generate images. Pairs make a batch longer than its size, so it is split again."""
         for begin in range(0, len(requests), self.settings.batch_size):
             part = requests[begin : begin + self.settings.batch_size]
             for request, made in zip(part, generator.generate(part), strict=True):
@@ -230,7 +278,7 @@ class MakeImages(PipelineStep):
 
     def _save(self, request: ImageRequest, made: MadeImage) -> None:
         path = self.folder / request.file
-        # what has numbers that are none ends as black
+        # NaN values become black
         if not isinstance(made, str) and all(band.getextrema()[0] == band.getextrema()[1] for band in made.split()):
             made = "the picture has one colour alone"
         if isinstance(made, str):
@@ -258,7 +306,7 @@ class MakeImages(PipelineStep):
         return replace(record, images=files, origins={**record.origins, STEP: origin})
 
     def _compose(self, record: SynthRecord, files: tuple[str, ...]) -> str:
-        """The pair as one image, beside its two."""
+        """Save the pair as one image, next to its two images."""
         name = f"{record.id[-SPREAD:]}/{record.id}-pair.png"
         texts = {"left": files[0], "right": files[1]}
         if read_texts(self.folder / name) != texts:
@@ -269,7 +317,13 @@ class MakeImages(PipelineStep):
 
 
 def compose_pair(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Put two images side by side, the right one in the left one's height, with a white gap between them."""
+    """
+    Put two images side by side with a white gap. The right one is scaled to the height of the left one.
+
+    Args:
+        left: the left image.
+        right: the right image.
+    """
     left, right = left.convert("RGB"), right.convert("RGB")
     if right.height != left.height:
         width = max(round(right.width * left.height / right.height), 1)
@@ -282,7 +336,13 @@ def compose_pair(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
-    """Write a PNG with texts about itself."""
+    """
+    Encode an image as PNG.
+
+    Args:
+        image: the image.
+        texts: the texts to store in the file.
+    """
     info = PngImagePlugin.PngInfo()
     for name, text in (texts or {}).items():
         info.add_itxt(name, text)
@@ -292,7 +352,15 @@ def encode_png(image: Image.Image, texts: Mapping[str, str] | None = None) -> by
 
 
 def read_texts(path: Path) -> dict[str, str] | None:
-    """Read the texts in a PNG; None if there is no such file."""
+    """
+    Read the texts in a PNG.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The texts, or None if there is no such file.
+    """
     if not path.exists():
         return None
     with Image.open(path, formats=("PNG",)) as image:

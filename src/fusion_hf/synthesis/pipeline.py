@@ -1,4 +1,4 @@
-"""A run from beginning to end: its stages, who runs them, and what may not change between two starts."""
+"""A run from start to end: its stages, their executors, and the settings that must not change between two starts."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,7 @@ from fusion_hf.synthesis.run_report import MakeReport
 from fusion_hf.synthesis.shards import WriteRecords
 
 SETTINGS, MODELS = "settings.json", "models"
-# what changes no record: an endpoint may move, and be asked faster, slower or for another price
+# settings that change no record: the address, the speed and the price of an endpoint
 FREE_OF_ENDPOINT = (
     *("url", "key_variable", "concurrency", "patience", "timeout", "server", "server_arguments"),
     *("price_per_million_input", "price_per_million_output", "tokens_per_second"),
@@ -46,17 +46,18 @@ FREE_OF_IMAGES = (
 
 def run(config: SynthesisConfig, quiet: bool = True) -> bool:
     """
-    Do what is left of a run: all of it here, or on a cluster. Slurm gets its jobs and does them later.
+    Do the remaining work of a run on this machine or a cluster. With Slurm, jobs are submitted and run later.
 
     Args:
-        quiet: keep datatrove's logs off the terminal.
+        config: the configuration of the run.
+        quiet: whether to keep datatrove's logs off the terminal.
 
     Returns:
         Whether the run is finished.
 
     Raises:
-        InputError: if the folder was begun with other settings, or captions or an API key are missing.
-        TaskFailed: if a task failed; what it has done is kept.
+        InputError: if the folder belongs to a run with other settings, or captions or an API key are missing.
+        TaskFailed: if a task failed. Its finished work is kept.
 
     Example:
 
@@ -73,7 +74,7 @@ def run(config: SynthesisConfig, quiet: bool = True) -> bool:
     begin(config)
     executors = make_executors(config.executor, StageBuilder(config).all(), folders, quiet)
     if config.executor.kind == "slurm":
-        executors[-1].run()  # which launches those before it
+        executors[-1].run()  # launches the earlier ones first
         return False
     for executor in executors:
         executor.run()
@@ -82,29 +83,37 @@ def run(config: SynthesisConfig, quiet: bool = True) -> bool:
 
 def begin(config: SynthesisConfig) -> None:
     """
-    Make the folder, or take up what an earlier start has left.
+    Create the folder of a run, or check that an existing one has the same settings.
+
+    Args:
+        config: the configuration of the run.
 
     Raises:
-        InputError: if that had other settings.
+        InputError: if the folder belongs to a run with other settings, or cannot be written.
     """
     path, settings = RunFolders(config.output).work / SETTINGS, decisive(config)
     if not path.exists():
         try:
             write_atomically(path, json_bytes(settings, indent=1))
         except OSError as error:
-            raise InputError(f"output is {config.output}, which cannot be written ({error.strerror}).") from error
+            raise InputError(f"`output` must be a writable folder, got {config.output} ({error.strerror}).") from error
         return
     before = json.loads(path.read_bytes())
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(
-                f"{name} is {short_name(repr(value))}, but {config.output} was begun with "
-                f"{short_name(repr(before.get(name)))}; give the same again, or another output."
+                f"`{name}` must be {short_name(repr(before.get(name)))}, with which the run in {config.output} was "
+                f"started, got {short_name(repr(value))}. Give the same value, or another output."
             )
 
 
 def decisive(config: SynthesisConfig) -> dict[str, Any]:
-    """List what decides about the bytes of the result, as JSON values."""
+    """
+    Return the settings that determine the bytes of the result, as JSON values.
+
+    Args:
+        config: the configuration of the run.
+    """
     values = asdict(config)
     for name in ("writer", "judge"):
         values[name] = _without(values[name], FREE_OF_ENDPOINT)
@@ -113,7 +122,7 @@ def decisive(config: SynthesisConfig) -> dict[str, Any]:
         check["endpoint"] = _without(check["endpoint"], FREE_OF_ENDPOINT)
     values["executor"] = {"tasks": config.executor.tasks}
     values["output"] = None
-    del values["license"]  # is in the data card alone
+    del values["license"]  # appears only in the data card
     known = load_categories()
     values["prompts"] = {name: known[name].prompts_hash for name in config.shares}
     flat: dict[str, Any] = {}
@@ -127,7 +136,12 @@ def _without(values: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str,
 
 
 class StageBuilder:
-    """Makes the stages of a run."""
+    """
+    Make the stages of a run.
+
+    Args:
+        config: the configuration of the run.
+    """
 
     def __init__(self, config: SynthesisConfig):
         self.config = config
@@ -135,7 +149,7 @@ class StageBuilder:
         self.made: list[Stage] = []
 
     def all(self) -> list[Stage]:
-        """Make all of them, in their order."""
+        """Make all stages in order."""
         if self.config.backend == PROCEDURAL:
             self._add("write", [DrawRecords(self.config), FilterRecords(self._progress("write")), *self._write()])
         else:
@@ -149,7 +163,7 @@ class StageBuilder:
         self.made.append(Stage(POOL, [PlanRecords(config)], 1))
         self._ask("describe", [self._read()], DescribeRollout, config.writer)
         self._ask("write_qa", [self._read()], WriteTurnsRollout, config.writer)
-        # before any image is made: they are what costs most
+        # comes before images, which cost the most
         steps = [self._read(), FilterRecords(self._progress("filter"))]
         if config.judge is not None:
             self._ask("judge", steps, JudgeRollout, config.judge)
@@ -159,7 +173,7 @@ class StageBuilder:
         self._add("write", [*self._look(), *self._write()])
 
     def _look(self) -> list[PipelineStep]:
-        """What looks at the images, if anybody; by an endpoint, that is a stage of its own."""
+        """Make the steps that check images. An endpoint gets a stage of its own."""
         check = self.config.image_check
         if check is None:
             return [self._read()]

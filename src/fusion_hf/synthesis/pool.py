@@ -1,4 +1,6 @@
-"""Where records begin: captions that are given to tasks, which decides everything after it, or drawn records."""
+"""Where records start: captions that are distributed to tasks, which determines everything after it, or drawn
+records.
+"""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -19,16 +21,16 @@ from fusion_hf.synthesis.structured_answers import MAX_SEED, hash_prompt
 from fusion_hf.synthesis.synth_record import SynthRecord
 
 STAGE = "pool"
-UNUSABLE = "unusable.jsonl"  # captions that are none
+UNUSABLE = "unusable.jsonl"  # entries that are not valid captions
 ID_DIGITS = 16
 
 
 def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
     """
-    Give names without end: after any number of them, each has its share of it to within one.
+    Yield names of categories without end, such that each has its share of any number of them to within one.
 
     Args:
-        shares: by name; their sum is 1.
+        shares: the share of each category. Their sum is 1.
     """
     behind = dict.fromkeys(shares, 0.0)
     while True:
@@ -40,22 +42,41 @@ def spread_categories(shares: Mapping[str, float]) -> Iterator[str]:
 
 
 def new_record(caption: str, category: str, seed: int, number: int) -> SynthRecord:
-    """Make the record of a caption; its id and seed depend on the run's seed, on its number and on the caption."""
+    """
+    Make the record of a caption. Its id and seed depend on the seed of the run, its number and the caption.
+
+    Args:
+        caption: the caption.
+        category: the name of its category.
+        seed: the seed of the run.
+        number: the number of the caption.
+    """
     digest = hash_prompt(f"{seed}/{number}/{category}/{caption}")
     identity = f"{category.lower()}-{digest[:ID_DIGITS]}"
     return SynthRecord(identity, category, caption, random.Random(digest).randrange(MAX_SEED))
 
 
 def task_size(records: int, tasks: int, task: int) -> int:
-    """Count the records of a task: as many as of the others, or one more."""
+    """
+    Return the number of records of a task. The sizes of two tasks differ by at most one.
+
+    Args:
+        records: the number of all records.
+        tasks: the number of tasks.
+        task: the number of the task.
+    """
     return records // tasks + (task < records % tasks)
 
 
 class PlanRecords(PipelineStep):
     """
-    Reads the pool and gives its records to the tasks, a file for each. One task does this for all.
+    Read the captions and distribute their records to the tasks, with a file for each. One task does this for all.
 
-    A pool with fewer captions than the run's records gives fewer. The plan is there when all files are.
+    If the pool has fewer captions than the run has records, there are fewer records. The plan is complete when all
+    files exist.
+
+    Args:
+        config: the configuration of the run.
     """
 
     name = "Plan records"
@@ -90,7 +111,7 @@ class PlanRecords(PipelineStep):
         for number, caption in enumerate(read_captions(pool)):
             problem = caption.problem
             if problem is None and duplicates is not None:
-                # the filter looks at the caption and names the one before by its id
+                # the filter reads the caption and names the earlier one by its id
                 problem = duplicates.check(SynthRecord(f"caption {number}", "", caption.text, self.config.seed))
             if problem is None:
                 yield caption.text
@@ -100,7 +121,12 @@ class PlanRecords(PipelineStep):
 
 
 class DrawRecords(PipelineStep):
-    """Draws the records of a task, each with its image in the document."""
+    """
+    Draw the records of a task, each with its image in the document.
+
+    Args:
+        config: the configuration of the run.
+    """
 
     name = "Draw records"
     type = "Reader"
@@ -115,7 +141,7 @@ class DrawRecords(PipelineStep):
         config = self.config
         first = sum(task_size(config.records, world_size, task) for task in range(rank))
         count = task_size(config.records, world_size, rank)
-        # of all tasks together: a task of a few records has not all categories
+        # over all tasks together, since a task of few records lacks some categories
         categories = islice(spread_categories(config.shares), first, first + count)
         for position, category in enumerate(categories):
             with self.track_time():

@@ -1,4 +1,4 @@
-"""How far a run is: each task notes its counts in a small file, and whoever sees the folder can add them up."""
+"""The progress of a run: each task writes its counts to a small file, and any process can add them up."""
 
 import json
 import time
@@ -8,17 +8,18 @@ from pathlib import Path
 from fusion_hf.common.outputs import json_bytes, write_atomically
 from fusion_hf.synthesis.synth_record import SynthRecord
 
-SECONDS = 1.0  # between two writes of a task
+SECONDS = 1.0  # minimum time between two writes of a task
 KEPT, REJECTED = "kept", "rejected"
 
 
 class Progress:
     """
-    Counts of one stage.
+    Count the records of one stage.
 
     Args:
-        folder: of all stages.
-        resumes: the stage goes on after a kill instead of going through its records again.
+        folder: the folder of all stages.
+        stage: the name of the stage.
+        resumes: whether the stage continues after a kill instead of processing its records again.
     """
 
     def __init__(self, folder: Path, stage: str, resumes: bool = False):
@@ -29,7 +30,13 @@ class Progress:
         self.written = 0.0
 
     def count(self, task: int, record: SynthRecord) -> None:
-        """Note that a record has gone through the stage."""
+        """
+        Count a record that has passed the stage.
+
+        Args:
+            task: the number of the task.
+            record: the record.
+        """
         if task != self.task:
             self.flush()
             self.task, self.counts = task, Counter(_read(self._path(task)) if self.resumes else {})
@@ -56,7 +63,15 @@ def _read(path: Path) -> dict[tuple[str, str], int]:
 
 
 def read_progress(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
-    """Add up stage -> (category, kept or rejected) -> records so far, in the order in which stages began."""
+    """
+    Add up the counts of all tasks.
+
+    Args:
+        folder: the folder of all stages.
+
+    Returns:
+        For each stage, in the order of their start, the number of records by category and by kept or rejected.
+    """
     found: dict[str, Counter[tuple[str, str]]] = {}
     for stage in sorted(path for path in folder.glob("*") if path.is_dir()):
         found[stage.name] = Counter()

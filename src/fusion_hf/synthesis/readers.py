@@ -1,4 +1,4 @@
-"""Caption pools: text, JSON Lines, Parquet and Hub data sets, read as a stream. Files of strangers are bounded."""
+"""Stream captions from text, JSON Lines and Parquet files and Hub data sets, with limits for untrusted files."""
 
 import json
 from collections.abc import Generator, Iterator
@@ -11,13 +11,13 @@ from fusion_hf.synthesis.run_config import CaptionPool
 
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl",), "parquet": (".parquet",)}
 MAX_LINE_BYTES = 2**20
-MAX_CAPTION = 4000  # characters
-ROWS = 1024  # of a Parquet file, read together
+MAX_CAPTION = 4000  # maximum number of characters
+ROWS = 1024  # rows of a Parquet file that are read at a time
 READ_BYTES = 2**16
 
 
 class Caption(NamedTuple):
-    """One entry of a pool; `problem` says why there is no `text`."""
+    """One entry of a pool. `problem` says why there is no `text`."""
 
     text: str
     problem: str | None = None
@@ -25,7 +25,10 @@ class Caption(NamedTuple):
 
 def read_captions(pool: CaptionPool) -> Generator[Caption, None, None]:
     """
-    Read all captions in the order of their files, in constant memory; what is no caption is reported in its place.
+    Read all captions in the order of their files, in constant memory. Invalid captions are reported in their place.
+
+    Args:
+        pool: the pool.
 
     Raises:
         InputError: if the pool is missing or cannot be read.
@@ -35,7 +38,10 @@ def read_captions(pool: CaptionPool) -> Generator[Caption, None, None]:
 
 def check_pool(pool: CaptionPool) -> None:
     """
-    Look for the first caption, before a run begins. A data set of the Hub is looked for by the run.
+    Check that the pool has a caption before a run starts. Hub data sets are checked during the run.
+
+    Args:
+        pool: the pool.
 
     Raises:
         InputError: if the pool is missing, cannot be read or is empty.
@@ -45,7 +51,9 @@ def check_pool(pool: CaptionPool) -> None:
     captions = read_captions(pool)
     try:
         if next(captions, None) is None:
-            raise InputError(f"pool.source is {short_name(pool.source)}, which holds no caption.")
+            raise InputError(
+                f"`pool.source` must contain at least one caption, got none in {short_name(pool.source)}."
+            )
     finally:
         captions.close()
 
@@ -63,7 +71,7 @@ def _read(pool: CaptionPool) -> Iterator[Caption]:
                 column = pool.column if pool.kind == "jsonl" else None
                 yield from (_line_caption(line, column) for line in _lines(stream))
         except OSError as error:
-            raise InputError(f"pool: {path} cannot be read ({error.strerror}).") from error
+            raise InputError(f"`pool.source` {path} cannot be read ({error.strerror}).") from error
 
 
 def _files(pool: CaptionPool) -> list[Path]:
@@ -71,15 +79,18 @@ def _files(pool: CaptionPool) -> list[Path]:
     if source.is_dir():
         files = sorted(path for path in source.iterdir() if path.suffix in suffixes and path.is_file())
         if not files:
-            raise InputError(f"pool.source is {source}, a folder without files of {', '.join(suffixes)}.")
+            raise InputError(f"`pool.source` must be a folder with files of {', '.join(suffixes)}, got {source}.")
         return files
     if not source.is_file():
-        raise InputError(f"pool.source is {short_name(str(source))}, which does not exist.")
+        raise InputError(f"`pool.source` must be an existing file or folder, got {short_name(str(source))}.")
     return [source]
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Lines without their ends; None for one that is too long, of which no more than its beginning is in memory."""
+    """
+    Yield lines without their ends, and None for a line that is too long, of which only the beginning is in
+    memory.
+    """
     while line := stream.readline(MAX_LINE_BYTES):
         if line.endswith(b"\n") or len(line) < MAX_LINE_BYTES:
             yield line.rstrip(b"\r\n")
@@ -91,7 +102,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _line_caption(line: bytes | None, column: str | None) -> Caption:
-    """The caption in a line of text, or in a column of a line of JSON."""
+    """Return the caption in a line of text, or in a field of a line of JSON."""
     if line is None:
         return Caption("", f"a line has more than {MAX_LINE_BYTES} bytes")
     try:
@@ -105,7 +116,12 @@ def _line_caption(line: bytes | None, column: str | None) -> Caption:
 
 
 def clean_caption(value: Any) -> Caption:
-    """Make a text on one line without control characters, or say why there is none."""
+    """
+    Convert a value to a text on one line without control characters, or say why it is not a caption.
+
+    Args:
+        value: the value.
+    """
     if not isinstance(value, str):
         return Caption("", f"the caption is {type(value).__name__}, no text")
     if len(value) > MAX_CAPTION:
@@ -122,11 +138,11 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
-                raise InputError(f"pool.column is {column!r}; {path} has: {short_name(names)}.")
+                raise InputError(f"`pool.column` must be one of {short_name(names)} of {path}, got {column!r}.")
             for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
                 yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise InputError(f"pool: {path} is no Parquet file ({error}).") from error
+        raise InputError(f"`pool.source` must be a Parquet file, got {path} ({error}).") from error
 
 
 def _hub_rows(pool: CaptionPool) -> Iterator[dict[str, Any]]:
@@ -134,5 +150,7 @@ def _hub_rows(pool: CaptionPool) -> Iterator[dict[str, Any]]:
 
     dataset = load_hub(pool.source, pool.split, streaming=True)
     if dataset.column_names is not None and pool.column not in dataset.column_names:
-        raise InputError(f"pool.column is {pool.column!r}; {pool.source} has: {', '.join(dataset.column_names)}.")
+        raise InputError(
+            f"`pool.column` must be one of {', '.join(dataset.column_names)} of {pool.source}, got {pool.column!r}."
+        )
     yield from dataset.select_columns([pool.column]) if dataset.column_names is not None else dataset

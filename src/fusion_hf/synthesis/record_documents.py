@@ -1,4 +1,4 @@
-"""Records as datatrove carries them, and on disk between two stages: a task reads what the same task wrote."""
+"""Records as datatrove's documents, and on disk between two stages. A task reads what the same task wrote."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,9 @@ def to_document(record: SynthRecord, position: int, task: int, images: Iterable[
     Put a record into a document of datatrove.
 
     Args:
-        position: of the record in its task; the order of its output.
+        record: the record.
+        position: the position of the record in its task, which is the order of its output.
+        task: the number of the task.
         images: PNG files that are in no folder.
     """
     media = [
@@ -32,34 +34,59 @@ def to_document(record: SynthRecord, position: int, task: int, images: Iterable[
 
 
 def record_of(document: Document) -> SynthRecord:
-    """Take the record that a document carries."""
+    """
+    Return the record of a document.
+
+    Args:
+        document: the document.
+    """
     return SynthRecord.from_dict(document.metadata[RECORD])
 
 
 def put_record(document: Document, record: SynthRecord) -> None:
-    """Let a document carry a changed record."""
+    """
+    Replace the record of a document.
+
+    Args:
+        document: the document, changed in place.
+        record: the record.
+    """
     document.metadata[RECORD] = record.to_dict()
 
 
 def plan_file(work: Path) -> Path:
-    """Name the file with the number of records of each task."""
+    """
+    Return the file with the number of records of each task.
+
+    Args:
+        work: the folder for intermediate files.
+    """
     return work / "plan.json"
 
 
 def task_file(folder: Path, task: int) -> Path:
-    """Name the file that a task writes as a whole."""
+    """
+    Return the file that a task writes atomically.
+
+    Args:
+        folder: the folder of the stage.
+        task: the number of the task.
+    """
     return folder / f"{task:05d}{SUFFIX}"
 
 
 class ReadStage(PipelineStep):
     """
-    The records that this task of an earlier stage wrote, in their order.
+    Read the records that this task wrote in an earlier stage, in order.
 
-    A file of a stage that makes requests holds a chunk of records in the order in which they were answered. They are
-    sorted here, so that no more than a chunk is in memory.
+    A file of a stage with requests holds a chunk of records in the order of their answers. They are sorted here, so
+    that only one chunk is in memory.
+
+    Args:
+        folder: the folder of the earlier stage.
 
     Raises:
-        RuntimeError: if one of them is missing or there twice.
+        RuntimeError: if a record is missing or repeated.
     """
 
     name = "Read stage"
@@ -76,17 +103,22 @@ class ReadStage(PipelineStep):
         for path in files:
             for document in sorted(map(_parse, path.open("rb")), key=lambda document: document.metadata[POSITION]):
                 if document.metadata[POSITION] != position:
-                    raise RuntimeError(f"record {position} of task {rank} is not where it belongs in {path}")
+                    raise RuntimeError(f"Record {position} of task {rank} is missing or repeated in {path}.")
                 position += 1
                 self.stat_update("records")
                 yield document
         expected = json.loads(plan_file(self.folder.parent).read_bytes())["records"][rank]
         if position != expected:
-            raise RuntimeError(f"task {rank} has {position} records in {self.folder}, but {expected} were planned")
+            raise RuntimeError(f"Task {rank} must have {expected} records in {self.folder}, got {position}.")
 
 
 def document_line(document: Document) -> bytes:
-    """Write a document without its media as a line of JSON."""
+    """
+    Write a document without its media as a line of JSON.
+
+    Args:
+        document: the document.
+    """
     return json_bytes({"text": document.text, "id": document.id, "metadata": document.metadata})
 
 
@@ -96,7 +128,12 @@ def _parse(line: bytes) -> Document:
 
 
 class SaveStage(PipelineStep):
-    """Writes the records of a task for the next stage; the file is there when all of them are in it."""
+    """
+    Write the records of a task for the next stage. The file appears only when it is complete.
+
+    Args:
+        folder: the folder of the stage.
+    """
 
     name = "Save stage"
     type = "Writer"

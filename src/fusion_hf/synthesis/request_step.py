@@ -1,4 +1,4 @@
-"""Requests to a language model as a step of datatrove: answers are on disk as soon as they are there."""
+"""Requests to a language model as a step of datatrove. Answers are written to disk as soon as they arrive."""
 
 import asyncio
 from pathlib import Path
@@ -21,8 +21,9 @@ from fusion_hf.synthesis.structured_answers import TOKENS
 
 class _ChatServer(InferenceServer):
     """
-    Sends requests by `EndpointClient`. datatrove's own client has no bounds, no key for a local server, and ends the
-    task at the first HTTP 500.
+    Send requests with `EndpointClient`.
+
+    datatrove's own client has no limits and no key for a local server, and it ends the task at the first HTTP 500.
     """
 
     def __init__(self, config: InferenceConfig, rank: int, endpoint: EndpointSettings):
@@ -42,13 +43,13 @@ class _ChatServer(InferenceServer):
         return _checked(answer)
 
     async def server_cleanup(self) -> None:
-        """Close the connections, and end a server that was started."""
+        """Close the connections, and stop a server that was started."""
         await super().server_cleanup()
         await self.client.close()
 
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a response that are used; an InferenceError if it has not the shape of the protocol."""
+    """Return the parts of a response that are used. Raise an InferenceError if it does not follow the protocol."""
     try:
         choice = answer["choices"][0]
         content = choice["message"].get("content") or ""
@@ -61,29 +62,31 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
             "usage": counts,
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InferenceError(None, f"the response is no chat completion ({type(error).__name__}: {error})") from error
+        raise InferenceError(
+            None, f"the response is not a chat completion ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _RunningServer(_ChatServer):
-    """A server that somebody else runs."""
+    """A server that is already running."""
 
     async def start_server(self) -> None:
-        """There is nothing to start."""
+        """Do nothing, since the server is running."""
 
     async def monitor_health(self) -> None:
-        """The requests will tell; an end would mean that the server has died."""
+        """Wait forever, since requests reveal a failure, and returning would mean that the server has died."""
         await asyncio.Future()
 
     async def _wait_until_ready(self, max_attempts: int = 0, delay_sec: float = 0.0) -> None:
-        """The first request will tell: not every endpoint lists its models."""
+        """Do nothing, since the first request reveals a failure and some endpoints do not list their models."""
 
 
 class _StartedVLLM(_ChatServer, VLLMServer):
-    """vLLM, started by datatrove."""
+    """A vLLM server that datatrove starts."""
 
 
 class _StartedSGLang(_ChatServer, SGLangServer):
-    """SGLang, started by datatrove."""
+    """An SGLang server that datatrove starts."""
 
 
 SERVERS: dict[str, type[_ChatServer]] = {"endpoint": _RunningServer, "vllm": _StartedVLLM, "sglang": _StartedSGLang}
@@ -91,8 +94,9 @@ SERVERS: dict[str, type[_ChatServer]] = {"endpoint": _RunningServer, "vllm": _St
 
 class _Checkpoints(CheckpointManager):
     """
-    datatrove's checkpoints in an order that survives a kill at any moment: a chunk is noted as done, in one step,
-    before what could do it again is removed.
+    datatrove's checkpoints in an order that survives a kill at any moment.
+
+    A chunk is marked as done atomically, before the files that could repeat it are removed.
     """
 
     async def update_last_chunk_index(self, rank: int) -> None:
@@ -113,15 +117,17 @@ class _Checkpoints(CheckpointManager):
 
 class RequestStep(InferenceRunner):
     """
-    Runs a rollout on each document and writes the documents in the order in which they are done, a file for each
-    chunk: `FOLDER/RANK/CHUNK.jsonl`.
+    Apply a rollout to each document, and write the documents in the order in which they finish.
 
-    A task that is started again after a kill repeats the requests that were in flight, and no others.
+    Each chunk is a file `FOLDER/RANK/CHUNK.jsonl`. A task that is restarted after a kill repeats only the requests
+    that were in progress.
 
     Args:
-        name: of the stage, for datatrove's tables.
-        checkpoints: a folder that this step alone uses.
-        chunk: documents of one output file; the same in every start.
+        name: the name of the stage, for datatrove's tables.
+        rollout: the rollout.
+        folder: the folder of the output files.
+        checkpoints: a folder that no other step uses.
+        chunk: the number of documents per output file, which must be the same in every start.
     """
 
     def __init__(self, name: str, rollout: RecordRollout, folder: Path, checkpoints: Path, chunk: int):
@@ -149,11 +155,11 @@ class RequestStep(InferenceRunner):
         self.progress.flush()
 
     async def _save_document(self, document: Document, *args: Any, **kwargs: Any) -> None:
-        """As datatrove's, which passes over a document that cannot be written."""
+        """Save a document as datatrove does, but raise an error if it cannot be written."""
         before = self._failed_documents()
         await super()._save_document(document, *args, **kwargs)
         if self._failed_documents() > before:
-            raise OSError(f"record {document.id} cannot be written to {self.folder} (is the disk full?)")
+            raise OSError(f"Record {document.id} cannot be written to {self.folder}. Is the disk full?")
 
     def _failed_documents(self) -> float:
         return self.stats["failed_documents"].total

@@ -1,4 +1,4 @@
-"""What models are asked about a record (to describe, to write, to judge), and what their answers mean."""
+"""The requests to models about a record (to describe, to write, to judge), and the interpretation of their answers."""
 
 import json
 import re
@@ -26,16 +26,16 @@ _SCORE = re.compile(
     rf"\bscore\b\W*([1-{MOST_SCORE}])(?!\d|\.\d)|\b([1-{MOST_SCORE}])\s*(?:/|out of)\s*{MOST_SCORE}\b", re.I
 )
 _ALONE = re.compile(rf"\W*([1-{MOST_SCORE}])\W*")
-NANO = "nano"  # stands for the bundled model
-ANSWER_TOKENS = 256  # of FUSION as a judge
+NANO = "nano"  # the name of the bundled model
+ANSWER_TOKENS = 256  # maximum length of an answer of FUSION as a judge
 
 
 class RecordRollout:
     """
-    A rollout of `RequestStep`: asks about each record that is not rejected yet, and notes what that took.
+    A rollout of `RequestStep` that asks about each record that is not rejected, and stores the usage.
 
     Args:
-        endpoint: who is asked.
+        endpoint: the endpoint to ask.
         progress: counts the records.
     """
 
@@ -56,17 +56,26 @@ class RecordRollout:
         return usage
 
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
-        """Ask about a record; returns it after the request, and the requests and tokens of that."""
+        """
+        Ask about a record.
+
+        Args:
+            record: the record.
+            generate: sends a request.
+
+        Returns:
+            The changed record, and the number of requests and tokens.
+        """
         raise NotImplementedError
 
 
 class WriterRollout(RecordRollout):
     """
-    Asks the writer, and notes who wrote, from which prompt and seed. A record that cannot be written is rejected with
-    the reason.
+    Ask the writer, and store the model, the hash of the prompt and the seed. A record without a valid answer is
+    rejected.
     """
 
-    fills: str  # field of the record
+    fills: str  # the field of the record to fill
 
     async def ask(self, record: SynthRecord, generate: Generate) -> tuple[SynthRecord, dict[str, int]]:
         prompt, model = self.request(load_categories()[record.category], record)
@@ -78,12 +87,18 @@ class WriterRollout(RecordRollout):
         return replace(record, **made_fields), made.usage
 
     def request(self, category: Category, record: SynthRecord) -> tuple[str, type[AnswerModel]]:
-        """Make the prompt, and the model of its answer."""
+        """
+        Return the prompt, and the pydantic model of its answer.
+
+        Args:
+            category: the category of the record.
+            record: the record.
+        """
         raise NotImplementedError
 
 
 class DescribeRollout(WriterRollout):
-    """Expands a caption to what the image is to show: one description for each image."""
+    """Expand a caption into one description per image."""
 
     step, fills = "describe", "descriptions"
 
@@ -92,7 +107,7 @@ class DescribeRollout(WriterRollout):
 
 
 class WriteTurnsRollout(WriterRollout):
-    """Asks for the turns of a conversation about the descriptions."""
+    """Write the turns of a conversation about the descriptions."""
 
     step, fills = "write_qa", "turns"
 
@@ -102,14 +117,22 @@ class WriteTurnsRollout(WriterRollout):
 
 
 class Verdict(NamedTuple):
-    """A score from 1 to 5, and why."""
+    """A score from 1 to 5, and the reason for it."""
 
     score: int
     reason: str
 
 
 def parse_verdict(answer: str) -> Verdict | None:
-    """Find the score in a judge's answer: its JSON object, "score: 4", "4/5", or a digit alone; else None."""
+    """
+    Find the score in the answer of a judge: in a JSON object, as "score: 4" or "4/5", or as a single digit.
+
+    Args:
+        answer: the answer.
+
+    Returns:
+        The verdict, or None if there is no score.
+    """
     if (found := _JSON.search(answer)) is not None:
         try:
             values = json.loads(found.group())
@@ -129,7 +152,13 @@ def parse_verdict(answer: str) -> Verdict | None:
 
 
 def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
-    """Write the prompt of a rubric about a record; of a pair of descriptions it says which is which."""
+    """
+    Write the prompt that asks to score a record. For a pair, it says which description belongs to which image.
+
+    Args:
+        rubric: the check.
+        record: the record.
+    """
     descriptions = "\n".join(record.descriptions)
     if len(record.descriptions) > 1:
         sides = zip(("left", "right"), record.descriptions, strict=True)
@@ -139,7 +168,13 @@ def fill_rubric(rubric: ModelCheck, record: SynthRecord) -> str:
 
 
 def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:
-    """Say why an answer to a rubric rejects the record: its score is too low, or it has none; None if it does not."""
+    """
+    Return the reason why the answer of a judge rejects a record, or None if the record is kept.
+
+    Args:
+        rubric: the check.
+        answer: the answer.
+    """
     verdict = parse_verdict(answer)
     if verdict is None:
         return f"the answer has no score: {answer.strip()[:80]!r}"
@@ -149,7 +184,7 @@ def verdict_problem(rubric: ModelCheck, answer: str) -> str | None:
 
 
 class JudgeRollout(RecordRollout):
-    """Asks for a score of the record, and rejects it if that is too low, or if the answer holds none."""
+    """Ask for a score of the record, and reject the record if the score is missing or too low."""
 
     step = "judge"
 
@@ -164,21 +199,33 @@ class JudgeRollout(RecordRollout):
         return record if reason is None else record.rejected(self.step, reason), usage
 
     def rubric(self, record: SynthRecord) -> ModelCheck:
-        """Find what is scored, which a category has under the step's name."""
+        """
+        Return the check of the record's category that has the name of this step.
+
+        Args:
+            record: the record.
+        """
         rubric: ModelCheck = getattr(load_categories()[record.category], self.step)
         return rubric
 
     def content(self, record: SynthRecord) -> str | list[dict[str, Any]]:
-        """Make the content of the message."""
+        """
+        Return the content of the message.
+
+        Args:
+            record: the record.
+        """
         return fill_rubric(self.rubric(record), record)
 
 
 class ImageJudgeRollout(JudgeRollout):
     """
-    The same with the image, which goes along in the request.
+    Ask for a score of the record, and send its image with the request.
 
     Args:
-        images: the folder that the records' file names are relative to.
+        endpoint: the endpoint to ask.
+        progress: counts the records.
+        images: the folder of the records' images.
     """
 
     step = "image_check"
@@ -195,10 +242,12 @@ class ImageJudgeRollout(JudgeRollout):
 
 class FusionImageCheck(PipelineStep):
     """
-    As `ImageJudgeRollout`, by a FUSION model of this process.
+    Score records with their images like `ImageJudgeRollout`, with a FUSION model in this process.
 
     Args:
-        images: the folder that the records' file names are relative to.
+        settings: the settings of the model.
+        images: the folder of the records' images.
+        progress: counts the records.
     """
 
     name = "Look with FUSION"

@@ -1,4 +1,4 @@
-"""The YAML file of a synthesis run: what is made, by whom, where, and how it is spread over machines."""
+"""The configuration of a synthesis run: what is made, by which models, where, and on how many machines."""
 
 import re
 from collections.abc import Iterable
@@ -12,24 +12,24 @@ from fusion_hf.common.yaml_config import PositiveFloat, PositiveInt, make_datacl
 from fusion_hf.synthesis.category import load_categories
 
 MOST_RECORDS = 10**9
-PROCEDURAL = "procedural"  # the backend that draws everything, and the model of what it draws
-DRAWN_LICENSE = "apache-2.0"  # this project's
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the Hub names them
+PROCEDURAL = "procedural"  # the backend that draws everything, and the name of its model in records
+DRAWN_LICENSE = "apache-2.0"  # the license of this project
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # identifiers of the Hub
 SLURM_NEEDS = ("time", "partition")
 
 
 @dataclass(frozen=True)
 class CaptionPool:
     """
-    Where captions come from.
+    The source of captions.
 
     Attributes:
-        source: File or folder of files, or for `hub` the data set's OWNER/NAME.
-        kind: Format of the source.
-        column: Column or key that holds the caption. Text files have none.
-        split: Split of a data set of the Hub.
-        limit: Largest number of captions that are read. Default: all.
-        near_duplicates: Leave out captions that nearly repeat an earlier one.
+        source: A file or a folder of files, or OWNER/NAME of a data set for `hub`.
+        kind: The format of the source.
+        column: The column or field that holds the caption. Text files have none.
+        split: The split of a Hub data set.
+        limit: The maximum number of captions to read. None reads all.
+        near_duplicates: Whether to leave out captions that nearly repeat an earlier one.
     """
 
     source: str
@@ -43,25 +43,27 @@ class CaptionPool:
 @dataclass(frozen=True)
 class EndpointSettings:
     """
-    A language model that speaks the OpenAI protocol.
+    A language model on a server that is compatible with OpenAI's API.
 
     Attributes:
-        model: Name of the model at the endpoint, or what a server is started with.
-        url: Address of a running server, for `endpoint` alone. An address without a path gets `/v1`.
-        server: A running endpoint, or a server that each task starts.
-        key_variable: Environment variable that holds the API key.
-        structured: How the shape of an answer is asked for: by `response_format`, or in the prompt alone.
-        temperature: Sampling temperature.
-        max_tokens: Largest number of tokens of an answer.
-        concurrency: Requests in flight of one task.
-        tries: Attempts, each with a new seed, until an answer has the shape that was asked for.
-        patience: How often a request that failed (429, 5xx, no connection) is sent again, with growing pauses.
-        timeout: Seconds that one request may take.
+        model: The name of the model on the server.
+        url: The address of a running server. `/v1` is added if it has no path. Leave it out for `vllm` and `sglang`,
+            which are started by the run.
+        server: `endpoint` for a running server, or the server to start.
+        key_variable: The environment variable that holds the API key.
+        structured: How the format of an answer is requested: by the `response_format` `json_schema` or `json_object`,
+            or only in the prompt.
+        temperature: The sampling temperature.
+        max_tokens: The maximum number of tokens of an answer.
+        concurrency: The number of concurrent requests of a task.
+        tries: The maximum number of requests, each with a new seed, until an answer has the requested format.
+        patience: How often a failed request (429, 5xx, no connection) is repeated, with growing pauses.
+        timeout: The timeout of a request in seconds.
         arguments: Further fields of each request.
-        server_arguments: Further arguments of a server that is started.
-        price_per_million_input: Price of a million prompt tokens, for the estimate.
-        price_per_million_output: Price of a million answer tokens, for the estimate.
-        tokens_per_second: Speed of all requests together, for the estimate.
+        server_arguments: Arguments of a server that is started.
+        price_per_million_input: The price of a million input tokens, for the estimate.
+        price_per_million_output: The price of a million output tokens, for the estimate.
+        tokens_per_second: The output tokens per second of all requests together, for the estimate.
     """
 
     model: str
@@ -83,7 +85,10 @@ class EndpointSettings:
 
     def __post_init__(self) -> None:
         if (self.url is None) != (self.server != "endpoint"):
-            raise ValueError(f"url is {self.url!r} for server {self.server!r}; allowed: a url for `endpoint` alone.")
+            raise ValueError(
+                f"`url` must be given for the server 'endpoint' and for no other, got {self.url!r} for "
+                f"{self.server!r}."
+            )
         if self.url is not None:
             check_url(self.url, "key_variable")
 
@@ -91,26 +96,27 @@ class EndpointSettings:
 @dataclass(frozen=True)
 class ImageSettings:
     """
-    What makes images from descriptions.
+    The generator of images.
 
     Attributes:
-        kind: A diffusers pipeline in this process, or an OpenAI images endpoint.
-        model: Folder or Hub repository of a text-to-image pipeline of diffusers, or the endpoint's model.
-        url: Address of the endpoint, for `openai` alone.
-        key_variable: Environment variable that holds the API key.
-        width: Width of an image in pixels.
-        height: Height of an image in pixels.
-        steps: Denoising steps of the pipeline.
-        guidance: Guidance scale of the pipeline.
-        batch_size: Images that are made together. An image's bytes may depend on it.
-        device: Device of the pipeline.
-        dtype: Data type of the pipeline's weights.
-        offload: Keep only the part of the pipeline that works on the GPU.
+        kind: `diffusers` for a pipeline in this process, or `openai` for an endpoint with OpenAI's images API.
+        model: A folder or Hub repository of a text-to-image pipeline of diffusers, or the name of the model on the
+            endpoint.
+        url: The address of the endpoint.
+        key_variable: The environment variable that holds the API key.
+        width: The width of an image in pixels.
+        height: The height of an image in pixels.
+        steps: The number of denoising steps.
+        guidance: The guidance scale.
+        batch_size: The number of images per batch. The bytes of an image may depend on it.
+        device: The device of the pipeline.
+        dtype: The dtype of the pipeline.
+        offload: Whether to keep only the active part of the pipeline on the GPU.
         arguments: Further arguments of the pipeline's call, or fields of the request.
-        patience: How often a request that failed is sent again, with growing pauses.
-        timeout: Seconds that one request may take.
-        price_per_picture: Price of an image, for the estimate.
-        seconds_per_picture: Seconds that one task takes for an image, for the estimate.
+        patience: How often a failed request (429, 5xx, no connection) is repeated, with growing pauses.
+        timeout: The timeout of a request in seconds.
+        price_per_picture: The price of an image, for the estimate.
+        seconds_per_picture: The time per image of one task in seconds, for the estimate.
     """
 
     kind: Literal["diffusers", "openai"]
@@ -133,7 +139,9 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         if (self.url is None) != (self.kind == "diffusers"):
-            raise ValueError(f"url is {self.url!r} for kind {self.kind!r}; allowed: a url for `openai` alone.")
+            raise ValueError(
+                f"`url` must be given for the kind 'openai' and for no other, got {self.url!r} for {self.kind!r}."
+            )
         if self.url is not None:
             check_url(self.url, "key_variable")
 
@@ -141,13 +149,13 @@ class ImageSettings:
 @dataclass(frozen=True)
 class ImageCheckSettings:
     """
-    Who looks at an image with its answers: a vision-language endpoint, or a FUSION model in this process.
+    The model that checks an image and its answers. Set either `endpoint` or `fusion`.
 
     Attributes:
-        endpoint: A vision-language endpoint, with the keys of `writer`.
-        fusion: Folder or Hub repository of a FUSION, or `nano`. Give it or `endpoint`.
-        device: Device of the FUSION.
-        dtype: Data type of the FUSION.
+        endpoint: A vision-language model on a server.
+        fusion: A FUSION model in this process: a folder, a Hub repository, or `nano`.
+        device: The device of the FUSION model.
+        dtype: The dtype of the FUSION model.
     """
 
     endpoint: EndpointSettings | None = None
@@ -157,20 +165,21 @@ class ImageCheckSettings:
 
     def __post_init__(self) -> None:
         if (self.endpoint is None) == (self.fusion is None):
-            raise ValueError("it has endpoint and fusion, or neither; allowed: one of them.")
+            raise ValueError("exactly one of `endpoint` and `fusion` must be given.")
 
 
 @dataclass(frozen=True)
 class ExecutorSettings:
     """
-    How a run is spread: datatrove's executors.
+    How a run is distributed by datatrove's executors.
 
     Attributes:
-        kind: Where tasks run.
-        tasks: Parts of the run. Each writes its own shard. The number may not change between two starts of a run.
-        workers: Tasks that run at the same time. -1 runs all.
-        options: Further arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor`, for all stages.
-        stages: The same for single stages by their name, such as `images: {gpus_per_task: 1}`.
+        kind: The executor.
+        tasks: The number of parts of the run. Each one writes its own shard. It must be the same in every start of a
+            run.
+        workers: The number of concurrent tasks. -1 runs all of them.
+        options: Further arguments of datatrove's `SlurmPipelineExecutor` or `RayPipelineExecutor` for all stages.
+        stages: Further arguments of single stages by name, such as `images: {gpus_per_task: 1}`.
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
@@ -181,35 +190,35 @@ class ExecutorSettings:
 
     def __post_init__(self) -> None:
         if self.workers < 1 and self.workers != -1:
-            raise ValueError(f"workers is {self.workers}; allowed: 1 or more, or -1 for all tasks at a time.")
+            raise ValueError(f"`workers` must be 1 or more, or -1 for all tasks, got {self.workers}.")
         if self.kind == "local" and (self.options or self.stages):
-            raise ValueError("options and stages are for kind slurm and ray.")
+            raise ValueError("`options` and `stages` must be empty unless `kind` is slurm or ray.")
         if self.kind == "slurm" and (missing := [name for name in SLURM_NEEDS if name not in self.options]):
-            raise ValueError(f"options has no {missing[0]}; Slurm needs {' and '.join(SLURM_NEEDS)}.")
+            raise ValueError(f"`options` must have {' and '.join(SLURM_NEEDS)} for Slurm, but lacks {missing[0]}.")
 
 
 @dataclass(frozen=True)
 class SynthesisConfig:
     """
-    A run.
+    The configuration of a run.
 
     Attributes:
-        output: Folder of the run. The finished data is in `output/data`.
-        records: Number of records that are begun. Filters take some of them out.
-        categories: Shares of the categories by name. Default: all, with the shares that their files give.
+        output: The folder of the run. The finished data is in `output/data`.
+        records: The number of records to start with. Filters reject some of them.
+        categories: The shares of categories by name. None uses all categories, with the shares in their files.
         backend: `models` asks the endpoints. `procedural` draws everything without a model.
-        seed: Seed of the run.
-        pool: Where captions come from. The backend `models` needs it.
-        writer: The language model that writes descriptions, questions and answers. The backend `models` needs it.
-        images: What makes the images. The backend `models` needs it.
-        judge: A language model that scores texts. Default: none.
-        image_check: A vision-language model that scores images. Default: none.
-        executor: How the run is spread over processes or machines.
-        format: Format of the finished shards.
-        chunk: Records between two checkpoints of a task.
-        license: License of the data card, an identifier of the Hub such as `cc-by-4.0`. Default: the license of this
-            project for drawn records, whose templates they are made of. Otherwise none, since the license depends on
-            captions and models.
+        seed: The seed of the run.
+        pool: The source of captions.
+        writer: The language model that writes descriptions, questions and answers.
+        images: The generator of images.
+        judge: The language model that scores records. None skips this check.
+        image_check: The vision-language model that scores records with their images. None skips this check.
+        executor: How the run is distributed.
+        format: The format of the shards.
+        chunk: The number of records between two checkpoints of a task.
+        license: The license in the data card, an identifier of the Hub such as `cc-by-4.0`. Drawn records default to
+            the license of this project, whose templates they are made from. Other data has no default, since the
+            license depends on captions and models.
     """
 
     output: Path
@@ -229,57 +238,78 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         if self.records > MOST_RECORDS:
-            raise ValueError(f"records is {self.records}; allowed: up to {MOST_RECORDS}.")
+            raise ValueError(f"`records` must be at most {MOST_RECORDS}, got {self.records}.")
         if self.license is not None and not LICENSE.fullmatch(self.license):
-            raise ValueError(f"license is {short_name(repr(self.license))}; allowed: an identifier such as cc-by-4.0.")
+            raise ValueError(
+                f"`license` must be an identifier such as cc-by-4.0, got {short_name(repr(self.license))}."
+            )
         if self.backend == "models":
             for name in ("pool", "writer", "images"):
                 if getattr(self, name) is None:
-                    raise ValueError(f"it has no {name}, which the backend `models` needs.")
+                    raise ValueError(f"`{name}` must be given for the backend `models`.")
         known = load_categories()
         for name, share in (self.categories or {}).items():
             if name not in known:
-                raise ValueError(f"categories has {short_name(repr(name))}; allowed: {', '.join(known)}.")
+                raise ValueError(
+                    f"`categories` must contain only names from {', '.join(known)}, got {short_name(repr(name))}."
+                )
             if share <= 0:
-                raise ValueError(f"categories.{name} is {share}; allowed: a share above 0.")
+                raise ValueError(f"`categories.{name}` must be above 0, got {share}.")
 
     @property
     def license_name(self) -> str | None:
-        """The licence that the data card states; None if whoever publishes the data has to."""
+        """The license in the data card. None if you must choose it before you publish the data."""
         return DRAWN_LICENSE if self.license is None and self.backend == PROCEDURAL else self.license
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the categories that are made; their sum is 1."""
+        """The shares of the categories, which sum to 1."""
         known = load_categories()
         shares = self.categories or {name: category.share for name, category in known.items()}
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
 class RunFolders:
-    """Where a run keeps what. `data` is the result; `work` can be removed when it is there."""
+    """
+    The folders of a run. `data` is the result. You can remove `work` when the run is finished.
+
+    Args:
+        output: The folder of the run.
+    """
 
     def __init__(self, output: Path):
         self.data, self.work = output / "data", output / "work"
         self.images, self.progress = self.work / "pictures", self.work / "progress"
 
     def stage(self, name: str) -> Path:
-        """Name the folder of the records as a stage leaves them."""
+        """
+        Return the folder of the records after a stage.
+
+        Args:
+            name: the name of the stage.
+        """
         return self.work / name
 
     def logs(self, stage: str) -> Path:
-        """datatrove's own: logs, completed tasks, scripts for Slurm."""
+        """
+        Return datatrove's folder of a stage, with logs, completed tasks and scripts for Slurm.
+
+        Args:
+            stage: the name of the stage.
+        """
         return self.work / "logs" / stage
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> SynthesisConfig:
     """
+    Read the configuration of a run.
+
     Args:
-        path: a YAML file. A local `pool.source` and `output` in it are relative to the working directory.
-        overrides: `key=value`, values as in YAML; a key of a section as `section.key`.
+        path: A YAML file. Local paths in `pool.source` and `output` are relative to the working directory.
+        overrides: Texts of the form `key=value` with values in YAML. Keys of a section are written `section.key`.
 
     Raises:
-        InputError: for a file that is no config, an unknown key or a wrong value.
+        InputError: if the file is not a configuration, a key is unknown, or a value is invalid.
     """
     values = read_yaml_keys(path, "The config")
     for text in overrides:
@@ -292,6 +322,6 @@ def _override(values: dict[str, Any], name: str, value: Any) -> None:
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise InputError(f"{name} cannot be set: {section} is {short_name(repr(inner))}.")
+            raise InputError(f"`{section}` must be a section to set {name}, got {short_name(repr(inner))}.")
         values = inner
     values[key] = value

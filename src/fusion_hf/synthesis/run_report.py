@@ -18,12 +18,17 @@ from fusion_hf.synthesis.shards import REJECTED, SUMMARIES, stage_folder
 from fusion_hf.synthesis.summary import CategorySummary, Summary
 
 REPORT = "report.json"
-DECIMALS = 4  # of shares
+DECIMALS = 4  # decimals of shares
 BEFORE_RULES, AFTER_RULES = ("describe", "write_qa"), ("duplicate_questions", "judge", "make_image", "image_check")
 
 
 def idle_steps(config: SynthesisConfig) -> set[str]:
-    """Return the steps that a run with this config does not have: nothing is known of what they would have kept."""
+    """
+    Return the steps that a run does not have, so that their yield is unknown.
+
+    Args:
+        config: the configuration of the run.
+    """
     if config.backend == PROCEDURAL:
         return {*BEFORE_RULES, "make_image", "judge", "image_check"}
     return {name for name in ("judge", "image_check") if getattr(config, name) is None}
@@ -31,15 +36,16 @@ def idle_steps(config: SynthesisConfig) -> set[str]:
 
 def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()) -> list[dict[str, Any]]:
     """
-    Count what each step kept of the records that came to it, in the order in which they look; steps that rejected
-    nothing are among them. None came to one that was not run.
+    Count what each step kept of the records that reached it, in the order of the steps. Steps that rejected nothing
+    are included.
 
     Args:
-        rules: names of the category's filters in their order.
-        idle: steps that were not run.
+        summary: the counts of a category.
+        rules: the names of the category's filters in order.
+        idle: the steps that were not run, which no record reached.
 
     Returns:
-        JSON values; `kept_share` is None if no record came.
+        JSON values. `kept_share` is None if no record reached the step.
     """
     known = [*BEFORE_RULES, *rules, *AFTER_RULES]
     steps = [*known, *sorted(set(summary.rejected) - set(known))]
@@ -53,7 +59,14 @@ def yields(summary: CategorySummary, rules: list[str], idle: Container[str] = ()
 
 
 def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
-    """Report counts, yields, prompts and models as JSON values. The same run gives the same ones: no times."""
+    """
+    Make the report of a run as JSON values: counts, yields, prompts and models. It has no times, so that equal runs
+    have equal reports.
+
+    Args:
+        config: the configuration of the run.
+        summary: the counts of the run.
+    """
     known, idle = load_categories(), idle_steps(config)
     categories = {}
     for name, counts in sorted(summary.categories.items()):
@@ -82,7 +95,15 @@ def make_report(config: SynthesisConfig, summary: Summary) -> dict[str, Any]:
 
 
 def write_mixtures(data: Path) -> list[Path]:
-    """Write a mixture for each training stage that has shards, as recipes name it in `data`."""
+    """
+    Write a mixture for each training stage that has shards, for the key `data` of a recipe.
+
+    Args:
+        data: the folder of the data.
+
+    Returns:
+        The paths of the mixtures.
+    """
     paths = []
     for stage in sorted({category.stage for category in load_categories().values()}):
         if any((data / stage_folder(stage)).glob("*")):
@@ -94,7 +115,12 @@ def write_mixtures(data: Path) -> list[Path]:
 
 
 class MakeReport(PipelineStep):
-    """Adds up what the tasks have counted, once all of them are done."""
+    """
+    Add up the counts of all tasks once they are done, and write the report.
+
+    Args:
+        config: the configuration of the run.
+    """
 
     name = "Make report"
     type = "Report"
@@ -108,7 +134,7 @@ class MakeReport(PipelineStep):
         for path in sorted((folders.work / SUMMARIES).glob("*.json")):
             summary.merge(Summary.from_dict(json.loads(path.read_bytes())))
         for path in (folders.data / REJECTED).glob("*"):
-            if path.stat().st_size == 0:  # tasks of earlier versions have left files without a record
+            if path.stat().st_size == 0:  # tasks of earlier versions left files without records
                 path.unlink()
         report = make_report(self.config, summary)
         write_atomically(folders.data / REPORT, json_bytes(report, indent=1))
@@ -118,8 +144,13 @@ class MakeReport(PipelineStep):
 
 
 def table(report: dict[str, Any]) -> str:
-    """Write records by category, and what each step kept, for a terminal."""
-    lines = [f"{'category':<20}{'begun':>9}{'written':>9}  rejected by"]
+    """
+    Write the records by category and by rejecting step as a table for a terminal.
+
+    Args:
+        report: the report of the run.
+    """
+    lines = [f"{'category':<20}{'started':>9}{'written':>9}  rejected by"]
     for name, counts in report["categories"].items():
         steps = [f"{step['step']} {step['rejected']:,}" for step in counts["yields"] if step["rejected"]]
         lines.append(f"{name:<20}{counts['records']:>9,}{counts['written']:>9,}  {', '.join(steps) or '-'}")
@@ -128,6 +159,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def finished_report(data: Path) -> dict[str, Any] | None:
-    """Read what `MakeReport` wrote; None if the run is not that far."""
+    """
+    Read the report of a run, or return None if the run is not finished.
+
+    Args:
+        data: the folder of the data.
+    """
     path = data / REPORT
     return json.loads(path.read_bytes()) if path.exists() else None

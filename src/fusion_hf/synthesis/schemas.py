@@ -9,7 +9,7 @@ from fusion_hf.synthesis.synth_record import RecordTurn
 try:
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
 except ModuleNotFoundError as error:
-    raise ImportError("the data engine needs pydantic: pip install fusion_hf[synth]") from error
+    raise ImportError("The data engine requires pydantic. Install the extra `synth`.") from error
 
 LEAST_OPTIONS, MOST_OPTIONS = 3, 6
 
@@ -114,13 +114,18 @@ DESCRIBE_SCHEMAS: dict[int, type[AnswerModel]] = {1: SceneDescription, 2: Descri
 @cache
 def answer_model(name: str, least: int, most: int) -> type[AnswerModel]:
     """
-    Make the model called `name`, with bounds on its turns if it has several.
+    Make the pydantic model of an answer, with limits on the number of its turns if it has several.
+
+    Args:
+        name: the name of the schema.
+        least: the minimum number of turns.
+        most: the maximum number of turns.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if the name is unknown.
     """
     if name not in SCHEMAS:
-        raise ValueError(f"schema is {name!r}; allowed: {', '.join(SCHEMAS)}")
+        raise ValueError(f"`schema` must be one of {', '.join(SCHEMAS)}, got {name!r}.")
     model = SCHEMAS[name]
     if "turns" not in model.model_fields:
         return model

@@ -1,4 +1,6 @@
-"""The end of a task: shards for training mixtures (tar or Parquet), its rejected records, and a summary of both."""
+"""The end of a task: it writes shards for training mixtures (tar or Parquet), its rejected records, and their
+counts.
+"""
 
 import json
 import tarfile
@@ -21,20 +23,32 @@ from fusion_hf.synthesis.synth_record import SynthRecord
 REJECTED, SUMMARIES = "rejected", "summaries"
 IMAGE_SUFFIX, RECORD_SUFFIX = ".png", ".json"
 MODE = 0o644
-ROWS = 256  # of a row group, whose images are in memory together
+ROWS = 256  # rows of a row group, whose images are in memory at once
 
 
 class TarShard:
-    """`ID.json` and `ID.png` for each record, without times and owners."""
+    """
+    A tar archive with `ID.json` and `ID.png` for each record, without times and owners.
+
+    Args:
+        stream: the file to write.
+    """
 
     def __init__(self, stream: BinaryIO):
         self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def add(self, record: SynthRecord, image: bytes) -> None:
+        """
+        Add a record.
+
+        Args:
+            record: the record.
+            image: the bytes of its PNG.
+        """
         fields = {**record.training_record(), "image": record.id + IMAGE_SUFFIX, "category": record.category}
         self._member(record.id + RECORD_SUFFIX, json_bytes(fields))
         self._member(record.id + IMAGE_SUFFIX, image)
-        self.tar.members.clear()  # type: ignore[attr-defined]  # or the names of all stay in memory
+        self.tar.members.clear()  # type: ignore[attr-defined]  # otherwise all names stay in memory
 
     def _member(self, name: str, content: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -42,11 +56,17 @@ class TarShard:
         self.tar.addfile(info, BytesIO(content))
 
     def close(self) -> None:
+        """Finish the archive."""
         self.tar.close()
 
 
 class ParquetShard:
-    """A row for each record, its image as `datasets.Image` stores one."""
+    """
+    A Parquet file with a row for each record, and images as `datasets.Image` stores them.
+
+    Args:
+        stream: the file to write.
+    """
 
     def __init__(self, stream: BinaryIO):
         import pyarrow as pa
@@ -60,12 +80,20 @@ class ParquetShard:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, record: SynthRecord, image: bytes) -> None:
+        """
+        Add a record.
+
+        Args:
+            record: the record.
+            image: the bytes of its PNG.
+        """
         cell = {"bytes": image, "path": record.id + IMAGE_SUFFIX}
         self.rows.append({**record.training_record(), "image": cell, "category": record.category})
         if len(self.rows) == ROWS:
             self._write()
 
     def close(self) -> None:
+        """Write the remaining rows and finish the file."""
         self._write()
         self.writer.close()
 
@@ -77,18 +105,23 @@ class ParquetShard:
         self.rows = []
 
 
-RecordShard: TypeAlias = TarShard | ParquetShard  # the same records give the same bytes
+RecordShard: TypeAlias = TarShard | ParquetShard  # equal records give equal bytes
 SHARDS: dict[str, type[RecordShard]] = {"tar": TarShard, "parquet": ParquetShard}
 
 
 def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Read the records of a shard with the bytes of their PNG, in their order."""
+    """
+    Yield the records of a shard in order, with the bytes of their PNG.
+
+    Args:
+        path: the shard.
+    """
     if path.suffix == ".tar":
         with tarfile.open(path, "r:") as tar:
             record: dict[str, Any] = {}
             for member in tar:
                 content = tar.extractfile(member)
-                assert content is not None, "a shard has files alone"
+                assert content is not None, "a shard holds only files"
                 if member.name.endswith(RECORD_SUFFIX):
                     record = json.loads(content.read())
                 else:
@@ -103,16 +136,23 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def stage_folder(stage: str) -> str:
-    """Name the folder of a training stage's shards, beside its mixture."""
+    """
+    Return the name of the folder with the shards of a training stage, which lies next to its mixture.
+
+    Args:
+        stage: the training stage.
+    """
     return f"stage{stage}"
 
 
 class WriteRecords(PipelineStep):
     """
-    Writes the records of a task in their order; all files get their names together at the end, so that a task that was
-    killed begins anew.
+    Write the records of a task in order.
+
+    All files are renamed together at the end, so that a task that was killed starts again.
 
     Args:
+        folders: the folders of the run.
         kind: `tar` or `parquet`.
     """
 
@@ -129,7 +169,7 @@ class WriteRecords(PipelineStep):
         rejects = task_file(self.folders.data / REJECTED, rank)
         remove_draft(rejects)
         with ExitStack() as files:
-            rejected: BinaryIO | None = None  # a task that rejects nothing leaves no file
+            rejected: BinaryIO | None = None  # a task without rejected records writes no such file
             for document in data:
                 record = record_of(document)
                 summary.add(record, document.metadata[USAGE])

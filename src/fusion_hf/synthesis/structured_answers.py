@@ -1,4 +1,4 @@
-"""Structured answers of a language model: how their shape is asked for, checked, and asked for again."""
+"""Structured answers of a language model: how their format is requested, checked, and requested again."""
 
 import hashlib
 import json
@@ -14,22 +14,23 @@ from fusion_hf.synthesis.run_config import EndpointSettings
 
 Generate = Callable[[dict[str, Any]], Awaitable[InferenceResult]]
 
-CUT = "length"  # the finish reason of an answer that was not finished
-MAX_SEED = 2**31 - 1  # some servers hold a seed in 32 bits
-SEED_STEP = 7919  # between two tries
-TOKENS = ("prompt_tokens", "completion_tokens")  # of a response's usage
-SHOWN = 200  # characters of what is wrong with an answer
+CUT = "length"  # the finish reason of a truncated answer
+MAX_SEED = 2**31 - 1  # some servers store seeds in 32 bits
+SEED_STEP = 7919  # difference between the seeds of two tries
+TOKENS = ("prompt_tokens", "completion_tokens")  # keys in the usage of a response
+SHOWN = 200  # maximum number of characters of an error message
 
 
 @dataclass(frozen=True)
 class StructuredAnswer:
     """
-    What became of a structured request.
+    The result of a structured request.
 
     Attributes:
-        answer: None if there is a `reason` why there is no valid one.
-        seed: of the last try.
-        usage: requests and tokens of all tries.
+        answer: the answer, or None if there is no valid one.
+        reason: why there is no valid answer.
+        seed: the seed of the last try.
+        usage: the number of requests and tokens of all tries.
     """
 
     answer: Any
@@ -39,17 +40,34 @@ class StructuredAnswer:
 
 
 def hash_prompt(prompt: str) -> str:
-    """Hash a text, such as a prompt: SHA-256 in hexadecimal digits."""
+    """
+    Return the SHA-256 of a text as hexadecimal digits.
+
+    Args:
+        prompt: the text.
+    """
     return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def usage_of(result: InferenceResult) -> dict[str, int]:
-    """Count one request and its tokens."""
+    """
+    Count one request and its tokens.
+
+    Args:
+        result: the result of the request.
+    """
     return {"requests": 1, **{name: result.usage.get(name, 0) for name in TOKENS}}
 
 
 def make_payload(endpoint: EndpointSettings, prompt: str | list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Write a chat request; `prompt` is a text, or the blocks of a message."""
+    """
+    Make the payload of a chat request.
+
+    Args:
+        endpoint: the settings of the endpoint.
+        prompt: a text, or the content blocks of a message.
+        seed: the seed of the request.
+    """
     return {
         "messages": [{"role": "user", "content": prompt}],
         "temperature": endpoint.temperature,
@@ -63,8 +81,16 @@ async def ask_structured(
     generate: Generate, endpoint: EndpointSettings, prompt: str, model: type[BaseModel], seed: int
 ) -> StructuredAnswer:
     """
-    Ask until an answer is a valid `model`, each time with another seed: the same request would be answered from the
-    cache of requests.
+    Ask until an answer is a valid `model`.
+
+    Each try has another seed, since the request cache would answer the same request.
+
+    Args:
+        generate: sends a request.
+        endpoint: the settings of the endpoint.
+        prompt: the prompt.
+        model: the pydantic model of the answer.
+        seed: the seed of the first try.
     """
     schema = model.model_json_schema()
     reason = ""
@@ -87,7 +113,7 @@ async def ask_structured(
 
 
 def _shaped(endpoint: EndpointSettings, prompt: str, name: str, schema: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A request that asks for the shape of its answer: by `response_format`, in the prompt, or by both."""
+    """Make a request that asks for the format of its answer by `response_format`, in the prompt, or both."""
     if endpoint.structured != "json_schema":
         prompt += f"\n\nAnswer with one JSON object of this schema and nothing else:\n{json.dumps(schema)}"
     payload = make_payload(endpoint, prompt, seed)
@@ -100,7 +126,10 @@ def _shaped(endpoint: EndpointSettings, prompt: str, name: str, schema: dict[str
 
 
 def _json_part(text: str) -> str:
-    """From the first brace to the last: some models put words or a code fence around their JSON."""
+    """
+    Return the text from the first brace to the last, since some models put words or a code fence around their
+    JSON.
+    """
     begin, end = text.find("{"), text.rfind("}")
     return text[begin : end + 1] if 0 <= begin < end else text
 

@@ -1,4 +1,4 @@
-"""What became of the records: counts by category and step, who made them, what they cost."""
+"""Counts of records by category and step, with the models that made them and what they cost."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -9,21 +9,24 @@ from fusion_hf.synthesis.balance import Answers, count_answers, merge_answers
 from fusion_hf.synthesis.choices import Choice, parse_choice
 from fusion_hf.synthesis.synth_record import SynthRecord
 
-SAMPLES = 4  # records of each category that are shown
-EXAMPLES = 3  # reasons of each filter that are shown
+SAMPLES = 4  # records to show for each category
+EXAMPLES = 3  # reasons to show for each filter
 
 
 @dataclass
 class CategorySummary:
     """
+    The counts of a category.
+
     Attributes:
-        records: that were begun.
-        rejected: by step.
-        examples: first reasons by step.
-        turns: of the written records; `words` in their answers.
-        letters: answers of multiple choice.
-        answers: by form of question.
-        samples: ids of the first written records.
+        records: the number of records at the start.
+        rejected: the number of rejected records by step.
+        examples: the first reasons by step.
+        turns: the number of turns of written records.
+        words: the number of words in their answers.
+        letters: the number of right answers by letter, for multiple choice.
+        samples: the ids of the first written records.
+        answers: the number of answers by form of question.
     """
 
     records: int = 0
@@ -37,6 +40,7 @@ class CategorySummary:
 
     @property
     def written(self) -> int:
+        """Number of written records."""
         return self.records - sum(self.rejected.values())
 
     def add(self, record: SynthRecord) -> None:
@@ -58,7 +62,12 @@ class CategorySummary:
             self.samples.append(record.id)
 
     def merge(self, other: "CategorySummary") -> None:
-        """Add what another task counted."""
+        """
+        Add the counts of another task.
+
+        Args:
+            other: the other counts.
+        """
         self.records += other.records
         self.turns += other.turns
         self.words += other.words
@@ -74,9 +83,12 @@ class CategorySummary:
 @dataclass
 class Summary:
     """
+    The counts of a run.
+
     Attributes:
-        models: by step, with the number of records each made.
-        usage: requests and tokens by step.
+        categories: the counts by category.
+        models: the number of records by step and model.
+        usage: the number of requests and tokens by step.
     """
 
     categories: dict[str, CategorySummary] = field(default_factory=lambda: defaultdict(CategorySummary))
@@ -84,7 +96,13 @@ class Summary:
     usage: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, record: SynthRecord, usage: Mapping[str, Mapping[str, int]]) -> None:
-        """Count a record that is written or rejected."""
+        """
+        Count a written or rejected record.
+
+        Args:
+            record: the record.
+            usage: its requests and tokens by step.
+        """
         self.categories[record.category].add(record)
         for step, origin in record.origins.items():
             self.models[step][origin.model] += 1
@@ -92,7 +110,12 @@ class Summary:
             self.usage[step].update(amounts)
 
     def merge(self, other: "Summary") -> None:
-        """Add what another task counted."""
+        """
+        Add the counts of another task.
+
+        Args:
+            other: the other counts.
+        """
         for name, category in other.categories.items():
             self.categories[name].merge(category)
         for own, more in ((self.models, other.models), (self.usage, other.usage)):
@@ -101,14 +124,16 @@ class Summary:
 
     @property
     def records(self) -> int:
+        """Number of records at the start."""
         return sum(category.records for category in self.categories.values())
 
     @property
     def written(self) -> int:
+        """Number of written records."""
         return sum(category.written for category in self.categories.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Write the summary as JSON values."""
+        """Convert the counts to JSON values."""
         return {
             "categories": {name: dict(vars(category)) for name, category in sorted(self.categories.items())},
             "models": {step: dict(models) for step, models in sorted(self.models.items())},
@@ -117,11 +142,16 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Summary":
-        """Read what `to_dict` gave."""
+        """
+        Read what `to_dict` returned.
+
+        Args:
+            values: the JSON values.
+        """
         summary = cls()
         for name, fields in values["categories"].items():
             counters = {key: Counter(fields[key]) for key in ("rejected", "letters")}
-            # a task that an earlier version finished has not counted them
+            # tasks that an earlier version finished lack these counts
             answers = {form: Counter(counts) for form, counts in fields.get("answers", {}).items()}
             summary.categories[name] = CategorySummary(**{**fields, **counters, "answers": answers})
         for key in ("models", "usage"):

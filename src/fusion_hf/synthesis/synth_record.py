@@ -1,4 +1,4 @@
-"""What goes through the steps of the data engine: one caption on its way to a training record."""
+"""The record that passes through the steps of the data engine, from a caption to a training record."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,7 +18,7 @@ class RecordTurn:
 
 @dataclass(frozen=True)
 class StepOrigin:
-    """What made a part of a record: the model, the SHA-256 of its prompt, and its seed."""
+    """The model that made a part of a record, the SHA-256 of its prompt, and its seed."""
 
     model: str
     prompt_hash: str
@@ -27,7 +27,7 @@ class StepOrigin:
 
 @dataclass(frozen=True)
 class Rejection:
-    """The step that took a record out, and why."""
+    """The step that rejected a record, and the reason."""
 
     step: str
     reason: str
@@ -39,12 +39,15 @@ class SynthRecord:
     One record of the data engine.
 
     Attributes:
-        id: unique in a run, and the same in each run with its settings.
-        category: name of a file in `synthesis/categories`.
-        caption: from the caption pool.
-        descriptions, images: one for each image; file names are relative to the output's folder of images.
-        facts: exact annotations of a drawn image; empty for others. JSON values only.
-        origins: by step.
+        id: an id that is unique in a run, and the same in every run with the same settings.
+        category: the name of a file in `synthesis/categories`.
+        caption: the caption from the pool.
+        seed: the seed of the record.
+        descriptions: one description per image.
+        images: one file name per image, relative to the folder of images.
+        turns: the questions and answers.
+        facts: exact annotations of a drawn image as JSON values. Empty for other images.
+        origins: what made the parts of the record, by step.
         rejection: why the record is not written, or None.
     """
 
@@ -60,38 +63,48 @@ class SynthRecord:
     rejection: Rejection | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Write JSON values, from which `from_dict` makes an equal record."""
+        """Convert the record to JSON values, from which `from_dict` makes an equal record."""
         values = asdict(self)
         return values | {name: list(values[name]) for name in ("descriptions", "images", "turns")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SynthRecord":
         """
-        Read what `to_dict` gave.
+        Read what `to_dict` returned.
+
+        Args:
+            values: the JSON values.
 
         Raises:
-            ValueError: for a field that is unknown or missing, or has another type.
+            ValueError: if a field is unknown or missing, or has the wrong type.
         """
         try:
             return make_dataclass(cls, values, "a record")
-        except InputError as error:  # what a run has written itself is no input
+        except InputError as error:  # files that a run wrote are not user input
             raise ValueError(str(error)) from error
 
     def rejected(self, step: str, reason: str) -> "SynthRecord":
-        """Take this record out by a step."""
+        """
+        Return this record, rejected by a step.
+
+        Args:
+            step: the name of the step.
+            reason: the reason.
+        """
         return replace(self, rejection=Rejection(step, reason))
 
     def training_record(self) -> dict[str, Any]:
         """
-        Write `{"id", "image", "conversations"}`, the format of the training data, which holds one image.
+        Convert the record to `{"id", "image", "conversations"}`, the format of the training data, which holds one
+        image.
 
         Raises:
-            ValueError: if the record was rejected, has no turn, or has not exactly one image: those of a pair are
-                composed into one before (`image_generation.compose_pair`).
+            ValueError: if the record was rejected, or does not have exactly one image and at least one turn. Pairs
+                must be composed into one image first (`image_generation.compose_pair`).
         """
         if self.rejection is not None:
-            raise ValueError(f"record {self.id} was rejected by {self.rejection.step}: {self.rejection.reason}")
+            raise ValueError(f"Record {self.id} was rejected by {self.rejection.step}: {self.rejection.reason}.")
         if not self.turns or len(self.images) != 1:
             amounts = f"{len(self.turns)} turns and {len(self.images)} images"
-            raise ValueError(f"record {self.id} has {amounts}; allowed: one image, and one turn or more")
+            raise ValueError(f"Record {self.id} must have one image and at least one turn, got {amounts}.")
         return llava_record(self.id, self.images[0], ((turn.question, turn.answer) for turn in self.turns))

@@ -1,4 +1,4 @@
-"""Training FUSION with `transformers.Trainer`."""
+"""Train FUSION models with `transformers.Trainer`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusionDataCollator", "FusionTrainer", "FusionTrainingArguments", "load_records"]
 
-# what needs torch or the extra `train`, and seconds to import
+# These names need torch or the extra `train`, and take seconds to import.
 _MODULES = {
     "FusionDataCollator": "fusion_hf.training.collator",
     "FusionTrainer": "fusion_hf.training.trainer",

@@ -1,7 +1,8 @@
-"""LoRA in some parts, beside others that are trained as a whole; one file of safetensors holds both.
+"""LoRA adapters in some parts of a model, next to other parts that are trained in full. One safetensors file holds
+both.
 
-An adapter is read strictly. PEFT passes over what it does not find, and a model without half of its adapter answers,
-only badly: here every key that is missing or too many is an error.
+Adapters are read strictly. PEFT ignores keys that it does not find, and a model with half of its adapter still
+answers, only badly. Here, every missing or unexpected key is an error.
 """
 
 import sys
@@ -32,9 +33,9 @@ from fusion_hf.training.recipe_keys import LORA_BIASES, NO_BIAS
 from fusion_hf.training.run_card import write_run_card
 
 HEAD = "lm_head"
-UNUSED_ORIGINAL = ".original_module."  # in names: what PEFT keeps of a part that is trained as a whole
+UNUSED_ORIGINAL = ".original_module."  # marks the frozen copy that PEFT keeps of a module trained in full
 WHOLE_MODULES = tuple(name for names in MODULES_OF_PART.values() for name in names)
-# What an adapter's configuration may say; of all other fields only PEFT's default is understood.
+# Fields that an adapter's configuration may set. All other fields must have PEFT's default.
 USED = (*("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"),)
 NOTES = (
     "auto_mapping",
@@ -49,7 +50,14 @@ NOTES = (
 
 def add_lora(model: FusionForConditionalGeneration, arguments: FusionTrainingArguments) -> PeftModel:
     """
-    Freeze a model, put LoRA into some of its parts, and let the others in `arguments.train` train as a whole.
+    Freeze a model, add LoRA to `arguments.lora_parts`, and keep the parts in `arguments.train` trainable.
+
+    Args:
+        model: the model to adapt. It is changed in place.
+        arguments: the training arguments with the `lora_*` keys.
+
+    Returns:
+        The PEFT model around `model`.
 
     Raises:
         InputError: if `lora_targets` names no linear layer.
@@ -67,13 +75,13 @@ def add_lora(model: FusionForConditionalGeneration, arguments: FusionTrainingArg
         bias=arguments.lora_bias,  # type: ignore[arg-type]
     )
     if arguments.gradient_checkpointing:
-        model.enable_input_require_grads()  # reentrant checkpoints pass gradients on only if an input has them
+        model.enable_input_require_grads()  # reentrant checkpointing needs an input with a gradient
     with hide_peft_deprecation():
         adapted = get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():  # with `all`, PEFT trains every bias that there is
+    for name, parameter in adapted.named_parameters():  # with `all`, PEFT also trains the biases of frozen parts
         if part_of(name) not in arguments.train or UNUSED_ORIGINAL in name:
             parameter.requires_grad_(False)
-    config.base_model_name_or_path = arguments.model  # not the cache's folder, which no other machine has
+    config.base_model_name_or_path = arguments.model  # not the local cache folder, which other machines lack
     return adapted
 
 
@@ -81,15 +89,21 @@ def find_targets(
     model: nn.Module, targets: Iterable[str] | None = None, parts: Collection[str] = (LANGUAGE_MODEL,)
 ) -> list[str]:
     """
-    Name the linear layers that get LoRA. Samplers lie inside the language model's layers, but are a part apart.
+    List the names of the linear layers that get LoRA.
+
+    Samplers lie inside the language model's layers, but they count as a part of their own.
 
     Args:
-        model: a FUSION.
-        targets: names, or the ends of names, such as `q_proj`. None: all of the parts', without the head.
-        parts: that get LoRA.
+        model: a FUSION model.
+        targets: names of layers, or their last components, such as `q_proj`. None selects all linear layers of the
+            parts, except the language model's head.
+        parts: the parts that get LoRA, a subset of `vision_tower`, `projectors`, `samplers` and `language_model`.
+
+    Returns:
+        The full names of the selected layers.
 
     Raises:
-        InputError: if one of `targets` is no linear layer of the parts.
+        InputError: if one of `targets` matches no linear layer of the parts.
     """
     linear = [
         name
@@ -103,28 +117,36 @@ def find_targets(
         named = [name for name in linear if f".{name}".endswith(f".{target}")]
         if not named:
             allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(f"lora_targets holds {target!r}; allowed here: {allowed}, or longer ends of their names.")
+            raise InputError(f"`lora_targets` must contain names that end in one of {allowed}, got {target!r}.")
         found.update(named)
     return sorted(found)
 
 
 def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfig:
     """
-    4 bits (nf4) or 8 for the language model's layers; tower, projectors, samplers and head keep their type.
+    Make the bitsandbytes configuration that quantizes the language model's layers to 4 bits (NF4) or 8 bits.
+
+    The vision tower, projectors, samplers and head keep their dtype.
+
+    Args:
+        arguments: the training arguments, with `load_in_4bit` or `load_in_8bit` set.
+
+    Returns:
+        The configuration for `from_pretrained`.
 
     Raises:
-        InputError: if bitsandbytes is not there, or does not know the device.
+        InputError: if bitsandbytes is not installed or does not support the device.
     """
     key, bits = ("load_in_8bit", 8) if arguments.load_in_8bit else ("load_in_4bit", 4)
     if find_spec("bitsandbytes") is None:
-        raise InputError(f"{key} needs bitsandbytes: pip install 'fusion_hf[quant]', or {key}=false.")
+        raise InputError(f"`{key}` requires bitsandbytes. Install the extra `quant`, or set {key}=false.")
     from bitsandbytes import supported_torch_devices
 
     if arguments.device.type not in supported_torch_devices:
         allowed = ", ".join(sorted(supported_torch_devices))
         raise InputError(
-            f"{key} is true on {arguments.device.type}, where this bitsandbytes has no {bits} bits; "
-            f"allowed: {allowed}, or {key}=false."
+            f"`{key}` must be false on the device {arguments.device.type!r}, got True. The installed bitsandbytes "
+            f"supports {bits} bits on {allowed}."
         )
     if arguments.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
@@ -133,14 +155,18 @@ def quantization_config(arguments: FusionTrainingArguments) -> BitsAndBytesConfi
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),  # the argument is older than 4 bits
+        llm_int8_skip_modules=list(NOT_QUANTIZED),  # despite its name, this also applies to 4 bits
     )
 
 
 def keep_gradients(model: nn.Module) -> None:
     """
-    Keep out of a training what bitsandbytes has for 4 bits on CPUs: the first pass of an evaluation switches it on,
-    and it stays on, without a gradient (seen in 0.50.2).
+    Disable the 4-bit CPU kernel of bitsandbytes that computes no gradients.
+
+    The first evaluation pass would enable it for the rest of the training (bitsandbytes 0.50.2).
+
+    Args:
+        model: a quantized model, changed in place.
     """
     for module in model.modules():
         if type(module).__name__ == LINEAR_4BIT:
@@ -149,10 +175,18 @@ def keep_gradients(model: nn.Module) -> None:
 
 def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> PeftModel:
     """
-    Load the adapter that a LoRA run left in `folder` into a model, for inference.
+    Load the adapter that a LoRA run wrote to `folder` into a model for inference.
+
+    Args:
+        model: the base model of the adapter.
+        folder: the `output_dir` of the run.
+
+    Returns:
+        The PEFT model around `model`.
 
     Raises:
-        InputError: if the adapter is not exactly one for this model; names the file, and the first key or field.
+        InputError: if the adapter does not match this model exactly. The message names the file and the first wrong
+            key or field.
     """
     folder = Path(folder)
     with hide_peft_deprecation():
@@ -166,19 +200,21 @@ def load_adapter(model: FusionForConditionalGeneration, folder: str | Path) -> P
 
 def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:
     """
-    Write base + adapter as a complete model folder: weights, configurations, code files, processor.
+    Merge an adapter into its base model and write a complete model folder.
+
+    The folder gets weights, configurations, code files and the processor.
 
     Args:
-        adapter: `output_dir` of a LoRA run.
-        output: a new or an empty folder; it appears only when all of it is there.
-        base: folder or Hub repository; None: the one that the adapter names.
-        dtype: of the written weights, a key of `DTYPES`. They are added up as float32.
+        adapter: the `output_dir` of a LoRA run.
+        output: a new or empty folder. It appears only after everything in it has been written.
+        base: the base model's folder or Hub repository. None uses the one that the adapter names.
+        dtype: the dtype of the written weights, a key of `DTYPES`. Base and adapter are added in float32.
 
     Raises:
-        InputError: if the adapter is none of this base, or `output` is not empty.
+        InputError: if the adapter does not belong to the base model, or `output` is not empty.
     """
     if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        raise InputError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     named = base_of(adapter, base)
     with new_folder(output) as folder:
         start = ChatModel.load(named, device="cpu", dtype="float32")
@@ -192,60 +228,94 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
     """
-    Check that `folder` holds all of a model's adapter and nothing else, before PEFT loads it.
+    Check that `folder` holds exactly the adapter weights of a model, before PEFT loads them.
+
+    Args:
+        adapted: the model with its adapters.
+        folder: the folder of the adapter's file.
 
     Raises:
-        InputError: if not; names the file and the first key.
+        InputError: if a key is missing or unexpected, or a shape differs. The message names the file and the first
+            key.
     """
     read_weights(Path(folder), get_peft_model_state_dict(adapted))
 
 
 def read_config(folder: Path, model: nn.Module) -> LoraConfig:
-    """Read the configuration in an adapter's folder; see `load_adapter`."""
+    """
+    Read and check the adapter configuration in a folder.
+
+    Args:
+        folder: the adapter's folder.
+        model: the base model, whose layers the configuration must name.
+
+    Returns:
+        The LoRA configuration.
+
+    Raises:
+        InputError: if a field has a value that `add_lora` does not write.
+    """
     content = read_adapter(folder)
     _check_config(content, folder / ADAPTER_CONFIG, model)
     return LoraConfig(**{name: content[name] for name in USED if name in content})
 
 
 def _check_config(content: dict[str, Any], path: Path, model: nn.Module) -> None:
-    """Only what `add_lora` writes: other fields of PEFT change weights, or import modules that a file names."""
+    """
+    Accept only what `add_lora` writes, since other PEFT fields change weights or import modules that the file
+    names.
+    """
     defaults = LoraConfig().to_dict()
     known = {field.name for field in fields(LoraConfig)}
     for name, value in content.items():
         if name in USED or name in NOTES or value in (None, False, [], {}):
             continue
         if name not in known or value != defaults[name]:
-            raise InputError(f"{path}: {short_name(name)} is {short_name(repr(value))}, which is not supported.")
+            raise InputError(f"{path}: `{short_name(name)}` must have PEFT's default, got {short_name(repr(value))}.")
     rank, widest = content.get("r"), max(max(parameter.shape) for parameter in model.parameters() if parameter.ndim)
     if type(rank) is not int or not 1 <= rank <= widest:
-        raise InputError(f"{path}: r is {short_name(repr(rank))}; allowed: 1 to {widest}.")
+        raise InputError(f"{path}: `r` must be an integer from 1 to {widest}, got {short_name(repr(rank))}.")
     for name in ("lora_alpha", "lora_dropout"):
         if type(content.get(name)) not in (int, float):
-            raise InputError(f"{path}: {name} is {short_name(repr(content.get(name)))}; allowed: a number.")
+            raise InputError(f"{path}: `{name}` must be a number, got {short_name(repr(content.get(name)))}.")
     for name in ("use_dora", "use_rslora"):
         if type(content.get(name, False)) is not bool:
-            raise InputError(f"{path}: {name} is {short_name(repr(content[name]))}; allowed: true or false.")
+            raise InputError(f"{path}: `{name}` must be true or false, got {short_name(repr(content[name]))}.")
     if content.get("bias", NO_BIAS) not in LORA_BIASES:
-        raise InputError(f"{path}: bias is {short_name(repr(content['bias']))}; allowed: {', '.join(LORA_BIASES)}.")
+        raise InputError(
+            f"{path}: `bias` must be one of {', '.join(LORA_BIASES)}, got {short_name(repr(content['bias']))}."
+        )
     targets, whole = content.get("target_modules"), content.get("modules_to_save") or []
     for name, names in (("target_modules", targets), ("modules_to_save", whole)):
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-            raise InputError(f"{path}: {name} is {short_name(repr(names))}; allowed: a list of names.")
+            raise InputError(f"{path}: `{name}` must be a list of names, got {short_name(repr(names))}.")
     if strange := sorted(set(whole) - set(WHOLE_MODULES)):
         raise InputError(
-            f"{path}: modules_to_save holds {short_name(strange[0])}; allowed: {', '.join(WHOLE_MODULES)}."
+            f"{path}: `modules_to_save` may hold {', '.join(WHOLE_MODULES)}, got {short_name(strange[0])}."
         )
     modules = [f".{name}" for name, _ in model.named_modules()]
     for target in content["target_modules"]:
         if not any(name.endswith(f".{target}") for name in modules):
-            raise InputError(f"{path}: target_modules holds {short_name(target)}, which this model does not have.")
+            raise InputError(f"{path}: `target_modules` must name layers of this model, got {short_name(target)}.")
 
 
 def read_weights(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read the tensors in an adapter's folder, with just the names and shapes of `expected`; see `load_adapter`."""
+    """
+    Read the tensors of an adapter's folder and check their names and shapes.
+
+    Args:
+        folder: the adapter's folder.
+        expected: tensors with the names and shapes that the file must have.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        InputError: if the file is missing, cannot be read, or holds other names or shapes.
+    """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise InputError(f"{path} is missing; adapters are read from safetensors only.")
+        raise InputError(f"{path} does not exist. Adapters are read from safetensors files only.")
     try:
         with safe_open(path, framework="pt") as opened:
             names = set(opened.keys())
@@ -253,7 +323,7 @@ def read_weights(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, t
             _check_keys(path, shapes, expected)
             return {name: opened.get_tensor(name) for name in sorted(names)}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read: {error}; copy the adapter again.") from error
+        raise InputError(f"{path} cannot be read: {error}. Copy the adapter again.") from error
 
 
 def _check_keys(path: Path, shapes: dict[str, tuple[int, ...]], expected: dict[str, torch.Tensor]) -> None:
@@ -265,8 +335,9 @@ def _check_keys(path: Path, shapes: dict[str, tuple[int, ...]], expected: dict[s
     ]
     if found:
         raise InputError(
-            f"{path} is not this model's adapter: {'; '.join(found)}. Give its own base, or copy it again."
+            f"{path} is not an adapter of this model: {'; '.join(found)}. Give the base model that it was trained "
+            "on, or copy the adapter again."
         )
     for name, tensor in expected.items():
         if shapes[name] != tuple(tensor.shape):
-            raise InputError(f"{path}: {name} has shape {shapes[name]}; this model's is {tuple(tensor.shape)}.")
+            raise InputError(f"{path}: {name} must have the shape {tuple(tensor.shape)}, got {shapes[name]}.")

@@ -1,4 +1,4 @@
-"""What a training run can be told: transformers' `TrainingArguments` and the keys that FUSION adds."""
+"""The training arguments: transformers' `TrainingArguments` with the keys that FUSION adds."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,26 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.training.distributed import choose_cpu, spare_tf32
 from fusion_hf.training.recipe_keys import OwnArguments
 
-# transformers' arguments that FusionTrainer does not ask: the allowed value, and what there is instead
+# transformers' arguments that FusionTrainer does not support: the only allowed value, and the alternative
 UNHEARD = {
-    "label_smoothing_factor": (0.0, "FUSION's loss has no smoothing: override FusionTrainer.compute_loss for another"),
-    "train_sampling_strategy": ("random", "group_by says in which order records come"),
-    "average_tokens_across_devices": (True, "loss_average says what the loss of a step is the mean of"),
+    "label_smoothing_factor": (0.0, "FUSION's loss has no label smoothing: override FusionTrainer.compute_loss"),
+    "train_sampling_strategy": ("random", "Use `group_by` to choose the order of records"),
+    "average_tokens_across_devices": (True, "Use `loss_average` to choose how a step's loss is averaged"),
 }
 
 
 @dataclass
 class FusionTrainingArguments(OwnArguments, TrainingArguments):
     """
-    Hold transformers' arguments, with a few defaults that suit FUSION, and the keys of a recipe that are ours.
+    Hold the arguments of a training run: those of transformers' `TrainingArguments` and the recipe keys of FUSION.
+
+    A few defaults of transformers are changed to suit FUSION: `remove_unused_columns=False`, `use_cache=True`,
+    `logging_nan_inf_filter=False`, `ddp_find_unused_parameters=False` and `prediction_loss_only=True`. The keys of
+    FUSION are described in the recipe reference.
 
     Raises:
-        InputError: for an impossible value of one of our keys; names the key, the value and what is allowed.
+        InputError: if a key of FUSION has an invalid value. The message names the key, the value and the allowed
+            values.
 
     Example:
 
@@ -35,18 +40,18 @@ class FusionTrainingArguments(OwnArguments, TrainingArguments):
     ```
     """
 
-    # transformers' defaults that do not suit
-    remove_unused_columns: bool = False  # records become batches in the collator
-    use_cache: bool = True  # it is written into the model's configuration, where it would turn the cache off
-    logging_nan_inf_filter: bool = False  # a loss that is no number ends the run instead
-    ddp_find_unused_parameters: bool | None = False  # every parameter takes part in every step
-    prediction_loss_only: bool = True  # an evaluation that gathered logits would need them all in memory
+    # defaults that differ from transformers'
+    remove_unused_columns: bool = False  # the collator needs all fields of a record
+    use_cache: bool = True  # Trainer copies it into the model's configuration, and generation needs the cache
+    logging_nan_inf_filter: bool = False  # a NaN or infinite loss ends the run instead
+    ddp_find_unused_parameters: bool | None = False  # every trained parameter is used in every step
+    prediction_loss_only: bool = True  # gathered logits would have to fit into memory
 
     def __post_init__(self) -> None:
         self.check()
         for name, (allowed, instead) in UNHEARD.items():
             if getattr(self, name) != allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {allowed!r}. {instead}.")
+                raise InputError(f"`{name}` must be {allowed!r}, got {getattr(self, name)!r}. {instead}.")
         if self.train is None:
             self.train = self.default_train
         spare_tf32(self)

@@ -1,4 +1,4 @@
-"""What happens at moments of a step: the loss is checked, the speed is measured, a signal ends the run."""
+"""Trainer callbacks that check the loss, measure the speed, and stop a run when a signal arrives."""
 
 import json
 from pathlib import Path
@@ -13,19 +13,19 @@ from fusion_hf.training.checkpoints import StopSignal, writing
 from fusion_hf.training.distributed import any_rank
 from fusion_hf.training.throughput import ThroughputMeter, matrix_rate
 
-LOG_FILE = "log.jsonl"  # what each log of the trainer says, a line each
+LOG_FILE = "log.jsonl"  # one line of JSON for each log of the trainer
 FLOPS_PER_TERAFLOP = 1e12
 
 
 class NonFiniteError(InputError):
-    """The loss or the gradient is no number; the weights were not changed by it."""
+    """The loss or the gradient of a step is NaN or infinite. The weights are unchanged."""
 
 
 class FiniteLossCallback(TrainerCallback):
     """
-    Ends a run whose loss or gradient is no number, before the optimizer changes the weights.
+    End a run whose loss or gradient is NaN or infinite, before the optimizer changes the weights.
 
-    The trainer adds the losses of a step's micro-batches, and says what the norm of its gradient is.
+    The trainer calls `add` with the loss of each micro-batch and stores the norm of the step's gradient.
     """
 
     def __init__(self) -> None:
@@ -33,41 +33,46 @@ class FiniteLossCallback(TrainerCallback):
         self.grad_norm: torch.Tensor | float | None = None
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's share `()` of the step's loss; it stays on its device, since reading it would wait."""
+        """
+        Add the share of one micro-batch to the loss of the step.
+
+        Args:
+            loss (`()`): stays on its device, since reading the value would wait for the device.
+        """
         self.loss = self.loss + loss.float()
 
     def reset(self) -> None:
-        """Forget a step that was broken off."""
+        """Discard the losses of an interrupted step."""
         self.loss = 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """
-        Check the step.
+        Check the loss and the gradient of the step.
 
         Raises:
-            NonFiniteError: in every process, if the step's loss or gradient is no number in one of them.
+            NonFiniteError: in every process, if the loss or gradient of the step is NaN or infinite in one of them.
         """
         loss, norm = torch.as_tensor(self.loss, device=args.device), self.grad_norm
         self.reset()
         finite = torch.isfinite(loss)
-        if norm is not None and not args.fp16:  # with float16's loss scaling, infinite gradients are skipped
+        if norm is not None and not args.fp16:  # float16's loss scaling skips steps with infinite gradients
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
         if any_rank(not bool(finite), args.device):
             raise NonFiniteError(
-                f"step {state.global_step + 1}: the loss is {float(loss):g} and the gradient's norm "
-                f"{float(norm) if norm is not None else float('nan'):g}; nothing was saved after step "
-                f"{state.global_step}. Lower the learning rate, or look at the records of this step."
+                f"Step {state.global_step + 1}: the loss is {float(loss):g} and the norm of the gradient is "
+                f"{float(norm) if norm is not None else float('nan'):g}. Nothing was saved after step "
+                f"{state.global_step}. Lower the learning rate, or check the records of this step."
             )
 
 
 class ThroughputCallback(TrainerCallback):
     """
-    Measures speed and utilisation.
+    Measure the speed and the utilization of a run.
 
     Args:
-        peak_tflops: of one device; None: a matrix product's are measured.
+        peak_tflops: the peak of one device in TFLOP/s. None measures the rate of a matrix product instead.
     """
 
     def __init__(self, peak_tflops: float | None):
@@ -76,11 +81,19 @@ class ThroughputCallback(TrainerCallback):
         self.meter = ThroughputMeter()
 
     def reset(self) -> None:
-        """Begin to measure anew."""
+        """Discard all measurements and start again."""
         self.meter = ThroughputMeter()
 
     def report(self, device: torch.device) -> dict[str, float]:
-        """Take what was measured since the last report; see [`ThroughputMeter.report`]."""
+        """
+        Return what was measured since the last report; see [`ThroughputMeter.report`].
+
+        Args:
+            device: the device on which the processes add up their measurements.
+
+        Returns:
+            The measurements by log key.
+        """
         meter = self.meter
         self.reset()
         return meter.report(self.peak_flops, device)
@@ -92,7 +105,10 @@ class ThroughputCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Measure what a device can do, and forget what was logged after the checkpoint that the run goes on from."""
+        """
+        Measure the peak rate of the device, and remove log lines that are newer than the checkpoint that the run
+        resumes from.
+        """
         if self.peak_tflops is not None:
             self.peak_flops = self.peak_tflops * FLOPS_PER_TERAFLOP
         else:
@@ -104,16 +120,16 @@ class ThroughputCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step."""
+        """End the measurement of a step."""
         self.meter.end_step()
 
 
 class StopCallback(TrainerCallback):
     """
-    Has a checkpoint written and the run ended, when the signal to do so came to one of the processes.
+    Save a checkpoint and end the run when one of the processes has received the signal to stop.
 
     Args:
-        signal: that is listened to; None: nothing stops the run.
+        signal: the signal to listen to. None never stops the run.
     """
 
     def __init__(self, signal: StopSignal | None):
@@ -123,34 +139,45 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look for the signal."""
+        """Check whether a process has received the signal."""
         if self.signal is not None and any_rank(self.signal.requested, args.device):
             control.should_save = control.should_training_stop = True
             self.stopped = state.global_step < state.max_steps
-        if control.should_save:  # or the first mean after a resume would lack the steps before the checkpoint
+        if control.should_save:  # otherwise the first mean after a resume would lack the steps before the checkpoint
             control.should_log = True
 
 
 def append_log(run_dir: Path, values: dict[str, Any]) -> None:
     """
-    Add a line to the log in a run's folder.
+    Append a line to the log in the folder of a run.
+
+    Args:
+        run_dir: the `output_dir` of the run.
+        values: the logged values, by name.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: if the line cannot be written.
     """
     with writing(run_dir, LOG_FILE), (run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, default=float) + "\n")
 
 
 def forget_after(log: Path, step: int) -> None:
-    """Take out what a run logged after the checkpoint from which it now goes on: it is going to be logged again."""
+    """
+    Remove the log lines that are newer than the checkpoint that a run resumes from, since they will be logged
+    again.
+
+    Args:
+        log: the log file.
+        step: the step of the checkpoint.
+    """
     if not log.is_file():
         return
     kept = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # the last one, cut by a kill
+        except ValueError:  # the last line may be incomplete if the process was killed
             continue
         if isinstance(entry, dict) and entry.get("step", 0) <= step:
             kept.append(line)

@@ -1,4 +1,4 @@
-"""Changes the type of a model folder's weights, one file in memory at a time and without building the model."""
+"""Change the dtype of a model folder's weights without building the model, with one file in memory at a time."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,13 @@ from fusion_hf.inference.devices import DTYPES
 
 def cast_weights(folder: Path, dtype: str) -> None:
     """
-    Store the floating-point tensors of a model folder as `dtype`, a key of `DTYPES`, and say so in its configuration.
+    Store the floating-point tensors of a model folder as `dtype` and update its configuration.
 
-    A file is replaced as a whole or not at all, and casting twice changes nothing more: after a kill, run it again.
+    Each file is replaced atomically, and casting again changes nothing. If the process is killed, run it again.
+
+    Args:
+        folder: the model folder.
+        dtype: a key of `DTYPES`.
     """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):

@@ -1,8 +1,8 @@
-"""Which checkpoints of a run are complete, and how a run is asked for a last one.
+"""Which checkpoints of a run are complete, and how a run is asked to save one and stop.
 
-A checkpoint is a folder of many files, written by several processes, and a run can die at any moment of that. So the
-last thing written is a manifest, `complete.json`, which names every file and its size: from a folder without it, or
-one that does not agree with it, no run resumes.
+A checkpoint is a folder of many files that several processes write, and a run can be killed at any moment. The last
+file to be written is therefore a manifest, `complete.json`, with the name and size of every file. A run never resumes
+from a folder that has no manifest or does not match it.
 """
 
 import json
@@ -29,20 +29,25 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
 MANIFEST_FORMAT = 1
-MAX_MANIFEST_BYTES = 2**24  # some 100 000 files
+MAX_MANIFEST_BYTES = 2**24  # about 100,000 files
 REPEAT_SECONDS = 10.0
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
 INCOMPLETE, SUPERSEDED = "incomplete", "superseded"
 
 
 class CheckpointError(InputError):
-    """Something could not be written; says which checkpoint is the last complete one."""
+    """A file of a run could not be written. The message names the last complete checkpoint."""
 
 
 def seal(folder: Path) -> None:
-    """Declare a checkpoint complete. For the process that writes it, when all others have written their part.
+    """
+    Mark a checkpoint as complete by writing its manifest.
 
-    All is on the disk before the manifest is there, also when the machine loses power.
+    Call this in the main process, after all processes have written their files. All files are flushed to disk before
+    the manifest is written, so that a power failure cannot leave a manifest without its files.
+
+    Args:
+        folder: the checkpoint.
     """
     manifest = folder / MANIFEST
     remove_draft(manifest)
@@ -59,22 +64,35 @@ def seal(folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """Declare a checkpoint incomplete, before anything in it changes."""
+    """
+    Mark a checkpoint as incomplete. Call this before anything in it changes.
+
+    Args:
+        folder: the checkpoint.
+    """
     if (folder / MANIFEST).exists():
-        (folder / MANIFEST).unlink(missing_ok=True)  # another process may have been faster
+        (folder / MANIFEST).unlink(missing_ok=True)  # another process may have removed it already
         sync(folder)
 
 
 def problem(folder: Path) -> str | None:
-    """Say why a checkpoint is not complete, in a few words; None if it is."""
+    """
+    Say why a checkpoint is incomplete.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        A short reason, or None if the checkpoint is complete.
+    """
     manifest = folder / MANIFEST
     try:
         found = manifest.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_MANIFEST_BYTES:
-            return f"its {MANIFEST} is no file of at most {MAX_MANIFEST_BYTES} bytes"
+            return f"its {MANIFEST} is not a file of at most {MAX_MANIFEST_BYTES} bytes"
         content = json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"it has no {MANIFEST}: its writing did not end"
+        return f"it has no {MANIFEST}, so it was not written to the end"
     except (OSError, ValueError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
@@ -89,11 +107,14 @@ def problem(folder: Path) -> str | None:
 
 
 def _problem_of_file(folder: Path, name: str, size: object) -> str | None:
-    """`name` and `size` are a stranger's: any text, any JSON."""
+    """
+    Check one entry of a manifest. `name` and `size` come from a file, so `name` may be any text and `size` any
+    JSON value.
+    """
     shown = repr(name[:LONGEST_NAME])
-    path = PureWindowsPath(name)  # knows drives and backslashes besides POSIX' rules
+    path = PureWindowsPath(name)  # also knows drives and backslashes
     if path.anchor or ".." in path.parts or "\\" in name:
-        return f"its {MANIFEST} names {shown}, which is not in the folder"
+        return f"its {MANIFEST} names {shown}, which lies outside the folder"
     try:
         found = (folder / PurePosixPath(name)).stat()
     except FileNotFoundError:
@@ -102,21 +123,29 @@ def _problem_of_file(folder: Path, name: str, size: object) -> str | None:
         return f"{shown} cannot be read ({type(error).__name__})"
     if not stat.S_ISREG(found.st_mode):
         return f"{shown} is not a file"
-    return None if found.st_size == size else f"{shown} has not the size that its {MANIFEST} says"
+    return None if found.st_size == size else f"the size of {shown} differs from the one in {MANIFEST}"
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a checkpoint's manifest is there and agrees with its files' sizes."""
+    """Return whether a checkpoint has a manifest that matches the sizes of its files."""
     return problem(folder) is None
 
 
 def find_last(run_dir: Path) -> Path | None:
-    """Find the complete checkpoint of the highest step; None if there is none."""
+    """
+    Find the complete checkpoint with the highest step.
+
+    Args:
+        run_dir: the `output_dir` of the run.
+
+    Returns:
+        Its folder, or None if there is no complete checkpoint.
+    """
     return next((folder for folder in reversed(_checkpoints(run_dir)) if is_complete(folder)), None)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """Complete or not, by step."""
+    """List all checkpoints, complete or not, sorted by step."""
     if not run_dir.is_dir():
         return []
     named = [path for path in run_dir.iterdir() if NAME.fullmatch(path.name) is not None and path.is_dir()]
@@ -128,25 +157,40 @@ def _step(folder: Path) -> int:
 
 
 def set_aside(run_dir: Path) -> list[Path]:
-    """Rename incomplete checkpoints, so that no run resumes from them or writes into them; nothing is deleted.
+    """
+    Rename incomplete checkpoints, so that no run resumes from them or writes into them. Nothing is deleted.
 
-    For one process, before any of them looks for the last checkpoint. Returns the new names.
+    Call this in one process, before any process looks for the last checkpoint.
+
+    Args:
+        run_dir: the `output_dir` of the run.
+
+    Returns:
+        The new paths.
     """
     renamed = []
     for folder in _checkpoints(run_dir):
         if (reason := problem(folder)) is not None:
-            renamed.append(_rename(folder, INCOMPLETE, f"is not complete, {reason}"))
+            renamed.append(_rename(folder, INCOMPLETE, f"is incomplete ({reason})"))
     return renamed
 
 
 def supersede(run_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, where a run begins again: they are not of its past. Nothing is deleted.
+    """
+    Rename the checkpoints after `step`, because the run starts again from there. Nothing is deleted.
 
-    A later start would else go on from one of them, and `rotate` take the new ones for the oldest. For one process.
-    Returns the new names.
+    Otherwise a later start would resume from one of them, and `rotate` would delete the new checkpoints first. Call
+    this in one process.
+
+    Args:
+        run_dir: the `output_dir` of the run.
+        step: the step that the run starts from.
+
+    Returns:
+        The new paths.
     """
     later = [folder for folder in _checkpoints(run_dir) if _step(folder) > step]
-    return [_rename(folder, SUPERSEDED, f"is not of the run that begins at step {step}") for folder in later]
+    return [_rename(folder, SUPERSEDED, f"is newer than step {step}, where this run starts") for folder in later]
 
 
 def _rename(folder: Path, prefix: str, reason: str) -> Path:
@@ -155,20 +199,23 @@ def _rename(folder: Path, prefix: str, reason: str) -> Path:
         number += 1
         target = folder.with_name(f"{prefix}-{folder.name}-{number}")
     folder.rename(target)
-    logger.warning("%s %s: renamed to %s", folder.name, reason, target.name)
+    logger.warning("%s %s. It was renamed to %s.", folder.name, reason, target.name)
     return target
 
 
 def rotate(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete all complete checkpoints but the newest `limit` of them; incomplete ones neither count nor go.
+    """
+    Delete all complete checkpoints except the newest `limit` ones. Incomplete ones are neither counted nor deleted.
+
+    A checkpoint that cannot be deleted causes a warning, and the run continues.
 
     Args:
-        run_dir: of the checkpoints.
-        limit: how many stay; None or 0: all.
-        keep: these stay anyway and do not count: the best one. So do links, which lead to another run's.
+        run_dir: the `output_dir` of the run.
+        limit: how many checkpoints to keep. None or 0 keeps all.
+        keep: checkpoints to keep in any case, such as the best one. They do not count. Symbolic links are also kept.
 
     Returns:
-        The deleted ones. One that cannot be deleted is a warning: the run can go on.
+        The deleted checkpoints.
     """
     if not limit:
         return []
@@ -178,10 +225,10 @@ def rotate(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> lis
     deleted = []
     for folder in complete[:-limit]:
         try:
-            unseal(folder)  # first of all: killed in the middle of this, it must not count as complete
+            unseal(folder)  # comes first, so that a partly deleted checkpoint never counts as complete
             shutil.rmtree(folder)
         except OSError as error:
-            logger.warning("%s could not be deleted: %s", folder.name, error)
+            logger.warning("The checkpoint %s could not be deleted: %s", folder.name, error)
         else:
             deleted.append(folder)
     return deleted
@@ -189,23 +236,24 @@ def rotate(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> lis
 
 @contextmanager
 def saving(folder: Path, remove: bool = True) -> Iterator[None]:
-    """Around everything that writes a checkpoint, in every process that does; `seal` comes last in it.
+    """
+    Guard the code that writes a checkpoint. Use this in every process that writes, and call `seal` last inside it.
 
     Args:
-        folder: `checkpoint-N` in the run's folder. A complete one that is there already becomes incomplete first.
-        remove: whether to delete the folder if it cannot be written. For one of the processes.
+        folder: `checkpoint-N` in the folder of the run. If it is complete already, it becomes incomplete first.
+        remove: whether to delete the folder if it cannot be written. Only one process may do so.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: if the checkpoint cannot be written.
     """
     if NAME.fullmatch(folder.name) is None:
-        raise ValueError(f"{folder.name!r} is not the name of a checkpoint.")
+        raise ValueError(f"The name of a checkpoint must be `checkpoint-N`, got {folder.name!r}.")
     with writing(folder.parent, folder.name):
         unseal(folder)
         try:
             yield
         except BaseException as error:
-            # Half a checkpoint is of no use, and on a full disk its space is what the log and the next try need.
+            # An incomplete checkpoint is useless, and on a full disk the log and the next attempt need its space.
             if remove and write_problem(error, folder.parent) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -213,7 +261,13 @@ def saving(folder: Path, remove: bool = True) -> Iterator[None]:
 
 @contextmanager
 def writing(run_dir: Path, what: str) -> Iterator[None]:
-    """Around what writes into a run's folder: the disk's errors become one line that says how to go on.
+    """
+    Guard the code that writes into the folder of a run, and turn disk errors into one line that says how to
+    continue.
+
+    Args:
+        run_dir: the `output_dir` of the run.
+        what: what is written, as the subject of the error message.
 
     Raises:
         CheckpointError: if `what` cannot be written.
@@ -225,20 +279,21 @@ def writing(run_dir: Path, what: str) -> Iterator[None]:
             raise
         last = find_last(run_dir)
         state = (
-            "there is no complete checkpoint yet" if last is None else f"the last complete checkpoint is {last.name}"
+            "There is no complete checkpoint yet" if last is None else f"The last complete checkpoint is {last.name}"
         )
-        advice = "free space (or mend the folder) and run the same command again"
-        raise CheckpointError(f"{what} could not be written: {reason}; {state}; {advice}.") from error
+        advice = "Free some space (or repair the folder) and run the same command again"
+        raise CheckpointError(f"{what} could not be written: {reason}. {state}. {advice}.") from error
 
 
 class StopSignal:
     """
-    Listens to SIGTERM, the wish that a run saves and ends: `requested` says that it came.
+    Listen for SIGTERM, which asks a run to save a checkpoint and stop. `requested` says whether it has arrived.
 
-    A second one ends the process at once. One within `REPEAT_SECONDS` does not count: where a whole job is signalled,
-    its processes get one from outside and one more from their launcher.
+    A second SIGTERM ends the process at once. Repeated signals within `REPEAT_SECONDS` count once, because the
+    processes of a job may get one from the scheduler and one from their launcher.
 
-    In a thread other than the main one nothing can listen, and SIGTERM does what it did.
+    Python handles signals in the main thread only. In other threads this class does nothing, and SIGTERM keeps its
+    effect.
     """
 
     def __init__(self) -> None:
@@ -252,7 +307,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._listens:  # a handler that is not Python's is told as None, and cannot be set again
+        if self._listens:  # a handler that was not set by Python is None, and cannot be restored
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -264,19 +319,20 @@ class StopSignal:
 
 
 def shield_data_worker() -> None:
-    """In a data loader's worker: SIGTERM ends it only if its parent sends it.
+    """
+    Let SIGTERM end a data loader's worker only if its parent process sends it.
 
-    Launchers signal the workers too, and a run whose workers are gone cannot take the step to its last checkpoint.
-    macOS and Windows do not tell who sends a signal: nothing changes there.
+    Launchers signal the workers too, and a run without workers could not reach the step of its last checkpoint. macOS
+    and Windows do not report the sender of a signal, so this changes nothing there.
     """
     parent = parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start from here on inherit this
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by all threads started from here on
     threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
 
 
 def _end_with(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
-    os._exit(0)  # as torch's own handler does: this thread cannot raise in the other
+    os._exit(0)  # as torch's handler does, since this thread cannot raise in the main thread

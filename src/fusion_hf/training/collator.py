@@ -1,4 +1,4 @@
-"""Records to training batches: ids and labels as the authors' code makes them, query length drawn for each batch."""
+"""Turn records into training batches, with ids and labels as in the authors' code and a query length per batch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from fusion_hf.training.query_lens import BatchDraw
 
 IGNORE_INDEX = -100
 SMALL_BYTES = 2**18
-# stands where every record of a batch was skipped: this process must take part in the step as well
+# replaces a batch whose records were all skipped, since every process must take part in every step
 FILLER = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
 IMAGE_KEYS = ("image", "images")  # of a record
 IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "base64", "image_url")  # of a message
@@ -27,21 +27,22 @@ IMAGE_BLOCKS, IMAGE_FIELDS = ("image", "image_url"), ("image", "url", "path", "b
 
 def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """
-    Read the chat messages of a record.
+    Convert a record to chat messages.
 
-    The image of `image`, of `images` (a list of one, as TRL has it) or of an image block becomes an image block of the
-    user message that has an image mark in its text, or an image block; of the first one, if none has. As the authors'
-    code writes a block for each message with a mark, further ones get an image block that repeats the first.
+    The image becomes an image block of the user message that has an image mark in its text or an image block, or of
+    the first user message if none has one. If several messages have a mark, the others get an image block that repeats
+    the first one, as in the authors' code.
 
     Args:
         record: `conversations` (`[{"from", "value"}]`), `messages` (`[{"role", "content"}]`), TRL's `prompt` and
-            `completion` or FineVision's `texts` (`[{"user", "assistant"}]`), and an image or none.
+            `completion`, or FineVision's `texts` (`[{"user", "assistant"}]`). The image, if there is one, is the value
+            of `image`, the only entry of `images`, or an image block.
 
     Returns:
-        The messages, without the record's other fields.
+        The messages, without the other fields of the record.
 
     Raises:
-        ValueError: for several images, an image mark without an image, and what a message or a turn cannot be; names
+        ValueError: if there are several images, an image mark without an image, or an invalid message. The error names
             the record, the message and the block.
     """
     name = f"Record {record.get('id')!r}"
@@ -69,9 +70,9 @@ def record_to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     if not questions:
         raise ValueError(f"{name} has no user message.")
     if len(images) > 1:
-        raise ValueError(f"{name} has {len(images)} images; allowed: one or none.")
+        raise ValueError(f"{name} must have at most one image, got {len(images)}.")
     if is_marked and not images:
-        raise ValueError(f"{name} has an {IMAGE_TOKEN} mark, but no image.")
+        raise ValueError(f"{name} has an {IMAGE_TOKEN} mark but no image.")
     if images:
         for number, message in enumerate(marked or questions[:1]):
             content = message["content"]
@@ -86,18 +87,18 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], bool]:
-    """A message's content without images and marks, its images, and whether it says that there is one."""
+    """Return a message's content without images and marks, its images, and whether it refers to an image."""
     if isinstance(content, str):
         return content.replace(IMAGE_TOKEN, ""), [], IMAGE_TOKEN in content
     if not isinstance(content, (list, tuple)):
-        return content, [], False  # `check_messages` says what is wrong with it, and with odd blocks
+        return content, [], False  # `check_messages` reports this and unknown blocks
     blocks, images, has_mark = [], [], False
     for block in content:
         if not isinstance(block, dict):
             blocks.append(block)
         elif block.get("type") in IMAGE_BLOCKS:
             if role != "user":
-                raise ValueError(f"{name} has an image in a message of the role {role!r}; allowed: user.")
+                raise ValueError(f"{name} may have images in messages of the role 'user' only, got the role {role!r}.")
             images += images_of_block(block)
             has_mark = True
         elif isinstance(block.get("text"), str):
@@ -109,21 +110,30 @@ def _split_content(content: Any, role: Any, name: str) -> tuple[Any, list[Any], 
 
 
 def images_of_block(block: dict[str, Any]) -> list[Any]:
-    """List the images of an image block; one in most cases, and none where the block only says that there is one."""
-    if block.get("bytes") is not None:  # as the library datasets has it, whose `path` only names the bytes
+    """
+    List the images of an image block.
+
+    Args:
+        block: a content block of a message.
+
+    Returns:
+        The images: usually one, and none if the block only marks the place of the image.
+    """
+    if block.get("bytes") is not None:  # the library datasets stores images as bytes with a `path` that need not exist
         return [block["bytes"]]
     return [_unwrap_url(block[key]) for key in IMAGE_FIELDS if block.get(key) is not None]
 
 
 def _unwrap_url(image: Any) -> Any:
-    """The address in OpenAI's `{"url": ...}`."""
+    """Return the address in OpenAI's `{"url": ...}`."""
     return image["url"] if isinstance(image, dict) and "url" in image else image
 
 
 class Batch(dict[str, Any]):
     """
-    A batch whose small tensors pass from a data worker's process by value. Otherwise each of them would be a file of
-    shared memory, which takes both processes half a millisecond to hand over.
+    A batch whose small tensors are passed from a data worker by value.
+
+    By default, torch puts each tensor into a shared memory file, which costs both processes half a millisecond.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -144,18 +154,22 @@ class FusionDataCollator:
     """
     Make right-padded batches with labels from records.
 
-    Records that carry a `query_len`, as `StepSampler`'s keys give it to them, decide the batch's. Records that were
-    `skipped` are left out; a batch of nothing else becomes one empty conversation without labels.
+    If the records carry a `query_len`, as `StepSampler` gives it to them, it becomes that of the batch. Records that
+    were `skipped` are left out. If all records of a batch were skipped, the batch is one empty conversation without
+    labels.
 
     Args:
-        processor ([`FusionProcessor`]): tokenizer and images.
-        query_lens (`Sequence[int]`, *optional*): one is drawn for each batch, see [`BatchDraw`]. Default: the
-            processor's `query_len`.
-        max_length (`int`, *optional*): longer conversations are cut on the right; default: the tokenizer's maximum.
-        seed (`int`): of the drawing.
-        compact (`bool`): what a training step needs and no more. Images stay bytes, a quarter of the size of the
-            numbers that `unpack` makes of them, and the loss is asked for without logits.
-        max_image_pixels (`int`, *optional*): images with more are refused; default: the image processor's.
+        processor ([`FusionProcessor`]): the processor for texts and images.
+        query_lens (`Sequence[int]`, *optional*): the numbers of latent tokens, perfect squares, from which one is
+            drawn for each batch; see [`BatchDraw`]. Defaults to the processor's `query_len`.
+        max_length (`int`, *optional*): the maximum number of tokens. Longer conversations are truncated on the right.
+            Defaults to the tokenizer's maximum.
+        seed (`int`, defaults to 0): the seed of the draw.
+        compact (`bool`, defaults to `False`): whether to return only what a training step needs. Images stay bytes, a
+            quarter of the size of the floats that `unpack` makes of them, and the loss is computed without the logits
+            of unlabelled positions.
+        max_image_pixels (`int`, *optional*): the maximum number of pixels of an image. Larger images raise an error.
+            Defaults to the image processor's limit.
 
     Example:
 
@@ -194,12 +208,18 @@ class FusionDataCollator:
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> Batch:
         """
-        Make model inputs `(B, ...)` with `labels` `(B, S)` (answers and their end tokens) and `query_len`. If compact,
-        `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` in place of `pixel_values`, and `loss_positions` (see
-        `find_loss_positions`).
+        Make a batch from records.
+
+        Args:
+            records: the records, in one of the forms that `record_to_messages` accepts.
+
+        Returns:
+            The model inputs `(B, ...)`, with `labels` `(B, S)` for the answers and their end tokens, and `query_len`.
+            If `compact` is set, `pixel_bytes` `(B, 5, 3, H, W)` and `has_image` `(B,)` replace `pixel_values`, and
+            `loss_positions` is added (see `find_loss_positions`).
 
         Raises:
-            ValueError: for records, and prompts, that the model could not read.
+            ValueError: if a record is invalid, or its prompt cannot be read by the model.
         """
         kept = [record for record in records if "skipped" not in record]
         conversations = [record_to_messages(record) for record in kept or [FILLER]]
@@ -207,7 +227,7 @@ class FusionDataCollator:
         texts = self.processor.apply_chat_template(conversations, query_len=query_len)
         self._check_answers(conversations, texts)
         images = [image for messages in conversations for image in images_of(messages)]
-        # without rescaling, what a byte becomes depends on whether the image was given in bytes or in floats
+        # without rescaling, the value of a pixel depends on whether the image was given as bytes or floats
         is_compact = self.compact and self.processor.image_processor.do_rescale
         image_form: dict[str, Any] = {"as_bytes": True} if is_compact else {}
         features = self.processor(
@@ -238,12 +258,28 @@ class FusionDataCollator:
         return batch
 
     def checks_for(self, config: FusionConfig) -> bool:
-        """Return whether batches are checked for a model of this configuration, see its `check_inputs`."""
+        """
+        Return whether this collator has already checked the prompts for a model with this configuration.
+
+        Args:
+            config: the configuration of the model.
+
+        Returns:
+            Whether the model can be called with `check_inputs=False`.
+        """
         names = ("image_token_id", "latent_token_id", "num_image_tokens")
         return all(getattr(self.processor, name) == getattr(config, name) for name in names)
 
     def unpack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the model's inputs of a compact batch, on the device where it is; others stay as they are."""
+        """
+        Convert a compact batch to model inputs, on its device.
+
+        Args:
+            batch: a batch of this collator. One that is not compact is returned unchanged.
+
+        Returns:
+            The inputs, with `pixel_values` `(B, 5, 3, H, W)` in float32.
+        """
         inputs = dict(batch)
         if "pixel_bytes" not in inputs:
             return inputs
@@ -254,34 +290,43 @@ class FusionDataCollator:
         )
         columns = torch.from_numpy(table).to(pixel_bytes.device)  # (3, 256)
         channels = [column[channel.int()] for column, channel in zip(columns, pixel_bytes.unbind(2), strict=True)]
-        # zeros for a sample without an image, as the processor has them
+        # a sample without an image is all zeros, as the processor returns it
         inputs["pixel_values"] = torch.stack(channels, dim=2).where(has_image[:, None, None, None, None], 0)
         return inputs
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, so that a loop of your own that resumes draws the numbers of one that went on."""
+        """
+        Set the current epoch. In your own training loop, call this so that a resumed run draws the same query
+        lengths.
+
+        Args:
+            epoch: the number of the epoch, counted from 0.
+        """
         self.draw.epoch = epoch
 
     def _query_len(self, records: Sequence[dict[str, Any]], conversations: list[list[dict[str, Any]]]) -> int:
         given = {record["query_len"] for record in records if "query_len" in record}
         if len(given) > 1:
-            raise ValueError(f"The records of a batch ask for query_len {sorted(given)}; allowed: one number.")
+            raise ValueError(f"All records of a batch must have the same `query_len`, got {sorted(given)}.")
         return given.pop() if given else self.draw(conversations)
 
     def _check_answers(self, conversations: list[list[dict[str, Any]]], texts: list[str]) -> None:
-        """Refuse a chat template of your own that does not write the chat format's headers and ends around answers."""
+        """
+        Raise an error if a custom chat template does not enclose answers in the headers and end marks of the
+        chat format.
+        """
         for messages, text in zip(conversations, texts, strict=True):
             expected = sum(message["role"] == "assistant" for message in messages)
             found = len(self.answer.findall(text))
             if found != expected:
                 raise ValueError(
-                    f"The processor's chat template writes {found} of {expected} answers between the assistant header "
-                    f"and the turn's end of `chat_format` = {self.processor.chat_format!r}, so that the others would "
-                    "not be learned. Write them as that format does."
+                    f"The processor's chat template must write every answer between the assistant header and the end "
+                    f"mark of `chat_format` = {self.processor.chat_format!r}, got {found} of {expected} answers "
+                    "there. The others would not be learned."
                 )
 
     def _check_prompts(self, batch: Batch) -> None:
-        """Check here, in a data worker, what the model would refuse: its own check is of all samples at once."""
+        """Check the prompts here, in a data worker, since the model's own check would slow down the training step."""
         pixels = batch.get("pixel_bytes", batch.get("pixel_values"))
         budget = TokenBudget(batch["query_len"], isqrt(self.processor.count_image_tokens()))
         check_prompt(
@@ -294,27 +339,41 @@ class FusionDataCollator:
         )
 
     def _in_answers(self, offsets: np.ndarray, text: str) -> np.ndarray:
-        """Which tokens, whose characters are at `offsets` `(S, 2)`, begin in an answer `(S,)`."""
+        """Return `(S,)` which tokens, whose character ranges are `offsets` `(S, 2)`, begin in an answer."""
         expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.processor.count_image_tokens())
         answers = [match.span() for match in self.answer.finditer(expanded)]
-        first, last = np.array([(-1, -1), *answers]).T  # an empty one, for what begins before any answer
+        first, last = np.array([(-1, -1), *answers]).T  # an empty range for tokens before the first answer
         starts, ends = offsets.T
         return (starts < last[np.searchsorted(first, starts, side="right") - 1]) & (ends > starts)
 
 
 def images_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """List the images of messages, as `record_to_messages` gives them."""
+    """
+    List the images of chat messages.
+
+    Args:
+        messages: messages as `record_to_messages` returns them.
+
+    Returns:
+        The images in order.
+    """
     blocks = [block for message in messages if not isinstance(message["content"], str) for block in message["content"]]
     return [block["image"] for block in blocks if block["type"] == "image" and not block.get(REPEATED)]
 
 
 def find_loss_positions(labels: torch.Tensor) -> torch.Tensor:
     """
-    Find where the labelled tokens of `labels` `(B, S)` are predicted: the model's `loss_positions` `(M,)`.
+    Find the positions whose logits the loss needs, those that predict the labelled tokens.
 
-    The loss is the same without the logits of all other positions. Most tokens are those of the image and the
-    question, and the logits of all would be the largest tensors of a step.
+    Most tokens belong to the image and the question, and the logits of all tokens would be the largest tensors of a
+    step. The loss is the same without them.
+
+    Args:
+        labels (`(B, S)`): the labels, -100 where there is none.
+
+    Returns:
+        The positions `(M,)` in the flattened batch, the model's `loss_positions`.
     """
     has_label = labels != IGNORE_INDEX
-    has_label[:, 0] = False  # no position is before the first token of a row
+    has_label[:, 0] = False  # no position predicts the first token of a row
     return has_label.flatten().nonzero().flatten() - 1

@@ -1,4 +1,4 @@
-"""What training in several processes needs beside accelerate: CPU processes, FSDP2 on them, sums over ranks."""
+"""Training in several processes beyond what accelerate does: CPU processes, FSDP2 on CPU, and sums over ranks."""
 
 import os
 from collections.abc import Iterator
@@ -22,12 +22,16 @@ DEEPSPEED_SHARED_MEMORY = "deepspeed_shm_comm"  # DeepSpeed's name of its operat
 
 def choose_cpu(arguments: TrainingArguments) -> None:
     """
-    Where there is no accelerator, let `arguments` say so: the processes of `accelerate launch` would else not find
-    each other, and each would train alone. To be called before Trainer's arguments look for a device.
+    Set `use_cpu` if there is no accelerator. Call this before the arguments of Trainer choose a device.
+
+    Otherwise the processes of `accelerate launch` do not find each other, and each one trains alone.
+
+    Args:
+        arguments: the arguments, changed in place.
     """
     if torch.accelerator.is_available():
         return
-    if _asked_for("ACCELERATE_USE_DEEPSPEED"):  # which accelerate forgets with `use_cpu`
+    if _asked_for("ACCELERATE_USE_DEEPSPEED"):  # accelerate ignores this variable if `use_cpu` is set
         arguments.ddp_backend = "gloo"
         _spare_deepspeed_build()
     else:
@@ -35,27 +39,39 @@ def choose_cpu(arguments: TrainingArguments) -> None:
 
 
 def spare_tf32(arguments: TrainingArguments) -> None:
-    """Let a recipe allow TF32 where no device has it: all digits are computed there, and Trainer would refuse it."""
+    """
+    Turn `tf32` off where no device supports it. Trainer would raise an error, although float32 is more exact.
+
+    Args:
+        arguments: the arguments, changed in place.
+    """
     if arguments.tf32 and not is_torch_tf32_available():
         arguments.tf32 = None
 
 
 def enable_cpu_fsdp(accelerator: Accelerator) -> bool:
     """
-    Shard over CPU processes too, if `accelerate launch` was told to: accelerate shards over accelerators only. To be
-    called before anything is prepared.
+    Enable FSDP on CPU processes if `accelerate launch` was told to use it. Accelerate itself shards over
+    accelerators only.
+
+    Call this before anything is prepared.
+
+    Args:
+        accelerator: the accelerator, changed in place.
 
     Returns:
-        Whether it did so; Trainer's `is_fsdp_enabled` must become true then.
+        Whether FSDP was enabled. If so, Trainer's `is_fsdp_enabled` must be set to true.
 
     Raises:
-        InputError: for the old FSDP, which has no CPU version.
+        InputError: if FSDP version 1 is requested, which does not support CPUs.
     """
     if accelerator.distributed_type != DistributedType.MULTI_CPU or not _asked_for("ACCELERATE_USE_FSDP"):
         return False
-    plugin = FullyShardedDataParallelPlugin()  # reads what `accelerate launch` put into the environment
+    plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of `accelerate launch`
     if plugin.fsdp_version != 2:
-        raise InputError(f"fsdp_version is {plugin.fsdp_version}; allowed on CPU: 2 (configs/accelerate/fsdp2.yaml).")
+        raise InputError(
+            f"`fsdp_version` must be 2 on CPU (as in configs/accelerate/fsdp2.yaml), got {plugin.fsdp_version}."
+        )
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
@@ -65,20 +81,26 @@ def enable_cpu_fsdp(accelerator: Accelerator) -> bool:
 
 def _spare_deepspeed_build() -> None:
     """
-    On CPU, DeepSpeed compiles an all-reduce for inference at each first start, and waits for ever if a start before
-    was killed meanwhile. Training does not use it.
+    Prevent DeepSpeed from compiling an operator on CPU that training does not use.
+
+    DeepSpeed compiles this all-reduce for inference on the first start, and hangs forever if an earlier start was
+    killed during the build.
     """
     try:
         from deepspeed import ops
-    except ImportError:  # accelerate says so
+    except ImportError:  # accelerate reports this
         return
     ops.__compatible_ops__[DEEPSPEED_SHARED_MEMORY] = False
 
 
 def keep_names(model: PreTrainedModel) -> None:
     """
-    Under ZeRO-3, save the weights of `model`, just loaded, by the names they have: transformers would give them those
-    of older models, by renamings that it looked through but did not need when it loaded them.
+    Let ZeRO-3 save the weights of a model under their current names.
+
+    transformers would otherwise rename them to the names of older models.
+
+    Args:
+        model: a model that has just been loaded.
     """
     if is_deepspeed_zero3_enabled():
         model._weight_conversions = []
@@ -90,7 +112,13 @@ def _asked_for(variable: str) -> bool:
 
 @contextmanager
 def whole_weights(accelerator: Accelerator) -> Iterator[None]:
-    """Trainer's `save_model` writes a model that `from_pretrained` reads, also where checkpoints are sharded."""
+    """
+    Let Trainer's `save_model` write full weights that `from_pretrained` can read, even where checkpoints are
+    sharded.
+
+    Args:
+        accelerator: the accelerator of the trainer.
+    """
     if accelerator.distributed_type != DistributedType.FSDP:
         yield
         return
@@ -106,8 +134,12 @@ def whole_weights(accelerator: Accelerator) -> Iterator[None]:
 @contextmanager
 def plain_class(model: nn.Module) -> Iterator[None]:
     """
-    Take back FSDP2's class of `model`, by which saving would find FSDP's code files in place of the model's. Its
-    tensors stay sharded: give `save_pretrained` a state dict.
+    Give a model its own class back while FSDP2 has replaced it, so that saving finds the code files of the model.
+
+    The tensors stay sharded, so pass a state dict to `save_pretrained`.
+
+    Args:
+        model: a model that FSDP2 has wrapped.
     """
     sharded = type(model)
     if isinstance(model, FSDPModule):
@@ -119,7 +151,16 @@ def plain_class(model: nn.Module) -> Iterator[None]:
 
 
 def sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values` of any shape, added over all processes, on `device`; as they are, where there is one process."""
+    """
+    Sum a tensor over all processes.
+
+    Args:
+        values: a tensor of any shape.
+        device: the device that the processes communicate on.
+
+    Returns:
+        The sum, of the same shape, or `values` itself if there is only one process.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     reduced = values.to(device, copy=True)
@@ -128,5 +169,14 @@ def sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is true in at least one process. All processes must ask."""
+    """
+    Return whether `flag` is true in at least one process. All processes must call this.
+
+    Args:
+        flag: the value of this process.
+        device: the device that the processes communicate on.
+
+    Returns:
+        The same value in all processes.
+    """
     return bool(sum_over_ranks(torch.tensor(int(flag)), device))

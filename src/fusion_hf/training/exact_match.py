@@ -1,4 +1,4 @@
-"""Exact answers to held-out questions, by greedy generation: does the model do what the loss promises?"""
+"""Score a model by the share of held-out questions that it answers exactly, with greedy generation."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -14,7 +14,15 @@ from fusion_hf.training.distributed import sum_over_ranks
 
 
 def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] | None:
-    """Find the messages before a record's first answer, and that answer; None if it has none or was skipped."""
+    """
+    Split a record at its first answer.
+
+    Args:
+        record: a record as the collator accepts it.
+
+    Returns:
+        The messages before the first answer, and the answer. None if there is no answer or the record was skipped.
+    """
     if "skipped" in record:
         return None
     messages = record_to_messages(record)
@@ -25,7 +33,15 @@ def first_question(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str] |
 
 
 def text_of(content: str | list[dict[str, Any]]) -> str:
-    """Join the text of a message's content, without its image."""
+    """
+    Join the text blocks of a message's content.
+
+    Args:
+        content: a text or a list of content blocks.
+
+    Returns:
+        The text without images.
+    """
     if isinstance(content, str):
         return content
     return "".join(block["text"] for block in content if block["type"] == "text")
@@ -44,11 +60,24 @@ def exact_matches(
     image_settings: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """
-    `accuracy`, the share of the first `samples` records whose first question is answered word for word, and `answers`,
-    how many were asked.
+    Answer the first questions of some records and count the exact matches.
 
-    Every process asks its share. A share that ends earlier is filled up with its last record, since a sharded model
-    generates only in all processes together. `image_settings` are of the image processor.
+    Every process answers its share of the records. A shorter share is padded with its last record, since a sharded
+    model can only generate in all processes at once.
+
+    Args:
+        model: the model.
+        processor: the processor of the model.
+        records: the held-out records.
+        samples: how many records to use.
+        batch_size: how many questions to answer at a time.
+        max_new_tokens: the maximum length of an answer in tokens.
+        rank: the number of this process.
+        world_size: the number of processes.
+        image_settings: further arguments of the image processor.
+
+    Returns:
+        `accuracy`, the share of exact answers from 0 to 1, and `answers`, the number of questions.
     """
     if isinstance(records, IterableDataset):
         records = list(islice(records, samples))
@@ -59,7 +88,7 @@ def exact_matches(
     was_training = model.training
     model.eval()
     hits = asked = 0
-    is_hidden = True if rank > 0 else None  # None: shown where there is a terminal
+    is_hidden = True if rank > 0 else None  # None shows the bar only in a terminal
     for start in tqdm(range(0, rounds, batch_size), desc="answer", unit="batch", disable=is_hidden, leave=False):
         taken = padded[start : start + batch_size]
         pairs = [first_question(records[index]) for index in taken]

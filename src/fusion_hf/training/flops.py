@@ -1,10 +1,10 @@
-"""How many floating-point operations FUSION's matrix products take: for model-FLOPs utilisation and for planning.
+"""Count the floating-point operations (FLOPs) of FUSION's matrix products, for model-FLOPs utilization and planning.
 
-A product of `(m, k)` and `(k, n)` counts `2 m k n`, attention counts its full square (also where it is causal), and
-nothing but matrix products and the patch convolution counts: norms, activations, softmax, pooling and the adapters of
-LoRA are left out. Backward, each product with a weight costs its forward once for the weight's gradient and once for
-the input's; what a batch does not need is not counted. Gradient checkpointing computes layers a second time, up to the
-input of a layer's last product.
+A product of `(m, k)` and `(k, n)` counts as `2 m k n`. Attention counts as its full square, even where it is causal.
+Only matrix products and the patch convolution count: norms, activations, softmax, pooling and LoRA adapters are left
+out. In the backward pass, each product with a weight costs its forward FLOPs once for the gradient of the weight and
+once for the gradient of the input. Gradients that a batch does not need are not counted. Gradient checkpointing
+recomputes each layer up to the input of its last product.
 """
 
 from collections.abc import Collection
@@ -16,11 +16,15 @@ from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, PARTS, PROJECTOR
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One micro-batch as the model sees it, padding included.
+    """
+    The shape of one micro-batch, padding included.
 
     Args:
-        batch: samples. sequence: tokens of each in the language model, S, image and latent tokens among them.
-        instruct_tokens: question tokens that the tower reads, T. turns: user turns, R. query_len: latents of each, q.
+        batch: the number of samples.
+        sequence: the number of tokens per sample in the language model (S), including image and latent tokens.
+        instruct_tokens: the number of question tokens that the vision tower reads (T).
+        turns: the number of user turns (R).
+        query_len: the number of latent tokens of each turn (q).
     """
 
     batch: int
@@ -32,12 +36,14 @@ class BatchShape:
 
 @dataclass
 class StepFlops:
-    """FLOPs of one forward and backward pass of a micro-batch.
+    """
+    The FLOPs of one forward and backward pass of a micro-batch.
 
     Args:
-        forward: of the forward pass. by_part: the same, by part.
-        training: forward and backward: the numerator of model-FLOPs utilisation.
-        recomputed: what gradient checkpointing adds to `training`.
+        forward: the FLOPs of the forward pass.
+        by_part: the same for each part of the model.
+        training: the FLOPs of forward and backward, the numerator of model-FLOPs utilization.
+        recomputed: the FLOPs that gradient checkpointing adds to `training`.
     """
 
     forward: int = 0
@@ -53,9 +59,14 @@ def step_flops(
     Count the FLOPs of one micro-batch.
 
     Args:
-        trained: parts whose weights are trained, of `PARTS`. The others' weights get no gradient, and their inputs
-            get one where something trained lies before them.
-        adapted: parts that hold adapters: gradients pass through all of them.
+        config: the configuration of the model.
+        shape: the shape of the micro-batch.
+        trained: the parts of `PARTS` whose weights are trained. The weights of other parts get no gradient, and their
+            inputs get one only if a trained part comes before them.
+        adapted: the parts with adapters. Gradients pass through all of them.
+
+    Returns:
+        The FLOPs.
     """
     counter = _Counter(config, shape, frozenset(trained), frozenset(adapted))
     counter.count()
@@ -63,7 +74,7 @@ def step_flops(
 
 
 class _Counter:
-    """Follows the forward pass; `*_gradient` say whether a tensor of it requires a gradient."""
+    """Follow the forward pass. Arguments named `*_gradient` say whether a tensor requires a gradient."""
 
     def __init__(self, config: FusionConfig, shape: BatchShape, trained: frozenset[str], adapted: frozenset[str]):
         self.config, self.shape, self.trained, self.adapted = config, shape, trained, adapted
@@ -72,13 +83,14 @@ class _Counter:
 
     def product(self, part: str, flops: int, gradient: bool, in_layer: bool = True, weighs: bool = False) -> None:
         """
-        A product of a part.
+        Count a matrix product of a part.
 
         Args:
-            flops: forward.
-            gradient: whether the gradient of its input is needed.
-            in_layer: whether gradient checkpointing computes it a second time.
-            weighs: whether one side is a weight; else both are activations.
+            part: the part of the model.
+            flops: the FLOPs of the forward pass.
+            gradient: whether the input requires a gradient.
+            in_layer: whether gradient checkpointing recomputes the product.
+            weighs: whether one factor is a weight. Otherwise both are activations.
         """
         second = part in self.trained if weighs else gradient
         self.total.forward += flops
@@ -88,17 +100,20 @@ class _Counter:
             self.total.recomputed += flops
 
     def linear(self, part: str, rows: int, size: tuple[int, int], gradient: bool, in_layer: bool = False) -> bool:
-        """A weight of `size` on `rows` rows; returns whether its output requires a gradient."""
+        """
+        Count a linear layer with a weight of `size` on `rows` rows, and return whether its output requires a
+        gradient.
+        """
         self.product(part, 2 * rows * size[0] * size[1], gradient, in_layer, weighs=True)
         return gradient or part in self.trained or part in self.adapted
 
     def attention(self, part: str, count: int, rows: int, keys: int, width: int, gradient: bool) -> None:
-        """`count` attentions: scores and weighted sums, all heads together `width` wide."""
+        """Count the scores and weighted sums of `count` attentions, with all heads together `width` wide."""
         self.product(part, 2 * 2 * count * rows * keys * width, gradient)
 
     def count(self) -> None:
         batch, questions = self.shape.batch, self.shape.instruct_tokens
-        text_gradient = LANGUAGE_MODEL in self.trained  # its embeddings are trained, too
+        text_gradient = LANGUAGE_MODEL in self.trained  # this includes the embeddings
         widths = (self.config.text_config.hidden_size, self.config.vision_config.hidden_size)
         back_gradient = False
         if questions > 0:
@@ -118,7 +133,7 @@ class _Counter:
         return self.linear(PROJECTORS, rows, (outputs, outputs), gradient)
 
     def tower(self, count: int, questions: int, gradient: bool) -> bool:
-        """The tower over `count` images with their questions."""
+        """Count the vision tower over `count` images with their questions."""
         vision = self.config.vision_config
         width, mlp = vision.hidden_size, vision.intermediate_size
         pixels = vision.num_channels * vision.patch_size**2
@@ -136,21 +151,24 @@ class _Counter:
         return gradient
 
     def early_text(self, count: int, length: int, width: int, gradient: bool) -> None:
-        """What early layers do besides, for question rows (uniform) or for patches that do not see them (masked)."""
+        """
+        Count what early layers compute for question rows (uniform attention) or for patches that do not see them
+        (masked).
+        """
         if self.config.early_text_attention == "masked":
             for _ in range(4):
                 self.linear(VISION_TOWER, count * self.patches, (width, width), gradient, True)
             gradient |= VISION_TOWER in self.trained
             self.attention(VISION_TOWER, count, self.patches, self.patches, width, gradient)
             return
-        self.product(VISION_TOWER, 2 * count * length * width, gradient=False)  # the mean's weights need none
+        self.product(VISION_TOWER, 2 * count * length * width, gradient=False)  # the uniform weights need no gradient
         for _ in range(2):  # value, output
             self.linear(VISION_TOWER, count, (width, width), gradient, True)
 
     def language_model(self, gradient: bool, window_gradient: bool) -> None:
         text = self.config.text_config
         width, mlp = text.hidden_size, text.intermediate_size
-        # some configurations leave the heads' width out, some leave it empty
+        # some configurations lack `head_dim`, and some set it to None
         head = text.to_dict().get("head_dim") or width // text.num_attention_heads
         queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
         rows = self.shape.batch * self.shape.sequence
@@ -170,7 +188,7 @@ class _Counter:
         self.linear(LANGUAGE_MODEL, rows, (width, text.vocab_size), gradient)
 
     def sampler(self, gradient: bool, window_gradient: bool) -> bool:
-        """One sampler: windows are projected once for each image, and all turns look at them."""
+        """Count one sampler. Windows are projected once per image, and all turns attend to them."""
         width, window = self.config.text_config.hidden_size, self.config.window_size**2
         cells = self.shape.batch * self.shape.query_len
         latents, square = cells * self.shape.turns, (width, width)

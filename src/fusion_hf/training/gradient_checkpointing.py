@@ -1,4 +1,6 @@
-"""Activation checkpointing, by the name that the installed transformers gives it, and PEFT's use of the older name."""
+"""Gradient checkpointing under the name that the installed transformers uses, and PEFT's use of the deprecated
+name.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -6,8 +8,8 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-# Newer releases of transformers call these keys otherwise and warn of the older name, which is the only one that all
-# supported releases know.
+# Newer releases of transformers renamed these keys and warn about the old names, but only the old names work in all
+# supported releases.
 RENAMED_KEYS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -15,7 +17,14 @@ RENAMED_KEYS = {
 
 
 def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool = False) -> None:
-    """Compute each layer a second time in the backward pass, so that what is inside of it need not be kept."""
+    """
+    Enable gradient checkpointing, which recomputes each layer in the backward pass instead of storing its
+    activations.
+
+    Args:
+        model: the model, changed in place.
+        use_reentrant: whether to use the reentrant implementation of torch.
+    """
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     else:
@@ -24,7 +33,7 @@ def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool = False) ->
 
 @contextmanager
 def hide_peft_deprecation() -> Iterator[None]:
-    """Hide the warning that PEFT 0.21 causes, not its user: it reads a model's `is_gradient_checkpointing`."""
+    """Hide the deprecation warning that PEFT 0.21 itself causes by reading `is_gradient_checkpointing` of a model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

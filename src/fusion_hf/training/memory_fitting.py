@@ -1,4 +1,4 @@
-"""How a trainer makes batches smaller when memory ends, without a change to what a step computes."""
+"""Let a trainer reduce the batch size when memory runs out, without changing what a step computes."""
 
 import logging
 from typing import Any
@@ -12,25 +12,25 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryFitting(Trainer):
-    """The part of a trainer that `auto_find_batch_size` is about: a step takes more, smaller micro-batches."""
+    """The part of the trainer that implements `auto_find_batch_size`: a step takes more, smaller micro-batches."""
 
-    attempts = 0  # of this run
-    first_step: int | None = None  # where the run begins or goes on
+    attempts = 0  # of the current run
+    first_step: int | None = None  # where the run starts or resumes
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's."""
+        """Train as `Trainer.train` does."""
         self.attempts, self.first_step = 0, None
         return super().train(*args, **kwargs)
 
     def forget_step(self) -> None:
-        """Forget what was measured of a step that was broken off."""
+        """Discard the measurements of an interrupted step."""
 
     def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> Any:
-        """As Trainer's, which makes batches smaller when memory ends: here a step then takes more of them."""
+        """Train, and split each step into more micro-batches whenever memory runs out."""
         if not self.args.auto_find_batch_size:
             return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
         taken = self.args.per_device_train_batch_size
-        first = min(batch_size or taken, taken)  # what a checkpoint remembers may be less
+        first = min(batch_size or taken, taken)  # a checkpoint may have stored a smaller one
         size = self._split_step(first if self.attempts == 0 else taken - 1)
         self.attempts += 1
         try:
@@ -40,28 +40,31 @@ class MemoryFitting(Trainer):
                 raise
             if self.first_step is not None and self.state.global_step > self.first_step:
                 raise InputError(
-                    f"Memory ended after step {self.state.global_step}, when weights had changed already; set "
-                    f"per_device_train_batch_size to less than {size}, and run again from the last checkpoint."
+                    f"Memory ran out after step {self.state.global_step}, when the weights had already changed. Set "
+                    f"`per_device_train_batch_size` to less than {size} and resume from the last checkpoint."
                 ) from error
             if size == 1:
                 raise InputError(
-                    "Memory does not suffice for one record at a time; choose a shorter max_length, or LoRA."
+                    "There is not enough memory for one record at a time. Reduce `max_length`, or use LoRA."
                 ) from error
             raise
 
     def _split_step(self, largest: int) -> int:
-        """Take at most so many of a step's records at a time, as many each time. Returns how many."""
+        """Split a step into micro-batches of equal size, at most `largest` records each, and return their size."""
         args = self.args
         share = args.per_device_train_batch_size * args.gradient_accumulation_steps
         size = next(size for size in range(largest, 0, -1) if share % size == 0)
         if size != args.per_device_train_batch_size:
-            logger.warning("auto_find_batch_size: %d records at a time, %d times a step", size, share // size)
+            logger.warning("auto_find_batch_size: a step takes %d records at a time, %d times.", size, share // size)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = size, share // size
         self.forget_step()
         return size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, which takes one step too many where a run goes on from the checkpoint of its last step."""
+        """
+        Run an epoch. Trainer's own method takes one step too many when it resumes from the checkpoint of its
+        last step.
+        """
         if self.first_step is None:
             self.first_step = self.state.global_step
         if self.state.global_step >= self.state.max_steps:

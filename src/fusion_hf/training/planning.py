@@ -1,7 +1,8 @@
-"""What a recipe will take on given GPUs: memory by kind, steps, tokens and FLOPs, before anything is allocated.
+"""Plan what a recipe needs on given GPUs, before anything is allocated: memory by kind, steps, tokens and FLOPs.
 
 Weights are counted on the meta device, activations by a simulated step (`simulation.py`), and states by what
-transformers' Trainer, accelerate and DeepSpeed keep per weight. P weights, of which some are trained; W processes.
+transformers' Trainer, accelerate and DeepSpeed keep for each weight. P is the number of weights, and W the number of
+processes.
 """
 
 from collections.abc import Mapping
@@ -40,29 +41,36 @@ SHARDINGS = (DDP, ZERO2, FSDP2, ZERO3)
 OPTIMIZER_STEP = "optimizer step"
 
 GIB = 2**30
-HALF = 2  # bytes of a bfloat16 or float16
-UNFUSED = "adamw_torch"  # makes one float32 copy of all trained weights while it steps
-# NF4 with an 8-bit scale for each 64 weights, and a float32 for each 256 of those
+HALF = 2  # bytes of bfloat16 and float16
+UNFUSED = "adamw_torch"  # allocates a float32 copy of all trained weights during its step
+# NF4 with one 8-bit scale per 64 weights, and one float32 scale per 256 of these scales
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + FULL / (64 * 256)
-EIGHT_BIT_BYTES = 1.0  # and a scale for each row, which is not counted
-LIVE_WEIGHTS = 10**9  # ZeRO-3 keeps as many gathered at a time (`stage3_max_live_parameters`)
-BUCKETS = 2  # ZeRO sends one while it fills the other; each holds `hidden_size ** 2` gradients
-# FSDP2: the layer that computes, the one that arrives, the gradients of one, and what is being sent of them
+EIGHT_BIT_BYTES = 1.0  # the scale of each row is not counted
+LIVE_WEIGHTS = 10**9  # ZeRO-3 gathers at most so many at a time (`stage3_max_live_parameters`)
+BUCKETS = 2  # ZeRO fills one while it sends the other; each holds `hidden_size ** 2` gradients
+# FSDP2 holds the current layer, the prefetched layer, the gradients of one layer, and a buffer to send them
 FSDP_LAYERS = 4
-RESERVED = 2 * GIB  # CUDA context, NCCL's and cuBLAS's buffers
-USABLE = 0.95  # of the rest; the allocator loses some between its blocks
+RESERVED = 2 * GIB  # CUDA context, and the buffers of NCCL and cuBLAS
+USABLE = 0.95  # share of the rest; the allocator loses some to fragmentation
 
 LORA_DROPOUT = 0.05  # the recipe's default
-DEFAULT_MAX_LENGTH = 4096  # of tokenizers that name no maximum
+DEFAULT_MAX_LENGTH = 4096  # for tokenizers without a maximum
 TURNS = 2  # of the simulated batch
 INSTRUCT_TOKENS = 256
 AVERAGE_INSTRUCT_TOKENS = 128
-TEXT_TOKENS = 256  # beside image and latents, of an average record whose length nobody told
+TEXT_TOKENS = 256  # text of an average record if its length is not given, without image and latent tokens
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`gpus` in all, each with `memory` bytes; `sharding` is one of `SHARDINGS`, `NONE` or `AUTO`."""
+    """
+    The GPUs of a run.
+
+    Args:
+        gpus: the number of GPUs over all nodes.
+        memory: the memory of each GPU in bytes.
+        sharding: one of `SHARDINGS`, `NONE` or `AUTO`.
+    """
 
     gpus: int
     memory: int
@@ -70,19 +78,24 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """Bytes of a GPU that tensors may fill."""
+        """The bytes of a GPU that tensors may fill."""
         return int((self.memory - RESERVED) * USABLE)
 
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights, adapters among them.
+    """
+    Numbers of weights, adapters included.
 
     Args:
-        by_part, trained: of each part. quantized: frozen ones kept in 4 or 8 bits, in `quantized_bytes` each.
-        largest_quantized: of one such layer.
-        originals: copies of parts trained beside adapters, which PEFT keeps as they were.
-        largest_layer: of the largest layer that FSDP gathers as a whole. outside: in no such layer.
+        by_part: the number of weights of each part.
+        trained: the number of trained weights of each part.
+        quantized: the number of frozen weights in 4 or 8 bits.
+        largest_quantized: the number of weights of the largest quantized layer.
+        largest_layer: the number of weights of the largest layer that FSDP gathers as a whole.
+        outside: the number of weights outside these layers.
+        originals: the number of frozen copies that PEFT keeps of parts trained in full next to adapters.
+        quantized_bytes: the bytes of a quantized weight.
     """
 
     by_part: dict[str, int]
@@ -96,20 +109,30 @@ class WeightCounts:
 
     @property
     def total(self) -> int:
+        """Number of all weights."""
         return sum(self.by_part.values())
 
     @property
     def total_trained(self) -> int:
+        """Number of all trained weights."""
         return sum(self.trained.values())
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes that one GPU holds at the moment it holds most.
+    """
+    The bytes that one GPU holds when its memory use peaks.
 
     Args:
-        sharding: how states are divided. batch, accumulation: records per pass, passes per step.
-        communication: buckets, and weights gathered from other GPUs. moment: a phase of the step.
+        sharding: how the states are divided.
+        batch: the number of records per pass.
+        accumulation: the number of passes per step.
+        parameters: the bytes of the weights.
+        gradients: the bytes of their gradients.
+        optimizer: the bytes of the optimizer's state.
+        communication: the bytes of buckets, and of weights gathered from other GPUs.
+        activations: the bytes of activations and inputs.
+        moment: the phase of the step in which the peak occurs.
     """
 
     sharding: str
@@ -124,12 +147,13 @@ class GpuMemory:
 
     @property
     def total(self) -> int:
+        """Bytes in total."""
         return self.parameters + self.gradients + self.optimizer + self.communication + self.activations
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes per GPU of everything but activations; `step` comes on top while the optimizer steps."""
+    """The bytes per GPU of everything except activations. `step` is added while the optimizer steps."""
 
     parameters: int
     gradients: int
@@ -139,13 +163,13 @@ class StateBytes:
 
     @property
     def lasting(self) -> int:
-        """Bytes without which there is no step."""
+        """The bytes that are needed throughout a step."""
         return self.parameters + self.optimizer + self.communication
 
 
 @dataclass
 class PlannedRun:
-    """What a recipe says that matters here."""
+    """The values of a recipe that determine memory and work."""
 
     trained: tuple[str, ...]
     checkpointing: bool
@@ -166,8 +190,17 @@ class PlannedRun:
     @classmethod
     def of(cls, values: Mapping[str, Any], config: FusionConfig) -> "PlannedRun":
         """
+        Read the values from a recipe.
+
+        Args:
+            values: the keys and values of the recipe.
+            config: the configuration of the model.
+
+        Returns:
+            The values, with defaults filled in.
+
         Raises:
-            InputError: for an optimizer whose memory is not known.
+            InputError: if the memory use of the optimizer is unknown.
         """
         optimizer = check_optimizer(values)
         rank, targets = values.get("lora_rank") or 0, values.get("lora_targets")
@@ -195,7 +228,16 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Work:
-    """What the whole run computes; a FLOP of a matrix product each."""
+    """
+    The work of the whole run. Each FLOP belongs to a matrix product.
+
+    Args:
+        records: the number of records in an epoch.
+        steps: the number of optimizer steps.
+        tokens: the number of tokens that the language model reads.
+        model_flops: the FLOPs without recomputation.
+        hardware_flops: the FLOPs including what gradient checkpointing recomputes.
+    """
 
     records: int
     steps: int
@@ -206,13 +248,20 @@ class Work:
 
 @dataclass
 class TrainingPlan:
-    """The answer to a recipe.
+    """
+    The plan of a recipe on a machine.
 
     Args:
-        memory: at the batch that the recipe asks for. fits: whether that is no more than `usable`.
-        largest_batch: records per pass that fit, of those that divide the step; None: not even one.
-        help: changes that were tried, and what each would need, if it does not fit.
-        record_tokens, record_flops: of an average record. work: None if the number of records is not known.
+        machine: the machine, with the sharding that was chosen.
+        weights: the weights of the model.
+        memory: the memory of a GPU at the batch size of the recipe.
+        fits: whether that is at most `machine.usable`.
+        largest_batch: the largest number of records per pass that fits and divides the step. None if not even one
+            fits.
+        record_tokens: the number of tokens of an average record.
+        record_flops: the FLOPs of an average record.
+        work: the work of the whole run. None if the number of records is unknown.
+        help: if the plan does not fit, changes to try and the bytes that a GPU would need after each.
     """
 
     machine: Machine
@@ -227,7 +276,13 @@ class TrainingPlan:
 
 
 class Planner:
-    """Plans one recipe for one model; simulations are kept, since shardings share them."""
+    """
+    Plan one recipe for one model. Simulations are cached, since several shardings share them.
+
+    Args:
+        config: the configuration of the model.
+        values: the keys and values of the recipe.
+    """
 
     def __init__(self, config: FusionConfig, values: Mapping[str, Any]):
         self.config, self.values = config, dict(values)
@@ -238,7 +293,7 @@ class Planner:
     # ---- memory ----
 
     def weights(self, run: PlannedRun | None = None) -> WeightCounts:
-        """Count the model's weights under the recipe."""
+        """Count the weights of the model under the recipe, or under the values in `run`."""
         run = self.run if run is None else run
         setting = self.setting(run, DDP, KEPT)
         if setting not in self._weights:
@@ -247,7 +302,10 @@ class Planner:
         return self._weights[setting]
 
     def setting(self, run: PlannedRun, sharding: str, gradients: str) -> StepSetting:
-        """Say how the step runs: ZeRO and FSDP compute on 16-bit weights, plain and DDP under autocast."""
+        """
+        Return how a step runs: ZeRO and FSDP compute with 16-bit weights, a single process and DDP under
+        autocast.
+        """
         casts = sharding in (NONE, DDP)
         full = casts or run.half is None
         return StepSetting(
@@ -273,7 +331,20 @@ class Planner:
         run: PlannedRun | None = None,
         shape: BatchShape | None = None,
     ) -> GpuMemory:
-        """Count what one of `gpus` holds at its worst moment. Default `shape`: longest sequences and most latents."""
+        """
+        Compute the peak memory of one GPU.
+
+        Args:
+            sharding: how the states are divided.
+            gpus: the number of GPUs.
+            batch: the number of records per pass.
+            accumulation: the number of passes per step.
+            run: the values of the recipe. Defaults to those of this planner.
+            shape: the shape of a micro-batch. Defaults to the maximum length with the most latent tokens.
+
+        Returns:
+            The memory by kind, in bytes.
+        """
         run = self.run if run is None else run
         sharded = sharding not in (NONE, DDP)
         gradients = REDUCED if sharded else KEPT if accumulation == 1 else ACCUMULATED
@@ -284,7 +355,7 @@ class Planner:
         if peak is None:
             peak = self._peaks[setting, shape] = simulate(self.config, shape, setting)
         states = self.states(sharding, gpus, run)
-        waiting = (accumulation - 1) * batch * self.image_bytes  # a step's batches arrive together
+        waiting = (accumulation - 1) * batch * self.image_bytes  # all batches of a step are fetched at once
         held = states.gradients if sharded else peak.gradients
         worst = (held, peak.activations + waiting, peak.phase)
         if sum(worst[:2]) < states.gradients + states.step:
@@ -303,18 +374,27 @@ class Planner:
         )
 
     def states(self, sharding: str, gpus: int, run: PlannedRun | None = None) -> StateBytes:
-        """Count what lasts through a step, without a simulation."""
+        """Count the bytes of everything except activations, without a simulation."""
         run = self.run if run is None else run
-        bucket = self.config.text_config.hidden_size**2  # transformers' `auto`
+        bucket = self.config.text_config.hidden_size**2  # what `auto` means in transformers' DeepSpeed integration
         return count_states(self.weights(run), sharding, gpus, run.half is not None, run.optimizer, bucket)
 
     @property
     def image_bytes(self) -> int:
+        """Bytes of the pixels of one image in a batch."""
         vision = self.config.vision_config
         return FULL * (NUM_TILES + 1) * vision.num_channels * vision.image_size**2
 
     def choose(self, machine: Machine, batch: int, accumulation: int) -> GpuMemory:
-        """Under the machine's sharding; `AUTO`: the first that fits, else the one that needs least."""
+        """
+        Compute the memory under the sharding of the machine. `AUTO` selects the first one that fits, or the
+        smallest.
+
+        Args:
+            machine: the GPUs.
+            batch: the number of records per pass.
+            accumulation: the number of passes per step.
+        """
         gpus = machine.gpus
         if machine.sharding != AUTO:
             return self.memory(machine.sharding, gpus, batch, accumulation)
@@ -338,10 +418,15 @@ class Planner:
         Make the plan for a machine.
 
         Args:
-            records: of the data set, once through. record_tokens: of an average record, in the language model.
+            machine: the GPUs.
+            records: the number of records in an epoch. None leaves the total work out.
+            record_tokens: the number of tokens of an average record in the language model. None uses an estimate.
+
+        Returns:
+            The plan.
 
         Raises:
-            InputError: where the global batch does not divide.
+            InputError: if the global batch size cannot be divided among the GPUs.
         """
         batch, accumulation = split_batch(self.values, machine.gpus)
         memory = self.choose(machine, batch, accumulation)
@@ -364,7 +449,16 @@ class Planner:
         )
 
     def largest_batch(self, machine: Machine, share: int) -> int | None:
-        """Find the most records per pass, of the divisors of a GPU's `share` of a step, that fit."""
+        """
+        Find the largest number of records per pass that fits into memory.
+
+        Args:
+            machine: the GPUs.
+            share: the number of records of a step on each GPU. Only its divisors are tried.
+
+        Returns:
+            The number, or None if not even one record fits.
+        """
         largest = None
         if self.states(machine.sharding, machine.gpus).lasting > machine.usable:
             return None
@@ -377,7 +471,17 @@ class Planner:
     def work(
         self, records: int, tokens: int, flops: StepFlops, batch: int, accumulation: int, machine: Machine
     ) -> Work:
-        """Add up all steps, at average records without padding."""
+        """
+        Sum up the work of all steps, for average records without padding.
+
+        Args:
+            records: the number of records in an epoch.
+            tokens: the number of tokens of an average record.
+            flops: the FLOPs of an average record.
+            batch: the number of records per pass.
+            accumulation: the number of passes per step.
+            machine: the GPUs.
+        """
         per_step = batch * accumulation * machine.gpus
         steps = self.run.max_steps if self.run.max_steps > 0 else ceil(ceil(records / per_step) * self.run.epochs)
         seen = round(records * self.run.epochs) if self.run.max_steps <= 0 else steps * per_step
@@ -385,7 +489,16 @@ class Planner:
         return Work(records, steps, seen * tokens, seen * flops.training, seen * hardware)
 
     def what_helps(self, machine: Machine, memory: GpuMemory) -> dict[str, int]:
-        """Count the bytes that a GPU would need after each of a few changes, made one at a time."""
+        """
+        Compute the memory that a GPU would need after each of a few changes to the recipe, applied one at a time.
+
+        Args:
+            machine: the GPUs.
+            memory: the memory without changes.
+
+        Returns:
+            The bytes by change.
+        """
         run, share = self.run, memory.batch * memory.accumulation
         changes = {}
 
@@ -407,7 +520,7 @@ class Planner:
 
 
 def count_weights(config: FusionConfig, setting: StepSetting) -> WeightCounts:
-    """Count the model's weights, on the meta device."""
+    """Count the weights of a model on the meta device."""
     with fake_model(config, setting) as model:
         layers = [
             sum(parameter.numel() for parameter in module.parameters())
@@ -431,16 +544,22 @@ def count_states(
     weights: WeightCounts, sharding: str, gpus: int, half: bool, optimizer: str, bucket: int
 ) -> StateBytes:
     """
-    Count the bytes per GPU that last through a step.
+    Count the bytes per GPU that are needed throughout a step.
 
-    - `none`, `ddp`: float32 weights, gradients and moments on each GPU; DDP's buckets are a second set of gradients.
-    - `zero2`: 16-bit weights on each; 16-bit gradients, float32 weights and moments divided by W; float32 gradients,
-      divided, while it steps. `zero3` divides the 16-bit weights as well, and gathers up to a billion of them.
-    - `fsdp2`: float32 weights, gradients and moments divided by W; a few layers gathered in 16 bits.
+    - `none`, `ddp`: each GPU holds float32 weights, gradients and moments. The buckets of DDP are a second set of
+      gradients.
+    - `zero2`: each GPU holds 16-bit weights. 16-bit gradients and float32 weights and moments are divided by W, and so
+      are the float32 gradients during the optimizer's step. `zero3` also divides the 16-bit weights, and gathers up to
+      a billion of them.
+    - `fsdp2`: float32 weights, gradients and moments are divided by W, and a few layers are gathered in 16 bits.
 
     Args:
+        weights: the numbers of weights.
+        sharding: how the states are divided.
+        gpus: the number of GPUs (W).
         half: whether the run computes in 16 bits.
-        optimizer: a key of `OPTIMIZER_BYTES`. bucket: gradients that ZeRO sends at a time.
+        optimizer: a key of `OPTIMIZER_BYTES`.
+        bucket: the number of gradients that ZeRO sends at a time.
     """
     trained = weights.total_trained
     computed = HALF if half else FULL

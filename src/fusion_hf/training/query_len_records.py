@@ -1,4 +1,6 @@
-"""Records that know the number of latent tokens of their step, which a collator in a worker cannot know."""
+"""Data sets whose records carry the number of latent tokens of their step, which a collator in a worker cannot
+know.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -15,11 +17,12 @@ from fusion_hf.training.sampler import StepLayout, query_len_of_step
 
 class QueryLenRecords(Dataset):
     """
-    A sequence of records as a data set that takes `StepSampler`'s keys.
+    A map-style data set around a sequence of records that accepts the keys of `StepSampler`.
 
     Args:
-        query_len: of keys that are plain indices. None: the collator draws.
-        show_progress: whether to show how far the records have been measured.
+        records: the records.
+        query_len: the number of latent tokens for keys that are plain indices. None lets the collator draw it.
+        show_progress: whether to show a progress bar while records are measured.
     """
 
     def __init__(self, records: Any, query_len: int | None = None, show_progress: bool = False):
@@ -39,26 +42,29 @@ class QueryLenRecords(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Words of each record, negative without an image `(len,)`: what `StepSampler` groups by."""
+        """Words of each record, negative if it has no image `(len,)`. `StepSampler` groups by these."""
         return self._measured[:, 0]
 
     @property
     def turns(self) -> np.ndarray:
-        """Questions of each record `(len,)`."""
+        """Number of questions of each record `(len,)`."""
         return self._measured[:, 1]
 
 
 class QueryLenIterable(IterableDataset):
     """
-    Records of any iterable data set with the number of latent tokens of their step, for one process.
+    An iterable data set that adds the number of latent tokens of their step to records, for one process.
 
-    A data set without a length begins again where it ends: the run ends it. So a resumed run counts on as it had.
+    A data set without a length starts again when it ends, and `max_steps` ends the run. A resumed run therefore
+    continues with the same count.
 
     Args:
-        records: a data set, which deals its records to workers itself, as torch's and datasets' do.
+        records: an iterable data set that distributes its records to workers itself, as those of torch and datasets
+            do.
         layout: how a step is split.
-        query_lens, seed: see `query_len_of_step`.
-        per_micro_batch: draw from `query_lens` for each micro-batch of a step.
+        query_lens: the numbers of latent tokens to draw from.
+        seed: the seed of the draw, see `query_len_of_step`.
+        per_micro_batch: whether to draw for each micro-batch of a step.
     """
 
     def __init__(
@@ -67,14 +73,14 @@ class QueryLenIterable(IterableDataset):
         self.records, self.layout, self.query_lens, self.seed = records, layout, query_lens, seed
         self.per_micro_batch = per_micro_batch
         self.epoch = 0
-        self.rank = 0  # a loader deals the records to processes
+        self.rank = 0  # the data loader distributes the records to processes
 
     def __len__(self) -> int:
-        """That of the records; a `TypeError` where they have none."""
+        """Return the length of the records. Raise a `TypeError` if they have none."""
         return len(self.records)
 
     def set_epoch(self, epoch: int) -> None:
-        """Of records that have a length; others count their epochs themselves."""
+        """Set the epoch of records that have a length. Others count their epochs themselves."""
         if self._has_length:
             self.epoch = epoch
 
@@ -91,7 +97,7 @@ class QueryLenIterable(IterableDataset):
 
     @property
     def _start(self) -> int:
-        """Micro-batches of the epochs before; the last step of an epoch may lack some."""
+        """Number of micro-batches in earlier epochs. The last step of an epoch may have fewer."""
         steps = -(-len(self) // self.layout.global_batch_size) if self._has_length else 0
         return self.epoch * steps * self.layout.accumulation
 
@@ -109,12 +115,13 @@ class QueryLenIterable(IterableDataset):
 
 class QueryLenStream(QueryLenIterable):
     """
-    A stream's records, which it deals to processes itself, from one of their micro-batches on.
+    Records of a stream that distributes them to processes itself, starting at one of their micro-batches.
 
     Args:
-        records: of one process.
-        accumulation: micro-batches per step.
-        query_lens, seed, per_micro_batch: see [`QueryLenIterable`].
+        records: the records of one process.
+        accumulation: the number of micro-batches per step.
+        *drawing: `query_lens` and `seed` of [`QueryLenIterable`].
+        **settings: `per_micro_batch` of [`QueryLenIterable`].
     """
 
     def __init__(self, records: StreamedRecords, accumulation: int, *drawing: Any, **settings: Any):
@@ -132,19 +139,25 @@ class QueryLenStream(QueryLenIterable):
 
 @runtime_checkable
 class HasEpochs(Protocol):
-    """A data set that is shuffled anew for each epoch."""
+    """A data set that is reshuffled in each epoch."""
 
     def set_epoch(self, epoch: int) -> None: ...
 
 
 class FixedQueryLenIterable(IterableDataset):
-    """Records of any iterable data set, all with the same number of latent tokens."""
+    """
+    Records of an iterable data set, all with the same number of latent tokens.
+
+    Args:
+        records: the iterable data set.
+        query_len: the number of latent tokens.
+    """
 
     def __init__(self, records: Any, query_len: int):
         self.records, self.query_len = records, query_len
 
     def __len__(self) -> int:
-        """That of the records; a `TypeError` where they have none."""
+        """Return the length of the records. Raise a `TypeError` if they have none."""
         return len(self.records)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -152,7 +165,7 @@ class FixedQueryLenIterable(IterableDataset):
 
 
 def _with_batches(records: Iterable[dict[str, Any]], batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records of this worker with the number of their batch: the workers' batches come in turn."""
+    """Yield the records of this worker with the number of their batch. The workers' batches are used in turn."""
     info = get_worker_info()
     workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
     for position, record in enumerate(records):
@@ -161,12 +174,15 @@ def _with_batches(records: Iterable[dict[str, Any]], batch_size: int) -> Iterato
 
 def with_query_lens(records: Any, query_len: int | None = None, show_progress: bool = False) -> Any:
     """
-    Prepare records for the trainer: a data set that takes `StepSampler`'s keys, or an iterable one.
+    Wrap records for the trainer, as a data set that accepts the keys of `StepSampler` or as an iterable one.
 
     Args:
-        records: a sequence of records, a data set, or named ones (a dictionary).
-        query_len: of all records. None: a sampler or the trainer says it.
-        show_progress: whether to show how far records are measured, see `measure_records`.
+        records: a sequence of records, a data set, or a dictionary of these.
+        query_len: the number of latent tokens of all records. None leaves it to a sampler or the trainer.
+        show_progress: whether to show a progress bar while records are measured, see `measure_records`.
+
+    Returns:
+        The data set, or a dictionary of them.
     """
     if records is None:
         return None

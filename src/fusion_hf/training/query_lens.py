@@ -1,4 +1,4 @@
-"""The number of latent tokens of a batch that nobody else has drawn for."""
+"""Draw the number of latent tokens of a batch from its content."""
 
 import hashlib
 import random
@@ -12,30 +12,39 @@ from torch.utils.data import get_worker_info
 
 from fusion_hf.model.image_opening_fusion import BROKEN_IMAGE
 
-THUMBNAIL = (16, 16)  # enough to tell images apart, and cheap
+THUMBNAIL = (16, 16)  # large enough to distinguish images, and cheap
 
 
 class BatchDraw:
     """
-    Draws a number of latent tokens for each batch from what is in it, so that it depends neither on the number of
-    workers nor on the batches before it, which a resumed run does not read again.
+    Draw a number of latent tokens for each batch from the content of the batch.
 
-    Batches with the same records get another number in another epoch. `epoch` says which one it is; without it, a
-    `DataLoader`'s seed stands for it in a worker, and a batch that begins anew elsewhere.
+    The number depends neither on the number of workers nor on earlier batches, which a resumed run does not read
+    again. Equal batches get different numbers in different epochs. Set `epoch` to choose the epoch. Without it, the
+    seed of a `DataLoader` identifies the epoch in a worker, and elsewhere the return of the first batch starts a new
+    one.
 
     Args:
-        query_lens: what is drawn from.
-        seed: of the drawing.
+        query_lens: the numbers to draw from.
+        seed: the seed of the draw.
     """
 
     def __init__(self, query_lens: Sequence[int], seed: int):
         self.query_lens, self.seed = tuple(query_lens), seed
         self.epoch: int | None = None
-        self.first: str | None = None  # batch of this process
-        self.rounds = 0  # how often it came again: an order that is not shuffled began anew
+        self.first: str | None = None  # digest of the first batch of this process
+        self.rounds = 0  # how often it was seen again, which starts another round of an unshuffled order
 
     def __call__(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> int:
-        """Draw for the batch of these conversations, as `record_to_messages` gives them."""
+        """
+        Draw the number for a batch.
+
+        Args:
+            conversations: the messages of each record, as `record_to_messages` returns them.
+
+        Returns:
+            One of `query_lens`.
+        """
         if len(self.query_lens) == 1:
             return self.query_lens[0]
         content = _digest(conversations)
@@ -44,7 +53,7 @@ class BatchDraw:
         else:
             self.rounds += content == self.first
             self.first = self.first or content
-            worker = get_worker_info()  # its seed is the epoch's and its number together
+            worker = get_worker_info()  # its seed is the sum of the epoch's seed and the worker's number
             epoch = f"{'' if worker is None else worker.seed - worker.id}/{self.rounds}"
         return random.Random(f"query_len/{self.seed}/{epoch}/{content}").choice(self.query_lens)
 
@@ -63,13 +72,13 @@ def _digest(conversations: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 
 def _bytes_of(value: Any) -> bytes:
-    """What tells a text or an image from another one."""
+    """Return bytes that distinguish a text or an image from others."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, Image.Image):
         try:
             return value.resize(THUMBNAIL, Image.Resampling.NEAREST).tobytes()
-        except BROKEN_IMAGE:  # which the processor is going to say
+        except BROKEN_IMAGE:  # the processor will report it
             return b""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return np.asarray(value).tobytes()

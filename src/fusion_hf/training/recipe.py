@@ -1,6 +1,6 @@
-"""A recipe: one YAML file that is a whole training run, what the command line changes in it, and the files it names.
+"""Read a recipe, the YAML file of a whole training run, with the overrides of the command line and the files it names.
 
-A wrong one is told before a run imports what takes seconds, so this imports nothing heavy.
+This module imports nothing heavy, so that an invalid recipe is reported at once.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT_CHOICES = ("auto", "none")
 REQUIRED = ("model", "data", "output_dir")
-PATHS = ("data", "data_root", "eval_data")  # a recipe's own are relative to its folder
-# What a run computes. A checkpoint goes on only under the same of these; the others may change between two starts.
+PATHS = ("data", "data_root", "eval_data")  # paths in a recipe are relative to its folder
+# Keys that change what a run computes. A run resumes only with the same values; all other keys may change.
 DECISIVE = (
     *("model", "data", "data_root", "streaming", "on_broken", "global_batch_size", "train", "query_lens"),
     *("max_length", "group_by", "learning_rate", "vision_tower_learning_rate", "projector_learning_rate"),
@@ -37,14 +37,19 @@ DECISIVE = (
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
-    Read the keys and values of a recipe, checked and converted.
+    Read, check and convert the keys and values of a recipe.
 
     Args:
-        path: a YAML file of keys and values. Its relative `data` paths are relative to its folder.
-        overrides: `key=value`, values as in YAML; their paths are relative to the working directory.
+        path: a YAML file of keys and values. Relative paths in it are relative to its folder.
+        overrides: texts of the form `key=value` with values in YAML. Their paths are relative to the working
+            directory.
+
+    Returns:
+        The values by key.
 
     Raises:
-        InputError: for a file that is no recipe, an unknown key (names the nearest known one), or a wrong value.
+        InputError: if the file is not a recipe, a key is unknown (the message names the nearest known one), or a value
+            is invalid.
     """
     path = Path(path)
     values = read_yaml_keys(path, "The recipe")
@@ -62,23 +67,26 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     values = {key: convert(key, value) for key, value in values.items()}
     for key in REQUIRED:
         if values.get(key) is None:
-            raise InputError(f"{path} gives no {key}; add it, or say {key}=... on the command line.")
+            raise InputError(f"{path} must set `{key}`. Add it, or give {key}=... on the command line.")
     OwnArguments(**{key: values[key] for key in keys_of(OwnArguments) if key in values}).check()
     return values
 
 
 def _relative_to(folder: Path, name: str) -> str:
-    """Where a path of the recipe leads; a Hub id, which is no path there, stays as it is."""
+    """Resolve a path of the recipe. A Hub id, which is no path in the folder, is returned unchanged."""
     is_path = name.startswith(".") or (folder / name).exists()
     return str(folder / name) if is_path and not Path(name).is_absolute() else name
 
 
 def check_files(values: Mapping[str, Any]) -> None:
     """
-    Check that what a run reads is there, and its folder can be written. A finished run reads nothing.
+    Check that the files of a run exist and its folder is writable. A finished run reads no files.
+
+    Args:
+        values: the keys and values of the recipe.
 
     Raises:
-        InputError: for the first thing that is missing; names the key.
+        InputError: if something is missing. The message names the key.
     """
     output = Path(values["output_dir"])
     if (output / FINISHED_FILE).is_file():
@@ -87,34 +95,47 @@ def check_files(values: Mapping[str, Any]) -> None:
     for key, root in (("data", values.get("data_root")), ("eval_data", None)):
         if values.get(key) is not None:
             for entry in read_entries(values[key], root, key):
-                entry.locate()  # data sets of the Hub are taken as given
+                entry.locate()  # data sets of the Hub are not checked
     ImagePlaces.named(*(values.get(key) for key in ("image_roots", "image_hosts", "private_image_hosts")))
     given = values.get("resume_from_checkpoint")
     if given not in (None, *CHECKPOINT_CHOICES) and not Path(str(given)).is_dir():
-        raise InputError(f"resume_from_checkpoint is {given!r}; allowed: auto, none, or a checkpoint's folder.")
+        raise InputError(f"`resume_from_checkpoint` must be auto, none, or the folder of a checkpoint, got {given!r}.")
     check_place(output, "output_dir")
-    find_folder(values["model"])  # last: one of the Hub is fetched
+    find_folder(values["model"])  # comes last, since it may download from the Hub
 
 
 def convert(key: str, value: Any) -> Any:
     """
-    Convert a YAML value to the type that the key has: YAML reads `1e-5` as text, and `1` where 1.0 is meant.
+    Convert a YAML value to the type of its key. YAML reads `1e-5` as text, and `1` as an integer where a float is
+    meant.
+
+    Args:
+        key: the name of the key.
+        value: the value as YAML reads it.
+
+    Returns:
+        The converted value.
 
     Raises:
-        InputError: if it cannot be one; names the key, the value and the type.
+        InputError: if the value cannot be converted. The message names the key, the value and the type.
     """
     known = all_keys()[key]
     if value is None and known.takes_none:
         return None
     if value is False and key.endswith("_strategy"):
-        return "no"  # as which YAML reads it
+        return "no"  # YAML reads `no` as false
     if isinstance(value, bool) and not {int, float} & known.kinds and known.kinds != {list}:
-        return value  # where a text is allowed, transformers says whether a truth value is
+        return value  # transformers decides whether a key for texts also accepts a boolean
     return convert_value(known.kinds, value, key)
 
 
 def default_of(key: str) -> Any:
-    """Find the value of a key that a recipe does not give; None where it follows from others."""
+    """
+    Return the default of a key, or None if it depends on other keys.
+
+    Args:
+        key: the name of the key.
+    """
     from fusion_hf.training.arguments import FusionTrainingArguments
 
     (field,) = [field for field in fields(FusionTrainingArguments) if field.name == key]
@@ -123,8 +144,14 @@ def default_of(key: str) -> Any:
 
 def changed_keys(began: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """
-    What a run would compute otherwise than it began to: the values of a decisive key, before and now. A key that a
-    recipe does not give has its default.
+    Find the decisive keys whose values differ from those that a run was started with.
+
+    Args:
+        began: the values that the run was started with. Missing keys have their default.
+        values: the values now.
+
+    Returns:
+        The value before and the value now, by key.
     """
     pairs = {key: (began.get(key, default_of(key)), values.get(key, default_of(key))) for key in DECISIVE}
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
@@ -132,13 +159,20 @@ def changed_keys(began: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
 
 def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     """
-    Count records per process and pass, and passes per step: with the processes they make the global batch.
+    Divide the global batch into records per process and pass, and passes per step.
 
-    `per_device_train_batch_size` and `gradient_accumulation_steps` follow from one another; without either, a process
-    takes its share in one pass.
+    If one of `per_device_train_batch_size` and `gradient_accumulation_steps` is given, the other follows from it.
+    Without either, a process takes its share in one pass.
+
+    Args:
+        values: the keys and values of the recipe.
+        world_size: the number of processes.
+
+    Returns:
+        The number of records per pass, and the number of passes per step.
 
     Raises:
-        InputError: if they do not divide; names all numbers.
+        InputError: if the numbers do not divide each other. The message names all of them.
     """
     total = values.get("global_batch_size")
     batch, passes = values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")
@@ -149,24 +183,33 @@ def split_batch(values: Mapping[str, Any], world_size: int) -> tuple[int, int]:
         return batch, 1 if passes is None else passes
     for key in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(key) is not None and values[key] < 1:
-            raise InputError(f"{key} is {values[key]}; allowed: 1 or more.")
+            raise InputError(f"`{key}` must be 1 or more, got {values[key]}.")
     share, remainder = divmod(total, world_size)
     if remainder:
-        raise InputError(f"global_batch_size is {total}, which {world_size} processes do not divide.")
+        raise InputError(f"`global_batch_size` must be a multiple of the {world_size} processes, got {total}.")
     if batch is None:
         batch = share if passes is None else share // passes
     if passes is None:
         passes = share // batch
     if batch * passes != share:
         raise InputError(
-            f"global_batch_size is {total}: {share} for each of {world_size} processes, which is not "
-            f"per_device_train_batch_size = {batch} times gradient_accumulation_steps = {passes}; allowed: divisors."
+            f"`per_device_train_batch_size` times `gradient_accumulation_steps` must be {share}, since "
+            f"`global_batch_size` is {total} in {world_size} processes, got {batch} times {passes}."
         )
     return batch, passes
 
 
 def make_arguments(values: Mapping[str, Any], world_size: int) -> "FusionTrainingArguments":
-    """Make the arguments of a run of `world_size` processes."""
+    """
+    Make the training arguments of a run.
+
+    Args:
+        values: the keys and values of the recipe.
+        world_size: the number of processes.
+
+    Raises:
+        InputError: if transformers rejects a value.
+    """
     from fusion_hf.training.arguments import FusionTrainingArguments
     from fusion_hf.training.gradient_checkpointing import RENAMED_KEYS
 
@@ -182,4 +225,4 @@ def make_arguments(values: Mapping[str, Any], world_size: int) -> "FusionTrainin
     except InputError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"transformers refuses the recipe: {error}") from error
+        raise InputError(f"transformers rejects the recipe: {error}") from error

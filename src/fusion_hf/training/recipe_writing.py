@@ -1,4 +1,4 @@
-"""A commented recipe for records that a user has: how many steps they are, what is held out, where all of it goes."""
+"""Write a commented recipe for a user's records: the number of steps, the held-out part, and the paths."""
 
 import os
 from dataclasses import dataclass
@@ -20,28 +20,34 @@ TEMPLATE = Path(__file__).with_name("recipe.jinja")
 FULL, LORA, QLORA = METHODS = ("full", "lora", "qlora")
 TITLES = {FULL: "Full fine-tuning", LORA: "LoRA", QLORA: "QLoRA"}
 HELD_OUT_SHARE, MOST_HELD_OUT = 10, 500  # every tenth record is held out, up to this number
-BATCHES = (4, 8, 16, 32, 64, 128)  # the largest that leaves an epoch `LEAST_STEPS`
+BATCHES = (4, 8, 16, 32, 64, 128)  # the largest one with `LEAST_STEPS` per epoch is chosen
 LEAST_STEPS = 50
-WANTED_STEPS = 150  # of a run of few records, which sees them so often, but not more often than `MOST_EPOCHS`
+WANTED_STEPS = 150  # a run of few records repeats them until it has so many steps, in at most `MOST_EPOCHS` epochs
 EPOCHS, MOST_EPOCHS, ONE_EPOCH_FROM = 3, 10, 100_000
-EVALUATIONS, MOST_BETWEEN = 5, 1000  # in a run; steps between two
+EVALUATIONS, MOST_BETWEEN = 5, 1000  # evaluations per run, and the maximum number of steps between two
 LOGS, LOG_STEPS = 20, 10
 DEVICE_BATCHES = {FULL: 2, LORA: 4, QLORA: 4}
-PROBED, SHORT_ANSWER, TOKENS_PER_WORD, MOST_ASKED = 50, 8, 4, 100  # held-out records that are looked at; words
+PROBED, SHORT_ANSWER, TOKENS_PER_WORD, MOST_ASKED = (
+    50,
+    8,
+    4,
+    100,
+)  # held-out records to inspect, in words per answer; questions to ask
 TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
 class RecipeRequest:
-    """What a recipe is to be for.
+    """
+    The settings of a new recipe.
 
     Attributes:
         source: a file or folder of records, a data set of the Hub, or a mixture.
-        output: the recipe's file; what it holds out is written beside it.
+        output: the file of the recipe. The mixtures of training and held-out records are written next to it.
         method: one of `METHODS`.
-        model: what to start from.
-        data_root: that relative paths are under.
-        eval_data: held-out records; None: the last ones of `source`, unless that is a mixture.
+        model: the model to start from.
+        data_root: the folder that relative image paths refer to.
+        eval_data: the held-out records. None holds out the last records of `source`, unless it is a mixture.
     """
 
     source: str
@@ -54,7 +60,15 @@ class RecipeRequest:
 
 @dataclass(frozen=True)
 class Steps:
-    """How a number of records becomes a run."""
+    """
+    How a number of records is divided into the steps of a run.
+
+    Attributes:
+        records: the number of records.
+        batch: the number of records per step.
+        per_epoch: the number of steps per epoch.
+        epochs: the number of epochs.
+    """
 
     records: int
     batch: int
@@ -63,7 +77,12 @@ class Steps:
 
     @classmethod
     def of(cls, records: int) -> "Steps":
-        """For so many records; a step has as many as leave enough steps to an epoch."""
+        """
+        Choose the steps for a number of records, with the largest batch that leaves enough steps per epoch.
+
+        Args:
+            records: the number of records.
+        """
         fitting = [batch for batch in BATCHES if records >= batch * LEAST_STEPS]
         batch = max(fitting, default=min(BATCHES[0], records))
         per_epoch = ceil(records / batch)
@@ -72,16 +91,25 @@ class Steps:
 
     @property
     def total(self) -> int:
+        """Number of steps of the run."""
         return self.per_epoch * self.epochs
 
     @property
     def between_evaluations(self) -> int:
+        """Number of steps between two evaluations."""
         return min(MOST_BETWEEN, max(1, self.total // EVALUATIONS))
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and the numbers in it."""
+    """
+    The files that were written, and the numbers in them.
+
+    Attributes:
+        files: the paths of the files.
+        steps: the steps of the run.
+        held_out: the number of held-out records.
+    """
 
     files: tuple[Path, ...]
     steps: Steps
@@ -90,10 +118,16 @@ class Written:
 
 def write_recipe(request: RecipeRequest) -> Written:
     """
-    Write a recipe and, where records are held out, the two mixtures that divide them.
+    Write a recipe and, if records are held out, a mixture for training and one for evaluation.
+
+    Args:
+        request: the settings of the recipe.
+
+    Returns:
+        The files and the numbers in them.
 
     Raises:
-        InputError: for records that cannot be read, or a file that is there already.
+        InputError: if the records cannot be read, or a file exists already.
     """
     entries = read_entries(request.source, request.data_root)
     records = load_records(request.source, root=request.data_root, on_broken="skip", max_skipped=2**63)
@@ -116,7 +150,7 @@ def write_recipe(request: RecipeRequest) -> Written:
         data, eval_data = names["train"].name, names["eval"].name
     for file in files:
         if file.exists():
-            raise InputError(f"{file} exists; give another --output, or remove it.")
+            raise InputError(f"{file} exists already. Give another --output, or remove the file.")
     held_out = divided if request.eval_data is None else 0 if probed is None else len(probed)
     steps = Steps.of(len(records) - divided)
     if divided:
@@ -128,13 +162,13 @@ def write_recipe(request: RecipeRequest) -> Written:
 
 
 def _from(folder: Path, name: str) -> str:
-    """A path as a recipe in `folder` says it; a data set of the Hub as it is."""
+    """Return a path relative to `folder`. The id of a data set on the Hub is returned unchanged."""
     path = Path(name).expanduser()
     return os.path.relpath(path.absolute(), folder) if path.exists() else name
 
 
 def _mixture(entry: MixtureEntry, folder: Path, strategy: str, data_root: str | None) -> str:
-    """A part of one file, folder or data set, with the place of its images as it was."""
+    """Write a mixture that selects a part of one source and keeps the folder of its images."""
     path = Path(entry.json_path)
     values = {"json_path": _from(folder, entry.json_path), "sampling_strategy": strategy}
     if data_root is not None:
@@ -145,7 +179,7 @@ def _mixture(entry: MixtureEntry, folder: Path, strategy: str, data_root: str | 
 
 
 def _answer_words(records: RecordDataset | None, held_out: int) -> int | None:
-    """Words of the longest first answer among some held-out records; None if there is none."""
+    """Return the number of words of the longest first answer among some held-out records, or None if there is none."""
     if records is None:
         return None
     some = (records[index] for index in range(max(0, len(records) - min(PROBED, held_out)), len(records)))
@@ -158,7 +192,7 @@ def _render(
 ) -> str:
     name = f"{Path(request.source).stem}-{request.method}"
     is_short = words is not None and words <= SHORT_ANSWER
-    # the recipe is YAML, and no page
+    # the recipe is YAML, so nothing needs escaping for HTML
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         undefined=StrictUndefined,
@@ -193,5 +227,5 @@ def _render(
 
 
 def _scalar(text: str) -> str:
-    """A text as YAML says it, in quotation marks where it needs some."""
+    """Write a text as a YAML scalar, with quotation marks where needed."""
     return yaml.safe_dump(text, allow_unicode=True, width=2**16).removesuffix("\n...\n").strip()

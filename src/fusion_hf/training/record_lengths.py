@@ -1,4 +1,4 @@
-"""How long records are, to put those of about the same length into one step, without opening or decoding an image."""
+"""Measure the length of records without opening images, to group records of similar length into a step."""
 
 import copy
 import sys
@@ -13,23 +13,24 @@ from fusion_hf.data import RecordDataset
 from fusion_hf.training.collator import images_of, record_to_messages
 from fusion_hf.training.exact_match import text_of
 
-ROWS_AT_A_TIME = 1000  # of a table
-PRESENT = "image"  # stands for an image that is there
+ROWS_AT_A_TIME = 1000  # of a data set
+PRESENT = "image"  # replaces an existing image
 
 
 def measure_records(records: Any, show_progress: bool = False) -> np.ndarray:
     """
     Count the words and the questions of records.
 
-    A data set of your own whose items hold opened images opens them here as well. Nothing is opened for lists, for
-    those of the library datasets, for a [`RecordDataset`], and for parts of these.
+    Images stay closed for lists, for data sets of the library datasets, for a [`RecordDataset`], and for subsets of
+    these. A data set of your own whose items hold opened images opens them here as well.
 
     Args:
         records: a sequence of records, or a data set.
-        show_progress: whether to show a bar.
+        show_progress: whether to show a progress bar.
 
     Returns:
-        Words, negative without an image, and questions of each record: int32 `(num_records, 2)`.
+        An int32 array `(num_records, 2)`: the number of words, negative for records without an image, and the number
+            of questions.
     """
     if isinstance(records, RecordDataset):
         return np.stack([records.lengths, records.turns], axis=1)
@@ -52,10 +53,10 @@ def _measure(record: dict[str, Any]) -> tuple[int, int]:
 
 
 def _stored(records: Any) -> Any:
-    """The same records; those of the library datasets have their images as they are stored."""
-    datasets = sys.modules.get("datasets")  # whoever has such a data set has imported it
+    """Return the records such that images of the library datasets stay undecoded."""
+    datasets = sys.modules.get("datasets")  # if it is not imported, no records can come from it
     is_table = datasets is not None and isinstance(records, datasets.Dataset)
-    # a transform of the user's may say anything, so its items are taken
+    # a custom transform may return anything, so it must be applied
     return _rows(records) if is_table and records.format["type"] is None else records
 
 
@@ -63,7 +64,7 @@ def _rows(records: Any) -> Iterator[dict[str, Any]]:
     features = copy.deepcopy(records.features)
     for feature in features.values():
         _keep_stored(feature)
-    # the bytes of a column of images are not even read
+    # the bytes of image columns are not read
     images = [name for name in records.format["columns"] if hasattr(features[name], "decode")]
     tables = records.with_format("arrow", columns=records.format["columns"])
     for table in tables.iter(batch_size=ROWS_AT_A_TIME):
@@ -76,7 +77,7 @@ def _rows(records: Any) -> Iterator[dict[str, Any]]:
 
 
 def _keep_stored(feature: Any) -> None:
-    """Switch off the decoding of images in a column's type, however deep."""
+    """Disable the decoding of images in the type of a column, at any depth."""
     if isinstance(feature, dict):
         parts = list(feature.values())
     elif isinstance(feature, (list, tuple)):

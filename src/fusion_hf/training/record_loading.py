@@ -1,4 +1,6 @@
-"""How a trainer's records become batches: their order, the latent tokens of a step, workers that survive a signal."""
+"""Turn a trainer's records into batches: their order, the latent tokens of each step, and workers that survive a
+signal.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,26 +20,26 @@ from fusion_hf.training.sampler import StepLayout, StepSampler, estimate_tokens
 
 
 class RecordLoading(Trainer):
-    """The part of a trainer that makes data loaders of records."""
+    """The part of the trainer that makes data loaders from records."""
 
     args: FusionTrainingArguments
     fusion_config: FusionConfig
     train_sampler: StepSampler | None = None
-    resume_step = 0  # of a stream, which does not go back
+    resume_step = 0  # the step at which a stream starts, since it cannot be rewound
 
     @property
     def query_lens(self) -> list[int]:
-        """What the number of latent tokens is drawn from."""
+        """Numbers of latent tokens to draw from."""
         return self.args.query_lens if self.args.query_lens is not None else self.fusion_config.query_lens
 
     @property
     def draws_per_micro_batch(self) -> bool:
-        """Whether a number of latent tokens holds for one micro-batch, not for a step."""
+        """Whether a number of latent tokens is drawn for each micro-batch instead of each step."""
         return self.args.query_len_draw == MICRO_BATCH
 
     @property
     def seed(self) -> int:
-        """Of the order of records."""
+        """Seed of the order of records."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler | None:
@@ -62,7 +64,10 @@ class RecordLoading(Trainer):
         return self.train_sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's; a stream deals its records to processes and workers itself, and begins where the run is."""
+        """
+        Make the data loader for training. A stream distributes its records itself, and starts at the current
+        step.
+        """
         records, args = self.train_dataset, self.args
         if not isinstance(records, IterableDataset):
             return _shielded(super().get_train_dataloader())
@@ -94,18 +99,28 @@ class RecordLoading(Trainer):
         return _shielded(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As Trainer's, of named records of `eval_dataset` or of others."""
+        """
+        Make the data loader for evaluation.
+
+        Args:
+            eval_dataset: records, or the name of records in a dictionary of evaluation data.
+        """
         if not isinstance(eval_dataset, str):
             eval_dataset = with_query_lens(eval_dataset, self.fusion_config.query_len)
         return _shielded(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As Trainer's, of records."""
+        """
+        Make the data loader for prediction.
+
+        Args:
+            test_dataset: the records.
+        """
         return _shielded(super().get_test_dataloader(with_query_lens(test_dataset, self.fusion_config.query_len)))
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler of a trainer which epoch begins: accelerate does so in one process only."""
+    """Tell the sampler of a trainer which epoch begins. Accelerate does so in one process only."""
 
     def __init__(self, trainer: RecordLoading):
         self.trainer = trainer
@@ -120,7 +135,9 @@ class EpochCallback(TrainerCallback):
 
 
 def _shielded(loader: DataLoader) -> DataLoader:
-    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader  # accelerate's wraps the one
+    inner = (
+        loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+    )  # accelerate wraps the data loader
     inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
     return loader
 

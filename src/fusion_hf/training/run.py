@@ -1,4 +1,4 @@
-"""One training run from beginning to end: what `fusion-hf train` does. Run again, it goes on where it was."""
+"""One training run from start to end, as `fusion-hf train` does it. Started again, a run resumes."""
 
 import json
 import logging
@@ -37,30 +37,33 @@ logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped.jsonl"
 AUTO, NONE = "auto", "none"  # of `resume_from_checkpoint`
-SECRET = "hub_token"  # which no file in a folder that may be published says
+SECRET = "hub_token"  # must not be written into a folder that may be published
 
 
 def run(values: Mapping[str, Any]) -> bool:
     """
-    Train as the recipe's values say.
+    Train a model as a recipe says.
 
-    Checkpoints go to `output_dir/checkpoint-N`, the finished model to `output_dir`. If checkpoints are there, the run
-    goes on from the last complete one (`resume_from_checkpoint: none` begins anew).
+    Checkpoints are written to `output_dir/checkpoint-N`, and the finished model to `output_dir`. If there are
+    checkpoints, the run resumes from the last complete one, unless `resume_from_checkpoint` is `none`.
+
+    Args:
+        values: the keys and values of the recipe.
 
     Returns:
-        Whether the run came to its end; False if a signal stopped it after a checkpoint.
+        Whether the run has finished. False means that a signal stopped it after a checkpoint.
 
     Raises:
-        InputError: for whatever the user can mend.
+        InputError: if the recipe, its files or the environment must be corrected.
     """
     arguments = make_arguments(values, int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(arguments.output_dir)
     if (output / FINISHED_FILE).is_file():
         if (
             arguments.process_index == 0 and not (output / CARD).is_file()
-        ):  # of a version that wrote none, or after a kill
+        ):  # the run was killed, or used a version that wrote no card
             _write_card(arguments, output)
-        logger.warning("%s holds a finished model: nothing to do. Give another output_dir to train again.", output)
+        logger.warning("%s holds a finished model already. Give another output_dir to train again.", output)
         return True
     if not sys.stderr.isatty():
         _hide_bars(arguments)
@@ -84,13 +87,16 @@ def run(values: Mapping[str, Any]) -> bool:
 
 
 def _hide_bars(arguments: FusionTrainingArguments) -> None:
-    """What is written to a file or a pipe has no bars, whose control characters nobody interprets there."""
+    """Disable progress bars where the output is not a terminal."""
     arguments.disable_tqdm = True
     transformers_logging.disable_progress_bar()
 
 
 def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArguments) -> None:
-    """Make the folder, put incomplete checkpoints aside, and see that a run goes on as it began."""
+    """
+    Create the folder, set incomplete checkpoints aside, and check that the run was started with the same
+    settings.
+    """
     with writing(output, RECIPE_FILE):
         output.mkdir(parents=True, exist_ok=True)
     set_aside(output)
@@ -100,13 +106,13 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
         began = read_yaml_keys(recipe, "The recipe")
         if changed := changed_keys(began, values):
             found = ", and ".join(
-                f"{output} was begun with {key} = {before!r}, and {key} is {now!r} now"
+                f"`{key}` must be {before!r}, with which the run in {output} was started, got {now!r}"
                 for key, (before, now) in changed.items()
             )
             same = " ".join(f"{key}={_in_yaml(before)}" for key, (before, _) in changed.items())
             raise InputError(
-                f"{found}; allowed: the same value ({same}), another output_dir, or resume_from_checkpoint=none to "
-                "begin anew."
+                f"{found}. Give the same value ({same}), another output_dir, or resume_from_checkpoint=none to start "
+                "again."
             )
     with writing(output, RECIPE_FILE):
         written = {key: value for key, value in values.items() if key != SECRET}
@@ -117,12 +123,12 @@ def _begin(output: Path, values: Mapping[str, Any], arguments: FusionTrainingArg
 
 
 def _in_yaml(value: Any) -> str:
-    """As an override of the command line gives it."""
+    """Write a value as an override on the command line."""
     return shlex.quote(yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip())
 
 
 def _step_in(output: Path, given: str) -> int:
-    """The step of a checkpoint of this run; 0 where the run begins with nothing of its own."""
+    """Return the step of a checkpoint of this run, or 0 if the run starts from another checkpoint or none."""
     folder = Path(given)
     if not folder.is_dir() or folder.resolve().parent != output.resolve():
         return 0
@@ -133,9 +139,11 @@ def _checkpoint(arguments: FusionTrainingArguments) -> str | None:
     given = arguments.resume_from_checkpoint
     if given not in (None, AUTO):
         if not Path(str(given)).is_dir():
-            raise InputError(f"resume_from_checkpoint is {given!r}; allowed: auto, none, or a checkpoint's folder.")
+            raise InputError(
+                f"`resume_from_checkpoint` must be auto, none, or the folder of a checkpoint, got {given!r}."
+            )
         if (reason := problem(Path(str(given)))) is not None:
-            raise InputError(f"resume_from_checkpoint is {given!r}, which is not a complete checkpoint: {reason}.")
+            raise InputError(f"`resume_from_checkpoint` must be a complete checkpoint, got {given!r}: {reason}.")
         return str(given)
     last = find_last(Path(arguments.output_dir))
     return None if last is None else str(last)
@@ -143,10 +151,18 @@ def _checkpoint(arguments: FusionTrainingArguments) -> str | None:
 
 def load_start(arguments: FusionTrainingArguments) -> tuple[FusionProcessor, torch.nn.Module]:
     """
-    Load the processor and the model that the run starts from: float32 weights, untrained parts frozen, LoRA added.
+    Load the processor and the model that a run starts from.
+
+    The weights are float32 (unless quantized), untrained parts are frozen, and LoRA is added.
+
+    Args:
+        arguments: the training arguments.
+
+    Returns:
+        The processor and the model.
 
     Raises:
-        InputError: if there is no complete FUSION.
+        InputError: if the folder or repository does not hold a complete FUSION model.
     """
     folder = find_folder(str(arguments.model))
     options: dict[str, Any] = {}
@@ -171,7 +187,18 @@ def make_trainer(
     arguments: FusionTrainingArguments,
     stop: StopSignal | None = None,
 ) -> FusionTrainer:
-    """Make the trainer of a run, with its records."""
+    """
+    Make the trainer of a run and read its records.
+
+    Args:
+        model: the model to train.
+        processor: the processor of the model.
+        arguments: the training arguments.
+        stop: the signal that stops the run.
+
+    Returns:
+        The trainer.
+    """
     collator = FusionDataCollator(
         processor,
         query_lens=arguments.query_lens,
@@ -188,7 +215,7 @@ def make_trainer(
 
 def _records(arguments: FusionTrainingArguments, source: str, processor: FusionProcessor) -> Any:
     is_training, images, most_pixels = source == arguments.data, processor.image_processor, arguments.max_image_pixels
-    with arguments.main_process_first(desc="index of the records"):  # the others find it made
+    with arguments.main_process_first(desc="index of the records"):  # the other processes read the finished index
         return load_records(
             source,
             root=arguments.data_root if is_training else None,
@@ -208,7 +235,7 @@ def _records(arguments: FusionTrainingArguments, source: str, processor: FusionP
 
 
 def _finish(trainer: FusionTrainer, output: Path) -> None:
-    """Write the finished model, and last the note that it is finished."""
+    """Write the finished model and then the file that marks it as finished."""
     arguments = trainer.args
     with writing(output, "The finished model"):
         trainer.save_model(str(output))
@@ -216,7 +243,7 @@ def _finish(trainer: FusionTrainer, output: Path) -> None:
         trainer.accelerator.wait_for_everyone()
         if not arguments.should_save:
             return
-        if not arguments.lora_rank:  # an adapter stays as exact as it was trained
+        if not arguments.lora_rank:  # an adapter keeps the precision that it was trained in
             cast_weights(output, arguments.save_dtype)
         facts = {
             "steps": trainer.state.global_step,

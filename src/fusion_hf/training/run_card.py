@@ -1,4 +1,4 @@
-"""The model card of a run: `README.md` of what a training leaves, written from its recipe and its log."""
+"""Write the model card of a run (`README.md`) from its recipe and its log."""
 
 import json
 from collections.abc import Mapping
@@ -20,28 +20,28 @@ from fusion_hf.training.callbacks import LOG_FILE
 from fusion_hf.training.recipe import DECISIVE
 
 TEMPLATE = Path(__file__).with_name("run_card.jinja")
-# of a recipe, what others need to do the same; not its folders, nor names and tokens of accounts
+# recipe keys that others need to reproduce a run, without folders, account names and tokens
 SHOWN = (*DECISIVE, "eval_data", "eval_samples", "bf16", "fp16", "gradient_checkpointing", "save_dtype")
-PLACES = ("model", "data", "data_root", "eval_data")  # a card shows only the last part of these paths
-FINETUNED, ADAPTER = "finetune", "adapter"  # how the Hub calls what became of a base model
+PLACES = ("model", "data", "data_root", "eval_data")  # a card shows only the last component of these paths
+FINETUNED, ADAPTER = "finetune", "adapter"  # the Hub's names for the relation to a base model
 EVALUATION = "eval_"
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "answers")
-MOST_EVALUATIONS = 12  # rows of the table
+MOST_EVALUATIONS = 12  # maximum number of rows in the table
 
 
 def write_run_card(folder: Path, run: Path, base: str, name: str, is_adapter: bool = False) -> None:
     """
-    Write the card of a model.
+    Write the model card of a trained model.
 
     Args:
-        folder: of the model, or of its adapter.
-        run: `output_dir` of its run; what is missing there is left out of the card.
-        base: folder or Hub repository that the run started from.
-        name: of the model, or the repository that it goes to.
-        is_adapter: whether `folder` has an adapter alone.
+        folder: the folder of the model or its adapter.
+        run: the `output_dir` of the run. Information that is missing there is left out of the card.
+        base: the folder or Hub repository that the run started from.
+        name: the name of the model, or the repository that it will be pushed to.
+        is_adapter: whether `folder` holds only an adapter.
 
     Raises:
-        InputError: if the base cannot be found.
+        InputError: if the base model cannot be found.
     """
     found = find_folder(base)
     config = FusionConfig.from_pretrained(found if is_adapter else folder)
@@ -89,7 +89,15 @@ def write_run_card(folder: Path, run: Path, base: str, name: str, is_adapter: bo
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none where it is missing. A line that was cut by a kill is passed over."""
+    """
+    Read the lines of a run's log. A line that is incomplete because the run was killed is skipped.
+
+    Args:
+        path: the log file.
+
+    Returns:
+        The logged values, empty if the file does not exist.
+    """
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -102,7 +110,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def find_evaluations(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Step -> what was measured there, by names without `eval_`; one evaluation writes several lines."""
+    """
+    Collect the results of evaluations. One evaluation may write several lines.
+
+    Args:
+        log: the lines of the log.
+
+    Returns:
+        The values by name (without the prefix `eval_`), by step.
+    """
     found: dict[int, dict[str, float]] = {}
     for entry in log:
         values = {
@@ -116,7 +132,7 @@ def find_evaluations(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 
 def _some(evaluations: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """The first evaluation and the last ones."""
+    """Return the first evaluation and the last ones."""
     steps = list(evaluations)
     if len(steps) > MOST_EVALUATIONS:
         steps = [steps[0], *steps[-MOST_EVALUATIONS + 1 :]]
@@ -124,7 +140,7 @@ def _some(evaluations: dict[int, dict[str, float]]) -> dict[int, dict[str, float
 
 
 def _licence(card: Mapping[str, Any], repository: str | None, config: FusionConfig) -> Licence | None:
-    """That of the base: of its card, but for the authors' checkpoints, which fall under the language model's too."""
+    """Return the licence in the base model's card, or that of the language model for the authors' checkpoints."""
     member = find_member(config)
     if repository is not None and repository.startswith(f"{AUTHORS}/") and member is not None:
         return member.backbone.licence
@@ -132,7 +148,7 @@ def _licence(card: Mapping[str, Any], repository: str | None, config: FusionConf
 
 
 def _base_models(card: Mapping[str, Any], repository: str | None) -> list[str]:
-    """The base, if it is on the Hub; else what its card names as its own."""
+    """Return the base model if it is on the Hub, else the base models in its card."""
     if repository is not None:
         return [repository]
     named = card.get("base_model") or []
@@ -140,13 +156,13 @@ def _base_models(card: Mapping[str, Any], repository: str | None) -> list[str]:
 
 
 def _data(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What a run was trained on, in words, and which of it is on the Hub."""
+    """Describe what a run was trained on, and list the data sets that are on the Hub."""
     if not recipe.get("data"):
         return [], []
     try:
         entries = read_entries(recipe["data"], recipe.get("data_root"))
         hub = [found.hub[0] if (found := entry.locate()).hub is not None else None for entry in entries]
-    except InputError:  # the data have moved since
+    except InputError:  # the data has been moved since
         return [f"`{_name(recipe['data'])}`"], []
     names = [
         f"`{_name(entry.json_path)}`" if repository is None else f"[{repository}]({HUB}datasets/{repository})"
@@ -156,7 +172,7 @@ def _data(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _name(place: str) -> str:
-    """The last part of a place on a disk, whose other parts are nobody's business; a name of the Hub as a whole."""
+    """Return the last component of a local path, to keep the rest private. Names on the Hub are returned in full."""
     path = Path(place).expanduser()
     return path.name if path.is_absolute() or path.exists() or len(path.parts) > len(("owner", "name")) else place
 
@@ -171,7 +187,7 @@ def _shown(recipe: Mapping[str, Any]) -> str:
 
 
 def _finished(run: Path) -> dict[str, Any]:
-    """What a run wrote when it ended; without what an older version did not write."""
+    """Read the facts that a run wrote when it finished. Older versions wrote fewer."""
     path = run / FINISHED_FILE
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: content.get(name) for name in ("steps", "records", "skipped", "best_step")}

@@ -1,7 +1,7 @@
-"""In which order records are trained on, and with how many latent tokens each step.
+"""Choose the order of records in training and the number of latent tokens of each step.
 
-Both follow from the seed and the position alone. So every process knows them without asking, they do not depend on
-how many workers load data, and a resumed run goes on exactly where it was.
+Both depend only on the seed and the position. So all processes agree without communication, the number of data workers
+has no influence, and a resumed run continues exactly.
 """
 
 import random
@@ -13,14 +13,22 @@ from torch.utils.data import Sampler
 
 from fusion_hf.data import SampleKey
 
-LENGTH_WINDOW = 50  # steps whose records are sorted together, as transformers' `group_by_length` does
-TOKENS_PER_WORD, TURN_TOKENS, BLOCK_MARKS = 1.35, 6, 2  # about, of chat formats and tokenizers
+LENGTH_WINDOW = 50  # number of steps whose records are sorted together, as in transformers' `group_by_length`
+TOKENS_PER_WORD, TURN_TOKENS, BLOCK_MARKS = 1.35, 6, 2  # averages over chat formats and tokenizers
 
 
 def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_batch: int | None = None) -> int:
     """
-    The number of latent tokens of optimizer step `step`, counted from 0 over all epochs; of one of its micro-batches
-    (see [`StepLayout`]) where each has its own.
+    Draw the number of latent tokens of an optimizer step.
+
+    Args:
+        step: the step, counted from 0 over all epochs.
+        query_lens: the numbers to draw from.
+        seed: the seed of the draw.
+        micro_batch: the micro-batch of the step (see [`StepLayout`]) if each one has its own number.
+
+    Returns:
+        One of `query_lens`.
     """
     key = f"query_len/{seed}/{step}" if micro_batch is None else f"query_len/{seed}/{step}/{micro_batch}"
     return random.Random(key).choice(list(query_lens))
@@ -28,12 +36,15 @@ def query_len_of_step(step: int, query_lens: Sequence[int], seed: int, micro_bat
 
 def estimate_tokens(lengths: np.ndarray, turns: np.ndarray, query_lens: Sequence[int]) -> np.ndarray:
     """
-    About how many tokens a record has beside its image: by how much it is longer than others.
+    Estimate the number of tokens of each record without its image tokens.
 
     Args:
-        lengths: words of each record, negative without an image `(num_records,)`.
-        turns: questions, each of which has latent tokens if there is an image `(num_records,)`.
-        query_lens: what the number of latent tokens is drawn from.
+        lengths: the words of each record, negative without an image `(num_records,)`.
+        turns: the questions of each record `(num_records,)`. Each one has latent tokens if there is an image.
+        query_lens: the numbers of latent tokens to draw from.
+
+    Returns:
+        The estimates `(num_records,)`.
     """
     latents = np.where(lengths > 0, np.mean(query_lens) + BLOCK_MARKS, 0)
     return np.abs(lengths) * TOKENS_PER_WORD + turns * (TURN_TOKENS + latents)
@@ -41,9 +52,15 @@ def estimate_tokens(lengths: np.ndarray, turns: np.ndarray, query_lens: Sequence
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How the records of one optimizer step are split: `world_size * accumulation` micro-batches of `batch_size`.
+    """
+    How the records of one optimizer step are split: `world_size * accumulation` micro-batches of `batch_size`.
 
-    Micro-batch m of process r is number `m * world_size + r`, as accelerate deals them.
+    Micro-batch m of process r has the number `m * world_size + r`, as accelerate distributes them.
+
+    Args:
+        batch_size: the number of records per micro-batch.
+        world_size: the number of processes.
+        accumulation: the number of micro-batches per process and step.
     """
 
     batch_size: int
@@ -52,32 +69,33 @@ class StepLayout:
 
     @property
     def global_batch_size(self) -> int:
+        """Number of records per step."""
         return self.batch_size * self.world_size * self.accumulation
 
 
 @dataclass(eq=False)
 class StepSampler(Sampler[SampleKey]):
     """
-    The keys of an epoch's records, step by step.
+    Yield the keys of the records of an epoch, step by step.
 
-    With `lengths`, a step holds records with images or records without, not both, of about the same length in each
-    micro-batch: the authors' grouping (LLaVA's `group_by_modality_length`). Their last two incomplete steps are joined
-    at the end of the epoch and may hold both.
+    With `lengths`, a step holds either records with images or records without, and each of its micro-batches holds
+    records of similar length. This is the grouping of the authors (LLaVA's `group_by_modality_length`). The last two
+    incomplete steps are joined at the end of the epoch and may hold both kinds.
 
-    With `sizes` as well, all micro-batches of a step hold records of about the same size, so that little of them is
-    padding and no process waits long for another: of each `LENGTH_WINDOW` steps' records, the largest make one step,
-    and so on. Steps come in any order, and the incomplete ones at the end of the epoch.
+    With `sizes` in addition, all micro-batches of a step hold records of similar size, so that there is little padding
+    and processes rarely wait for each other. Out of the records of `LENGTH_WINDOW` steps, the largest form one step,
+    and so on. Steps are shuffled, and the incomplete ones come at the end of the epoch.
 
     Args:
-        num_records: of the data set.
+        num_records: the number of records of the data set.
         layout: how a step is split.
-        query_lens: drawn from for each step.
-        seed: of the order and of the drawing.
-        lengths (`(num_records,)`, *optional*): words of each record, negative without an image. None: the order is
-            one random permutation.
-        sizes (`(num_records,)`, *optional*): of each record, see `estimate_tokens`; only with `lengths`.
-        per_micro_batch: draw from `query_lens` for each micro-batch of a step.
-        drop_last: the loader leaves out micro-batches that are not full.
+        query_lens: the numbers of latent tokens, of which one is drawn for each step.
+        seed: the seed of the order and of the draw.
+        lengths (`(num_records,)`, *optional*): the words of each record, negative without an image. None uses one
+            random permutation.
+        sizes (`(num_records,)`, *optional*): the sizes of the records, see `estimate_tokens`. Requires `lengths`.
+        per_micro_batch: whether to draw a number of latent tokens for each micro-batch.
+        drop_last: whether the data loader leaves out incomplete micro-batches.
     """
 
     num_records: int
@@ -91,15 +109,25 @@ class StepSampler(Sampler[SampleKey]):
     epoch: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int) -> None:
+        """
+        Set the current epoch, which determines the order.
+
+        Args:
+            epoch: the number of the epoch, counted from 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Records of an epoch; a few come twice where processes could else not all get a last micro-batch."""
+        """
+        Return the number of keys of an epoch. A few records are repeated if some process would lack a last
+        micro-batch.
+        """
         of_all = self.layout.batch_size * self.layout.world_size
         return self.num_records if self.layout.world_size == 1 else -(-self.num_records // of_all) * of_all
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps per epoch."""
         if self.drop_last:
             return -(-(len(self) // (self.layout.batch_size * self.layout.world_size)) // self.layout.accumulation)
         return -(-len(self) // self.layout.global_batch_size)
@@ -115,7 +143,7 @@ class StepSampler(Sampler[SampleKey]):
             yield SampleKey(index, query_len)
 
     def _complete(self, order: Iterator[int]) -> Iterator[int]:
-        """The epoch's indices, and as many of its first ones again as `__len__` needs."""
+        """Yield the indices of the epoch, and repeat as many of the first ones as `__len__` requires."""
         missing = len(self) - self.num_records
         first: list[int] = []
         for index in order:
@@ -137,7 +165,7 @@ class StepSampler(Sampler[SampleKey]):
         if self.sizes is not None:
             yield from self._by_size(shuffled, generator)
             return
-        # the last step of each modality, complete or not, waits for the end
+        # the last step of each modality, complete or not, comes at the end
         last = [(number, (len(indices) - 1) // size) for number, indices in enumerate(shuffled)]
         steps = [(number, step) for number, count in last for step in range(count)]
         for position in generator.permutation(len(steps)):
@@ -150,7 +178,7 @@ class StepSampler(Sampler[SampleKey]):
             yield from (int(index) for index in np.sort(np.concatenate(remaining)))
 
     def _by_size(self, shuffled: list[np.ndarray], generator: np.random.Generator) -> Iterator[int]:
-        """All records of the modalities, in steps and micro-batches of about the same size."""
+        """Yield all records of both modalities in steps and micro-batches of similar size."""
         assert self.sizes is not None
         size = self.layout.global_batch_size
         steps, remaining = [], []
@@ -167,7 +195,10 @@ class StepSampler(Sampler[SampleKey]):
         yield from (int(index) for index in rest[np.argsort(-self.sizes[rest], kind="stable")])
 
     def _split(self, indices: np.ndarray) -> list[int]:
-        """A step's records in micro-batches of about the same number of words: each goes to the shortest one yet."""
+        """
+        Split a step into micro-batches with similar numbers of words: each record goes to the shortest one so
+        far.
+        """
         assert self.lengths is not None
         words = np.abs(self.lengths[indices])
         longest_first = np.argsort(-words, kind="stable")

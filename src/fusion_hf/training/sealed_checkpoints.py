@@ -1,4 +1,4 @@
-"""How a trainer writes checkpoints and finished models: whole, or not at all."""
+"""Let a trainer write checkpoints and finished models atomically."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,12 +14,15 @@ from fusion_hf.training.distributed import plain_class, whole_weights
 
 
 class SealedCheckpoints(Trainer):
-    """The part of a trainer that saves: see `checkpoints.py` for what makes a checkpoint complete."""
+    """The part of the trainer that saves. `checkpoints.py` defines when a checkpoint is complete."""
 
     data_collator: FusionDataCollator
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint in the way that the launch configuration says; a finished model as a whole, in any case."""
+        """
+        Save the model. Checkpoints may be sharded as the launch configuration says. A finished model is always
+        saved unsharded.
+        """
         with nullcontext() if _internal_call else whole_weights(self.accelerator):
             super().save_model(output_dir, _internal_call)
 
@@ -29,7 +32,7 @@ class SealedCheckpoints(Trainer):
         self.data_collator.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but a checkpoint counts only when all of it is there, and none is deleted before."""
+        """Save a checkpoint, which counts only when all its files exist, and delete older ones only after that."""
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -1,8 +1,8 @@
-"""Memory of one training step, from running it on tensors that have shapes but no contents.
+"""Measure the memory of one training step by running it on tensors that have shapes but no contents.
 
-The model's own code runs, forward and backward, on fake tensors; what it would allocate is counted as PyTorch makes
-and frees it. So the count follows every backbone, freezing, checkpointing and autocast without a formula for any of
-them. Not counted is what kernels use inside one operation. Shapes: B batch, S sequence length, T question tokens.
+The model's own code runs forward and backward on fake tensors, and the memory that PyTorch would allocate and free is
+counted. So the count covers every backbone, freezing, checkpointing and autocast without formulas. The workspace
+inside single kernels is not counted. Shapes: B batch, S sequence length, T question tokens.
 """
 
 import copy
@@ -26,23 +26,27 @@ from fusion_hf.training.gradient_checkpointing import enable_checkpointing
 from fusion_hf.training.parameter_groups import LANGUAGE_MODEL, freeze_except
 
 FORWARD, BACKWARD = "forward", "backward"
-# what happens with a gradient as soon as it is there
+# what happens to a gradient as soon as it is computed
 KEPT, ACCUMULATED, REDUCED = "kept", "added to the last micro-batch's", "sent to the process that keeps it"
 
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What the memory of a step depends on beside its shape.
+    """
+    What the memory of a step depends on, apart from its shape.
 
     Args:
-        trained: parts whose weights are trained.
-        weights: their data type. autocast: the data type of matrix products, None: that of the weights.
-        checkpointing: whether layers are computed a second time instead of kept.
+        trained: the parts whose weights are trained.
+        weights: the dtype of the weights.
+        autocast: the dtype of matrix products. None uses that of the weights.
+        checkpointing: whether layers are recomputed in the backward pass instead of stored.
         gradients: `KEPT`, `ACCUMULATED` or `REDUCED`.
-        lora_rank: of adapters in `lora_parts`; 0: none. lora_dropout: before them.
-        lora_targets: ends of layers' names; None: all linear ones.
-        quantized: whether the language model's linear layers are kept in 4 or 8 bits.
-        on_cpu: whether the step runs on a CPU, which takes an image's tiles a few at a time.
+        lora_rank: the rank of adapters in `lora_parts`. 0 means no adapters.
+        lora_parts: the parts with adapters.
+        lora_dropout: the dropout probability before adapters.
+        lora_targets: the ends of the names of adapted layers. None selects all linear layers.
+        quantized: whether the linear layers of the language model are kept in 4 or 8 bits.
+        on_cpu: whether the step runs on a CPU, where the tiles of an image are encoded a few at a time.
     """
 
     trained: tuple[str, ...]
@@ -60,10 +64,13 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class StepPeak:
-    """The moment at which a step holds most, in bytes; weights and optimizer state come on top.
+    """
+    The peak memory of a step in bytes, without weights and optimizer state.
 
     Args:
-        activations: everything but gradients of weights that stay. gradients: those. phase: `FORWARD` or `BACKWARD`.
+        activations: everything except the gradients of weights that are kept.
+        gradients: the gradients of weights that are kept.
+        phase: `FORWARD` or `BACKWARD`.
     """
 
     activations: int = 0
@@ -72,11 +79,12 @@ class StepPeak:
 
     @property
     def total(self) -> int:
+        """Bytes in total."""
         return self.activations + self.gradients
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being while it is active, and lasts until they are gone."""
+    """Count the bytes of all tensors that are created while this mode is active, until they are freed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -85,7 +93,7 @@ class _Storages(TorchDispatchMode):
         self.phase = FORWARD
         self.peak = StepPeak()
         self._known: dict[int, weakref.ref] = {}
-        for tensor in (*model.parameters(), *model.buffers()):  # seen through views, but there before
+        for tensor in (*model.parameters(), *model.buffers()):  # existed before, but views of them appear
             storage = tensor.untyped_storage()
             self._known[id(storage)] = weakref.ref(storage)
 
@@ -97,7 +105,12 @@ class _Storages(TorchDispatchMode):
         return result
 
     def count(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage, if it is new, until it is freed."""
+        """
+        Count the storage of a tensor until it is freed, if it is new.
+
+        Args:
+            tensor: the tensor.
+        """
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known:
@@ -115,10 +128,16 @@ class _Storages(TorchDispatchMode):
 
 @contextmanager
 def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionForConditionalGeneration]:
-    """Make a model without contents; inside the context, tensors that are made have none either."""
+    """
+    Make a model without contents. Tensors that are created inside the context have no contents either.
+
+    Args:
+        config: the configuration of the model.
+        setting: which parts are trained, adapted or quantized.
+    """
     config = copy.deepcopy(config)
     rope = config.text_config.rope_parameters
-    # long and dynamic RoPE look at positions, which have no values here; their tensors are the same
+    # longrope and dynamic RoPE depend on the values of positions, but not their shapes
     kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     config.text_config.rope_parameters = {"rope_type": "default", **kept}
     with torch.device("meta"):
@@ -130,12 +149,18 @@ def fake_model(config: FusionConfig, setting: StepSetting) -> Iterator[FusionFor
             enable_checkpointing(model)
         model.model.vision_tower.splits_on_cpu = setting.on_cpu
     with FakeTensorMode(allow_non_fake_inputs=True):
-        # "cpu" has, other than "meta", fused attention and autocast
+        # unlike "meta", "cpu" has fused attention and autocast
         yield model.to_empty(device="cpu")
 
 
 def add_adapters(model: FusionForConditionalGeneration, setting: StepSetting) -> None:
-    """Add LoRA to frozen linear layers of some parts: all of them, or those whose names end in a target."""
+    """
+    Add LoRA to frozen linear layers of some parts: all of them, or those whose names end in a target.
+
+    Args:
+        model: the model, changed in place.
+        setting: the parts, rank and targets of the adapters.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     from fusion_hf.training.adapters import find_targets
@@ -144,7 +169,7 @@ def add_adapters(model: FusionForConditionalGeneration, setting: StepSetting) ->
     targets = find_targets(model, setting.lora_targets, setting.lora_parts)
     if setting.quantized:
         for layer in quantized_layers(model):
-            # products see 16 bits, made from 4 for the moment: nothing is cast, and nothing but the layer kept
+            # the 4-bit weight is dequantized to 16 bits for the product only, so nothing is cast or stored
             layer.to(setting.autocast if setting.autocast is not None else setting.weights)
     adapters = LoraConfig(r=setting.lora_rank, lora_dropout=setting.lora_dropout, target_modules=targets)
     inject_adapter_in_model(adapters, model)
@@ -153,7 +178,12 @@ def add_adapters(model: FusionForConditionalGeneration, setting: StepSetting) ->
 
 
 def quantized_layers(model: FusionForConditionalGeneration) -> list[nn.Linear]:
-    """Layers of the language model that are kept in 4 or 8 bits, where it is; adapters and samplers are not."""
+    """
+    List the layers of the language model that can be kept in 4 or 8 bits, without adapters and samplers.
+
+    Args:
+        model: the model.
+    """
     return [
         module
         for name, module in model.model.language_model.named_modules()
@@ -162,7 +192,13 @@ def quantized_layers(model: FusionForConditionalGeneration) -> list[nn.Linear]:
 
 
 def make_batch(config: FusionConfig, shape: BatchShape) -> dict[str, Any]:
-    """Inputs of the model of a batch, without contents where a fake mode is active. Single samples have no padding."""
+    """
+    Make the model inputs of a batch. Inside a fake mode, they have no contents. A batch of one has no padding.
+
+    Args:
+        config: the configuration of the model.
+        shape: the shape of the batch.
+    """
     size, channels = config.vision_config.image_size, config.vision_config.num_channels
     ids = torch.zeros(shape.batch, shape.sequence, dtype=torch.long)
     return {
@@ -176,9 +212,18 @@ def make_batch(config: FusionConfig, shape: BatchShape) -> dict[str, Any]:
 
 
 def simulate(config: FusionConfig, shape: BatchShape, setting: StepSetting) -> StepPeak:
-    """Measure what one micro-batch holds at its peak, from its inputs to its gradients.
+    """
+    Measure the peak memory of one micro-batch, from its inputs to its gradients.
 
-    Takes seconds, whatever the model's size. The optimizer's step is not part of it.
+    This takes seconds whatever the size of the model. The step of the optimizer is not included.
+
+    Args:
+        config: the configuration of the model.
+        shape: the shape of the micro-batch.
+        setting: what else the memory depends on.
+
+    Returns:
+        The peak.
     """
     with fake_model(config, setting) as model:
         storages = _Storages(model)
@@ -208,7 +253,10 @@ def _on_gradient(parameter: nn.Parameter, gradients: str, storages: _Storages) -
 def _loss(
     model: FusionForConditionalGeneration, batch: dict[str, Any], shape: BatchShape, setting: StepSetting
 ) -> torch.Tensor:
-    """As the model's forward with labels of all tokens computes it `()`, without the checks, which need values."""
+    """
+    Compute the loss `()` as the model's forward does with labels for all tokens, without checks that need
+    values.
+    """
     cast = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
     with cast:
         prompt = model.model.embed_prompt(

@@ -1,4 +1,4 @@
-"""What a run logs beside Trainer's own figures: the two losses apart, speed, utilisation, waiting for data."""
+"""Measure what a run logs in addition to Trainer: both losses, speed, utilization, and time spent waiting for data."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,16 +7,17 @@ import torch
 
 from fusion_hf.training.distributed import sum_over_ranks
 
-RATE_SIDE = 1024  # of the square matrices whose product is timed on a CPU
+RATE_SIDE = 1024  # side of the square matrices that are multiplied on a CPU
 RATE_SIDE_ACCELERATOR = 8192
 RATE_ROUNDS = 5
 
 
 @dataclass
 class ThroughputMeter:
-    """Sums over the steps since the last log, of this process; `report` adds up all processes'.
+    """
+    Sum up measurements of this process since the last log. `report` adds up all processes.
 
-    Losses and counts stay on their device until then: reading one would wait for the device.
+    Losses and counts stay on their device until then, since reading one would wait for the device.
     """
 
     steps: int = 0
@@ -37,7 +38,16 @@ class ThroughputMeter:
         images: torch.Tensor,
         flops: float,
     ) -> None:
-        """Add a micro-batch: its shares of the step's losses `()`, its tokens and images `()`, its FLOPs."""
+        """
+        Add a micro-batch.
+
+        Args:
+            language_loss (`()`): its share of the step's language loss.
+            mapping_loss (`()`): its share of the step's mapping loss.
+            tokens (`()`): its number of tokens.
+            images (`()`): its number of images.
+            flops: its FLOPs.
+        """
         self.language_loss = self.language_loss + language_loss
         self.mapping_loss = self.mapping_loss + mapping_loss
         self.tokens = self.tokens + tokens
@@ -45,19 +55,29 @@ class ThroughputMeter:
         self.flops += flops
 
     def begin_step(self) -> None:
+        """Start the measurement of a step."""
         self._began = time.perf_counter()
 
     def batches_arrived(self) -> None:
+        """Record that the batches of the step have arrived."""
         self.waiting += time.perf_counter() - self._began
 
     def end_step(self) -> None:
+        """End the measurement of a step."""
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
 
     def report(self, peak_flops: float, device: torch.device) -> dict[str, float]:
         """
-        Means per step of the losses (parts of the whole batch's, so processes add up), rates over all processes, and
-        shares of one: of `peak_flops` (FLOP/s of one device) in use, and of the time spent waiting for data.
+        Return the means per step of both losses, the rates over all processes, and the shares of peak FLOP/s and
+        waiting time.
+
+        Args:
+            peak_flops: the peak of one device in FLOP/s.
+            device: the device on which the processes add up their measurements.
+
+        Returns:
+            The values by log key.
         """
         counts = (self.tokens, self.images, self.flops)
         own = (self.language_loss, self.mapping_loss, *counts, self.seconds, self.waiting)
@@ -76,11 +96,20 @@ class ThroughputMeter:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of large square matrices: what `model_flops_utilization` is a share of."""
+    """
+    Measure the rate of a product of large square matrices, the denominator of `model_flops_utilization`.
+
+    Args:
+        device: the device.
+        dtype: the dtype of the matrices.
+
+    Returns:
+        The rate in FLOP/s.
+    """
     side = RATE_SIDE if device.type == "cpu" else RATE_SIDE_ACCELERATOR
     left = torch.ones(side, side, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(RATE_ROUNDS + 1):  # the first one warms up
+    for _ in range(RATE_ROUNDS + 1):  # the first round is a warm-up
         begin = time.perf_counter()
         (left @ left)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - begin)

@@ -1,4 +1,4 @@
-"""transformers' Trainer for FUSION: exact losses over split batches, learning rates by part, checkpoints that hold."""
+"""The trainer of FUSION: exact losses over split batches, learning rates by part, and complete checkpoints."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -34,32 +34,33 @@ from fusion_hf.training.trainer_checks import check_parts, warn_of_half_weights
 
 logger = logging.getLogger(__name__)
 
-PREDICTION = "Prediction"  # what Trainer calls it
-LOSS_POSITIONS = "loss_positions"  # of a batch whose loss is computed without logits
+PREDICTION = "Prediction"  # Trainer's description of a prediction loop
+LOSS_POSITIONS = "loss_positions"  # key of a batch whose loss is computed without all logits
 
 
 class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     """
-    Train a FUSION on records.
+    Train a FUSION model on records with `transformers.Trainer`.
 
-    The loss of a step is the whole step's: cross entropy over all its labelled tokens, mapping losses over all its
-    question tokens and images, however the step is split over processes and accumulation. So accumulation equals
-    one batch, and one process equals many. With `loss_average="micro_batches"` it is the mean of the losses of the
-    step's micro-batches, as in the authors' training.
+    The loss is that of the whole step: the cross entropy over all its labelled tokens, and the mapping losses over all
+    its question tokens and images. It does not depend on how the step is split over processes and accumulation. With
+    `loss_average="micro_batches"`, the loss is the mean of the losses of the step's micro-batches, as in the authors'
+    training.
 
     Args:
-        model ([`FusionForConditionalGeneration`], or its PEFT model).
-        args ([`FusionTrainingArguments`]).
-        data_collator ([`FusionDataCollator`]).
-        train_dataset, eval_dataset ([`RecordDataset`] or [`StreamedRecords`], *optional*): a sequence of records, as
-            the collator takes them, will do, and so will another iterable data set. Several ones to evaluate on are a
-            dictionary.
-        stop ([`StopSignal`], *optional*): asks for a checkpoint and the end of the run.
-        **kwargs: of Trainer. No `processing_class` is needed: the collator's processor is saved with the model, and
-            Trainer would write the tokenizer's special tokens into the model's configuration.
+        model ([`FusionForConditionalGeneration`], or its PEFT model): the model to train.
+        args ([`FusionTrainingArguments`]): the training arguments.
+        data_collator ([`FusionDataCollator`]): the collator. Its processor is saved with the model.
+        train_dataset ([`RecordDataset`] or [`StreamedRecords`], *optional*): the training records. You can also pass a
+            sequence of records in a form that the collator accepts, or another iterable data set.
+        eval_dataset ([`RecordDataset`] or [`StreamedRecords`], *optional*): the held-out records in the same forms, or
+            a dictionary of several.
+        stop ([`StopSignal`], *optional*): a signal that asks for a checkpoint and the end of the run.
+        **kwargs: further arguments of `Trainer`. Do not pass `processing_class`, since Trainer would write the
+            tokenizer's special tokens into the model's configuration.
 
     Raises:
-        InputError: for what would not train, or not as it says, see [`check_parts`].
+        InputError: if an argument is not supported, see [`check_parts`].
 
     Example:
 
@@ -98,7 +99,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         check_parts(args, data_collator, train_dataset, kwargs)
         self.fusion_config: FusionConfig = model.config  # type: ignore[assignment]
         if isinstance(train_dataset, StreamedRecords) and args.max_steps <= 0:
-            raise InputError("max_steps is not given; streaming needs it, since a stream does not tell its length.")
+            raise InputError("`max_steps` must be 1 or more with streaming, since a stream has no length.")
         super().__init__(
             model=model,
             args=args,
@@ -106,11 +107,11 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
             train_dataset=with_query_lens(
                 train_dataset, show_progress=args.process_index == 0 and not args.disable_tqdm
             ),
-            # an evaluation compares models, so it draws no number of latent tokens
+            # evaluations must be comparable, so their number of latent tokens is fixed
             eval_dataset=with_query_lens(eval_dataset, self.fusion_config.query_len),
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # transformers 5.17: the loss is scaled already
+        self.model_accepts_loss_kwargs = True  # transformers 5.17: tells Trainer that the loss is scaled already
         self.finite_loss = FiniteLossCallback()
         self.throughput = ThroughputCallback(args.peak_tflops)
         self.stop = StopCallback(stop)
@@ -118,12 +119,21 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer's."""
+        """
+        Train the model as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint, or True for the last one.
+            **kwargs: further arguments of `Trainer.train`.
+
+        Returns:
+            The output of `Trainer.train`.
+        """
         if isinstance(self.train_dataset, StreamedRecords) and isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.resume_step, self.args.ignore_data_skip = state.global_step, True
         if isinstance(resume_from_checkpoint, str) and self.args.should_save:
-            logger.info("goes on from %s", resume_from_checkpoint)
+            logger.info("Resuming from %s", resume_from_checkpoint)
         warn_of_half_weights(self.model, keeps_float32=self.is_deepspeed_enabled)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -134,11 +144,11 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
 
     @property
     def trained_parts(self) -> list[str]:
-        """Parts whose own weights get gradients; adapters take the place of the others'."""
+        """Parts whose own weights get gradients. Parts with adapters are not among them."""
         return [part for part in self.args.train if part not in self.args.adapted_parts]
 
     def forget_step(self) -> None:
-        """Forget what was measured of a step that was broken off."""
+        """Discard the measurements of an interrupted step."""
         self.finite_loss.reset()
         self.throughput.reset()
 
@@ -150,7 +160,17 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, "LossCounts | None"]:
-        """Get the batches of a step, and what its losses are means over, in all of them and all processes."""
+        """
+        Get the batches of a step, and the counts over which its losses are averaged, summed over all processes.
+
+        Args:
+            epoch_iterator: the iterator over batches.
+            num_batches: the number of batches per step.
+            device: the device that the processes communicate on.
+
+        Returns:
+            The batches and the counts.
+        """
         self.throughput.meter.begin_step()
         batches = []
         for _ in range(num_batches):
@@ -162,7 +182,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         counts = torch.stack([self._count(batch) for batch in batches]).sum(0) if batches else torch.zeros(3)
         totals = LossCounts(*sum_over_ranks(counts.to(torch.float64), device).float().to(device))
         if batches and not totals.labels:
-            logger.warning("step %d: no answer is left to learn; is max_length too short?", self.state.global_step + 1)
+            logger.warning("Step %d has no labelled tokens. Is `max_length` too short?", self.state.global_step + 1)
         return batches, totals
 
     def _count(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -174,9 +194,9 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     # ---- losses ----
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As Trainer's; what the collator left compact becomes the model's inputs on the device."""
+        """Convert compact batches to model inputs on the device, and then do as Trainer does."""
         unpacked = self.data_collator.unpack(super()._prepare_inputs(inputs))
-        return super()._prepare_inputs(unpacked)  # DeepSpeed's way has a type for the images as well
+        return super()._prepare_inputs(unpacked)  # with DeepSpeed, Trainer also casts the images
 
     def compute_loss(
         self,
@@ -186,28 +206,38 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         num_items_in_batch: LossCounts | None = None,
     ) -> Any:
         """
-        This part's share of the step's loss `()`. Without `num_items_in_batch` (evaluation): the batch's own.
+        Compute this micro-batch's share of the step's loss `()`.
 
-        There are logits only with `return_outputs`, and not of a batch that brings `loss_positions`.
+        The outputs hold logits only with `return_outputs`, and not for a batch with `loss_positions`.
+
+        Args:
+            model: the model.
+            inputs: the batch.
+            return_outputs: whether to return the outputs of the model as well.
+            num_items_in_batch: the counts over which the losses of the step are averaged. None uses those of the
+                batch, as in evaluation.
+
+        Returns:
+            The loss, or a pair of loss and outputs.
         """
         share = 1.0
         if not return_outputs and LOSS_POSITIONS not in inputs:
             inputs = {**inputs, LOSS_POSITIONS: find_loss_positions(inputs["labels"])}
         if num_items_in_batch is not None and self.args.loss_average == MICRO_BATCHES:
-            # its own counts, since without a label the mean over none would be no number
+            # passes counts, since the mean over zero labels would be NaN
             num_items_in_batch = LossCounts(*self._count(inputs).float())
             share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size)
         is_checked = num_items_in_batch is not None and self.data_collator.checks_for(self.fusion_config)
         taken = inputs
         if is_checked and self.data_collator.compact:
-            # padding is on the right, where no token before it looks; attention without a mask is faster
+            # with causal attention, padding on the right needs no mask, and attention without a mask is faster
             taken = {**inputs, "attention_mask": None}
         outputs = model(**taken, loss_counts=num_items_in_batch, check_inputs=not is_checked)
         loss = outputs.loss
         if num_items_in_batch is not None:
             loss = loss * share
             self._measure(inputs, outputs, share)
-            loss = loss * self.args.world_size  # gradients are averaged over processes, the shares are to be added
+            loss = loss * self.args.world_size  # DDP averages gradients over processes, but the shares must be summed
         return (loss, outputs) if return_outputs else loss
 
     def _measure(self, inputs: Mapping[str, Any], outputs: Any, share: float) -> None:
@@ -233,7 +263,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """An evaluation's batches stand for themselves; those of a step are counted in `get_batch_samples`."""
+        """Return None for evaluation batches. `get_batch_samples` counts the batches of a training step."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self.finite_loss.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -242,13 +272,21 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW or another optimizer of Trainer's, with a learning rate for each part."""
+        """
+        Create AdamW or another optimizer of Trainer, with a learning rate for each part.
+
+        Raises:
+            InputError: if the optimizer makes its own parameter groups.
+        """
         if self.optimizer is not None:
             return self.optimizer
         trained = self.model if model is None else model
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
         if {"params", "optimizer_dict", "model"} & settings.keys():
-            raise InputError(f"optim is {self.args.optim!r}, which makes its own groups; allowed: AdamW and its like.")
+            raise InputError(
+                f"`optim` must be an optimizer that accepts parameter groups, such as adamw_torch, got "
+                f"{self.args.optim!r}."
+            )
         self.optimizer = optimizer_class(
             parameter_groups(
                 trained.named_parameters(),
@@ -261,7 +299,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         return self.optimizer
 
     def learning_rates(self) -> dict[str, float]:
-        """Choose the peak learning rate of each part."""
+        """Return the peak learning rate of each part."""
         args = self.args
         given = {
             VISION_TOWER: args.vision_tower_learning_rate,
@@ -283,12 +321,22 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Trainer's loss and, for `eval_samples` of the records, the share of exact answers."""
+        """
+        Compute the evaluation loss and, if `eval_samples` is set, the share of exact answers.
+
+        Args:
+            eval_dataset: the records. Defaults to those of the trainer.
+            ignore_keys: keys of the outputs to ignore.
+            metric_key_prefix: the prefix of the metrics' names.
+
+        Returns:
+            The metrics by name.
+        """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         records = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(records, str):
             records = self.eval_dataset[records]
-        # of a dictionary, each has been evaluated on its own by now
+        # the entries of a dictionary were evaluated one by one above
         if not self.args.eval_samples or records is None or isinstance(records, dict):
             return metrics
         scores = exact_matches(
@@ -309,7 +357,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None, **kwargs: Any
     ) -> Any:
-        """As Trainer's; logits are gathered where they are asked for: by `predict`, and for `compute_metrics`."""
+        """Evaluate as Trainer does. Logits are gathered only by `predict` and for `compute_metrics`."""
         if prediction_loss_only is None and (description == PREDICTION or self.compute_metrics is not None):
             prediction_loss_only = False
         return super().evaluation_loop(dataloader, description, prediction_loss_only, **kwargs)
@@ -321,7 +369,7 @@ class FusionTrainer(RecordLoading, MemoryFitting, SealedCheckpoints):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """As Trainer's; logits are those of all positions, as the labels are, and come alone."""
+        """Predict as Trainer does. The logits are those of all positions, like the labels."""
         positions = {LOSS_POSITIONS: find_loss_positions(inputs["labels"])} if prediction_loss_only else {}
         inputs = {name: value for name, value in inputs.items() if name != LOSS_POSITIONS} | positions
         if not prediction_loss_only and ignore_keys is None:

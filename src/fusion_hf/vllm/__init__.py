@@ -1,11 +1,11 @@
-"""FUSION as a plugin of vLLM, which finds `register` by the entry point `vllm.general_plugins` in each process.
+"""The FUSION plugin for vLLM, which finds `register` by the entry point `vllm.general_plugins` in each process.
 
-Nothing here imports vLLM before vLLM asks for it: where vLLM is absent, the entry point is never read.
+Nothing here imports vLLM before vLLM loads the plugin. Without vLLM, the entry point is never used.
 """
 
 
 def register() -> None:
-    """Tell vLLM's registries about FUSION; once per process, however often it is called."""
+    """Register FUSION with vLLM. It is safe to call this several times in a process."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY

@@ -23,16 +23,22 @@ except ModuleNotFoundError:  # vLLM 0.32
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-# one step of an accelerator may take several prompts, each as a whole; a CPU is busy with one
+# a step on an accelerator may process several whole prompts, but a CPU is busy with one
 TOKENS_PER_STEP = 0 if current_platform.is_cpu() else 8192
 
 
 @dataclass(frozen=True)
 class ServerOptions:
     """
-    model: a folder or a repository of the Hub.
-    dtype: as vLLM names it.
-    engine_arguments: further options, as vLLM's own command takes them.
+    The options of the server.
+
+    Attributes:
+        model: a model folder or a repository of the Hub.
+        host: the address to listen on.
+        port: the port to listen on.
+        dtype: the dtype, as vLLM names it.
+        middleware: the settings of the middleware.
+        engine_arguments: further options of vLLM's own command.
     """
 
     model: str
@@ -45,11 +51,14 @@ class ServerOptions:
 
 def serve(options: ServerOptions) -> None:
     """
-    Serve until the process is told to end.
+    Serve until the process is told to stop.
+
+    Args:
+        options: the options.
 
     Raises:
-        InputError: if the address is taken.
-        ValueError: vLLM's, for settings that it or FUSION refuses.
+        InputError: if the address is in use.
+        ValueError: if vLLM or FUSION rejects a setting.
     """
     cli_env_setup()
     listener = listen(options.host, options.port)
@@ -59,16 +68,21 @@ def serve(options: ServerOptions) -> None:
     arguments = parse(server_arguments(options))
     try:
         asyncio.run(run_server_worker(address, listener, arguments, http=BoundedProtocol))
-    except KeyboardInterrupt:  # which is how a person ends it
+    except KeyboardInterrupt:  # Ctrl-C stops the server
         pass
     finally:
         listener.close()
 
 
 def server_arguments(options: ServerOptions) -> list[str]:
-    """Return the command line for vLLM's server; the user's own arguments come last, and win."""
+    """
+    Return the command line of vLLM's server. The user's arguments come last and take precedence.
+
+    Args:
+        options: the options.
+    """
     limits = options.middleware.limits
-    # the same answers as of FUSION's own server: the most likely one, unless a client asks for another
+    # as in FUSION's own server, the default is the most likely answer
     defaults = {"temperature": 0.0, "max_new_tokens": limits.answer_tokens}
     length = model_length(options.model, limits.prompt_tokens + limits.answer_tokens)
     values: dict[str, Any] = {
@@ -78,7 +92,7 @@ def server_arguments(options: ServerOptions) -> list[str]:
         "port": options.port,
         "dtype": options.dtype,
         "max-model-len": length,
-        # the longest prompt fits in beside all answers that are being written
+        # leaves room for the longest prompt next to all answers in progress
         "max-num-batched-tokens": max(length + limits.parallel, TOKENS_PER_STEP),
         "max-num-seqs": limits.parallel,
         "override-generation-config": json.dumps(defaults),
@@ -86,22 +100,36 @@ def server_arguments(options: ServerOptions) -> list[str]:
         "uvicorn-log-level": "warning",
     }
     flags = [f"--{'' if wanted else 'no-'}{name.replace('_', '-')}" for name, wanted in ENGINE_ARGUMENTS.items()]
-    # the renderer takes two numbers of them, which it checks
+    # the renderer reads two numbers of the request, and checks them
     flags.append("--trust-request-mm-kwargs")
     return [*(f"--{name}={value}" for name, value in values.items()), *flags, *options.engine_arguments]
 
 
 def model_length(model: str, wanted: int) -> int:
-    """The longest prompt with its answer, in tokens: what is wanted, unless the model was trained with less."""
+    """
+    Return the maximum number of tokens of a prompt with its answer, limited by what the model was trained with.
+
+    Args:
+        model: a model folder or a repository of the Hub.
+        wanted: the requested maximum.
+    """
     return min(wanted, FusionConfig.from_pretrained(model).text_config.max_position_embeddings)
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """Parse a command line as vLLM does, or raise an `InputError` for what it does not know."""
+    """
+    Parse a command line as vLLM does.
+
+    Args:
+        arguments: the arguments.
+
+    Raises:
+        InputError: if an argument is unknown or invalid.
+    """
     parser = make_arg_parser(FlexibleArgumentParser(prog="fusion-hf serve --engine vllm --"))
     try:
         parsed = parser.parse_args(list(arguments))
-    except SystemExit as error:  # the parser has said on standard error what is wrong
-        raise InputError("vLLM does not take these arguments.") from error
+    except SystemExit as error:  # the parser has written the error to the standard error
+        raise InputError("vLLM rejects these arguments. See its message above.") from error
     validate_parsed_serve_args(parsed)
     return parsed

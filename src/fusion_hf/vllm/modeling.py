@@ -1,7 +1,7 @@
-"""FUSION's model in vLLM: our tower, projectors and samplers around the decoder layers of vLLM.
+"""FUSION's model in vLLM: this package's vision tower, projectors and samplers with the decoder layers of vLLM.
 
-Shapes: S tokens of a step, all requests in a row; B images, P patches per side, N = P * P, T question tokens, D LLM
-width.
+Shapes: S tokens of a step over all requests, B images, P patches per side, N = P * P, T question tokens, D width of
+the language model.
 """
 
 import re
@@ -42,7 +42,7 @@ from fusion_hf.vllm.latent_updates import find_prompts, make_updates
 from fusion_hf.vllm.processing import FusionDummyInputsBuilder, FusionMultiModalProcessor, FusionProcessingInfo
 from fusion_hf.vllm.prompt_layout import PromptParser
 
-# vLLM's models whose layers take and return (hidden states, residual)
+# models of vLLM whose layers take and return (hidden states, residual)
 BACKBONES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -50,7 +50,7 @@ BACKBONES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# names in a Hub folder -> names here, one after the other
+# renames weights of a model folder, applied one after the other
 RENAMED = {
     r"^model\.language_model\.layers\.(\d+)\.vision_sampler\b": r"samplers.\1",
     r"^model\.language_model\b": "language_model.model",
@@ -63,18 +63,18 @@ RENAMED = {
     FusionMultiModalProcessor, info=FusionProcessingInfo, dummy_inputs=FusionDummyInputsBuilder
 )
 class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
-    """FUSION, as `vllm_config` describes it; see `fusion_hf.vllm.settings` for what it refuses."""
+    """FUSION for vLLM. `fusion_hf.vllm.settings` lists the settings that it rejects."""
 
-    # of weights, and of the layers that a folder's `quantization_config` names
+    # maps the names of weights, and of layers in a `quantization_config`
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_regex={re.compile(key): new for key, new in RENAMED.items()})
-    # beside their embeddings, `forward` is given the ids, which say where the latent tokens are
+    # `forward` also gets the ids, which show where the latent tokens are
     requires_raw_input_tokens = True
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         if modality == "image":
             return IMAGE_TOKEN
-        raise ValueError(f"modality is {modality!r}; allowed: 'image'.")
+        raise ValueError(f"`modality` must be 'image', got {modality!r}.")
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -98,32 +98,36 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
                 hf_config=config.text_config,
                 architectures=[_backbone(config.text_config)],
             )
-        # windows (q * w * w, D): vLLM's own cache is of images with their questions, and has nothing for the next one
+        # windows (q * w * w, D), since vLLM caches images together with their questions, not for the next question
         self.windows: ImageFeatureCache[torch.Tensor] = ImageFeatureCache()
-        # written by `embed_input_ids`, read by the `forward` that follows: vLLM calls both for each step
+        # written by `embed_input_ids` and read by the next `forward`, since vLLM calls both in each step
         self.contexts: list[torch.Tensor] = []
         self.grey: torch.Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        if current_platform.is_cpu():  # vLLM's own layers have kernels of their own
+        if current_platform.is_cpu():  # vLLM's layers have their own kernels
             for part in (self.vision_tower, self.vision_projector, self.vision_projector_back, self.samplers):
                 use_onednn(part)
         return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """
-        Encode images `pixel_values` `(B, 5, 3, H, W)` under `instruct_input_ids`, B rows of ids.
+        Encode images with their questions.
 
-        Returns for each image `(n, (1 + c) * D)`: n image tokens, and beside them, in columns, what its samplers
-        look at, so that vLLM's cache keeps both together. There are none if `kwargs` are empty.
+        Args:
+            **kwargs: `pixel_values` `(B, 5, 3, H, W)`, and `instruct_input_ids` with B rows of ids. May be empty.
+
+        Returns:
+            For each image `(n, (1 + c) * D)`: n image tokens and, as further columns, the inputs of its samplers, so
+                that vLLM's cache keeps both together.
         """
         if not kwargs:
             return []
         pixel_values, questions = kwargs["pixel_values"], list(kwargs["instruct_input_ids"])
         lengths, grids = kwargs["query_len"].flatten().tolist(), kwargs["image_token_grid"].flatten().tolist()
         windows = self._windows_of(pixel_values, kwargs["image_digest"], lengths)
-        alone = self.config.early_text_attention == "uniform_padded"  # where the padding of a batch would matter
+        alone = self.config.early_text_attention == "uniform_padded"  # the padding of a batch would change the result
         parts = [[row] for row in range(len(questions))] if alone else [list(range(len(questions)))]
         features = torch.cat([self._encode_overviews(pixel_values[p, -1], [questions[i] for i in p]) for p in parts])
         tokens = [
@@ -133,7 +137,10 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         return [_pack(*parts) for parts in zip(tokens, windows, strict=True)]
 
     def _windows_of(self, pixel_values: torch.Tensor, digests: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-        """What samplers look at, `(q * w * w, D)` of each image, from its tiles or from an earlier question."""
+        """
+        Return the inputs of the samplers, `(q * w * w, D)` for each image, from its tiles or from an earlier
+        question.
+        """
 
         def encode(rows: list[int]) -> list[torch.Tensor]:
             tiles = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[rows, :NUM_TILES])
@@ -144,13 +151,13 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
             ]
             return [windows.flatten(0, 2) for windows in pooled]
 
-        # images without digest are those by which vLLM measures memory: alike, but each is to be encoded
+        # vLLM measures memory with equal images without a digest, each of which must be encoded
         pairs = zip(digests.tolist(), lengths, strict=True)
         keys = [(bytes(digest), length) if any(digest) else object() for digest, length in pairs]
         return self.windows.collect(keys, encode)
 
     def _encode_overviews(self, overviews: torch.Tensor, questions: list[torch.Tensor]) -> torch.Tensor:
-        """`(B, 3, H, W)` with their questions to `(B, N, D)`."""
+        """Encode overviews `(B, 3, H, W)` with their questions, and return `(B, N, D)`."""
         padding = self.config.instruct_pad_token_id
         ids = nn.utils.rnn.pad_sequence(questions, batch_first=True, padding_value=padding)  # (B, T)
         text = self.vision_projector_back(self.language_model.embed_input_ids(ids))
@@ -159,7 +166,7 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         return self.vision_projector(guided.features[:, : guided.patch_embeddings.shape[1]])
 
     def _grey_windows(self, query_len: int) -> torch.Tensor:
-        """What samplers see in prompts without image, `(q, w * w, D)`."""
+        """Return the inputs of samplers in prompts without an image, `(q, w * w, D)`."""
         if self.grey is None:
             weight = self.vision_projector.linear_1.weight
             self.grey = encode_blank_image(self.vision_tower, self.vision_projector, weight)
@@ -172,7 +179,15 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return embeddings `(S, D)` with image tokens in place; zeros for latent tokens, which `forward` fills in."""
+        """
+        Return embeddings `(S, D)` with image tokens in place, and zeros for latent tokens, which `forward` fills
+        in.
+
+        Args:
+            input_ids (`(S,)`): the ids of the step.
+            multimodal_embeddings: the embeddings of images.
+            is_multimodal (`(S,)`): which tokens are image tokens.
+        """
         free = (input_ids == self.config.image_token_id) | (input_ids == self.config.latent_token_id)
         embeds = self.language_model.embed_input_ids(torch.where(free, 0, input_ids))
         embeds = torch.where(free.unsqueeze(-1), 0, embeds)
@@ -192,12 +207,20 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states `(S, D)` for ids, positions `(S)` and embeddings `(S, D)`."""
+        """
+        Compute the hidden states `(S, D)` of a step.
+
+        Args:
+            input_ids (`(S,)`): the ids.
+            positions (`(S,)`): the positions.
+            intermediate_tensors: not supported.
+            inputs_embeds (`(S, D)`): the embeddings.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         prompts = find_prompts(self.parser, input_ids)
         model = self.language_model.model
-        if not prompts:  # what vLLM may have compiled, or capture in a graph
+        if not prompts:  # vLLM may compile this call or capture it in a graph
             return model(None, positions, None, inputs_embeds)
         updates = make_updates(prompts, self.contexts, self.config.window_size, self._grey_windows)
         for update in updates:
@@ -211,8 +234,16 @@ class VllmFusionForConditionalGeneration(nn.Module, SupportsMultiModal):
         return model.norm(hidden_states, residual)[0]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """`(S, vocabulary)`, with columns for placeholders behind the language model's vocabulary; None on other ranks
-        than the first."""
+        """
+        Compute the logits `(S, vocabulary)`, with columns for placeholders after the vocabulary of the language
+        model.
+
+        Args:
+            hidden_states (`(S, D)`): the hidden states.
+
+        Returns:
+            The logits, or None on ranks other than the first.
+        """
         logits = self.language_model.compute_logits(hidden_states)
         if logits is None:
             return None
@@ -225,18 +256,18 @@ def _backbone(text_config: PreTrainedConfig) -> str:
     model_type = text_config.model_type
     if model_type not in BACKBONES:
         allowed = ", ".join(sorted(BACKBONES))
-        raise ValueError(f"text_config.model_type is {model_type!r}; FUSION in vLLM supports: {allowed}.")
+        raise ValueError(f"`text_config.model_type` must be one of {allowed} in vLLM, got {model_type!r}.")
     return BACKBONES[model_type]
 
 
 def _suppressed(config: FusionConfig, generation_config: dict[str, Any]) -> list[int]:
-    """Placeholders, and ids that the folder's `generation_config.json` forbids; vLLM itself does not read them."""
+    """Return the ids of placeholders, and those that `generation_config.json` forbids, which vLLM does not read."""
     placeholders = {config.image_token_id, config.latent_token_id}
     return sorted(placeholders.union(generation_config.get("suppress_tokens") or []))
 
 
 def _pack(tokens: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """Image tokens `(n, D)` and, to the right of them, rows of context `(c, D)`, padded with zeros."""
+    """Append rows of context `(c, D)` to image tokens `(n, D)` as further columns, padded with zeros."""
     missing = -len(context) % len(tokens)
     columns = nn.functional.pad(context, (0, 0, 0, missing)).view(len(tokens), -1)
     return torch.cat([tokens, columns], dim=1)

@@ -1,4 +1,4 @@
-"""An image and its question to what the model's `embed_multimodal` takes."""
+"""Convert an image and its question to the inputs of the model's `embed_multimodal`."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -47,10 +47,13 @@ class FusionDummyInputsBuilder(BaseDummyInputsBuilder[FusionProcessingInfo]):
 
 
 class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
-    """Question ids and numbers of tokens arrive as processor arguments, which vLLM hashes with the image."""
+    """
+    Process an image. The ids of the question and the numbers of tokens are processor arguments, which vLLM
+    hashes with the image.
+    """
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
-        """Return the largest image there is, for vLLM's measurement of memory."""
+        """Return the largest possible image, with which vLLM measures memory."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         config = self.info.get_hf_config()
         inputs.hf_processor_mm_kwargs = {
@@ -77,11 +80,11 @@ class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = {name: MultiModalFieldConfig.batched(IMAGE) for name in ("pixel_values", "instruct_input_ids")}
-        numbers = ("image_digest", "query_len", "image_token_grid")  # which the host reads
+        numbers = ("image_digest", "query_len", "image_token_grid")  # read on the host
         return fields | {name: MultiModalFieldConfig.batched(IMAGE, keep_on_cpu=True) for name in numbers}
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
-        """One image token for the image, which `_get_prompt_updates` expands again."""
+        """Replace the image tokens by one, which `_get_prompt_updates` expands again."""
         token = self.info.get_hf_config().image_token_id
         return [x for i, x in enumerate(prompt) if x != token or i == 0 or prompt[i - 1] != token]
 
@@ -97,11 +100,11 @@ class FusionMultiModalProcessor(BaseMultiModalProcessor[FusionProcessingInfo]):
 
 
 def _digest(tiles: torch.Tensor) -> torch.Tensor:
-    """Bytes by which the model knows `(4, 3, H, W)` again, whatever is asked about it."""
+    """Hash tiles `(4, 3, H, W)`, so that the model recognizes the image in other questions."""
     content = tiles.contiguous().view(torch.uint8).numpy().data
     return torch.frombuffer(bytearray(hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()), dtype=torch.uint8)
 
 
 def _as_sent(item: Any) -> Any:
-    """The image as it was sent: vLLM's own decoding paints what is transparent white, ours does not."""
+    """Return the image as it was sent, since vLLM's decoding makes transparent pixels white and ours does not."""
     return identify_image(item.original_bytes) if isinstance(item, MediaWithBytes) else item

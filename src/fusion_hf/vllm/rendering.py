@@ -1,4 +1,6 @@
-"""Messages and texts to prompts of vLLM, by FUSION's own processor: vLLM's template run would lose the questions."""
+"""Convert messages and texts to prompts of vLLM with FUSION's processor, since vLLM's own template would lose the
+questions.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,23 +14,23 @@ from vllm.utils.async_utils import make_async
 from fusion_hf.model.configuration_fusion import TokenBudget
 from fusion_hf.vllm.prompt_layout import PromptParser, request_budget
 
-# what a request may say beside its messages, as `mm_processor_kwargs`
+# what `mm_processor_kwargs` of a request may hold
 REQUEST_ARGUMENTS = ("query_len", "image_token_grid")
 QUESTION = "instruct_input_ids"
 TEMPLATE_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
-# under this key a prompt carries what it was made from, to where vLLM processes its image
+# the key under which a prompt carries its origin to the place where vLLM processes its image
 ORIGIN = "_fusion_origin"
 
 
 class PromptOrigin(NamedTuple):
-    """The question's ids and what the request asked for."""
+    """The ids of the question, and the numbers of tokens that the request asks for."""
 
     question: list[int]
     budget: TokenBudget
 
 
 class FusionRenderer(HfRenderer):
-    """Renders chats and texts with [`FusionProcessor`]; each prompt goes through `_process_tokens`."""
+    """Render chats and texts with [`FusionProcessor`]. Each prompt passes through `_process_tokens`."""
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
@@ -51,7 +53,7 @@ class FusionRenderer(HfRenderer):
         return conversation, await self._to_prompt_async(conversation, mm_data, mm_uuids, params)
 
     def _to_prompt(self, conversation: list[Any], mm_data: Any, mm_uuids: Any, params: ChatParams) -> dict[str, Any]:
-        """A prompt of ids, image tokens in place, with its images beside it."""
+        """Make a prompt of ids with image tokens in place, and its images."""
         budget = self._budget(params.mm_processor_kwargs)
         given = params.chat_template_kwargs
         options = {name: given[name] for name in TEMPLATE_ARGUMENTS if name in given}
@@ -71,12 +73,12 @@ class FusionRenderer(HfRenderer):
         return prompt
 
     def _tokenize_prompt(self, prompt: Any, params: TokenizeParams) -> Any:
-        """A text prompt, as `apply_chat_template(tokenize=False)` writes it."""
+        """Tokenize a text prompt, as `apply_chat_template(tokenize=False)` writes it."""
         budget = self._budget(prompt.get("mm_processor_kwargs"))
         return {**prompt, **self._encode(prompt["prompt"], budget)}
 
     def _encode(self, text: str, budget: TokenBudget) -> dict[str, Any]:
-        # vLLM processes, and caches, the image itself
+        # vLLM processes and caches the image itself
         encoded = self._fusion_processor(text=text, **budget._asdict(), process_images=False)
         question = encoded["instruct_input_ids"][0]
         return {"prompt_token_ids": encoded["input_ids"][0], ORIGIN: PromptOrigin(question, budget)}
@@ -85,7 +87,9 @@ class FusionRenderer(HfRenderer):
         arguments = dict(arguments or {})
         unknown = sorted(arguments.keys() - {*REQUEST_ARGUMENTS, QUESTION})
         if unknown:
-            raise ValueError(f"mm_processor_kwargs has {unknown[0]!r}; allowed: {', '.join(REQUEST_ARGUMENTS)}.")
+            raise ValueError(
+                f"The keys of `mm_processor_kwargs` must be among {', '.join(REQUEST_ARGUMENTS)}, got {unknown[0]!r}."
+            )
         return request_budget(self._fusion_config, **{name: arguments.get(name) for name in REQUEST_ARGUMENTS})
 
     def _process_tokens(self, prompt: Any, *, skip_mm_cache: bool = False) -> Any:
@@ -95,7 +99,10 @@ class FusionRenderer(HfRenderer):
         return await super()._process_tokens_async(self._checked(prompt), skip_mm_cache=skip_mm_cache)
 
     def _checked(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """Put the question beside its image, into whose hash it goes; a ValueError says what disagrees in a prompt."""
+        """
+        Attach the question to its image, so that it enters the hash of the image. Raise a ValueError if the
+        prompt is inconsistent.
+        """
         prompt = dict(prompt)
         origin, arguments = prompt.pop(ORIGIN, None), prompt.pop("mm_processor_kwargs", None) or {}
         if origin is None:
@@ -104,10 +111,10 @@ class FusionRenderer(HfRenderer):
         layout.check(origin.budget)
         num_images = len(_as_list((prompt.get("multi_modal_data") or {}).get("image")))
         if num_images != int(layout.num_image_tokens > 0):
-            raise ValueError(f"A prompt has {layout.num_image_tokens} image tokens, but {num_images} images.")
+            raise ValueError(f"A prompt has {layout.num_image_tokens} image tokens but {num_images} images.")
         if num_images:
             if not origin.question:
-                raise ValueError(f"A prompt of ids with an image needs mm_processor_kwargs[{QUESTION!r}].")
+                raise ValueError(f"A prompt of ids with an image requires mm_processor_kwargs[{QUESTION!r}].")
             prompt["mm_processor_kwargs"] = {QUESTION: list(origin.question), **origin.budget._asdict()}
         return prompt
 

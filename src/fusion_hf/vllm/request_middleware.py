@@ -1,6 +1,6 @@
-"""What stands before vLLM's server: the limits, the key and the fields of FUSION's own server.
+"""Middleware for vLLM's server with the limits, the API key and the fields of FUSION's own server.
 
-vLLM alone opens any address that a client names, takes bodies of any size and passes over `query_len` in silence.
+vLLM alone opens any address that a client names, accepts bodies of any size, and silently ignores `query_len`.
 """
 
 import json
@@ -29,9 +29,9 @@ COMPLETIONS = "/v1/completions"
 READABLE = (HEALTH, MODELS, "/metrics", "/version")
 PROCESSOR_ARGUMENTS = "mm_processor_kwargs"
 BUDGET = ("query_len", "image_token_grid")
-# they would change how images are read, or name files and templates
+# these fields would change how images are read, or name files and templates
 REFUSED = ("media_io_kwargs", "chat_template", "mm_uuids")
-# FUSION's renderer shows a model no tools, and vLLM refuses to choose from none
+# FUSION's renderer shows no tools to the model, and vLLM rejects a choice from no tools
 TOOLS = Fields(known=(), neutral=WITHOUT_TOOLS)
 LENGTHS = ("max_completion_tokens", "max_tokens")
 
@@ -39,12 +39,17 @@ LENGTHS = ("max_completion_tokens", "max_tokens")
 @dataclass(frozen=True)
 class MiddlewareSettings:
     """
-    What the middleware lets pass; travels to vLLM's server in an environment variable.
+    The settings of the middleware. They are passed to vLLM's server in an environment variable.
 
-    address, name: told on the standard output as soon as the server answers; no address: nothing is.
-    api_key_env: the environment variable with the key; None: everybody may ask.
-    public_hosts, private_hosts: see [`HostPolicy.parse`].
-    query_len, image_token_grid: of requests that say nothing about them.
+    Attributes:
+        address: the URL to write to the standard output when the server answers. None writes nothing.
+        name: the name of the model to write with it.
+        api_key_env: the environment variable with the API key. None accepts all requests.
+        public_hosts: hosts that images may be downloaded from, see [`HostPolicy.parse`].
+        private_hosts: hosts of a private network that images may be downloaded from, see [`HostPolicy.parse`].
+        query_len: the number of latent tokens of requests that do not set it.
+        image_token_grid: the side of the grid of image tokens of requests that do not set it.
+        limits: the limits on requests.
     """
 
     address: str | None = None
@@ -57,18 +62,23 @@ class MiddlewareSettings:
     limits: Limits = field(default_factory=Limits)
 
     def to_environment(self) -> None:
-        """Leave the settings to the server that this process becomes."""
+        """Store the settings in the environment of this process, which becomes the server."""
         os.environ[VARIABLE] = json.dumps(asdict(self))
 
     @classmethod
     def from_environment(cls) -> "MiddlewareSettings":
-        """Return the settings that were left; the defaults where there are none."""
+        """Read the settings from the environment. Return the defaults if there are none."""
         values = json.loads(os.environ.get(VARIABLE, "{}"))
         return cls(**values | {"limits": Limits(**values.get("limits", {}))})
 
 
 class RequestMiddleware:
-    """An ASGI application around vLLM's, which makes it by its option `--middleware`."""
+    """
+    An ASGI application around vLLM's, which vLLM creates through its option `--middleware`.
+
+    Args:
+        app: the application of vLLM.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -91,7 +101,7 @@ class RequestMiddleware:
                 await self.checked(scope, receive, send)
             except ApiError as error:
                 await error_reply(error)(scope, receive, send)
-            except ClientDisconnect:  # before its request was whole
+            except ClientDisconnect:  # the client disconnected before the request was complete
                 return
 
     def _announcing(self, send: Send) -> Send:
@@ -103,7 +113,7 @@ class RequestMiddleware:
         return send_and_tell
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request pass, or raise an `ApiError`."""
+        """Forward a request, or raise an `ApiError`."""
         method, path = scope["method"], scope["path"]
         if method == "POST" and path in (CHAT, COMPLETIONS):
             content = await self.intake.read(Request(scope, receive))
@@ -121,11 +131,13 @@ class RequestMiddleware:
             raise no_such_path(method, path, allowed)
 
     async def _checked_body(self, given: dict[str, Any], is_chat: bool) -> bytes:
-        # vLLM checks the types of fields that change no answer
+        # vLLM would check the types of ignored fields
         content = {name: x for name, x in given.items() if x is not None and name not in REQUEST.ignored}
         for name in REFUSED:
             if content.pop(name, None):
-                raise wrong_value(name, given[name], "nothing: this server does not take it", "unknown_parameter")
+                raise wrong_value(
+                    name, given[name], "left out, since this server does not accept it", "unknown_parameter"
+                )
         self._move_budget(content)
         if is_chat:
             TOOLS.select({name: content.pop(name) for name in WITHOUT_TOOLS if name in content})
@@ -134,7 +146,7 @@ class RequestMiddleware:
         return json.dumps(content).encode()
 
     async def _checked_messages(self, content: dict[str, Any]) -> list[dict[str, Any]]:
-        """Messages as this package's server reads them, with the image as a data URI."""
+        """Parse messages as this package's server does, with the image as a data URI."""
         chat = parse_messages(content.get("messages"), content.get("continue_final_message") is True)
         if chat.image is None:
             return chat.messages
@@ -145,7 +157,10 @@ class RequestMiddleware:
         ]
 
     def _limit_answer(self, content: dict[str, Any]) -> None:
-        """Leave a chat that allows more than the server's limit to vLLM's default, which is that limit."""
+        """
+        Remove a length above the server's limit from a chat, so that vLLM's default applies, which is that
+        limit.
+        """
         most = self.settings.limits.answer_tokens
         length = parse_max_tokens(content, most)
         for name in LENGTHS:
@@ -154,10 +169,10 @@ class RequestMiddleware:
             content["max_tokens"] = length
 
     def _move_budget(self, content: dict[str, Any]) -> None:
-        """`query_len` and `image_token_grid` to where vLLM has them."""
+        """Move `query_len` and `image_token_grid` to where vLLM expects them."""
         arguments = content.get(PROCESSOR_ARGUMENTS) or {}
         if not isinstance(arguments, dict):
-            raise wrong_value(PROCESSOR_ARGUMENTS, arguments, f"an object with {', '.join(BUDGET)}")
+            raise wrong_value(PROCESSOR_ARGUMENTS, arguments, f"an object with the keys {', '.join(BUDGET)}")
         chosen = {name: getattr(self.settings, name) for name in BUDGET}
         for name in BUDGET:
             given = content.pop(name, None)
@@ -165,7 +180,7 @@ class RequestMiddleware:
         content[PROCESSOR_ARGUMENTS] = arguments | {name: x for name, x in chosen.items() if x is not None}
 
     async def _checked_image(self, url: str) -> str:
-        """A data URI of an image that vLLM may decode."""
+        """Return a data URI of an image that vLLM may decode."""
         limits = self.settings.limits
         is_inline = is_data_uri(url)
         content = decode_data_uri(url, limits) if is_inline else await fetch_image(url, self.hosts, limits)

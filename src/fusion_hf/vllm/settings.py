@@ -1,4 +1,4 @@
-"""What FUSION needs of vLLM's settings, and a refusal at start of what would give wrong answers."""
+"""Apply the settings that FUSION requires in vLLM, and reject those that would give wrong answers."""
 
 from typing import Any
 
@@ -9,23 +9,23 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-ARCHITECTURE, RENDERER = "FusionForConditionalGeneration", "fusion"  # as vLLM's registries know them
-# arguments of `vllm.LLM` and, as flags, of vLLM's server
+ARCHITECTURE, RENDERER = "FusionForConditionalGeneration", "fusion"  # names in vLLM's registries
+# arguments of `vllm.LLM`, which are also flags of vLLM's server
 ENGINE_ARGUMENTS: dict[str, Any] = {
     "enable_chunked_prefill": False,
     "enable_prefix_caching": False,
     "async_scheduling": False,
 }
-# Attention whose metadata say where requests begin, as `find_prompts` needs it. FlashInfer's, which vLLM prefers on
-# GPUs of compute capability 10, do not.
+# Attention backends whose metadata says where requests start, which `find_prompts` needs. FlashInfer, which vLLM
+# prefers on GPUs of compute capability 10, does not.
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "TRITON_ATTN")
-FLASH_CAPABILITY = 80  # from which on FlashAttention works, as vLLM writes 8.0
+FLASH_CAPABILITY = 80  # minimum compute capability of FlashAttention, 8.0 in vLLM's notation
 REASON = "FUSION's samplers rewrite latent tokens from the end of the prompt, so a prompt must be processed as a whole"
 GRAPHS = (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
-# `STOCK_TORCH_COMPILE` compiles the whole model, with what it does to prompts
+# `STOCK_TORCH_COMPILE` would compile the whole model, prompts included
 MODES = (CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
-HOST = "FUSION reads where prompts are on the host, so only steps without prompts can be captured or compiled"
-UNTOLD = "FUSION's samplers need to know where prompts begin in a step, which other attention does not tell a model"
+HOST = "FUSION finds prompts on the host, so only steps without prompts can be captured or compiled"
+UNTOLD = "FUSION's samplers must know where prompts start in a step, which other attention backends do not report"
 
 
 class FusionSettings(VerifyAndUpdateConfig):
@@ -33,17 +33,17 @@ class FusionSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Our renderer, and room in the vocabulary for the placeholders."""
+        """Set the renderer, and extend the vocabulary for the placeholders."""
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = RENDERER
         config = model_config.hf_config
-        # penalties and prompt log-probabilities index a row of logits by the prompt's ids
+        # penalties and prompt log-probabilities index a row of logits by the ids of the prompt
         architecture = model_config.model_arch_config
         architecture.vocab_size = max(architecture.vocab_size, config.image_token_id + 1, config.latent_token_id + 1)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise a `ValueError` for settings by which a prompt could arrive in pieces, or be captured in a graph."""
+        """Raise a `ValueError` for settings that would split prompts or capture them in a graph."""
         scheduler, longest = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
         budget = scheduler.max_num_batched_tokens
         threshold = scheduler.long_prefill_token_threshold
@@ -57,7 +57,7 @@ class FusionSettings(VerifyAndUpdateConfig):
         _require(budget >= longest, "max_num_batched_tokens", budget, f"max_model_len = {longest} or more")
         _require(threshold == 0, "long_prefill_token_threshold", threshold, "0")
         _require(not scheduler.async_scheduling, "async_scheduling", True, "False")
-        scheduler.async_scheduling = False  # where nothing is said, vLLM would choose it for GPUs later
+        scheduler.async_scheduling = False  # otherwise vLLM would enable it for GPUs later
         _require(speculative is None, "speculative_config", speculative, "None")
         _require(transfer is None, "kv_transfer_config", transfer, "None")
         _require(chosen <= set(BACKENDS), "attention_backend", ", ".join(sorted(chosen)), ", ".join(BACKENDS), UNTOLD)
@@ -66,13 +66,16 @@ class FusionSettings(VerifyAndUpdateConfig):
 
 def choose_execution(vllm_config: VllmConfig) -> None:
     """
-    Run everything as it is written, unless `compilation_config` says more.
+    Disable graphs and compilation, unless `compilation_config` enables them.
 
-    `cudagraph_mode` `FULL_DECODE_ONLY` makes graphs of steps of decoding, and `mode` compiles the language model for
-    steps without prompts. vLLM would choose both by itself, and for prompts too.
+    `cudagraph_mode` `FULL_DECODE_ONLY` captures decoding steps as graphs, and `mode` compiles the language model for
+    steps without prompts. By default, vLLM would apply both to prompts as well.
+
+    Args:
+        vllm_config: the configuration of vLLM, changed in place.
 
     Raises:
-        ValueError: for other modes.
+        ValueError: if another mode is set.
     """
     compilation = vllm_config.compilation_config
     graphs, mode = compilation.cudagraph_mode, compilation.mode
@@ -82,12 +85,17 @@ def choose_execution(vllm_config: VllmConfig) -> None:
     compilation.mode = mode or CompilationMode.NONE
     if compilation.cudagraph_mode == CUDAGraphMode.NONE and compilation.mode == CompilationMode.NONE:
         vllm_config.model_config.enforce_eager = True
-    # vLLM warms up with prompts of any ids, which are no chats
+    # vLLM warms up with random ids, which are not chats
     vllm_config.kernel_config.enable_jit_warmup = False
 
 
 def choose_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
-    """Choose one of BACKENDS for a GPU; None elsewhere, where vLLM chooses one of them itself."""
+    """
+    Return one of BACKENDS for a GPU. Elsewhere return None, since vLLM chooses one of them itself.
+
+    Args:
+        vllm_config: the configuration of vLLM.
+    """
     if current_platform.is_rocm():
         return AttentionBackendEnum.TRITON_ATTN
     if not current_platform.is_cuda():
@@ -107,4 +115,4 @@ def _require(condition: bool, name: str, value: object, allowed: str, reason: st
     if not condition:
         flag = name.replace("_", "-")
         advice = f" (--no-{flag})" if value is True else ""
-        raise ValueError(f"{name} is {value!r}; allowed for FUSION: {allowed}{advice}. {reason}.")
+        raise ValueError(f"`{name}` must be {allowed}{advice} for FUSION, got {value!r}. {reason}.")

@@ -44,41 +44,43 @@ class FusionConfig(PreTrainedConfig):
     at 384); the files in `configs/models` are the published family.
 
     Args:
-        text_config (`dict` or `PreTrainedConfig`, *optional*): the language model (phi3, llama, qwen2, ...).
-        vision_config (`dict` or `SiglipVisionConfig`, *optional*): the tower; `num_hidden_layers` counts the layers
-            that are kept and run (one less than the published tower has).
-        image_token_id (`int`, *optional*): placeholder of one image feature. Default: the first id after the LLM's
-            vocabulary.
-        latent_token_id (`int`, *optional*): placeholder of one latent token. Default: the second id after the
-            vocabulary.
-        vision_start_token_id, vision_end_token_id (`int`, *optional*): frame of image and latent blocks. Default: the
-            last two ids of the vocabulary, where the authors' checkpoints have them.
-        query_len (`int`): latent tokens per question at inference, a perfect square.
-        query_lens (`list[int]`): training draws the number of latent tokens from these.
-        window_size (`int`): side of the window of the global context that one latent token sees.
-        sampler_layers (`list[int]`, *optional*): LLM layers after which a sampler rewrites the latent tokens.
-            Default: every third of the first thirty.
-        sampler_num_heads (`int`): attention heads of a sampler.
-        vision_early_layers (`int`, *optional*): number of early tower layers and size of each of the connector's two
-            groups. Default: half of the tower (13 of 26, 19 of 39).
-        early_text_attention (`str`): what the question's rows attend to in early layers. `"uniform"`: the mean over
-            patches and valid question tokens; `"uniform_padded"`: over padding as well (the authors' batches);
-            `"masked"`: as the paper says, patches do not see the question there.
-        image_token_grid (`int`, *optional*): side of the grid that image features are resized to (FUSION-L: 16),
-            where a call does not say another.
-        mapping_loss_weight (`float`): weight of the two mapping losses.
-        instruct_pad_token_id (`int`): this id is ignored in the question (0, also where 0 is a real token: the
-            authors' mask is `ids != 0`).
-        projector_hidden_act (`str`): activation of both projectors.
-        assistant_header_ids (`list[int]`, *optional*): how the chat format begins an assistant's message, in ids and
-            without the white space at its end. With `turn_end_token_id` the model finds turns and questions in ids by
-            itself; None: callers must pass them.
-        assistant_header_tail (`int`): number of tokens of white space that end the assistant's header.
-        user_header_ids (`list[int]`, *optional*), user_header_tail (`int`): the same of a user's message.
-        turn_end_token_id (`int`, *optional*): ends a user's message.
-        question_separator_ids (`list[int]`, *optional*): between the blocks of an image and its question.
-        question_prefix_ids (`list[int]`, *optional*): what the tokenizer puts before a text of its own.
-        questions_are_cut (`bool`): whether a question in a prompt has the ids that it has as a text of its own.
+        text_config (`dict` or `PreTrainedConfig`, *optional*): Configuration of the language model (phi3, llama,
+            qwen2, ...).
+        vision_config (`dict` or `SiglipVisionConfig`, *optional*): Configuration of the vision tower.
+            `num_hidden_layers` counts the layers that are kept and run, one less than the published tower has.
+        image_token_id (`int`, *optional*): Id of the placeholder of one image feature. Default: the first id after the
+            vocabulary of the language model.
+        latent_token_id (`int`, *optional*): Id of the placeholder of one latent token. Default: the second id after
+            the vocabulary.
+        vision_start_token_id, vision_end_token_id (`int`, *optional*): Ids that begin and end a block of image or
+            latent tokens. Default: the last two ids of the vocabulary, as in the authors' checkpoints.
+        query_len (`int`): Number of latent tokens per question at inference, a perfect square.
+        query_lens (`list[int]`): Numbers of latent tokens that training draws from.
+        window_size (`int`): Side of the window of the global context that one latent token reads.
+        sampler_layers (`list[int]`, *optional*): Layers of the language model after which a sampler rewrites the
+            latent tokens. Default: every third of the first thirty.
+        sampler_num_heads (`int`): Number of attention heads of a sampler.
+        vision_early_layers (`int`, *optional*): Number of early layers of the tower, and size of each of the
+            connector's two groups. Default: half of the tower (13 of 26, 19 of 39).
+        early_text_attention (`str`): What the question attends to in early layers of the tower. `"uniform"` takes the
+            mean over patches and valid question tokens, `"uniform_padded"` over padding as well, as in the authors'
+            batches. `"masked"` follows the paper: patches do not see the question there.
+        image_token_grid (`int`, *optional*): Side of the grid to which image features are resized (16 in FUSION-L),
+            unless a call passes another one. Default: no resizing.
+        mapping_loss_weight (`float`): Weight of the two mapping losses.
+        instruct_pad_token_id (`int`): Id that is ignored in the question, also if it is a real token, because the
+            authors' mask is `ids != 0`.
+        projector_hidden_act (`str`): Activation function of both projectors.
+        assistant_header_ids (`list[int]`, *optional*): Ids with which the chat format begins a message of the
+            assistant, without the white space at the end. With `turn_end_token_id`, the model finds turns and
+            questions in the ids. Without them, callers must pass both.
+        assistant_header_tail (`int`): Number of tokens of white space that end the assistant's header.
+        user_header_ids (`list[int]`, *optional*): Ids with which the chat format begins a message of the user.
+        user_header_tail (`int`): Number of tokens of white space that end the user's header.
+        turn_end_token_id (`int`, *optional*): Id that ends a message of the user.
+        question_separator_ids (`list[int]`, *optional*): Ids between the blocks of an image and its question.
+        question_prefix_ids (`list[int]`, *optional*): Ids that the tokenizer puts before a text on its own.
+        questions_are_cut (`bool`): Whether a question has the same ids in a prompt as in a text on its own.
 
     Raises:
         ValueError: for an impossible value; names the field, the value and what is allowed.

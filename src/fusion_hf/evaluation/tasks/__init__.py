@@ -1,1 +1,1 @@
-"""Tasks of our own for lmms-eval."""
+"""Tasks for lmms-eval that this package adds."""

@@ -1,4 +1,6 @@
-"""The authors' prompts where they are not lmms-eval's: what they asked beside the image, from a row of the data."""
+"""The authors' prompts where they differ from lmms-eval's. Each function makes the text of a question from a row of
+data.
+"""
 
 import ast
 from typing import Any
@@ -7,21 +9,23 @@ LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
 WORD = "Answer the question using a single word or phrase."
 MMBENCH_OPTIONS = "ABCD"
-EMPTY = ("", "nan", "none")  # how tables write that there is nothing
+EMPTY = ("", "nan", "none")  # encodings of empty cells
 
 Row = dict[str, Any]
 
 
 def mmbench_en(row: Row) -> str:
+    """Return the question with its hint and options, and the English instruction."""
     return _mmbench(row, LETTER)
 
 
 def mmbench_cn(row: Row) -> str:
+    """Return the question with its hint and options, and the Chinese instruction."""
     return _mmbench(row, LETTER_CN)
 
 
 def _mmbench(row: Row, ending: str) -> str:
-    """The hint, the question and its options up to the first that is empty, in lines."""
+    """Return the hint, the question and its options up to the first empty one, as lines."""
     lines = [] if _is_empty(row["hint"]) else [row["hint"]]
     lines.append(row["question"])
     for letter in MMBENCH_OPTIONS:
@@ -36,17 +40,17 @@ def _is_empty(cell: Any) -> bool:
 
 
 def cv_bench(row: Row) -> str:
-    """`prompt` is the question with its options."""
+    """Return the question with its options, which is in the column `prompt`."""
     return f"{row['prompt']}\n{LETTER}"
 
 
 def mmvp(row: Row) -> str:
-    """`Options` are as in `(a) Open (b) Closed`."""
+    """Return the question and its options, which look like `(a) Open (b) Closed`."""
     return f"{row['Question']} {row['Options']}"
 
 
 def mmmu(row: Row) -> str:
-    """`<image 1>` stays as it is written."""
+    """Return the question and its options. The mark `<image 1>` is kept."""
     if row["question_type"] != "multiple-choice":
         return f"{row['question']}\n\n{WORD}"
     options = [f"{chr(ord('A') + place)}. {text}" for place, text in enumerate(ast.literal_eval(row["options"]))]
@@ -54,9 +58,10 @@ def mmmu(row: Row) -> str:
 
 
 def textvqa(row: Row) -> str:
+    """Return the question and the instruction to answer briefly."""
     return f"{row['question']}\n{WORD}"
 
 
 def textvqa_ocr(row: Row) -> str:
-    """With the words that an OCR system has read in the image."""
+    """Return the question with the words that an OCR system read in the image."""
     return f"{row['question']}\nReference OCR token: {', '.join(row['ocr_tokens'])}\n{WORD}"

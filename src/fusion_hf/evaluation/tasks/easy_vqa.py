@@ -1,4 +1,4 @@
-"""easy-vqa's test questions as a task of lmms-eval, from the package `easy-vqa` alone."""
+"""The test questions of easy-vqa as a task of lmms-eval, made from the package `easy-vqa`."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,14 @@ YES_NO = ("yes", "no")
 
 def prepare_easy_vqa(folder: Path, task_name: str) -> Path:
     """
-    Write the task called `task_name` and its questions into `folder`; returns the YAML file.
+    Write the task and its questions into a folder.
+
+    Args:
+        folder: the folder.
+        task_name: the name of the task.
+
+    Returns:
+        The path of the task's YAML file.
 
     Raises:
         InputError: if the package `easy-vqa` is not installed.
@@ -41,13 +48,24 @@ def prepare_easy_vqa(folder: Path, task_name: str) -> Path:
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """Open the image of a question."""
+    """
+    Open the image of a question.
+
+    Args:
+        doc: the row of the question.
+    """
     with Image.open(doc["image"]) as image:
         return [image.convert("RGB")]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match: of all questions, and of those that are answered by yes or no, or of the others."""
+    """
+    Score an answer by exact match, for all questions and separately for yes/no questions and the others.
+
+    Args:
+        doc: the row of the question.
+        results: the answer, as the only entry.
+    """
     hit = float(results[0].strip() == doc["answer"])
     kind = "exact_match_yes_no" if doc["answer"] in YES_NO else "exact_match_not_yes_no"
     return {"exact_match": hit, kind: hit}

@@ -1,4 +1,4 @@
-"""Local rows whose images are inside them: what a file names elsewhere, on disk or in the network, is not opened."""
+"""Local rows with embedded images. Paths and addresses in the data are never opened."""
 
 from uuid import uuid4
 
@@ -7,11 +7,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 BYTES, PATH = "bytes", "path"
-IMAGE_TYPE = pa.struct([(BYTES, pa.binary()), (PATH, pa.string())])  # as `datasets.Image` stores it
+IMAGE_TYPE = pa.struct([(BYTES, pa.binary()), (PATH, pa.string())])  # the storage type of `datasets.Image`
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Return whether a column's type is that of encoded images."""
+    """
+    Return whether a column holds encoded images.
+
+    Args:
+        kind: the type of the column.
+    """
     if not pa.types.is_struct(kind):
         return False
     names = {kind.field(place).name for place in range(kind.num_fields)}
@@ -19,13 +24,21 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType) -> bool:
+    """
+    Return whether a column holds lists.
+
+    Args:
+        kind: the type of the column.
+    """
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def local_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Let columns of images, and nothing else, be decoded, and images be without a path.
+    """
+    Decode image columns from embedded bytes only, whatever the files say about decoding.
 
-    The files' own say on how columns are decoded is not heard.
+    Args:
+        dataset: the data set.
     """
     columns, features = {}, {}
     for name, column in zip(dataset.data.column_names, dataset.data.columns, strict=True):
@@ -39,7 +52,7 @@ def local_images(dataset: datasets.Dataset) -> datasets.Dataset:
     table = pa.table(columns)
     plain = datasets.Features.from_arrow_schema(table.schema)
     info = datasets.DatasetInfo(features=datasets.Features({**plain, **features}))
-    wrapped = datasets.table.InMemoryTable(table)  # its pages stay those of the mapped file
+    wrapped = datasets.table.InMemoryTable(table)  # the pages remain those of the memory-mapped file
     return datasets.Dataset(wrapped, info=info, split=dataset.split, fingerprint=uuid4().hex)
 
 
@@ -49,7 +62,10 @@ def _each(column: pa.ChunkedArray, change) -> pa.ChunkedArray:
 
 
 def _without_path(images: pa.StructArray) -> pa.StructArray:
-    """An image without bytes is then none at all, and opening it an error; a row without an image stays one."""
+    """
+    Remove the paths of images. Opening an image without bytes is then an error, and a row without an image keeps
+    none.
+    """
     encoded = images.field(BYTES).cast(pa.binary())
     paths = pa.nulls(len(images), pa.string())
     return pa.StructArray.from_arrays([encoded, paths], fields=list(IMAGE_TYPE), mask=images.is_null())

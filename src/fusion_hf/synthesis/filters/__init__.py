@@ -1,4 +1,4 @@
-"""Filters of the data engine: what is wrong with a record, in words."""
+"""The filters of the data engine. Each one says in words what is wrong with a record."""
 
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +14,7 @@ from fusion_hf.synthesis.filters.self_reference import MetaTalkFilter
 from fusion_hf.synthesis.filters.text import LanguageFilter, LengthFilter, RepeatedQuestionsFilter, TurnCountFilter
 from fusion_hf.synthesis.synth_record import SynthRecord
 
-# In the order in which they are applied: cheap ones and those whose reasons say most come first.
+# The order in which filters are applied: cheap ones and those with the most specific reasons come first.
 _RULES = (LengthFilter, LanguageFilter, MetaTalkFilter, UnsafeFilter, PersonalDataFilter, OptionsFilter)
 _MORE_RULES = (RepeatedQuestionsFilter, LeakageFilter, ContrastFilter, WrittenTextFilter, CountsFilter, ColorsFilter)
 RULES: dict[str, Any] = {rule.name: rule for rule in (*_RULES, *_MORE_RULES)}
@@ -23,24 +23,34 @@ __all__ = ["RULES", "Filter", "build_filters", "first_problem"]
 
 
 class Filter(Protocol):
-    """Looks at one record; its settings are the fields of its dataclass."""
+    """A check of a single record. Its settings are the fields of its dataclass."""
 
     name: ClassVar[str]
 
     def check(self, record: SynthRecord) -> str | None:
-        """Give the reason to reject the record, or None to keep it."""
+        """
+        Return the reason to reject the record, or None to keep it.
+
+        Args:
+            record: the record.
+        """
 
 
 def build_filters(category: Category) -> list[Filter]:
     """
-    Build the filters of a category's rules, which need one record only and no model.
+    Build the filters of a category's rules. They need only one record and no model.
+
+    Args:
+        category: the category.
 
     Raises:
-        InputError: for an unknown rule or setting.
+        InputError: if a rule or a setting is unknown.
     """
     for name in category.rules:
         if name not in RULES:
-            raise InputError(f"{category.name}: a rule is {name!r}; allowed: {', '.join(RULES)}.")
+            raise InputError(
+                f"{category.name}: `rules` must contain only filters from {', '.join(RULES)}, got {name!r}."
+            )
     least, most = category.turns
     turns = TurnCountFilter(least, most, category.pictures)
     chosen = [name for name in RULES if name in category.rules]
@@ -48,7 +58,14 @@ def build_filters(category: Category) -> list[Filter]:
 
 
 def first_problem(record: SynthRecord, filters: list[Filter]) -> SynthRecord:
-    """Reject the record by the first filter that has a reason; a record that was rejected before stays so."""
+    """
+    Reject a record by the first filter that gives a reason. A record that is rejected already is returned
+    unchanged.
+
+    Args:
+        record: the record.
+        filters: the filters.
+    """
     if record.rejection is not None:
         return record
     for rule in filters:

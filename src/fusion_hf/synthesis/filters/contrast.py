@@ -1,4 +1,4 @@
-"""Pairs of images that do not differ, or in everything."""
+"""Reject pairs of images that are equal, or have too little in common."""
 
 import re
 from collections import Counter
@@ -15,13 +15,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 @dataclass(frozen=True)
 class ContrastFilter:
     """
-    The two descriptions differ in a word that means something, and are alike in most others.
+    Require that two descriptions differ in a meaningful word and share most other words.
 
-    Case, punctuation, articles, singular and plural, digits and number words, and the order of sentences make no
-    difference. Images with exact annotations have to differ in those.
+    Case, punctuation, articles, singular and plural, digits and number words, and the order of sentences are ignored.
+    Images with exact annotations must differ in these.
 
     Args:
-        least_alike: share of words in common, from 0 to 1.
+        least_alike: the minimum share of common words, from 0 to 1.
     """
 
     name: ClassVar[str] = "contrast"

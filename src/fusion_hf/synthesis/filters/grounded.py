@@ -1,4 +1,4 @@
-"""Numbers, colours and written text of the answers that the descriptions do not contain."""
+"""Reject numbers, colours and written text in answers that the descriptions do not contain."""
 
 import re
 import unicodedata
@@ -21,25 +21,26 @@ from fusion_hf.synthesis.filters.mentions import (
 from fusion_hf.synthesis.filters.words import content, singular, tokens
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
-MOST_SUMMED = 12  # mentions of which all sums are made
+MOST_SUMMED = 12  # maximum number of mentions for which all sums are computed
 WRITING = frozenset({"word", "text", "writing", "lettering", "letter", "number"})
-WHOLES, PAIR = frozenset({"picture", "image"}), 2  # "both pictures" are those that the two descriptions are of
-GENERIC = frozenset({"shape", "thing", "object", "item", "figure", "one"})  # words for whatever there is
+WHOLES, PAIR = frozenset({"picture", "image"}), 2  # "both pictures" refers to the two described images
+GENERIC = frozenset({"shape", "thing", "object", "item", "figure", "one"})  # words that can refer to anything
 _SIDES = re.compile(r"\b(left|right|first|second) (?:picture|image)\b", re.IGNORECASE)
-_EDGES = " .,;:!?"  # of written text
+_EDGES = " .,;:!?"  # stripped from written text
 DENIALS = ("no", "not", "none", "neither")
 
 
 @dataclass(frozen=True)
 class CountsFilter:
     """
-    A number in an answer is one that the descriptions give for the same things, or the sum of such.
+    Require that a number in an answer is one that the descriptions give for the same things, or a sum of such
+    numbers.
 
-    Where the descriptions give no number for these things, any of their numbers, or a sum of some, will do. "Yes" says
-    the question's numbers.
+    If the descriptions give no number for these things, any of their numbers or sums is accepted. The answer "yes"
+    claims the numbers in the question.
 
     Args:
-        derived: differences and products of two numbers are allowed as well.
+        derived: whether differences and products of two numbers are accepted as well.
     """
 
     name: ClassVar[str] = "counts"
@@ -63,7 +64,7 @@ class CountsFilter:
         heads = {words[-1] for words in claim.things}
         about = [mention for mention in known if heads & set(mention.words)]
         if not about and claim.value <= 1:
-            # what is described is there at least once
+            # a described thing exists at least once
             return claim.value == 1 or not heads & {singular(token) for token in tokens(text)}
         if not claim.asked and claim.value in _written_numbers(text):
             return True
@@ -74,7 +75,7 @@ class CountsFilter:
 
 
 def _values_of(claim: "_CountClaim", about: list[CountMention], known: Sequence[CountMention]) -> set[float]:
-    """Numbers that can be those of the things of a claim; `about` are the mentions of its nouns."""
+    """Return the possible numbers of the things of a claim. `about` holds the mentions of its nouns."""
     exact = [mention for mention in about if any(set(words) <= set(mention.words) for words in claim.things)]
     # "two dogs, one brown and one black": how many dogs are brown?
     parts = {m.value for m in known if m.words and not m.by_article and set(m.words) <= claim.condition}
@@ -83,13 +84,13 @@ def _values_of(claim: "_CountClaim", about: list[CountMention], known: Sequence[
     qualities = set(claim.things[0][:-1])
     alike = [mention for mention in known if qualities and qualities <= set(mention.words)]
     if alike and {words[-1] for words in claim.things} <= GENERIC:
-        # "how many red things?" of "a red ball and two red cups"; how many things there are says nothing on that
+        # "how many red things?" with "a red ball and two red cups" is not answered by the number of all things
         return parts | _values(alike, subsets=False)
     return parts | _values(about, subsets=True) | _values(alike, subsets=False)
 
 
 class _CountClaim(NamedTuple):
-    """A number that is said, of what, whether the question asks for it, and what else it says about the things."""
+    """A claimed number with its things, whether the question asks for it, and what else is said about the things."""
 
     value: float
     things: tuple[tuple[str, ...], ...]
@@ -98,7 +99,10 @@ class _CountClaim(NamedTuple):
 
 
 def _count_claims(turn: RecordTurn, last: bool) -> Iterator[_CountClaim]:
-    """`last`: the number that the question asks for comes behind the steps to it, else it comes first."""
+    """
+    Yield the numbers that a turn claims. If `last`, the requested number follows the steps to it, and precedes
+    them otherwise.
+    """
     asked = asked_counts(turn.question)
     parts = tokens(turn.answer)
     claims = list(count_mentions(turn.answer))
@@ -117,12 +121,12 @@ def _count_claims(turn: RecordTurn, last: bool) -> Iterator[_CountClaim]:
             if not claim.words or claim.words[-1] in names:
                 things = tuple(words for words in asked if words)
             yield _CountClaim(claim.value, things, True, frozenset(content(turn.question)) - names)
-        elif claim.value > 1 or (claim.value == 0 and claim.words):  # "one" alone is mostly a pronoun
+        elif claim.value > 1 or (claim.value == 0 and claim.words):  # "one" alone is usually a pronoun
             yield _CountClaim(claim.value, things, False, frozenset())
 
 
 def _texts_for(record: SynthRecord, turn: RecordTurn) -> list[str]:
-    """What a turn can rest on: of a pair the side that it names, or either."""
+    """Return the texts that can support a turn: for a pair those of the side that it names, or either side."""
     if len(record.descriptions) < 2:
         return list(record.descriptions)
     asked, named = (_SIDES.findall(text.lower()) for text in (turn.question, turn.answer))
@@ -133,12 +137,15 @@ def _texts_for(record: SynthRecord, turn: RecordTurn) -> list[str]:
 
 
 def _written_numbers(text: str) -> set[float]:
-    """Those in quotation marks."""
+    """Return the numbers in quotation marks."""
     return {mention.value for part in quoted(text) for mention in count_mentions(part)}
 
 
 def _values(mentions: Iterable[CountMention], subsets: bool) -> set[float]:
-    """Each number, the sum of all, and with `subsets` that of any; a thing that is described twice counts once."""
+    """
+    Return each number, the sum of all, and with `subsets` all other sums. A thing that is described twice counts
+    once.
+    """
     mentions = list(mentions)
     numbers = [mention.value for mention in mentions]
     once = [value for value, _ in {(mention.value, mention.words): None for mention in mentions}]
@@ -164,10 +171,10 @@ def _derived(values: set[float]) -> set[float]:
 @dataclass(frozen=True)
 class ColorsFilter:
     """
-    A colour in an answer is one that the descriptions give to the same thing.
+    Require that a colour in an answer is one that the descriptions give to the same thing.
 
-    Where they give none to this thing, any of their colours will do. Words for the same basic colour agree, light and
-    dark do not. "Yes" says the question's colours.
+    If they give no colour to this thing, any of their colours is accepted. Words for the same basic colour agree, but
+    light and dark do not. The answer "yes" claims the colours in the question.
     """
 
     name: ClassVar[str] = "colors"
@@ -210,10 +217,10 @@ def _color_supported(claim: ColorMention, known: Sequence[ColorMention]) -> bool
 @dataclass(frozen=True)
 class WrittenTextFilter:
     """
-    What answers have in quotation marks is written in the image, letter by letter.
+    Require that quoted text in answers is written in the image, letter by letter.
 
     Args:
-        same_case: capitals have to agree too.
+        same_case: whether upper and lower case must agree.
     """
 
     name: ClassVar[str] = "written"
@@ -223,7 +230,7 @@ class WrittenTextFilter:
         known = [self._plain(text) for description in record.descriptions for text in quoted(description)]
         if not known:
             return "the description has no text in quotation marks"
-        # a text may be given in parts, or several as one
+        # a text may be split into parts, or several may be joined
         together = " ".join(known)
         for number, turn in enumerate(map(plain_turn, record.turns), 1):
             for text in quoted(turn.answer):

@@ -1,4 +1,4 @@
-"""Questions that contain their answer, or that of another one."""
+"""Reject questions that contain their own answer or that of another question."""
 
 import re
 from dataclasses import dataclass
@@ -10,21 +10,24 @@ from fusion_hf.synthesis.filters.words import color_of, content, tokens
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
 YES_NO = frozenset({"yes", "no", "true", "false"})
-VERBS_FIRST = frozenset(  # of a question to be answered with yes or no
+VERBS_FIRST = frozenset(  # first words of yes/no questions
     "is are was were do does did has have had can could will would should may might isn't aren't doesn't don't".split()
 )
-_SIDE = re.compile(r"\b(?:left|right) (?:picture|image)\b", re.IGNORECASE)  # of a pair; no answer to "where?"
-MOST_WORDS = 4  # of an answer that another question can give away
+_SIDE = re.compile(
+    r"\b(?:left|right) (?:picture|image)\b", re.IGNORECASE
+)  # sides of a pair, which do not answer "where?"
+MOST_WORDS = 4  # maximum length of an answer that another question can reveal
 
 
 @dataclass(frozen=True)
 class LeakageFilter:
     """
-    An answer says something that its question does not contain; questions of yes or no, and of "this or that", may.
+    Require that an answer says something that its question does not contain, except for yes/no and either/or
+    questions.
 
     Args:
-        between: a question may not contain the colour or number that another one asks for, at the same thing. FUSION's
-            tower reads all questions of a conversation.
+        between: whether a question may also not contain the colour or number of the same thing that another question
+            asks for. FUSION's vision tower reads all questions of a conversation.
     """
 
     name: ClassVar[str] = "leakage"
@@ -51,13 +54,16 @@ def _contains_answer(turn: RecordTurn) -> bool:
     answer = content(turn.answer)
     if not answer or (tokens(turn.answer)[0] in YES_NO and set(parts) & VERBS_FIRST):
         return False
-    if asked_counts(question) and "no" in tokens(turn.answer):  # "there are no dogs" says zero
+    if asked_counts(question) and "no" in tokens(turn.answer):  # "there are no dogs" means zero
         return False
     return set(answer) <= set(content(question))
 
 
 def _gives_away(question: str, turn: RecordTurn) -> bool:
-    """Whether it has the answer right before the thing whose colour or number the turn asks for."""
+    """
+    Return whether a question names the answer directly before the thing whose colour or number the turn asks
+    for.
+    """
     color, counts = asked_color(turn.question), asked_counts(turn.question)
     answer = content(turn.answer)
     thing = color or (counts[0] if counts else ())
@@ -66,7 +72,7 @@ def _gives_away(question: str, turn: RecordTurn) -> bool:
     found = [word for word in answer if (color_of(word) if color else word[0].isdigit())]
     words = content(question)
     for place, word in enumerate(words):
-        # up to two words between: "the red fire truck", "three small dogs"
+        # allows two words in between: "the red fire truck", "three small dogs"
         if word == thing[-1] and found and set(found) <= set(words[max(0, place - 2 - len(found)) : place]):
             return words != content(turn.question)
     return False

@@ -1,4 +1,4 @@
-"""Numbers and colours of a text, with the things that they belong to."""
+"""Find numbers and colours in a text, with the things that they describe."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,19 +19,22 @@ from fusion_hf.synthesis.filters.words import (
 
 _QUOTED = re.compile(r"[\"“”«»„][^\"“”«»„\n]{0,200}[\"“”«»„]|(?<!\w)'[^'\n]{1,80}'(?!\w)")
 _COPULAS = frozenset({"is", "are", "was", "were", "looks", "look", "appears", "appear", "painted", "colored", "dyed"})
-_BETWEEN = frozenset(  # a copula and its colour
+_BETWEEN = frozenset(  # words between a copula and its colour
     "a an very mostly all both entirely completely mainly solid plain bright vivid clear in painted colored deep dark "
     "light pale shade of also".split()
 )
 _BEFORE_ASKED = frozenset(
     "is are was were of does do did has have the a an his her its their this that these those 's you see".split()
 )
-_ENUMERATED = re.compile(r"(?m)^\s*(?:step\s+)?\d+[.):]\s", re.IGNORECASE)  # steps that are numbered
-_CACHE = 4096  # texts
+_ENUMERATED = re.compile(r"(?m)^\s*(?:step\s+)?\d+[.):]\s", re.IGNORECASE)  # numbered steps
+_CACHE = 4096  # maximum number of cached texts
 
 
 class CountMention(NamedTuple):
-    """How many ("a" is one, `by_article`), and singulars of the words for what, empty where the text does not say."""
+    """
+    A number, the singulars of the words for its things (empty if unknown), and whether an article stands for the
+    number.
+    """
 
     value: float
     words: tuple[str, ...]
@@ -39,7 +42,7 @@ class CountMention(NamedTuple):
 
 
 class ColorMention(NamedTuple):
-    """A colour word, the basic colours that it stands for, its tone ("" for none), and what has it."""
+    """A colour word, its basic colours, its tone (possibly empty), and the words for the thing that has the colour."""
 
     word: str
     colors: frozenset[str]
@@ -48,22 +51,34 @@ class ColorMention(NamedTuple):
 
 
 def unquoted(text: str, instead: str = " ") -> str:
-    """Take out what stands in quotation marks: written text is no statement on colours and numbers."""
+    """
+    Remove text in quotation marks, since written text says nothing about colours and numbers.
+
+    Args:
+        text: the text.
+        instead: the replacement.
+    """
     return _QUOTED.sub(instead, text.replace("’s", "'s"))
 
 
 def quoted(text: str) -> list[str]:
-    """Find what stands in quotation marks."""
+    """
+    Return the texts in quotation marks.
+
+    Args:
+        text: the text.
+    """
     return [found.group()[1:-1] for found in _QUOTED.finditer(text)]
 
 
 @lru_cache(maxsize=_CACHE)
 def count_mentions(text: str, articles: bool = False) -> tuple[CountMention, ...]:
     """
-    Find numbers of things in their order, without ordinals, clock times, numbers of steps and quoted ones.
+    Find numbers of things in order, except ordinals, times, step numbers and numbers in quotation marks.
 
     Args:
-        articles: "a" and "an" count as one, and "no" as zero.
+        text: the text.
+        articles: whether "a" and "an" count as one, and "no" as zero.
     """
     parts = tokens(_ENUMERATED.sub(" ", unquoted(text)))
     found, place = [], 0
@@ -83,7 +98,7 @@ def count_mentions(text: str, articles: bool = False) -> tuple[CountMention, ...
 
 
 def _counted(parts: Sequence[str], place: int) -> tuple[str, ...]:
-    """The noun phrase behind a number; "of the" is passed over."""
+    """Return the noun phrase after a number, skipping "of the"."""
     while token_at(parts, place) in ("of", "the", "these", "those", "them"):
         place += 1
     words = list(phrase(parts, place))
@@ -100,10 +115,11 @@ def _counted(parts: Sequence[str], place: int) -> tuple[str, ...]:
 @lru_cache(maxsize=_CACHE)
 def color_mentions(text: str, plain: bool = False) -> tuple[ColorMention, ...]:
     """
-    Find colours in their order.
+    Find colours in order.
 
     Args:
-        plain: only words that say a colour wherever they stand, for what is claimed.
+        text: the text.
+        plain: whether to accept only words that always mean a colour. This is used for claims.
     """
     return tuple(_color_mentions(tokens(unquoted(text)), plain))
 
@@ -121,7 +137,7 @@ def _color_mentions(parts: tuple[str, ...], plain: bool) -> Iterator[ColorMentio
 
 
 def _is_denied(parts: tuple[str, ...], place: int) -> bool:
-    """Whether "no" leads to this color: "no red or dark blue cars" gives no car a color."""
+    """Return whether a "no" applies to this colour: "no red or dark blue cars" gives no car a colour."""
     place -= 1
     while (
         token_at(parts, place) in ("and", "or") or token_at(parts, place) in TONES or color_of(token_at(parts, place))
@@ -131,7 +147,7 @@ def _is_denied(parts: tuple[str, ...], place: int) -> bool:
 
 
 def _colored(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
-    """The noun phrase behind a colour; other colours and "and" before it are passed over: "black and white cat"."""
+    """Return the noun phrase after a colour, skipping further colours and "and": "black and white cat"."""
     place += 1
     while True:
         ahead = place
@@ -143,7 +159,7 @@ def _colored(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
 
 
 def _subject(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
-    """The words before a copula that leads to this colour: "the old car is dark red"."""
+    """Return the words before a copula that leads to this colour: "the old car is dark red"."""
     back = place - 1
     while back >= 0 and _leads_on(parts[back]) and parts[back] not in _COPULAS - {"painted", "colored"}:
         back -= 1
@@ -160,7 +176,12 @@ def _subject(parts: tuple[str, ...], place: int) -> tuple[str, ...]:
 
 
 def asked_yes_no(question: str) -> tuple[str, ...]:
-    """Find what "is the car red?" is about; empty for other questions."""
+    """
+    Return what a question such as "is the car red?" is about. Empty for other questions.
+
+    Args:
+        question: the question.
+    """
     parts = tokens(question)
     if token_at(parts, 0) not in _COPULAS:
         return ()
@@ -174,7 +195,12 @@ def _leads_on(token: str) -> bool:
 
 
 def asked_counts(question: str) -> tuple[tuple[str, ...], ...]:
-    """Find the noun phrases behind "how many", of which "circles and squares" has two; none if it does not ask so."""
+    """
+    Return the noun phrases after "how many", two for "circles and squares". Empty for other questions.
+
+    Args:
+        question: the question.
+    """
     parts = tokens(question)
     place = _behind(parts, ("how", "many"))
     if place is None:
@@ -188,7 +214,12 @@ def asked_counts(question: str) -> tuple[tuple[str, ...], ...]:
 
 
 def asked_color(question: str) -> tuple[str, ...] | None:
-    """Find what is asked for its colour; None if the question does not ask so."""
+    """
+    Return the thing whose colour a question asks for, or None for other questions.
+
+    Args:
+        question: the question.
+    """
     parts = tuple("color" if token == "colour" else token for token in tokens(question))
     if token_at(parts, 0) not in ("what", "which", "in", "name", "tell", "and"):
         return None
@@ -197,7 +228,7 @@ def asked_color(question: str) -> tuple[str, ...] | None:
 
 
 def _behind(parts: tuple[str, ...], marks: tuple[str, ...]) -> int | None:
-    """Where the thing begins that is asked for by these words."""
+    """Return the position of the thing that follows these question words, or None."""
     for place in range(len(parts)):
         if parts[place : place + len(marks)] == marks:
             place += len(marks)

@@ -1,4 +1,4 @@
-"""Captions that are nearly alike, by datatrove's MinHash; needs the extra `synth`."""
+"""Find near-duplicate captions with datatrove's MinHash. This requires the extra `synth`."""
 
 from typing import ClassVar
 
@@ -11,11 +11,11 @@ try:
     from datatrove.utils.hashing import HashConfig
     from datatrove.utils.word_tokenizers import WordTokenizer
 except ModuleNotFoundError as error:
-    raise ImportError("near-duplicates need datatrove: pip install fusion_hf[synth]") from error
+    raise ImportError("Finding near-duplicates requires datatrove. Install the extra `synth`.") from error
 
 
 class _WhitespaceTokenizer(WordTokenizer):
-    """Words between white space: datatrove takes the punctuation away before. Its own tokenizers need spaCy."""
+    """Split at white space, after datatrove has removed punctuation. datatrove's own tokenizers require spaCy."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return text.split()
@@ -27,27 +27,36 @@ class _WhitespaceTokenizer(WordTokenizer):
         return [(0, len(text))]
 
 
-# Two texts that share a part s of their pairs of words agree in a bucket with probability 1 - (1 - s^hashes)^buckets:
-# 92 % at s = 0.8 and 4 % at s = 0.5. datatrove 0.10.1's other hash, xxhash, fails with xxhash 4, which takes bytes.
+# Two texts that share a fraction s of their word pairs match in a bucket with probability
+# 1 - (1 - s^hashes)^buckets: 92% at s = 0.8 and 4% at s = 0.5. The other hash of datatrove 0.10.1, xxhash, fails with
+# xxhash 4, which takes bytes.
 NEARLY = MinhashConfig(n_grams=2, num_buckets=14, hashes_per_bucket=8, seed=1, hash_config=HashConfig(hash_fc="sha1"))
 
 
 class NearDuplicatesFilter:
     """
-    Rejects a record whose caption is nearly one that came before, by datatrove's MinHash.
+    Reject a record whose caption nearly repeats an earlier one, by datatrove's MinHash.
 
-    In memory: for each caption `buckets` hashes and its id, so it is for one task and up to some million captions.
+    Memory holds `buckets` hashes and an id for each caption, so the filter suits one task and a few million captions.
+
+    Args:
+        config: the settings of MinHash.
     """
 
     name: ClassVar[str] = "near_duplicates"
 
     def __init__(self, config: MinhashConfig = NEARLY):
-        # its folder is written by pipelines alone
+        # only pipelines write to its folder
         self.signer = MinhashDedupSignature(".", config, language=_WhitespaceTokenizer())
         self.seen: dict[bytes, str] = {}
 
     def check(self, record: SynthRecord) -> str | None:
-        """Give the reason to reject the record, or None. A kept record counts from now on."""
+        """
+        Return the reason to reject the record, or None. A kept record is remembered.
+
+        Args:
+            record: the record.
+        """
         keys = self._keys(record.caption)
         found = next((self.seen[key] for key in keys if key in self.seen), None)
         if found is not None:
@@ -57,7 +66,7 @@ class NearDuplicatesFilter:
 
     def _keys(self, caption: str) -> list[bytes]:
         shingles = self.signer.get_shingles(caption)
-        if shingles.size == 0:  # fewer words than an n-gram has
+        if shingles.size == 0:  # the caption has fewer words than an n-gram
             return [text_key("short", plain(caption))]
         signature = self.signer.get_signature(shingles)
         return [text_key(str(number), *map(str, hashes)) for number, hashes in enumerate(signature)]

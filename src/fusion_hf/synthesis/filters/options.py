@@ -1,4 +1,4 @@
-"""Multiple choice: its options, and which letters are right."""
+"""Check the options of multiple-choice questions, and balance which letters are right."""
 
 import random
 import re
@@ -25,12 +25,13 @@ Several: TypeAlias = Annotated[int, allow("a whole number from 2", lambda value:
 @dataclass(frozen=True)
 class OptionsFilter:
     """
-    Multiple choice: options that are distinct and of a like length, of which one is named by its letter.
+    Require that options are distinct and of similar length, and that the answer names one of them by its letter.
 
     Args:
-        least, most: options of a question.
-        longest: times the mean length of the other options, that the right one may have; in short options a few
-            characters more are allowed always.
+        least: the minimum number of options.
+        most: the maximum number of options.
+        longest: the maximum length of the right option, as a multiple of the mean length of the others. A few extra
+            characters are always allowed.
     """
 
     name: ClassVar[str] = "options"
@@ -66,25 +67,35 @@ class OptionsFilter:
 
 
 def _meaning(option: str) -> str:
-    """Equal for "two dogs", "2 dogs." and "The two dogs"."""
+    """Return a text that is equal for "two dogs", "2 dogs." and "The two dogs"."""
     return " ".join(content(option)) or plain(option)
 
 
 class OptionsBalance:
     """
-    Puts the options of all choices in another order, so that all letters are right equally often.
+    Reorder the options of all choices, so that all letters are right equally often.
 
-    Of k questions with k options each letter is right once, in an order drawn by the seed; the counts of two letters
-    never differ by more than one among questions of one number of options. Wrong options are shuffled. The same
-    records in the same order give the same result.
+    Out of k questions with k options each, each letter is right once, in an order that the seed determines. Among
+    questions with the same number of options, the counts of two letters never differ by more than one. Wrong options
+    are shuffled. The result depends only on the records and their order.
+
+    Args:
+        seed: the seed of the order.
     """
 
     def __init__(self, seed: int = 0):
-        self.places: defaultdict[int, list[int]] = defaultdict(list)  # by number of options, that wait to be right
+        self.places: defaultdict[int, list[int]] = defaultdict(
+            list
+        )  # by number of options, the letters that are right next
         self.rng = random.Random(f"options/{seed}")
 
     def balanced(self, record: SynthRecord) -> SynthRecord:
-        """Give the record's choices their order; without choices, or rejected, it stays as it is."""
+        """
+        Reorder the options of a record. A rejected record or one without choices is returned unchanged.
+
+        Args:
+            record: the record.
+        """
         if record.rejection is not None:
             return record
         return replace(record, turns=tuple(map(self._balanced_turn, record.turns)))

@@ -1,4 +1,4 @@
-"""Unsafe and personal content, by rule."""
+"""Reject unsafe and personal content by rules."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from fusion_hf.common.yaml_config import allow
 from fusion_hf.synthesis.filters.words import singular, tokens
 from fusion_hf.synthesis.synth_record import SynthRecord
 
-# Singulars and verb forms; phrases of several words are looked for as they are.
+# Singulars and verb forms. Phrases of several words are matched literally.
 TERMS: dict[str, str] = {
     "sexual content": (
         "nude,naked,topless,genital,penis,vagina,nipple,erotic,erotica,porn,porno,pornography,pornographic,orgasm,"
@@ -30,7 +30,7 @@ TERMS: dict[str, str] = {
     "snort,snorting,drug dealer",
     "weapons": "pipe bomb,molotov,molotov cocktail,nail bomb,build a bomb,make a bomb,explosive vest,ghost gun",
 }
-_PERSONAL = {  # in the order in which they are looked for
+_PERSONAL = {  # in the order of the search
     "an e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE),
     "a social security number": re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"),
     "a network address": re.compile(
@@ -49,20 +49,20 @@ _PERSONAL = {  # in the order in which they are looked for
         r"|(?<![\w.,/-])\+\d{8,14}(?!\d)|(?<![\w.,/-])\d{10,11}(?![\w.,/-]*\d)"
     ),
 }
-_FICTIONAL_PHONE = re.compile(r"555[ .-]?01\d\d")  # set aside for stories
-_PHONE_DIGITS = range(9, 16)  # a shorter number is a date, a score or a price
+_FICTIONAL_PHONE = re.compile(r"555[ .-]?01\d\d")  # numbers reserved for fiction
+_PHONE_DIGITS = range(9, 16)  # shorter numbers are dates, scores or prices
 _LUHN_FROM, _IBAN_REST, _IBAN_MODULUS = 13, 1, 97
 
 
 @dataclass(frozen=True)
 class UnsafeFilter:
     """
-    No words for sexual content, violence, self-harm, hate, drugs or the making of weapons, in any text.
+    Reject words for sexual content, violence, self-harm, hate, drugs and the making of weapons in any text.
 
     Args:
-        kinds: of content that is looked for; none means all.
+        kinds: the kinds of content to look for. Empty means all.
         more: further words and phrases.
-        allowed: words of the lists that are let through.
+        allowed: words of the lists that are accepted.
     """
 
     name: ClassVar[str] = "unsafe"
@@ -92,7 +92,10 @@ class UnsafeFilter:
 
 @dataclass(frozen=True)
 class PersonalDataFilter:
-    """No e-mail, street and network addresses, telephone, card, account and security numbers, coordinates."""
+    """
+    Reject e-mail, street and network addresses, coordinates, and telephone, card, account and social security
+    numbers.
+    """
 
     name: ClassVar[str] = "personal"
 
@@ -115,7 +118,7 @@ def _texts(record: SynthRecord) -> Iterator[tuple[str, str]]:
 
 
 def _is_card(text: str) -> bool:
-    """Luhn's checksum, which one in ten numbers has by chance."""
+    """Check Luhn's checksum, which one in ten random numbers passes."""
     digits = [int(character) for character in text if character.isdigit()]
     if len(digits) < _LUHN_FROM or len(set(digits)) == 1:
         return False
@@ -133,5 +136,5 @@ def _is_phone(text: str) -> bool:
     return len(re.sub(r"\D", "", text)) in _PHONE_DIGITS and not _FICTIONAL_PHONE.search(text)
 
 
-# What tells some of them from other text of their form.
+# Checks that distinguish some of them from other text of the same form.
 _CHECKS = {"a card number": _is_card, "an account number": _is_iban, "a telephone number": _is_phone}

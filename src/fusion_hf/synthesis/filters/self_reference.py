@@ -1,4 +1,4 @@
-"""Answers that speak of the writer or its material instead of the image."""
+"""Reject answers about the writer or its material instead of the image."""
 
 import re
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ _PATTERNS = {what: re.compile("|".join(parts), re.IGNORECASE | re.MULTILINE) for
 
 @dataclass(frozen=True)
 class MetaTalkFilter:
-    """No answer or question speaks of a description, of a model or to the reader, or has placeholders or markup."""
+    """Reject texts that mention a description or a model, address the reader, or contain placeholders or markup."""
 
     name: ClassVar[str] = "meta"
 
@@ -73,7 +73,7 @@ class MetaTalkFilter:
 
 
 def _problem(text: str, kinds: Iterable[str] = _PATTERNS) -> str | None:
-    plain = unquoted(text, instead="x")  # what is written in the image may be anything
+    plain = unquoted(text, instead="x")  # text written in the image may be anything
     for what in kinds:
         if found := _PATTERNS[what].search(text if what == MARKUP else plain):
             return f"{what}: {found.group().strip()[:40]!r}"

@@ -1,4 +1,4 @@
-"""Language, length, number of turns, and questions that are asked twice or were asked before."""
+"""Check the language, lengths and number of turns, and reject repeated questions."""
 
 import hashlib
 import unicodedata
@@ -11,7 +11,7 @@ from fusion_hf.synthesis.choices import plain, split_options
 from fusion_hf.synthesis.filters.mentions import unquoted
 from fusion_hf.synthesis.synth_record import RecordTurn, SynthRecord
 
-# Words that are frequent in one language and in none of the others here.
+# Words that are frequent in one of these languages and in none of the others.
 FUNCTION_WORDS: dict[str, frozenset[str]] = {
     language: frozenset(words.split())
     for language, words in {
@@ -24,10 +24,10 @@ FUNCTION_WORDS: dict[str, frozenset[str]] = {
         "dutch": "het een zijn van op welke hoeveel met er wat kleur deze niet aan naar bij twee staat ook de",
     }.items()
 }
-KEY_BYTES = 8  # of a hash that stands for a text: two of a billion texts agree with a chance of 3 %
-LEAST_LETTERS = 0.9  # share of Latin letters among the letters
-LEAST_FUNCTION_WORDS = 3  # of another language, before they say something
-LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text of so many words has this share of its language's function words
+KEY_BYTES = 8  # length of a text's hash: a billion texts have a collision with a probability of 3%
+LEAST_LETTERS = 0.9  # minimum share of Latin letters among all letters
+LEAST_FUNCTION_WORDS = 3  # minimum number of another language's words to be significant
+LEAST_WORDS, LEAST_SHARE = 25, 0.04  # a text with so many words must have this share of function words of its language
 
 
 Language: TypeAlias = Annotated[str, allow(", ".join(FUNCTION_WORDS), FUNCTION_WORDS.__contains__)]
@@ -40,9 +40,12 @@ WordRange: TypeAlias = Annotated[
 @dataclass(frozen=True)
 class LanguageFilter:
     """
-    The descriptions, and all turns together, are in the language, as script and function words tell.
+    Require that the descriptions, and all turns together, are in a language, judged by script and function words.
 
-    What stands in quotation marks does not count: a sign may be in any language.
+    Text in quotation marks is ignored, since signs may be in any language.
+
+    Args:
+        language: the language.
     """
 
     name: ClassVar[str] = "language"
@@ -78,7 +81,14 @@ def _is_latin(letter: str) -> bool:
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Least and most words of a question (with its options), an answer and a description."""
+    """
+    Check the number of words of questions (with options), answers and descriptions.
+
+    Args:
+        question: the minimum and maximum for a question.
+        answer: the minimum and maximum for an answer.
+        description: the minimum and maximum for a description.
+    """
 
     name: ClassVar[str] = "length"
     question: WordRange = (1, 120)
@@ -103,7 +113,14 @@ def _outside(text: str, bounds: Sequence[int]) -> str | None:
 
 @dataclass(frozen=True)
 class TurnCountFilter:
-    """As many turns and descriptions as the category has, none of them empty."""
+    """
+    Require as many turns and descriptions as the category has, and that no text is empty.
+
+    Args:
+        least: the minimum number of turns.
+        most: the maximum number of turns.
+        images: the number of descriptions.
+    """
 
     name: ClassVar[str] = "turns"
     least: int
@@ -121,7 +138,7 @@ class TurnCountFilter:
 
 @dataclass(frozen=True)
 class RepeatedQuestionsFilter:
-    """No question twice in a conversation; case, punctuation and articles make no difference."""
+    """Reject conversations that repeat a question, ignoring case, punctuation and articles."""
 
     name: ClassVar[str] = "repeated_questions"
 
@@ -135,7 +152,12 @@ class RepeatedQuestionsFilter:
 
 
 def question_key(turn: RecordTurn) -> str:
-    """Make a key of a question without its case, punctuation, articles and the order of its options."""
+    """
+    Return a key of a question that ignores case, punctuation, articles and the order of options.
+
+    Args:
+        turn: the question and its answer.
+    """
     stem, options = split_options(turn.question)
     return "|".join([_without_articles(stem), *sorted(_without_articles(option) for option in options)])
 
@@ -146,15 +168,20 @@ def _without_articles(text: str) -> str:
 
 
 def text_key(*texts: str) -> bytes:
-    """Hash texts to a few bytes."""
+    """
+    Hash texts to a few bytes.
+
+    Args:
+        *texts: the texts.
+    """
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
 class DuplicateQuestionsFilter:
     """
-    Rejects a record that asks what was asked before about the same scene.
+    Reject a record that repeats a question about the same scene.
 
-    Holds a hash of each question, so a task needs memory for its own records. The order of records decides.
+    A task holds a hash of each question of its records. The first record with a question is kept.
     """
 
     name: ClassVar[str] = "duplicate_questions"
@@ -163,7 +190,12 @@ class DuplicateQuestionsFilter:
         self.asked: set[bytes] = set()
 
     def check(self, record: SynthRecord) -> str | None:
-        """Give the reason to reject the record, or None. A kept record counts from now on."""
+        """
+        Return the reason to reject the record, or None. A kept record is remembered.
+
+        Args:
+            record: the record.
+        """
         scene = plain("\n".join(record.descriptions) or record.caption)
         pairs = [text_key(scene, question_key(turn)) for turn in record.turns]
         for number, pair in enumerate(pairs, 1):

@@ -1,4 +1,4 @@
-"""English words as the filters see them: tokens, singulars, numbers, colours."""
+"""English words as filters use them: tokens, singulars, numbers and colours."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 _TOKEN = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:'(?!s\b)[^\W\d_]+)?|'s\b|[^\w\s]")
-_CACHE = 4096  # texts; a description is looked at by several filters
+_CACHE = 4096  # maximum number of cached texts, since several filters read each description
 
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 UNITS += "seventeen eighteen nineteen".split()
@@ -18,7 +18,7 @@ NUMBER_WORDS |= {"none": 0, "single": 1, "both": 2, "pair": 2, "couple": 2, "tri
 ARTICLES = frozenset({"a", "an", "another"})
 DOZEN = "dozen"
 MULTIPLES = {"hundred": 100, DOZEN: 12}
-GROUPS = {"single": 1, "pair": 2, "couple": 2, "trio": 3, **MULTIPLES}  # behind an article
+GROUPS = {"single": 1, "pair": 2, "couple": 2, "trio": 3, **MULTIPLES}  # words after an article
 
 _IRREGULAR = {
     "people": "person", "persons": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse",
@@ -28,7 +28,7 @@ _IRREGULAR = {
     "potatoes": "potato", "tomatoes": "tomato", "heroes": "hero", "colour": "color", "colours": "color",
 }  # fmt: skip
 
-# The basic colours that a word may stand for; two words agree if they share one.
+# The basic colours that a word may mean. Two words agree if they share one.
 COLOR_FAMILIES: dict[str, frozenset[str]] = {
     word: frozenset(families.split())
     for families, words in {
@@ -54,7 +54,7 @@ COLOR_FAMILIES: dict[str, frozenset[str]] = {
     }.items()
     for word in words.split()
 }
-# These say a colour wherever they stand; the others are also names of fruits, flowers, metals, woods.
+# These words always mean a colour. The others are also names of fruits, flowers, metals and woods.
 PLAIN_COLORS = frozenset(
     "red reddish crimson scarlet maroon orange yellow yellowish golden green greenish teal turquoise blue bluish "
     "cyan purple purplish violet lavender magenta pink pinkish brown brownish beige gray grayish black white "
@@ -67,7 +67,7 @@ STOP_WORDS = frozenset(
     "were be been being am do does did has have had can could will would should may might must of in on at to from "
     "with by for as into and or but not no what which who whom whose where when why how many much any some s't".split()
 )
-# Ends of a noun phrase beside punctuation.
+# Words that end a noun phrase, in addition to punctuation.
 _PHRASE_ENDS = frozenset(
     "the this that these those it its they their there his her is are was were be been has have had do does did can "
     "of in on at to from with by for as into onto over under above below behind beside near between among around "
@@ -76,11 +76,11 @@ _PHRASE_ENDS = frozenset(
     "hanging appear appears visible shown seen next not also each one a an wear wears wearing hold holds holding walk "
     "walks walking play plays playing look looks looking run runs running then than altogether total left".split()
 )
-LONGEST_PHRASE = 5  # words
+LONGEST_PHRASE = 5  # maximum number of words
 
 
 class NumberToken(NamedTuple):
-    """A number at a place among tokens, and how many of them it takes."""
+    """A number at a position, and the number of tokens that it takes."""
 
     value: float
     size: int
@@ -88,14 +88,24 @@ class NumberToken(NamedTuple):
 
 @lru_cache(maxsize=_CACHE)
 def tokens(text: str) -> tuple[str, ...]:
-    """Split into lower-case words, numbers and punctuation; `'s` is one."""
+    """
+    Split a text into lower-case words, numbers and punctuation. `'s` is one token.
+
+    Args:
+        text: the text.
+    """
     normal = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'").lower()
     return tuple(_TOKEN.findall(normal))
 
 
 @lru_cache(maxsize=_CACHE)
 def singular(word: str) -> str:
-    """Make the singular of a noun or a colour, by rule; other words may come out changed, but always the same."""
+    """
+    Return the singular of a noun or a colour by rules. Other words may change, but always in the same way.
+
+    Args:
+        word: the word.
+    """
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     if len(word) <= 3 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
@@ -108,11 +118,22 @@ def singular(word: str) -> str:
 
 
 def is_word(token: str) -> bool:
+    """
+    Return whether a token is a word.
+
+    Args:
+        token: the token.
+    """
     return token[0].isalpha()
 
 
 def content(text: str) -> list[str]:
-    """Find the words that mean something, as singulars, numbers as digits, in their order."""
+    """
+    Return the meaningful words of a text in order, as singulars and with numbers as digits.
+
+    Args:
+        text: the text.
+    """
     found, place, parts = [], 0, tokens(text)
     while place < len(parts):
         number = number_at(parts, place)
@@ -128,12 +149,24 @@ def content(text: str) -> list[str]:
 
 
 def token_at(parts: Sequence[str], place: int) -> str:
-    """Look at a token; empty outside of the text."""
+    """
+    Return the token at a position, or an empty text outside the text.
+
+    Args:
+        parts: the tokens.
+        place: the position.
+    """
     return parts[place] if 0 <= place < len(parts) else ""
 
 
 def number_at(parts: Sequence[str], place: int) -> NumberToken | None:
-    """Read a number in digits or words that begins at this token; no ordinals, no times, no dates."""
+    """
+    Parse a number in digits or words that starts at a position, except ordinals, times and dates.
+
+    Args:
+        parts: the tokens.
+        place: the position.
+    """
     token, following = parts[place], token_at(parts, place + 1)
     if token[0].isdigit():
         plain = token.replace(",", "")
@@ -158,10 +191,11 @@ def number_at(parts: Sequence[str], place: int) -> NumberToken | None:
 
 def color_of(token: str, plain: bool = False) -> frozenset[str]:
     """
-    Find the colours that a word stands for; none for other words.
+    Return the basic colours that a word means, empty for other words.
 
     Args:
-        plain: only words that say a colour wherever they stand. "oranges" are fruits.
+        token: the word.
+        plain: whether to accept only words that always mean a colour. "oranges" are fruits.
     """
     if token == "oranges":
         return frozenset()
@@ -172,7 +206,13 @@ def color_of(token: str, plain: bool = False) -> frozenset[str]:
 
 
 def phrase(parts: Sequence[str], place: int) -> tuple[str, ...]:
-    """Read the singulars of the words from a place to the end of a noun phrase; the last one is what it is about."""
+    """
+    Return the singulars of the words from a position to the end of the noun phrase. The last one is the noun.
+
+    Args:
+        parts: the tokens.
+        place: the position.
+    """
     words: list[str] = []
     for token in parts[place : place + LONGEST_PHRASE + 2]:
         if token == "-" or (token == "'s" and words):

@@ -1,4 +1,4 @@
-"""The procedural backend: all categories drawn by the project, with exact facts and templates in place of a model."""
+"""The procedural backend, which draws all categories with exact facts, and uses templates instead of a model."""
 
 from fusion_hf.synthesis.procedural.drawn_records import DrawnRecord, draw
 

@@ -1,4 +1,4 @@
-"""Records that the project draws by itself, with exact facts: no model is needed."""
+"""Records that this package draws, with exact facts and without a model."""
 
 import random
 from dataclasses import replace
@@ -13,18 +13,18 @@ from fusion_hf.synthesis.procedural.turn_writers import SCENES, any_scene, write
 from fusion_hf.synthesis.run_config import PROCEDURAL
 from fusion_hf.synthesis.synth_record import StepOrigin, SynthRecord
 
-MOST_TRIES = 100  # of drawing a scene that has enough questions
+MOST_TRIES = 100  # attempts to draw a scene with enough questions
 
 
 class PlannedRecord(NamedTuple):
-    """A record, and how its images are drawn."""
+    """A record, and the specifications of its images."""
 
     record: SynthRecord
     specs: tuple[DrawnImage, ...]
 
 
 class DrawnRecord(NamedTuple):
-    """A record, and its images; file names are given by whoever stores them."""
+    """A record and its images. The caller chooses file names."""
 
     record: SynthRecord
     images: tuple[Image.Image, ...]
@@ -32,10 +32,15 @@ class DrawnRecord(NamedTuple):
 
 def draw(category: str, seed: int, index: int) -> DrawnRecord:
     """
-    Draw the `index`-th record of a category, always the same for a seed.
+    Draw a record of a category. The result depends only on the arguments.
+
+    Args:
+        category: the name of the category.
+        seed: the seed.
+        index: the number of the record.
 
     Raises:
-        ValueError: for an unknown category.
+        ValueError: if the category is unknown.
 
     Example:
 
@@ -47,10 +52,20 @@ def draw(category: str, seed: int, index: int) -> DrawnRecord:
 
 
 def plan(category: str, seed: int, index: int) -> PlannedRecord:
-    """Plan a record as `draw` does, with nothing drawn yet."""
+    """
+    Plan a record as `draw` does, without drawing its images.
+
+    Args:
+        category: the name of the category.
+        seed: the seed.
+        index: the number of the record.
+
+    Raises:
+        ValueError: if the category is unknown.
+    """
     categories = load_categories()
     if category not in categories:
-        raise ValueError(f"category is {category!r}; allowed: {', '.join(categories)}")
+        raise ValueError(f"`category` must be one of {', '.join(categories)}, got {category!r}.")
     settings = categories[category]
     rng = random.Random(f"synthesis/{category}/{seed}/{index}")
     for _ in range(MOST_TRIES):
@@ -65,7 +80,7 @@ def plan(category: str, seed: int, index: int) -> PlannedRecord:
         if len(turns) >= settings.turns[0]:
             break
     else:
-        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns[0]} questions")
+        raise RuntimeError(f"{category}: none of {MOST_TRIES} scenes has {settings.turns[0]} questions.")
     origin = StepOrigin(PROCEDURAL, settings.prompts_hash, seed)
     record = SynthRecord(
         id=f"{category}-{seed}-{index}",

@@ -1,4 +1,4 @@
-"""Drawn scenes: what is in an image, in exact facts and in words, and pairs that are alike but for one thing."""
+"""Drawn scenes: exact facts about an image, its description in words, and pairs that differ in one thing."""
 
 import random
 from collections import Counter
@@ -34,25 +34,25 @@ PLACES = {
     for row in ("top", "bottom")
     for column in COLUMNS
 } | {("middle", "left"): "on the left", ("middle", "center"): "in the middle", ("middle", "right"): "on the right"}
-LARGEST_NUMBER = 999  # that is written
-NUMBER_SHARE = 0.5  # of written texts are numbers
-BAND = CANVAS_SIDE // 2  # of a sign: shapes are on one side of it, the text is on the other, in canvas pixels
-TOTAL_SHARE = 1 / 3  # of scenes to be counted are counted as a whole, the others by kind and by colour
-EVERYTHING = "shapes"  # the group that all shapes belong to
-SIGN_SIZES = (24, 40)  # of shapes, in canvas pixels
-SIGN_WORD = 36  # largest font size
-CELL = CANVAS_SIDE / COUNT_GRID  # side of a place that a shape of `count_spec` is in
-LEAST_SIDE = 0.6  # of a rectangle that takes another shape's place, times the sides of that one's box
-MOST_TRIES = 1000  # of drawing a scene with a property that is not rare
+LARGEST_NUMBER = 999  # largest number to write
+NUMBER_SHARE = 0.5  # share of numbers among written texts
+BAND = CANVAS_SIDE // 2  # height of the halves of a sign in canvas pixels: one has shapes, the other the text
+TOTAL_SHARE = 1 / 3  # share of scenes whose total is counted; the others are counted by kind and by colour
+EVERYTHING = "shapes"  # the group of all shapes
+SIGN_SIZES = (24, 40)  # sizes of shapes in canvas pixels
+SIGN_WORD = 36  # maximum font size
+CELL = CANVAS_SIDE / COUNT_GRID  # side of a grid cell for a shape of `count_spec`
+LEAST_SIDE = 0.6  # minimum side of a rectangle that replaces another shape, relative to the side of that shape's box
+MOST_TRIES = 1000  # attempts to draw a scene with a property that is not rare
 
 
-# Each has what a description begins with: `{count} {noun}`, then `: {groups}.`
+# Openings of descriptions with `{count} {noun}`. They are followed by `: {groups}.`
 OPENINGS = (
     "There {verb} {count} {noun} on a plain light background",
     "On a plain light background, there {verb} {count} {noun}",
     "The plain light background has {count} {noun} on it",
 )
-# Of a description; most have none, since the text is complete without it.
+# Closings of descriptions. Most are empty, since the text is complete without them.
 CLOSINGS = (
     "",
     "",
@@ -65,17 +65,32 @@ WORDINGS = len(OPENINGS) * len(CLOSINGS)
 
 
 def spoken(count: int) -> str:
-    """Write a number as a word."""
+    """
+    Return a number as a word.
+
+    Args:
+        count: the number.
+    """
     return UNITS[count]
 
 
 def listing(parts: Sequence[str]) -> str:
-    """Write a list as "a, b and c"."""
+    """
+    Join parts as "a, b and c".
+
+    Args:
+        parts: the parts.
+    """
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def place_of(shape: DrawnShape) -> str:
-    """Say in which ninth of the image its middle lies."""
+    """
+    Return the ninth of the image in which the centre of a shape lies.
+
+    Args:
+        shape: the shape.
+    """
     cells = (min(2, int(3 * middle / CANVAS_SIDE)) for middle in shape.center)
     column, row = cells
     return PLACES[ROWS[row], COLUMNS[column]]
@@ -84,11 +99,12 @@ def place_of(shape: DrawnShape) -> str:
 @dataclass(frozen=True)
 class Scene:
     """
-    An image to draw, and what is true of it.
+    An image to draw, and the facts about it.
 
     Attributes:
-        counted: the groups ("shapes", "circles", "red shapes") whose numbers are drawn first, all equally often from
-            zero. Only these are asked for: other groups would mostly have one member.
+        spec: the specification of the image.
+        counted: the groups ("shapes", "circles", "red shapes") whose numbers are drawn first, uniformly from zero.
+            Only these are asked for, since other groups would mostly have one member.
         wording: selects the opening and the closing of the description.
     """
 
@@ -98,32 +114,36 @@ class Scene:
 
     @property
     def shapes(self) -> tuple[DrawnShape, ...]:
+        """Shapes of the image."""
         return self.spec.shapes
 
     @cached_property
     def names(self) -> Counter[str]:
-        """How many there are of "red circle", in the order of the shapes."""
+        """The number of shapes by name, such as "red circle", in the order of the shapes."""
         return Counter(shape.name for shape in self.shapes)
 
     @cached_property
     def kinds(self) -> Counter[str]:
+        """The number of shapes by kind."""
         return Counter(shape.kind for shape in self.shapes)
 
     @cached_property
     def colors(self) -> Counter[str]:
+        """The number of shapes by colour."""
         return Counter(shape.color for shape in self.shapes)
 
     @cached_property
     def places(self) -> Counter[str]:
+        """The number of shapes by place."""
         return Counter(place_of(shape) for shape in self.shapes)
 
     def facts(self) -> dict[str, Any]:
-        """Exact annotations in canvas pixels (twice the image's), JSON values."""
+        """Return exact annotations in canvas pixels (twice those of the image) as JSON values."""
         facts = asdict(self.spec)
         return facts | {"background": list(facts["background"]), "shapes": list(facts["shapes"]), "side": CANVAS_SIDE}
 
     def caption(self) -> str:
-        """Say it in one sentence."""
+        """Describe the scene in one sentence."""
         word = self.spec.word
         if word is None:
             return drawn_caption(self.spec)
@@ -135,13 +155,14 @@ class Scene:
 
     @property
     def text_kind(self) -> str:
-        """What is written, "number" or "word".
+        """
+        The kind of written text, "number" or "word".
 
         Raises:
             ValueError: if nothing is written.
         """
         if self.spec.word is None:
-            raise ValueError("nothing is written in this scene")
+            raise ValueError("This scene has no written text.")
         return "number" if self.spec.word.text.isdigit() else "word"
 
     @property
@@ -150,7 +171,7 @@ class Scene:
         return self.spec.word is not None and self.spec.word.top >= BAND
 
     def places_told(self) -> list[str]:
-        """Write a sentence for each name whose shapes have places of their own."""
+        """Return a sentence for each name whose shapes have places of their own."""
         told = []
         for name, count in self.names.items():
             places = [place_of(shape) for shape in self.shapes if shape.name == name]
@@ -160,21 +181,26 @@ class Scene:
         return told
 
     def members(self, group: str) -> list[int]:
-        """Numbers of the shapes that belong to a group of `counted`."""
+        """
+        Return the indices of the shapes that belong to a group of `counted`.
+
+        Args:
+            group: the group.
+        """
         value = group.split()[0]
         return [n for n, shape in enumerate(self.shapes) if value in (EVERYTHING, f"{shape.kind}s", shape.color)]
 
     def stated(self) -> str:
-        """Describe it as a filter reads it, which also rules out the groups that are counted and have no member."""
+        """Describe the scene for a filter, which also excludes the counted groups without members."""
         missing = [f"no {group}" for group in self.counted if not self.members(group)]
         return f"{self.description()} There are {listing(missing)}." if missing else self.description()
 
     def relation(self) -> str | None:
-        """Tell where the first of two shapes is from the second, one of `DIRECTIONS`."""
+        """Return where the first of two shapes lies relative to the second, one of `DIRECTIONS`."""
         return direction(*self.shapes) if self.spec.category == "spatial" else None
 
     def description(self) -> str:
-        """Say all that is in the image, in sentences."""
+        """Describe everything in the image in sentences."""
         closing, opening = divmod(self.wording, len(OPENINGS))
         total = len(self.shapes)
         sentences = []
@@ -198,16 +224,22 @@ class Scene:
 def draw_until(
     rng: random.Random, maker: Callable[[random.Random], DrawnImage], wanted: Callable[[Scene], bool]
 ) -> Scene:
-    """Draw scenes of a kind until one has a property.
+    """
+    Draw scenes until one has a property.
+
+    Args:
+        rng: the source of randomness.
+        maker: draws a specification.
+        wanted: tests the property.
 
     Raises:
-        RuntimeError: if the property is as good as never there.
+        RuntimeError: if no scene of many has the property.
     """
     for _ in range(MOST_TRIES):
         scene = Scene(maker(rng))
         if wanted(scene):
             return scene
-    raise RuntimeError(f"{maker.__name__}: none of {MOST_TRIES} scenes has the property that is wanted")
+    raise RuntimeError(f"{maker.__name__}: none of {MOST_TRIES} scenes has the requested property.")
 
 
 def written_text(rng: random.Random) -> str:
@@ -216,7 +248,7 @@ def written_text(rng: random.Random) -> str:
 
 
 def text_scene(rng: random.Random) -> Scene:
-    """Draw a word or a number, alone."""
+    """Draw a single word or number."""
     word = place_word(written_text(rng), rng.choice(WORD_COLORS), rng)
     return Scene(DrawnImage("text", single_spec(rng).background, word=word))
 
@@ -243,13 +275,29 @@ def writing_scene(rng: random.Random) -> Scene:
 
 
 def sign_text(text: str, color: str, rng: random.Random, below: bool) -> DrawnWord:
-    """Place the text of a sign in the half of the image that its shapes leave free."""
+    """
+    Place the text of a sign in the half of the image without shapes.
+
+    Args:
+        text: the text.
+        color: its colour.
+        rng: the source of randomness.
+        below: whether the text is below the shapes.
+    """
     top, bottom = (BAND, CANVAS_SIDE) if below else (0, BAND)
     return place_word(text, color, rng, SIGN_WORD, top, bottom)
 
 
 def shapes_scene(rng: random.Random, least: int = 1, kinds: int = 1, colors: int = 1) -> Scene:
-    """Draw shapes that do not touch; at least so many, of at least so many kinds and colours."""
+    """
+    Draw shapes that do not touch each other.
+
+    Args:
+        rng: the source of randomness.
+        least: the minimum number of shapes.
+        kinds: the minimum number of different kinds.
+        colors: the minimum number of different colours.
+    """
 
     def wanted(scene: Scene) -> bool:
         return len(scene.shapes) >= least and len(scene.kinds) >= kinds and len(scene.colors) >= colors
@@ -264,10 +312,13 @@ def pair_scene(rng: random.Random) -> Scene:
 
 def counted_scene(rng: random.Random) -> Scene:
     """
-    Draw shapes whose numbers are drawn first: each number from zero to `MAX_COUNT` is as likely as the others.
+    Draw shapes whose numbers are drawn first: all numbers from zero to `MAX_COUNT` are equally likely.
 
-    A total is not asked for beside a group, since it is not independent of the group's number. Without any shape the
-    scene is a written text.
+    A total is never asked for together with a group, since it depends on the number of the group. A scene without
+    shapes has a written text.
+
+    Args:
+        rng: the source of randomness.
     """
     if rng.random() < TOTAL_SHARE:
         total = rng.randint(0, MAX_COUNT)
@@ -283,7 +334,7 @@ def counted_scene(rng: random.Random) -> Scene:
 
 
 def _with_members(rng: random.Random, values: Sequence[str], value: str, members: int, total: int) -> list[str]:
-    """`total` values in random order, of which so many are `value`."""
+    """Return `total` values in random order, of which `members` are `value`."""
     others = [other for other in values if other != value]
     drawn = [value] * members + [rng.choice(others) for _ in range(total - members)]
     rng.shuffle(drawn)
@@ -291,19 +342,40 @@ def _with_members(rng: random.Random, values: Sequence[str], value: str, members
 
 
 def exact_scene(rng: random.Random, total: int) -> Scene:
-    """Draw so many shapes that do not touch, from one to `MAX_COUNT`."""
+    """
+    Draw a given number of shapes that do not touch each other.
+
+    Args:
+        rng: the source of randomness.
+        total: the number of shapes, from one to `MAX_COUNT`.
+    """
     return draw_until(rng, count_spec, lambda scene: len(scene.shapes) == total)
 
 
 def recast(scene: Scene, kinds: Iterable[str], colors: Iterable[str], rng: random.Random) -> Scene:
-    """Put shapes of other kinds and colours in the same places."""
+    """
+    Replace the kinds and colours of the shapes, and keep their places.
+
+    Args:
+        scene: the scene.
+        kinds: the new kind of each shape.
+        colors: the new colour of each shape.
+        rng: the source of randomness.
+    """
     given = zip(scene.shapes, kinds, colors, strict=True)
     shapes = tuple(replace(reshaped(shape, kind, rng), color=color) for shape, kind, color in given)
     return replace(scene, spec=replace(scene.spec, shapes=shapes))
 
 
 def reshaped(shape: DrawnShape, kind: str, rng: random.Random) -> DrawnShape:
-    """Give a shape another kind around the same middle and inside the same box: a circle is no ellipse."""
+    """
+    Change the kind of a shape, with the same centre and inside the same box. A circle never becomes an ellipse.
+
+    Args:
+        shape: the shape.
+        kind: the new kind.
+        rng: the source of randomness.
+    """
     if kind == shape.kind:
         return shape
     side = min(shape.width, shape.height)
@@ -319,8 +391,11 @@ def reasoning_scene(rng: random.Random) -> Scene:
     """
     Draw shapes for a question whose answer is drawn first.
 
-    `counted` has two kinds for the difference of their numbers, 0 to `MAX_COUNT`, or one kind for what is left without
-    its shapes, 0 to `MAX_COUNT - 1`.
+    `counted` has two kinds for the difference of their numbers, from 0 to `MAX_COUNT`, or one kind for the number of
+    the remaining shapes, from 0 to `MAX_COUNT - 1`.
+
+    Args:
+        rng: the source of randomness.
     """
     first, second, third = rng.sample(SHAPES, len(SHAPES))
     counted: tuple[str, ...]
@@ -345,12 +420,13 @@ def reasoning_scene(rng: random.Random) -> Scene:
 @dataclass(frozen=True)
 class SceneDifference:
     """
-    What differs between two scenes.
+    The difference between two scenes.
 
     Attributes:
         what: "color", "kind", "place", "count" or "text".
-        subject: what is changed, named by what is the same in both.
-        first, second: how it is in either.
+        subject: the thing that changes, named by what is equal in both scenes.
+        first: its value in the first scene.
+        second: its value in the second scene.
     """
 
     what: str
@@ -361,20 +437,30 @@ class SceneDifference:
 
 @dataclass(frozen=True)
 class ScenePair:
-    """Two scenes and their one difference."""
+    """Two scenes and their only difference."""
 
     first: Scene
     second: Scene
     difference: SceneDifference
 
     def worded(self, wording: int) -> "ScenePair":
-        """Word both descriptions in the same way: they differ in nothing but the one thing."""
+        """
+        Use the same wording for both descriptions, so that they differ in one thing only.
+
+        Args:
+            wording: the wording.
+        """
         first, second = (replace(scene, wording=wording, counted=(EVERYTHING,)) for scene in (self.first, self.second))
         return ScenePair(first, second, self.difference)
 
 
 def draw_pair(rng: random.Random) -> ScenePair:
-    """Draw a scene, and the same with one change."""
+    """
+    Draw a scene, and the same scene with one change.
+
+    Args:
+        rng: the source of randomness.
+    """
     change = rng.choice(CHANGES)
     if change is change_count:
         scene = _countable(rng)
@@ -390,20 +476,23 @@ def draw_pair(rng: random.Random) -> ScenePair:
 
 
 def _countable(rng: random.Random) -> Scene:
-    """One to `MAX_COUNT` shapes, each number as likely; a text stands beside a single one, and stays without it."""
+    """
+    Draw one to `MAX_COUNT` shapes, each number equally likely. A single shape gets a text, which stays without
+    it.
+    """
     total = rng.randint(1, MAX_COUNT)
     scene = exact_scene(rng, total) if total > 1 else sign_scene(rng)
     return replace(scene, spec=replace(scene.spec, shapes=scene.shapes[:total]))
 
 
 def _changed(scene: Scene, index: int, shape: DrawnShape, difference: SceneDifference) -> ScenePair:
-    """The scene, and the same with another shape in one's place."""
+    """Return the scene, and the same scene with one shape replaced."""
     shapes = (*scene.shapes[:index], shape, *scene.shapes[index + 1 :])
     return ScenePair(scene, Scene(replace(scene.spec, shapes=shapes)), difference)
 
 
 def change_color(scene: Scene, rng: random.Random) -> ScenePair:
-    """Give one shape another colour."""
+    """Change the colour of one shape."""
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     color = rng.choice([color for color in COLORS if color != shape.color])
@@ -412,7 +501,7 @@ def change_color(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
-    """Give one shape another kind in its place."""
+    """Change the kind of one shape, in its place."""
     index = rng.randrange(len(scene.shapes))
     shape = scene.shapes[index]
     kind = rng.choice([kind for kind in SHAPES if kind != shape.kind])
@@ -421,7 +510,7 @@ def change_kind(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_place(scene: Scene, rng: random.Random) -> ScenePair:
-    """Move one shape that is the only one of its name to a free place."""
+    """Move a shape with a unique name to a free place."""
     single = [index for index, shape in enumerate(scene.shapes) if scene.names[shape.name] == 1]
     if not single:
         return change_color(scene, rng)
@@ -433,7 +522,7 @@ def change_place(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_count(scene: Scene, rng: random.Random) -> ScenePair:
-    """Take one shape away."""
+    """Remove one shape."""
     index = rng.randrange(len(scene.shapes))
     name = scene.shapes[index].name
     shapes = (*scene.shapes[:index], *scene.shapes[index + 1 :])
@@ -443,9 +532,9 @@ def change_count(scene: Scene, rng: random.Random) -> ScenePair:
 
 
 def change_text(scene: Scene, rng: random.Random) -> ScenePair:
-    """Write another word or number on the sign."""
+    """Change the word or number on the sign."""
     word = scene.spec.word
-    assert word is not None, "a sign has one"
+    assert word is not None, "a sign has a text"
     text = written_text(rng)
     while text == word.text:
         text = written_text(rng)

@@ -1,4 +1,6 @@
-"""Turns of each category about a drawn scene, from templates with exact answers: what a language model would write."""
+"""Write the turns of each category about a drawn scene from templates with exact answers, in place of a language
+model.
+"""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -35,8 +37,8 @@ from fusion_hf.synthesis.procedural.scenes import (
 )
 from fusion_hf.synthesis.synth_record import RecordTurn
 
-SENTENCE_SHARE = 0.3  # of short answers are sentences
-CAPTION_SHARE = 0.3  # of alignment records begin with a caption
+SENTENCE_SHARE = 0.3  # share of sentences among short answers
+CAPTION_SHARE = 0.3  # share of alignment records that start with a caption
 MOST_OPTIONS = 4
 CAPTION_FORMS = (
     "Describe the picture in one sentence.",
@@ -61,12 +63,12 @@ ARRANGEMENTS = (
 )
 ARRANGEMENT_FORMS = ("How is the picture arranged?", "Explain where everything is in the picture.")
 
-TRUE_SHARE = 1 / 2  # of questions of yes or no have the answer yes
+TRUE_SHARE = 1 / 2  # share of yes/no questions whose answer is yes
 
 VALUES: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
     "kind": SHAPES,
-    "count": tuple(str(count) for count in range(MAX_COUNT + 1)),  # those that can be right, and no others
+    "count": tuple(str(count) for count in range(MAX_COUNT + 1)),  # exactly the numbers that can be right
     "place": tuple(PLACES.values()),
     "relation": tuple(RELATION_PHRASES.values()),
     "word": WORDS,
@@ -81,9 +83,12 @@ class SceneQuestion:
     A question with its answer.
 
     Attributes:
-        short, sentence: the answer in a word or a phrase, and as a sentence.
-        about: key of `VALUES`, or "" for a question of yes or no.
-        asks: the fact that it asks for; `tells`: the facts that it gives away.
+        text: the question.
+        short: the answer as a word or a phrase.
+        sentence: the answer as a sentence.
+        about: a key of `VALUES`, or "" for a yes/no question.
+        asks: the fact that the question asks for.
+        tells: the facts that the question reveals.
     """
 
     text: str
@@ -95,7 +100,13 @@ class SceneQuestion:
 
 
 def compatible(first: SceneQuestion, second: SceneQuestion) -> bool:
-    """Check that neither asks for what the other one asks for or gives away."""
+    """
+    Return whether neither question asks for what the other one asks for or reveals.
+
+    Args:
+        first: a question.
+        second: another question.
+    """
     return first.asks != second.asks and first.asks not in second.tells and second.asks not in first.tells
 
 
@@ -103,11 +114,14 @@ def choose(
     candidates: Sequence[SceneQuestion], count: int, rng: random.Random, preferred: Sequence[SceneQuestion] = ()
 ) -> list[SceneQuestion]:
     """
-    Choose up to `count` of them in random order, none of which gives away another one's answer.
+    Choose questions in random order such that none reveals the answer of another.
 
     Args:
-        preferred: questions that are taken before the candidates. Their answers are spread evenly, which would end if
-            scenes with many candidates left them out.
+        candidates: the questions.
+        count: the maximum number of questions.
+        rng: the source of randomness.
+        preferred: questions that are chosen before the candidates. Their answers are distributed evenly, which would
+            not hold if scenes with many candidates left them out.
     """
     chosen: list[SceneQuestion] = []
     for asked in (*rng.sample(preferred, len(preferred)), *rng.sample(candidates, len(candidates))):
@@ -119,6 +133,12 @@ def choose(
 
 
 def sentence_case(text: str) -> str:
+    """
+    Return a text that starts with a capital letter.
+
+    Args:
+        text: the text.
+    """
     return text[:1].upper() + text[1:]
 
 
@@ -127,7 +147,7 @@ def _question(text: str, short: str, sentence: str, about: str, asks: str, *tell
 
 
 def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Ask for colours of shapes that are named by kind or by place, and of what is written."""
+    """Ask for the colours of shapes, named by kind or place, and of the written text."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place = f"color/{number}", place_of(shape)
@@ -143,7 +163,7 @@ def colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def text_colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Ask for the colour of what is written."""
+    """Ask for the colour of the written text."""
     if scene.spec.word is None:
         return []
     color = scene.spec.word.color
@@ -152,7 +172,7 @@ def text_colors(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def kinds(scene: Scene) -> list[SceneQuestion]:
-    """Ask for kinds of shapes that are named by colour or by place."""
+    """Ask for the kinds of shapes, named by colour or place."""
     found = []
     for number, shape in enumerate(scene.shapes):
         key, place, short = f"kind/{number}", place_of(shape), f"a {shape.kind}"
@@ -166,7 +186,7 @@ def kinds(scene: Scene) -> list[SceneQuestion]:
 
 
 def places(scene: Scene) -> list[SceneQuestion]:
-    """Ask for places of shapes whose name and place are their own."""
+    """Ask for the places of shapes with a unique name and place."""
     found = []
     for number, shape in enumerate(scene.shapes):
         name, place = shape.name, place_of(shape)
@@ -178,7 +198,7 @@ def places(scene: Scene) -> list[SceneQuestion]:
 
 
 def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Ask for numbers of the groups of shapes that the scene was drawn for (`Scene.counted`)."""
+    """Ask for the numbers of the groups that the scene was drawn for (`Scene.counted`)."""
     found = []
     for group in scene.counted:
         members = scene.members(group)
@@ -192,12 +212,12 @@ def counts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def relations(scene: Scene) -> list[SceneQuestion]:
-    """Ask where each of two shapes is from the other one, and which one is there."""
+    """Ask where each of two shapes lies relative to the other, and which shape is there."""
     relation = scene.relation()
     if relation is None:
         return []
     first, second = scene.shapes
-    opposite = DIRECTIONS[DIRECTIONS.index(relation) ^ 1]  # pairs stand together
+    opposite = DIRECTIONS[DIRECTIONS.index(relation) ^ 1]  # opposite directions are neighbours in the list
     found = []
     for seen, reference, where in ((first, second, relation), (second, first, opposite)):
         phrase = RELATION_PHRASES[where]
@@ -212,7 +232,7 @@ def relations(scene: Scene) -> list[SceneQuestion]:
 
 
 def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Ask what is written, of which kind it is, and whether the image says a text: that one or another of its kind."""
+    """Ask what is written, whether it is a number or a word, and whether the image says a given text."""
     word = scene.spec.word
     if word is None:
         return []
@@ -234,10 +254,10 @@ def texts(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
     """
-    Ask whether a shape is there: one that is, or one that has its kind or its colour from one that is.
+    Ask whether a shape exists: an existing one, or one that shares its kind or colour with an existing one.
 
-    Both answers are as likely, and what the question gives away does not depend on the answer: else one of the two
-    would be chosen more often.
+    Both answers are equally likely, and what the question reveals does not depend on the answer. Otherwise, one of the
+    two would be chosen more often.
     """
     if not scene.shapes:
         return []
@@ -254,7 +274,15 @@ def presences(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """Choose wrong answers of the right one's kind; those that are somewhere in the image come first."""
+    """
+    Choose wrong answers of the same kind as the right one. Values that occur in the image come first.
+
+    Args:
+        asked: the question.
+        scene: the scene.
+        count: the number of wrong answers.
+        rng: the source of randomness.
+    """
     values = [value for value in VALUES[asked.about] if value.lower() not in asked.short.lower()]
     in_image = {*scene.colors, *scene.kinds, *scene.places}
     near = [value for value in values if value in in_image]
@@ -265,7 +293,7 @@ def distractors(asked: SceneQuestion, scene: Scene, count: int, rng: random.Rand
 
 
 def everything(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
-    """Ask questions of all kinds but for numbers, which `choose` takes as `preferred`."""
+    """Ask questions of all kinds except numbers, which `choose` takes as `preferred`."""
     lists: Iterable[list[SceneQuestion]] = (
         colors(scene, rng), kinds(scene), places(scene), relations(scene), texts(scene, rng), presences(scene, rng),
     )  # fmt: skip
@@ -273,7 +301,7 @@ def everything(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
 
 
 def any_scene(rng: random.Random) -> Scene:
-    """Draw shapes to be counted, a pair, or a sign."""
+    """Draw a scene to count, a pair of shapes, or a sign."""
     maker: Callable[[random.Random], Scene] = rng.choice((counted_scene, pair_scene, sign_scene))
     return maker(rng)
 
@@ -286,19 +314,26 @@ SCENES: dict[str, Callable[[random.Random], Scene]] = {
     "SynthConvLong": partial(shapes_scene, least=3),
     "SynthReasoning": reasoning_scene,
     "SynthTextQA": sign_scene,
-}  # any scene for others
+}  # other categories use any scene
 
 FOCUS: dict[str, Callable[[Scene, random.Random], list[SceneQuestion]]] = {
     "SynthColor": colors,
-    "SynthCount": lambda scene, rng: [],  # beside the numbers, which all categories ask for where they were drawn
+    "SynthCount": lambda scene, rng: [],  # numbers are added for all categories whose scenes were drawn for them
     "SynthSpatial": lambda scene, rng: [*relations(scene), *places(scene)],
     "SynthText": lambda scene, rng: [*texts(scene, rng), *text_colors(scene, rng)],
     "SynthTextQA": lambda scene, rng: [*texts(scene, rng), *colors(scene, rng), *kinds(scene), *presences(scene, rng)],
-}  # everything for others
+}  # other categories use all kinds
 
 
 def write_turns(category: Category, scene: Scene, rng: random.Random) -> tuple[RecordTurn, ...]:
-    """Write turns about one image, as many as the category allows and the scene has questions for."""
+    """
+    Write turns about one image, as many as the category allows and the scene has questions for.
+
+    Args:
+        category: the category.
+        scene: the scene.
+        rng: the source of randomness.
+    """
     if category.name == "SynthScene":
         return (_overview(scene, rng),)
     if category.name == "SynthReasoning":
@@ -334,7 +369,7 @@ def _overview(scene: Scene, rng: random.Random) -> RecordTurn:
 
 
 def _long(scene: Scene, rng: random.Random) -> tuple[RecordTurn, ...]:
-    """A description of all, and a walk along the rows."""
+    """Write a full description, and a walk along the rows."""
     ordered = sorted(scene.shapes, key=lambda shape: shape.center[::-1])
     steps = [f"a {shape.name} {place_of(shape)}" for shape in ordered]
     walk = f"Going from the top of the picture to the bottom, one comes across {listing(steps)}. "
@@ -347,7 +382,7 @@ def _long(scene: Scene, rng: random.Random) -> tuple[RecordTurn, ...]:
 
 
 def _reasoned(scene: Scene, rng: random.Random) -> RecordTurn:
-    """A difference of two numbers, or a number after some are taken away, as the scene was drawn for."""
+    """Ask for a difference of two numbers, or for the number that remains, as the scene was drawn for."""
     numbers = [(kind, scene.kinds[kind.removesuffix("s")]) for kind in scene.counted]
     steps = [_there_are(count, kind.removesuffix("s")) for kind, count in numbers]
     if len(numbers) == 2:
@@ -368,14 +403,21 @@ def _there_are(count: int, noun: str, where: str = "") -> str:
 
 
 def write_pair_turns(category: Category, pair: ScenePair, rng: random.Random) -> tuple[RecordTurn, ...]:
-    """Write turns about two images side by side."""
+    """
+    Write turns about two images side by side.
+
+    Args:
+        category: the category.
+        pair: the scenes.
+        rng: the source of randomness.
+    """
     difference = _difference(pair)
     if category.name == "SynthContrastLong":
         texts = (replace(scene, wording=0).description() for scene in (pair.first, pair.second))
         left, right = (text[:1].lower() + text[1:] for text in texts)
         answer = f"{difference} In the left picture, {left} In the right picture, {right}"
         return (RecordTurn(rng.choice(COMPARISON_FORMS), answer),)
-    # As many pairs with equal numbers as with others are asked for them: else the question would tell the answer.
+    # Pairs with equal and with different numbers are equally frequent, so that the question reveals no answer.
     counted = pair.difference.what == "count" or rng.random() < 1 / (len(CHANGES) - 1)
     turns = _count_turns(pair) if counted else _sides(pair)
     amount = rng.randint(*category.turns)
@@ -407,7 +449,7 @@ _SIDE_FORMS = {
 
 
 def _sides(pair: ScenePair) -> list[RecordTurn]:
-    """How the thing that differs is in either image; numbers have `_count_turns`."""
+    """Ask about the thing that differs in each image. Numbers are covered by `_count_turns`."""
     found = pair.difference
     form = _SIDE_FORMS[found.what]
     return [
@@ -417,7 +459,7 @@ def _sides(pair: ScenePair) -> list[RecordTurn]:
 
 
 def _count_turns(pair: ScenePair) -> list[RecordTurn]:
-    """How many shapes either image has, and whether these are as many."""
+    """Ask how many shapes each image has, and whether the numbers are equal."""
     counts = [len(scene.shapes) for scene in (pair.first, pair.second)]
     asked = "How many shapes are there in the {} picture?"
     return [
