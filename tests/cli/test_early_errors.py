@@ -20,7 +20,7 @@ from fusion_hf.training import recipe_keys
 from fusion_hf.training.arguments import FusionTrainingArguments
 
 ROOT = Path(__file__).parents[2]
-PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+IMAGE = ROOT / "docs" / "assets" / "red_circle.png"
 CODE = ROOT / "tests" / "fixtures" / "authors_stand_in"
 CONFIG = ROOT / "configs" / "models" / "fusion-3b.json"
 HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
@@ -219,7 +219,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_errors(folder: Path):
     """In one process: each alone would take longer to start than to fail."""
     before = sorted(folder.iterdir())
-    places = {"PICTURE": str(PICTURE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
+    places = {"IMAGE": str(IMAGE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
     places["NANO"] = nano_path()
     commands = [[places.get(word, word) for word in line.split()] for line, _ in ERRORS]
     for (line, parts), result in zip(ERRORS, run_light(folder, commands), strict=True):
