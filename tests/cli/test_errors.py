@@ -33,7 +33,7 @@ def check_one_line(result, *parts: str, status: int = 2) -> None:
     [
         ([], "COMMAND"),
         (["paint"], "paint"),
-        (["ask", "picture.png"], "QUESTION"),
+        (["ask", "image_path.png"], "QUESTION"),
         (["ask", "nowhere.png", QUESTION], "'nowhere.png' is no file"),
         (["ask", "docs/assets/red_circle.png", "what", "color", "is it?"], "quotation marks"),
         (["ask", "docs", QUESTION], "docs is a folder"),
@@ -78,7 +78,7 @@ def test_unreadable_images(run, tmp_path):
 
 def test_unreadable_image_alone(run_here, tmp_path):
     path = tmp_path / "text.png"
-    path.write_text("no picture")
+    path.write_text("no image_path")
     check_one_line(run_here("ask", path, QUESTION), str(path))
 
 
@@ -89,14 +89,17 @@ def test_question_longer_than_the_model_reads(run, image_path, nano):
 
 def test_more_latent_tokens_than_the_model_reads(run_here, image_path):
     check_one_line(
-        run_here("ask", picture, QUESTION, "--query-len", 10**8), "`query_len`", "got 100000000", "below the model's"
+        run_here("ask", image_path, QUESTION, "--query-len", 10**8),
+        "`query_len`",
+        "got 100000000",
+        "below the model's",
     )
 
 
 @pytest.mark.parametrize("command", [("ask", QUESTION), ("chat",)])
 def test_more_image_tokens_than_the_tower_gives(run_here, image_path, command):
     name, *question = command
-    result = run_here(name, picture, *question, "--image-token-grid", 7)
+    result = run_here(name, image_path, *question, "--image-token-grid", 7)
     check_one_line(result, "`image_token_grid` must be a whole number from 1 to 6", "got 7")
 
 
@@ -109,24 +112,24 @@ class TestModel:
     """`--model` that is no FUSION, or a broken one."""
 
     @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a b", "owner/..", "no\x1bwhere"])
-    def test_impossible_name(self, run_here, picture, name):
-        check_one_line(run_here("ask", picture, QUESTION, "--model", name), "is neither a folder")
+    def test_impossible_name(self, run_here, image_path, name):
+        check_one_line(run_here("ask", image_path, QUESTION, "--model", name), "is neither a folder")
 
-    def test_file(self, run_here, picture):
+    def test_file(self, run_here, image_path):
         check_one_line(
-            run_here("ask", picture, QUESTION, "--model", "README.md"),
+            run_here("ask", image_path, QUESTION, "--model", "README.md"),
             "must be a folder or a repository",
             "the file README.md",
         )
 
     def test_no_network(self, run_cold, image_path, tmp_path):
         variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": CLOSED_PORT, "HF_HOME": str(tmp_path)}
-        result = run_cold("ask", picture, QUESTION, "--model", "someone/something", **variables)
+        result = run_cold("ask", image_path, QUESTION, "--model", "someone/something", **variables)
         check_one_line(result, "someone/something is not a folder", "the Hub cannot be reached")
 
-    def test_folder_without_a_model(self, run_here, picture):
+    def test_folder_without_a_model(self, run_here, image_path):
         check_one_line(
-            run_here("ask", picture, QUESTION, "--model", "docs"), "docs must be a folder", "no config.json"
+            run_here("ask", image_path, QUESTION, "--model", "docs"), "docs must be a folder", "no config.json"
         )
 
     @pytest.mark.parametrize(

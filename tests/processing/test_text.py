@@ -183,14 +183,14 @@ def test_empty_question(processor: FusionProcessor) -> None:
 def test_too_long_question(processor: FusionProcessor) -> None:
     maximum = processor.tokenizer.model_max_length
     with pytest.raises(ValueError, match=rf"at most {maximum} tokens \(`tokenizer.model_max_length`\), got \d+"):
-        processor.apply_chat_template([user("word " * 20_000, PICTURE)], **CALL)
+        processor.apply_chat_template([user("word " * 20_000, IMAGE)], **CALL)
 
 
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
         (
-            [user("a", PICTURE), {"role": "assistant", "content": "b"}, user("c", PICTURE)],
+            [user("a", IMAGE), {"role": "assistant", "content": "b"}, user("c", IMAGE)],
             "at most 1 image, got 2",
         ),
         ([{"role": "tool", "content": "a"}], r"messages\[0\].*'system', 'user', 'assistant', got 'tool'"),
@@ -206,7 +206,7 @@ def test_too_long_question(processor: FusionProcessor) -> None:
         ({"role": "user", "content": "a"}, "list of at least one message, got {'role'"),
         (None, "list of at least one message, got None"),
         ([[user("a")], [user("a"), user("b")]], r"conversation\[1\].messages\[1\].role. must be 'assistant'"),
-        ([[user("a")], [user([], PICTURE)]], r"conversation\[1\].messages\[0\].content\[1\].text. must be a string"),
+        ([[user("a")], [user([], IMAGE)]], r"conversation\[1\].messages\[0\].content\[1\].text. must be a string"),
         (["hello"], r"messages\[0\]"),
         ([user("a"), user("b")], r"messages\[1\].role. must be 'assistant'.*got 'user'"),
         ([{"role": "assistant", "content": "a"}, user("b")], r"messages\[0\].role. must be 'user'.*got 'assistant'"),
@@ -227,9 +227,9 @@ def test_messages_that_cannot_be(processor: FusionProcessor, messages: Any, erro
     ("text", "images", "error"),
     [
         ("<image> a", None, "found 1 <image> tokens and 0 images"),
-        ("a", [PICTURE], "found 0 <image> tokens and 1 images"),
-        ("<image> a", [PICTURE, PICTURE], "found 1 <image> tokens and 2 images"),
-        ("<image><image> a", [PICTURE, PICTURE], "at most 1 <image>, got 2"),
+        ("a", [IMAGE], "found 0 <image> tokens and 1 images"),
+        ("<image> a", [IMAGE, IMAGE], "found 1 <image> tokens and 2 images"),
+        ("<image><image> a", [IMAGE, IMAGE], "at most 1 <image>, got 2"),
         ("<latent_image><latent_image> a", None, "must have 16 tokens .`query_len`., got 2"),
         ([3], None, "a string or a list of strings, got 3"),
         (3, None, "`text` must be a string or a list of one or more strings, got 3"),
@@ -286,8 +286,8 @@ def test_the_tokenizers_own_template_takes_plain_messages(processor: FusionProce
 def test_images_stay_with_their_prompts(processor: FusionProcessor) -> None:
     texts = ["<image><latent_image>a", "<image><latent_image>b"]
     with pytest.raises(ValueError, match=r"Prompt 0 must have one <image> for each of the 2 images in `images\[0\]`"):
-        processor(images=[[PICTURE, PICTURE], []], text=texts, return_tensors="pt")
-    nested = processor(images=[[PICTURE], [PICTURE]], text=texts, return_tensors="pt")
+        processor(images=[[IMAGE, IMAGE], []], text=texts, return_tensors="pt")
+    nested = processor(images=[[IMAGE], [IMAGE]], text=texts, return_tensors="pt")
     assert torch.equal(
         nested["pixel_values"], processor(images=[IMAGE] * 2, text=texts, return_tensors="pt")["pixel_values"]
     )
