@@ -234,14 +234,14 @@ def test_images_from_strangers(nano: ChatModel, tmp_path: Path):
 
 
 def test_records_in_memory(nano: ChatModel, tmp_path: Path):
-    """Pictures of PIL, where a record may have one; a broken one is an error of its own."""
+    """Images of PIL, where a record may have one; a broken one is an error of its own."""
     write_questions(tmp_path, 1)
-    picture, question = Image.open(tmp_path / "0.png"), "what color is the shape?"
+    image, question = Image.open(tmp_path / "0.png"), "what color is the shape?"
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    block = {"type": "image", "image": picture}
+    block = {"type": "image", "image": image}
     records = [
-        {"image": picture, "question": question},
+        {"image": image, "question": question},
         {"messages": [{"role": "user", "content": [block, {"type": "text", "text": question}]}]},
         {"image": str(tmp_path / "0.png"), "conversations": [{"from": "human", "value": f"<image>\n{question}"}]},
         {"image": Image.open(tmp_path / "truncated.png"), "question": question},
@@ -250,7 +250,7 @@ def test_records_in_memory(nano: ChatModel, tmp_path: Path):
     ]
     output = tmp_path / "answers.jsonl"
     results = batch_generate(records, nano, output, max_new_tokens=8, progress=False)
-    expected = Conversation(nano, nano.open_image(picture), 8).ask(question)
+    expected = Conversation(nano, nano.open_image(image), 8).ask(question)
     assert [result.get("answer") for result in results[:4]] == [expected] * 3 + [None]
     assert "cannot be decoded" in results[3]["error"]
     assert "it is str" in results[5]["error"]
@@ -258,7 +258,7 @@ def test_records_in_memory(nano: ChatModel, tmp_path: Path):
     assert batch_generate([], nano) == []
 
 
-def test_pictures_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, _ = write_questions(tmp_path, COUNT)
     events: list[str] = []
     open_image, generate = ChatModel.open_image, FusionForConditionalGeneration.generate

@@ -20,7 +20,7 @@ from fusion_hf.training import recipe_keys
 from fusion_hf.training.arguments import FusionTrainingArguments
 
 ROOT = Path(__file__).parents[2]
-PICTURE = ROOT / "docs" / "assets" / "red_circle.png"
+IMAGE = ROOT / "docs" / "assets" / "red_circle.png"
 CODE = ROOT / "tests" / "fixtures" / "authors_stand_in"
 CONFIG = ROOT / "configs" / "models" / "fusion-3b.json"
 HELP_SECONDS, ERROR_SECONDS = 0.3, 0.5  # of a processor
@@ -80,28 +80,28 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("export --output full", ("--output must be a new or an empty folder, got full",)),
     ("export --output records.json/new", ("records.json/new cannot be written", "Not a directory")),
     ("export --output new --image-token-grid x", ("'x'", "whole number from 1")),
-    ("maps PICTURE what? --output full", ("--output must be a new or an empty folder, got full",)),
-    ("maps PICTURE what? --output records.json/new", ("records.json/new cannot be written",)),
-    ("maps PICTURE what? --model ./gone", ("./gone is neither a folder",)),
+    ("maps IMAGE what? --output full", ("--output must be a new or an empty folder, got full",)),
+    ("maps IMAGE what? --output records.json/new", ("records.json/new cannot be written",)),
+    ("maps IMAGE what? --model ./gone", ("./gone is neither a folder",)),
     ("maps gone.png what?", ("'gone.png' is no file",)),
     (
-        "ask PICTURE what? --model empty",
+        "ask IMAGE what? --model empty",
         (
             "empty must be a folder",
             "it has no config.json",
         ),
     ),
-    ("ask PICTURE what? --model llama", ("must be 'fusion', got 'llama'",)),
-    ("ask PICTURE what? --dtype int8", ("--dtype", "'int8'", "auto", "float16")),
-    ("ask PICTURE what? --device abacus", ("must be auto, cpu, cuda, cuda:1 or mps, got 'abacus'",)),
-    ("ask PICTURE what? --temperature 3", ("--temperature", "a number from 0 to 2, got '3'")),
-    ("ask PICTURE what? --temperature 1 --top-p 0", ("--top-p", "above 0 and at most 1, got '0'")),
-    ("ask PICTURE what? --temperature 1 --seed -1", ("--seed",)),
-    ("ask PICTURE what? --top-p 0.5", ("`--top-p` requires `--temperature` above 0, got 0.5",)),
-    ("chat PICTURE --seed 0", ("`--seed` requires `--temperature` above 0, got 0",)),
-    ("ask PICTURE what? --temperature 1 --num-beams 2", ("`--num-beams` must be 1", "`--temperature`", "got 2")),
-    ("chat PICTURE --fast --num-beams 2", ("`--num-beams` must be 1 with `--fast`, got 2",)),
-    ("ask PICTURE what? --load-in-8bit --load-in-4bit", ("--load-in-4bit", "--load-in-8bit")),
+    ("ask IMAGE what? --model llama", ("must be 'fusion', got 'llama'",)),
+    ("ask IMAGE what? --dtype int8", ("--dtype", "'int8'", "auto", "float16")),
+    ("ask IMAGE what? --device abacus", ("must be auto, cpu, cuda, cuda:1 or mps, got 'abacus'",)),
+    ("ask IMAGE what? --temperature 3", ("--temperature", "a number from 0 to 2, got '3'")),
+    ("ask IMAGE what? --temperature 1 --top-p 0", ("--top-p", "above 0 and at most 1, got '0'")),
+    ("ask IMAGE what? --temperature 1 --seed -1", ("--seed",)),
+    ("ask IMAGE what? --top-p 0.5", ("`--top-p` requires `--temperature` above 0, got 0.5",)),
+    ("chat IMAGE --seed 0", ("`--seed` requires `--temperature` above 0, got 0",)),
+    ("ask IMAGE what? --temperature 1 --num-beams 2", ("`--num-beams` must be 1", "`--temperature`", "got 2")),
+    ("chat IMAGE --fast --num-beams 2", ("`--num-beams` must be 1 with `--fast`, got 2",)),
+    ("ask IMAGE what? --load-in-8bit --load-in-4bit", ("--load-in-4bit", "--load-in-8bit")),
     ("serve --engine vllm --load-in-8bit", ("--load-in-8bit", "--engine vllm", "got 8")),
     ("ask --input gone.jsonl --output new.jsonl", ("gone.jsonl cannot be read",)),
     (
@@ -111,8 +111,8 @@ ERRORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ask --input questions.jsonl --output questions.jsonl", ("`output` must be a new file", "got questions.jsonl")),
     ("ask --input questions.jsonl --output new.jsonl --model ./gone", ("./gone is neither a folder",)),
     ("chat gone.png", ("'gone.png' is no file",)),
-    ("chat PICTURE --model ./gone", ("./gone is neither a folder",)),
-    ("chat PICTURE --max-new-tokens 0", ("'0'", "whole number from 1")),
+    ("chat IMAGE --model ./gone", ("./gone is neither a folder",)),
+    ("chat IMAGE --max-new-tokens 0", ("'0'", "whole number from 1")),
     ("demo --model ./gone", ("./gone is neither a folder",)),
     ("demo --port 70000", ("'70000'", "65535")),
     ("serve --model ./gone", ("./gone is neither a folder",)),
@@ -213,7 +213,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_errors(folder: Path):
     """In one process: each alone would take longer to start than to fail."""
     before = sorted(folder.iterdir())
-    places = {"PICTURE": str(PICTURE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
+    places = {"IMAGE": str(IMAGE), "CONFIG": str(CONFIG), "CODE": str(CODE), "PYTHON": sys.executable}
     places["NANO"] = nano_path()
     commands = [[places.get(word, word) for word in line.split()] for line, _ in ERRORS]
     for (line, parts), result in zip(ERRORS, run_light(folder, commands), strict=True):

@@ -53,12 +53,12 @@ def test_half_a_folder_is_removed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "size"),
     [
-        (("maps", "PICTURE", "what color is the shape?", "--output", "new"), 20 * KIBIBYTE),
+        (("maps", "IMAGE", "what color is the shape?", "--output", "new"), 20 * KIBIBYTE),
         pytest.param(("export", "--output", "new"), 200 * KIBIBYTE, marks=pytest.mark.slow),
     ],
 )
-def test_commands_leave_nothing(tmp_path: Path, picture: str, arguments: tuple[str, ...], size: int):
-    words = [str(Path(picture).absolute()) if word == "PICTURE" else word for word in arguments]
+def test_commands_leave_nothing(tmp_path: Path, image_path: str, arguments: tuple[str, ...], size: int):
+    words = [str(Path(image_path).absolute()) if word == "IMAGE" else word for word in arguments]
     done = limited(tmp_path, ["-m", "fusion_hf", *words], size)
     assert done.returncode == 2
     assert done.stderr == "error: --output: new cannot be written: File too large.\n"

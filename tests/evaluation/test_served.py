@@ -66,7 +66,7 @@ def texts(answers: list[Any]) -> list[str | None]:
     return [None if answer is None else answer["answer"] for answer in answers]
 
 
-# Pictures
+# Images
 
 
 def noise(mode: str, seed: int = 0) -> Image.Image:
@@ -77,8 +77,8 @@ def noise(mode: str, seed: int = 0) -> Image.Image:
     return color if mode == "RGBA" else color.convert("RGB").convert(mode)
 
 
-def save(picture: Image.Image, path: Path, **settings: Any) -> Path:
-    picture.save(path, **settings)
+def save(image: Image.Image, path: Path, **settings: Any) -> Path:
+    image.save(path, **settings)
     return path
 
 
@@ -110,8 +110,8 @@ FILES = {
 def test_a_server_sees_the_same_pixels(
     chat_model: ChatModel, tmp_path: Path, monkeypatch, name: str, as_file: bool, exif_transpose: bool
 ):
-    picture, settings = FILES[name]
-    path = save(picture, tmp_path / name, **settings)
+    image, settings = FILES[name]
+    path = save(image, tmp_path / name, **settings)
     monkeypatch.setattr(chat_model.processor.image_processor, "exif_transpose", exif_transpose)
     here = chat_model.open_image(str(path) if as_file else Image.open(path))
     uri = image_uri(open_unturned(str(path) if as_file else Image.open(path)))
@@ -126,19 +126,19 @@ def test_a_file_is_sent_as_it_is(tmp_path: Path):
     assert decode_data_uri(uri, Limits()) == path.read_bytes()
 
 
-def test_a_picture_that_was_changed_since_it_was_opened(chat_model: ChatModel, tmp_path: Path):
-    with Image.open(save(noise("RGB"), tmp_path / "a.png")) as picture:
-        picture.putpixel((0, 0), BROWN)
-        uri = image_uri(open_unturned(picture))
+def test_an_image_that_was_changed_since_it_was_opened(chat_model: ChatModel, tmp_path: Path):
+    with Image.open(save(noise("RGB"), tmp_path / "a.png")) as image:
+        image.putpixel((0, 0), BROWN)
+        uri = image_uri(open_unturned(image))
     assert decode(uri, chat_model).getpixel((0, 0)) == BROWN
 
 
-def test_a_turned_picture_is_another_question(script: Scripted):
+def test_a_turned_image_is_another_question(script: Scripted):
     stream = io.BytesIO()
     noise("RGB").save(stream, "PNG", exif=turned())
 
-    def show(picture: Image.Image) -> Request:
-        content = [{"type": "image", "url": picture}, {"type": "text", "text": "what?"}]
+    def show(image: Image.Image) -> Request:
+        content = [{"type": "image", "url": image}, {"type": "text", "text": "what?"}]
         return Request("a_task", 0, lambda: [{"role": "user", "content": content}], Generation(6))
 
     answerer = RequestAnswerer(connect(script))

@@ -79,7 +79,7 @@ def test_padding_never_reaches_flash_attention(llama: FusionForConditionalGenera
     guided, read = batch * patches + words, tokens
     layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
     assert flash.packed == [(guided, guided)] * layers[0] + [(read, read)] * layers[1]
-    # tiles have no padding: those of a picture are one call
+    # tiles have no padding: those of an image are one call
     assert flash.whole == [(4, patches)] * layers[0] * batch
 
 

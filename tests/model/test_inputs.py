@@ -33,7 +33,7 @@ def test_losses(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -
 
 
 def test_mapping_loss_without_a_valid_question(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -> None:
-    """The question's term is left out, the picture's stays."""
+    """The question's term is left out, the image's stays."""
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= model.config.image_token_id, -100)
     silent = inputs | {"instruct_input_ids": torch.zeros(2, 0, dtype=torch.long), "instruct_attention_mask": None}
     loss = model(**silent, labels=labels).mapping_loss
@@ -143,7 +143,7 @@ def test_unsupported_backbone() -> None:
 def test_what_needs_ids_is_refused_with_embeddings(
     model: FusionForConditionalGeneration, inputs: dict[str, Any], name: str
 ) -> None:
-    """Silently, they would be ignored: no picture, no samplers."""
+    """Silently, they would be ignored: no image, no samplers."""
     embeds = torch.zeros(*inputs["input_ids"].shape, model.config.text_config.hidden_size)
     with pytest.raises(ValueError, match=f"`{name}` must be None without `input_ids`"):
         model(inputs_embeds=embeds, **{name: inputs[name]})

@@ -76,7 +76,7 @@ def test_logits_of_pooled_features(backbone: FusionForConditionalGeneration) -> 
         model(**inputs, global_features=features[..., :2, :2])
 
 
-def test_pictures_are_encoded_one_by_one_where_nothing_is_trained(
+def test_images_are_encoded_one_by_one_where_nothing_is_trained(
     model: FusionForConditionalGeneration, inputs: dict[str, Any]
 ) -> None:
     with TileCounter(model) as together:
@@ -277,7 +277,7 @@ def test_what_cannot_continue_a_cache_is_refused(model: FusionForConditionalGene
     assert cache.get_seq_length() == cached
 
 
-def test_a_conversation_without_picture_does_not_continue_a_cache(model: FusionForConditionalGeneration) -> None:
+def test_a_conversation_without_image_does_not_continue_a_cache(model: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(model.config, [Sample([5, 6], [4], image=False, seed=8)])
     features = torch.zeros(1, 32, SIDE, SIDE)
     with torch.no_grad():

@@ -54,10 +54,10 @@ def test_nothing_stays_behind_and_the_grid_matters(
     coarse = model(**inputs, image_token_grid=GRID).image_hidden_states
     assert torch.equal(model(**whole).logits, before)
     assert model.config.image_token_grid is None
-    picture = {name: inputs[name] for name in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
-    features = model.get_image_features(**picture, image_token_grid=GRID).pooler_output
+    image = {name: inputs[name] for name in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
+    features = model.get_image_features(**image, image_token_grid=GRID).pooler_output
     torch.testing.assert_close(features, coarse)
-    assert model.get_image_features(**picture).pooler_output.shape[1] == SIDE**2
+    assert model.get_image_features(**image).pooler_output.shape[1] == SIDE**2
 
 
 def test_losses_and_gradients_are_those_of_the_configuration(

@@ -1,4 +1,4 @@
-"""The data of `fusion-nano`: drawn pictures, splits, conversations, tokenizer."""
+"""The data of `fusion-nano`: drawn images, splits, conversations, tokenizer."""
 
 import itertools
 import random
@@ -63,11 +63,11 @@ def specs(category, amount=200, split="train"):
     return [draw_spec(category, split, index) for index in range(amount)]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_a_seed_names_one_picture(category):
+def test_a_seed_names_one_image(category):
     first, again = draw_spec(category, "train", 7, seed=3), draw_spec(category, "train", 7, seed=3)
     assert first == again
     assert first.render().tobytes() == again.render().tobytes()
@@ -80,7 +80,7 @@ def test_a_seed_names_one_picture(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_pictures_are_rgb_with_a_light_background(category):
+def test_images_are_rgb_with_a_light_background(category):
     for spec in specs(category, 20):
         image = spec.render()
         assert (image.mode, image.size) == ("RGB", (IMAGE_SIDE, IMAGE_SIDE))
@@ -90,7 +90,7 @@ def test_pictures_are_rgb_with_a_light_background(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_splits_share_no_picture(category):
+def test_splits_share_no_image(category):
     drawn = {split: set(specs(category, 300, split)) for split in SPLITS}
     for first, second in itertools.combinations(SPLITS, 2):
         assert not drawn[first] & drawn[second]
@@ -103,7 +103,7 @@ def test_unknown_category_and_split_are_named():
         draw_spec("text", "dev", 0)
 
 
-def test_shapes_lie_inside_the_picture():
+def test_shapes_lie_inside_the_image():
     for category in ("single", "count", "spatial"):
         for spec in specs(category):
             for shape in spec.shapes:
@@ -148,7 +148,7 @@ def test_counted_shapes_keep_apart_and_all_counts_occur():
             assert max(horizontal, vertical) > COUNT_MARGIN
 
 
-def test_the_answer_of_a_spatial_picture_is_unambiguous():
+def test_the_answer_of_a_spatial_image_is_unambiguous():
     seen_answers = set()
     for spec in specs("spatial", 400):
         first, second = spec.shapes
@@ -286,10 +286,10 @@ def test_casual_spelling():
 
 
 def test_grouping_uses_every_question_once_and_leaks_nothing():
-    for number, picture in enumerate(draw_images("train", SMALL, seed=0) + easy_vqa_images("validation")):
-        conversations = group_turns(picture.questions, random.Random(number))
+    for number, image in enumerate(draw_images("train", SMALL, seed=0) + easy_vqa_images("validation")):
+        conversations = group_turns(image.questions, random.Random(number))
         used = [question for turns in conversations for question in turns]
-        assert sorted(map(repr, used)) == sorted(map(repr, picture.questions))
+        assert sorted(map(repr, used)) == sorted(map(repr, image.questions))
         for turns in conversations:
             assert 1 <= len(turns) <= 3
             for a, b in itertools.combinations(turns, 2):
@@ -344,7 +344,7 @@ def test_splits_of_records_are_disjoint():
     assert [len(keys) for keys in easy_vqa] == [3600, 400]
 
 
-def test_test_pictures_are_reached_through_test_records_alone():
+def test_test_images_are_reached_through_test_records_alone():
     for reader in (easy_vqa_images, evaluation_records):
         with pytest.raises(ValueError, match=r"split.*train, validation, got 'test'"):
             reader("test")
@@ -383,7 +383,7 @@ def test_llava_shape():
     ]
 
 
-def test_pictures_open_from_files_and_specs():
+def test_images_open_from_files_and_specs():
     for record in evaluation_records("validation", drawn=1)[-4:]:
         image = record.open_image()
         assert isinstance(image, Image.Image) and image.mode == "RGB" and image.size == (64, 64)

@@ -50,7 +50,7 @@ def words_at(labels: np.ndarray, row: int, column: int) -> set[str]:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_parts_are_where_the_picture_is_not_background(category: str) -> None:
+def test_parts_are_where_the_image_is_not_background(category: str) -> None:
     for index in range(20):
         spec = draw_spec(category, "train", index)
         union = np.max([np.asarray(part.mask) for part in spec.parts()], axis=0)

@@ -1,4 +1,4 @@
-"""Pictures of every kind that users and strangers bring."""
+"""Images of every kind that users and strangers bring."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ def pixels(processor: FusionImageProcessor, image: object, **kwargs: object) -> 
 
 
 def test_tiles_and_overview(processor: FusionImageProcessor, photo: Image.Image) -> None:
-    """Row-major quarters of the double size, then the picture at single size."""
+    """Row-major quarters of the double size, then the image at single size."""
     result = pixels(processor, photo)
     assert result.shape == (1, 5, 3, 32, 32)
     large, small = photo.resize((64, 64), Image.Resampling.BICUBIC), photo.resize((32, 32), Image.Resampling.BICUBIC)

@@ -282,11 +282,11 @@ def test_many_turns(server: Server):
     refused(server, "at most 1023 tokens", messages=[*turns, user("a")])
 
 
-# pictures
+# images
 
 
 @cache
-def broken_pictures() -> dict[str, bytes]:
+def broken_images() -> dict[str, bytes]:
     whole = IMAGE_FILE.read_bytes()
     jpeg = io.BytesIO()
     Image.open(IMAGE_FILE).convert("RGB").save(jpeg, "JPEG")
@@ -305,10 +305,10 @@ def broken_pictures() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", broken_pictures())
-def test_broken_pictures(server: Server, name: str):
+@pytest.mark.parametrize("name", broken_images())
+def test_broken_images(server: Server, name: str):
     before = server.rss()
-    error = refused(server, "The image", messages=[user(QUESTION, data_uri(broken_pictures()[name]))])
+    error = refused(server, "The image", messages=[user(QUESTION, data_uri(broken_images()[name]))])
     assert error["param"] == "messages.content.image_url.url"
     assert server.rss() - before < 100 * MEGABYTE
 
@@ -332,7 +332,7 @@ def test_broken_data_uris(server: Server, url: str):
     refused(server, "data URI", messages=[user(QUESTION, url)])
 
 
-def test_two_pictures(server: Server):
+def test_two_images(server: Server):
     messages = [user(QUESTION, red_circle()), user(QUESTION, data_uri(png(2)))]
     refused(server, "at most 1 image, got 2", messages=messages)
 

@@ -96,7 +96,7 @@ def test_counts_of_several_things(question, answer, kept):
     assert (check("counts", subject) is None) == kept
 
 
-def test_both_pictures_are_those_of_the_pair():
+def test_both_images_are_those_of_the_pair():
     pair = ("A red ball.", "A blue ball.")
     question = "Do both pictures have the same number of balls?"
     assert check("counts", record((question, "Yes"), descriptions=pair)) is None
@@ -224,7 +224,7 @@ def test_contrast(first, second, found):
     assert (reason is None) if found is None else (found in reason)
 
 
-def test_contrast_of_drawn_pictures_and_of_one():
+def test_contrast_of_drawn_images_and_of_one():
     same = {"pictures": [{"count": 1}, {"count": 1}]}
     pair = record(("What?", "It"), descriptions=("A cat.", "A dog."), facts=same)
     assert check("contrast", pair, least_alike=0) == "the pictures do not differ"
@@ -505,7 +505,7 @@ def test_judges():
     assert verdict_problem(rubric, "Hm.") == "the answer has no score: 'Hm.'"
 
 
-def test_a_judge_sees_which_picture_is_which():
+def test_a_judge_sees_which_image_is_which():
     pair = record(("What differs?", "It"), descriptions=("A cat.", "A dog."))
     prompt = fill_rubric(ModelCheck("$description$conversation", 3), pair)
     assert "The left picture: A cat.\nThe right picture: A dog." in prompt

@@ -66,7 +66,7 @@ def test_training_record_is_what_training_reads():
     assert record_parsing.IMAGE_TOKEN == IMAGE_TOKEN
 
 
-def test_a_training_record_has_one_picture_and_a_turn():
+def test_a_training_record_has_one_image_and_a_turn():
     pair = SynthRecord.from_dict({**FULL.to_dict(), "images": ["a.png", "b.png"]})
     silent = SynthRecord.from_dict({**FULL.to_dict(), "turns": []})
     for record, amounts in ((pair, "2 turns and 2 images"), (silent, "0 turns and 1 images")):

@@ -53,12 +53,12 @@ def as_upstream(content: bytes, monkeypatch) -> np.ndarray:
 def test_what_there_is_of_an_image_is_taken(tmp_path: Path, monkeypatch, name: str, as_file: bool):
     content = half_of(name)
     (tmp_path / "image").write_bytes(content)
-    picture = "image" if as_file else content
-    image = open_record_image(picture, tmp_path, LIMIT, on_truncated="load").convert("RGB")
+    source = "image" if as_file else content
+    image = open_record_image(source, tmp_path, LIMIT, on_truncated="load").convert("RGB")
     np.testing.assert_array_equal(np.asarray(image), as_upstream(content, monkeypatch))
     assert np.asarray(image).std() > 0  # something is there
     with pytest.raises(RecordProblem, match="broken image"):
-        open_record_image(picture, tmp_path, LIMIT)
+        open_record_image(source, tmp_path, LIMIT)
 
 
 def test_an_image_without_a_beginning_is_broken(tmp_path: Path):

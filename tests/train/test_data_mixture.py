@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tests.helpers.training_data import make_picture, write_json, write_tar
+from tests.helpers.training_data import make_image, write_json, write_tar
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import load_records
@@ -118,15 +118,15 @@ def test_a_strategy_goes_over_all_shards(tmp_path: Path):
     assert take[2] == sorted(take[2]) and len(set(take[2])) == 5
 
 
-def test_pictures_of_an_entry_have_their_root(tmp_path: Path):
+def test_images_of_an_entry_have_their_root(tmp_path: Path):
     (tmp_path / "other").mkdir()
-    make_picture(2).save(tmp_path / "other" / "x.png")
+    make_image(2).save(tmp_path / "other" / "x.png")
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     (tmp_path / "lists").mkdir()
     write_json(tmp_path / "lists" / "a.json", [{"id": "a", "image": "x.png", "conversations": turns}])
     mixture = write_mixture(tmp_path / "lists", {"json_path": "lists/a.json", "image_root": "other"})
     records = load_records(mixture, root=tmp_path, cache=tmp_path / "cache")
-    assert records[0]["image"].size == make_picture(2).size
+    assert records[0]["image"].size == make_image(2).size
 
 
 @pytest.mark.parametrize(
