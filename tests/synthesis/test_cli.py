@@ -63,7 +63,7 @@ def test_a_failed_task_is_one_line(server: Scripted, make_config, capsys: pytest
     status, _, errors = command(capsys, make_config(server, records=2))
     assert status == 1
     assert errors.splitlines()[-1].startswith("error: ") and "HTTP 404 Not Found" in errors
-    assert "give the same command again" in errors and "Traceback" not in errors
+    assert "run the same command" in errors and "Traceback" not in errors
 
 
 def test_no_key_is_in_any_file(server: Scripted, make_config, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
