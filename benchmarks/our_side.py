@@ -21,11 +21,6 @@ class OurSide:
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.suppress_tokens = None
 
-    @property
-    def fresh(self) -> ChatModel:
-        """Return the model with an empty cache of image features, since rounds ask about the same images again."""
-        return replace(self.chat_model, image_cache=ImageFeatureCache())
-
     def preprocess(self, path: str) -> Callable[[], Any]:
         image = self.chat_model.open_image(path)
         return lambda: self.chat_model.preprocess([image])
@@ -41,11 +36,13 @@ class OurSide:
         from fusion_hf.inference.batching import batch_generate  # not needed for a cold start
 
         records = [{"image": path, "question": text} for path, text in zip(paths, questions, strict=True)]
-        results = batch_generate(records, self.fresh, batch_size=len(records), max_new_tokens=tokens, progress=False)
+        # rounds ask about the same images again
+        chat_model = replace(self.chat_model, image_cache=ImageFeatureCache())
+        results = batch_generate(records, chat_model, max_new_tokens=tokens, progress=False)
         return [result["answer"] for result in results]
 
     def answer_each(self, path: str, questions: list[str], tokens: int) -> list[str]:
-        return list(self.fresh.answer_each(self.chat_model.open_image(path), questions, tokens))
+        return self.answer([path] * len(questions), questions, tokens)
 
     def train(self) -> None:
         from fusion_hf.training.gradient_checkpointing import enable_checkpointing

@@ -64,6 +64,6 @@ def _impossible(name: str) -> set[str]:
 
 
 def test_other_faults_are_named():
-    with pytest.raises(ValueError, match="kind is 'equal pair'; allowed for SynthColor: no turns"):
+    with pytest.raises(ValueError, match=r"`kind` must be one of no turns.* for SynthColor, got 'equal pair'"):
         broken("SynthColor", "equal pair", 0, 0)
     assert plan("SynthColor", 0, 0).record.id == "SynthColor-0-0"

@@ -1,5 +1,6 @@
 """How answers are chosen by `ask` and `chat`: sampled with a seed, or by beam search; and other options of both."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from tests.helpers.questions import write_questions
 
 from fusion_hf import batch_generate
+from fusion_hf.cli.model_options import takes_lean_imports
 from fusion_hf.common.errors import InputError
 from fusion_hf.inference import ChatModel, SamplingOptions, batching, question_message
 from fusion_hf.inference.sampling import GumbelNoise
@@ -125,3 +127,10 @@ def test_quantization_needs_its_extra(run_here, picture, command, monkeypatch: p
     result = run_here(name, *images, *question, "--load-in-4bit")
     assert (result.returncode, result.stdout) == (2, "")
     assert "`--load-in-4bit` needs bitsandbytes" in result.stderr and "fusion_hf[quant]" in result.stderr
+
+
+def test_quantized_models_take_no_lean_imports(tmp_path: Path):
+    for content, bits, lean in (({}, None, True), ({}, 8, False), ({"quantization_config": {}}, None, False)):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        arguments = argparse.Namespace(model=str(tmp_path), bits=bits, owns_process=True)
+        assert takes_lean_imports(arguments) is lean

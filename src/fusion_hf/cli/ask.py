@@ -18,6 +18,7 @@ from fusion_hf.cli.model_options import (
     model_options,
     read_sampling,
     sampling_options,
+    takes_lean_imports,
 )
 from fusion_hf.cli.terminal import FAILED, USER_ERROR, check_image_exists, check_question, one_line, printable
 from fusion_hf.common.errors import InputError
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_image_exists(image)
     arguments.model = find_model(arguments)
 
-    with lean_imports(arguments.owns_process):
+    with lean_imports(takes_lean_imports(arguments)):
         from tqdm import tqdm
 
         from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
@@ -176,7 +177,7 @@ def _answer_file(arguments: argparse.Namespace, sampling: SamplingOptions) -> in
     check_output(Path(arguments.output))
     arguments.model = find_model(arguments)
 
-    with lean_imports(arguments.owns_process):
+    with lean_imports(takes_lean_imports(arguments)):
         from fusion_hf.cli.model_loading import silence_libraries
         from fusion_hf.inference.batching import BATCH_SIZE, batch_generate
 

@@ -13,6 +13,7 @@ from fusion_hf.cli.model_options import (
     model_options,
     read_sampling,
     sampling_options,
+    takes_lean_imports,
 )
 from fusion_hf.cli.terminal import check_image_exists, one_line, printable
 from fusion_hf.common.errors import InputError
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_image_exists(arguments.image)
     arguments.model = find_model(arguments)
 
-    with lean_imports(arguments.owns_process):
+    with lean_imports(takes_lean_imports(arguments)):
         from fusion_hf.cli.model_loading import AnswerStreamer, load_chat_model
         from fusion_hf.inference.conversation import Conversation
 

@@ -1,6 +1,7 @@
 """Loading a model for a command, and answers that appear word by word."""
 
 import argparse
+import logging
 import sys
 import warnings
 
@@ -30,6 +31,7 @@ def silence_libraries(bars: bool = False) -> None:
     """
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes the type of each product
     if not bars:
         transformers.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which the line before has disabled as well

@@ -9,7 +9,7 @@ from fusion_hf.cli.argument_types import AUTO, DTYPES, device, positive, share, 
 from fusion_hf.cli.parser import Parser
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.extras import require
-from fusion_hf.hub.folders import find_folder, nano_path
+from fusion_hf.hub.folders import CONFIG, find_folder, nano_path, read_config
 from fusion_hf.inference.sampling_options import LARGEST_SEED, MOST_LIKELY, SamplingOptions
 
 Options = TypeVar("Options")
@@ -143,6 +143,12 @@ def find_model(arguments: argparse.Namespace) -> str:
     if not arguments.debug and not Path(name).is_dir():
         silence_hub()
     return str(find_folder(name))
+
+
+def takes_lean_imports(arguments: argparse.Namespace) -> bool:
+    """Tell whether a command may leave out imports, which quantized weights and further commands of a process need."""
+    is_quantized = "quantization_config" in read_config(Path(arguments.model) / CONFIG)
+    return arguments.owns_process and arguments.bits is None and not is_quantized
 
 
 def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
