@@ -58,7 +58,7 @@ class Table(Block):
 class Plot(Block):
     """A plot of one result. `source` is its file, and `panels` is empty if the result does not hold the figures."""
 
-    picture: Path
+    image: Path
     description: str
     source: str
     panels: Callable[[Result], list[Panel]]
@@ -117,7 +117,7 @@ def replace_block(document: str, block: Block, text: str) -> str:
 
 def show(plot: Plot) -> str:
     """Write a plot as a Markdown image, with its path relative to the document."""
-    return f"![{plot.description}]({Path(os.path.relpath(plot.picture, plot.document.parent)).as_posix()})"
+    return f"![{plot.description}]({Path(os.path.relpath(plot.image, plot.document.parent)).as_posix()})"
 
 
 def load_panels(plot: Plot, folder: Path) -> list[Panel]:

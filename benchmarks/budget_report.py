@@ -74,7 +74,7 @@ def render_times(column: str, result: Result | None) -> str:
         [*head, "cache, MiB", "peak, language model, MiB", "peak, MiB"], list(map(times_row, part["rows"]))
     )
     default = next(row for row in part["rows"] if is_default(row, part))
-    first, picture, language, later = (
+    first, image, language, later = (
         default["seconds"][f"{figure}_seconds"]["median"]
         for figure in ("first_token", "picture", "language", "per_token")
     )
@@ -82,7 +82,7 @@ def render_times(column: str, result: Result | None) -> str:
     absolute = (
         f"{column}: {measured_with(part)}, size `{settings['size']}`, {settings['repeats']} rounds. With "
         f"{default['image_tokens']} image tokens and {default['query_len']} latents, the first token took "
-        f"{first:.3f} s (image {picture:.3f} s, language model {language:.3f} s), a later one "
+        f"{first:.3f} s (image {image:.3f} s, language model {language:.3f} s), a later one "
         f"{later:.4f} s: medians."
     )
     return "\n".join([*lines, "", absolute])

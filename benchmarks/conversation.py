@@ -1,10 +1,10 @@
-"""One picture, many questions: what sharing work saves, and what fast mode costs in accuracy.
+"""One image, many questions: what sharing work saves, and what fast mode costs in accuracy.
 
     python benchmarks/conversation.py --threads 1 --output benchmarks/results/conversation_cpu.json
 
 Times are of the middle-sized FUSION with random weights of `inference.py`; a round measures every variant once, in an
 order that changes from round to round, and ratios are taken within a round. Accuracy is that of fusion-nano, on
-conversations about drawn pictures of its test split.
+conversations about drawn images of its test split.
 """
 
 import argparse
@@ -123,18 +123,18 @@ def measure_times(arguments: argparse.Namespace) -> dict[str, Any]:
 def make_conversations(count: int) -> list[NanoRecord]:
     """Make conversations of two and three turns about drawn images that training and validation do not use."""
     # enough of each category, since most have several questions
-    pictures = draw_images("test", DrawnMixture(count, count, count, count), seed="conversation")
+    images = draw_images("test", DrawnMixture(count, count, count, count), seed="conversation")
     generator = random.Random(SEED)
-    records = [record for record in question_records(pictures, generator) if len(record.turns) > 1]
+    records = [record for record in question_records(images, generator) if len(record.turns) > 1]
     return generator.sample(records, count)
 
 
 def answers_of(chat_model: ChatModel, record: NanoRecord, mode: str) -> list[str]:
     """Answer the questions of a conversation, with each answer as context for the next question."""
-    picture, questions = record.open_image(), [question for question, _ in record.turns]
+    image, questions = record.open_image(), [question for question, _ in record.turns]
     if mode == "by itself":
-        return [chat_model.answer([question_message(text, picture)], LONGEST_ANSWER) for text in questions]
-    conversation = Conversation(chat_model, picture, LONGEST_ANSWER, fast=mode == "fast")
+        return [chat_model.answer([question_message(text, image)], LONGEST_ANSWER) for text in questions]
+    conversation = Conversation(chat_model, image, LONGEST_ANSWER, fast=mode == "fast")
     return [conversation.ask(text) for text in questions]
 
 

@@ -5,7 +5,7 @@
     python benchmarks/report.py
 
 All four compute with one model of random weights. A round asks each of them the same number of new questions about new
-pictures at once, in an order that changes from round to round, and is added to those that the file has. Beside the
+images at once, in an order that changes from round to round, and is added to those that the file has. Beside the
 engine's rates, the seconds of its parts.
 Needs vLLM, and the extra `serve` for the module of the servers' benchmark, whose questions these are.
 """

@@ -27,7 +27,7 @@ TOKEN_IDS = ("image_token_id", "latent_token_id", "vision_start_token_id", "visi
 
 def write_records(folder: Path, size: TrainingSize, count: int) -> Path:
     """Write a JSON file of conversations, each with a JPEG of its own."""
-    content = make_photo(size.picture)
+    content = make_photo(size.image)
     records: list[dict[str, Any]] = []
     for number in range(count):
         name = f"{number}.jpg"
@@ -63,7 +63,7 @@ def make_processor(config: FusionConfig) -> FusionProcessor:
     )
 
 
-class PlainPictures(Dataset):
+class PlainImages(Dataset):
     """Decode a JPEG with PIL and resize it for the tiles and for the overview, without returning the result."""
 
     def __init__(self, folder: Path, count: int, side: int):
@@ -74,9 +74,9 @@ class PlainPictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> int:
-        with Image.open(self.paths[index]) as picture:
+        with Image.open(self.paths[index]) as image:
             for target in (TILES_PER_SIDE * self.side, self.side):
-                picture.resize((target, target), Image.Resampling.BICUBIC)
+                image.resize((target, target), Image.Resampling.BICUBIC)
         return index
 
 
@@ -91,7 +91,7 @@ class LoaderBenchmark:
         layout = StepLayout(size.loaded)
         sampler = StepSampler(size.records, layout, [size.query_len], SEED, lengths=ours.lengths)
         collator = FusionDataCollator(processor, [size.query_len], MAX_LENGTH, compact=True)
-        plain = PlainPictures(folder, size.records, config.vision_config.image_size)
+        plain = PlainImages(folder, size.records, config.vision_config.image_size)
         self.loaders: dict[str, DataLoader] = {}
         for number in workers:
             settings: dict[str, Any] = {

@@ -3,9 +3,9 @@
     python benchmarks/maps.py --threads 1 --output benchmarks/results/maps_cpu.json
     python benchmarks/report.py
 
-Each picture of easy-vqa shows one shape. For questions about its kind or colour, a map's maximum is on its pixels
-or not; chance is the shape's share of the picture. Shapes are never at the very edge, so the same maximum is also held
-against the shape of another picture. The mass is the map's share on the shape, by the shape's share of the picture.
+Each image of easy-vqa shows one shape. For questions about its kind or colour, a map's maximum is on its pixels
+or not; chance is the shape's share of the image. Shapes are never at the very edge, so the same maximum is also held
+against the shape of another image. The mass is the map's share on the shape, by the shape's share of the image.
 """
 
 import argparse
@@ -53,17 +53,17 @@ class Found(NamedTuple):
 def questions_about_shapes() -> list[Asked]:
     """Return all questions of the test split that ask for the kind or colour of the shape."""
     asked = []
-    for picture in read_easy_vqa("test"):
-        for question, answer in picture.questions:
+    for image in read_easy_vqa("test"):
+        for question, answer in image.questions:
             parsed = parse_easy_vqa(question, answer)
             if parsed.candidate is None:
-                asked.append(Asked(picture.path, question, answer, parsed.asks))
+                asked.append(Asked(image.path, question, answer, parsed.asks))
     return asked
 
 
-def shape_mask(picture: Image.Image) -> np.ndarray:
+def shape_mask(image: Image.Image) -> np.ndarray:
     """Return where the shape is, booleans `(H, W)`: all pixels that differ from the most frequent colour."""
-    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    pixels = np.asarray(image.convert("RGB")).astype(int)
     background = Counter(map(tuple, pixels.reshape(-1, 3).tolist())).most_common(1)[0][0]
     return np.abs(pixels - np.array(background)).max(-1) > LEAST_DIFFERENCE
 

@@ -457,7 +457,7 @@ def write_documents() -> None:
     for plot in PLOTS:
         panels = load_panels(plot, RESULTS)
         if panels:
-            draw(plot.picture, panels)
+            draw(plot.image, panels)
     budget_report.write()
     synthesis_report.write()
     maps_report.write()

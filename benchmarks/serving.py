@@ -6,8 +6,8 @@
 Both servers are processes of `fusion-hf serve` with one model of random weights, asked over loopback with OpenAI's
 client; `batch` is `batch_generate` in this process with as many rows as there are clients. Only one of them works at a
 time. A round measures each of them at each number of clients, in an order that changes from round to round. Every
-request has a picture and a question of its own, so that nothing can be cached, and gets the same number of tokens;
-with `--one-picture`, the questions of a measurement are about one picture. `--former` measures the own server of an
+request has an image and a question of its own, so that nothing can be cached, and gets the same number of tokens;
+with `--one-image`, the questions of a measurement are about one image. `--former` measures the own server of an
 earlier checkout of this repository as well, `benchmarks/results/serving_former_cpu.json` for instance:
 
     git worktree add ../former COMMIT
@@ -62,7 +62,7 @@ from fusion_hf.model.processing_fusion import FusionProcessor
 VLLM, TRANSFORMERS, BATCH, FORMER = "vllm", "transformers", "batch", "former"
 PATHS = (VLLM, TRANSFORMERS, BATCH)  # and FORMER if its code is given
 CLIENTS = (1, 8, 32)
-ONE_PICTURE = (8,)
+ONE_IMAGE = (8,)
 LEAST_REQUESTS = 8  # minimum number of requests in one measurement
 PHOTO = (1280, 960)  # pixels
 NEW_TOKENS = 32
@@ -81,18 +81,18 @@ ONE_PROCESS = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "2
 class Question:
     """One request: a JPEG and a question about it."""
 
-    picture: bytes
+    image: bytes
     text: str
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        url = f"data:image/jpeg;base64,{base64.b64encode(self.picture).decode()}"
+        url = f"data:image/jpeg;base64,{base64.b64encode(self.image).decode()}"
         image = {"type": "image_url", "image_url": {"url": url}}
         return [{"role": "user", "content": [image, {"type": "text", "text": self.text}]}]
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"question": self.text, "image": Image.open(io.BytesIO(self.picture))}
+        return {"question": self.text, "image": Image.open(io.BytesIO(self.image))}
 
 
 class Questions:
@@ -100,16 +100,16 @@ class Questions:
 
     def __init__(self) -> None:
         self.photo = np.asarray(make_photo(PHOTO))
-        self.pictures = self.texts = 0
+        self.images = self.texts = 0
 
-    def take(self, count: int, one_picture: bool = False) -> list[Question]:
-        pictures = [self._picture()] * count if one_picture else [self._picture() for _ in range(count)]
-        return [Question(picture, self._text()) for picture in pictures]
+    def take(self, count: int, one_image: bool = False) -> list[Question]:
+        images = [self._image()] * count if one_image else [self._image() for _ in range(count)]
+        return [Question(image, self._text()) for image in images]
 
-    def _picture(self) -> bytes:
-        self.pictures += 1
+    def _image(self) -> bytes:
+        self.images += 1
         content = io.BytesIO()
-        Image.fromarray(np.roll(self.photo, self.pictures, axis=1)).save(content, "JPEG", quality=90)
+        Image.fromarray(np.roll(self.photo, self.images, axis=1)).save(content, "JPEG", quality=90)
         return content.getvalue()
 
     def _text(self) -> str:
@@ -123,11 +123,11 @@ class Case:
 
     path: str
     clients: int
-    one_picture: bool = False
+    one_image: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.clients}, one picture" if self.one_picture else str(self.clients)
+        return f"{self.clients}, one picture" if self.one_image else str(self.clients)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def running_server(path: str, folder: Path, options: argparse.Namespace) -> Iter
         "--name",
         NAME,
         "--concurrency",
-        str(max([*options.clients, *options.one_picture])),
+        str(max([*options.clients, *options.one_image])),
         "--dtype",
         options.dtype,
     ]
@@ -252,12 +252,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, li
         for way in ways.values():
             way(1, questions.take(1))
         cases = [Case(path, clients) for clients in options.clients for path in ways]
-        cases += [Case(path, clients, one_picture=True) for clients in options.one_picture for path in ways]
+        cases += [Case(path, clients, one_image=True) for clients in options.one_image for path in ways]
         names = [f"{case.path} {case.name}" for case in cases]
         for index in tqdm(range(options.rounds), desc="serving", unit="round"):
             for name in turned(names, index):
                 case = cases[names.index(name)]
-                taken = questions.take(max(LEAST_REQUESTS, case.clients), case.one_picture)
+                taken = questions.take(max(LEAST_REQUESTS, case.clients), case.one_image)
                 measured[case.path][case.name].append(ways[case.path](case.clients, taken))
     return measured
 
@@ -311,9 +311,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--clients", type=numbers, default=list(CLIENTS), help="numbers of concurrent clients, such as 1,8,32"
     )
     parser.add_argument(
-        "--one-picture",
+        "--one-image",
         type=numbers,
-        default=list(ONE_PICTURE),
+        default=list(ONE_IMAGE),
         help="numbers of clients that ask about the same image",
     )
     parser.add_argument(

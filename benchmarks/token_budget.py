@@ -111,15 +111,15 @@ class Times:
             first, later = generation_seconds(self.model, self.prompts[name], self.new_tokens)
             self.measured["first_token_seconds"][name].append(first)
             self.measured["per_token_seconds"][name].append(later)
-            picture, language = self.part_seconds(name)
-            self.measured["picture_seconds"][name].append(picture)
+            image, language = self.part_seconds(name)
+            self.measured["picture_seconds"][name].append(image)
             self.measured["language_seconds"][name].append(language)
 
     def part_seconds(self, name: str) -> tuple[float, float]:
         """Return the seconds of the image, and of the language model after it."""
         prompts: list[EmbeddedPrompt] = []
-        picture = seconds(lambda: prompts.append(self.embed(name)), self.device)
-        return picture, seconds(partial(self.read, *prompts), self.device)
+        image = seconds(lambda: prompts.append(self.embed(name)), self.device)
+        return image, seconds(partial(self.read, *prompts), self.device)
 
     def memory(self, name: str) -> dict[str, int]:
         """

@@ -196,7 +196,7 @@ class TrainingSize:
     """
     The sizes of a training step and a data loader.
 
-    `picture` is the width and height of the JPEGs in pixels. One pass of the loader reads `records`, with `loaded` of
+    `image` is the width and height of the JPEGs in pixels. One pass of the loader reads `records`, with `loaded` of
     them per batch.
     """
 
@@ -204,7 +204,7 @@ class TrainingSize:
     batch: int = 2
     turns: int = 2
     query_len: int = 36
-    picture: tuple[int, int] = (1152, 864)  # one megapixel
+    image: tuple[int, int] = (1152, 864)  # one megapixel
     records: int = 96
     loaded: int = 8
     matrix_side: int = 2048
@@ -215,7 +215,7 @@ TRAINING_SIZES = {
     "3b": TrainingSize(partial(read_config, "fusion-3b"), matrix_side=8192),
     "8b": TrainingSize(partial(read_config, "fusion-8b"), matrix_side=8192),
     "tiny": TrainingSize(
-        partial(build_config, SIZES["tiny"]), query_len=4, picture=(60, 45), records=8, loaded=2, matrix_side=64
+        partial(build_config, SIZES["tiny"]), query_len=4, image=(60, 45), records=8, loaded=2, matrix_side=64
     ),
 }
 
@@ -282,16 +282,16 @@ class Text(NamedTuple):
     ends: list[int]
 
 
-def make_text(config: FusionConfig, request: Request, picture: list[int], latents: list[int]) -> Text:
+def make_text(config: FusionConfig, request: Request, image: list[int], latents: list[int]) -> Text:
     """
     Return the same words for every model.
 
     Args:
-        picture: the ids that stand for the image.
+        image: the ids that stand for the image.
         latents: the ids that stand for the latent tokens before each question.
     """
     words = partial(make_words, config, np.random.default_rng(SEED))
-    ids, questions, ends = [*words(SYSTEM_TOKENS), *picture], [], []
+    ids, questions, ends = [*words(SYSTEM_TOKENS), *image], [], []
     for turn in range(request.turns):
         ids += words(ANSWER_TOKENS) if turn > 0 else []
         question = words(request.question_tokens)
@@ -309,8 +309,8 @@ def make_prompt(config: FusionConfig, pixel_values: torch.Tensor, request: Reque
         pixel_values (`(1, 5, 3, H, W)`): the image of every row, which also determines the device.
     """
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    picture = [start, *[config.image_token_id] * config.num_image_tokens, end]
-    text = make_text(config, request, picture, [start, *[config.latent_token_id] * config.query_len, end])
+    image = [start, *[config.image_token_id] * config.num_image_tokens, end]
+    text = make_text(config, request, image, [start, *[config.latent_token_id] * config.query_len, end])
     input_ids, questions, ends = (
         torch.tensor([row] * request.batch, device=pixel_values.device) for row in text
     )  # (B, S), (B, T), (B, R)

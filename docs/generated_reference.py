@@ -56,7 +56,8 @@ def described(kind: type) -> dict[str, tuple[str, str]]:
     for section in SECTION.findall(inspect.cleandoc(kind.__doc__ or "")):
         for names, text in ENTRY.findall(section):
             for name, written in NAME.findall(names):
-                found[name] = (written, sentence(" ".join(text.split())))
+                kind_of = written.partition(", defaults to")[0]  # the default has a column of its own
+                found[name] = (kind_of, sentence(" ".join(text.split())))
             unwritten = [name for name, written in NAME.findall(names) if not written]
             for name in unwritten:  # `a, b (int)`: the type stands behind the last name
                 found[name] = (NAME.findall(names)[-1][1], found[name][1])

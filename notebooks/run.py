@@ -1,7 +1,7 @@
-"""Executes notebooks in fresh kernels: `python notebooks/run.py [NOTEBOOK ...]`; all of this folder by default.
+"""Execute notebooks in fresh kernels: `python notebooks/run.py [NOTEBOOK ...]`, by default all of this folder.
 
-Outputs are written in place, without times and without what differs from machine to machine. An error in a cell ends
-the run and leaves that notebook as it was.
+The script writes the outputs in place, without times and without what differs between machines. An error in a cell
+ends the run and leaves that notebook unchanged.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SECONDS = 600  # at most, of a cell
 # No network, and neither progress bars nor tqdm's advice on them, whose texts differ from run to run.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress"}
 PNG, JPEG = "image/png", "image/jpeg"
-COLORS = 256  # of a stored picture
+COLORS = 256  # of a stored image
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -40,15 +40,15 @@ def execute(path: Path) -> nbformat.NotebookNode:
         for output in cell.get("outputs", []):
             if PNG in output.get("data", {}):
                 output.data[PNG] = shrink(output.data[PNG])
-                output.data.pop(JPEG, None)  # the same picture once more
+                output.data.pop(JPEG, None)  # the same image again
     return notebook
 
 
 def shrink(png: str) -> str:
     """A PNG in few colours, which take less space; both in base64."""
     small = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
-        picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 

@@ -1,4 +1,4 @@
-"""The page of `fusion-hf demo` as a Space. The variable MODEL names a model of the Hub; default: fusion-nano."""
+"""The page of `fusion-hf demo` as a Space. The variable MODEL names a model of the Hub; the default is fusion-nano."""
 
 import os
 

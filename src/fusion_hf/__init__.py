@@ -1,7 +1,7 @@
 """FUSION, the vision-language model family with text-guided vision encoding, for transformers.
 
-Importing this package makes the auto classes and pipelines know FUSION. Neither torch nor a model class is imported
-until one is used: `import fusion_hf` costs little more than `import transformers`.
+Importing this package registers FUSION with the auto classes and pipelines of transformers. Neither torch nor a model
+class is imported until you use one, so `import fusion_hf` takes little longer than `import transformers`.
 """
 
 from importlib import import_module
@@ -50,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 def _convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
-    """Conversion is on a floor above that of model folders by their names: here both come together."""
+    """Convert a checkpoint. `hub` must not import `conversion`, so the package connects both here."""
     from fusion_hf.conversion.converted_models import convert_once
 
     return convert_once(name, folder, hub)

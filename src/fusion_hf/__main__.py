@@ -1,4 +1,4 @@
-"""`python -m fusion_hf` is `fusion-hf`."""
+"""Entry point of `python -m fusion_hf`, which is the same as `fusion-hf`."""
 
 import sys
 

@@ -167,12 +167,12 @@ def reorder_records(questions: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "settings", "part"),
     [
-        (None, {"max_new_tokens": 5}, "max_new_tokens is 5, but .*answers.jsonl.partial was begun with 4"),
-        (None, {"query_len": 4}, "query_len is 4, but .* with 16"),
-        (None, {"image_token_grid": 2}, "image_token_grid is 2, but .* with 6"),
-        (add_record, {}, "records is 13, but .* with 12"),
-        (change_record, {}, "records_sha256 is "),
-        (reorder_records, {}, "records_sha256 is "),
+        (None, {"max_new_tokens": 5}, "max_new_tokens. must be 4, as .*answers.jsonl.partial began, got 5"),
+        (None, {"query_len": 4}, "query_len. must be 16.* got 4"),
+        (None, {"image_token_grid": 2}, "image_token_grid. must be 6.* got 2"),
+        (add_record, {}, "records. must be 12.* got 13"),
+        (change_record, {}, "`records_sha256` must be "),
+        (reorder_records, {}, "`records_sha256` must be "),
     ],
 )
 def test_another_run_is_refused(
@@ -196,22 +196,22 @@ def test_another_run_is_refused(
 def test_another_model_is_refused(nano: ChatModel, questions: Path, output: Path, stopped: list[int]):
     trained = ChatModel.load(dtype="float32")
     trained.model.model.language_model.norm.weight.data += 1
-    with pytest.raises(InputError, match="model is fusion-nano@"):
+    with pytest.raises(InputError, match=r"model. must be fusion-nano@"):
         batch_generate(questions, trained, output, **SETTINGS)
-    with pytest.raises(InputError, match=r"dtype is bfloat16, but .* with float32"):
+    with pytest.raises(InputError, match=r"dtype. must be float32.* got bfloat16"):
         batch_generate(questions, None, output, dtype="bfloat16", **SETTINGS)
 
 
 def test_a_finished_output_is_kept(nano: ChatModel, questions: Path, output: Path, calls: list[int]):
     output.write_text("precious\n")
-    with pytest.raises(InputError, match=r"answers.jsonl, which exists already"):
+    with pytest.raises(InputError, match=r"must be a new file, got .*answers.jsonl, which exists"):
         batch_generate(questions, nano, output, **SETTINGS)
     assert (output.read_text(), calls, names(output)) == ("precious\n", [], {"answers.jsonl"})
 
 
 def test_an_unfinished_run_does_not_replace_another_output(nano, questions: Path, output: Path, stopped: list[int]):
     output.write_text("precious\n")
-    with pytest.raises(InputError, match="the beginning of another run"):
+    with pytest.raises(InputError, match="the log of another run"):
         batch_generate(questions, nano, output, **SETTINGS)
     assert (output.read_text(), stopped) == ("precious\n", [])
 
@@ -250,14 +250,18 @@ def test_a_batch_is_on_the_disk_before_the_next(
 
 
 def test_two_processes_do_not_share_an_output(nano: ChatModel, questions: Path, output: Path, calls: list[int]):
-    with AnswerFile(output), pytest.raises(InputError, match="another process is working on"):
+    with AnswerFile(output), pytest.raises(InputError, match="Another process is writing"):
         batch_generate(questions, nano, output, **SETTINGS)
     assert calls == []
     batch_generate(questions, nano, output, **SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("nowhere/answers.jsonl", "is no folder; make it first"), (".", "a folder; allowed: a file")]
+    ("name", "part"),
+    [
+        ("nowhere/answers.jsonl", "must be in an existing folder, got .*nowhere/answers.jsonl"),
+        (".", "must be a file, got the folder"),
+    ],
 )
 def test_impossible_outputs(questions: Path, tmp_path: Path, name: str, part: str):
     with pytest.raises(InputError, match=part):
@@ -268,13 +272,13 @@ def test_missing_and_empty_inputs(nano: ChatModel, tmp_path: Path):
     with pytest.raises(InputError, match=r"nowhere.jsonl cannot be read"):
         batch_generate(tmp_path / "nowhere.jsonl", nano)
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(InputError, match=r"empty.jsonl are empty"):
+    with pytest.raises(InputError, match=r"empty.jsonl must be JSON Lines.*got an empty file"):
         batch_generate(tmp_path / "empty.jsonl", nano)
 
 
 def test_input_is_not_overwritten(nano: ChatModel, questions: Path):
     before = questions.read_bytes()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match=r"must be a new file, got .*questions.jsonl, which exists"):
         batch_generate(questions, nano, questions)
     assert questions.read_bytes() == before
 

@@ -158,27 +158,36 @@ def test_broken_records_are_reported_in_their_places(nano: ChatModel, tmp_path: 
     (tmp_path / "folder.png").mkdir()
     question = records[0]["question"]
     broken: list[tuple[Any, str]] = [
-        ({"id": "missing", "image": "nowhere.png", "question": question}, "'nowhere.png' is no file"),
-        ({"id": "folder", "image": "folder.png", "question": question}, "'folder.png' is no file"),
+        (
+            {"id": "missing", "image": "nowhere.png", "question": question},
+            "http(s) URL, got 'nowhere.png'",
+        ),
+        (
+            {"id": "folder", "image": "folder.png", "question": question},
+            "http(s) URL, got 'folder.png'",
+        ),
         ({"id": "long", "image": "x" * 5000, "question": question}, "xxx"),
-        ({"id": "null", "image": "a\0b", "question": question}, "is no file"),
+        ({"id": "null", "image": "a\0b", "question": question}, "must be an existing file"),
         ({"id": "truncated", "image": "truncated.png", "question": question}, "cannot be decoded"),
         ({"id": "text", "image": "text.png", "question": question}, "cannot be opened"),
         ({"id": "data", "image": "data:image/png;base64,AAAA", "question": question}, "cannot be decoded"),
-        ({"id": "address", "image": "https://\u0000", "question": question}, "is no address"),
+        ({"id": "address", "image": "https://\u0000", "question": question}, "is not a valid URL"),
         ({"id": "unreachable", "image": "http://127.0.0.1:9/a.png", "question": question}, "cannot be opened"),
         ({"id": "empty", "question": " \n"}, "the question is empty"),
-        ({"id": "none"}, "it has none of question, messages, conversations"),
-        ({"id": "both", "question": question, "messages": []}, "it has question and messages of"),
-        ({"id": "number", "question": 3}, "question is int; allowed: a text"),
+        ({"id": "none"}, "exactly one of question, messages, conversations, got none"),
+        (
+            {"id": "both", "question": question, "messages": []},
+            "got question and messages",
+        ),
+        ({"id": "number", "question": 3}, "`question` must be text, got int"),
         ({"id": "mark", "question": "what is in <image>?"}, "mark without image"),
         ({"id": "two", "images": ["0.png", "1.png"], "question": question}, "several images"),
         (
             {"id": "answered", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "a",
         ),
-        ({"id": "endless", "question": "why? " * 2000}, "allowed"),
-        ({"id": [1], "question": question}, "id is list"),
+        ({"id": "endless", "question": "why? " * 2000}, "must have at most 1024 tokens"),
+        ({"id": [1], "question": question}, "`id` must be text or a whole number, got list"),
         (b'{"id": "cut", "ques', "line 38: unreadable"),
         (b"[1, 2]", "it is list"),
         (b"\xff\xfe", "it is no UTF-8"),
@@ -225,14 +234,14 @@ def test_images_from_strangers(nano: ChatModel, tmp_path: Path):
 
 
 def test_records_in_memory(nano: ChatModel, tmp_path: Path):
-    """Pictures of PIL, where a record may have one; a broken one is an error of its own."""
+    """Images of PIL, where a record may have one; a broken one is an error of its own."""
     write_questions(tmp_path, 1)
-    picture, question = Image.open(tmp_path / "0.png"), "what color is the shape?"
+    image, question = Image.open(tmp_path / "0.png"), "what color is the shape?"
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    block = {"type": "image", "image": picture}
+    block = {"type": "image", "image": image}
     records = [
-        {"image": picture, "question": question},
+        {"image": image, "question": question},
         {"messages": [{"role": "user", "content": [block, {"type": "text", "text": question}]}]},
         {"image": str(tmp_path / "0.png"), "conversations": [{"from": "human", "value": f"<image>\n{question}"}]},
         {"image": Image.open(tmp_path / "truncated.png"), "question": question},
@@ -241,7 +250,7 @@ def test_records_in_memory(nano: ChatModel, tmp_path: Path):
     ]
     output = tmp_path / "answers.jsonl"
     results = batch_generate(records, nano, output, max_new_tokens=8, progress=False)
-    expected = Conversation(nano, nano.open_image(picture), 8).ask(question)
+    expected = Conversation(nano, nano.open_image(image), 8).ask(question)
     assert [result.get("answer") for result in results[:4]] == [expected] * 3 + [None]
     assert "cannot be decoded" in results[3]["error"]
     assert "it is str" in results[5]["error"]
@@ -249,7 +258,7 @@ def test_records_in_memory(nano: ChatModel, tmp_path: Path):
     assert batch_generate([], nano) == []
 
 
-def test_pictures_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, _ = write_questions(tmp_path, COUNT)
     events: list[str] = []
     open_image, generate = ChatModel.open_image, FusionForConditionalGeneration.generate
@@ -266,11 +275,11 @@ def test_pictures_are_opened_when_their_batch_is_up(nano: ChatModel, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"query_len": 5}, "query_len is 5"),
-        ({"image_token_grid": 7}, "image_token_grid is 7; allowed: a whole number from 1 to 6"),
-        ({"device": "cpu"}, "device is 'cpu'"),
+        ({"batch_size": 0}, "batch_size.*at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*at least 1, got 0"),
+        ({"query_len": 5}, "query_len.*perfect square.*got 5"),
+        ({"image_token_grid": 7}, "image_token_grid.*a whole number from 1 to 6.*got 7"),
+        ({"device": "cpu"}, "device.*got 'cpu'"),
     ],
 )
 def test_wrong_arguments(nano: ChatModel, settings: dict[str, Any], part: str):

@@ -92,7 +92,7 @@ def test_the_profile_lists_what_takes_most_of_the_time(result):
         assert 0 < sum(shares) <= 1
     prefill, decoding = ({row["name"] for row in rows} for rows in result["profile"]["ours"].values())
     assert "aten::addmm" in prefill
-    assert "aten::addmm" not in decoding  # the language model has no biases, and no picture is encoded
+    assert "aten::addmm" not in decoding  # the language model has no biases, and no image is encoded
     assert "aten::mm" in decoding
 
 

@@ -43,8 +43,8 @@ def test_questions_ask_for_kind_or_color():
     assert {one.attribute for one in asked} == {"shape", "color"}
     assert not {one.answer for one in asked} & {"yes", "no"}
     assert len(asked) > 2000
-    with Image.open(asked[0].path) as picture:
-        assert 0 < shape_mask(picture).mean() < 0.5
+    with Image.open(asked[0].path) as image:
+        assert 0 < shape_mask(image).mean() < 0.5
 
 
 def test_the_document_is_up_to_date(committed: dict):

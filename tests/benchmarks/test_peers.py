@@ -1,4 +1,4 @@
-"""The peers read as many image tokens as they say, and are FUSION's language model with another picture before it."""
+"""The peers read as many image tokens as they say, and are FUSION's language model with another image before it."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def contestants(ours, pixel_values):
 @pytest.mark.parametrize("asked", [ONE_QUESTION, TWO_TURNS], ids=["one question", "two turns of two rows"])
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
-def test_prompts_hold_as_many_image_tokens_as_the_picture_has(contestants, name, asked):
+def test_prompts_hold_as_many_image_tokens_as_the_image_has(contestants, name, asked):
     contestant = contestants[name]
     prompt = contestant.prompt(asked)
     given = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
@@ -85,7 +85,7 @@ def test_peers_have_our_language_model_and_tower(ours, contestants, name):
 @pytest.mark.usefixtures("working_peers")
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
-def test_peers_read_the_picture(contestants, name):
+def test_peers_read_the_image(contestants, name):
     prompt = contestants[name].prompt(ONE_QUESTION)
     other = prompt | {"pixel_values": prompt["pixel_values"].flip(-1)}
     model = contestants[name].model

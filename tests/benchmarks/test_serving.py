@@ -48,22 +48,22 @@ def test_a_result_fills_the_table(tmp_path):
 
 def test_questions_are_never_the_same():
     questions = serving.Questions().take(3)
-    assert len({question.picture for question in questions}) == len({question.text for question in questions}) == 3
+    assert len({question.image for question in questions}) == len({question.text for question in questions}) == 3
 
 
-def test_questions_about_one_picture():
+def test_questions_about_one_image():
     made = serving.Questions()
-    questions, others = made.take(3, one_picture=True), made.take(2, one_picture=True)
-    assert len({question.picture for question in questions}) == 1
+    questions, others = made.take(3, one_image=True), made.take(2, one_image=True)
+    assert len({question.image for question in questions}) == 1
     assert len({question.text for question in [*questions, *others]}) == 5
-    assert questions[0].picture != others[0].picture
+    assert questions[0].image != others[0].image
 
 
 @pytest.mark.slow
 def test_a_run_of_what_needs_no_vllm(tmp_path):
     output = tmp_path / "result.json"
     paths = f"{TRANSFORMERS},{BATCH}"
-    arguments = ["--size", "tiny", "--rounds", "1", "--clients", "1,2", "--one-picture", "2", "--paths", paths]
+    arguments = ["--size", "tiny", "--rounds", "1", "--clients", "1,2", "--one-image", "2", "--paths", paths]
     main([*arguments, "--output", str(output)])
     result = json.loads(output.read_text())
     for path in (TRANSFORMERS, BATCH):

@@ -45,7 +45,7 @@ def test_grids():
 
 @torch.inference_mode()
 def test_the_parts_of_the_first_token_are_the_prompt():
-    """What is timed as picture and language model is what `forward` does, with the setting's tokens."""
+    """What is timed as image and language model is what `forward` does, with the setting's tokens."""
     times = Times(SIZES["tiny"], torch.float32, torch.device("cpu"), LENGTHS)
     for name, budget in times.budgets.items():
         prompt = times.embed(name)
@@ -102,7 +102,7 @@ def test_plot(result, tmp_path):
 
 
 def test_what_the_committed_results_show():
-    """With the numbers of latents of its training, fusion-nano knows less about drawn pictures, the fewer tokens."""
+    """With the numbers of latents of its training, fusion-nano knows less about drawn images, the fewer tokens."""
     part = load_results(ACCURACY, RESULTS)["CPU"]["accuracy"]
     drawn = [name for name in part["asked"] if name != "easy-vqa"]
     for length in part["trained_query_lens"]:

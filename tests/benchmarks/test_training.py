@@ -178,7 +178,7 @@ def test_ratios_are_of_pairs_that_were_measured():
     assert ratios == {"ours": {"reference": {"median": 0.25, "min": 0.25, "max": 0.25}}}
 
 
-def test_batches_have_pictures_turns_and_labels():
+def test_batches_have_images_turns_and_labels():
     config = SIZE.config()
     batch = make_batch(config, SIZE, CPU)
     side = config.vision_config.image_size

@@ -76,7 +76,7 @@ def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="session")
-def picture() -> str:
+def image_path() -> str:
     return "docs/assets/red_circle.png"
 
 

@@ -24,20 +24,20 @@ def chat_model(nano: Path) -> ChatModel:
 
 
 @pytest.fixture(scope="module")
-def answers(chat_model: ChatModel, picture: str) -> list[str]:
+def answers(chat_model: ChatModel, image_path: str) -> list[str]:
     """To both questions in one conversation."""
-    conversation = Conversation(chat_model, chat_model.open_image(picture), max_new_tokens=16)
+    conversation = Conversation(chat_model, chat_model.open_image(image_path), max_new_tokens=16)
     return [conversation.ask(question) for question in QUESTIONS]
 
 
-def test_two_turns_through_pipes(run, picture, answers):
-    result = run("chat", picture, "--max-new-tokens", 16, stdin="\n".join(QUESTIONS))
+def test_two_turns_through_pipes(run, image_path, answers):
+    result = run("chat", image_path, "--max-new-tokens", 16, stdin="\n".join(QUESTIONS))
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(answers) + "\n", "")
 
 
-def test_commands_and_errors_do_not_end_it(run, picture, answers):
+def test_commands_and_errors_do_not_end_it(run, image_path, answers):
     lines = [QUESTIONS[0], "/help", "", "why? " * 20_000, "/reset", *QUESTIONS, "/exit", "what?"]
-    result = run("chat", picture, "--max-new-tokens", 16, stdin="\n".join(lines))
+    result = run("chat", image_path, "--max-new-tokens", 16, stdin="\n".join(lines))
     assert result.stdout.splitlines() == [answers[0], *answers]
     errors = result.stderr.splitlines()
     assert errors[0] == "error: A command must be /reset or /exit, got /help."
@@ -46,7 +46,7 @@ def test_commands_and_errors_do_not_end_it(run, picture, answers):
     assert result.returncode == 0
 
 
-def test_history_is_kept_and_forgotten(chat_model, picture, monkeypatch):
+def test_history_is_kept_and_forgotten(chat_model, image_path, monkeypatch):
     seen = []
 
     def answer(self, messages, *_, **__):
@@ -54,7 +54,7 @@ def test_history_is_kept_and_forgotten(chat_model, picture, monkeypatch):
         return f"answer {len(seen)}"
 
     monkeypatch.setattr(ChatModel, "answer", answer)
-    image = chat_model.open_image(picture)
+    image = chat_model.open_image(image_path)
     conversation = Conversation(chat_model, image, 16)
     for question in QUESTIONS:
         conversation.ask(question)
@@ -87,12 +87,12 @@ class TestTerminal:
     """In a pseudo terminal."""
 
     @pytest.fixture
-    def terminal(self, command, offline, picture):
+    def terminal(self, command, offline, image_path):
         import pty
 
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
-            [*command, "chat", picture, "--max-new-tokens", "16"],
+            [*command, "chat", image_path, "--max-new-tokens", "16"],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -126,9 +126,9 @@ class TestTerminal:
                 text += piece
         return text.decode()
 
-    def test_two_turns_and_the_end_of_the_input(self, terminal, picture, answers):
+    def test_two_turns_and_the_end_of_the_input(self, terminal, image_path, answers):
         process, ours = terminal
-        assert picture in self.read_until(ours, "> ")
+        assert image_path in self.read_until(ours, "> ")
         for question, answer in zip(QUESTIONS, answers, strict=True):
             os.write(ours, f"{question}\n".encode())
             assert f"{answer}\r\n> " in self.read_until(ours, f"{answer}\r\n> ")

@@ -1,4 +1,4 @@
-"""One picture, many questions: what is computed once, and that the answers stay those of computing all of it anew."""
+"""One image, many questions: what is computed once, and that the answers stay those of computing all of it anew."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +26,8 @@ def chat_model(nano: Path) -> ChatModel:
 
 
 @pytest.fixture(scope="module")
-def image(chat_model: ChatModel, picture: str) -> Image.Image:
-    return chat_model.open_image(picture)
+def image(chat_model: ChatModel, image_path: str) -> Image.Image:
+    return chat_model.open_image(image_path)
 
 
 class Watch:
@@ -79,7 +79,7 @@ def test_questions_asked_by_themselves_share_the_tiles(chat_model: ChatModel, im
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_picture_is_resized_once(
+def test_an_image_is_resized_once(
     chat_model: ChatModel, image: Image.Image, fast: bool, monkeypatch: pytest.MonkeyPatch
 ):
     sizes: list[tuple[int, int]] = []
@@ -100,7 +100,7 @@ def test_a_picture_is_resized_once(
     assert sizes.count(image.size) == 1
 
 
-def test_a_picture_that_was_seen_before(chat_model: ChatModel, image: Image.Image, watch: Watch):
+def test_an_image_that_was_seen_before(chat_model: ChatModel, image: Image.Image, watch: Watch):
     """Its tiles are not encoded again, in either of two conversations."""
     (seen,) = chat_model.encode_tiles(chat_model.preprocess([image]))
     assert watch.tiles == [TILES]
@@ -269,25 +269,25 @@ def test_reset_begins_anew_in_fast_mode(chat_model: ChatModel, image: Image.Imag
     assert torch.equal(watch.logits[0], logits)
 
 
-def test_ask_answers_several_questions_in_a_line_each(run, chat_model, image, picture):
+def test_ask_answers_several_questions_in_a_line_each(run, chat_model, image, image_path):
     expected = list(chat_model.answer_each(image, QUESTIONS, MOST))
     more = [part for question in QUESTIONS[1:] for part in ("--also", question)]
-    result = run("ask", picture, QUESTIONS[0], *more, "--max-new-tokens", MOST)
+    result = run("ask", image_path, QUESTIONS[0], *more, "--max-new-tokens", MOST)
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(expected) + "\n", "")
 
-    result = run("ask", picture, picture, QUESTIONS[0], *more[:2], "--max-new-tokens", MOST)
-    lines = [f"{picture}: {answer}\n" for answer in expected[:2]] * 2
+    result = run("ask", image_path, image_path, QUESTIONS[0], *more[:2], "--max-new-tokens", MOST)
+    lines = [f"{image_path}: {answer}\n" for answer in expected[:2]] * 2
     assert (result.returncode, result.stdout, result.stderr) == (0, "".join(lines), "")
 
 
-def test_a_further_question_may_not_be_empty(run_here, picture):
-    result = run_here("ask", picture, QUESTIONS[0], "--also", " ")
+def test_a_further_question_may_not_be_empty(run_here, image_path):
+    result = run_here("ask", image_path, QUESTIONS[0], "--also", " ")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_chat_in_fast_mode(run, chat_model, image, picture):
+def test_chat_in_fast_mode(run, chat_model, image, image_path):
     conversation = Conversation(chat_model, image, MOST, fast=True)
     expected = [conversation.ask(question) for question in QUESTIONS]
-    result = run("chat", picture, "--fast", "--max-new-tokens", MOST, stdin="\n".join(QUESTIONS))
+    result = run("chat", image_path, "--fast", "--max-new-tokens", MOST, stdin="\n".join(QUESTIONS))
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n".join(expected) + "\n", "")

@@ -40,7 +40,7 @@ def test_answers_as_llava_s(run, questions: Path, tmp_path: Path):
     assert [line["question_id"] for line in lines] == [0, 1, 2, 3, "last"]
     assert [line["prompt"] for line in lines[:-1]] == [line["text"] for line in asked[:-1]]
     assert lines[-1]["prompt"] == "what color is it?" and lines[-1]["text"] == ""
-    assert "'none.png' is no file" in lines[-1]["metadata"]["error"]
+    assert "must be an existing file or an http(s) URL, got 'none.png'" in lines[-1]["metadata"]["error"]
     assert {line["model_id"] for line in lines} == {"fusion-nano"}
     assert len({line["answer_id"] for line in lines}) == COUNT + 1
 
@@ -62,11 +62,11 @@ def test_own_names_come_first():
     (result,) = batch_generate([record], progress=False)
     assert result["id"] == "mine" and "answer" in result
     (broken,) = batch_generate([{"question_id": [5], "text": "what color is the shape?"}], progress=False)
-    assert "id is list" in broken["error"]
+    assert "`id` must be text or a whole number, got list" in broken["error"]
 
 
 def test_an_unknown_format():
-    with pytest.raises(InputError, match="output_format is 'xml'; allowed: answers, llava"):
+    with pytest.raises(InputError, match=r"output_format.*'answers', 'llava', got 'xml'"):
         batch_generate([{"question": "what?"}], output_format="xml")
 
 

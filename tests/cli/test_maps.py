@@ -7,9 +7,9 @@ import pytest
 QUESTION = "what color is the shape?"
 
 
-def test_answers_and_draws(run, picture, tmp_path: Path):
+def test_answers_and_draws(run, image_path, tmp_path: Path):
     folder = tmp_path / "maps"
-    result = run("maps", picture, QUESTION, "--output", folder, "--layer-groups", 1)
+    result = run("maps", image_path, QUESTION, "--output", folder, "--layer-groups", 1)
     assert (result.returncode, result.stderr) == (0, "")
     answer, *paths = result.stdout.splitlines()
     assert answer == "red"
@@ -21,9 +21,9 @@ def test_answers_and_draws(run, picture, tmp_path: Path):
     }
 
 
-def test_without_matplotlib(run_here, picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_matplotlib(run_here, image_path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fusion_hf.common.extras.find_spec", lambda name: None)
-    result = run_here("maps", picture, QUESTION, "--output", tmp_path / "maps")
+    result = run_here("maps", image_path, QUESTION, "--output", tmp_path / "maps")
     assert result.returncode == 2
     assert "fusion_hf[maps]" in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "maps").exists()

@@ -62,7 +62,7 @@ def test_a_process_of_its_own(folder: Path, command: list[str]):
         timeout=SECONDS,
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "'some/model' is no local path, and the Hub cannot be reached" in done.stderr
+    assert "'some/model' is not a local path, and the Hub cannot be reached" in done.stderr
 
 
 def test_data_of_the_hub(folder: Path):

@@ -53,12 +53,12 @@ def test_half_a_folder_is_removed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "size"),
     [
-        (("maps", "PICTURE", "what color is the shape?", "--output", "new"), 20 * KIBIBYTE),
+        (("maps", "IMAGE", "what color is the shape?", "--output", "new"), 20 * KIBIBYTE),
         pytest.param(("export", "--output", "new"), 200 * KIBIBYTE, marks=pytest.mark.slow),
     ],
 )
-def test_commands_leave_nothing(tmp_path: Path, picture: str, arguments: tuple[str, ...], size: int):
-    words = [str(Path(picture).absolute()) if word == "PICTURE" else word for word in arguments]
+def test_commands_leave_nothing(tmp_path: Path, image_path: str, arguments: tuple[str, ...], size: int):
+    words = [str(Path(image_path).absolute()) if word == "IMAGE" else word for word in arguments]
     done = limited(tmp_path, ["-m", "fusion_hf", *words], size)
     assert done.returncode == 2
     assert done.stderr == "error: --output: new cannot be written: File too large.\n"
@@ -97,7 +97,8 @@ def test_folders_that_none_can_replace(tmp_path: Path, kind: str):
         output = Path("/proc/new")  # where nobody can make a folder
     with pytest.raises(InputError) as error:
         check_output(output)
-    assert str(error.value).startswith(f"--output: {short_name(str(output))} ")
+    message = str(error.value)
+    assert message.startswith("--output") and short_name(str(output)) in message
 
 
 def test_an_error_of_the_work_is_not_the_disks(tmp_path: Path):
@@ -110,7 +111,7 @@ def test_an_error_of_the_work_is_not_the_disks(tmp_path: Path):
 
 def test_space_is_asked_for_before(tmp_path: Path):
     check_space(tmp_path, 1)
-    with pytest.raises(InputError, match=r"1000000000\.000 GB will be written, and .* GB free"):
+    with pytest.raises(InputError, match=r"must have 1000000000\.000 GB of free space, got"):
         check_space(tmp_path, 10**18)
 
 

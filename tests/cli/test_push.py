@@ -177,8 +177,8 @@ def test_without_a_token(folder: Path, push: Push, hub: HubServer):
     ("options", "message"),
     [
         (("--repo-id", "a/b/c"), "--repo-id: "),
-        (("--repo-id", "me/nano", "--tag", "no spaces"), "--tag is 'no spaces'"),
-        (("--repo-id", "me/nano", "--model", "nowhere"), "nowhere is no folder"),
+        (("--repo-id", "me/nano", "--tag", "no spaces"), "--tag must be letters, digits"),
+        (("--repo-id", "me/nano", "--model", "nowhere"), "got nowhere, which is not a folder"),
     ],
 )
 def test_wrong_arguments(run_here, nano: Path, options: tuple[str, ...], message: str):
@@ -214,8 +214,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "no code": (lambda f: (f / "modeling_fusion_vision.py").unlink(), "has no modeling_fusion_vision.py"),
-    "no card": (lambda f: (f / "README.md").unlink(), "has no README.md; write its model card"),
-    "pickle": (lambda f: (f / "training_args.bin").write_bytes(b"\x80\x04."), "training_args.bin is no file"),
+    "no card": (lambda f: (f / "README.md").unlink(), "has no README.md. Write its model card"),
+    "pickle": (lambda f: (f / "training_args.bin").write_bytes(b"\x80\x04."), "training_args.bin does not belong"),
     "pickle in disguise": (lambda f: (f / "spiece.model").write_bytes(b"\x80\x04."), "spiece.model begins like"),
     "archive in disguise": (lambda f: (f / "a.txt").write_bytes(b"PK\x03\x04rest"), "a.txt begins like"),
     "other code": (lambda f: (f / "evil.py").write_text("1"), "evil.py is code"),
@@ -228,11 +228,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no text": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "chat_template.jinja cannot be read"),
     "code of another repository": (
         lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "evil/repo--modeling_fusion.FusionModel"}),
-        "auto_map names 'evil/repo--modeling_fusion.FusionModel'",
+        "got 'evil/repo--modeling_fusion.FusionModel'",
     ),
     "code of another file": (
         lambda f: rewrite(f / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.Evil"]}),
-        "auto_map names 'evil.Evil'",
+        "got 'evil.Evil'",
     ),
     "broken weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read"),
     "weights too many": (
@@ -241,11 +241,17 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing shard": (lambda f: split(f, "gone.safetensors"), "has no gone.safetensors"),
     "wrong index": (lambda f: split(f, "model.safetensors"), "disagree about extra"),
-    "card without metadata": (lambda f: (f / "README.md").write_text("# nano"), "library_name is None"),
-    "card without licence": (lambda f: change_card(f, "license: apache-2.0\n", ""), "license is None"),
+    "card without metadata": (
+        lambda f: (f / "README.md").write_text("# nano"),
+        "`library_name` must be 'transformers' in the metadata, got None",
+    ),
+    "card without licence": (
+        lambda f: change_card(f, "license: apache-2.0\n", ""),
+        "`license` must be the identifier of a licence in the metadata, got None",
+    ),
     "card of another task": (
         lambda f: change_card(f, "image-text-to-text", "text-generation"),
-        "pipeline_tag is 'text-generation'",
+        "got 'text-generation'",
     ),
     "card without YAML": (lambda f: change_card(f, "language: en", "language: [en"), "invalid metadata"),
     "card with broken results": (
@@ -291,12 +297,12 @@ def test_the_certificate_is_in_the_card(hub: HubServer, folder: Path, push: Push
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"equal": False}, "parity.json says that the folder differs"),
-        ({"stages": [{"name": "pixels"}]}, "parity.json is no certificate"),
-        ({"weights": {"compared": 1, "folder": {"model.safetensors": "0" * 64}}}, "parity.json is of other weights"),
+        ({"equal": False}, "parity.json shows that the folder differs"),
+        ({"stages": [{"name": "pixels"}]}, "parity.json is not a certificate"),
+        ({"weights": {"compared": 1, "folder": {"model.safetensors": "0" * 64}}}, "parity.json does not belong to"),
         (
             {"weights": {"compared": 1, "folder": {"../model.safetensors": "0" * 64}}},
-            "parity.json is of other weights",
+            "parity.json does not belong to",
         ),
     ],
 )
@@ -322,10 +328,10 @@ def test_a_broken_folder_is_named(name: str, folder: Path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda f: (f / "chat_template.jinja").write_text("{{ nothing.at.all }}"), "does not answer by itself"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ nothing.at.all }}"), "does not work on its own"),
         (lambda f: rewrite(f / "config.json", sampler_layers=[0, 1, 2]), "missing_keys"),
         (lambda f: rewrite(f / "config.json", sampler_layers=[0]), "unexpected_keys"),
-        (lambda f: rewrite(f / "config.json", auto_map={}), "does not answer by itself"),
+        (lambda f: rewrite(f / "config.json", auto_map={}), "does not work on its own"),
     ],
 )
 def test_a_folder_that_does_not_answer_by_itself(
@@ -354,7 +360,7 @@ def test_of_a_run_the_model_is_sent(folder: Path):
     before = [file.name for file in check_files(folder)]
     assert [file.name for file in check_files(make_run(folder))] == before
     (folder / "notes.bin").touch()
-    with pytest.raises(InputError, match=r"notes\.bin is no file of a model folder"):
+    with pytest.raises(InputError, match=r"notes\.bin does not belong in a model folder"):
         check_files(folder)
 
 
@@ -366,7 +372,7 @@ def test_without_a_recipe_nothing_is_passed_over(folder: Path):
 
 def test_a_run_that_has_not_ended(folder: Path):
     (make_run(folder) / "finished.json").unlink()
-    with pytest.raises(InputError, match="has not ended"):
+    with pytest.raises(InputError, match="is not finished"):
         check_files(folder)
 
 

@@ -94,36 +94,36 @@ def test_impossible_options(values: dict[str, Any], part: str):
         SamplingOptions(**values)
 
 
-def test_the_command_repeats_an_answer(run, picture):
+def test_the_command_repeats_an_answer(run, image_path):
     """As lines of text and as JSON; the first answer of several is that of one."""
     hot = ("--temperature", 2, "--seed", 5, "--max-new-tokens", 4)
     first, again, several = (
-        run("ask", picture, QUESTION, *hot),
-        run("ask", picture, QUESTION, "--json", *hot),
-        run("ask", picture, QUESTION, "--also", "what shape is in the image?", "--json", *hot),
+        run("ask", image_path, QUESTION, *hot),
+        run("ask", image_path, QUESTION, "--json", *hot),
+        run("ask", image_path, QUESTION, "--also", "what shape is in the image?", "--json", *hot),
     )
     answer = first.stdout.strip()
-    content = {"image": picture, "question": QUESTION, "answer": answer}
+    content = {"image": image_path, "question": QUESTION, "answer": answer}
     assert (again.returncode, json.loads(again.stdout)) == (0, content)
     lines = [json.loads(line) for line in several.stdout.splitlines()]
     assert lines[0] == content and len(lines) == 2
-    chat = run("chat", picture, *hot, stdin=f"{QUESTION}\n/reset\n{QUESTION}\n")
+    chat = run("chat", image_path, *hot, stdin=f"{QUESTION}\n/reset\n{QUESTION}\n")
     assert chat.stdout.splitlines() == [answer, answer]
 
 
-def test_beam_search(run, picture, questions, tmp_path):
-    assert run("ask", picture, QUESTION, "--num-beams", 3).stdout == "red\n"
-    assert run("chat", picture, "--num-beams", 2, stdin=f"{QUESTION}\n").stdout == "red\n"
+def test_beam_search(run, image_path, questions, tmp_path):
+    assert run("ask", image_path, QUESTION, "--num-beams", 3).stdout == "red\n"
+    assert run("chat", image_path, "--num-beams", 2, stdin=f"{QUESTION}\n").stdout == "red\n"
     output = tmp_path / "answers.jsonl"
     result = run("ask", "--input", questions, "--output", output, "--num-beams", 2, "--json", "--max-new-tokens", 4)
     assert json.loads(result.stdout) == {"output": str(output), "answers": COUNT, "errors": 0}
 
 
 @pytest.mark.parametrize("command", [("ask", QUESTION), ("chat",), ("serve",)])
-def test_quantization_needs_its_extra(run_here, picture, command, monkeypatch: pytest.MonkeyPatch):
+def test_quantization_needs_its_extra(run_here, image_path, command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fusion_hf.common.extras.find_spec", lambda name: None)
     name, *question = command
-    images = () if name == "serve" else (picture,)
+    images = () if name == "serve" else (image_path,)
     result = run_here(name, *images, *question, "--load-in-4bit")
     assert (result.returncode, result.stdout) == (2, "")
     assert "`--load-in-4bit` needs bitsandbytes" in result.stderr and "fusion_hf[quant]" in result.stderr

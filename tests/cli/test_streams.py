@@ -10,7 +10,7 @@ from tests.helpers.light_runs import light_environment
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 
 SECONDS = 120
-PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
+IMAGE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
 ESTIMATE = "synthesize synth.yaml --dry-run"
 FULL = "error: The standard output cannot be written: No space left on device.\n"
 CLOSED = "error: The standard output is closed. Redirect it to a file or to /dev/null.\n"
@@ -78,20 +78,20 @@ def test_files_do_not_get_the_numbers_of_closed_streams(folder: Path):
 
 
 def test_no_input_to_chat_with(folder: Path):
-    done = shell(folder, f"fusion-hf chat '{PICTURE}' <&-")
+    done = shell(folder, f"fusion-hf chat '{IMAGE}' <&-")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "standard input is closed" in done.stderr
 
 
 @pytest.mark.parametrize(
     "arguments",
-    ["'PICTURE' $'what \\xff?'", "'PICTURE' what? --also $'what \\xff?'", "'PICTURE' 'PICTURE' $'\\xed\\xa0\\x80?'"],
+    ["'IMAGE' $'what \\xff?'", "'IMAGE' what? --also $'what \\xff?'", "'IMAGE' 'IMAGE' $'\\xed\\xa0\\x80?'"],
 )
 @pytest.mark.parametrize("command", ["ask", "maps"])
 def test_a_question_that_is_no_utf8(folder: Path, command: str, arguments: str):
-    if command == "maps" and ("--also" in arguments or arguments.count("PICTURE") > 1):
-        arguments = "'PICTURE' $'\\xff'"
-    done = shell(folder, f"fusion-hf {command} {arguments.replace('PICTURE', str(PICTURE))}")
+    if command == "maps" and ("--also" in arguments or arguments.count("IMAGE") > 1):
+        arguments = "'IMAGE' $'\\xff'"
+    done = shell(folder, f"fusion-hf {command} {arguments.replace('IMAGE', str(IMAGE))}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "question must be UTF-8 text" in done.stderr
 

@@ -10,14 +10,14 @@ import pytest
     ("content", "overrides", "message"),
     [
         (None, [], "cannot be read: No such file or directory."),
-        ("- a list", [], "holds a list; allowed: keys with values."),
-        ("model: [", [], "is no YAML"),
+        ("- a list", [], "must be a mapping of keys to values, got a list."),
+        ("model: [", [], "is not valid YAML"),
         (
             "model: m\ndata: d\nlerning_rate: 1",
             [],
-            "recipe.yaml has the key 'lerning_rate'; did you mean 'learning_rate'?",
+            "recipe.yaml has the unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
         ),
-        ("model: m\ndata: d\noutput_dir: out", ["seed=many"], "seed is 'many'; allowed: a whole number."),
+        ("model: m\ndata: d\noutput_dir: out", ["seed=many"], "`seed` must be a whole number, got 'many'."),
         ("model: m\ndata: d", [], "gives no output_dir"),
     ],
 )

@@ -63,7 +63,7 @@ def test_truncated_shard(tmp_path, refuse, suffix, kept):
     shard = next((tmp_path / "checkpoint").glob(f"*-00002-of-00003{suffix}"))
     os.truncate(shard, int(shard.stat().st_size * kept))
     error = refuse()
-    assert shard.name in error and ("truncated" in error or "no weights file" in error)
+    assert shard.name in error and ("truncated" in error or "not a weights file" in error)
 
 
 def test_shard_that_lacks_a_tensor_of_its_index(tmp_path, refuse):
@@ -128,7 +128,7 @@ def test_wrong_tower_by_name(tmp_path, capsys):
 def test_tower_without_a_name(tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoint", mm_vision_tower=7)
     assert main(["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
-    assert "mm_vision_tower is 7" in capsys.readouterr().err
+    assert "`mm_vision_tower` must be the name of a tower, got 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_parts_that_are_not_converted(tmp_path, capsys, field, value, allowed):
     write_checkpoint(tmp_path / "checkpoint", **{field: value})
     assert main(["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "output")]) == 2
     error = capsys.readouterr().err
-    assert f"{field} is {value!r}" in error and allowed in error
+    assert all(part in error for part in (field, repr(value), allowed))
 
 
 def test_zero_checkpoint(tmp_path, refuse, capsys):
@@ -166,7 +166,7 @@ def test_wrong_tower_by_size(tmp_path, refuse, changes):
     write_checkpoint(tmp_path / "checkpoint")
     path = write_json(tmp_path / "other.json", TOWER | changes)
     error = refuse("--vision-config", str(path))
-    assert "Wrong tower" in error and "other.json" in error
+    assert "The tower does not fit" in error and "other.json" in error
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_code_in_a_bin_file(tmp_path, refuse, zipped, name):
     else:
         file.write_bytes(pickle.dumps(content))
     error = refuse(*([] if name == "pytorch_model.bin" else ["--base", str(tmp_path / "base")]))
-    assert name in error and "refused" in error and not trace.exists()
+    assert name in error and "was not loaded" in error and not trace.exists()
 
 
 def test_bin_file_with_other_things_than_tensors(tmp_path, refuse):
@@ -255,7 +255,7 @@ def test_folders_without_what_is_needed(tmp_path, refuse):
     (tmp_path / "vision_config.json").write_text(json.dumps(TOWER))
     assert "config.json does not exist" in refuse()
     write_json(tmp_path / "checkpoint" / "config.json", upstream_config())
-    assert "has no weights" in refuse()
+    assert "must have weights" in refuse()
 
 
 def test_base_where_it_belongs(tmp_path, refuse):

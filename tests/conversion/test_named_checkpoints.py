@@ -181,7 +181,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, assets):
     whole = weights.read_bytes()
     for change, parts in (
         (lambda: weights.write_bytes(whole[: len(whole) // 2]), (str(checkpoint), "model.safetensors", "truncated")),
-        (lambda: weights.unlink(), (str(checkpoint), "has no weights")),
+        (lambda: weights.unlink(), (str(checkpoint), "must have weights")),
         (lambda: (checkpoint / "mm_projector.bin").touch(), (str(checkpoint), "adapter-only run", "--base")),
     ):
         change()

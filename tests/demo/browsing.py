@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 SECONDS = 20
 WIDTH, HEIGHT = 1280, 1000
@@ -23,19 +23,26 @@ class Visitor:
         page.on("request", lambda request: self.addresses.append(request.url))
         page.goto(address)
 
-    def show(self, picture: Path) -> None:
-        """Upload a picture, and wait for its tiles."""
+    def show(self, file: Path) -> None:
+        """Upload an image, and wait for its tiles."""
         remove = self.page.get_by_role("button", name="Remove Image")
         if remove.count():
             remove.click()
             expect(self.page.locator("#tiles img")).to_have_count(0)
-        self.upload(picture)
+        self.upload(file)
         expect(self.page.locator("#tiles img")).to_be_attached()
 
     def upload(self, file: Path) -> None:
-        self.page.set_input_files("#picture input[type=file]", file)
+        self.page.set_input_files("#image input[type=file]", file)
+
+    def unfold(self, name: str) -> Locator:
+        """Open a part of the page that is folded; the part."""
+        part = self.page.locator(f"#{name}")
+        part.locator("button").first.click()
+        return part
 
     def choose_query_len(self, length: int) -> None:
+        """Choose a number of latent tokens, in a part that is unfolded."""
         self.page.locator("#query-len").get_by_text(str(length), exact=True).click()
 
     def type(self, question: str) -> None:
@@ -71,7 +78,7 @@ class Visitor:
         return self.image("overlay")
 
     def image(self, name: str) -> np.ndarray:
-        """What a picture of the page shows, `(H, W, 3)`."""
+        """What an image of the page shows, `(H, W, 3)`."""
         image = self.page.locator(f"#{name} img")
         expect(image).to_be_attached()
         response = self.page.request.get(image.get_attribute("src") or "")

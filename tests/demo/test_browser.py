@@ -22,6 +22,7 @@ from fusion_hf.demo.guard import MAX_JSON_BYTES
 pytestmark = pytest.mark.demo
 
 SECONDS = 120
+SCREENSHOTS = "FUSION_HF_SCREENSHOTS"  # environment variable: a folder
 ANSWERS = ("red", "3", "left", "fish")  # to the examples
 
 
@@ -50,8 +51,8 @@ def visit(browser, address) -> Iterator[Callable]:
 
     contexts = []
 
-    def visit():
-        contexts.append(browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}))
+    def visit(width: int = WIDTH, height: int = HEIGHT):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}))
         return Visitor(contexts[-1].new_page(), address)
 
     yield visit
@@ -82,9 +83,52 @@ def test_upload_ask_and_look(visit, red_circle, demo_model, session):
 
     expected = draw_overlay(session.image, demo_model.word_map(session, 1, 0))
     assert np.abs(overlay.astype(int) - np.asarray(expected)).max() <= 2
-    times = visitor.page.locator("#times").inner_text()
-    assert "preprocessing" in times and "tokens/s" in times and times.count(" ms") == 4
+    times = visitor.page.locator("#times")
+    assert not times.is_visible()
+    visitor.unfold("numbers")
+    times.wait_for()
+    assert "preprocess" in times.inner_text() and times.inner_text().count(" ms") == 4
     assert visitor.image("overview").shape == visitor.image("tiles").shape
+
+
+@pytest.mark.parametrize(("window", "size"), [("wide", (1280, 900)), ("narrow", (390, 844))])
+def test_the_answer_is_beside_the_image(visit, example_files, window, size):
+    """In a wide window and in a phone's, without scrolling. The variable of SCREENSHOTS keeps what is seen."""
+    visitor = visit(*size)
+    visitor.show(example_files[2])
+    assert visitor.ask(draw_examples()[2].question) == ANSWERS[2]
+    assert visitor.ask("what color is the circle?") == "black"
+    visitor.look_at("black")
+    visitor.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    image = visitor.page.locator("#image img").bounding_box()
+    answer = visitor.page.locator("#chat .bot.message").last.bounding_box()
+    assert image["x"] + image["width"] <= answer["x"]
+    for box in (image, answer):
+        assert box["x"] >= 0 and box["x"] + box["width"] <= size[0]
+        assert box["y"] >= 0 and box["y"] + box["height"] <= size[1]
+    if SCREENSHOTS in os.environ:
+        visitor.page.screenshot(path=Path(os.environ[SCREENSHOTS], f"demo_{window}.png"))
+
+
+def test_only_enlarged_images_have_sharp_pixels(visit, red_circle):
+    visitor = visit()
+    visitor.show(red_circle)
+    rendering = "image => getComputedStyle(image).imageRendering"
+    assert visitor.page.locator("#image img").evaluate(rendering) == "pixelated"
+    assert visitor.page.locator("#tiles img").evaluate(rendering) == "auto"
+
+
+def test_the_page_says_what_the_model_can_do(visit):
+    text = visit().page.get_by_text("fusion-nano").locator("..").inner_text()
+    assert "vision-language models" in text and "1.6 million parameters" in text and "cannot" in text
+
+
+def test_what_another_model_can_do_is_not_known(demo_model, monkeypatch):
+    from fusion_hf.demo.page import describe_model
+
+    monkeypatch.setattr(demo_model.chat_model.model, "name_or_path", "runs/another")
+    assert "fusion-nano" not in describe_model(demo_model)
+    assert "2 million parameters" in describe_model(demo_model)
 
 
 def test_the_words_of_an_earlier_answer(visit, red_circle):
@@ -132,12 +176,13 @@ def test_another_number_of_latent_tokens(visit, red_circle):
     many = visitor.look_at("red")
     visitor.page.locator("#reset").click()
     visitor.page.locator("#word label").first.wait_for(state="detached")
+    visitor.unfold("numbers")
     visitor.choose_query_len(4)
     assert visitor.ask("what color is the shape?") == "red"
     assert not np.array_equal(visitor.look_at("red"), many)
 
 
-def test_another_picture_begins_anew(visit, example_files):
+def test_another_image_begins_anew(visit, example_files):
     visitor = visit()
     visitor.show(example_files[0])
     assert visitor.ask("what color is the shape?") == "red"
@@ -177,14 +222,14 @@ def test_what_looks_like_html_is_text(visit, red_circle):
 class TestRefusals:
     """Told in a note on the page, which goes on working."""
 
-    def test_a_question_without_a_picture(self, visit):
+    def test_a_question_without_an_image(self, visit):
         visitor = visit()
         visitor.type("what color is the shape?")
         visitor.page.get_by_text("Show an image first.").wait_for()
 
-    def test_no_picture(self, visit, tmp_path, red_circle):
+    def test_no_image(self, visit, tmp_path, red_circle):
         file = tmp_path / "text.png"
-        file.write_text("no picture")
+        file.write_text("no image")
         visitor = visit()
         visitor.upload(file)
         visitor.page.get_by_text("it is none of").wait_for()
@@ -193,7 +238,7 @@ class TestRefusals:
 
     def test_a_name_is_only_text(self, visit, tmp_path):
         file = tmp_path / "<b>x<b>.png"
-        file.write_text("no picture")
+        file.write_text("no image")
         visitor = visit()
         visitor.upload(file)
         note = visitor.page.get_by_test_id("toast-body")
@@ -204,7 +249,7 @@ class TestRefusals:
         visitor = visit()
         visitor.show(red_circle)
         visitor.type("why? " * 380)
-        visitor.page.get_by_text("tokens; allowed").wait_for()
+        visitor.page.get_by_text("must have fewer tokens").wait_for()
         assert visitor.ask("what color is the shape?") == "red"
 
 
@@ -258,8 +303,8 @@ class TestHostileRequests:
         ],
     )
     @pytest.mark.parametrize("is_relative", [False, True])
-    def test_pictures_of_the_server(self, address, red_circle, root, fields, is_relative):
-        """Which exist, and are pictures, but were not uploaded."""
+    def test_images_of_the_server(self, address, red_circle, root, fields, is_relative):
+        """Which exist, and are images, but were not uploaded."""
         path = str(red_circle.relative_to(root) if is_relative else red_circle)
         assert self.tiles_of(address, {"path": path, **fields}) is None
 
@@ -267,20 +312,20 @@ class TestHostileRequests:
     def test_no_file(self, address, path):
         assert self.tiles_of(address, {"path": path}) is None
 
-    def tiles_of(self, address: str, picture: object) -> object:
-        """What the page would show of the tiles of a picture, as a browser names it; None: it refuses."""
+    def tiles_of(self, address: str, image: object) -> object:
+        """What the page would show of the tiles of an image, as a browser names it; None: it refuses."""
         with urlopen(f"{address}/config", timeout=SECONDS) as response:
             calls = json.load(response)["dependencies"]
         look = next(call["id"] for call in calls if call["targets"] and call["targets"][0][1] == "change")
         session = secrets.token_hex(8)
-        call = {"data": [picture], "fn_index": look, "session_hash": session}
+        call = {"data": [image], "fn_index": look, "session_hash": session}
         assert self.post(address, "queue/join", json.dumps(call).encode()) == 200
         with urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=SECONDS) as events:
             lines = (json.loads(line.removeprefix(b"data: ")) for line in events if line.startswith(b"data: "))
             end = next(event for event in lines if event["msg"] == "process_completed")
         return end["output"]["data"][-1] if end["success"] else None
 
-    def test_an_uploaded_picture_for_comparison(self, address, red_circle):
+    def test_an_uploaded_image_for_comparison(self, address, red_circle):
         head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         body = head + red_circle.read_bytes() + b"\r\n--x--\r\n"
         kind = {"Content-Type": "multipart/form-data; boundary=x"}

@@ -141,7 +141,7 @@ def test_sessions_do_not_mix_and_calls_do_not_overlap(demo_model, chat_model, tm
     assert set(together) == {1}
 
 
-def test_times_are_of_this_picture_and_answer(demo_model, session):
+def test_times_are_of_this_image_and_answer(demo_model, session):
     ask(demo_model, session, QUESTIONS[0])
     times = session.turns[0].times
     assert session.times.preprocessing > 0 and session.times.encoding > 0
@@ -155,14 +155,14 @@ def test_tiles_are_those_that_the_model_reads(session, chat_model, red_circle):
     assert np.array_equal(session.tiles, read.transpose(0, 2, 3, 1))
 
 
-def test_a_session_keeps_a_small_picture(demo_model, tmp_path):
+def test_a_session_keeps_a_small_image(demo_model, tmp_path):
     path = tmp_path / "large.jpg"
     Image.new("RGB", (4 * MAX_SHOWN_SIDE, MAX_SHOWN_SIDE), "red").save(path)
     assert demo_model.open_session(path).image.size == (MAX_SHOWN_SIDE, MAX_SHOWN_SIDE // 4)
 
 
 class TestUploads:
-    """Pictures that are refused, in a line that does not name the server's folders."""
+    """Images that are refused, in a line that does not name the server's folders."""
 
     @staticmethod
     def refused(chat_model: ChatModel, path: Path) -> str:
@@ -175,8 +175,8 @@ class TestUploads:
     @pytest.mark.parametrize(
         "content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
     )
-    def test_no_picture(self, chat_model, tmp_path, content):
-        path = tmp_path / "picture.png"
+    def test_no_image(self, chat_model, tmp_path, content):
+        path = tmp_path / "image.png"
         path.write_bytes(content)
         assert "it is none of BMP, GIF" in self.refused(chat_model, path)
 
@@ -189,7 +189,7 @@ class TestUploads:
         monkeypatch.setattr(demo_model_module, "MAX_PIXELS", 64 * 64 - 1)
         path = tmp_path / "large.png"
         path.write_bytes(red_circle.read_bytes())
-        assert "64 x 64 = 4096 pixels; allowed: max_image_pixels = 4095" in self.refused(chat_model, path)
+        assert "64 x 64 = 4096 pixels, more than max_image_pixels = 4095" in self.refused(chat_model, path)
 
     def test_bomb(self, chat_model, tmp_path):
         path = tmp_path / "bomb.png"
@@ -200,4 +200,4 @@ class TestUploads:
         monkeypatch.setattr(demo_model_module, "MAX_UPLOAD_BYTES", 700)
         path = tmp_path / "many.png"
         path.write_bytes(red_circle.read_bytes())
-        assert f"has {path.stat().st_size} bytes; allowed: 700" in self.refused(chat_model, path)
+        assert f"has {path.stat().st_size} bytes, more than the limit of 700" in self.refused(chat_model, path)

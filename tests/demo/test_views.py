@@ -61,10 +61,10 @@ def test_names_of_answers():
 def test_times(session):
     session.times = ImageTimes(preprocessing=0.0051, encoding=0.0349)
     assert times_table(None) == ""
-    assert times_table(session) == "Image: 5 ms preprocessing, 35 ms four tiles."
+    assert times_table(session) == ("The image took 5 ms to preprocess and 35 ms to encode (its four tiles).")
     session.turns = RED_THEN_CIRCLE
     assert times_table(session).splitlines()[2:] == [
-        "| # | first token | tokens | tokens/s |",
+        "| answer | first token | tokens | tokens/s |",
         "|---:|---:|---:|---:|",
         "| 2 | 43 ms | 1 | – |",
         "| 1 | 61 ms | 2 | 100.0 |",
@@ -72,12 +72,12 @@ def test_times(session):
 
 
 def test_overlays_are_brightest_where_the_map_is_strongest():
-    picture = Image.new("RGB", (64, 48), "white")
+    image = Image.new("RGB", (64, 48), "white")
     heat = np.full((48, 64), 0.1)
     heat[10:20, 30:40] = 0.3
-    overlay = draw_overlay(picture, heat)
+    overlay = draw_overlay(image, heat)
     assert (overlay.width % 64, overlay.height % 48) == (0, 0) and overlay.width >= 400
-    brightness = np.asarray(overlay.convert("L").resize(picture.size, Image.Resampling.BOX))
+    brightness = np.asarray(overlay.convert("L").resize(image.size, Image.Resampling.BOX))
     assert brightness[12:18, 32:38].min() > brightness[30:].max() + 50
 
 

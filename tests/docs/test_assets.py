@@ -1,4 +1,4 @@
-"""The picture of the demo is drawn by this package."""
+"""The image of the demo is drawn by this package."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A model, and requests about easy-vqa's pictures, without lmms-eval."""
+"""A model, and requests about easy-vqa's images, without lmms-eval."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from fusion_hf.data.easy_vqa import read_easy_vqa
 from fusion_hf.evaluation.prompting import Continuation, Generation, Messages, Request
 from fusion_hf.inference import ChatModel
 
-PICTURES = 12
+IMAGES = 12
 
 
 @pytest.fixture(scope="session")
@@ -19,25 +19,25 @@ def chat_model() -> ChatModel:
     return ChatModel.load()
 
 
-def conversation(question: str, *pictures: Path) -> Messages:
+def conversation(question: str, *paths: Path) -> Messages:
     """As lmms-eval writes it."""
-    images = [{"type": "image", "url": Image.open(picture)} for picture in pictures]
+    images = [{"type": "image", "url": Image.open(path)} for path in paths]
     return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
 @pytest.fixture(scope="session")
 def make_request() -> Callable[..., Request]:
-    def make(question: str, *pictures: Path, number: int = 0, wanted: Generation | Continuation | None = None):
+    def make(question: str, *images: Path, number: int = 0, wanted: Generation | Continuation | None = None):
         wanted = Generation(max_new_tokens=6) if wanted is None else wanted
-        return Request("easy_vqa", number, partial(conversation, question, *pictures), wanted)
+        return Request("easy_vqa", number, partial(conversation, question, *images), wanted)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def questions(make_request) -> list[Request]:
-    """All questions about some pictures, and each fourth one without its picture."""
-    pairs = [(text, picture.path) for picture in read_easy_vqa("test")[:PICTURES] for text, _ in picture.questions]
+    """All questions about some images, and each fourth one without its image."""
+    pairs = [(text, image.path) for image in read_easy_vqa("test")[:IMAGES] for text, _ in image.questions]
     return [
         make_request(text, *([path] if number % 4 else []), number=number) for number, (text, path) in enumerate(pairs)
     ]

@@ -1,4 +1,4 @@
-"""A few made-up rows of each benchmark in its schema, with drawn pictures, as Parquet files."""
+"""A few made-up rows of each benchmark in its schema, with drawn images, as Parquet files."""
 
 import base64
 import io
@@ -45,15 +45,15 @@ TYPES = {
 
 def png(color: str) -> bytes:
     """A square of a colour on white."""
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
-    ImageDraw.Draw(picture).rectangle((8, 8, 40, 40), fill=color)
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    ImageDraw.Draw(image).rectangle((8, 8, 40, 40), fill=color)
     stream = io.BytesIO()
-    picture.save(stream, format="PNG")
+    image.save(stream, format="PNG")
     return stream.getvalue()
 
 
 def drawn(color: str) -> dict[str, Any]:
-    """A picture in a column of pictures."""
+    """An image in a column of images."""
     return {"bytes": png(color), "path": "square.png"}
 
 
@@ -72,7 +72,7 @@ def _mmbench(question: str, hint: str, options: list[str]) -> list[dict[str, Any
 
 
 def _yes_no(**fields: Any) -> list[dict[str, Any]]:
-    """A pair of questions about a picture, answered by yes and no."""
+    """A pair of questions about an image, answered by yes and no."""
     asked = (
         ("Is the square red? Please answer yes or no.", "Yes"),
         ("Is the square blue? Please answer yes or no.", "No"),
@@ -175,7 +175,7 @@ def _llava_rows() -> list[dict[str, Any]]:
 
 
 def _pairs(**fields: Any) -> list[dict[str, Any]]:
-    """A question about each of two pictures, answered by a word."""
+    """A question about each of two images, answered by a word."""
     return [{"image": drawn(color), "question": QUESTION, "answer": word, **fields} for color, word in BOTH]
 
 
@@ -344,7 +344,7 @@ def write_rows(benchmark: Benchmark, root: Path, rows: list[dict[str, Any]] | No
 
 
 def recorded_prompts() -> dict[str, dict[str, list[str]]]:
-    """Whose prompts -> benchmark -> the texts and pictures (`<image>`) of its first made-up row that is asked."""
+    """Whose prompts -> benchmark -> the texts and images (`<image>`) of its first made-up row that is asked."""
     return json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
 
 

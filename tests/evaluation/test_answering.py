@@ -40,7 +40,7 @@ def test_batches_answer_as_one_by_one(chat_model, questions, one_by_one):
     assert RequestAnswerer(LocalModel(chat_model, batch_size=16)).answer(questions) == one_by_one
 
 
-def test_tiles_of_a_picture_are_encoded_once(chat_model, questions, monkeypatch):
+def test_tiles_of_an_image_are_encoded_once(chat_model, questions, monkeypatch):
     encoded = []
     encode_tiles = ChatModel.encode_tiles
     monkeypatch.setattr(
@@ -48,8 +48,8 @@ def test_tiles_of_a_picture_are_encoded_once(chat_model, questions, monkeypatch)
     )
     chat_model.image_cache.clear()
     RequestAnswerer(LocalModel(chat_model, batch_size=4)).answer(questions)
-    with_picture = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
-    assert sum(encoded) == len(with_picture)
+    with_image = {request.read()[0]["content"][0]["url"].filename for request in questions if _shows(request)}
+    assert sum(encoded) == len(with_image)
 
 
 def _shows(request: Request) -> bool:
@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named(tmp_path: Path):
 def test_failures_are_named_and_keep_no_answer_from_the_others(
     chat_model, questions, one_by_one, make_request, tmp_path: Path
 ):
-    first, second = (picture.path for picture in read_easy_vqa("test")[:2])
+    first, second = (image.path for image in read_easy_vqa("test")[:2])
     broken = tmp_path / "broken.png"
     broken.write_bytes(first.read_bytes()[:60])
     failing = [
@@ -170,13 +170,13 @@ def test_failures_are_named_and_keep_no_answer_from_the_others(
 
 def test_options_are_scored(chat_model, make_request: Callable[..., Request]):
     """Against probabilities of one forward pass per option, without batches, padding or shared tiles."""
-    picture = read_easy_vqa("test")[0].path
+    image = read_easy_vqa("test")[0].path
     requests = [
-        make_request("what color is the shape?", picture, number=number, wanted=Continuation(f" {option}"))
+        make_request("what color is the shape?", image, number=number, wanted=Continuation(f" {option}"))
         for number, option in enumerate(OPTIONS)
     ]
     answers = RequestAnswerer(LocalModel(chat_model, batch_size=3)).answer(requests)
-    question = [{"role": "user", "content": [{"type": "image", "path": str(picture)}, *_text()]}]
+    question = [{"role": "user", "content": [{"type": "image", "path": str(image)}, *_text()]}]
     likeliest = chat_model.answer(question, max_new_tokens=6)
     for option, answer in zip(OPTIONS, answers, strict=True):
         assert answer["logprob"] == pytest.approx(_logprob(chat_model, question, option), abs=1e-3)

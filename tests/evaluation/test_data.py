@@ -163,42 +163,40 @@ def test_unknown_names_are_refused(tmp_path):
         prepare_tasks(["pope"], "mine", None, tmp_path)
 
 
-def read_pictures(tmp_path: Path, pictures: list, kind: pa.DataType) -> datasets.Dataset:
-    """A column of pictures from a Parquet file, as a task gets it."""
+def read_images(tmp_path: Path, images: list, kind: pa.DataType) -> datasets.Dataset:
+    """A column of images from a Parquet file, as a task gets it."""
     file = tmp_path / "test-0.parquet"
-    pyarrow.parquet.write_table(
-        pa.table({"image": pa.array(pictures, kind), "question": ["what?"] * len(pictures)}), file
-    )
+    pyarrow.parquet.write_table(pa.table({"image": pa.array(images, kind), "question": ["what?"] * len(images)}), file)
     cache = str(tmp_path / "cache")
     return local_images(datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache))
 
 
-def test_pictures_inside_are_decoded(tmp_path):
+def test_images_inside_are_decoded(tmp_path):
     square = {"bytes": png(RED), "path": "any.png"}
-    dataset = read_pictures(tmp_path, [square, None, square], IMAGE_TYPE)
-    assert [picture and picture.size for picture in dataset["image"]] == [(48, 48), None, (48, 48)]
+    dataset = read_images(tmp_path, [square, None, square], IMAGE_TYPE)
+    assert [image and image.size for image in dataset["image"]] == [(48, 48), None, (48, 48)]
     assert list(dataset["question"]) == ["what?"] * 3
 
 
-def test_lists_of_pictures_are_decoded(tmp_path):
+def test_lists_of_images_are_decoded(tmp_path):
     square = {"bytes": png(RED), "path": None}
-    dataset = read_pictures(tmp_path, [[square], [], None, [square, square]], pa.list_(IMAGE_TYPE))
+    dataset = read_images(tmp_path, [[square], [], None, [square, square]], pa.list_(IMAGE_TYPE))
     assert [None if row is None else len(row) for row in dataset["image"]] == [1, 0, None, 2]
     assert dataset[3]["image"][1].size == (48, 48)
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_picture_named_elsewhere_is_not_opened(tmp_path, listed: bool):
+def test_image_named_elsewhere_is_not_opened(tmp_path, listed: bool):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(RED))
     named = {"bytes": None, "path": str(secret)}
-    pictures, kind = ([[named]], pa.list_(IMAGE_TYPE)) if listed else ([named], IMAGE_TYPE)
-    dataset = read_pictures(tmp_path, pictures, kind)
+    images, kind = ([[named]], pa.list_(IMAGE_TYPE)) if listed else ([named], IMAGE_TYPE)
+    dataset = read_images(tmp_path, images, kind)
     with pytest.raises(ValueError, match="both are None"):
         dataset[0]
 
 
-def test_column_that_a_file_declares_pictures_opens_no_file(tmp_path):
+def test_column_that_a_file_declares_images_opens_no_file(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(RED))
     declared = json.dumps({"info": {"features": {"question": {"_type": "Image"}}}})

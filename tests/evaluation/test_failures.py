@@ -114,7 +114,7 @@ def test_data_of_another_schema(data, tmp_path):
     assert_failed(evaluate(["pope"], root, tmp_path / "out"), ["pope"], "answer")
 
 
-def test_a_question_about_several_pictures(data, tmp_path):
+def test_a_question_about_several_images(data, tmp_path):
     """lmms-eval's prompt of MMMU shows all of them."""
     root = tmp_path / "data"
     write_rows(BENCHMARKS["mmmu_val"], root, ROWS["mmmu_val"][:1])

@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(batches, tmp_path):
 
 @pytest.fixture
 def broken_data(tmp_path: Path) -> dict[str, str]:
-    """easy-vqa's package with one picture broken, as variables of a process that finds it first."""
+    """easy-vqa's package with one image broken, as variables of a process that finds it first."""
     import easy_vqa
 
     package = Path(easy_vqa.__file__).parent

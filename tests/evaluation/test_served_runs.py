@@ -65,7 +65,7 @@ def test_a_server_that_dies_and_comes_back(local: Path, tmp_path: Path):
     assert run.returncode == 1, errors
     (task,) = record_of(output)["tasks"]
     assert (task["status"], task["metrics"]) == ("failed", [])
-    assert f"{server.url}/v1/chat/completions gives no answer: connection failed" in task["reason"]
+    assert f"{server.url}/v1/chat/completions does not answer: connection failed" in task["reason"]
     assert "error: easy_vqa is not scored" in errors
     before = len(entries(output))
     assert 10 <= before < len(by_question(local))

@@ -1,4 +1,4 @@
-"""Questions of mixed lengths, with and without drawn pictures, for batches."""
+"""Questions of mixed lengths, with and without drawn images, for batches."""
 
 import json
 import random
@@ -16,10 +16,10 @@ QUESTIONS = (
 )
 
 
-def write_questions(folder: Path, count: int, pictures: int = 12, seed: int = 0) -> tuple[Path, list[dict[str, Any]]]:
-    """A JSONL file and its records; two of three have one of the pictures beside it, some have two turns."""
+def write_questions(folder: Path, count: int, images: int = 12, seed: int = 0) -> tuple[Path, list[dict[str, Any]]]:
+    """A JSONL file and its records; two of three have one of the images beside it, some have two turns."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(pictures):
+    for number in range(images):
         draw_spec(CATEGORIES[number % len(CATEGORIES)], "test", number).render().save(folder / f"{number}.png")
     generator = random.Random(seed)
     records = []
@@ -30,7 +30,7 @@ def write_questions(folder: Path, count: int, pictures: int = 12, seed: int = 0)
             turns = [("user", "is it a circle?"), ("assistant", "no"), ("user", record.pop("question"))]
             record["messages"] = [{"role": role, "content": text} for role, text in turns]
         if number % 3:
-            record["image"] = f"{generator.randrange(pictures)}.png"
+            record["image"] = f"{generator.randrange(images)}.png"
         records.append(record)
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

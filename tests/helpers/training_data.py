@@ -11,7 +11,7 @@ import datasets
 from PIL import Image
 
 Fields = dict[str, Any]
-NUM_RECORDS = 7  # record 3 has no picture
+NUM_RECORDS = 7  # record 3 has no image
 TEXT_ONLY = 3
 FORMATS = ("json", "json_messages", "jsonl", "parquet", "parquet_bytes", "csv", "folder", "folder_csv", "tar", "tars")
 
@@ -20,13 +20,13 @@ def color(number: int) -> tuple[int, int, int]:
     return (number * 30, 255 - number * 30, 128)
 
 
-def make_picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     return Image.new("RGB", (16 + number, 12), color(number))
 
 
 def png(number: int) -> bytes:
     stream = BytesIO()
-    make_picture(number).save(stream, "PNG")
+    make_image(number).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -42,7 +42,7 @@ def make_record(number: int) -> Fields:
 
 
 def to_messages(record: Fields) -> Fields:
-    """The same with chat messages; the picture is a block of the first question."""
+    """The same with chat messages; the image is a block of the first question."""
     roles = {"human": "user", "gpt": "assistant"}
     messages: list[Fields] = []
     for turn in record["conversations"]:
@@ -80,8 +80,8 @@ def write_tar(path: Path, numbers: range) -> Path:
     return path
 
 
-def write_pictures(root: Path) -> list[Fields]:
-    """Pictures under `root`, and the records that go with them."""
+def write_images(root: Path) -> list[Fields]:
+    """Images under `root`, and the records that go with them."""
     (root / "pictures").mkdir(parents=True)
     for number in range(NUM_RECORDS):
         (root / "pictures" / f"{number}.png").write_bytes(png(number))
@@ -89,8 +89,8 @@ def write_pictures(root: Path) -> list[Fields]:
 
 
 def write_format(root: Path, kind: str) -> Path:
-    """The records in one of FORMATS, with their pictures, under `root`."""
-    records = write_pictures(root)
+    """The records in one of FORMATS, with their images, under `root`."""
+    records = write_images(root)
     if kind == "json":
         return write_json(root / "data.json", records)
     if kind == "json_messages":
@@ -114,10 +114,10 @@ def write_format(root: Path, kind: str) -> Path:
 def _write_parquet(path: Path, records: list[Fields], embedded: bool) -> Path:
     rows = [{"image": None, **record} for record in records]
     if embedded:
-        pictures = [None if row["image"] is None else png(number) for number, row in enumerate(rows)]
+        images = [None if row["image"] is None else png(number) for number, row in enumerate(rows)]
         rows = [
-            {**row, "image": None if picture is None else {"bytes": picture, "path": None}}
-            for row, picture in zip(rows, pictures, strict=True)
+            {**row, "image": None if image is None else {"bytes": image, "path": None}}
+            for row, image in zip(rows, images, strict=True)
         ]
     dataset = datasets.Dataset.from_list(rows)
     if embedded:

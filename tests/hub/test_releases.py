@@ -75,7 +75,7 @@ def test_a_newer_release_is_a_warning_with_the_range(version: str, caplog: pytes
     check_transformers(version)
     check_transformers(version)
     messages = [record.getMessage() for record in caplog.records if version in record.getMessage()]
-    assert len(messages) == 1 and f"transformers {OLDEST} to {NEWEST}, got {version}" in messages[0]
+    assert len(messages) == 1 and f"transformers {OLDEST} to {NEWEST}, but you use {version}" in messages[0]
 
 
 @pytest.mark.parametrize("version", ["4.57.3", "5.16.1"])

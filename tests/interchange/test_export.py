@@ -87,16 +87,16 @@ def test_a_missing_package_names_the_extra(
 
 
 def test_no_exported_folder(tmp_path: Path):
-    with pytest.raises(InputError, match="is no exported folder"):
+    with pytest.raises(InputError, match="is not an exported folder"):
         ExportedFusion.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": None}, "allowed: one prompt, with an image"),
+        ({"pixel_values": None}, "must be one prompt with an image"),
         ({"input_ids": np.zeros((2, 9))}, "2 prompts"),
-        ({"input_ids": np.zeros((1, 512))}, "The prompt has 512 tokens; allowed: fewer than 512"),
+        ({"input_ids": np.zeros((1, 512))}, "fewer than 512 tokens, got 512"),
     ],
 )
 def test_what_the_graphs_cannot_read(changes: dict, message: str):

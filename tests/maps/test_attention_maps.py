@@ -1,4 +1,4 @@
-"""Maps of the bundled model: the same answers, arrays of the right shapes, pictures that can be opened."""
+"""Maps of the bundled model: the same answers, arrays of the right shapes, images that can be opened."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from fusion_hf.common.errors import InputError
 from fusion_hf.inference import ChatModel, Conversation, question_message
 from fusion_hf.maps.drawing import draw_overlay, save_overlays
 
-PICTURE = "docs/assets/red_circle.png"
+IMAGE = "docs/assets/red_circle.png"
 QUESTION = "what color is the shape?"
 HISTORY = [{"role": "user", "content": "how many shapes are there?"}, {"role": "assistant", "content": "one"}]
 
@@ -25,7 +25,7 @@ def chat_model() -> ChatModel:
 
 @pytest.fixture(scope="module")
 def result(chat_model: ChatModel) -> AttentionMaps:
-    return attention_maps(PICTURE, QUESTION, chat_model)
+    return attention_maps(IMAGE, QUESTION, chat_model)
 
 
 @pytest.mark.parametrize("question", [QUESTION, "is there a blue shape?", "how many shapes are there?"])
@@ -33,11 +33,11 @@ def result(chat_model: ChatModel) -> AttentionMaps:
 def test_answers_are_the_same(question: str, name: str):
     chat_model = ChatModel.load(device="cpu", dtype="float32")
     chat_model.model.set_attn_implementation(name)
-    inputs = chat_model.prepare([question_message(question, chat_model.open_image(PICTURE))])
+    inputs = chat_model.prepare([question_message(question, chat_model.open_image(IMAGE))])
     ids = chat_model.generate(inputs, 16).sequences[0, inputs["input_ids"].shape[1] :]
-    result = attention_maps(PICTURE, question, chat_model, max_new_tokens=16)
+    result = attention_maps(IMAGE, question, chat_model, max_new_tokens=16)
     assert result.answer_ids == tuple(ids.tolist())
-    assert result.answer == chat_model.answer([question_message(question, chat_model.open_image(PICTURE))], 16)
+    assert result.answer == chat_model.answer([question_message(question, chat_model.open_image(IMAGE))], 16)
 
 
 def test_arrays(chat_model: ChatModel, result: AttentionMaps):
@@ -61,7 +61,7 @@ def test_arrays(chat_model: ChatModel, result: AttentionMaps):
 
 def test_turns_and_budgets(chat_model: ChatModel):
     result = attention_maps(
-        PICTURE, QUESTION, chat_model, HISTORY, query_len=4, image_token_grid=3, layer_groups=2, max_new_tokens=1
+        IMAGE, QUESTION, chat_model, HISTORY, query_len=4, image_token_grid=3, layer_groups=2, max_new_tokens=1
     )
     assert result.latents.values.shape == (2, 2, 4, 4)
     assert [word.text for word in result.latents.words] == ["turn 1", "turn 2"]
@@ -73,43 +73,43 @@ def test_turns_and_budgets(chat_model: ChatModel):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"question": "  "}, "question is empty"),
-        ({"layer_groups": 0}, "layer_groups is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"query_len": 3}, "query_len is 3"),
-        ({"image_token_grid": 7}, "image_token_grid is 7"),
-        ({"dtype": "float32"}, "beside a ChatModel"),
+        ({"question": "  "}, "question.*not be empty"),
+        ({"layer_groups": 0}, "layer_groups.*got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*got 0"),
+        ({"query_len": 3}, "query_len.*got 3"),
+        ({"image_token_grid": 7}, "image_token_grid.*got 7"),
+        ({"dtype": "float32"}, "if `model` is a ChatModel"),
         ({"image": "nowhere.png"}, "nowhere.png"),
     ],
 )
 def test_wrong_arguments(chat_model: ChatModel, arguments: dict, message: str):
     with pytest.raises(InputError, match=message):
-        attention_maps(**{"image": PICTURE, "question": QUESTION, "model": chat_model, **arguments})
+        attention_maps(**{"image": IMAGE, "question": QUESTION, "model": chat_model, **arguments})
 
 
 def test_overlays(result: AttentionMaps, tmp_path: Path):
-    picture = Image.open(PICTURE).resize((128, 64))
-    paths = save_overlays(result, picture, tmp_path / "maps")
+    image = Image.open(IMAGE).resize((128, 64))
+    paths = save_overlays(result, image, tmp_path / "maps")
     names = [path.name for path in paths]
     assert names[:2] == ["question-01-what.png", "question-02-color.png"]
     assert names[-2:] == ["latents-01-turn-1.png", "answer-01-red.png"]
     assert sorted(names) == sorted(path.name for path in (tmp_path / "maps").iterdir())
     for path in paths:
-        with Image.open(path) as image:
-            image.load()
-            assert image.width > image.height
-            assert len(np.unique(np.asarray(image.convert("L")))) > 50
+        with Image.open(path) as drawn:
+            drawn.load()
+            assert drawn.width > drawn.height
+            assert len(np.unique(np.asarray(drawn.convert("L")))) > 50
 
 
 def test_an_overlay_is_bright_where_the_map_is(result: AttentionMaps):
     """In layer 2, the word red is chosen from the circle."""
     maps = result.answer_tokens
-    figure = draw_overlay(Image.open(PICTURE).convert("RGB"), maps, maps.words[0], "title")
+    figure = draw_overlay(Image.open(IMAGE).convert("RGB"), maps, maps.words[0], "title")
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == [f"layer {layer}" for layer in range(4)]
     shown = np.asarray(panels[2].images[1].get_array())
     row, column = np.unravel_index(shown.argmax(), shown.shape)
-    # the circle of the demo's picture
+    # the circle of the demo's image
     assert (column / shown.shape[1] - 62 / 128) ** 2 + (row / shown.shape[0] - 66 / 128) ** 2 < (26 / 128) ** 2
 
 
@@ -137,8 +137,8 @@ def test_a_history_is_read_as_in_a_conversation(chat_model: ChatModel, monkeypat
         return read[-1]
 
     monkeypatch.setattr(ChatModel, "prepare", prepare)
-    talk = Conversation(chat_model, chat_model.open_image(PICTURE), max_new_tokens=16)
+    talk = Conversation(chat_model, chat_model.open_image(IMAGE), max_new_tokens=16)
     talk.messages = [question_message("how many shapes are there?", talk.image), HISTORY[1]]
     answer = talk.ask(QUESTION)
-    assert attention_maps(PICTURE, QUESTION, chat_model, [first, HISTORY[1]]).answer == answer
+    assert attention_maps(IMAGE, QUESTION, chat_model, [first, HISTORY[1]]).answer == answer
     assert len(read) == 2 and read[0]["input_ids"].equal(read[1]["input_ids"])

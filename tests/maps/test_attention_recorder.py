@@ -219,7 +219,7 @@ def test_windows_of_latent_tokens():
 
 
 def test_windows_are_put_where_they_were_taken():
-    """The order in which windows are laid out is that in which the model cuts them out of the picture's features."""
+    """The order in which windows are laid out is that in which the model cuts them out of the image's features."""
     features = torch.arange(144.0).view(1, 1, 12, 12)
     _, windows = pool_context(features, 9, 2)  # (1, 9, 4, 1)
     assert torch.equal(lay_out(windows[..., 0], 2), adaptive_max_pool(features, 6)[0])

@@ -27,7 +27,7 @@ def test_whole_patches_are_resized_as_torch_does(cells: int, tiles: int):
 
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_a_patch_is_where_the_processor_puts_its_pixels(tiles: int):
-    """A white spot in a picture of any shape lights one patch, and that patch's map is brightest at the spot."""
+    """A white spot in an image of any shape lights one patch, and that patch's map is brightest at the spot."""
     size, patch = 50, 8  # six patches, and two pixels that no patch covers
     processor = FusionImageProcessor(size={"height": size, "width": size})
     side = size // patch
@@ -35,9 +35,9 @@ def test_a_patch_is_where_the_processor_puts_its_pixels(tiles: int):
     view = View.of(config, tiles, WIDE)
     assert view.coverage == side * patch / size
     for left, top in ((4, 3), (40, 18), (60, 25), (78, 32)):
-        picture = Image.new("RGB", WIDE)
-        picture.paste((255, 255, 255), (left, top, left + 4, top + 2))
-        pixels = processor(picture, return_tensors="pt")["pixel_values"][0, :, 0] + 1  # (5, H, W), black is 0
+        image = Image.new("RGB", WIDE)
+        image.paste((255, 255, 255), (left, top, left + 4, top + 2))
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0, :, 0] + 1  # (5, H, W), black is 0
         patches = torch.nn.functional.avg_pool2d(pixels.unsqueeze(1), patch)[:, 0]  # (5, P, P)
         if tiles == 1:
             grid = patches[4]

@@ -130,15 +130,15 @@ def test_inductor(llama: FusionForConditionalGeneration, settings: dict, compile
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt_lengths": []}, r"prompt_lengths is \[\]; allowed: positive lengths"),
-        ({"prompt_lengths": [512]}, r"prompt_lengths is \[512\]; allowed: at most 500 for this model"),
-        ({"mode": "fast"}, "mode is 'fast'; allowed: 'default', 'reduce-overhead'"),
+        ({"prompt_lengths": []}, r"prompt_lengths.*positive lengths.*got \[\]"),
+        ({"prompt_lengths": [512]}, r"prompt_lengths.*at most 500 for this model.*got \[512\]"),
+        ({"mode": "fast"}, "mode.*'default', 'reduce-overhead'.*got 'fast'"),
         (
             {"mode": "reduce-overhead", "options": {"cpp_wrapper": True}},
-            "mode is 'reduce-overhead'; allowed: 'default'",
+            "mode.*'default'.*got 'reduce-overhead'",
         ),
-        ({"batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; allowed: 1 or more"),
+        ({"batch_size": 0}, "batch_size.*at least 1.*got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*at least 1.*got 0"),
     ],
 )
 def test_impossible_settings(llama: FusionForConditionalGeneration, arguments: dict, message: str) -> None:
@@ -148,28 +148,28 @@ def test_impossible_settings(llama: FusionForConditionalGeneration, arguments: d
 
 def test_padded_questions_would_change_the_authors_batches() -> None:
     model = tiny_model(tiny_config(early_text_attention="uniform_padded"))
-    with pytest.raises(ValueError, match="compile_prompt is True; allowed: False where early_text_attention"):
+    with pytest.raises(ValueError, match=r"compile_prompt.*False if `early_text_attention`.*got True"):
         CompiledGenerator(model, [SHORT], 8, compile_prompt=True)
 
 
 def test_impossible_calls(llama: FusionForConditionalGeneration) -> None:
     generator = CompiledGenerator(llama, [SHORT], 8, backend=TRACE)
     inputs = make_inputs(llama.config, BATCHES[0])
-    with pytest.raises(ValueError, match="A prompt has 86 tokens; allowed: at most 64"):
+    with pytest.raises(ValueError, match=r"at most 64 tokens .*got 86"):
         generator.generate(**make_inputs(llama.config, BATCHES[3]))
-    with pytest.raises(ValueError, match="batch is 2; allowed: at most batch_size = 1 rows"):
+    with pytest.raises(ValueError, match=r"batch.*at most 1 .*batch_size.*got 2"):
         generator.generate(**make_inputs(llama.config, BATCHES[1], padding_side="left"))
-    with pytest.raises(ValueError, match="max_new_tokens is 9; allowed: 1 to 8"):
+    with pytest.raises(ValueError, match=r"max_new_tokens.*from 1 to 8.*got 9"):
         generator.generate(**inputs, max_new_tokens=9)
-    with pytest.raises(ValueError, match="num_beams is 2; allowed: none"):
+    with pytest.raises(ValueError, match=r"num_beams.*None.*got 2"):
         generator.generate(**inputs, num_beams=2)
-    with pytest.raises(ValueError, match="attention_mask ends with padding"):
+    with pytest.raises(ValueError, match=r"attention_mask.*padding on the left"):
         mask = inputs["attention_mask"].clone()
         mask[:, -1] = 0
         generator.generate(**inputs | {"attention_mask": mask})
     with pytest.raises(ValueError, match="query_len is 9"):
         generator.generate(**inputs | {"query_len": 9})
-    with pytest.raises(ValueError, match="Sample 0 has 15 image tokens; one image gives 16"):
+    with pytest.raises(ValueError, match=r"Sample 0 must have 16 image tokens.*got 15"):
         ids = inputs["input_ids"].clone()
         ids[0, (ids[0] == llama.config.image_token_id).nonzero()[0]] = 5
         generator.generate(**inputs | {"input_ids": ids})

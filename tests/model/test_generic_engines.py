@@ -49,7 +49,7 @@ def test_an_engines_attention_is_refused_even_where_it_is_registered(cls, engine
     config = tiny_config()
     cls(config)
     config.text_config._attn_implementation = engine
-    with pytest.raises(ValueError, match=r"without FUSION's samplers.*fusion_hf\[vllm\]"):
+    with pytest.raises(ValueError, match=r"without its samplers.*fusion_hf\[vllm\]"):
         cls(config)
 
 
@@ -77,14 +77,14 @@ def enter_context(model: Any, inputs: dict[str, Any]) -> None:
 REFUSED: dict[str, tuple[Callable[[Any, dict[str, Any]], Any], str]] = {
     "generate_batch": (
         lambda model, inputs: model.generate_batch(inputs["input_ids"].tolist()),
-        "Continuous batching",
+        "continuous batching",
     ),
-    "generate_batch of nothing": (lambda model, inputs: model.generate_batch([]), "Continuous batching"),
-    "init_continuous_batching": (lambda model, inputs: model.init_continuous_batching(), "Continuous batching"),
-    "context manager": (enter_context, "Continuous batching"),
-    "paged": (generate(cache_implementation="paged"), "Continuous batching"),
-    "paged and a streamer": (generate(cache_implementation="paged", num_beams=2), "Continuous batching"),
-    "paged and criteria": (generate(cache_implementation="paged", stopping_criteria=[]), "Continuous batching"),
+    "generate_batch of nothing": (lambda model, inputs: model.generate_batch([]), "continuous batching"),
+    "init_continuous_batching": (lambda model, inputs: model.init_continuous_batching(), "continuous batching"),
+    "context manager": (enter_context, "continuous batching"),
+    "paged": (generate(cache_implementation="paged"), "continuous batching"),
+    "paged and a streamer": (generate(cache_implementation="paged", num_beams=2), "continuous batching"),
+    "paged and criteria": (generate(cache_implementation="paged", stopping_criteria=[]), "continuous batching"),
     "paged configuration": (generate_with(cache_implementation="paged"), "`cache_implementation`"),
     "chunked prefill": (generate(prefill_chunk_size=8), "`prefill_chunk_size`"),
     "chunked prefill configuration": (generate_with(prefill_chunk_size=8), "`prefill_chunk_size`"),
@@ -127,7 +127,7 @@ def test_paged_attention_is_refused(own: FusionForConditionalGeneration, pair: P
         lambda: own.model.set_attn_implementation(name),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="continuous batching would drop FUSION's samplers"):
+        with pytest.raises(ValueError, match="continuous batching would run without FUSION's samplers"):
             call()
     inputs = encode(pair[1], chat("what?"))
     assert torch.equal(own(**inputs).logits, pair[0](**inputs).logits)
@@ -142,7 +142,7 @@ def test_a_manager_of_its_own_answers_nothing(own: FusionForConditionalGeneratio
     try:
         manager = ContinuousBatchingManager(own, own.generation_config, config)
     except ValueError as error:
-        assert "continuous batching would drop FUSION's samplers" in str(error)
+        assert "continuous batching would run without FUSION's samplers" in str(error)
         return
     manager.start()
     try:
@@ -252,7 +252,7 @@ def test_embeddings_in_place_of_ids(pair: Pair) -> None:
             model.generate(**given, inputs_embeds=embeds, **GREEDY)
     question = inputs["input_ids"][:, -3:]
     for name, value in (("prompt_end_positions", inputs["prompt_end_positions"]), ("instruct_input_ids", question)):
-        with pytest.raises(ValueError, match=f"{name} need input_ids"):
+        with pytest.raises(ValueError, match=f"`{name}` must be None without `input_ids`"):
             model(inputs_embeds=embeds, **{name: value})
     expected = model.generate(question, **GREEDY)[:, question.shape[1] :]
     found = model.generate(inputs_embeds=model.get_input_embeddings()(question), **GREEDY)

@@ -68,20 +68,20 @@ def test_positions_written_otherwise(pair: Pair, write: Any) -> None:
         (lambda ends: ends.repeat(2, 1), r"shape \(B, R\) with B = 1 samples, got \(2, 2\)"),
         (lambda ends: ends[:0], r"shape \(B, R\) with B = 1 samples, got \(0, 2\)"),
         (lambda ends: torch.zeros(3, 0), r"shape \(B, R\) with B = 1 samples, got \(3, 0\)"),
-        (lambda ends: ends.flip(1), "Sample 0: .* must be where its assistant headers end"),
-        (lambda ends: ends[:, :1].repeat(1, 2), "Sample 0: .* must be where its assistant headers end"),
-        (lambda ends: ends[:, [0, 1, 1]], "Sample 0: .* must be where its assistant headers end"),
-        (lambda ends: ends[:, 1:], "Sample 0: .* must be where its assistant headers end"),
-        (lambda ends: ends - 1, "Sample 0: .* must be where its assistant headers end"),
-        (lambda ends: ends + 500, "Sample 0: .* must be where its assistant headers end"),
+        (lambda ends: ends.flip(1), "Sample 0: .* must be the ends of its assistant headers"),
+        (lambda ends: ends[:, :1].repeat(1, 2), "Sample 0: .* must be the ends of its assistant headers"),
+        (lambda ends: ends[:, [0, 1, 1]], "Sample 0: .* must be the ends of its assistant headers"),
+        (lambda ends: ends[:, 1:], "Sample 0: .* must be the ends of its assistant headers"),
+        (lambda ends: ends - 1, "Sample 0: .* must be the ends of its assistant headers"),
+        (lambda ends: ends + 500, "Sample 0: .* must be the ends of its assistant headers"),
         (
             lambda ends: torch.full_like(ends, 20),
-            "Sample 0: .* must be where its assistant headers end",
+            "Sample 0: .* must be the ends of its assistant headers",
         ),  # in the image
         # what asks for no samplers is empty
-        (lambda ends: torch.full_like(ends, -1), r"must be where its assistant headers end.* got \[\].*\(B, 0\)"),
-        (lambda ends: torch.zeros_like(ends), r"must be where its assistant headers end.* got \[\].*\(B, 0\)"),
-        (lambda ends: torch.tensor([[-2, -7]]), "must be where its assistant headers end"),
+        (lambda ends: torch.full_like(ends, -1), r"must be the ends of its assistant headers.* got \[\].*\(B, 0\)"),
+        (lambda ends: torch.zeros_like(ends), r"must be the ends of its assistant headers.* got \[\].*\(B, 0\)"),
+        (lambda ends: torch.tensor([[-2, -7]]), "must be the ends of its assistant headers"),
     ],
 )
 def test_wrong_positions_are_refused(pair: Pair, write: Any, said: str) -> None:
@@ -109,8 +109,8 @@ def test_wrong_positions_are_refused(pair: Pair, write: Any, said: str) -> None:
         ({QUESTION: lambda ids: ids + 10**6}, f"`{QUESTION}` must hold ids from 0 to"),
         ({"attention_mask": lambda mask: mask[:, 3:]}, "`attention_mask` must cover `input_ids`"),
         ({"attention_mask": lambda mask: mask.repeat(2, 1)}, "`attention_mask` must cover `input_ids`"),
-        ({"input_ids": lambda ids: ids.tolist()}, r"`input_ids` must be a tensor of the shape \(B, S\), got list"),
-        ({"input_ids": lambda ids: ids[0]}, r"`input_ids` must be a tensor of the shape \(B, S\)"),
+        ({"input_ids": lambda ids: ids.tolist()}, r"`input_ids` must be a tensor of shape \(B, S\), got list"),
+        ({"input_ids": lambda ids: ids[0]}, r"`input_ids` must be a tensor of shape \(B, S\)"),
     ],
 )
 def test_wrong_questions_masks_and_ids_are_refused(pair: Pair, changes: dict[str, Any], said: str) -> None:
@@ -166,7 +166,7 @@ def test_rows_are_put_right_only_if_padding_moved_them(pair: Pair) -> None:
     for row in range(2):
         wrong = inputs[ENDS].clone()
         wrong[row] += 2
-        with pytest.raises(ValueError, match=f"Sample {row}: `{ENDS}` must be where its assistant headers end"):
+        with pytest.raises(ValueError, match=f"Sample {row}: `{ENDS}` must be the ends of its assistant headers"):
             model(**inputs | {ENDS: wrong})
 
 

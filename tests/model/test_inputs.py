@@ -33,7 +33,7 @@ def test_losses(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -
 
 
 def test_mapping_loss_without_a_valid_question(model: FusionForConditionalGeneration, inputs: dict[str, Any]) -> None:
-    """The question's term is left out, the picture's stays."""
+    """The question's term is left out, the image's stays."""
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= model.config.image_token_id, -100)
     silent = inputs | {"instruct_input_ids": torch.zeros(2, 0, dtype=torch.long), "instruct_attention_mask": None}
     loss = model(**silent, labels=labels).mapping_loss
@@ -93,15 +93,15 @@ def ends(*rows: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query_len": 9}, r"has 4 tokens, but query_len is 9"),
-        ({"query_len": 5}, r"query_len is 5; allowed: a perfect square"),
-        ({"pixel_values": None}, r"has 16 image tokens, but pixel_values is None"),
-        ({"pixel_values": torch.zeros(1, 5, 3, 32, 32)}, r"\(1, 5, 3, 32, 32\); 2 samples need \(2, 5, 3, 32, 32\)"),
-        ({"pixel_values": torch.zeros(2, 5, 3, 16, 16)}, r"\(2, 5, 3, 16, 16\); 2 samples need"),
+        ({"query_len": 9}, r"must have 9 tokens .`query_len`., got 4"),
+        ({"query_len": 5}, r"query_len.*a perfect square.*got 5"),
+        ({"pixel_values": None}, r"has 16 image tokens, but `pixel_values` is None"),
+        ({"pixel_values": torch.zeros(1, 5, 3, 32, 32)}, r"\(2, 5, 3, 32, 32\).*2 samples.*got \(1, 5, 3, 32, 32\)"),
+        ({"pixel_values": torch.zeros(2, 5, 3, 16, 16)}, r"\(2, 5, 3, 32, 32\).*2 samples.*got \(2, 5, 3, 16, 16\)"),
         ({"prompt_end_positions": ends([35])}, r"B = 2 samples, got \(1, 1\)"),
-        ({"prompt_end_positions": ends([999], [34])}, r"must be at most \d+, its last token, got 999.*`max_length`"),
-        ({"prompt_end_positions": ends([3], [3])}, r"prompt_end_positions\[0\] is 3; allowed"),
-        ({"prompt_end_positions": ends([33, 34], [34, 35])}, r"2 prompt_end_positions for 1 latent blocks"),
+        ({"prompt_end_positions": ends([999], [34])}, r"must be at most \d+.* got 999.*`max_length`"),
+        ({"prompt_end_positions": ends([3], [3])}, r"prompt_end_positions\[0\]` must be from .*got 3"),
+        ({"prompt_end_positions": ends([33, 34], [34, 35])}, r"2 `prompt_end_positions` but 1 latent blocks"),
     ],
 )
 def test_counts_that_disagree(
@@ -115,7 +115,7 @@ def test_wrong_numbers_of_placeholders(model: FusionForConditionalGeneration, in
     ids = inputs["input_ids"].clone()
     first = (ids[0] == model.config.image_token_id).nonzero().flatten()[0]
     ids[0, first] = 5
-    with pytest.raises(ValueError, match=r"has 15 image tokens; one image gives 16"):
+    with pytest.raises(ValueError, match=r"must have 16 image tokens.*got 15"):
         model(**change(inputs, input_ids=ids))
     with pytest.raises(ValueError, match="image must come before the first latent block"):
         model(**change(inputs, input_ids=inputs["input_ids"].flip(1), prompt_end_positions=torch.zeros(2, 0).long()))
@@ -124,7 +124,7 @@ def test_wrong_numbers_of_placeholders(model: FusionForConditionalGeneration, in
 def test_a_cache_is_not_continued_with_new_turns(model: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(model.config, SAMPLES[:1])
     cache = model(**inputs, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="pass the whole conversation"):
+    with pytest.raises(ValueError, match="Pass the whole conversation"):
         model(**inputs, cache=cache)
 
 
@@ -135,7 +135,7 @@ def test_chunked_prefill_is_refused(model: FusionForConditionalGeneration) -> No
 
 
 def test_unsupported_backbone() -> None:
-    with pytest.raises(ValueError, match=r"'gpt2'; FUSION supports: llama, mistral, phi3, qwen2, qwen3, smollm3"):
+    with pytest.raises(ValueError, match=r"llama, mistral, phi3, qwen2, qwen3, smollm3, got 'gpt2'"):
         tiny_model(tiny_config("gpt2"))
 
 
@@ -143,9 +143,9 @@ def test_unsupported_backbone() -> None:
 def test_what_needs_ids_is_refused_with_embeddings(
     model: FusionForConditionalGeneration, inputs: dict[str, Any], name: str
 ) -> None:
-    """Silently, they would be ignored: no picture, no samplers."""
+    """Silently, they would be ignored: no image, no samplers."""
     embeds = torch.zeros(*inputs["input_ids"].shape, model.config.text_config.hidden_size)
-    with pytest.raises(ValueError, match=f"{name} need input_ids"):
+    with pytest.raises(ValueError, match=f"`{name}` must be None without `input_ids`"):
         model(inputs_embeds=embeds, **{name: inputs[name]})
-    with pytest.raises(ValueError, match=f"{name} need input_ids"):
+    with pytest.raises(ValueError, match=f"`{name}` must be None without `input_ids`"):
         model.generate(inputs_embeds=embeds, **{name: inputs[name]}, max_new_tokens=2)

@@ -72,7 +72,7 @@ def test_from_pretrained_uses_it(monkeypatch):
 
 @pytest.mark.parametrize("given", ["int8", 8, torch.int8])
 def test_what_is_no_configuration_is_refused(given):
-    with pytest.raises(ValueError, match=rf"quantization_config is {given!r}; allowed: .*BitsAndBytesConfig"):
+    with pytest.raises(ValueError, match=rf"quantization_config.*.*BitsAndBytesConfig.*got {given!r}"):
         FusionForConditionalGeneration.from_pretrained(nano_path(), quantization_config=given)
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_method_is_refused_with_those_there_are():
 def test_a_missing_library_names_the_extra():
     command = [sys.executable, "-c", WITHOUT_LIBRARIES]
     printed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()
-    assert printed == ['True Quantization needs the extra: pip install "fusion_hf[quant]"'] * 3
+    assert printed == ['True For quantization, run `pip install "fusion_hf[quant]"`.'] * 3
 
 
 def test_other_missing_modules_are_no_matter_of_the_extra():

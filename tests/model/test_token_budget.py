@@ -54,10 +54,10 @@ def test_nothing_stays_behind_and_the_grid_matters(
     coarse = model(**inputs, image_token_grid=GRID).image_hidden_states
     assert torch.equal(model(**whole).logits, before)
     assert model.config.image_token_grid is None
-    picture = {name: inputs[name] for name in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
-    features = model.get_image_features(**picture, image_token_grid=GRID).pooler_output
+    image = {name: inputs[name] for name in ("pixel_values", "instruct_input_ids", "instruct_attention_mask")}
+    features = model.get_image_features(**image, image_token_grid=GRID).pooler_output
     torch.testing.assert_close(features, coarse)
-    assert model.get_image_features(**picture).pooler_output.shape[1] == SIDE**2
+    assert model.get_image_features(**image).pooler_output.shape[1] == SIDE**2
 
 
 def test_losses_and_gradients_are_those_of_the_configuration(
@@ -134,7 +134,7 @@ def test_compiled(model: FusionForConditionalGeneration, inputs: dict[str, Any])
 @pytest.mark.parametrize("grid", [0, -1, SIDE + 1, 2.0, "2"])
 def test_an_impossible_grid_is_named(model: FusionForConditionalGeneration, grid: Any) -> None:
     inputs = make_inputs(model.config, SAMPLES)
-    message = rf"image_token_grid is {grid!r}; allowed: a whole number from 1 to {SIDE}"
+    message = rf"image_token_grid.*a whole number from 1 to {SIDE}.*got {grid!r}"
     with pytest.raises(ValueError, match=message):
         model(**inputs, image_token_grid=grid)
     with pytest.raises(ValueError, match=message):
@@ -146,12 +146,12 @@ def test_an_impossible_grid_is_named(model: FusionForConditionalGeneration, grid
 def test_tokens_of_another_grid_are_refused_with_both_counts(
     model: FusionForConditionalGeneration, inputs: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=r"has 9 image tokens; one image gives 4, as image_token_grid is 2"):
+    with pytest.raises(ValueError, match=r"must have 4 image tokens, as `image_token_grid` is 2, got 9"):
         model(**inputs, image_token_grid=2)
-    with pytest.raises(ValueError, match=r"has 9 image tokens; one image gives 16, as image_token_grid is 4"):
+    with pytest.raises(ValueError, match=r"must have 16 image tokens, as `image_token_grid` is 4, got 9"):
         model(**inputs)
     whole = make_inputs(model.config, SAMPLES)
-    with pytest.raises(ValueError, match=r"has 16 image tokens; one image gives 9, as image_token_grid is 3"):
+    with pytest.raises(ValueError, match=r"must have 9 image tokens, as `image_token_grid` is 3, got 16"):
         model.generate(**whole, image_token_grid=GRID, max_new_tokens=2)
-    with pytest.raises(ValueError, match=f"has {QUERY_LEN} tokens, but query_len is 9"):
+    with pytest.raises(ValueError, match=f"must have 9 tokens .`query_len`., got {QUERY_LEN}"):
         model(**inputs | {"query_len": 9}, image_token_grid=GRID)

@@ -121,8 +121,8 @@ def test_padding_of_positions_may_be_on_the_left(pair, padding: int) -> None:
 @pytest.mark.parametrize(
     ("positions", "said"),
     [
-        (lambda end: torch.tensor([[end + 3]]), "where its assistant headers end"),
-        (lambda end: torch.tensor([[end - 1]]), "where its assistant headers end"),
+        (lambda end: torch.tensor([[end + 3]]), "the ends of its assistant headers"),
+        (lambda end: torch.tensor([[end - 1]]), "the ends of its assistant headers"),
         (lambda end: torch.tensor([end]), r"shape \(B, R\)"),
         (lambda end: torch.tensor([[end], [end]]), r"shape \(B, R\)"),
         (lambda end: torch.tensor([[float(end)]]), "tensor of integers"),

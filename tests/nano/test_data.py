@@ -1,4 +1,4 @@
-"""The data of `fusion-nano`: drawn pictures, splits, conversations, tokenizer."""
+"""The data of `fusion-nano`: drawn images, splits, conversations, tokenizer."""
 
 import itertools
 import random
@@ -63,11 +63,11 @@ def specs(category, amount=200, split="train"):
     return [draw_spec(category, split, index) for index in range(amount)]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_a_seed_names_one_picture(category):
+def test_a_seed_names_one_image(category):
     first, again = draw_spec(category, "train", 7, seed=3), draw_spec(category, "train", 7, seed=3)
     assert first == again
     assert first.render().tobytes() == again.render().tobytes()
@@ -80,7 +80,7 @@ def test_a_seed_names_one_picture(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_pictures_are_rgb_with_a_light_background(category):
+def test_images_are_rgb_with_a_light_background(category):
     for spec in specs(category, 20):
         image = spec.render()
         assert (image.mode, image.size) == ("RGB", (IMAGE_SIDE, IMAGE_SIDE))
@@ -90,20 +90,20 @@ def test_pictures_are_rgb_with_a_light_background(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_splits_share_no_picture(category):
+def test_splits_share_no_image(category):
     drawn = {split: set(specs(category, 300, split)) for split in SPLITS}
     for first, second in itertools.combinations(SPLITS, 2):
         assert not drawn[first] & drawn[second]
 
 
 def test_unknown_category_and_split_are_named():
-    with pytest.raises(ValueError, match="category is 'photo', allowed are single, count, spatial, text"):
+    with pytest.raises(ValueError, match=r"category.*single, count, spatial, text, got 'photo'"):
         draw_spec("photo", "train", 0)
-    with pytest.raises(ValueError, match="split is 'dev', allowed are train, validation, test"):
+    with pytest.raises(ValueError, match=r"split.*train, validation, test, got 'dev'"):
         draw_spec("text", "dev", 0)
 
 
-def test_shapes_lie_inside_the_picture():
+def test_shapes_lie_inside_the_image():
     for category in ("single", "count", "spatial"):
         for spec in specs(category):
             for shape in spec.shapes:
@@ -148,7 +148,7 @@ def test_counted_shapes_keep_apart_and_all_counts_occur():
             assert max(horizontal, vertical) > COUNT_MARGIN
 
 
-def test_the_answer_of_a_spatial_picture_is_unambiguous():
+def test_the_answer_of_a_spatial_image_is_unambiguous():
     seen_answers = set()
     for spec in specs("spatial", 400):
         first, second = spec.shapes
@@ -286,10 +286,10 @@ def test_casual_spelling():
 
 
 def test_grouping_uses_every_question_once_and_leaks_nothing():
-    for number, picture in enumerate(draw_images("train", SMALL, seed=0) + easy_vqa_images("validation")):
-        conversations = group_turns(picture.questions, random.Random(number))
+    for number, image in enumerate(draw_images("train", SMALL, seed=0) + easy_vqa_images("validation")):
+        conversations = group_turns(image.questions, random.Random(number))
         used = [question for turns in conversations for question in turns]
-        assert sorted(map(repr, used)) == sorted(map(repr, picture.questions))
+        assert sorted(map(repr, used)) == sorted(map(repr, image.questions))
         for turns in conversations:
             assert 1 <= len(turns) <= 3
             for a, b in itertools.combinations(turns, 2):
@@ -322,7 +322,7 @@ def test_stages_hold_captions_then_questions():
     )
     assert all(captions) and not any(questions)
     assert 0.3 < sum(both) / len(both) < 0.6
-    with pytest.raises(ValueError, match=r"stage is '3', allowed are 1, 1\.5, 2"):
+    with pytest.raises(ValueError, match=r"stage.*1, 1\.5, 2, got '3'"):
         stage_records("3")
 
 
@@ -344,11 +344,11 @@ def test_splits_of_records_are_disjoint():
     assert [len(keys) for keys in easy_vqa] == [3600, 400]
 
 
-def test_test_pictures_are_reached_through_test_records_alone():
+def test_test_images_are_reached_through_test_records_alone():
     for reader in (easy_vqa_images, evaluation_records):
-        with pytest.raises(ValueError, match="split is 'test', allowed are"):
+        with pytest.raises(ValueError, match=r"split.*train, validation, got 'test'"):
             reader("test")
-    with pytest.raises(ValueError, match="split is 'test', allowed are"):
+    with pytest.raises(ValueError, match=r"split.*train, validation, got 'test'"):
         stage_records("1", "test", mixture=SMALL)
 
 
@@ -383,7 +383,7 @@ def test_llava_shape():
     ]
 
 
-def test_pictures_open_from_files_and_specs():
+def test_images_open_from_files_and_specs():
     for record in evaluation_records("validation", drawn=1)[-4:]:
         image = record.open_image()
         assert isinstance(image, Image.Image) and image.mode == "RGB" and image.size == (64, 64)
@@ -445,5 +445,5 @@ def test_rare_words_give_way_and_too_small_a_vocabulary_is_refused():
     assert len(small) == len(SPECIAL_TOKENS) + 256 + 1
     assert small.tokenize("blue red") == ["b", "l", "u", "e", "Ġ", "r", "e", "d"]
     assert small.tokenize(" blue") == ["Ġblue"]
-    with pytest.raises(ValueError, match="max_vocabulary is 100, allowed is 263 or more"):
+    with pytest.raises(ValueError, match=r"max_vocabulary.*at least 263, got 100"):
         build_tokenizer([], max_vocabulary=100)

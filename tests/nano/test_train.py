@@ -26,7 +26,7 @@ def run(*arguments: str, processes: int = 1) -> None:
 
 @pytest.mark.slow
 def test_the_steps_of_make_nano(tmp_path: Path) -> None:
-    """With few pictures and next to no steps; the recipes are the ones that `make nano` uses."""
+    """With few images and next to no steps; the recipes are the ones that `make nano` uses."""
     run("fusion_hf.nano.prepare", str(tmp_path), "--share", "0.01")
     run("fusion_hf.nano.start", str(tmp_path), "--steps", "2", processes=2)
     before = "start"
@@ -62,7 +62,7 @@ def test_accuracies() -> None:
     }
 
 
-def test_question_only_baseline_and_shuffled_pictures() -> None:
+def test_question_only_baseline_and_shuffled_images() -> None:
     """The figures that easy-vqa's questions alone allow, computed from the data set."""
     records = [record for record in nano_records.test_records(drawn=1) if record.category == "easy-vqa"]
     assert len(records) == 9673

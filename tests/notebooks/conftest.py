@@ -22,7 +22,7 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
 
 
 def texts(cell: dict[str, Any]) -> list[str]:
-    """What a cell's outputs say, each as one text: what was printed, or the text beside a picture."""
+    """What a cell's outputs say, each as one text: what was printed, or the text beside an image."""
     found = []
     for output in cell.get("outputs", []):
         text = output["text"] if output["output_type"] == "stream" else output.get("data", {}).get("text/plain", "")

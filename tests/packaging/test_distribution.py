@@ -1,5 +1,6 @@
 """The source distribution and the wheel that is built from it, installed and used outside of the repository."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def test_built_installed_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in files:
         if not name.startswith("tests/") and (ROOT / name).exists():
             (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "source" / name)
+            shutil.copy(ROOT / name, tmp_path / "source" / name, follow_symlinks=False)
     monkeypatch.chdir(tmp_path / "source")
     archive = tmp_path / build_meta.build_sdist(str(tmp_path))
     with tarfile.open(archive) as packed:
@@ -52,3 +53,6 @@ def test_built_installed_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     image = shutil.copy(ROOT / "docs/assets/red_circle.png", tmp_path / "image.png")
     answer = run(environment / "bin/fusion-hf", "ask", image, "what color is the shape?", cwd=tmp_path)
     assert answer.strip() == "red"
+    recipe = "configs/recipes/fusion-3b/stage1.yaml"
+    plan = run(environment / "bin/fusion-hf", "plan", recipe, "--gpus", 8, "--json", cwd=tmp_path)
+    assert json.loads(plan)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fusion_hf.cli.argument_types import config_file
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = "fusion_hf"
 BUILT_FROM = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
@@ -34,6 +36,25 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         missing = files - set(archive.namelist())
     assert sorted(name for name in missing if "__pycache__" not in name) == []
+
+
+def test_the_repository_s_configs_are_in_the_wheel(wheel: Path):
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert len(files) > 30
+    with zipfile.ZipFile(wheel) as archive:
+        assert sorted(files - {name.removeprefix(f"{PACKAGE}/") for name in archive.namelist()}) == []
+
+
+def test_bundled_configs_are_found_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file of the user's goes first; no path leads out of the folder."""
+    monkeypatch.chdir(tmp_path)
+    name = "configs/recipes/fusion-nano/stage1.yaml"
+    assert Path(config_file(name)).read_bytes() == (ROOT / name).read_bytes()
+    for other in ("configs/none.yaml", "configs/../hub/family.py", "hub/family.py"):
+        assert config_file(other) == other
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    assert config_file(name) == name
 
 
 def test_published_table_is_found_in_the_wheel(wheel: Path, tmp_path: Path):

@@ -46,10 +46,10 @@ class Recording:
         return model.eval().to(device)
 
     def pixel_values(self, images: list[int]) -> torch.Tensor:
-        """One picture per sample; -1 is a text-only sample, which carries zeros."""
+        """One image per sample; -1 is a text-only sample, which carries zeros."""
         processor = FusionImageProcessor.from_pretrained(self.output)
-        pictures = [Image.open(self.folder / f"image_{max(i, 0)}.png") for i in images]
-        pixel_values = processor(pictures, return_tensors="pt").pixel_values
+        opened = [Image.open(self.folder / f"image_{max(i, 0)}.png") for i in images]
+        pixel_values = processor(opened, return_tensors="pt").pixel_values
         return pixel_values * torch.tensor([float(i >= 0) for i in images]).view(-1, 1, 1, 1, 1)
 
     def inputs(

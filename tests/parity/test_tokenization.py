@@ -17,7 +17,7 @@ MODEL_TYPES = {"phi3": "phi3", "llama3": "llama"}
 FAMILIES = {"phi_3": ("phi3", write_phi3_tokenizer), "llama_3": ("llama3", write_llama3_tokenizer)}
 RECORDED = json.loads((FIXTURES / "tokenization.json").read_text())
 CASES = [(family, index) for family, cases in RECORDED.items() for index in range(len(cases))]
-PICTURE = Image.new("RGB", (40, 30), "teal")
+IMAGE = Image.new("RGB", (40, 30), "teal")
 MARK = object()
 
 
@@ -60,7 +60,7 @@ def to_messages(case: dict[str, Any]) -> list[dict[str, Any]]:
         role = "user" if turn["from"] == "human" else "assistant"
         content: list[dict[str, Any]] = [{"type": "text", "text": turn["value"].replace("<image>", "")}]
         if not messages and case["has_image"]:
-            content.insert(0, {"type": "image", "image": PICTURE})
+            content.insert(0, {"type": "image", "image": IMAGE})
         messages.append({"role": role, "content": content})
     return messages
 
@@ -81,7 +81,7 @@ def test_prompt(processors: dict[str, FusionProcessor], family: str, index: int)
 def test_the_authors_prompt_text(processors: dict[str, FusionProcessor], family: str, index: int) -> None:
     """Their text has one mark per block, and the latent block before the image."""
     case, processor = RECORDED[family][index], processors[family]
-    inputs = processor(text=case["inference_prompt"], images=PICTURE if case["has_image"] else None)
+    inputs = processor(text=case["inference_prompt"], images=IMAGE if case["has_image"] else None)
     ids = inputs["input_ids"][0]
     assert collapse(ids, ids, processor) == case["inference_input_ids"]
     assert inputs["instruct_input_ids"][0] == case["inference_instruct_ids"]
@@ -102,7 +102,7 @@ def test_conversation(processors: dict[str, FusionProcessor], family: str, index
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_of_a_batch(processors: dict[str, FusionProcessor], family: str) -> None:
     processor, recorded = processors[family], RECORDED[family]
-    records = [{"image": PICTURE if c["has_image"] else None, "conversations": c["conversations"]} for c in recorded]
+    records = [{"image": IMAGE if c["has_image"] else None, "conversations": c["conversations"]} for c in recorded]
     batch = FusionDataCollator(processor, query_lens=[QUERY_LEN])(records)
     assert batch["query_len"] == QUERY_LEN
     for index, case in enumerate(recorded):

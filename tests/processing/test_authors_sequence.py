@@ -21,7 +21,7 @@ from fusion_hf.model.turns_fusion import find_prompt_ends, find_questions
 from fusion_hf.training import FusionDataCollator
 
 QUERY_LEN = 4
-PICTURE = Image.new("RGB", (40, 30), "teal")
+TEAL = Image.new("RGB", (40, 30), "teal")
 CALL = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "query_len": QUERY_LEN}
 TEXTS = (
     "What is this?",
@@ -119,7 +119,7 @@ def to_messages(turns: Turns) -> list[dict[str, Any]]:
     for speaker, text in turns:
         content: Any = text
         if "<image>" in text:
-            content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": text.replace("<image>", "")}]
+            content = [{"type": "image", "image": TEAL}, {"type": "text", "text": text.replace("<image>", "")}]
         messages.append({"role": "user" if speaker == "human" else "assistant", "content": content})
     return messages
 
@@ -128,7 +128,7 @@ def test_the_collator(pair: tuple[Model, FusionProcessor]) -> None:
     processor = pair[1]
     all_turns = conversations(most_marks=2)
     records = [
-        {"image": PICTURE if has_mark(turns) else None, "conversations": [{"from": s, "value": t} for s, t in turns]}
+        {"image": TEAL if has_mark(turns) else None, "conversations": [{"from": s, "value": t} for s, t in turns]}
         for turns in all_turns
     ]
     collate = FusionDataCollator(processor, query_lens=[QUERY_LEN])
@@ -163,7 +163,7 @@ def test_the_processor(pair: tuple[Model, FusionProcessor], add_header: bool) ->
         )
         assert texts[0] == texts[1]
         again = processor(
-            text=texts[0], images=PICTURE if has_mark(turns) else None, query_len=QUERY_LEN, return_tensors="pt"
+            text=texts[0], images=TEAL if has_mark(turns) else None, query_len=QUERY_LEN, return_tensors="pt"
         )
         for name, value in inputs.items():
             assert torch.equal(again[name], value), name
@@ -182,8 +182,8 @@ def test_questions_of_a_file_and_a_server(pair: tuple[Model, FusionProcessor]) -
         if not turns[-1][1].replace("<image>", "").strip():
             continue  # such files are asked nothing
         question = parse_question(Entry(record | ({"image": "a.png"} if has_mark(turns) else {}), None), 0)
-        messages = question.with_image({"type": "image", "image": PICTURE} if has_mark(turns) else None)
-        seen = chat_model.encode_image(PICTURE) if has_mark(turns) else None
+        messages = question.with_image({"type": "image", "image": TEAL} if has_mark(turns) else None)
+        seen = chat_model.encode_image(TEAL) if has_mark(turns) else None
         inputs = chat_model.prepare(messages, QUERY_LEN, seen)
         check(inputs, 0, expected_of(pair, turns, add_header=True), processor, has_mark(turns))
 
@@ -225,7 +225,7 @@ def test_the_model_takes_an_image_in_a_later_turn(pair: tuple[Model, FusionProce
         model.generate(
             **{**rows[0], "global_features": features}, **cache_keyword(cache), query_len=QUERY_LEN, max_new_tokens=1
         )
-    record = {"image": PICTURE, "conversations": [{"from": s, "value": t} for s, t in [*turns, ("gpt", "so")]]}
+    record = {"image": TEAL, "conversations": [{"from": s, "value": t} for s, t in [*turns, ("gpt", "so")]]}
     whole = FusionDataCollator(processor, query_lens=[QUERY_LEN])([record])
     first = int((whole["input_ids"][0] == processor.image_token_id).nonzero()[-1])
     for length in range(first + 1, whole["input_ids"].shape[1] + 1, 7):

@@ -1,4 +1,4 @@
-"""How many tokens pictures take, as transformers' helper for other engines is asked."""
+"""How many tokens images take, as transformers' helper for other engines is asked."""
 
 from PIL import Image
 
@@ -12,8 +12,8 @@ def test_image_tokens_and_patches_are_those_of_a_call():
     for grid in (None, 2):
         found = processor._get_num_multimodal_tokens(image_sizes=SIZES, image_token_grid=grid)
         for size, tokens, patches in zip(SIZES, found.num_image_tokens, found.num_image_patches, strict=True):
-            picture = Image.new("RGB", size[::-1])
-            inputs = processor([picture], "<image>\nwhat is it?", image_token_grid=grid, return_tensors="pt")
+            image = Image.new("RGB", size[::-1])
+            inputs = processor([image], "<image>\nwhat is it?", image_token_grid=grid, return_tensors="pt")
             assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == tokens
             assert len(inputs["pixel_values"]) == patches
     assert processor._get_num_multimodal_tokens().num_image_tokens is None

@@ -45,8 +45,8 @@ def test_wrong_numbers(arguments: list[str], part: str, capsys: pytest.CaptureFi
     [
         (["--api-key-env", "FUSION_NO_KEY"], "FUSION_NO_KEY, which --api-key-env names"),
         (["--api-key-env", "FUSION_ODD_KEY"], "printable ASCII"),
-        (["--allow-image-host", "http://a"], "image host is 'http://a'"),
-        (["--allow-private-image-host", "*"], "image host is '*'"),
+        (["--allow-image-host", "http://a"], "image host must be .*got 'http://a'"),
+        (["--allow-private-image-host", "*"], "got '*'"),
         (["--engine", "vllm", "--device", "cpu"], "`--device` is not allowed with `--engine vllm`"),
         (["--engine", "vllm", "--max-seconds", "9"], "`--max-seconds` is not allowed with `--engine vllm`"),
         (["--engine", "vllm"], "pip install 'fusion_hf[serve,vllm]'"),  # which no test environment but its own has

@@ -282,11 +282,11 @@ def test_many_turns(server: Server):
     refused(server, "at most 1023 tokens", messages=[*turns, user("a")])
 
 
-# pictures
+# images
 
 
 @cache
-def broken_pictures() -> dict[str, bytes]:
+def broken_images() -> dict[str, bytes]:
     whole = IMAGE_FILE.read_bytes()
     jpeg = io.BytesIO()
     Image.open(IMAGE_FILE).convert("RGB").save(jpeg, "JPEG")
@@ -305,10 +305,10 @@ def broken_pictures() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", broken_pictures())
-def test_broken_pictures(server: Server, name: str):
+@pytest.mark.parametrize("name", broken_images())
+def test_broken_images(server: Server, name: str):
     before = server.rss()
-    error = refused(server, "The image", messages=[user(QUESTION, data_uri(broken_pictures()[name]))])
+    error = refused(server, "The image", messages=[user(QUESTION, data_uri(broken_images()[name]))])
     assert error["param"] == "messages.content.image_url.url"
     assert server.rss() - before < 100 * MEGABYTE
 
@@ -316,7 +316,7 @@ def test_broken_pictures(server: Server, name: str):
 def test_pixels_are_limited_before_decoding(server: Server):
     side = math.isqrt(2**25) + 1
     assert side**2 < FusionImageProcessor.max_image_pixels
-    refused(server, "pixels; allowed: max_image_pixels = 33554432", messages=[user(QUESTION, data_uri(png(side)))])
+    refused(server, "pixels, more than max_image_pixels = 33554432", messages=[user(QUESTION, data_uri(png(side)))])
 
 
 def test_huge_base64(server: Server):
@@ -332,7 +332,7 @@ def test_broken_data_uris(server: Server, url: str):
     refused(server, "data URI", messages=[user(QUESTION, url)])
 
 
-def test_two_pictures(server: Server):
+def test_two_images(server: Server):
     messages = [user(QUESTION, red_circle()), user(QUESTION, data_uri(png(2)))]
     refused(server, "at most 1 image, got 2", messages=messages)
 

@@ -60,13 +60,13 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(chat_model: ChatModel) -> list[Case]:
-    """Pictures that differ, questions and numbers of latent tokens."""
+    """Images that differ, questions and numbers of latent tokens."""
     made = []
     for color in ("red", "blue", "green", "yellow"):
         shape = DrawnShape("circle", color, left=36, top=40, width=52, height=52)
-        picture = DrawnImage("single", background=(244, 241, 236), shapes=(shape,)).render().resize((SIDE, SIDE))
+        image = DrawnImage("single", background=(244, 241, 236), shapes=(shape,)).render().resize((SIDE, SIDE))
         content = io.BytesIO()
-        picture.save(content, "PNG", compress_level=0)
+        image.save(content, "PNG", compress_level=0)
         for question in QUESTIONS:
             for query_len in (4, 16):
                 own = chat_model.answer([question_message(question, Image.open(content))], 8, query_len)

@@ -283,7 +283,7 @@ REFUSED = {
     "none of BMP, GIF": (400, {"messages": [user(QUESTION, data_uri(b"nothing"))]}),
     "must have at most 2000 bytes": (413, {"messages": [user(QUESTION, data_uri(bytes(3_000)))]}),
     "list of allowed image hosts": (400, {"messages": [user(QUESTION, "http://169.254.169.254/latest")]}),
-    "allowed: a data URI": (400, {"messages": [user(QUESTION, "file:///etc/passwd")]}),
+    "must be a data URI": (400, {"messages": [user(QUESTION, "file:///etc/passwd")]}),
     "`messages[0].content[0].type` ... got 'audio_url'": (
         400,
         {"messages": [{"role": "user", "content": [{"type": "audio_url"}]}]},

@@ -45,17 +45,17 @@ def test_the_estimate_needs_no_endpoint_and_writes_nothing(server: Scripted, mak
     assert "requests: 2,000" in out and "images: 1,500" in out
     cost = float(out.split("cost: about ")[1].split(";")[0])
     hours = float(out.split("time: about ")[1].split(" ")[0])
-    assert 15 < cost < 20 and 0.8 < hours < 1.1  # 1500 pictures: 15 and 0.83 hours
+    assert 15 < cost < 20 and 0.8 < hours < 1.1  # 1500 images: 15 and 0.83 hours
 
 
 def test_wrong_input_is_one_line(server: Scripted, make_config, capsys: pytest.CaptureFixture[str]):
     config = make_config(server)
     status, _, errors = command(capsys, config, "recods=1")
     assert (
-        status == 2 and errors.startswith("error: ") and "did you mean 'records'" in errors and errors.count("\n") == 1
+        status == 2 and errors.startswith("error: ") and "Did you mean 'records'" in errors and errors.count("\n") == 1
     )
     status, _, errors = command(capsys, config, "writer.key_variable=NO_SUCH_VARIABLE")
-    assert status == 2 and "has no NO_SUCH_VARIABLE" in errors
+    assert status == 2 and "NO_SUCH_VARIABLE" in errors
 
 
 def test_a_failed_task_is_one_line(server: Scripted, make_config, capsys: pytest.CaptureFixture[str]):
@@ -63,7 +63,7 @@ def test_a_failed_task_is_one_line(server: Scripted, make_config, capsys: pytest
     status, _, errors = command(capsys, make_config(server, records=2))
     assert status == 1
     assert errors.splitlines()[-1].startswith("error: ") and "HTTP 404 Not Found" in errors
-    assert "give the same command again" in errors and "Traceback" not in errors
+    assert "run the same command" in errors and "Traceback" not in errors
 
 
 def test_no_key_is_in_any_file(server: Scripted, make_config, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -115,10 +115,10 @@ def test_ray_is_given_the_same_stages(server: Scripted, config_of):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"options": {**OPTIONS, "cpus": 2}}, "executor.options has the key 'cpus'; did you mean"),
-        ({"options": OPTIONS, "stages": {"image": {}}}, "executor.stages has the key 'image'; did you mean 'images'"),
-        ({"options": OPTIONS, "stages": {"images": {"gpu": 1}}}, "executor.stages.images has the key 'gpu'"),
-        ({"options": {**OPTIONS, "depends": 1}}, "executor.options has the key 'depends'"),
+        ({"options": {**OPTIONS, "cpus": 2}}, "executor.options has the unknown key 'cpus'. Did you mean"),
+        ({"options": OPTIONS, "stages": {"image": {}}}, "stages has the unknown key 'image'. Did you mean 'images'"),
+        ({"options": OPTIONS, "stages": {"images": {"gpu": 1}}}, "executor.stages.images has the unknown key 'gpu'"),
+        ({"options": {**OPTIONS, "depends": 1}}, "executor.options has the unknown key 'depends'"),
     ],
 )
 def test_wrong_options_are_named(changes: dict, message: str, server: Scripted, config_of):

@@ -96,7 +96,7 @@ def test_counts_of_several_things(question, answer, kept):
     assert (check("counts", subject) is None) == kept
 
 
-def test_both_pictures_are_those_of_the_pair():
+def test_both_images_are_those_of_the_pair():
     pair = ("A red ball.", "A blue ball.")
     question = "Do both pictures have the same number of balls?"
     assert check("counts", record((question, "Yes"), descriptions=pair)) is None
@@ -224,7 +224,7 @@ def test_contrast(first, second, found):
     assert (reason is None) if found is None else (found in reason)
 
 
-def test_contrast_of_drawn_pictures_and_of_one():
+def test_contrast_of_drawn_images_and_of_one():
     same = {"pictures": [{"count": 1}, {"count": 1}]}
     pair = record(("What?", "It"), descriptions=("A cat.", "A dog."), facts=same)
     assert check("contrast", pair, least_alike=0) == "the pictures do not differ"
@@ -430,18 +430,18 @@ def test_every_category_has_its_filters(name: str):
         (
             "length",
             {"answers": [1, 2]},
-            "test: length has the key 'answers'; did you mean 'answer'. Allowed: question, answer",
+            "test: length has the unknown key 'answers'. Did you mean 'answer'. Allowed: question, answer",
         ),
-        ("length", {"answer": [3, 2]}, r"answer is \[3, 2\]; allowed: a list"),
-        ("language", {"language": "klingon"}, "language is 'klingon'; allowed: english"),
-        ("unsafe", {"kinds": ["fun"]}, r"kinds\[0\] is 'fun'; allowed: sexual content"),
-        ("unsafe", {"more": "word"}, "more is 'word'; allowed: a list"),
-        ("contrast", {"least_alike": 2}, "least_alike is 2; allowed: a number from 0 to 1"),
-        ("leakage", {"between": 1}, "between is 1; allowed: true or false"),
-        ("written", {"same_case": "x"}, "same_case is 'x'"),
-        ("counts", {"derived": 1}, "derived is 1; allowed: true or false"),
-        ("options", {"least": "three"}, "least is 'three'; allowed: a whole number"),
-        ("meta", {"x": 1}, "allowed: none"),
+        ("length", {"answer": [3, 2]}, r"answer.*a list.*got \[3, 2\]"),
+        ("language", {"language": "klingon"}, "language.*english.*got 'klingon'"),
+        ("unsafe", {"kinds": ["fun"]}, r"kinds\[0\].*sexual content.*got 'fun'"),
+        ("unsafe", {"more": "word"}, "more.*a list.*got 'word'"),
+        ("contrast", {"least_alike": 2}, "least_alike.*a number from 0 to 1.*got 2"),
+        ("leakage", {"between": 1}, "between.*true or false.*got 1"),
+        ("written", {"same_case": "x"}, "same_case.*true or false.*got 'x'"),
+        ("counts", {"derived": 1}, "derived.*true or false.*got 1"),
+        ("options", {"least": "three"}, "least.*a whole number.*got 'three'"),
+        ("meta", {"x": 1}, "test: meta must have no keys, got 'x'"),
     ],
 )
 def test_settings_are_checked(name, settings, message):
@@ -505,7 +505,7 @@ def test_judges():
     assert verdict_problem(rubric, "Hm.") == "the answer has no score: 'Hm.'"
 
 
-def test_a_judge_sees_which_picture_is_which():
+def test_a_judge_sees_which_image_is_which():
     pair = record(("What differs?", "It"), descriptions=("A cat.", "A dog."))
     prompt = fill_rubric(ModelCheck("$description$conversation", 3), pair)
     assert "The left picture: A cat.\nThe right picture: A dog." in prompt

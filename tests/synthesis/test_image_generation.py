@@ -1,4 +1,4 @@
-"""Pictures: what makes them, what is in their files, and what is refused."""
+"""Images: what makes them, what is in their files, and what is refused."""
 
 import base64
 from pathlib import Path
@@ -37,8 +37,8 @@ def settings(flux: Path) -> ImageSettings:
     return ImageSettings("diffusers", str(flux), batch_size=2, **SETTINGS)
 
 
-def make_records(count: int, pictures: int = 1) -> list[SynthRecord]:
-    texts = [tuple(f"thing {number} {side}" for side in range(pictures)) for number in range(count)]
+def make_records(count: int, images: int = 1) -> list[SynthRecord]:
+    texts = [tuple(f"thing {number} {side}" for side in range(images)) for number in range(count)]
     return [SynthRecord(f"r-{number:04d}", "SynthColor", "c", number, texts[number]) for number in range(count)]
 
 
@@ -48,12 +48,12 @@ def run_step(settings: ImageSettings, folder: Path, records: list[SynthRecord]) 
     return [record_of(document) for document in step.run(documents)]
 
 
-def test_a_picture_follows_from_its_prompt_and_seed(settings: ImageSettings):
+def test_an_image_follows_from_its_prompt_and_seed(settings: ImageSettings):
     generator = DiffusersGenerator(settings)
     first, again = generator.generate(ORDERS), generator.generate(ORDERS)
-    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
-    assert len({picture.tobytes() for picture in first}) == len(ORDERS)
-    assert {picture.size for picture in first} == {(32, 24)}
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    assert len({image.tobytes() for image in first}) == len(ORDERS)
+    assert {image.size for image in first} == {(32, 24)}
     assert not generator.pipeline.transformer.training and not generator.pipeline.text_encoder.training
 
 
@@ -86,7 +86,7 @@ def test_what_is_there_is_not_made_again(settings: ImageSettings, tmp_path: Path
     run_step(settings, tmp_path, records)
 
 
-def test_rejected_records_get_no_picture(settings: ImageSettings, tmp_path: Path):
+def test_rejected_records_get_no_image(settings: ImageSettings, tmp_path: Path):
     records = [record.rejected("length", "too long") for record in make_records(2)]
     assert run_step(settings, tmp_path, records) == records
     assert not (tmp_path / "pictures").exists()
@@ -130,11 +130,14 @@ def as_base64(image: Image.Image, kind: str = "PNG") -> str:
         ({"data": []}, "no picture as b64_json"),
         ({"data": [{"b64_json": "%%%"}]}, "no picture as b64_json"),
         ({"data": [{"b64_json": base64.b64encode(b"GIF89a").decode()}]}, "cannot be decoded"),
-        ({"data": [{"b64_json": as_base64(Image.new("1", (5000, 5000)))}]}, "5000 x 5000 = 25000000 pixels; allowed"),
+        (
+            {"data": [{"b64_json": as_base64(Image.new("1", (5000, 5000)))}]},
+            "5000 x 5000 = 25000000 pixels, more",
+        ),
         ({"data": [{"b64_json": as_base64(Image.new("RGB", (9, 9)))}]}, "one colour alone"),
     ],
 )
-def test_what_is_no_picture_is_rejected(answer: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_no_image_is_rejected(answer: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = ImageSettings("openai", "painter", "http://localhost:1", width=9, height=9)
     generator = Answering(settings)
     generator.answer = answer
@@ -150,8 +153,8 @@ def test_a_refused_prompt_is_rejected(server: Scripted, tmp_path: Path):
     records = run_step(settings, tmp_path, make_records(3))
     assert [record.rejection is None for record in records] == [True, False, True]
     assert records[1].rejection.reason.startswith("refused: HTTP 400")
-    with Image.open(tmp_path / "pictures" / records[0].images[0]) as picture:
-        assert picture.text["prompt"] == "thing 0 0" and picture.text["seed"] == "0"
+    with Image.open(tmp_path / "pictures" / records[0].images[0]) as image:
+        assert image.text["prompt"] == "thing 0 0" and image.text["seed"] == "0"
 
 
 @pytest.mark.parametrize("identity", ["../../etc/passwd", "a/b", "", ".hidden", "x" * 200, "a\x00b"])

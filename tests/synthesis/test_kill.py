@@ -43,14 +43,14 @@ def kill(process: "subprocess.Popen[str]") -> bool:
     return running
 
 
-def check_pictures(folder: Path) -> None:
+def check_images(folder: Path) -> None:
     """What has a name is whole."""
     for path in folder.rglob("*.png"):
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
 
 
-def run_killed(config: Path, pictures: Path, sign: Callable[[], int], moments: list[float]) -> None:
+def run_killed(config: Path, images: Path, sign: Callable[[], int], moments: list[float]) -> None:
     """Start and kill at each moment, in seconds after `sign` has changed in that start."""
     for number, moment in enumerate(moments):
         before = sign()
@@ -60,7 +60,7 @@ def run_killed(config: Path, pictures: Path, sign: Callable[[], int], moments: l
             time.sleep(0.005)
         time.sleep(moment)
         assert kill(process), f"the run was over before kill {number}"
-        check_pictures(pictures)
+        check_images(images)
 
 
 def check_requests(server: Scripted, kills: int) -> None:
@@ -85,16 +85,16 @@ def test_killed_again_and_again(server: Scripted, make_config, tmp_path: Path):
     undisturbed = make_config(server, "undisturbed", RECORDS, **settings)
     finish(undisturbed)
     server.repeats.clear()
-    config, pictures = make_config(server, "killed", RECORDS, **settings), tmp_path / "killed" / "work" / "pictures"
+    config, images = make_config(server, "killed", RECORDS, **settings), tmp_path / "killed" / "work" / "pictures"
     generator = random.Random(SEED)
     moments = [generator.uniform(0, 0.3) for _ in range(KILLS)]
     server.seconds = ANSWER_SECONDS
-    run_killed(config, pictures, lambda: len(server.requests), moments[: KILLS // 2])
-    assert not pictures.exists()
+    run_killed(config, images, lambda: len(server.requests), moments[: KILLS // 2])
+    assert not images.exists()
     server.seconds = 0
-    run_killed(config, pictures, lambda: len(list(pictures.rglob("*.png"))), moments[KILLS // 2 :])
+    run_killed(config, images, lambda: len(list(images.rglob("*.png"))), moments[KILLS // 2 :])
     finish(config)
     check_complete(tmp_path / "killed" / "data", RECORDS)
     check_requests(server, KILLS)
     assert all_bytes(tmp_path / "killed" / "data") == all_bytes(tmp_path / "undisturbed" / "data")
-    assert all_bytes(pictures) == all_bytes(tmp_path / "undisturbed" / "work" / "pictures")
+    assert all_bytes(images) == all_bytes(tmp_path / "undisturbed" / "work" / "pictures")

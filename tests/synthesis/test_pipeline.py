@@ -57,7 +57,7 @@ def test_all_categories_end_to_end(server: Scripted, config_of, tmp_path: Path):
     assert len(set(faults)) >= 5, "the server has failed in hardly any way"
 
 
-def test_pictures_say_what_they_are_and_pairs_are_one(server: Scripted, config_of):
+def test_images_say_what_they_are_and_pairs_are_one(server: Scripted, config_of):
     config = config_of(server, categories={"SynthContrastShort": 1}, records=2)
     run(config)
     folder = config.output / "work" / "pictures"
@@ -103,7 +103,7 @@ def test_a_writer_that_never_learns_is_rejected_by_name(server: Scripted, config
 def test_a_dead_endpoint_ends_the_run_and_nothing_is_lost(server: Scripted, config_of):
     config = config_of(server, records=4, writer__patience=1)
     server.faults = lambda payload, repeat: "500"
-    with pytest.raises(TaskFailed, match="gives no answer: HTTP 500"):
+    with pytest.raises(TaskFailed, match="does not answer: HTTP 500"):
         run(config)
     server.faults = lambda payload, repeat: None
     run(config)
@@ -132,7 +132,7 @@ def test_judge_and_viewer(server: Scripted, config_of):
     assert not list((config.output / "work" / "pictures").rglob("*.draft*"))
 
 
-def test_fusion_itself_looks_at_the_pictures(server: Scripted, config_of, monkeypatch: pytest.MonkeyPatch):
+def test_fusion_itself_looks_at_the_images(server: Scripted, config_of, monkeypatch: pytest.MonkeyPatch):
     answers = iter([author.judge(2), author.judge(5)])
     asked = []
     real = Conversation.ask

@@ -1,4 +1,4 @@
-"""The procedural backend: facts, pictures and answers agree, for all categories, and the same in each run."""
+"""The procedural backend: facts, images and answers agree, for all categories, and the same in each run."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from fusion_hf.synthesis.synth_record import SynthRecord
 
 NAMES = list(load_categories())
 DRAWN = 60  # records of a category
-LEAST_PIXELS = 10  # of a color that a picture has, of 64 x 64
+LEAST_PIXELS = 10  # of a color that an image has, of 64 x 64
 
 
 def records(name: str, count: int = DRAWN, seed: int = 0) -> list[SynthRecord]:
@@ -44,18 +44,18 @@ def test_same_seed_same_record(name: str):
     first, again, other = draw(name, 3, 5), draw(name, 3, 5), draw(name, 4, 5)
     assert first.record == again.record
     assert first.record.id != other.record.id
-    for picture, same in zip(first.images, again.images, strict=True):
-        assert np.array_equal(np.asarray(picture), np.asarray(same))
+    for image, same in zip(first.images, again.images, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(same))
     distinct = {(record.descriptions, record.turns) for record in records(name)}
     assert len(distinct) > DRAWN / 2
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_show_the_facts(name: str):
+def test_images_show_the_facts(name: str):
     for index in range(10):
         drawn = draw(name, 0, index)
-        for picture, facts in zip(drawn.images, drawn.record.facts["pictures"], strict=True):
-            pixels = np.asarray(picture).reshape(-1, 3)
+        for image, facts in zip(drawn.images, drawn.record.facts["pictures"], strict=True):
+            pixels = np.asarray(image).reshape(-1, 3)
             shown = {color for color, rgb in COLORS.items() if (pixels == rgb).all(axis=1).sum() >= LEAST_PIXELS}
             known = {shape["color"] for shape in facts["shapes"]}
             written = {facts["word"]["color"]} if facts["word"] else set()

@@ -1,4 +1,4 @@
-"""Records with drawn pictures, and recipes that start from the bundled fusion-nano."""
+"""Records with drawn images, and recipes that start from the bundled fusion-nano."""
 
 import json
 import random
@@ -14,7 +14,7 @@ COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
 
 
 def make_records(folder: Path, count: int = 24, text_every: int = 4) -> list[dict]:
-    """Questions about the colour of a circle, of one or two turns; every `text_every`-th has no picture."""
+    """Questions about the colour of a circle, of one or two turns; every `text_every`-th has no image."""
     rng = random.Random(0)
     (folder / "pictures").mkdir(parents=True)
     records = []
@@ -25,9 +25,9 @@ def make_records(folder: Path, count: int = 24, text_every: int = 4) -> list[dic
             turns += [{"from": "human", "value": "is it a circle?"}, {"from": "gpt", "value": "yes"}]
         record = {"id": str(number), "conversations": turns}
         if text_every == 0 or number % text_every:
-            picture = Image.new("RGB", (64, 64), (240, 240, 240))
-            ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=COLORS[color])
-            picture.save(folder / "pictures" / f"{number}.png")
+            image = Image.new("RGB", (64, 64), (240, 240, 240))
+            ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=COLORS[color])
+            image.save(folder / "pictures" / f"{number}.png")
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
             record["image"] = f"pictures/{number}.png"
         records.append(record)
@@ -37,7 +37,7 @@ def make_records(folder: Path, count: int = 24, text_every: int = 4) -> list[dic
 
 @pytest.fixture
 def records(tmp_path) -> list[dict]:
-    """The records of `recipe`, with their pictures' full paths."""
+    """The records of `recipe`, with their images' full paths."""
     made = make_records(tmp_path / "data")
     return [
         {**record, "image": str(tmp_path / "data" / record["image"])} if "image" in record else record

@@ -23,8 +23,8 @@ def processor():
     return FusionProcessor.from_pretrained(nano_path())
 
 
-def make_records(count, seed=0, pictures=0.6):
-    """Conversations of some turns; some begin with a system message, some have a picture."""
+def make_records(count, seed=0, images=0.6):
+    """Conversations of some turns; some begin with a system message, some have an image."""
     rng = random.Random(seed)
 
     def words(least, most):
@@ -39,7 +39,7 @@ def make_records(count, seed=0, pictures=0.6):
         if rng.random() < 0.3:
             messages.insert(0, {"role": "system", "content": words(1, 4)})
         record = {"id": str(number), "messages": messages}
-        if rng.random() < pictures:
+        if rng.random() < images:
             pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), dtype=np.uint8)
             record["image"] = Image.fromarray(pixels)
         records.append(record)
@@ -159,9 +159,9 @@ def test_records_with_images_in_any_layout_are_grouped_together():
     assert lengths.tolist() == [4] * len(LAYOUTS) + [-4]
 
 
-@pytest.mark.parametrize("pictures", [0.0, 0.5, 1.0])
-def test_a_compact_batch_becomes_the_same_numbers(processor, pictures):
-    records = make_records(6, seed=1, pictures=pictures)
+@pytest.mark.parametrize("images", [0.0, 0.5, 1.0])
+def test_a_compact_batch_becomes_the_same_numbers(processor, images):
+    records = make_records(6, seed=1, images=images)
     plain = FusionDataCollator(processor, [4])(records)
     collator = FusionDataCollator(processor, [4], compact=True)
     compact = collator(records)
@@ -171,8 +171,8 @@ def test_a_compact_batch_becomes_the_same_numbers(processor, pictures):
     for name, expected in plain.items():
         assert unpacked[name].dtype == expected.dtype
         assert torch.equal(unpacked[name], expected), name
-    assert ("pixel_values" in unpacked) == (pictures > 0)
-    if pictures:
+    assert ("pixel_values" in unpacked) == (images > 0)
+    if images:
         assert compact["pixel_bytes"].dtype == torch.uint8
         signs = (torch.signbit(unpacked["pixel_values"]), torch.signbit(plain["pixel_values"]))
         assert torch.equal(*signs), "zeros without a sign"
@@ -182,7 +182,7 @@ def test_other_means_are_unpacked_as_well(processor):
     images = processor.image_processor
     mean, images.image_mean = images.image_mean, [0.4, 0.5, 0.6]
     try:
-        records = make_records(3, seed=2, pictures=1.0)
+        records = make_records(3, seed=2, images=1.0)
         collator = FusionDataCollator(processor, [4], compact=True)
         expected = FusionDataCollator(processor, [4])(records)["pixel_values"]
         assert torch.equal(collator.unpack(collator(records))["pixel_values"], expected)
@@ -229,7 +229,7 @@ def test_labelled_tokens_are_enough_for_loss_and_gradient(model, records):
 def test_batches_pass_unchanged_from_a_worker(processor):
     """Small tensors by value, large ones in shared memory; both arrive as they were, and writable."""
     collator = FusionDataCollator(processor, [4], compact=True)
-    records = make_records(8, pictures=1.0)
+    records = make_records(8, images=1.0)
     here = collator(records)
     assert here["pixel_bytes"].nbytes > SMALL_BYTES > here["input_ids"].nbytes
     loader = torch.utils.data.DataLoader(records, batch_size=8, collate_fn=collator, num_workers=1)

@@ -19,8 +19,8 @@ from tests.helpers.training_data import (
     add_member,
     make_record,
     png,
+    write_images,
     write_jsonl,
-    write_pictures,
 )
 from torch.utils.data import DataLoader
 
@@ -87,7 +87,7 @@ STRUCTURAL = {
         "only the first question",
     ),
 }
-PICTURES = {
+IMAGES = {
     "missing": ("pictures/none.png", "missing image", "there is no 'pictures/none.png'"),
     "folder": ("pictures", "missing image", "is not a file"),
     "long name": ("x" * 5000, "missing image", "there is no"),
@@ -107,7 +107,7 @@ PICTURES = {
     "oversized": (
         "large.png",
         "oversized image",
-        "10000 x 10000 = 100000000 pixels; allowed: max_image_pixels = 89478485",
+        "10000 x 10000 = 100000000 pixels, more than max_image_pixels = 89478485",
     ),
     "bomb": ("bomb.png", "oversized image", "bomb"),
 }
@@ -115,9 +115,9 @@ PICTURES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, good and bad."""
+    """Images, good and bad."""
     root = tmp_path_factory.mktemp("broken") / "data"
-    write_pictures(root)
+    write_images(root)
     (root.parent / "outside.png").write_bytes(png(0))
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "linked").symlink_to(root.parent, target_is_directory=True)
@@ -176,9 +176,9 @@ def test_structural_problems_are_left_out(folder: Path, tmp_path: Path, case: st
     assert line["reason"].startswith(f"{kind}: ")
 
 
-@pytest.mark.parametrize("case", PICTURES)
-def test_broken_pictures(folder: Path, tmp_path: Path, case: str):
-    name, kind, detail = PICTURES[case]
+@pytest.mark.parametrize("case", IMAGES)
+def test_broken_images(folder: Path, tmp_path: Path, case: str):
+    name, kind, detail = IMAGES[case]
     file, skipped = write_jsonl(tmp_path / "a.jsonl", records_with(image=name)), tmp_path / "skipped.jsonl"
     records = load_records(file, root=folder, cache=tmp_path / "cache")
     assert len(records) == NUM_RECORDS
@@ -208,7 +208,7 @@ def test_a_smaller_limit_of_pixels(folder: Path, tmp_path: Path):
     file = write_jsonl(tmp_path / "a.jsonl", [make_record(0), make_record(1)])
     records = load_records(file, root=folder, cache=tmp_path / "cache", max_image_pixels=16 * 12)
     assert records[0]["image"].size == (16, 12)
-    with pytest.raises(InputError, match="17 x 12 = 204 pixels; allowed: max_image_pixels = 192"):
+    with pytest.raises(InputError, match="17 x 12 = 204 pixels, more than max_image_pixels = 192"):
         records[1]
 
 
@@ -237,7 +237,7 @@ def test_elements_of_an_array_that_are_no_objects(tmp_path: Path):
 def test_broken_records_of_a_tar(tmp_path: Path):
     record = json.dumps(make_record(0)).encode()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add_member(tar, "a.json", record)  # names a picture, which is not beside it
+        add_member(tar, "a.json", record)  # names an image, which is not beside it
         add_member(tar, "b.png", png(0))
         add_member(tar, "c.json", record)
         add_member(tar, "c.png", png(0))

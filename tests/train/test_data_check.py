@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tests.helpers.serving import ImageHost
-from tests.helpers.training_data import NUM_RECORDS, make_record, png, write_format, write_json, write_pictures
+from tests.helpers.training_data import NUM_RECORDS, make_record, png, write_format, write_images, write_json
 
 from fusion_hf.cli import main
 from fusion_hf.data import check as check_module
@@ -21,7 +21,7 @@ SECONDS = 300
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A mixture of a good file, a file with problems of several kinds and one that is missing."""
-    records = write_pictures(tmp_path)
+    records = write_images(tmp_path)
     write_json(tmp_path / "good.json", records)
     bad = [make_record(number) for number in range(NUM_RECORDS)]
     bad[0]["conversations"] = bad[1]["conversations"] = []
@@ -90,7 +90,7 @@ def test_all_is_fine(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: s
     assert out.splitlines()[1].split()[1:3] == ["7", "7"] and len(out.splitlines()) == 3
 
 
-def test_pictures_under_another_root(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_images_under_another_root(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "lists").mkdir()
     moved = (data / "good.json").rename(tmp_path / "lists" / "good.json")
     assert check(capsys, data, moved)[0] == 1
@@ -107,7 +107,7 @@ def test_pictures_under_another_root(data: Path, tmp_path: Path, capsys: pytest.
         (["good.json", "--on-truncated", "skip"], "invalid choice: 'skip'"),
         (["good.json", "--max-image-pixels", "0"], "a whole number from 1"),
         (["good.json", "--image-root", "none"], "`image_roots` must contain folders, got none"),
-        (["good.json", "--allow-image-host", "a/b"], "The image host is 'a/b'"),
+        (["good.json", "--allow-image-host", "a/b"], "NAME:PORT or an IP address, got 'a/b'"),
         ([], "the following arguments are required: MIXTURE_OR_FILE"),
     ],
 )
@@ -132,7 +132,7 @@ def test_names_do_not_command_the_terminal(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_sample_is_decoded_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     """And it is the same each time; whether images are there is looked up for all."""
-    records = write_pictures(tmp_path)
+    records = write_images(tmp_path)
     monkeypatch.setattr(check_module, "SAMPLE", 2)
     for number in range(NUM_RECORDS):
         (tmp_path / "pictures" / f"{number}.png").write_bytes(png(number)[:50])
@@ -153,7 +153,7 @@ def test_a_sample_of_few_images_is_all_of_them(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_images_are_judged_by_the_keys_of_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    records = write_pictures(tmp_path)
+    records = write_images(tmp_path)
     stream = BytesIO()
     Image.effect_noise((96, 64), 50).save(stream, "JPEG")
     (tmp_path / "pictures" / "1.png").write_bytes(stream.getvalue()[:-500])
@@ -161,12 +161,12 @@ def test_images_are_judged_by_the_keys_of_recipes(tmp_path: Path, capsys: pytest
     assert check(capsys, tmp_path, file)[0] == 1
     assert check(capsys, tmp_path, file, "--on-truncated", "load")[0] == 0
     status, out, _ = check(capsys, tmp_path, file, "--on-truncated", "load", "--max-image-pixels", 6143)
-    assert status == 1 and "96 x 64 = 6144 pixels; allowed: max_image_pixels = 6143" in out
+    assert status == 1 and "96 x 64 = 6144 pixels, more than max_image_pixels = 6143" in out
 
 
 def test_images_of_further_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "data").mkdir()
-    records = write_pictures(tmp_path / "elsewhere")
+    records = write_images(tmp_path / "elsewhere")
     for record in records:
         if "image" in record:
             record["image"] = str(tmp_path / "elsewhere" / record["image"])

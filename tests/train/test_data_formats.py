@@ -12,12 +12,12 @@ from tests.helpers.training_data import (
     NUM_RECORDS,
     TEXT_ONLY,
     color,
-    make_picture,
+    make_image,
     make_record,
     write_format,
+    write_images,
     write_json,
     write_jsonl,
-    write_pictures,
 )
 from torch.utils.data import DataLoader
 
@@ -39,7 +39,7 @@ def check_item(item: dict, number: int) -> None:
     if number == TEXT_ONLY:
         assert item["image"] is None
     else:
-        assert item["image"].size == make_picture(number).size
+        assert item["image"].size == make_image(number).size
         assert item["image"].getpixel((3, 3)) == color(number)
 
 
@@ -142,7 +142,7 @@ def test_a_hub_data_set_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_small_windows_find_every_record_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """However the bytes of a file fall into the chunks it is read in."""
-    file = write_json(tmp_path / "a.json", write_pictures(tmp_path))
+    file = write_json(tmp_path / "a.json", write_images(tmp_path))
     content = file.read_bytes()
     for chunk in (1, 7, 64, 1000):
         monkeypatch.setattr(sources_module, "CHUNK_BYTES", chunk)
@@ -154,7 +154,7 @@ def test_small_windows_find_every_record_of_an_array(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("write", [write_json, write_jsonl])
 def test_a_byte_order_mark_is_no_record(tmp_path: Path, write):
-    file = write(tmp_path / f"a{'.json' if write is write_json else '.jsonl'}", write_pictures(tmp_path))
+    file = write(tmp_path / f"a{'.json' if write is write_json else '.jsonl'}", write_images(tmp_path))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     records = load_records(file, cache=tmp_path / "cache")
     for number in range(NUM_RECORDS):
@@ -210,7 +210,7 @@ def test_a_tar_that_was_cut_off(tmp_path: Path, cut: int):
 
 
 def test_a_record_of_a_changed_file_is_an_error(tmp_path: Path):
-    file = write_json(tmp_path / "a.json", write_pictures(tmp_path))
+    file = write_json(tmp_path / "a.json", write_images(tmp_path))
     records = load_records(file, cache=tmp_path / "cache")
     check_item(records[1], 1)
     file.write_bytes(b" " + file.read_bytes())

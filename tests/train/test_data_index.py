@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from tests.helpers.training_data import NUM_RECORDS, make_record, write_format, write_json, write_pictures
+from tests.helpers.training_data import NUM_RECORDS, make_record, write_format, write_images, write_json
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import index as index_module
@@ -46,7 +46,7 @@ def many_record(number: int) -> dict:
 
 
 def test_an_index_is_made_once(tmp_path: Path):
-    file, cache = write_json(tmp_path / "a.json", write_pictures(tmp_path)), tmp_path / "cache"
+    file, cache = write_json(tmp_path / "a.json", write_images(tmp_path)), tmp_path / "cache"
     load_records(file, cache=cache)
     (made,) = indexes(cache)
     before = made.stat().st_mtime_ns
@@ -73,7 +73,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, kind: str):
 
 
 def test_other_versions_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file, cache = write_json(tmp_path / "a.json", write_pictures(tmp_path)), tmp_path / "cache"
+    file, cache = write_json(tmp_path / "a.json", write_images(tmp_path)), tmp_path / "cache"
     load_records(file, cache=cache)
     monkeypatch.setattr(index_module, "FORMAT_VERSION", index_module.FORMAT_VERSION + 1)
     load_records(file, cache=cache)
@@ -82,7 +82,7 @@ def test_other_versions_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("content", [b"", b"nothing", None])
 def test_damaged_indexes_are_made_anew(tmp_path: Path, content: bytes | None):
-    file, cache = write_json(tmp_path / "a.json", write_pictures(tmp_path)), tmp_path / "cache"
+    file, cache = write_json(tmp_path / "a.json", write_images(tmp_path)), tmp_path / "cache"
     load_records(file, cache=cache)
     (made,) = indexes(cache)
     made.write_bytes(made.read_bytes()[:-100] if content is None else content)
@@ -102,7 +102,7 @@ def test_many_batches_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path):
-    file = write_json(tmp_path / "a.json", write_pictures(tmp_path))
+    file = write_json(tmp_path / "a.json", write_images(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"`data_cache` must be a writable folder, got .*file"):
         load_records(file, cache=tmp_path / "file" / "cache")

@@ -14,7 +14,7 @@ import datasets
 import pytest
 from PIL import Image
 from tests.helpers.serving import ImageHost
-from tests.helpers.training_data import add_member, color, make_picture, png, write_json, write_jsonl
+from tests.helpers.training_data import add_member, color, make_image, png, write_json, write_jsonl
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.common.image_fetching import MAX_REDIRECTS, SECONDS
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def picture(folder: Path) -> Path:
+def image(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "1.png").write_bytes(png(1))
     return folder
@@ -69,13 +69,13 @@ def picture(folder: Path) -> Path:
 
 def check(item: dict[str, Any], messages: list[dict[str, Any]] = MESSAGES) -> None:
     assert [{**message, "content": message["content"].strip()} for message in item["messages"]] == messages
-    assert item["image"].size == make_picture(1).size and item["image"].getpixel((3, 3)) == color(1)
+    assert item["image"].size == make_image(1).size and item["image"].getpixel((3, 3)) == color(1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_read_alike(tmp_path: Path, layout: str, streaming: bool):
-    file = write_jsonl(picture(tmp_path) / "a.jsonl", [LAYOUTS[layout]])
+    file = write_jsonl(image(tmp_path) / "a.jsonl", [LAYOUTS[layout]])
     records = load_records(file, cache=tmp_path / "cache", streaming=streaming)
     check(next(iter(records)) if streaming else records[0])
 
@@ -91,7 +91,7 @@ def test_a_trainer_s_own_records_are_read_alike(layout: str):
 
 def test_texts_as_prompt_and_completion(tmp_path: Path):
     record = {"image": "1.png", "prompt": "What is it?", "completion": "A cup."}
-    file = write_json(picture(tmp_path) / "a.json", [record])
+    file = write_json(image(tmp_path) / "a.json", [record])
     check(load_records(file, cache=tmp_path / "cache")[0], MESSAGES[:2])
 
 
@@ -117,7 +117,7 @@ UNREAD = {
 @pytest.mark.parametrize("case", UNREAD)
 def test_an_unread_layout_names_the_rename(tmp_path: Path, case: str):
     record, message = UNREAD[case]
-    file = write_json(picture(tmp_path) / "a.json", [record])
+    file = write_json(image(tmp_path) / "a.json", [record])
     with pytest.raises(InputError, match="record 0") as raised:
         load_records(file, cache=tmp_path / "cache")
     assert message in str(raised.value)
@@ -155,7 +155,7 @@ def test_several_images_are_refused(count: int):
 
 def rows(images: bool) -> list[dict[str, Any]]:
     pairs = [{"user": user, "assistant": answer} for user, answer in (("What is it?", "A cup."), ("Sure?", "Yes."))]
-    return [{"images": [make_picture(1)] if images else ["1.png"], "texts": pairs, "source": "x"} for _ in range(3)]
+    return [{"images": [make_image(1)] if images else ["1.png"], "texts": pairs, "source": "x"} for _ in range(3)]
 
 
 def finevision() -> datasets.Dataset:
@@ -369,7 +369,7 @@ def asked(image: str) -> list[dict[str, Any]]:
 
 
 def test_absolute_paths_under_a_named_root(tmp_path: Path):
-    elsewhere = picture(tmp_path / "elsewhere")
+    elsewhere = image(tmp_path / "elsewhere")
     (tmp_path / "data").mkdir()
     file = write_json(tmp_path / "data" / "a.json", asked(str(elsewhere / "1.png")))
     with pytest.raises(InputError, match=r"path escape: .*under a folder of `image_roots`"):
@@ -382,7 +382,7 @@ def test_absolute_paths_under_a_named_root(tmp_path: Path):
 
 
 def test_linked_folders_under_a_named_root(tmp_path: Path):
-    elsewhere = picture(tmp_path / "elsewhere")
+    elsewhere = image(tmp_path / "elsewhere")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "images").symlink_to(elsewhere, target_is_directory=True)
     file = write_json(tmp_path / "data" / "a.json", asked("images/1.png"))
@@ -413,7 +413,7 @@ def test_addresses_of_named_hosts(tmp_path: Path, hosted: ImageHost):
     assert hosted.requested == []
     item = load_records(file, cache=tmp_path / "cache", private_image_hosts=[name])[0]
     assert item["image"].mode == "RGB" and hosted.requested == ["/red.png"]
-    with pytest.raises(InputError, match="The image host is 'a/b'"):
+    with pytest.raises(InputError, match=r"An image host must be .*got 'a/b'"):
         load_records(file, image_hosts=["a/b"])
 
 
@@ -432,7 +432,7 @@ def test_data_uris_that_are_no_image(tmp_path: Path, uri: str):
 
 
 def test_what_an_earlier_version_could_not_read_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file, cache = write_json(picture(tmp_path) / "a.json", [LAYOUTS["finevision"], ASKED]), tmp_path / "cache"
+    file, cache = write_json(image(tmp_path) / "a.json", [LAYOUTS["finevision"], ASKED]), tmp_path / "cache"
     with monkeypatch.context() as earlier:
         earlier.setattr(index_module, "READING_VERSION", b"1")
 
@@ -450,7 +450,7 @@ def test_what_an_earlier_version_could_not_read_is_read_anew(tmp_path: Path, mon
 
 
 def test_a_whole_index_of_an_earlier_version_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file, cache = write_json(picture(tmp_path) / "a.json", [ASKED]), tmp_path / "cache"
+    file, cache = write_json(image(tmp_path) / "a.json", [ASKED]), tmp_path / "cache"
     with monkeypatch.context() as earlier:
         earlier.setattr(index_module, "READING_VERSION", b"1")
         load_records(file, cache=cache)
@@ -466,7 +466,7 @@ def test_a_whole_index_of_an_earlier_version_is_kept(tmp_path: Path, monkeypatch
 def test_the_documented_layouts_are_read(tmp_path: Path):
     text = (Path(__file__).parents[2] / "docs" / "training_data.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
-    (picture(tmp_path / "images") / "1.png").rename(tmp_path / "images" / "1.jpg")
+    (image(tmp_path / "images") / "1.png").rename(tmp_path / "images" / "1.jpg")
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     records = load_records(tmp_path / "a.jsonl", cache=tmp_path / "cache")
     assert len(records) == 7

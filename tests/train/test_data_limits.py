@@ -53,12 +53,12 @@ def as_upstream(content: bytes, monkeypatch) -> np.ndarray:
 def test_what_there_is_of_an_image_is_taken(tmp_path: Path, monkeypatch, name: str, as_file: bool):
     content = half_of(name)
     (tmp_path / "image").write_bytes(content)
-    picture = "image" if as_file else content
-    image = open_record_image(picture, tmp_path, LIMIT, on_truncated="load").convert("RGB")
+    source = "image" if as_file else content
+    image = open_record_image(source, tmp_path, LIMIT, on_truncated="load").convert("RGB")
     np.testing.assert_array_equal(np.asarray(image), as_upstream(content, monkeypatch))
     assert np.asarray(image).std() > 0  # something is there
     with pytest.raises(RecordProblem, match="broken image"):
-        open_record_image(picture, tmp_path, LIMIT)
+        open_record_image(source, tmp_path, LIMIT)
 
 
 def test_an_image_without_a_beginning_is_broken(tmp_path: Path):
@@ -96,7 +96,7 @@ def test_the_limit_may_be_above_pil_s(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice as many are PIL's end
     noise().save(tmp_path / "image.png")
     assert open_record_image("image.png", tmp_path, 96 * 64).size == (96, 64)
-    with pytest.raises(RecordProblem, match=r"96 x 64 = 6144 pixels; allowed: max_image_pixels = 6143"):
+    with pytest.raises(RecordProblem, match=r"96 x 64 = 6144 pixels, more than max_image_pixels = 6143"):
         open_record_image("image.png", tmp_path, 96 * 64 - 1)
 
 
@@ -123,7 +123,7 @@ def test_data_sets_and_recipes_have_both_keys(recipe: Path, records):
     assert training.run(load_recipe(recipe, [*settings, "on_truncated=load"]))
     output = recipe.parent / "other"
     few = [*settings, "on_truncated=load", "max_image_pixels=4000", f"output_dir={output}"]
-    with pytest.raises(InputError, match=r"96 x 64 = 6144 pixels; allowed: max_image_pixels = 4000"):
+    with pytest.raises(InputError, match=r"96 x 64 = 6144 pixels, more than max_image_pixels = 4000"):
         training.run(load_recipe(recipe, few))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tests.helpers.training_data import make_picture, write_json, write_tar
+from tests.helpers.training_data import make_image, write_json, write_tar
 
 from fusion_hf.common.errors import InputError
 from fusion_hf.data import load_records
@@ -118,15 +118,15 @@ def test_a_strategy_goes_over_all_shards(tmp_path: Path):
     assert take[2] == sorted(take[2]) and len(set(take[2])) == 5
 
 
-def test_pictures_of_an_entry_have_their_root(tmp_path: Path):
+def test_images_of_an_entry_have_their_root(tmp_path: Path):
     (tmp_path / "other").mkdir()
-    make_picture(2).save(tmp_path / "other" / "x.png")
+    make_image(2).save(tmp_path / "other" / "x.png")
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     (tmp_path / "lists").mkdir()
     write_json(tmp_path / "lists" / "a.json", [{"id": "a", "image": "x.png", "conversations": turns}])
     mixture = write_mixture(tmp_path / "lists", {"json_path": "lists/a.json", "image_root": "other"})
     records = load_records(mixture, root=tmp_path, cache=tmp_path / "cache")
-    assert records[0]["image"].size == make_picture(2).size
+    assert records[0]["image"].size == make_image(2).size
 
 
 @pytest.mark.parametrize(
@@ -169,15 +169,15 @@ def test_more_records_than_there_are(tmp_path: Path):
         ("datasets: []", "must contain `datasets"),
         ("datasets: [{json_path: a.json}]\nmore: 1", "and nothing else"),
         ("datasets: [{sampling_strategy: all}]", "entry 1 has no json_path"),
-        ("datasets: [{json_path: 5}]", "entry 1: json_path is 5; allowed: text"),
+        ("datasets: [{json_path: 5}]", "entry 1: .json_path.*text, got 5"),
         (
             "datasets: [{json_path: a.json, sampling_stategy: all}]",
-            "entry 1 has the key 'sampling_stategy'; .*Allowed: json_path",
+            "entry 1 has the unknown key 'sampling_stategy'.*Allowed: json_path",
         ),
-        ("datasets: [{json_path: a.json, image_root: 5}]", "image_root is 5; allowed: text"),
+        ("datasets: [{json_path: a.json, image_root: 5}]", "image_root.*text, got 5"),
         ("datasets: [{json_path: none.json}]", "entry 1: .*does not exist"),
-        ("datasets: [", "is no YAML"),
-        ("!!python/object/apply:os.getcwd []", "is no YAML"),
+        ("datasets: [", "is not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],
 )
 def test_no_mixture(tmp_path: Path, content: str, message: str):

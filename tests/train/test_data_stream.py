@@ -4,7 +4,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from tests.helpers.training_data import make_record, write_jsonl, write_pictures, write_tar
+from tests.helpers.training_data import make_record, write_images, write_jsonl, write_tar
 from torch.utils.data import DataLoader
 
 from fusion_hf.common.errors import InputError
@@ -58,7 +58,7 @@ def test_as_many_passes_as_asked_for(tmp_path: Path):
 
 def test_broken_records_keep_their_place(tmp_path: Path):
     """So the ranks agree about the order without reading each other's records."""
-    records = write_pictures(tmp_path)
+    records = write_images(tmp_path)
     records[1]["conversations"], records[4]["image"] = [], "none.png"
     file, skipped = write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "skipped.jsonl"
     stream = load_records(file, streaming=True, on_broken="skip", skipped_file=skipped).split(epochs=2)

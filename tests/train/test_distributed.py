@@ -56,7 +56,7 @@ def launch(run: Run, config: str, *options: str) -> None:
 def make(folder: Path, model: Path, records: Path, **keys: object) -> Run:
     """
     Six steps of four records. The order is not grouped, and by its seed each of two processes once has only text where
-    the other has pictures; a large epsilon keeps Adam from magnifying the rounding of gradients that are nearly zero.
+    the other has images; a large epsilon keeps Adam from magnifying the rounding of gradients that are nearly zero.
     """
     settings = {
         "group_by": "none",
@@ -129,13 +129,13 @@ def test_one_process_reduces_to_itself():
     assert any_rank(True, cpu) and not any_rank(False, cpu)
 
 
-def test_in_some_step_one_process_has_only_text_and_the_other_pictures(tmp_path: Path, model: Path, records: Path):
+def test_in_some_step_one_process_has_only_text_and_the_other_images(tmp_path: Path, model: Path, records: Path):
     """What the comparisons below rely on."""
     values = load_recipe(make(tmp_path / "one", model, records).recipe)
-    pictures = ["image" in record for record in json.loads(records.read_text())]
-    sampler = StepSampler(len(pictures), StepLayout(2, world_size=2), [4], values["seed"])
-    has_picture = [pictures[key.index] for key in sampler]
-    shares = [(any(has_picture[i : i + 2]), any(has_picture[i + 2 : i + 4])) for i in range(0, len(pictures), 4)]
+    images = ["image" in record for record in json.loads(records.read_text())]
+    sampler = StepSampler(len(images), StepLayout(2, world_size=2), [4], values["seed"])
+    has_image = [images[key.index] for key in sampler]
+    shares = [(any(has_image[i : i + 2]), any(has_image[i + 2 : i + 4])) for i in range(0, len(images), 4)]
     assert len(shares) == values["max_steps"]
     assert {(True, False), (False, True), (True, True)} == set(shares)
 

@@ -66,8 +66,8 @@ def load_base(folder: Path) -> FusionForConditionalGeneration:
 
 def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
     processor = FusionProcessor.from_pretrained(folder)
-    picture = Image.linear_gradient("L").convert("RGB")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what color is the circle ?"}]
+    image = Image.linear_gradient("L").convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what color is the circle ?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,

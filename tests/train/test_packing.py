@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.helpers.training_data import make_record, write_json, write_pictures
+from tests.helpers.training_data import make_record, write_images, write_json
 
 from fusion_hf.training import run as training
 from fusion_hf.training.recipe import load_recipe
@@ -66,7 +66,7 @@ def test_a_run_grouped_by_length(recipe: Path, tmp_path: Path):
     """Micro-batches hold records of like sizes; all are trained on."""
     data = tmp_path / "more"
     records = []
-    write_pictures(data)
+    write_images(data)
     for number in range(16):
         record = make_record(number % 3)
         record["conversations"] = record["conversations"][: 2 if number % 2 else 4]

@@ -312,14 +312,14 @@ def test_wrong_input(recipe, capsys, given, message):
 
 def test_model_that_is_nowhere(recipe):
     (recipe.parents[2] / "models" / "tiny.json").unlink()
-    with pytest.raises(InputError, match="give --config"):
+    with pytest.raises(InputError, match="model .nowhere. is not on disk.*--config"):
         main(["plan", str(recipe), "--debug"])
 
 
 def test_unknown_number_of_records(recipe, capsys):
     assert count_records("some/hub-id") is None
     assert main(["plan", str(recipe), "data=some/hub-id"]) == 0
-    assert "give --records" in capsys.readouterr().out
+    assert "Pass --records" in capsys.readouterr().out
 
 
 def test_auto_takes_the_first_sharding_that_fits():

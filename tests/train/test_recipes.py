@@ -105,11 +105,11 @@ def test_data_is_relative_to_the_recipe_and_an_override_to_the_working_directory
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rte=1", "The command line has the key 'learning_rte'; did you mean 'learning_rate'?"),
-        ("learning_rate=fast", "learning_rate is 'fast'; allowed: a number."),
-        ("max_steps=1.5", "max_steps is 1.5; allowed: a whole number."),
-        ("bf16=maybe", "bf16 is 'maybe'; allowed: true or false."),
-        ("learning_rate", "'learning_rate' is no override; allowed: key=value, such as learning_rate=1e-5."),
+        ("learning_rte=1", "The command line has the unknown key 'learning_rte'. Did you mean 'learning_rate'?"),
+        ("learning_rate=fast", "`learning_rate` must be a number, got 'fast'."),
+        ("max_steps=1.5", "`max_steps` must be a whole number, got 1.5."),
+        ("bf16=maybe", "`bf16` must be true or false, got 'maybe'."),
+        ("learning_rate", "An override must be key=value, such as learning_rate=1e-5, got 'learning_rate'."),
         ("data=", "must set `data`."),
     ],
 )
@@ -189,5 +189,5 @@ def test_a_broken_recipe_of_a_begun_run_is_named(tmp_path, monkeypatch):
     (tmp_path / run.RECIPE_FILE).write_text("model: [")
     monkeypatch.setattr(run, "find_last", lambda folder: folder)
     values = {"model": "m", "data": "d", "output_dir": str(tmp_path), "report_to": "none"}
-    with pytest.raises(InputError, match=r"The recipe .*recipe\.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"The recipe .*recipe\.yaml is not valid YAML"):
         run._begin(tmp_path, values, make_arguments(values, 1))

@@ -19,16 +19,16 @@ def turns(number: int, question: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     path = tmp_path / "red.png"
     PillowImage.new("RGB", (8, 8), "red").save(path)
     return [None if number % 3 == 1 else str(path) for number in range(12)]
 
 
 @pytest.fixture
-def tables(pictures):
+def tables(images):
     """The same records with an image in each place where the library datasets can decode one."""
-    chat = [turns(number, "what is it ?" if path is None else QUESTION) for number, path in enumerate(pictures)]
+    chat = [turns(number, "what is it ?" if path is None else QUESTION) for number, path in enumerate(images)]
     message = {"role": Value("string"), "content": Value("string")}
     block = {"type": Value("string"), "text": Value("string"), "image": Image()}
     blocks = [
@@ -40,15 +40,15 @@ def tables(pictures):
             },
             {"role": "assistant", "content": [{"type": "text", "text": WORDS[number % 3], "image": None}]},
         ]
-        for number, path in enumerate(pictures)
+        for number, path in enumerate(images)
     ]
     nested = {"role": Value("string"), "content": List(block)}
     return {
         "column": Dataset.from_dict(
-            {"image": pictures, "messages": chat}, Features({"image": Image(), "messages": List(message)})
+            {"image": images, "messages": chat}, Features({"image": Image(), "messages": List(message)})
         ),
         "list": Dataset.from_dict(
-            {"images": [[] if path is None else [path] for path in pictures], "messages": chat},
+            {"images": [[] if path is None else [path] for path in images], "messages": chat},
             Features({"images": List(Image()), "messages": List(message)}),
         ),
         "block": Dataset.from_dict({"messages": blocks}, Features({"messages": List(nested)})),
@@ -83,11 +83,11 @@ def test_a_table_is_measured_without_decoding(monkeypatch, tables, no_decoding, 
     assert records.lengths.dtype == np.int32
 
 
-def test_a_list_is_measured_without_opening(pictures, no_decoding):
+def test_a_list_is_measured_without_opening(images, no_decoding):
     no_decoding()
     records = [
         {"messages": turns(number, QUESTION if path else "what ?"), **({"image": path} if path else {})}
-        for number, path in enumerate(pictures)
+        for number, path in enumerate(images)
     ]
     found = measure_records(records)
     assert found[:3].tolist() == [[5, 1], [-4, 1], [7, 1]]

@@ -10,11 +10,11 @@ from fusion_hf.training.sampler import StepLayout, StepSampler, estimate_tokens,
 QUERY_LENS = [4, 16, 36]
 
 
-def lengths(pictures: int, texts: int, seed: int = 0) -> np.ndarray:
-    """Words of shuffled records, negative without a picture."""
+def lengths(images: int, texts: int, seed: int = 0) -> np.ndarray:
+    """Words of shuffled records, negative without an image."""
     generator = np.random.default_rng(seed)
-    words = generator.integers(1, 300, pictures + texts)
-    words[pictures:] *= -1
+    words = generator.integers(1, 300, images + texts)
+    words[images:] *= -1
     return generator.permutation(words).astype(np.int32)
 
 
@@ -24,8 +24,8 @@ def steps_of(sampler: StepSampler) -> list[list]:
     return [keys[begin : begin + size] for begin in range(0, len(keys), size)]
 
 
-def make(pictures=90, texts=50, layout=None, seed=0, grouped=True) -> StepSampler:
-    words = lengths(pictures, texts)
+def make(images=90, texts=50, layout=None, seed=0, grouped=True) -> StepSampler:
+    words = lengths(images, texts)
     return StepSampler(len(words), layout or StepLayout(2, 2, 2), QUERY_LENS, seed, words if grouped else None)
 
 
@@ -53,7 +53,7 @@ def test_a_step_holds_one_modality_but_for_the_last_two():
 
 
 def test_micro_batches_of_a_step_hold_about_the_same_number_of_words():
-    sampler = make(pictures=800, texts=0, layout=StepLayout(4, 2, 2))
+    sampler = make(images=800, texts=0, layout=StepLayout(4, 2, 2))
     ordered, random_order = [], []
     for step in steps_of(sampler)[:-1]:
         words = np.abs(sampler.lengths[[key.index for key in step]])

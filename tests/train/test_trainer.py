@@ -131,7 +131,7 @@ def test_held_out_questions_are_answered(recipe):
     losses(values)
     entry = next(entry for entry in log(values) if "eval_accuracy" in entry)
     assert entry["eval_answers"] == 5
-    assert entry["eval_accuracy"] >= 0.6  # fusion-nano knows colours; without a picture it guesses
+    assert entry["eval_accuracy"] >= 0.6  # fusion-nano knows colours; without an image it guesses
 
 
 def test_a_stream_trains_and_resumes(recipe, tmp_path):
@@ -153,7 +153,7 @@ def test_the_finished_weights_have_the_type_that_was_asked_for(recipe):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_skipped_pictures_leave_the_other_records_and_the_run_intact(recipe, records):
+def test_skipped_images_leave_the_other_records_and_the_run_intact(recipe, records):
     for record in records[1:4]:
         Path(record["image"]).write_bytes(b"no picture")
     values = load_recipe(recipe, ["global_batch_size=1", "on_broken=skip"])
@@ -169,7 +169,7 @@ def test_skipped_pictures_leave_the_other_records_and_the_run_intact(recipe, rec
 def test_a_step_without_labels_is_told_and_trains_the_mapping_alone(recipe, caplog):
     values = load_recipe(
         recipe, ["max_steps=1", "max_length=48", "query_lens=[4]"]
-    )  # the picture leaves no room for answers
+    )  # the image leaves no room for answers
     losses(values)
     assert "Step 1 has no labelled tokens. Is `max_length` too short?" in caplog.text
     assert log(values)[0]["language_loss"] == 0

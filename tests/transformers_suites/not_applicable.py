@@ -3,7 +3,7 @@
 Two suites are not in transformers' source distribution and have no entry here: GenerationTesterMixin, whose ground
 `test_generation_ground.py` covers, and the pipelines' tests behind PipelineTesterMixin (`tests/hub` has ours).
 Tried by hand on the six backbones with a copy near 5.16, GenerationTesterMixin's tests pass, but for those that give
-`inputs_embeds` with a picture (image tokens are found by their ids, which embeddings do not have) and
+`inputs_embeds` with an image (image tokens are found by their ids, which embeddings do not have) and
 `test_left_padding_compatibility`: it prepends padding and does not move `prompt_end_positions`; with the suite's own
 hook for such inputs it passes.
 Tests that skip themselves (no accelerator, no mixture of experts, no video, ...) have none either.
@@ -53,7 +53,7 @@ NOT_APPLICABLE_SINCE_5_23 = {
     # ProcessorTesterMixin
     "test_apply_chat_template_assistant_mask": (
         "its conversations have three pictures, and FUSION reads one; in its place: "
-        "test_assistant_mask_of_a_conversation_with_a_picture"
+        "test_assistant_mask_of_a_conversation_with_an_image"
     ),
     "test_call_arguments_not_in_attributes": (
         "it is transformers' rule for its own new processors; ours has a default query_len that a call may replace"

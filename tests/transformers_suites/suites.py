@@ -13,7 +13,7 @@ from typing import Any
 from tests.transformers_suites.fetch import SuitesUnavailableError, fetch_suites
 
 PACKAGE = "transformers_own_tests"
-PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
+IMAGE = Path(__file__).parents[2] / "docs" / "assets" / "red_circle.png"
 
 
 class Unavailable:
@@ -60,8 +60,8 @@ def _add_module(name: str, path: list[str] | None) -> ModuleType:
 
 
 def _local_path(url: str, return_url_if_not_found: bool = True) -> str:
-    """Every picture of the suites is on the Hub; a local one stands for all of them."""
-    return str(PICTURE)
+    """Every image of the suites is on the Hub; a local one stands for all of them."""
+    return str(IMAGE)
 
 
 class GenerationTesterMixin:

@@ -51,7 +51,7 @@ def inputs(model: FusionForConditionalGeneration) -> Inputs:
 
 @pytest.fixture
 def batch(model: FusionForConditionalGeneration) -> Inputs:
-    """Different lengths, turns and questions; the last sample has no picture."""
+    """Different lengths, turns and questions; the last sample has no image."""
     samples = [Sample(), Sample([4, 7], [6], seed=1), Sample([3], image=False, seed=2)]
     return make_inputs(model.config, samples, padding_side="left")
 
@@ -137,11 +137,11 @@ def test_greedy_outputs(any_model: FusionForConditionalGeneration, use_cache: bo
     torch.testing.assert_close(output.logits[-1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_picture_and_the_question_matter(model: FusionForConditionalGeneration, inputs: Inputs) -> None:
+def test_the_image_and_the_question_matter(model: FusionForConditionalGeneration, inputs: Inputs) -> None:
     expected = new_tokens(model, inputs, output_logits=True, return_dict_in_generate=False)
-    other_picture = inputs | {"pixel_values": -inputs["pixel_values"]}
+    other_image = inputs | {"pixel_values": -inputs["pixel_values"]}
     other_question = inputs | {"instruct_input_ids": inputs["instruct_input_ids"] + 1}
-    found = [greedy_by_hand(model, changed) for changed in (other_picture, other_question)]
+    found = [greedy_by_hand(model, changed) for changed in (other_image, other_question)]
     assert any(not torch.equal(tokens, expected) for tokens in found)
 
 
@@ -345,7 +345,7 @@ def test_prompt_lookup_stops_at_an_end_token(model: FusionForConditionalGenerati
 
 
 def test_prompt_lookup_may_propose_placeholders(model: FusionForConditionalGeneration, inputs: Inputs) -> None:
-    """A model that says the frame token of the picture is answered with what followed it in the prompt."""
+    """A model that says the frame token of the image is answered with what followed it in the prompt."""
     bias = {"sequence_bias": {(model.config.vision_start_token_id,): 100.0}}
     found = new_tokens(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1, **bias)
     assert torch.equal(found, new_tokens(model, inputs, **bias))
@@ -364,7 +364,7 @@ def test_caches_given_by_the_caller(any_model: FusionForConditionalGeneration) -
 
 @pytest.mark.parametrize("again", [True, False])
 def test_continue_from_a_cache(any_model: FusionForConditionalGeneration, again: bool) -> None:
-    """Three tokens, then three more from the cache are six at once; the picture may be given again, and is ignored."""
+    """Three tokens, then three more from the cache are six at once; the image may be given again, and is ignored."""
     inputs = make_inputs(any_model.config, [Sample()])
     expected = new_tokens(any_model, inputs)
     output = any_model.generate(**inputs, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
@@ -406,12 +406,12 @@ def test_text_as_embeddings(any_model: FusionForConditionalGeneration, num_beams
     assert torch.equal(both[:, -NEW_TOKENS:], expected)
 
 
-def test_pictures_need_ids(model: FusionForConditionalGeneration, inputs: Inputs) -> None:
+def test_images_need_ids(model: FusionForConditionalGeneration, inputs: Inputs) -> None:
     """Placeholders lie behind the vocabulary, so embeddings cannot tell where they are."""
     with pytest.raises(IndexError):
         model.get_input_embeddings()(inputs["input_ids"])
     embeds = torch.zeros(*inputs.pop("input_ids").shape, WIDTH)
-    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+    with pytest.raises(ValueError, match="`pixel_values` must be None without `input_ids`"):
         model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=1)
 
 

@@ -85,8 +85,8 @@ def run_with_package(command: list[str], **kwargs: Any) -> subprocess.CompletedP
 def test_fourth_channel_is_dropped(input_data_format: str) -> None:
     """In place of the suite's test of four channels, which the tower cannot read."""
     processor = FusionImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    picture = np.random.default_rng(0).integers(0, 256, (40, 100, 4), dtype=np.uint8)
-    expected = processor(picture[..., :3], return_tensors="np").pixel_values
+    image = np.random.default_rng(0).integers(0, 256, (40, 100, 4), dtype=np.uint8)
+    expected = processor(image[..., :3], return_tensors="np").pixel_values
     if input_data_format == "channels_first":
-        picture = picture.transpose(2, 0, 1)
-    np.testing.assert_array_equal(processor(picture, return_tensors="np").pixel_values, expected)
+        image = image.transpose(2, 0, 1)
+    np.testing.assert_array_equal(processor(image, return_tensors="np").pixel_values, expected)

@@ -49,7 +49,7 @@ def test_processor_files_survive_loading(tmp_path: Path) -> None:
 
 
 def test_image_tokens_of_a_batch_are_counted_without_it() -> None:
-    """In place of the suite's count, which goes on to two pictures in a prompt."""
+    """In place of the suite's count, which goes on to two images in a prompt."""
     processor = FusionProcessor(suite_image_processor(), byte_tokenizer(), **PROCESSOR_VALUES)
     sizes = [(100, 100), (300, 100), (500, 30), (213, 167)]  # height, width
     inputs = processor(
@@ -67,12 +67,12 @@ def test_image_tokens_of_a_batch_are_counted_without_it() -> None:
     Version(transformers.__version__) < Version("5.23"), reason="older versions shift the mask by the expanded image"
 )
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_assistant_mask_of_a_conversation_with_a_picture(padding_side: str) -> None:
-    """In place of the suite's conversations of three pictures."""
+def test_assistant_mask_of_a_conversation_with_an_image(padding_side: str) -> None:
+    """In place of the suite's conversations of three images."""
     processor = FusionProcessor(suite_image_processor(), byte_tokenizer(), **PROCESSOR_VALUES)
-    picture = {"type": "image", "image": Image.new("RGB", (30, 20))}
+    image = {"type": "image", "image": Image.new("RGB", (30, 20))}
     later = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "it is"}]
-    question = {"role": "user", "content": [picture, {"type": "text", "text": "what?"}]}
+    question = {"role": "user", "content": [image, {"type": "text", "text": "what?"}]}
     inputs = processor.apply_chat_template(
         [[question, {"role": "assistant", "content": "a red one"}, *later], later],
         tokenize=True,

@@ -126,12 +126,12 @@ def record_passes(model: torch.nn.Module) -> list[Pass]:
     return passes
 
 
-def with_image(messages: list[dict[str, Any]], picture: Image.Image | None) -> list[dict[str, Any]]:
+def with_image(messages: list[dict[str, Any]], image: Image.Image | None) -> list[dict[str, Any]]:
     """The messages with the image in the first question, as the processor reads them."""
-    if picture is None:
+    if image is None:
         return messages
     first = next(number for number, message in enumerate(messages) if message["role"] == "user")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": messages[first]["content"]}]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": messages[first]["content"]}]
     return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
 
@@ -141,11 +141,11 @@ class Prompt:
 
     processor: FusionProcessor
     messages: list[dict[str, Any]]
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
 
     def __post_init__(self) -> None:
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-        self.inputs = dict(self.processor.apply_chat_template(with_image(self.messages, self.picture), **options))
+        self.inputs = dict(self.processor.apply_chat_template(with_image(self.messages, self.image), **options))
 
     @property
     def ids(self) -> list[int]:
@@ -153,7 +153,7 @@ class Prompt:
 
     def conversation(self, text: str) -> dict[str, torch.Tensor]:
         """The processor's features of the prompt with an answer."""
-        messages = with_image([*self.messages, answer(text)], self.picture)
+        messages = with_image([*self.messages, answer(text)], self.image)
         return self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 
     def log_probs(self, model: FusionForConditionalGeneration, completion: list[int]) -> torch.Tensor:
@@ -173,21 +173,21 @@ def prompts_of(processor: FusionProcessor, has_images: bool = True) -> list[Prom
     prompts = []
     for number, (color, question, _) in enumerate(CHATS):
         turns = [ask("hello ?"), answer("yes")] if number == LATER_TURN else []
-        picture = image(color) if has_images and number != TEXT_ONLY else None
+        shown = image(color) if has_images and number != TEXT_ONLY else None
         messages = [{"role": "system", "content": "see"}, *turns, ask(question)]
-        prompts.append(Prompt(processor, messages, picture))
+        prompts.append(Prompt(processor, messages, shown))
     return prompts
 
 
 def columns_of(prompt: Prompt, has_images: bool = True) -> dict[str, Any]:
     """The columns of a prompt in TRL's data sets."""
     columns: dict[str, Any] = {"prompt": prompt.messages}
-    return columns | {"images": [prompt.picture] if prompt.picture else []} if has_images else columns
+    return columns | {"images": [prompt.image] if prompt.image else []} if has_images else columns
 
 
 def mapping_loss(model: FusionForConditionalGeneration, prompts: list[Prompt]) -> torch.Tensor:
     """Of one batch of these prompts, weighted as in the loss of `FusionTrainer`."""
-    chats = [with_image(prompt.messages, prompt.picture) for prompt in prompts]
+    chats = [with_image(prompt.messages, prompt.image) for prompt in prompts]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     batch = prompts[0].processor.apply_chat_template(chats, **options)
     return model.config.mapping_loss_weight * model.model(**batch, output_mapping_loss=True).mapping_loss

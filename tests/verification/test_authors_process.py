@@ -33,13 +33,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_no_repository(tmp_path: Path):
-    with pytest.raises(InputError, match=r"--authors-code: .* has no fusion/model/__init__.py"):
+    with pytest.raises(InputError, match=r"--authors-code must be .* has no fusion/model/__init__.py"):
         find_environment(tmp_path, sys.executable)
 
 
 @pytest.mark.parametrize("name", ["no-such-python", "/no/such/python", "."])
 def test_no_python(code: Path, name: str):
-    with pytest.raises(InputError, match=r"--authors-python: .* is no program"):
+    with pytest.raises(InputError, match=r"--authors-python must be .* is not a program"):
         find_environment(code, name)
 
 
@@ -54,7 +54,7 @@ def test_python_without_packages(code: Path, tmp_path: Path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # without site-packages
     python.chmod(0o755)
-    with pytest.raises(InputError, match=r"cannot do `import torch, transformers.*No module named 'torch'"):
+    with pytest.raises(InputError, match=r"`import torch, transformers.*No module named 'torch'"):
         check_packages(find_environment(code, str(python)))
 
 
@@ -62,7 +62,7 @@ def test_python_without_packages(code: Path, tmp_path: Path):
     ("line", "message"),
     [
         ("raise KeyError('no such model')", "ended with status 1: .*KeyError: 'no such model'"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"ended by signal 9 \(often: no memory left\)"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"ended by signal 9 \(often because memory"),
         ("raise OSError(28, 'No space left on device')", "no space left.*TMPDIR"),
         ("raise SystemExit(3)", "ended with status 3: nothing was written"),
     ],
@@ -82,7 +82,7 @@ def test_hang(code: Path, folder: Path):
         f"import subprocess\nprint('begun', flush=True)\nsubprocess.run(['sh', '-c', '{loop}'])"
     )
     begin = time.monotonic()
-    with pytest.raises(InputError, match=r"did not end within 60 s \(--timeout\); its last lines: begun"):
+    with pytest.raises(InputError, match=r"exceeded 60 s \(--timeout\).*begun"):
         run_worker(AuthorsEnvironment(code, sys.executable), JOB, folder, 60)
     assert time.monotonic() - begin < 90
     written = started.read_text()

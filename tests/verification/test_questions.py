@@ -28,8 +28,8 @@ def test_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "what?"}, "line 1: allowed: one question about one image in a file"),
-        ({"image": "https://example.org/a.png", "question": "what?"}, "line 1: allowed: one question"),
+        ({"question": "what?"}, "line 1: a record must have one question about one image file"),
+        ({"image": "https://example.org/a.png", "question": "what?"}, "line 1: a record must have one question"),
         ({"image": IMAGE}, "line 1: .*question, messages"),
         ({"image": "gone.png", "question": "what?"}, "line 1: gone.png cannot be used: it cannot be read"),
         (
@@ -48,5 +48,5 @@ def test_other_records(tmp_path: Path, record: dict[str, object], message: str):
 def test_too_many(tmp_path: Path):
     path = tmp_path / "questions.jsonl"
     path.write_text((json.dumps({"image": IMAGE, "question": "what?"}) + "\n") * (MAX_QUESTIONS + 1))
-    with pytest.raises(InputError, match=f"has {MAX_QUESTIONS + 1} records; allowed: {MAX_QUESTIONS}"):
+    with pytest.raises(InputError, match=f"at most {MAX_QUESTIONS} records, got {MAX_QUESTIONS + 1}"):
         read_questions(path)

@@ -38,7 +38,7 @@ def test_benchmarks_answer_as_in_one_process(server: Server, tmp_path: Path):
 
 @pytest.fixture
 def writer() -> Iterator[Scripted]:
-    """Writes questions and draws pictures."""
+    """Writes questions and draws images."""
     with serve(Scripted(write)) as script:
         yield script
 

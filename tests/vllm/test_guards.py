@@ -11,7 +11,7 @@ import torch
 from tests.helpers.vllm_models import CASES, QUESTIONS, Case, Reference, answer_of, write_random_model
 
 pytestmark = pytest.mark.vllm
-CONVERSATION = CASES[6]  # one picture, three questions
+CONVERSATION = CASES[6]  # one image, three questions
 SEVERAL = [CASES[0], CASES[7], CASES[10], CONVERSATION]
 TOLERANCE = 1e-4
 CHUNK = 24  # tokens; shorter than each prompt of `SEVERAL`

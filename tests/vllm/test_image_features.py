@@ -1,4 +1,4 @@
-"""A picture's tiles are encoded once for all questions about it, and answers stay those of the transformers model."""
+"""An image's tiles are encoded once for all questions about it, and answers stay those of the transformers model."""
 
 import pytest
 from tests.helpers.vllm_models import CASES, Case, Reference, answer_of, write_random_model
@@ -21,7 +21,7 @@ def reference(folder):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """How many pictures' tiles each call encodes."""
+    """How many images' tiles each call encodes."""
     from fusion_hf.vllm import modeling
 
     calls = []
@@ -58,13 +58,13 @@ def test_further_questions_encode_no_tiles(engine, reference, encoded):
     assert encoded == [1, 1, 1]
 
 
-def test_questions_of_one_step_share_their_picture(engine, reference, encoded):
+def test_questions_of_one_step_share_their_image(engine, reference, encoded):
     encoded.clear()
     check(engine, reference, FIRST, SAME, OTHER)
     assert sum(encoded) == 2
 
 
-def test_memory_is_measured_with_as_many_pictures_as_a_step_may_have(engine, encoded):
+def test_memory_is_measured_with_as_many_images_as_a_step_may_have(engine, encoded):
     """Though they are all alike."""
     executor = engine.llm_engine.engine_core.engine_core.model_executor
     encoded.clear()

@@ -17,23 +17,23 @@ QUERY_LEN = 4  # another one than where a request says nothing
 
 
 class Asked(NamedTuple):
-    """A picture's question and its answer in the data set."""
+    """An image's question and its answer in the data set."""
 
-    picture: Path
+    image: Path
     question: str
     answer: str
 
 
 @pytest.fixture(scope="module")
 def asked() -> list[Asked]:
-    rows = [Asked(picture.path, *pair) for picture in read_easy_vqa("test") for pair in picture.questions]
+    rows = [Asked(image.path, *pair) for image in read_easy_vqa("test") for pair in image.questions]
     rows = rows[:: len(rows) // NUM_QUESTIONS][:NUM_QUESTIONS]
     assert len(rows) == NUM_QUESTIONS
     return rows
 
 
 def by_transformers(asked: list[Asked], dtype: str = "float32", **options: Any) -> list[str]:
-    records = [{"question": row.question, "image": str(row.picture)} for row in asked]
+    records = [{"question": row.question, "image": str(row.image)} for row in asked]
     chat_model = ChatModel.load(device="cpu", dtype=dtype)
     results = batch_generate(records, chat_model, max_new_tokens=MAX_NEW_TOKENS, progress=False, **options)
     return [result["answer"] for result in results]
@@ -42,7 +42,7 @@ def by_transformers(asked: list[Asked], dtype: str = "float32", **options: Any) 
 def by_vllm(engine: Any, asked: list[Asked], **arguments: Any) -> list[str]:
     from vllm import SamplingParams
 
-    conversations = [[user(row.question, data_uri(row.picture.read_bytes()))] for row in asked]
+    conversations = [[user(row.question, data_uri(row.image.read_bytes()))] for row in asked]
     settings = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
     outputs = engine.chat(conversations, settings, use_tqdm=False, mm_processor_kwargs=arguments or None)
     return [output.outputs[0].text for output in outputs]

@@ -13,23 +13,23 @@ PROCESSOR = FusionProcessor.from_pretrained(nano_path())
 READER = PromptParser.of(CONFIG, PROCESSOR)
 
 
-def conversation(turns: int, has_picture: bool, place: int = 0) -> list[dict]:
+def conversation(turns: int, has_image: bool, place: int = 0) -> list[dict]:
     messages = [{"role": "system", "content": "one word"}]
     for turn in range(turns):
-        picture = Image.new("RGB", (8, 8)) if has_picture and turn == place else None
+        image = Image.new("RGB", (8, 8)) if has_image and turn == place else None
         messages += [
-            question_message(f"question {turn}?", picture),
+            question_message(f"question {turn}?", image),
             {"role": "assistant", "content": f"answer {turn}"},
         ]
     return messages[:-1]
 
 
-@pytest.mark.parametrize("has_picture", [True, False])
+@pytest.mark.parametrize("has_image", [True, False])
 @pytest.mark.parametrize("turns", [1, 2, 3])
 @pytest.mark.parametrize("query_len", [4, 16])
-def test_the_turns_of_a_prompt_are_those_of_the_processor(turns, has_picture, query_len):
+def test_the_turns_of_a_prompt_are_those_of_the_processor(turns, has_image, query_len):
     inputs = PROCESSOR.apply_chat_template(
-        conversation(turns, has_picture),
+        conversation(turns, has_image),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -37,7 +37,7 @@ def test_the_turns_of_a_prompt_are_those_of_the_processor(turns, has_picture, qu
     )
     ids = inputs["input_ids"][0]
     found = READER.read(ids)
-    assert found.num_image_tokens == (CONFIG.num_image_tokens if has_picture else 0)
+    assert found.num_image_tokens == (CONFIG.num_image_tokens if has_image else 0)
     assert found.query_len == query_len
     starts = np.flatnonzero(np.array(ids) == CONFIG.latent_token_id).reshape(turns, query_len)
     np.testing.assert_array_equal(found.latent_positions, starts)

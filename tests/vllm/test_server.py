@@ -160,7 +160,7 @@ def hostile(image_host: ImageHost) -> dict[str, dict[str, Any]]:
     elsewhere = f"http://127.0.0.1:{image_host.port + 1}/picture"
     return {
         "not on the list": {"messages": [user(QUESTION, elsewhere)]},
-        "allowed: a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
+        "must be a data URI": {"messages": [user(QUESTION, Path("/etc/hostname").as_uri())]},
         "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_claiming(20_000)))]},
         "truncated": {"messages": [user(QUESTION, data_uri(IMAGE_FILE.read_bytes()[:300]))]},
         "it is none of": {"messages": [user(QUESTION, data_uri(b"no picture"))]},

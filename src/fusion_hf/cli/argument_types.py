@@ -3,6 +3,8 @@
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
 
 from fusion_hf.common.user_values import DTYPE_NAMES, is_square
 from fusion_hf.inference.sampling_options import LARGEST_TEMPERATURE
@@ -10,6 +12,7 @@ from fusion_hf.inference.sampling_options import LARGEST_TEMPERATURE
 AUTO = "auto"
 DTYPES = (AUTO, *DTYPE_NAMES)
 DEVICE = re.compile(rf"{AUTO}|(?:cpu|cuda|mps)(?::[0-9]{{1,4}})?", re.ASCII)
+CONFIGS = "configs"
 LARGEST_PORT = 2**16 - 1
 
 
@@ -67,3 +70,12 @@ def device(text: str) -> str:
     if not DEVICE.fullmatch(text):
         raise wrong_argument(text, "auto, cpu, cuda, cuda:1 or mps")
     return text
+
+
+def config_file(text: str) -> str:
+    """Find a file of yours, or one of `configs/` in the package: a wheel has no repository around it."""
+    own = Path(text)
+    if own.exists() or own.parts[:1] != (CONFIGS,) or ".." in own.parts:
+        return text
+    bundled = Path(str(resources.files("fusion_hf"))) / own
+    return str(bundled) if bundled.is_file() else text

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import positive
+from fusion_hf.cli.argument_types import config_file, positive
 from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, JSON_HELP
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
@@ -45,7 +45,10 @@ def add_parser(commands: Any) -> None:
         examples=("fusion-hf data check records.json", "fusion-hf data check mixture.yaml --images decode --json"),
     )
     check.add_argument(
-        "source", metavar="MIXTURE_OR_FILE", help="A mixture (.yaml), a file or folder of records, or a Hub dataset."
+        "source",
+        type=config_file,
+        metavar="MIXTURE_OR_FILE",
+        help="A mixture (.yaml), a file or folder of records, or a Hub dataset.",
     )
     check.add_argument(
         "--data-root",

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_hf.cli.argument_types import amount, positive
+from fusion_hf.cli.argument_types import amount, config_file, positive
 from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP, JSON_HELP
 from fusion_hf.cli.terminal import FAILED
 from fusion_hf.common.errors import InputError, short_name
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             "fusion-hf plan recipe.yaml global_batch_size=32 --gpus 8 --gpu-memory 40",
         ),
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe to plan.")
+    parser.add_argument("recipe", type=config_file, metavar="RECIPE.yaml", help="The recipe to plan.")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -55,7 +55,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="How weights, gradients and optimizer states are sharded (default: auto, the first one that fits).",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="The config.json of the model (default: that of the model in the recipe)."
+        "--config",
+        type=config_file,
+        metavar="FILE",
+        help="The config.json of the model (default: that of the model in the recipe).",
     )
     parser.add_argument(
         "--records",

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fusion_hf.cli.argument_types import config_file
 from fusion_hf.cli.model_options import DEBUG
 from fusion_hf.cli.terminal import FAILED, one_line, printable
 from fusion_hf.common.extras import require
@@ -38,8 +39,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "config",
+        type=config_file,
         metavar="CONFIG.yaml",
-        help="The configuration: your own, or one of configs/synthesis in the repository. With --status, you can "
+        help="The configuration: your own, or one of configs/synthesis in the package. With --status, you can "
         "also give the output folder of the run.",
     )
     parser.add_argument(

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from fusion_hf.cli.argument_types import config_file
 from fusion_hf.cli.model_options import DEBUG, DEBUG_HELP
 from fusion_hf.cli.terminal import STOPPED
 
@@ -23,9 +24,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "recipe",
+        type=config_file,
         metavar="RECIPE.yaml",
         help="The recipe: a file that `fusion-hf init-recipe` wrote, your own, or one of configs/recipes in the "
-        "repository.",
+        "package.",
     )
     parser.add_argument(
         "overrides",

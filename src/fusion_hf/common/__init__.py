@@ -1,1 +1,1 @@
-"""What every other folder may use: errors, whole files, results on disk, extras, servers' errors."""
+"""Helpers that every other folder may use: errors, whole files, result logs, extras, and clients of servers."""

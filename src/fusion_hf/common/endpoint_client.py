@@ -1,4 +1,4 @@
-"""The client of the OpenAI protocol, for threads and for coroutines: bounded, patient, with keys kept out of sight."""
+"""A client of the OpenAI protocol for threads and coroutines. It limits responses, retries calls, and hides keys."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ Connections = TypeVar("Connections", httpx.Client, httpx.AsyncClient)
 
 
 class KeyFromEnvironment(httpx.Auth):
-    """Reads the API key when a request is sent: it is in no object that is pickled, logged or shown in an error."""
+    """Reads the API key when a request is sent, so that no object that is pickled, logged or shown contains it."""
 
     def __init__(self, variable: str):
         self.variable = variable
@@ -42,12 +42,12 @@ class KeyFromEnvironment(httpx.Auth):
 
 
 class _TimedOut(RetryableError):
-    """No answer within the time of a request."""
+    """A request had no answer in time."""
 
 
 @dataclass
 class _Response:
-    """What an endpoint answers. Logged traces show variables, and an endpoint may repeat the key: not the body."""
+    """An endpoint's response. Its body is hidden, because logged traces show variables and it may repeat the key."""
 
     most: int  # bytes
     status: int = 0
@@ -58,7 +58,7 @@ class _Response:
         self.status, self.retry_after = head.status_code, head.headers.get("Retry-After")
 
     def collect(self, part: bytes) -> None:
-        """Add a part of the body; RequestRejected for a body of more bytes."""
+        """Append a part of the body. Raise `RequestRejected` if the body becomes too large."""
         self.body += part
         if len(self.body) > self.most:
             raise RequestRejected(f"the response has more than {self.most} bytes")
@@ -67,19 +67,19 @@ class _Response:
 @dataclass
 class EndpointClient:
     """
-    Ask an endpoint of the OpenAI protocol. What it rejects is final; what may pass is sent again, with growing pauses.
+    Client for endpoints of the OpenAI protocol. Failures that may be temporary are retried, with growing pauses.
 
-    Redirects are refused: a redirected request would lose its body, and could take the key elsewhere.
+    Redirects are refused, because a redirected request would lose its body and could take the key elsewhere.
 
     Args:
-        key_variable: environment variable of the API key.
-        timeout: seconds of one request.
-        tries: how often a request is sent that fails in a way that may pass.
-        max_bytes: a longer response is rejected, and the rest of it is not read.
-        first_pause: seconds before the second try.
-        retries_timeouts: whether a request that had no answer in time is sent again.
-        alive_since_begin: whether any answer since a request began shows that the endpoint is alive, so that this
-            request alone is rejected; else only one since its first failure does.
+        key_variable: Environment variable with the API key.
+        timeout: Maximum duration of one request in seconds.
+        tries: Maximum number of times that a request with a temporary failure is sent.
+        max_bytes: Maximum size of a response. Larger responses are rejected, and the rest is not read.
+        first_pause: Seconds before the second try.
+        retries_timeouts: Whether to send a request again that had no answer in time.
+        alive_since_begin: Whether any answer since the beginning of a request shows that the endpoint is alive, so
+            that only this request is rejected. By default, only an answer since its first failure does.
 
     Example:
 
@@ -94,7 +94,7 @@ class EndpointClient:
     first_pause: float = FIRST_PAUSE
     retries_timeouts: bool = False
     alive_since_begin: bool = False
-    last_success: float = field(default=-1.0, init=False)  # of any request, on the monotonic clock
+    last_success: float = field(default=-1.0, init=False)  # time of any successful request on the monotonic clock
     _coroutines: httpx.AsyncClient | None = field(default=None, init=False, repr=False)
 
     def ask(
@@ -108,17 +108,17 @@ class EndpointClient:
         Send a request and wait for its answer, from any thread.
 
         Args:
-            url: of the call.
-            payload: is posted as JSON; None: the call is a GET.
-            stop: set when nobody waits any more; ends the pauses.
-            tries: instead of the client's.
+            url: URL of the call.
+            payload: Content that is posted as JSON. None sends a GET request.
+            stop: Event that ends the pauses, set when nobody waits for the answer any more.
+            tries: Number of tries. Defaults to that of the client.
 
         Returns:
-            The JSON object that is answered.
+            The JSON object that the endpoint answers.
 
         Raises:
-            RequestRejected: if the endpoint will not have this request, or failed on it while it answered others.
-            EndpointUnavailable: if it answers nothing, or no request can succeed.
+            RequestRejected: If the endpoint refuses this request, or fails on it while it answers others.
+            EndpointUnavailable: If the endpoint does not answer, or if no request can succeed.
         """
         stop = threading.Event() if stop is None else stop
         attempts = _Attempts(self, url, self.tries if tries is None else tries)
@@ -130,7 +130,19 @@ class EndpointClient:
                     raise attempts.verdict() from error
 
     async def ask_async(self, url: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Post a request and await its answer; otherwise as `ask`."""
+        """
+        Post a request and await its answer.
+
+        Args:
+            url: URL of the call.
+            payload: Content that is posted as JSON.
+
+        Returns:
+            The JSON object that the endpoint answers.
+
+        Raises:
+            RequestRejected, EndpointUnavailable: See `ask`.
+        """
         attempts = _Attempts(self, url, self.tries)
         while True:
             try:
@@ -139,26 +151,26 @@ class EndpointClient:
                 await asyncio.sleep(attempts.pause_after(error))
 
     async def close(self) -> None:
-        """Close the connections of coroutines; the next request opens new ones."""
+        """Close the connections of coroutines. The next request opens new ones."""
         if self._coroutines is not None:
             await self._coroutines.aclose()
             self._coroutines = None
 
     @cached_property
     def _threads(self) -> httpx.Client:
-        # each request has its own connection: between two of them a server may be started anew
+        # each request has its own connection, because a server may restart between two requests
         return self._open(httpx.Client, httpx.Limits(max_keepalive_connections=0))
 
     def _open(self, kind: type[Connections], limits: httpx.Limits) -> Connections:
         auth = None if self.key_variable is None else KeyFromEnvironment(self.key_variable)
         timeout = httpx.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout), pool=None)
         certificates = httpx.create_ssl_context()
-        certificates.load_default_certs()  # this system's, beside those that httpx brings
-        headers = {"Accept-Encoding": "identity"}  # a compressed body may be far larger than what was sent of it
+        certificates.load_default_certs()  # those of the system, besides those that httpx provides
+        headers = {"Accept-Encoding": "identity"}  # a compressed body may expand to far more than was sent
         try:
             return kind(auth=auth, timeout=timeout, limits=limits, verify=certificates, headers=headers)
         except (ImportError, ValueError) as error:
-            raise InputError(f"The proxy that the environment names cannot be used: {error}.") from error
+            raise InputError(f"The proxy in the environment variables cannot be used: {error}.") from error
 
     def _send(self, url: str, payload: dict[str, Any] | None) -> dict[str, Any]:
         end, response = time.monotonic() + self.timeout, _Response(self.max_bytes)
@@ -196,7 +208,7 @@ class EndpointClient:
         if is_late and not isinstance(error, httpx.ConnectTimeout):
             return _TimedOut(f"no response in {self.timeout:g} s")
         kind = type(error).__name__
-        # of what cannot be sent, the library repeats the header with the key
+        # if a request cannot be sent, the library's message repeats the header with the key
         is_ours = isinstance(error, httpx.LocalProtocolError)
         words = "" if is_ours else own_words(str(error).encode("utf-8", "replace"), self.key_variable)
         return RetryableError(f"connection failed ({kind}: {words})" if words else f"connection failed ({kind})")
@@ -210,7 +222,7 @@ class EndpointClient:
 
 
 class _Attempts:
-    """The tries of one request, and what follows from the failures of all of them."""
+    """The tries of one request and the consequence of their failures."""
 
     def __init__(self, client: EndpointClient, url: str, tries: int):
         self.client, self.url, self.tries = client, url, tries
@@ -219,39 +231,40 @@ class _Attempts:
         self.begun = self.first_failure = 0.0  # on the monotonic clock
 
     def begin(self) -> str:
-        """Note that a try begins now, and return its address."""
+        """Note that a try begins now, and return its URL."""
         self.begun = time.monotonic()
         return self.url
 
     def pause_after(self, error: RetryableError) -> float:
-        """Tell the seconds until the next try; RequestRejected or EndpointUnavailable if there is none."""
+        """Return the seconds until the next try. Raise `RequestRejected` or `EndpointUnavailable` if there is none."""
         is_late = isinstance(error, _TimedOut)
         if self.failed == 0:
-            # who is answered while this request has no answer shows that the endpoint is alive
+            # an answer to any request while this one waits shows that the endpoint is alive
             from_begin = is_late or self.client.alive_since_begin
             self.first_failure = self.begun if from_begin else time.monotonic()
         self.failed += 1
         self.reason = str(error)
         if self.failed == self.tries or (is_late and not self.client.retries_timeouts):
             raise self.verdict() from error
-        # a full queue asks for a second again and again: patience is to grow even so
+        # a full queue asks for one second again and again, but the pauses should grow anyway
         asked = 0.0 if error.seconds is None else min(error.seconds, LONGEST_PAUSE)
         return max(asked, pause(self.failed - 1, self.client.first_pause))
 
     def verdict(self) -> Exception:
-        """Make the error that ends the request."""
+        """Create the error that ends the request."""
         reason = self.reason + (f" in {self.failed} tries" if self.failed > 1 else "")
         if self.client.last_success >= self.first_failure:
             return RequestRejected(reason)
-        return EndpointUnavailable(f"{self.url} gives no answer: {reason}")
+        return EndpointUnavailable(f"{self.url} does not answer: {reason}")
 
 
-# two classes of timeouts on Python 3.10; UnicodeError and InvalidURL: a host that has no form in DNS
+# Python 3.10 has two classes of timeouts. UnicodeError and InvalidURL are raised for host names that DNS cannot
+# encode.
 _TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OSError, asyncio.TimeoutError)
 
 
 def _request(url: str, payload: dict[str, Any] | None) -> dict[str, Any]:
-    """What httpx is given: half a character, which a text may hold, becomes JSON's escape of it."""
+    """Build the arguments for httpx. Lone surrogates, which a text may contain, become JSON escapes."""
     if payload is None:
         return {"method": "GET", "url": url}
     headers = {"Content-Type": "application/json"}

@@ -1,19 +1,19 @@
-"""The error of whoever uses a model. Imports nothing."""
+"""The error for invalid input. This module imports nothing."""
 
-LONGEST_NAME = 80  # characters: an image may be named by a data URI
+LONGEST_NAME = 80  # characters: the name of an image may be a data URI
 
 
 class InputError(ValueError):
     """
-    Something about the given image, question, model or setting that its giver can mend; says how, in one line.
+    An image, question, model or setting is invalid and the user can correct it. The message says how, in one line.
 
     Attributes:
-        longest: characters that a command shows of it; a library may list every tensor of a model.
+        longest: Maximum number of characters that a command shows; a library may list every tensor of a model.
     """
 
     longest = 600
 
 
 def short_name(name: str) -> str:
-    """Return the beginning of a name, for an error to repeat."""
+    """Shorten a name for an error message."""
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

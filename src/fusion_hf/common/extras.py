@@ -1,4 +1,4 @@
-"""What is installed beside the package's own requirements. Imports nothing."""
+"""Checks of optional dependencies. This module imports none of them."""
 
 from importlib.util import find_spec
 
@@ -7,15 +7,15 @@ from fusion_hf.common.errors import InputError
 
 def require(packages: tuple[str, ...], what: str, extra: str) -> None:
     """
-    Ask for the packages of an extra before the work that needs them.
+    Check that the packages of an extra are installed, before the work that needs them.
 
     Args:
-        packages: their top-level modules.
-        what: needs them, as the beginning of a sentence.
-        extra: has them.
+        packages: Top-level modules of the packages.
+        what: What needs the packages, as the beginning of a sentence.
+        extra: Extra that installs them.
 
     Raises:
-        InputError: for the first that is not installed; names the extra.
+        InputError: If a package is not installed. The message names the extra.
     """
     for name in packages:
         if find_spec(name) is None:

@@ -1,8 +1,7 @@
-"""Images at http(s) addresses, fetched without becoming a way into the network of who fetches them.
+"""Images at http(s) URLs, fetched without giving access to the network of the machine that fetches them.
 
-A host has to be on the list of `image_hosts`. Its name is resolved once, all its addresses are checked, and the
-connection goes to a checked address, never to the name again. Redirects are followed by the same rules; proxies are
-not used.
+A host must be on the list of `image_hosts`. Its name is resolved once, all its addresses are checked, and the
+connection goes to a checked address, never to the name again. Redirects follow the same rules. Proxies are not used.
 """
 
 import asyncio
@@ -21,22 +20,30 @@ HEADERS = {"User-Agent": "fusion-hf", "Accept": "image/*", "Accept-Encoding": "i
 
 
 class ImageTooLarge(ImageRefused):
-    """What an address gives has more bytes than are allowed."""
+    """The content at a URL has more bytes than allowed."""
 
 
 async def fetch(url: str, policy: HostPolicy, max_bytes: int) -> bytes:
     """
-    The content at an http(s) address.
+    Fetch the content at an http(s) URL.
+
+    Args:
+        url: URL of the image.
+        policy: Hosts from which images may be fetched.
+        max_bytes: Maximum size of the content in bytes.
+
+    Returns:
+        The content.
 
     Raises:
-        ImageRefused: if the address is not allowed, or gives no content within the limits.
+        ImageRefused: If the URL is not allowed, or if it gives no content within the limits.
     """
     try:
         return await asyncio.wait_for(_follow(url, policy, max_bytes), SECONDS)
     except asyncio.TimeoutError as error:
         raise ImageRefused(url, f"it took longer than {SECONDS:g} s") from error
     except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
-        # what is wrong inside a network is not for clients; httpcore raises its own errors in the context of others
+        # clients need no details about a network; httpcore raises its own errors in the context of others
         raise ImageRefused(url, f"it cannot be fetched ({type(error.__context__ or error).__name__})") from error
 
 
@@ -51,7 +58,7 @@ async def _follow(url: str, policy: HostPolicy, max_bytes: int) -> bytes:
 
 
 async def _resolve(target: Target) -> Address:
-    """The first of the host's addresses; all of them have to be allowed."""
+    """Return the first address of the host. All of its addresses must be allowed."""
     known = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, proto=6)
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in known]
     if not addresses or not all(is_allowed(address, target.may_be_private) for address in addresses):
@@ -60,7 +67,7 @@ async def _resolve(target: Target) -> Address:
 
 
 async def _get(target: Target, address: Address, max_bytes: int) -> bytes | str:
-    """The content, or at which other address it is. The host's name serves the header, TLS and the certificate."""
+    """Return the content or the URL of a redirect. The host's name is used for the header, TLS and certificate."""
     path = (target.url.path or "/") + (f"?{target.url.query}" if target.url.query else "")
     url = httpcore.URL(scheme=target.url.scheme, host=str(address), port=target.port, target=path)
     headers = [("Host", target.url.netloc), *HEADERS.items()]
@@ -76,7 +83,7 @@ async def _get(target: Target, address: Address, max_bytes: int) -> bytes | str:
         if response.status != OK:
             raise ImageRefused(target.url.geturl(), f"its server answers {response.status}")
         if given.get("content-encoding", "identity") != "identity":
-            raise ImageRefused(target.url.geturl(), "its server sends it compressed")
+            raise ImageRefused(target.url.geturl(), "its server sends compressed content")
         async for chunk in response.aiter_stream():
             content += chunk
             if len(content) > max_bytes:

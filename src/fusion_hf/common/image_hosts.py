@@ -1,4 +1,4 @@
-"""Hosts whose images may be fetched: only those on a list, and no way into the network of who fetches."""
+"""Hosts from which images may be fetched: only those on a list, without access to the local network."""
 
 import ipaddress
 import re
@@ -17,10 +17,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 class ImageRefused(Exception):
     """
-    An address from which no image is fetched.
+    A URL from which no image is fetched.
 
     Attributes:
-        reason: why, as the end of a sentence.
+        reason: Reason, as the end of a sentence.
     """
 
     def __init__(self, url: str, reason: str):
@@ -30,7 +30,7 @@ class ImageRefused(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """A host and a port; no port: those of http and https."""
+    """A host and a port. Without a port, those of http and https are meant."""
 
     name: str
     port: int | None
@@ -38,11 +38,13 @@ class Host:
     @classmethod
     def parse(cls, text: str) -> "Host":
         """
+        Parse a host.
+
         Args:
             text: `name`, `name:port`, an IPv4 address or an IPv6 address in brackets, with or without a port.
 
         Raises:
-            InputError: if it is none.
+            InputError: If `text` is not a host.
         """
         try:
             parts = urlsplit(f"//{text}")
@@ -50,17 +52,17 @@ class Host:
         except ValueError:
             name = port = None
         if not name or parts.netloc != text or "@" in text or not re.fullmatch(r"[\w.:-]+", name, re.ASCII):
-            raise InputError(f"The image host is {text!r}; allowed: a name or an address, or with a port NAME:PORT.")
+            raise InputError(f"An image host must be NAME, NAME:PORT or an IP address, got {text!r}.")
         return cls(name, port)
 
     def covers(self, name: str, port: int) -> bool:
-        """Whether it is the host and port of an address."""
+        """Return whether this is the host and port of a URL."""
         return self.name == name and (port in PORTS.values() if self.port is None else port == self.port)
 
 
 @dataclass(frozen=True)
 class HostPolicy:
-    """Hosts whose images are fetched: `public` ones, and `private` ones that may have private addresses."""
+    """Hosts from which images may be fetched. Those in `private` may have private addresses."""
 
     public: tuple[Host, ...] = ()
     private: tuple[Host, ...] = ()
@@ -68,15 +70,21 @@ class HostPolicy:
     @classmethod
     def parse(cls, public: Iterable[str], private: Iterable[str]) -> "HostPolicy":
         """
+        Parse lists of hosts.
+
+        Args:
+            public: Hosts with public addresses, see `Host.parse`.
+            private: Hosts that may have private addresses.
+
         Raises:
-            InputError: see `Host.parse`.
+            InputError: If a text is not a host.
         """
         return cls(tuple(map(Host.parse, public)), tuple(map(Host.parse, private)))
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a request goes: what the URL says, and whether its host may be a private one."""
+    """Destination of a request: the parts of the URL, and whether its host may have a private address."""
 
     url: SplitResult
     host: str
@@ -86,20 +94,29 @@ class Target:
 
 def check_url(url: str, policy: HostPolicy) -> Target:
     """
+    Check that an image may be fetched from a URL.
+
+    Args:
+        url: URL of the image.
+        policy: Hosts from which images may be fetched.
+
+    Returns:
+        The parts of the URL.
+
     Raises:
-        ImageRefused: if it is no http(s) address, or its host and port are not on the list.
+        ImageRefused: If it is not an http(s) URL, or if its host and port are not on the list.
     """
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ImageRefused(url, "it has characters that an address has not; quote them")
+        raise ImageRefused(url, "it has characters that a URL must quote")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ImageRefused(url, "it is no address") from error
+        raise ImageRefused(url, "it is not a valid URL") from error
     if parts.scheme not in PORTS:
-        raise ImageRefused(url, "allowed: a data URI, or an http or https address")
+        raise ImageRefused(url, "it must be a data URI, or an http or https URL")
     if not host or "@" in parts.netloc:
-        raise ImageRefused(url, "it has no host, or a user's name")
+        raise ImageRefused(url, "it must have a host and no user name")
     port = PORTS[parts.scheme] if port is None else port
     is_private = any(known.covers(host, port) for known in policy.private)
     if not is_private and not any(known.covers(host, port) for known in policy.public):
@@ -108,7 +125,13 @@ def check_url(url: str, policy: HostPolicy) -> Target:
 
 
 def is_allowed(address: Address, may_be_private: bool = False) -> bool:
-    """Whether a connection to an address is: a public one, or, if it may be, one of a private network or this host."""
+    """
+    Return whether connections to an address are allowed.
+
+    Args:
+        address: IP address of a host.
+        may_be_private: Whether addresses of private networks and of this machine are allowed as well as public ones.
+    """
     if isinstance(address, ipaddress.IPv6Address):
         inner = _inner_address(address)
         if inner is not None:
@@ -123,7 +146,7 @@ def is_allowed(address: Address, may_be_private: bool = False) -> bool:
 
 
 def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address to which a packet would go."""
+    """Return the IPv4 address to which a packet would go."""
     if address in NAT64:
         return ipaddress.IPv4Address(int(address) & (2**IPV4_BITS - 1))
     return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)

@@ -1,4 +1,4 @@
-"""Append results to a file in which each is safe once it is written, also from a kill."""
+"""A log to which results are appended. Results that are written survive a kill of the process."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from fusion_hf.common.outputs import sync
 
 class ResultLog:
     """
-    Append lines of JSON to a file that one process at a time may write.
+    A file of JSON lines to which one process at a time may append.
 
-    A line without an end was being written when the process was killed: it does not count, and is overwritten.
+    A line without an end was being written when the process was killed. It is ignored and overwritten.
 
     Args:
-        path: the file.
-        lock: a file that keeps other processes away.
-        advice: what to do about a damaged line, for errors.
-        ascii_only: whether characters outside ASCII are written as JSON's escapes.
+        path: The file.
+        lock: File that serves as a lock between processes.
+        advice: What to do about a damaged line, for errors.
+        ascii_only: Whether to write characters outside ASCII as JSON escapes.
     """
 
     def __init__(self, path: Path, lock: Path, advice: str, ascii_only: bool = False):
@@ -34,13 +34,13 @@ class ResultLog:
 
     def acquire(self) -> bool:
         """
-        Keep other processes away until `release`.
+        Lock the file against other processes until `release`.
 
         Returns:
-            False if another process is writing the file.
+            False if another process holds the lock.
 
         Raises:
-            OSError: if there can be no lock.
+            OSError: If the lock cannot be created.
         """
         try:
             self._lock.acquire(timeout=0)
@@ -49,21 +49,21 @@ class ResultLog:
         return True
 
     def release(self, remove: bool = False) -> None:
-        """Let other processes in; with `remove`, the file that serves as lock goes."""
+        """Release the lock. With `remove`, remove the lock file as well."""
         if remove:
             Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
     def read(self) -> list[dict[str, Any]]:
-        """See `read_log`."""
+        """Read the entries of all whole lines, see `read_log`."""
         return read_log(self.path, self.advice)
 
     def open(self) -> None:
         """
-        Be ready to append behind the last whole line.
+        Open the file to append behind the last whole line.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: If the file cannot be written.
         """
         size = len(_whole_lines(self.path))
         self._stream = self.path.open("r+b" if self.path.exists() else "wb")
@@ -74,10 +74,13 @@ class ResultLog:
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
         """
-        Add a line for each entry; all of them are on the disk when this returns.
+        Append a line for each entry. All lines are on the disk when this returns.
+
+        Args:
+            entries: JSON objects.
 
         Raises:
-            OSError: if they cannot be written.
+            OSError: If they cannot be written.
         """
         assert self._stream is not None, "open comes first"
         for entry in entries:
@@ -87,10 +90,10 @@ class ResultLog:
 
     def close(self) -> None:
         """
-        Close the file; the lock stays.
+        Close the file and keep the lock.
 
         Raises:
-            OSError: if what `append` could not write cannot be written now either.
+            OSError: If lines that `append` could not write cannot be written now either.
         """
         if self._stream is not None:
             self._stream.close()
@@ -98,16 +101,20 @@ class ResultLog:
 
 def encode_line(entry: dict[str, Any], ascii_only: bool = False) -> bytes:
     """Encode an entry as a line of JSON."""
-    # half a character, which an id may have, becomes JSON's escape of it
+    # lone surrogates, which an id may contain, become JSON escapes
     return f"{json.dumps(entry, ensure_ascii=ascii_only)}\n".encode("utf-8", "backslashreplace")
 
 
 def read_log(path: Path, advice: str) -> list[dict[str, Any]]:
     """
-    Read the entries of all whole lines of a log; none if there is no file.
+    Read the entries of all whole lines of a log.
+
+    Args:
+        path: The file. A missing file has no entries.
+        advice: What to do about a damaged line, for errors.
 
     Raises:
-        InputError: if a line is no object of JSON.
+        InputError: If a line is not a JSON object.
     """
     entries = []
     for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], start=1):
@@ -122,7 +129,7 @@ def read_log(path: Path, advice: str) -> list[dict[str, Any]]:
 
 
 def damaged_line(path: Path, number: int, advice: str) -> InputError:
-    """Return the error of a line that no log has."""
+    """Create the error for a line that is not a valid entry."""
     return InputError(f"{path} is damaged in line {number}; {advice}.")
 
 

@@ -1,4 +1,4 @@
-"""YAML files to dataclasses; what is wrong in one is an error that names the key, its value and what is allowed."""
+"""Conversion of YAML files to dataclasses. Errors name the key, its value and the allowed values."""
 
 import difflib
 import types
@@ -15,7 +15,7 @@ from fusion_hf.common.errors import InputError, short_name
 
 T = TypeVar("T")
 MAX_YAML_BYTES = 2**20
-MOST_LISTED = 30  # keys in an error
+MOST_LISTED = 30  # maximum number of keys that an error lists
 NAMES = {
     int: "a whole number",
     float: "a number",
@@ -23,32 +23,38 @@ NAMES = {
     str: "text",
     list: "a list",
     tuple: "a list",
-    dict: "keys with values",
+    dict: "a mapping of keys to values",
     Path: "a path",
 }
 
 
 @runtime_checkable
 class FromYaml(Protocol):
-    """A class that is written in YAML otherwise than as keys with values."""
+    """A class whose YAML form is not a mapping of its fields."""
 
     @classmethod
     def from_yaml(cls, value: Any) -> Any:
         """
-        Make one of the YAML value.
+        Create an instance from its YAML value.
+
+        Args:
+            value: Value as YAML reads it.
 
         Raises:
-            ValueError: with what is allowed.
+            ValueError: If the value is invalid. The message describes the allowed values and completes "must be".
         """
 
 
 def allow(allowed: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     """
-    Make a check for `Annotated` hints of [`make_dataclass`].
+    Create a check for the `Annotated` hints of [`make_dataclass`].
 
     Args:
-        allowed: values, in words, for the error.
-        holds: whether a value is one of them.
+        allowed: Description of the allowed values, which completes the phrase "must be".
+        holds: Function that returns whether a value is allowed.
+
+    Returns:
+        A function that returns its argument, or raises `ValueError`.
     """
 
     def check(value: Any) -> Any:
@@ -68,98 +74,108 @@ def read_yaml(path: Path, what: str, max_bytes: int = MAX_YAML_BYTES) -> Any:
     Read the content of a YAML file.
 
     Args:
-        path: of the file.
-        what: it is, which errors name before its path: "The recipe".
-        max_bytes: of the file; larger ones are refused.
+        path: Path of the file.
+        what: Name of its kind for errors, such as "The recipe".
+        max_bytes: Maximum size of the file in bytes.
+
+    Returns:
+        The content.
 
     Raises:
-        InputError: if it cannot be read, is too large, or is no YAML.
+        InputError: If the file cannot be read, is too large, or is not valid YAML.
     """
     try:
         if path.stat().st_size > max_bytes:
-            raise InputError(f"{what} {path} has more than {max_bytes} bytes; allowed: a short YAML file.")
+            raise InputError(f"{what} {path} must be a YAML file of at most {max_bytes} bytes, but it is larger.")
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{what} {path} is no YAML: {error}") from error
+        raise InputError(f"{what} {path} is not valid YAML: {error}") from error
 
 
 def read_yaml_keys(path: Path, what: str) -> dict[str, Any]:
     """
-    Read a YAML file that holds keys with values.
+    Read a YAML file that holds a mapping of keys to values.
 
     Args:
-        path, what: as of [`read_yaml`].
+        path, what: See [`read_yaml`].
+
+    Returns:
+        The mapping.
 
     Raises:
-        InputError: if it cannot be read, or holds something else.
+        InputError: If the file cannot be read, or if it holds something else.
     """
     values = read_yaml(path, what)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{what} {path} holds a {type(values).__name__}; allowed: keys with values.")
+        raise InputError(f"{what} {path} must be a mapping of keys to values, got a {type(values).__name__}.")
     return values
 
 
 def parse_override(text: str, example: str) -> tuple[str, Any]:
     """
-    Read `key=value` of a command line, whose value is YAML.
+    Parse an override `key=value` of the command line, whose value is YAML.
 
     Args:
-        text: as it was given.
-        example: of a valid one, for errors.
+        text: The override.
+        example: A valid override, for errors.
 
     Returns:
         The key and its value.
 
     Raises:
-        InputError: if it is none.
+        InputError: If `text` is not an override.
     """
     key, separator, written = text.partition("=")
     if not separator:
-        raise InputError(f"{text!r} is no override; allowed: key=value, such as {example}.")
+        raise InputError(f"An override must be key=value, such as {example}, got {text!r}.")
     try:
         return key, yaml.safe_load(written)
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{short_name(key)} is {short_name(repr(written))}, which is no YAML value.") from error
+        raise InputError(f"{short_name(key)} must be a YAML value, got {short_name(repr(written))}.") from error
 
 
 def check_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
     """
-    Refuse unknown keys.
+    Check that all keys are known.
 
     Args:
-        keys: that were given.
-        known: all that there are.
-        where: the keys stand, which errors name.
+        keys: Keys that were given.
+        known: All allowed keys.
+        where: Place of the keys, which begins the error.
 
     Raises:
-        InputError: names the first unknown key and the nearest known one.
+        InputError: If a key is unknown. The message names the first such key and the closest known one.
     """
     allowed = list(known)
     for key in keys:
         if not allowed:
-            raise InputError(f"{where} has the key {short_name(repr(key))}; allowed: none.")
+            raise InputError(f"{where} must have no keys, got {short_name(repr(key))}.")
         if key not in allowed:
             nearest = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.0)[0]
             listed = f" Allowed: {', '.join(allowed)}." if len(allowed) <= MOST_LISTED else ""
-            raise InputError(f"{where} has the key {short_name(repr(key))}; did you mean {nearest!r}?{listed}")
+            raise InputError(f"{where} has the unknown key {short_name(repr(key))}. Did you mean {nearest!r}?{listed}")
 
 
 def make_dataclass(kind: type[T], values: Any, where: str, **given: Any) -> T:
     """
-    Make an instance of a dataclass; fields that are dataclasses are made in the same way.
+    Create an instance of a dataclass. Fields that are dataclasses are created in the same way.
 
     Args:
-        kind: the dataclass. Its hints say what a value may be: plain types, `Literal`, `dict`, `tuple`, dataclasses,
-            classes with `from_yaml`, or one of these and a check, as [`PositiveInt`]. A check returns the value, or a
-            changed one, and raises ValueError with what is allowed. So does `__post_init__`, with a sentence.
-        values: keys and values; None: all defaults.
-        where: the keys stand, as a file's name; errors begin with it.
-        given: fields that the caller sets, and the file may not.
+        kind: The dataclass. Its hints describe the allowed values: plain types, `Literal`, `dict`, `tuple`,
+            dataclasses, classes with `from_yaml`, or one of these with a check, such as [`PositiveInt`]. A check
+            returns the value, or a changed value, or raises a `ValueError` that completes the phrase "must be".
+            `__post_init__` may raise a `ValueError` with a whole sentence.
+        values: Mapping of keys to values. None stands for all defaults.
+        where: Place of the keys, such as the name of a file, which begins errors.
+        given: Fields that the caller sets and the file must not set.
+
+    Returns:
+        The instance.
 
     Raises:
-        InputError: for a key that is unknown or missing, and for a value that is not allowed.
+        InputError: If a key is unknown or missing, or if a value is not allowed.
 
     Example:
 
@@ -173,7 +189,7 @@ def make_dataclass(kind: type[T], values: Any, where: str, **given: Any) -> T:
     Crop(side=48, scale=0.5)
     >>> make_dataclass(Crop, {"side": "large"}, "crop.yaml")
     Traceback (most recent call last):
-    fusion_hf.common.errors.InputError: crop.yaml: side is 'large'; allowed: a whole number.
+    fusion_hf.common.errors.InputError: crop.yaml: `side` must be a whole number, got 'large'.
 
     ```
     """
@@ -189,7 +205,7 @@ def _make(kind: type[T], values: Any, where: str, separator: str, given: Mapping
     check_keys(values, known, where)
     for name, each in known.items():
         if name not in values and each.default is MISSING and each.default_factory is MISSING:
-            raise InputError(f"{where} has no {name}; allowed keys: {', '.join(known)}.")
+            raise InputError(f"{where} has no {name}, which is required. Allowed: {', '.join(known)}.")
     made = {name: _convert(hints[name], value, f"{where}{separator}{name}") for name, value in values.items()}
     try:
         return kind(**made, **given)
@@ -204,15 +220,18 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def convert_value(kinds: Iterable[type], value: Any, where: str) -> Any:
     """
-    Convert a YAML value to one of some plain types: YAML reads `1e-5` as text, and `1` where 1.0 is meant.
+    Convert a YAML value to one of several plain types. YAML reads `1e-5` as text, and `1` where 1.0 is meant.
 
     Args:
-        kinds: the types.
-        value: as YAML reads it. A single one will do for a list.
-        where: the value stands, which errors name.
+        kinds: Allowed types.
+        value: Value as YAML reads it. A single value may stand for a list.
+        where: Place of the value, which begins the error.
+
+    Returns:
+        The converted value.
 
     Raises:
-        InputError: if it cannot be one; names the types.
+        InputError: If the value cannot be converted. The message names the types.
     """
     kinds = frozenset(kinds)
     is_number = isinstance(value, int) and not isinstance(value, bool)
@@ -233,13 +252,24 @@ def convert_value(kinds: Iterable[type], value: Any, where: str) -> Any:
 
 
 def describe_kinds(kinds: Iterable[type]) -> str:
-    """Say in words what some plain types are."""
+    """Describe plain types in words."""
     return " or ".join(sorted(NAMES.get(kind, kind.__name__) for kind in kinds))
 
 
 def wrong_value(where: str, value: Any, allowed: str) -> InputError:
-    """Make the error of a value that is not allowed."""
-    return InputError(f"{where} is {short_name(repr(value))}; allowed: {allowed}.")
+    """
+    Create the error for a value that is not allowed.
+
+    Args:
+        where: Place of the value, such as "recipe.yaml: model".
+        value: The value.
+        allowed: Description of the allowed values, which completes the phrase "must be".
+
+    Returns:
+        The error.
+    """
+    place, separator, name = where.rpartition(": ")
+    return InputError(f"{place}{separator}`{name}` must be {allowed}, got {short_name(repr(value))}.")
 
 
 def _passed(check: Callable[[Any], Any], value: Any, written: Any, where: str) -> Any:
@@ -262,7 +292,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(part for part in inside if part is not type(None)), value, where)
     if origin is typing.Literal:
         if not any(type(value) is type(each) and value == each for each in inside):
-            raise wrong_value(where, value, ", ".join(map(repr, inside)))
+            raise wrong_value(where, value, f"one of {', '.join(map(repr, inside))}")
         return value
     if origin is dict and isinstance(value, dict):
         return {

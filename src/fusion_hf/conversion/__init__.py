@@ -1,1 +1,1 @@
-"""The authors' checkpoints, and plain backbones, to complete Hub folders of this package's FUSION."""
+"""Conversion of the authors' checkpoints, and of plain backbones, to complete Hub folders of this package's FUSION."""

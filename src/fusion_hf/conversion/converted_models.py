@@ -1,7 +1,7 @@
-"""The authors' checkpoints by their names: each is converted once into the Hugging Face cache, and found there again.
+"""Cache of converted checkpoints. Each of the authors' checkpoints is converted once into the Hugging Face cache.
 
-A place is named after what it was made from: the commit of a repository, or the files of a folder. So a checkpoint
-that changes is converted anew. Imports nothing heavy before something is to be converted.
+The folder's name contains the commit of the repository, or a digest of the local files, so a checkpoint that changes
+is converted again. Nothing large is imported before something is converted.
 """
 
 import hashlib
@@ -22,21 +22,22 @@ from fusion_hf.conversion.inputs import (
 from fusion_hf.conversion.model_files import ConversionError, read_json
 from fusion_hf.hub.folders import REVISION_MARK, HubOptions
 
-LIBRARY, NAMESPACE = "fusion_hf", "converted"  # below the assets of the Hugging Face cache
-LAYOUT = 1  # changes when conversion writes something else than before
+LIBRARY, NAMESPACE = "fusion_hf", "converted"  # in the assets of the Hugging Face cache
+LAYOUT = 1  # increased when conversion writes something else than before
 LOCAL = "local"
-DIGITS = 16  # of a digest
+DIGITS = 16  # length of a digest
 UNFINISHED, LOCK = ".*.tmp", ".lock"
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A converted checkpoint in the cache.
+    """
+    A converted checkpoint in the cache.
 
     Attributes:
-        name: of the repository, or of the folder.
-        revision: commit of the repository, or a digest of the folder's files.
-        folder: the model folder.
+        name: Name of the repository or the folder.
+        revision: Commit of the repository, or a digest of the folder's files.
+        folder: The model folder.
     """
 
     name: str
@@ -45,24 +46,30 @@ class ConvertedModel:
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk."""
+        """Size on disk in bytes."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
     def remove(self) -> None:
-        """Remove it from the disk, with what killed processes left beside it."""
+        """Remove the model from the disk, with the incomplete files that killed processes left beside it."""
         shutil.rmtree(self.folder.parent)
 
 
 def convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
-    """The model folder of a checkpoint, which is made if it is not there yet. Of several processes, one makes it.
+    """
+    Return the model folder of a checkpoint, and convert the checkpoint if the folder does not exist yet.
+
+    If several processes call this at the same time, one of them converts.
 
     Args:
-        name: a folder or a repository of the Hub.
-        folder: holds its `config.json`: the folder itself, or what is in the cache of one commit.
-        hub: how the Hub is asked for the rest.
+        name: A folder or a repository of the Hub.
+        folder: Folder with `config.json`: the checkpoint itself, or the cached files of one commit.
+        hub: Options for requests to the Hub.
+
+    Returns:
+        The model folder.
 
     Raises:
-        ConversionError: if it cannot be converted; nothing is left behind then.
+        ConversionError: If the checkpoint cannot be converted. Nothing is left behind then.
     """
     place = _place(name, folder)
     if place.is_dir():
@@ -72,8 +79,8 @@ def convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent.with_name(place.parent.name + LOCK)):
-            if not place.is_dir():  # nobody else has made it meanwhile
-                for rest in place.parent.glob(UNFINISHED):  # of a process that was killed
+            if not place.is_dir():  # no other process has converted it meanwhile
+                for rest in place.parent.glob(UNFINISHED):  # left by a process that was killed
                     shutil.rmtree(rest, ignore_errors=True)
                 options = ConversionOptions(checkpoint=source, output=place, hub=hub)
                 inputs = find_conversion_inputs(options)
@@ -82,8 +89,8 @@ def convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
                 convert(options, inputs)
     except InputError as error:
         raise ConversionError(
-            f"The model {name} is a checkpoint of the authors' code that cannot be converted as it is: {error} "
-            "Options are those of fusion-hf convert."
+            f"The model {name} is a checkpoint of the authors' code, and could not be converted: {error} You can pass "
+            "options to `fusion-hf convert`."
         ) from error
     except OSError as error:
         raise ConversionError(f"The model {name} cannot be converted into {place}: {error}.") from error
@@ -91,7 +98,7 @@ def convert_once(name: str, folder: Path, hub: HubOptions) -> Path:
 
 
 def converted_models() -> list[ConvertedModel]:
-    """What is in the cache, by name."""
+    """Return the converted models in the cache, sorted by name."""
     models = []
     for folder in sorted(cache_folder().glob("*/*/*")):
         if folder.is_dir() and not folder.match(UNFINISHED):
@@ -102,14 +109,14 @@ def converted_models() -> list[ConvertedModel]:
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints are, in a folder for each name."""
-    from huggingface_hub import cached_assets_path  # half a second
+    """Return the folder of converted checkpoints, which has a folder for each name."""
+    from huggingface_hub import cached_assets_path  # importing it takes half a second
 
     return Path(cached_assets_path(LIBRARY, NAMESPACE, "models"))
 
 
 def _place(name: str, folder: Path) -> Path:
-    """Where the model folder of a checkpoint is, or will be."""
+    """Return the path of a checkpoint's model folder, which may not exist yet."""
     commit = None if Path(name).expanduser().is_dir() else local_revision(folder)
     parts: list[object] = [LAYOUT, commit or _describe_files(folder)]
     tower = find_named_tower(read_json(folder / "config.json"))
@@ -123,6 +130,6 @@ def _place(name: str, folder: Path) -> Path:
 
 
 def _describe_files(folder: Path) -> list[object]:
-    """What changes when a folder's files do."""
+    """Return a value that changes when a folder's files change."""
     files = sorted(path for path in folder.resolve().iterdir() if path.is_file())
     return [str(folder.resolve()), [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]]

@@ -1,4 +1,4 @@
-"""A checkpoint of the authors to a Hub folder: read headers, check everything, then stream the weights."""
+"""Conversion of the authors' checkpoints to Hub folders: read headers, check everything, then stream the weights."""
 
 import re
 from dataclasses import dataclass
@@ -41,12 +41,14 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 
 UPSTREAM_TOWER = "model.vision_tower."
 STAGE = re.compile(r"Stage1(?:\.5)?", re.IGNORECASE)
-TOWER_HINT = "A frozen tower is not in the checkpoint: give --vision-config a SigLIP folder with its weights."
+TOWER_HINT = (
+    "The checkpoint does not contain a frozen tower. Pass a SigLIP folder with its weights as --vision-config."
+)
 
 
 @dataclass(frozen=True)
 class WeightSources:
-    """All tensors that go in, and where they come from."""
+    """All stored tensors of a conversion, and where they come from."""
 
     sources: list[TensorSource]
     locations: dict[str, InputLocation]
@@ -55,7 +57,7 @@ class WeightSources:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checked conversion: everything but the weights themselves is known."""
+    """A checked conversion. Everything is known except the weights themselves."""
 
     config: FusionConfig
     plan: WeightPlan
@@ -65,7 +67,7 @@ class Conversion:
 
     @property
     def summary(self) -> str:
-        """One line about what fits."""
+        """One line about the tensors and parameters."""
         return (
             f"{len(self.plan.recipes)} tensors, {self.plan.num_parameters:,} parameters in "
             f"{dtype_name(self.dtype)}, {self.plan.num_dropped} dropped, none unknown or missing"
@@ -73,14 +75,18 @@ class Conversion:
 
 
 def convert(options: ConversionOptions, inputs: ConversionInputs | None = None) -> str:
-    """Convert, or with `dry_run` only check; returns a line that says what was done.
+    """
+    Convert a checkpoint, or only check it with `dry_run`.
 
     Args:
-        options: what is to be done.
-        inputs: what `find_conversion_inputs` found, if it was asked before.
+        options: What to convert.
+        inputs: Result of `find_conversion_inputs`, if you have called it already.
+
+    Returns:
+        A line that describes the result.
 
     Raises:
-        InputError: for anything that does not fit; nothing is left behind then.
+        InputError: If anything does not fit. Nothing is left behind then.
     """
     conversion = prepare(options, find_conversion_inputs(options) if inputs is None else inputs)
     if options.dry_run or options.output is None:
@@ -93,7 +99,19 @@ def convert(options: ConversionOptions, inputs: ConversionInputs | None = None) 
 
 
 def prepare(options: ConversionOptions, inputs: ConversionInputs) -> Conversion:
-    """Read configurations, headers and tokenizer, and check that they fit together."""
+    """
+    Read configurations, headers and the tokenizer, and check that they fit together.
+
+    Args:
+        options: What to convert.
+        inputs: Result of `find_conversion_inputs`.
+
+    Returns:
+        The checked conversion.
+
+    Raises:
+        ConversionError: If anything does not fit.
+    """
     checkpoint, upstream, vision = inputs.checkpoint, inputs.upstream, inputs.vision
     tower = read_tower_config(vision.path) if vision else named_tower(upstream.get("mm_vision_tower"))
     config = convert_config(upstream, tower, options.image_token_grid)
@@ -116,7 +134,18 @@ def prepare(options: ConversionOptions, inputs: ConversionInputs) -> Conversion:
 def read_weights(
     checkpoint: InputLocation, base: InputLocation | None, vision: InputLocation | None, text_type: str
 ) -> WeightSources:
-    """Headers of everything that a full, LoRA or adapter-only checkpoint consists of; `check_layout` has seen it."""
+    """
+    Read the headers of all parts of a full, LoRA or adapter-only checkpoint, after `check_layout`.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: Model that a LoRA or adapter-only run was trained on.
+        vision: Folder of the tower, or file with its sizes.
+        text_type: Model type of the language model.
+
+    Returns:
+        All tensors and where they come from.
+    """
     folder = checkpoint.path
     locations = {"checkpoint": checkpoint}
     sources, updates = [], {}
@@ -141,12 +170,19 @@ def read_weights(
 
 
 def _read_full(location: InputLocation) -> dict[str, StoredTensor]:
-    """Headers of a folder with complete weights, or of a repository whose weights were not downloaded."""
+    """Read the headers of a folder with complete weights, or of a repository whose weights were not downloaded."""
     return repositories.read_remote_headers(location) if location.is_remote else read_folder(location.path)
 
 
 def write(folder: Path, conversion: Conversion, options: ConversionOptions) -> None:
-    """Write all files of the result into an empty folder."""
+    """
+    Write all files of the result into an empty folder.
+
+    Args:
+        folder: The empty folder.
+        conversion: The checked conversion.
+        options: What to convert.
+    """
     config, plan = conversion.config, conversion.plan
     shapes = {name: recipe.shape for name, recipe in plan.recipes.items()}
     reader = WeightReader()

@@ -1,4 +1,4 @@
-"""An untrained FUSION from a language model and a SigLIP tower: the start of a training."""
+"""Assembly of an untrained FUSION from a language model and a SigLIP tower, for training."""
 
 import re
 
@@ -32,14 +32,18 @@ UPSTREAM_EMBEDDING = "model.embed_tokens.weight"
 
 
 def build(options: BuildOptions, inputs: BuildInputs | None = None) -> str:
-    """Build the folder; returns a line that says what was done. The whole model is in memory, in the target type.
+    """
+    Build the folder of an untrained model. The whole model is in memory, in the target dtype.
 
     Args:
-        options: what is to be done.
-        inputs: what `find_build_inputs` found, if it was asked before.
+        options: What to build.
+        inputs: Result of `find_build_inputs`, if you have called it already.
+
+    Returns:
+        A line that describes the result.
 
     Raises:
-        InputError: for backbones that do not fit; nothing is left behind then.
+        InputError: If the backbones do not fit. Nothing is left behind then.
     """
     inputs = find_build_inputs(options) if inputs is None else inputs
     text, vision, values = inputs.text, inputs.vision, inputs.values
@@ -85,19 +89,30 @@ def _read(location: InputLocation, table: tuple[Row, ...], grows: bool = False) 
 
 
 def _vocab_size(text: TensorSource, tokenizer: PreTrainedTokenizerFast | None) -> int:
-    """Rows of the new embedding: those that the tokenizer uses (the authors drop a backbone's spare rows), and two."""
+    """Return the number of rows of the new embedding: those in use (the authors drop spare rows), plus two."""
     embedding = text.tensors.get(UPSTREAM_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
-        raise ConversionError(f"--text: the weights have no matrix {UPSTREAM_EMBEDDING}.")
+        raise ConversionError(f"--text: the weights must have a matrix {UPSTREAM_EMBEDDING}, but it is missing.")
     rows = embedding.shape[0]
     used = rows if tokenizer is None else vocabulary_size(tokenizer)
     if used > rows:
-        raise ConversionError(f"--text: the tokenizer has {used} tokens, but the embedding only {rows} rows.")
+        raise ConversionError(f"--text: the embedding must have a row for each of {used} tokens, got {rows} rows.")
     return used + NUM_MARKS
 
 
 def make_weights(config: FusionConfig, plan: WeightPlan, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """Make all weights of the model: the backbones' as they are, the new parts as the model initialises them."""
+    """
+    Create all weights of the model: those of the backbones, and randomly initialized ones for FUSION's own parts.
+
+    Args:
+        config: Configuration of the model.
+        plan: Weights of the backbones.
+        dtype: Dtype of all weights.
+        seed: Seed for the random weights.
+
+    Returns:
+        The weights by name.
+    """
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration._from_config(config, dtype=dtype)
     weights = model.state_dict()

@@ -1,4 +1,4 @@
-"""What a conversion or an assembly reads and writes, checked as far as it can be without torch."""
+"""Inputs and outputs of a conversion or an assembly, checked as far as possible without torch."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ TEXT_MODEL_TYPES = {"fusion_phi": "phi3", "fusion_llama": "llama", "fusion_qwen"
 PROJECTOR_TYPE = "mlp2x_gelu"
 TOWER_FIELD, PROJECTOR_FIELD = "mm_vision_tower", "mm_projector_type"
 CLIP = re.compile(r"clip|^(?:openai|laion)/", re.IGNORECASE)
-# as `DECODER_LAYERS` has them, which imports torch
+# same keys as `DECODER_LAYERS`, whose module imports torch
 DECODER_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 FUSION_FIELDS = (
     "query_len",
@@ -36,13 +36,15 @@ ZERO_FOLDERS, ZERO_SCRIPT = "global_step*", "zero_to_fp32.py"
 
 @dataclass(frozen=True)
 class InputLocation:
-    """A folder or file on disk.
+    """
+    A folder or file on disk.
 
     Attributes:
-        path: where it is.
-        name: the repository, or the folder's own name (never its full path: it goes into the model card).
-        revision: commit of the repository, as far as it is known.
-        is_remote: whether the weights are in a repository and only their headers are to be read.
+        path: Path of the folder or file.
+        name: Name of the repository, or the folder's own name. Never the full path, because it goes into the model
+            card.
+        revision: Commit of the repository, if it is known.
+        is_remote: Whether the weights are in a repository and only their headers are read.
     """
 
     path: Path
@@ -54,10 +56,10 @@ class InputLocation:
 @dataclass(frozen=True)
 class ConversionOptions:
     """
-    What the command line of `convert` says; see its help. `dtype` is one of `DTYPE_NAMES`.
+    Options of the command `convert`, see its help. `dtype` is one of `DTYPE_NAMES`.
 
     Attributes:
-        hub: how the Hub is asked for the checkpoint.
+        hub: Options for requests to the Hub.
     """
 
     checkpoint: str
@@ -76,7 +78,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the command line of `build` says; see its help. `dtype` is one of `DTYPE_NAMES`."""
+    """Options of the command `build`, see its help. `dtype` is one of `DTYPE_NAMES`."""
 
     text: str
     vision: str
@@ -96,7 +98,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class ConversionInputs:
-    """Folders that a conversion reads, the content of the checkpoint's `config.json`, and where the tokenizer is."""
+    """Folders that a conversion reads, the content of the checkpoint's `config.json`, and the tokenizer's folder."""
 
     checkpoint: InputLocation
     upstream: dict[str, Any]
@@ -107,7 +109,7 @@ class ConversionInputs:
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """Folders that an assembly reads, the language model's `config.json`, and where the tokenizer is."""
+    """Folders that an assembly reads, the language model's `config.json`, and the tokenizer's folder."""
 
     text: InputLocation
     values: dict[str, Any]
@@ -117,14 +119,14 @@ class BuildInputs:
 
 def find_conversion_inputs(options: ConversionOptions, flag: str = "--model") -> ConversionInputs:
     """
-    Fetch what is on the Hub, and see that everything is there and can be put where it is to go.
+    Fetch the inputs of a conversion from the Hub, and check that they are complete and the result can be written.
 
     Args:
         options: What to convert.
         flag: The option that names the checkpoint, for errors.
 
     Raises:
-        ConversionError, InputError: for the first thing that does not fit.
+        ConversionError, InputError: If something does not fit.
     """
     _check_result(options)
     wanted: Wanted = "headers" if options.dry_run else "all"
@@ -143,77 +145,92 @@ def find_conversion_inputs(options: ConversionOptions, flag: str = "--model") ->
 
 def find_build_inputs(options: BuildOptions) -> BuildInputs:
     """
-    The same for an assembly.
+    Fetch the inputs of an assembly from the Hub, and check that they are complete and the result can be written.
+
+    Args:
+        options: What to build.
+
+    Returns:
+        The inputs.
 
     Raises:
-        ConversionError, InputError: for the first thing that does not fit.
+        ConversionError, InputError: If something does not fit.
     """
     _check_result(options)
     text, vision = locate(options.text, "--text"), locate(options.vision, "--vision")
     values = read_json(text.path / "config.json")
     if values.get("model_type") not in DECODER_TYPES:
         shown, allowed = short_name(repr(values.get("model_type"))), ", ".join(DECODER_TYPES)
-        raise ConversionError(f"--text: {text.name} is a {shown} model; FUSION supports: {allowed}.")
+        raise ConversionError(f"--text: the model type of {text.name} must be one of {allowed}, got {shown}.")
     for location in (text, vision):
         check_weights(location)
     return BuildInputs(text, values, vision, find_tokenizer(options.tokenizer, text))
 
 
 def locate(source: str, flag: str, wanted: Wanted = "all", hub: HubOptions = DEFAULT_HUB) -> InputLocation:
-    """Locate a local path, or a repository that is downloaded into the cache.
+    """
+    Find a local path, or download a repository into the cache.
 
     Args:
-        source: what the user gave; a repository may have a revision behind `@`.
-        flag: the option that it was given with, for errors.
-        wanted: what to download of a repository. `"headers"` leaves safetensors where they are; `"configuration"`
-            fetches no weights at all.
-        hub: how the Hub is asked.
+        source: Path or repository that the user passed. A repository may have a revision behind `@`.
+        flag: Option that was used, for errors.
+        wanted: Files of a repository to download. `"headers"` does not download safetensors, `"configuration"`
+            downloads no weights.
+        hub: Options for requests to the Hub.
+
+    Returns:
+        The location of the files.
 
     Raises:
-        ConversionError: if it is neither, or the download fails.
+        ConversionError: If `source` is neither a path nor a repository, or if the download fails.
     """
     path = Path(source).expanduser()
     try:
         if path.exists():
             path = path.resolve()
             return InputLocation(path, path.name, local_revision(path))
-    except (OSError, ValueError):  # longer than a name can be, or with a null character
+    except (OSError, ValueError):  # the name is too long or contains a null character
         pass
     repository, revision = split_revision(source)
     if not REPOSITORY.fullmatch(repository):
         shown = short_name(repr(source))
-        raise ConversionError(f"{flag}: {shown} is neither an existing path nor the name of a Hub repository.")
-    from fusion_hf.conversion.repositories import download  # its client takes longer to import than all of this
+        raise ConversionError(f"{flag} must be an existing path or the name of a Hub repository, got {shown}.")
+    from fusion_hf.conversion.repositories import download  # its client takes longer to import than all of this file
 
     path, is_remote = download(repository, revision, flag, wanted, hub)
     return InputLocation(path, repository, local_revision(path), is_remote)
 
 
 def find_named_tower(upstream: dict[str, Any]) -> InputLocation | None:
-    """The folder of the tower that the checkpoint names, if it is on this disk.
+    """
+    Find the folder of the tower that a checkpoint names, if it is on this disk.
+
+    Args:
+        upstream: Content of the checkpoint's `config.json`.
 
     Raises:
-        ConversionError: if the name is a CLIP tower's.
+        ConversionError: If the name is that of a CLIP tower.
     """
     name = upstream.get(TOWER_FIELD)
     if not isinstance(name, str):
-        return None  # `named_tower` says what is wrong with it
+        return None  # `named_tower` reports the problem
     path = Path(name)
     try:
         if (path / "config.json").is_file():
             path = path.resolve()
             return InputLocation(path, path.name, local_revision(path))
-    except (OSError, ValueError):  # longer than a name can be, or with a null character
+    except (OSError, ValueError):  # the name is too long or contains a null character
         pass
     if CLIP.search(name) and "siglip" not in name.lower():
         raise ConversionError(
-            f"config.json: {TOWER_FIELD} is {name!r}, a CLIP tower; allowed: the name or the folder of a SigLIP tower."
+            f"config.json: `{TOWER_FIELD}` must be the name or the folder of a SigLIP tower, got the CLIP tower "
+            f"{name!r}."
         )
     return None
 
 
 def local_revision(path: Path) -> str | None:
-    """Return the commit that a folder was downloaded at, from the traces that huggingface_hub leaves."""
+    """Return the commit at which a folder was downloaded, from the files that huggingface_hub leaves, or None."""
     if path.parent.name == "snapshots" and REVISION.fullmatch(path.name):
         return path.name
     trace = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
@@ -225,7 +242,7 @@ def local_revision(path: Path) -> str | None:
 
 
 def describe(location: InputLocation) -> str:
-    """Tell name and revision; for a local folder of unknown revision, a fingerprint of its configuration."""
+    """Describe a location by name and revision, or by a digest of its configuration if the revision is unknown."""
     if location.revision is not None:
         return f"`{location.name}`, revision `{location.revision}`"
     file = location.path / "config.json" if location.path.is_dir() else location.path
@@ -238,52 +255,72 @@ def _check_result(options: ConversionOptions | BuildOptions) -> None:
         check_output(options.output)
     if options.repo_id is not None:
         from fusion_hf.conversion.repositories import (
-            check_can_push,  # its client takes longer to import than all of this
+            check_can_push,  # its client takes longer to import than all of this file
         )
 
         check_can_push(options.repo_id, options.private)
 
 
 def check_upstream(upstream: dict[str, Any]) -> None:
-    """Raise a `ConversionError` for missing fields and impossible values of the authors' `config.json`."""
+    """
+    Check the content of the authors' `config.json`.
+
+    Args:
+        upstream: The content.
+
+    Raises:
+        ConversionError: If a field is missing or has an impossible value.
+    """
     model_type = upstream.get("model_type")
     if model_type not in TEXT_MODEL_TYPES:
         allowed = ", ".join(map(repr, TEXT_MODEL_TYPES))
-        raise ConversionError(f"config.json: model_type is {model_type!r}; allowed: {allowed}.")
+        raise ConversionError(f"config.json: `model_type` must be one of {allowed}, got {model_type!r}.")
     projector = upstream.get(PROJECTOR_FIELD, PROJECTOR_TYPE)
     if projector != PROJECTOR_TYPE:
-        raise ConversionError(f"config.json: {PROJECTOR_FIELD} is {projector!r}; allowed: {PROJECTOR_TYPE!r}.")
+        raise ConversionError(f"config.json: `{PROJECTOR_FIELD}` must be {PROJECTOR_TYPE!r}, got {projector!r}.")
     missing = [name for name in FUSION_FIELDS if name not in upstream]
     if missing:
-        raise ConversionError(f"config.json lacks {', '.join(missing)}: it is no FUSION checkpoint's.")
+        raise ConversionError(f"config.json lacks {', '.join(missing)}, so it does not belong to a FUSION checkpoint.")
     counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
-    wrong = [f"{name} is {value!r}" for name, value in counts.items() if type(value) is not int]
+    wrong = [f"`{name}` = {value!r}" for name, value in counts.items() if type(value) is not int]
     if wrong:
-        raise ConversionError(f"config.json: {', '.join(wrong)}; allowed: whole numbers.")
+        raise ConversionError(
+            f"config.json: the values of FUSION's fields must be whole numbers, got {', '.join(wrong)}."
+        )
 
 
 def is_adapter(checkpoint: InputLocation) -> bool:
-    """Return whether a checkpoint is a LoRA or adapter-only run, without the weights that it was trained on."""
+    """Return whether a checkpoint is a LoRA or adapter-only run, without the weights of its base model."""
     folder = checkpoint.path
     parts = any((folder / name).is_file() for name in (ADAPTER_CONFIG, PROJECTOR))
     return parts and not checkpoint.is_remote and not find_weight_files(folder)
 
 
 def check_layout(checkpoint: InputLocation, base: InputLocation | None, text_type: str) -> None:
-    """Raise a `ConversionError` if the checkpoint needs a `--base` that is not there, another one, or none."""
+    """
+    Check that a checkpoint is complete, with a base model if and only if it needs one.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: Model that a LoRA or adapter-only run was trained on.
+        text_type: Model type of the checkpoint's language model.
+
+    Raises:
+        ConversionError: If the base model is missing, wrong, or not needed.
+    """
     if not is_adapter(checkpoint):
         if base is not None:
             reason = f"{checkpoint.name} is a full checkpoint"
-            raise ConversionError(f"--base is for LoRA and adapter-only runs, but {reason}.")
+            raise ConversionError(f"--base is only for LoRA and adapter-only runs, but {reason}.")
         check_weights(checkpoint)
         return
     if base is None:
         kind = "a LoRA run" if (checkpoint.path / ADAPTER_CONFIG).is_file() else "an adapter-only run"
-        needed = "`fusion-hf convert` needs the model that it was trained on, as --base"
-        raise ConversionError(f"{checkpoint.name} is {kind}: {needed}.")
+        needed = "`fusion-hf convert` needs the model that it was trained on as --base"
+        raise ConversionError(f"{checkpoint.name} is {kind}, so {needed}.")
     base_type = read_json(base.path / "config.json").get("model_type")
     if TEXT_MODEL_TYPES.get(str(base_type), base_type) != text_type:
-        raise ConversionError(f"--base: {base.name} is a {base_type!r} model; the checkpoint needs {text_type!r}.")
+        raise ConversionError(f"--base: the model type of {base.name} must be {text_type!r}, got {base_type!r}.")
     check_weights(base)
 
 
@@ -293,26 +330,30 @@ def check_weights(location: InputLocation) -> None:
         zero = sorted(path.name for path in location.path.glob(ZERO_FOLDERS) if path.is_dir())
         if zero:
             raise ConversionError(
-                f"{location.name} has no weights but the state of DeepSpeed's ZeRO in {', '.join(zero)}. Where "
-                f"DeepSpeed is installed, make one file of it: python {ZERO_SCRIPT} . pytorch_model.bin (in that "
-                f"folder; since DeepSpeed 0.16 python {ZERO_SCRIPT} . . --safe_serialization), then convert again."
+                f"{location.name} has no weights, only the state of DeepSpeed's ZeRO in {', '.join(zero)}. To merge "
+                f"it into one file, run `python {ZERO_SCRIPT} . pytorch_model.bin` in that folder, with DeepSpeed "
+                f"installed (since DeepSpeed 0.16: `python {ZERO_SCRIPT} . . --safe_serialization`). Then convert "
+                "again."
             )
         raise ConversionError(
-            f"{location.name} has no weights; allowed: model.safetensors or pytorch_model.bin, in one file or in "
-            "shards with their index."
+            f"{location.name} must have weights in model.safetensors or pytorch_model.bin, in one file or in shards "
+            "with an index, but it has none."
         )
 
 
 def find_tokenizer(wanted: str | None, *locations: InputLocation | None) -> InputLocation | None:
     """
-    Where the tokenizer asked for is, or the first that a location has; None: there is none.
+    Find the requested tokenizer, or the first tokenizer in a list of locations.
 
     Args:
-        wanted: a folder, a repository, `"none"`, or nothing.
-        locations: where to look if nothing is wanted.
+        wanted: A folder, a repository, or `"none"`. None looks into `locations`.
+        locations: Where to look if no tokenizer is requested.
+
+    Returns:
+        The folder of the tokenizer, or None if there is none.
 
     Raises:
-        ConversionError: if what is wanted has no tokenizer.
+        ConversionError: If `wanted` has no tokenizer.
     """
     if wanted is None:
         return next((location for location in locations if location and has_tokenizer(location.path)), None)
@@ -325,5 +366,5 @@ def find_tokenizer(wanted: str | None, *locations: InputLocation | None) -> Inpu
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder has a tokenizer's files."""
+    """Return whether a folder contains the files of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)

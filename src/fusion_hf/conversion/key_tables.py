@@ -1,7 +1,7 @@
-"""Names of weights: the authors' checkpoints and SigLIP folders on the left, this package on the right.
+"""Names of weights in the authors' checkpoints and SigLIP folders, mapped to the names of this package.
 
-This table is the only place that knows the authors' names. The first row whose pattern matches a whole name decides;
-a name that no row matches is unknown, and conversion refuses it.
+This table is the only place with the authors' names. The first row whose pattern matches a whole name decides. If no
+row matches, the name is unknown, and conversion raises an error.
 """
 
 import re
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from fusion_hf.model.configuration_fusion import FusionConfig
 
 NEVER_RUN = "FUSION does not run it"
-RECOMPUTED = "computed anew"
+RECOMPUTED = "computed again"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rule of the table.
+    """
+    One rule of the table.
 
     Attributes:
-        pattern: regular expression for the whole name. `{last_layer}` stands for the index of the tower's last layer.
-        target: our name with the pattern's groups, or None for a weight that is dropped.
+        pattern: Regular expression for the whole name. `{last_layer}` stands for the index of the tower's last layer.
+        target: Name in this package with the groups of the pattern, or None for a weight that is dropped.
             `{sampler_layer}` stands for the LLM layer of the sampler whose index is the group `sampler`.
-        note: why a weight is dropped.
+        note: Reason why a weight is dropped.
     """
 
     pattern: str
@@ -30,8 +31,8 @@ class Row:
     note: str = ""
 
 
-# Relative to the tower: `model.vision_tower.vision_tower.vision_model.` in a checkpoint, `vision_model.` or nothing in
-# a SigLIP folder.
+# Names relative to the tower, which is `model.vision_tower.vision_tower.vision_model.` in a checkpoint, and
+# `vision_model.` or nothing in a SigLIP folder.
 TOWER_ROWS = (
     Row(r"embeddings\.position_ids", None, RECOMPUTED),
     Row(r"embeddings\.(.+)", r"model.vision_tower.embeddings.\1"),
@@ -65,14 +66,14 @@ def _prefixed(prefix: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(Row(prefix + row.pattern, row.target, row.note) for row in rows)
 
 
-# What a checkpoint of the authors holds, and what a SigLIP folder holds.
+# Names in a checkpoint of the authors, and names in a SigLIP folder.
 CHECKPOINT_TABLE = (
     *_prefixed(r"model\.vision_tower\.vision_tower\.vision_model\.", TOWER_ROWS),
     *FUSION_ROWS,
     *LANGUAGE_MODEL_ROWS,
 )
 TOWER_TABLE = (
-    # The authors' checkpoints have the last layer no more: there, one layer too many means another tower.
+    # The authors' checkpoints lack the last layer, so an extra layer there means that the tower is another one.
     Row(r"(?:vision_model\.)?encoder\.layers\.{last_layer}\..+", None, NEVER_RUN),
     *_prefixed(r"(?:vision_model\.)?", TOWER_ROWS),
     Row(r"text_model\..+", None, NEVER_RUN),
@@ -81,7 +82,7 @@ TOWER_TABLE = (
 
 
 class KeyMap:
-    """The table for one configuration."""
+    """The table for one configuration. Call it with a name to map."""
 
     def __init__(self, table: Iterable[Row], config: FusionConfig):
         last_layer = str(config.vision_config.num_hidden_layers)
@@ -89,10 +90,17 @@ class KeyMap:
         self.rows = [(re.compile(row.pattern.replace("{last_layer}", last_layer)), row.target) for row in table]
 
     def __call__(self, key: str) -> str | None:
-        """Our name for `key`; None if it is dropped.
+        """
+        Map a name.
+
+        Args:
+            key: Name in a checkpoint.
+
+        Returns:
+            The name in this package, or None if the weight is dropped.
 
         Raises:
-            KeyError: if no row knows the key.
+            KeyError: If no row matches.
         """
         for pattern, target in self.rows:
             match = pattern.fullmatch(key)

@@ -1,8 +1,8 @@
-"""The checkpoint's tokenizer with FUSION's four marks, giving the ids that the authors' training saw.
+"""The tokenizer of a checkpoint with FUSION's four special tokens, which gives the same ids as the authors' training.
 
-Phi-3's is a sentencepiece model, which the authors read with transformers' slow class: white space becomes `▁`, and
-one `▁` is put before the very beginning of a text, none behind special tokens. Its published fast form puts a `▁`
-behind every special token, so that form is rewritten here.
+Phi-3's tokenizer is a sentencepiece model, which the authors read with the slow class of transformers. White space
+becomes `▁`, and one `▁` is put before the beginning of a text, but none behind special tokens. The published fast form
+puts a `▁` behind every special token, so it is rewritten here.
 """
 
 import json
@@ -24,42 +24,50 @@ logger = logging.getLogger(__name__)
 
 MARKS = VISION_MARKS  # in the order of their ids
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
-NUM_PLACEHOLDERS = 2  # <image> and <latent_image> have an id but no row in the embedding
+NUM_PLACEHOLDERS = 2  # <image> and <latent_image> have ids, but no rows in the embedding
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 WHITE_SPACE = "\u2581"
 METASPACE = {"type": "Metaspace", "replacement": WHITE_SPACE, "prepend_scheme": "first", "split": False}
-# What the authors pad with, by chat format.
+# Padding tokens of the authors, by chat format.
 PAD_TOKENS = {"phi3": "<unk>", "llama3": "<|reserved_special_token_0|>"}
 
 
 def choose_tokenizer(
     found: InputLocation | None, model_type: str, model_max_length: int
 ) -> PreTrainedTokenizerFast | None:
-    """Choose the tokenizer in a folder, without the marks; or none, with a warning.
+    """
+    Load the tokenizer in a folder, without FUSION's tokens. Without a tokenizer, log a warning.
 
     Args:
-        found: holds it, see `inputs.find_tokenizer`.
-        model_type, model_max_length: see [`load_tokenizer`].
+        found: Folder of the tokenizer, see `inputs.find_tokenizer`.
+        model_type, model_max_length: See [`load_tokenizer`].
+
+    Returns:
+        The tokenizer, or None.
 
     Raises:
-        ConversionError: if it is none that FUSION can use.
+        ConversionError: If FUSION cannot use the tokenizer.
     """
     if found is None:
-        logger.warning("No tokenizer is written: the result cannot answer questions by itself (see --tokenizer).")
+        logger.warning("No tokenizer was found, so the result cannot answer questions on its own. See --tokenizer.")
         return None
     return load_tokenizer(found.path, model_type, model_max_length)
 
 
 def load_tokenizer(folder: Path, model_type: str, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Load a folder's tokenizer, rewritten to give the authors' ids; without the marks.
+    """
+    Load the tokenizer in a folder, rewritten to give the authors' ids, without FUSION's tokens.
 
     Args:
-        folder: holds `tokenizer.json`, or files that transformers converts.
-        model_type: of the language model. Phi-3's begins texts without BOS.
-        model_max_length: the longest sequence, in tokens.
+        folder: Folder with `tokenizer.json`, or with files that transformers converts.
+        model_type: Model type of the language model. Phi-3 starts texts without BOS.
+        model_max_length: Maximum number of tokens of a sequence.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        ConversionError: if the files cannot be read.
+        ConversionError: If the files cannot be read.
     """
     state, roles = _read(folder)
     if _is_sentencepiece(state):
@@ -81,35 +89,44 @@ def load_tokenizer(folder: Path, model_type: str, model_max_length: int) -> PreT
 
 
 def find_chat_format(backend: Tokenizer) -> str:
-    """Find the chat format whose end of turn the tokenizer knows, a key of `CHAT_FORMATS`.
+    """
+    Find the chat format whose end-of-turn token a tokenizer knows.
+
+    Args:
+        backend: The tokenizer.
+
+    Returns:
+        A key of `CHAT_FORMATS`.
 
     Raises:
-        ConversionError: if it knows none.
+        ConversionError: If the tokenizer knows none of these tokens.
     """
     for name, chat_format in CHAT_FORMATS.items():
         if backend.token_to_id(chat_format.turn_end) is not None:
             return name
     known = ", ".join(chat_format.turn_end for chat_format in CHAT_FORMATS.values())
     raise ConversionError(
-        f"The tokenizer knows no end of turn of FUSION's chat formats ({known}): use a chat model's."
+        f"The tokenizer must know an end-of-turn token of FUSION's chat formats ({known}). "
+        "Use the tokenizer of a chat model."
     )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return one more than the largest id."""
+    """Return the size of the vocabulary, one more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def add_marks(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Add those of the four marks that are missing, as special tokens.
+    """
+    Add FUSION's special tokens to a tokenizer, except those that it already has.
 
     Args:
-        tokenizer: is changed.
-        vocab_size: rows of the embedding. The last two are `<vision_start>` and `<vision_end>`; `<image>` and
-            `<latent_image>` have the two ids behind them.
+        tokenizer: The tokenizer, which is changed.
+        vocab_size: Number of rows of the embedding. The last two rows are `<vision_start>` and `<vision_end>`. The ids
+            of `<image>` and `<latent_image>` follow them.
 
     Raises:
-        ConversionError: if a mark's id comes out wrong; names both ids.
+        ConversionError: If a token gets a wrong id. The message names both ids.
     """
     size = vocabulary_size(tokenizer)
     special = [AddedToken(mark, special=True, normalized=False) for mark in MARKS]
@@ -119,19 +136,19 @@ def add_marks(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
         found = tokenizer.convert_tokens_to_ids(mark)
         if found != expected:
             raise ConversionError(
-                f"The tokenizer's {mark} has id {found}, but the embedding's {vocab_size} rows need id {expected}: "
-                f"the tokenizer, of {size} tokens, is another model's."
+                f"The id of {mark} must be {expected} for an embedding with {vocab_size} rows, got {found}. The "
+                f"tokenizer, with {size} tokens, belongs to another model."
             )
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """The tokenizer as the JSON of its fast form, and the texts of its special tokens."""
+    """Read a tokenizer as the JSON of its fast form, and the texts of its special tokens."""
     if (folder / "tokenizer.json").is_file():
         state = read_json(folder / "tokenizer.json")
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         return state, {role: _content(config.get(role)) for role in SPECIAL_ROLES}
     try:
-        # without the checkpoint's configuration, whose type transformers does not know, and we take for a FUSION's
+        # without the checkpoint's configuration, whose type transformers does not know, and which we treat as FUSION's
         with tempfile.TemporaryDirectory() as alone:
             for file in folder.iterdir():
                 if file.suffix in TOKENIZER_SUFFIXES and file.name != CONFIG:
@@ -140,20 +157,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ConversionError(
-            f"The tokenizer in {folder} cannot be read: {first_line(error)}. A tokenizer.model needs "
-            "pip install 'fusion_hf[convert]'; or give a folder with a tokenizer.json as --tokenizer."
+            f"The tokenizer in {folder} cannot be read: {first_line(error)}. For a tokenizer.model, run `pip install "
+            "'fusion_hf[convert]'`. Or pass a folder with a tokenizer.json as --tokenizer."
         ) from error
     return state, {role: tokenizer.special_tokens_map.get(role) for role in SPECIAL_ROLES}
 
 
 def _content(token: object) -> str | None:
-    """The text of a special token, which may be written as an object."""
+    """Return the text of a special token, which may be stored as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _is_sentencepiece(state: dict[str, Any]) -> bool:
-    """Whether white space is written as `▁`, by a normalizer that prepends or by a pre-tokenizer."""
+    """Return whether a normalizer or a pre-tokenizer writes white space as `▁`."""
     steps: list[dict[str, Any]] = []
     for part in ("normalizer", "pre_tokenizer"):
         step = state.get(part)
@@ -167,4 +184,4 @@ def _build(text: str, folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
-        raise ConversionError(f"{folder / 'tokenizer.json'} is no tokenizer: {first_line(error)}.") from error
+        raise ConversionError(f"{folder / 'tokenizer.json'} is not a tokenizer: {first_line(error)}.") from error

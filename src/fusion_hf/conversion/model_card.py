@@ -1,4 +1,4 @@
-"""The model card: `README.md` of a Hub folder. The same input gives the same text; it holds no date and no path."""
+"""The model card, `README.md` of a Hub folder. Equal inputs give equal texts, without a date and without a path."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +27,22 @@ TEMPLATE = Path(__file__).with_name("model_card.jinja")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a folder comes from.
+    """
+    Origin of a model folder.
 
     Attributes:
-        title: name of the new model.
-        model_id: what the usage snippets load.
-        sources: role -> name and revision of what went into it, such as `("checkpoint", "owner/name at commit abc")`.
-        base_models: repositories that the Hub should link, as far as they are known.
-        dtype: type of the weights.
-        num_parameters: parameters of the model.
-        has_tokenizer: whether the folder can answer questions.
-        is_untrained: whether FUSION's own parts are fresh.
-        is_authors: whether the weights are those of a checkpoint that the authors published.
-        stage: the authors' training stage that the source's name tells, if it is not the last.
-        notes: further sentences about the conversion.
+        title: Name of the new model.
+        model_id: Name that the usage snippets load.
+        sources: Roles, with names and revisions of what was used, such as `("checkpoint", "owner/name at commit
+            abc")`.
+        base_models: Repositories that the Hub should link, if they are known.
+        dtype: Dtype of the weights.
+        num_parameters: Number of parameters of the model.
+        has_tokenizer: Whether the folder can answer questions.
+        is_untrained: Whether FUSION's own parts are randomly initialized.
+        is_authors: Whether the weights are those of a checkpoint that the authors published.
+        stage: Training stage of the authors in the name of the source, if it is not the last.
+        notes: Further sentences about the conversion.
     """
 
     title: str
@@ -57,7 +59,16 @@ class Provenance:
 
 
 def write_card(config: FusionConfig, provenance: Provenance) -> str:
-    """Write the whole text of `README.md`."""
+    """
+    Write the text of `README.md`.
+
+    Args:
+        config: Configuration of the model.
+        provenance: Origin of the model folder.
+
+    Returns:
+        The text.
+    """
     member = None if provenance.is_untrained else find_member(config)
     licence = find_licence(provenance, member)
     base_models = find_base_models(provenance, member)
@@ -91,7 +102,7 @@ def write_card(config: FusionConfig, provenance: Provenance) -> str:
 
 
 def find_base_models(provenance: Provenance, member: FamilyMember | None) -> list[str]:
-    """Repositories of what went in: those of the authors' models are published, others are as they were named."""
+    """Return the repositories of the base models: the published ones for the authors' models, else as named."""
     if member is not None and provenance.is_authors:
         return [member.backbone.repository, member.tower]
     return list(provenance.base_models)
@@ -99,8 +110,17 @@ def find_base_models(provenance: Provenance, member: FamilyMember | None) -> lis
 
 def find_licence(provenance: Provenance, member: FamilyMember | None) -> Licence | None:
     """
-    The authors' for their weights; else the language model's own where that is known by name, since what is derived
-    from it may not be freer. None: only who trained the weights can say.
+    Find the licence of a model.
+
+    The authors' weights have the authors' licence. Other models have the licence of their language model, if it is
+    known, because derived models may not be freer.
+
+    Args:
+        provenance: Origin of the model folder.
+        member: Published model with the same sizes.
+
+    Returns:
+        The licence, or None if only the person who trained the weights knows it.
     """
     if member is not None and provenance.is_authors:
         return member.backbone.licence

@@ -1,4 +1,4 @@
-"""The files of a Hub folder beside its weights: configuration, processor, generation settings, code, model card."""
+"""Files of a Hub folder besides its weights: configurations, processor, code, and model card."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ AUTO_MAPS = {
         "AutoProcessor": "processing_fusion.FusionProcessor",
     },
 }
-# Tokens that end an answer, by chat format, and their ids in the published checkpoints (for one without a tokenizer).
+# Tokens that end an answer, by chat format; and their ids in the published checkpoints, for use without a tokenizer.
 STOP_TOKENS = {
     "phi3": ("<|end|>", "<|assistant|>", "<|endoftext|>"),
     "llama3": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
@@ -35,7 +35,7 @@ PUBLISHED_STOP_IDS = {("phi3", 32_013): (32_007, 32_001, 32_000), ("llama", 128_
 
 
 def set_dtype(config: FusionConfig, dtype: torch.dtype) -> None:
-    """Write the weights' type into the configuration and both of its parts."""
+    """Set the dtype of the weights in a configuration and in both of its sub-configurations."""
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
 
@@ -43,12 +43,13 @@ def set_dtype(config: FusionConfig, dtype: torch.dtype) -> None:
 def make_generation_config(
     config: FusionConfig, tokenizer: PreTrainedTokenizerFast | None, source: dict[str, Any]
 ) -> GenerationConfig:
-    """Greedy decoding that stops at the backbone's ends and never writes one of the four marks.
+    """
+    Create a generation configuration: greedy decoding that stops at end tokens and never generates FUSION's tokens.
 
     Args:
-        config: of the new model.
-        tokenizer: knows the tokens that end an answer; without it, the published ids or the backbone's own.
-        source: content of the checkpoint's `generation_config.json`, if it has one.
+        config: Configuration of the new model.
+        tokenizer: Tokenizer that knows the end tokens. Without it, the published ids or the backbone's own are used.
+        source: Content of the checkpoint's `generation_config.json`, which may be empty.
     """
     text = config.text_config
     ends = _as_list(source.get("eos_token_id")) or _as_list(text.eos_token_id)
@@ -73,10 +74,17 @@ def make_generation_config(
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Read content of a folder's `generation_config.json`; nothing if it has none.
+    """
+    Read the content of a folder's `generation_config.json`.
+
+    Args:
+        folder: Folder of a checkpoint or a language model.
+
+    Returns:
+        The content, or an empty dict if there is no such file.
 
     Raises:
-        ConversionError: if it cannot be read.
+        ConversionError: If the file cannot be read.
     """
     path = folder / GENERATION_CONFIG_NAME
     return read_json(path) if path.is_file() else {}
@@ -89,7 +97,7 @@ def _as_list(value: Any) -> list[Any]:
 def make_processor(
     config: FusionConfig, tokenizer: PreTrainedTokenizerFast | None
 ) -> FusionProcessor | FusionImageProcessor:
-    """Make the processor, or its image half if there is no tokenizer."""
+    """Create the processor, or only the image processor if there is no tokenizer."""
     side = config.vision_config.image_size
     image_processor = FusionImageProcessor(size={"height": side, "width": side})
     if tokenizer is None:
@@ -111,7 +119,16 @@ def write_files(
     generation_config: GenerationConfig,
     card: str,
 ) -> None:
-    """Write everything of a Hub folder but the weights."""
+    """
+    Write all files of a Hub folder except the weights.
+
+    Args:
+        folder: The folder.
+        config: Configuration of the model.
+        processor: Its processor.
+        generation_config: Its generation configuration.
+        card: Text of the model card.
+    """
     if isinstance(processor, FusionProcessor):
         config.update(describe_turns(processor))
     config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The Hub: repositories that inputs are fetched from, and the one that a result goes to."""
+"""Requests to the Hub: downloads of inputs, and the upload of a result."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the client that it uses: httpx or httpx2
+    HTTPError,  # from its HTTP client, httpx or httpx2
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
@@ -34,18 +34,28 @@ HUB_ERRORS = (OSError, HTTPError, HFValidationError, NotASafetensorsRepoError, S
 
 def download(source: str, revision: str | None, flag: str, wanted: Wanted, hub: HubOptions) -> tuple[Path, bool]:
     """
-    Return a repository's folder in the cache, and whether its weights were left where they are; see `inputs.locate`.
+    Download a repository into the cache.
+
+    Args:
+        source: Name of the repository.
+        revision: Branch, tag or commit.
+        flag: Option that was used, for errors.
+        wanted: Files to download, see `inputs.locate`.
+        hub: Options for requests to the Hub.
+
+    Returns:
+        The folder in the cache, and whether the weights were not downloaded.
 
     Raises:
-        ConversionError: if there is no such repository, or the Hub cannot be reached.
+        ConversionError: If there is no such repository, or if the Hub cannot be reached.
     """
     patterns, is_remote = list(SMALL_FILES), False
     is_offline = hub.local_files_only or is_offline_mode()
     try:
         if wanted != "configuration" and is_offline:
-            patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *BIN_WEIGHTS)  # what the cache has of them
+            patterns += (*SAFE_WEIGHTS, *TRAINED_WHOLE, *BIN_WEIGHTS)  # those that are in the cache
         elif wanted != "configuration":
-            # one request: the list of files comes by several, each of which is tried for half a minute
+            # a single request, because listing files takes several, each of which is tried for half a minute
             info = HfApi().model_info(source, revision=revision, timeout=SECONDS, token=hub.token)
             names = [file.rfilename for file in info.siblings or ()]
             is_full = any(name in names for name in ("model.safetensors", "model.safetensors.index.json"))
@@ -66,16 +76,24 @@ def download(source: str, revision: str | None, flag: str, wanted: Wanted, hub: 
         answered = isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError)
         if not answered or isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             raise ConversionError(
-                f"{flag}: {source!r} is no local path, and the Hub cannot be reached: check the name or the network."
+                f"{flag}: {source!r} is not a local path, and the Hub cannot be reached. Check the name or the "
+                "network."
             ) from error
         raise ConversionError(f"{flag}: {source!r} cannot be fetched from the Hub: {first_line(error)}.") from error
 
 
 def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
-    """Read what a repository's safetensors hold, from their headers alone: nothing else is downloaded.
+    """
+    Read the headers of a repository's safetensors. Nothing else is downloaded.
+
+    Args:
+        location: The repository.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        ConversionError: if the repository has no safetensors, or cannot be reached.
+        ConversionError: If the repository has no safetensors, or cannot be reached.
     """
     from fusion_hf.conversion.stored_tensors import SAFETENSORS_DTYPES, StoredTensor  # which import torch
 
@@ -83,7 +101,7 @@ def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
         metadata = HfApi().get_safetensors_metadata(location.name, revision=location.revision)
     except HUB_ERRORS as error:
         raise ConversionError(
-            f"The weights' headers of {location.name} cannot be read: {first_line(error)}."
+            f"The headers of the weights of {location.name} cannot be read: {first_line(error)}."
         ) from error
     return {
         key: StoredTensor(
@@ -95,10 +113,15 @@ def read_remote_headers(location: InputLocation) -> "dict[str, StoredTensor]":
 
 
 def check_can_push(repository: str, private: bool = False) -> None:
-    """Refuse a push that is bound to fail before hours of work.
+    """
+    Check that an upload can succeed, before hours of work.
+
+    Args:
+        repository: Name of the repository.
+        private: Whether the repository must be private.
 
     Raises:
-        ConversionError: for an impossible name, if nobody is logged in, or if the Hub cannot be reached.
+        ConversionError: If the name is invalid, nobody is logged in, or the Hub cannot be reached.
     """
     try:
         check_repository(repository, "--repo-id")
@@ -109,13 +132,19 @@ def check_can_push(repository: str, private: bool = False) -> None:
 
 def push(folder: Path, repository: str | None, private: bool, message: str) -> str:
     """
-    Upload a folder in one commit, if there is a repository for it.
+    Upload a folder in one commit, if a repository is given.
+
+    Args:
+        folder: Folder to upload.
+        repository: Name of the repository, or None.
+        private: Whether to make a new repository private.
+        message: Commit message.
 
     Returns:
-        What to add to the line about the folder: the commit's address, or nothing.
+        Text to append to the line about the folder: the URL of the commit, or an empty text.
 
     Raises:
-        ConversionError: if the upload fails; the folder stays.
+        ConversionError: If the upload fails. The folder is kept.
     """
     if repository is None:
         return ""
@@ -124,5 +153,5 @@ def push(folder: Path, repository: str | None, private: bool, message: str) -> s
         return f" Pushed: {upload(folder, names, repository, private, message)}"
     except InputError as error:
         raise ConversionError(
-            f"The result is complete in {folder}, but pushing it to {repository} failed: {first_line(error)}."
+            f"The result in {folder} is complete, but pushing it to {repository} failed: {first_line(error)}."
         ) from error

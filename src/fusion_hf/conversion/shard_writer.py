@@ -1,7 +1,7 @@
-"""Writes sharded safetensors while holding one tensor at a time.
+"""Writer of sharded safetensors that holds one tensor in memory at a time.
 
-The format needs every tensor's type and shape before the first byte of data, and conversion knows them: so the header
-is written first and the data follows as it is read, where the usual `save_file` would need a whole shard in memory.
+The format stores the dtype and shape of every tensor before the data. Conversion knows them, so it writes the header
+first and then streams the data. The usual `save_file` would need a whole shard in memory.
 """
 
 import json
@@ -15,10 +15,10 @@ from fusion_hf.conversion.inputs import MAX_SHARD_BYTES
 from fusion_hf.conversion.stored_tensors import SAFETENSORS_DTYPES
 from fusion_hf.hub.folders import WEIGHTS_INDEX
 
-# of those that are written
+# codes of the dtypes that are written
 DTYPE_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items() if dtype != torch.float64}
 HEADER_ALIGNMENT = 8  # bytes
-LENGTH_BYTES = 8  # of the header's length, little-endian
+LENGTH_BYTES = 8  # size of the field with the header's length, little-endian
 
 
 def write_weights(
@@ -28,17 +28,18 @@ def write_weights(
     load: Callable[[str], torch.Tensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `model.safetensors`, or shards with an index.
+    """
+    Write `model.safetensors`, or shards with an index.
 
     Args:
-        folder: where to.
-        shapes: every tensor, in the order in which they are written.
-        dtype: the type of all of them: with one type, no tensor begins at an odd address.
-        load: gives a tensor by its name, contiguous and of type `dtype`.
-        max_shard_bytes: a shard is closed before it grows beyond this, unless one tensor is larger.
+        folder: Folder to write to.
+        shapes: Shapes of all tensors, in the order in which they are written.
+        dtype: Dtype of all tensors. With a single dtype, no tensor begins at an unaligned address.
+        load: Function that returns a tensor by its name, contiguous and in `dtype`.
+        max_shard_bytes: Maximum size of a shard in bytes, unless a single tensor is larger.
 
     Raises:
-        InputError: if the disk has not as much space.
+        InputError: If the disk does not have enough space.
     """
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     check_space(folder, sum(sizes.values()))
@@ -56,7 +57,16 @@ def write_weights(
 
 
 def split_into_shards(sizes: dict[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
-    """Yield names in order, in groups of at most `max_shard_bytes` bytes (or of a single larger tensor)."""
+    """
+    Split tensors into shards.
+
+    Args:
+        sizes: Sizes of the tensors in bytes, by name.
+        max_shard_bytes: Maximum size of a shard in bytes, unless a single tensor is larger.
+
+    Yields:
+        Names of the tensors in each shard, in order.
+    """
     names: list[str] = []
     total = 0
     for name, size in sizes.items():

@@ -1,6 +1,6 @@
-"""Weights on disk: which files a folder has, what is in them, and one tensor at a time out of them.
+"""Weights on disk: headers of files, and single tensors.
 
-Nothing here executes what a file says: safetensors hold no code, and `.bin` files are read with `weights_only=True`.
+Nothing in a file is executed. Safetensors contain no code, and `.bin` files are read with `weights_only=True`.
 """
 
 import pickle
@@ -27,25 +27,32 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is, known without reading it."""
+    """Location, shape and dtype of a tensor on disk, known without reading it."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a string: a type that is no plain floating-point number
+    dtype: torch.dtype | str  # a string for types that are not plain floating-point numbers
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk."""
+        """Size on disk in bytes."""
         size = self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1
         return torch.Size(self.shape).numel() * size
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Read what the files hold, from their headers alone.
+    """
+    Read the headers of weight files.
+
+    Args:
+        files: The files.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        ConversionError: for a file that is broken, for a key that two files hold, and for an index that disagrees.
+        ConversionError: If a file is broken, or if two files contain the same name.
     """
     stored: dict[str, StoredTensor] = {}
     for file in files:
@@ -57,10 +64,17 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Read what a folder's weight files hold, from their headers alone.
+    """
+    Read the headers of a folder's weight files.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        ConversionError: see `read_headers` and `check_index`.
+        ConversionError: See `read_headers` and `check_index`.
     """
     stored = read_headers(find_weight_files(folder))
     check_index(folder, stored)
@@ -68,10 +82,15 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_index(folder: Path, stored: dict[str, StoredTensor]) -> None:
-    """Compare the index of a folder, if it has one, with what its files hold.
+    """
+    Compare the index of a folder, if it has one, with the content of its files.
+
+    Args:
+        folder: Model folder.
+        stored: Tensors in its files.
 
     Raises:
-        ConversionError: lists every tensor that is not where the index says.
+        ConversionError: If they disagree. The message lists all tensors that are not where the index says.
     """
     for name in WEIGHT_NAMES:
         index = folder / (name + INDEX_SUFFIX)
@@ -90,13 +109,13 @@ def _read_header(file: Path) -> list[StoredTensor]:
         return [StoredTensor(file, key, tuple(t.shape), _plain_dtype(t.dtype)) for key, t in tensors.items()]
     try:
         with safe_open(file, framework="pt") as handle:
-            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (a handle is not a dict)
             return [
                 StoredTensor(file, key, tuple(s.get_shape()), SAFETENSORS_DTYPES.get(s.get_dtype(), s.get_dtype()))
                 for key, s in slices.items()
             ]
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{file} is truncated or no safetensors file: {first_line(error)}.") from error
+        raise ConversionError(f"{file} is truncated or not a safetensors file: {first_line(error)}.") from error
 
 
 def _plain_dtype(dtype: torch.dtype) -> torch.dtype | str:
@@ -104,34 +123,39 @@ def _plain_dtype(dtype: torch.dtype) -> torch.dtype | str:
 
 
 def load_bin(file: Path, device: str) -> dict[str, torch.Tensor]:
-    """Tensors of a `.bin` file, mapped from disk (or, in torch's format before 1.6, read).
+    """
+    Load the tensors of a `.bin` file. They are mapped from disk, or read if the format is older than torch 1.6.
+
+    Args:
+        file: The file.
+        device: Device for the tensors.
 
     Raises:
-        ConversionError: if the file is broken or holds anything but tensors by name.
+        ConversionError: If the file is broken or contains anything except tensors by name.
     """
     try:
         content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ConversionError(f"{file} is refused: it is no weights file, or holds code that would run.") from error
+        raise ConversionError(f"{file} is not a weights file, or contains code, and was not loaded.") from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{file} is truncated or no weights file: {first_line(error)}.") from error
+        raise ConversionError(f"{file} is truncated or not a weights file: {first_line(error)}.") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds a {type(content).__name__}; allowed: tensors by name.")
+        raise ConversionError(f"{file} must contain tensors by name, got a {type(content).__name__}.")
     others = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)]
     if others:
-        raise ConversionError(f"{file} holds entries that are no tensors: {', '.join(others)}.")
+        raise ConversionError(f"{file} contains entries that are not tensors: {', '.join(others)}.")
     return content
 
 
 class TensorReader:
-    """Reads tensors with at most one file open, so that at most one shard is in memory."""
+    """Reader that keeps at most one file open, so that at most one shard is in memory."""
 
     def __init__(self) -> None:
         self._file: Path | None = None
         self._content: Any = None
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
-        """Load one tensor on the CPU; it may be a view of the mapped file."""
+        """Load one tensor on the CPU. It may be a view of the mapped file."""
         if tensor.file != self._file:
             self.close()
             is_bin = tensor.file.suffix != ".safetensors"
@@ -142,5 +166,5 @@ class TensorReader:
         return self._content.get_tensor(tensor.key)
 
     def close(self) -> None:
-        """Let go of the file: its pages leave memory with the last tensor that was read from it."""
+        """Close the file. Its pages leave memory with the last tensor that was read from it."""
         self._file = self._content = None

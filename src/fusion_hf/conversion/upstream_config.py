@@ -1,6 +1,6 @@
-"""The authors' `config.json`, in which the language model's fields lie beside FUSION's, to a `FusionConfig`.
+"""Conversion of the authors' `config.json`, which mixes fields of the language model and FUSION, to a `FusionConfig`.
 
-Only fields that the language model's own configuration declares are taken over, so that no generation setting, code
+Only fields that the language model's own configuration class declares are kept, so that no generation setting, code
 reference (`auto_map`) or path (`_name_or_path`) survives.
 """
 
@@ -15,33 +15,37 @@ from fusion_hf.conversion.inputs import FUSION_FIELDS, TEXT_MODEL_TYPES, TOWER_F
 from fusion_hf.conversion.model_files import ConversionError, first_line, parse_query_lens, read_json
 from fusion_hf.model.configuration_fusion import FusionConfig
 
-# Names that a transformers 4 configuration has for `rope_parameters`; the configuration classes translate them.
+# Fields that transformers 4 uses for `rope_parameters`. The configuration classes translate them.
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-# `use_cache` is off in checkpoints that training saved before its end
+# `use_cache` is False in checkpoints that training saved before its end
 NOT_TAKEN_OVER = ("use_cache",)
-# The authors' class of these sets `rope_scaling` to None, whatever the file says.
+# The authors' class for these always sets `rope_scaling` to None.
 WITHOUT_ROPE_SCALING = ("fusion_qwen",)
 DEFAULT_QUERY_LEN = 36
 
-# What the authors' code chooses by the tower's name; counts all layers of the published towers.
+# Sizes that the authors' code chooses by the name of the tower, with all layers of the published towers.
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14}
 GIANT_OPT = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40, "patch_size": 16}
 SHARED_SIZES = {"num_attention_heads": 16, "image_size": 384}
 GIANT_MARK = "siglip2"
-# Without these a sizes file would silently mean some other tower's defaults.
+# Without these fields, the defaults would silently describe another tower.
 REQUIRED_SIZES = (*SO400M, *SHARED_SIZES)
 
 
 def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_token_grid: int | None) -> FusionConfig:
-    """Return a `FusionConfig` from the content of the authors' `config.json`.
+    """
+    Convert the content of the authors' `config.json`.
 
     Args:
-        upstream: the content.
-        tower: sizes of the whole tower; its last layer is not kept.
-        image_token_grid: side of the reduced grid of FUSION-L, or None.
+        upstream: The content.
+        tower: Sizes of the whole tower. Its last layer is not kept.
+        image_token_grid: Side of the reduced grid of FUSION-L, or None.
+
+    Returns:
+        The configuration.
 
     Raises:
-        ConversionError: for missing fields and impossible values.
+        ConversionError: If a field is missing or has an impossible value.
     """
     check_upstream(upstream)
     counts = {name: upstream[name] for name in FUSION_FIELDS[1:]}
@@ -61,10 +65,17 @@ def convert_config(upstream: dict[str, Any], tower: SiglipVisionConfig, image_to
 
 
 def read_checkpoint_config(file: Path) -> FusionConfig:
-    """The configuration that a checkpoint with this `config.json` gets, without looking at its weights.
+    """
+    Convert a checkpoint's `config.json` without reading its weights.
+
+    Args:
+        file: Path of the file.
+
+    Returns:
+        The configuration.
 
     Raises:
-        ConversionError: see `convert_config`.
+        ConversionError: See `convert_config`.
     """
     upstream = read_json(file)
     vision = find_named_tower(upstream)
@@ -73,10 +84,15 @@ def read_checkpoint_config(file: Path) -> FusionConfig:
 
 
 def convert_text_config(values: dict[str, Any], model_type: str) -> PreTrainedConfig:
-    """The language model's configuration from a flat dict; fields that its class does not declare are left behind.
+    """
+    Create the language model's configuration from a flat dict, without fields that its class does not declare.
+
+    Args:
+        values: The flat dict.
+        model_type: Model type of the language model.
 
     Raises:
-        ConversionError: for a value that the class refuses.
+        ConversionError: If the class refuses a value.
     """
     config_class = CONFIG_MAPPING[model_type]
     values = values | {"rope_scaling": _complete_rope(values)}
@@ -85,11 +101,13 @@ def convert_text_config(values: dict[str, Any], model_type: str) -> PreTrainedCo
     try:
         return config_class(**{name: values[name] for name in names if values.get(name) is not None})
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"config.json: no {model_type} configuration: {first_line(error)}.") from error
+        raise ConversionError(
+            f"config.json is not a valid {model_type} configuration: {first_line(error)}."
+        ) from error
 
 
 def _complete_rope(values: dict[str, Any]) -> Any:
-    """Long RoPE with the factor that its transformers 4 form leaves implicit, and its type under one name."""
+    """Add the factor of long RoPE that transformers 4 leaves implicit, and store its type under one name."""
     rope = values.get("rope_scaling")
     sizes = [values.get(name) for name in ("max_position_embeddings", "original_max_position_embeddings")]
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "longrope":
@@ -109,10 +127,16 @@ def fusion_config(
     sampler_layers: list[int],
     image_token_grid: int | None = None,
 ) -> FusionConfig:
-    """Return a `FusionConfig` around a language model and a whole tower.
+    """
+    Create a `FusionConfig` from a language model and a whole tower.
+
+    Args:
+        text: Configuration of the language model.
+        tower: Configuration of the whole tower. Its last layer is not kept.
+        query_lens, window_size, sampler_layers, image_token_grid: See [`FusionConfig`].
 
     Raises:
-        ConversionError: for impossible values.
+        ConversionError: If a value is impossible.
     """
     kept = SiglipVisionConfig(**_sizes(tower.to_dict()) | {"num_hidden_layers": tower.num_hidden_layers - 1})
     try:
@@ -131,51 +155,68 @@ def fusion_config(
 
 
 def sampler_layers(number: int, start: int, stride: int, num_layers: int) -> list[int]:
-    """LLM layers of the samplers.
+    """
+    Compute the LLM layers of the samplers.
+
+    Args:
+        number: Number of samplers.
+        start: Layer of the first sampler.
+        stride: Distance of the layers of two samplers.
+        num_layers: Number of layers of the language model.
 
     Raises:
-        ConversionError: if there are none, or more than layers.
+        ConversionError: If there is no sampler, or more samplers than layers.
     """
     if not 0 < number <= num_layers or stride < 1:
         raise ConversionError(
-            f"There are {number} samplers with stride {stride}; allowed: 1 to {num_layers} samplers, stride 1 or more."
+            f"There must be 1 to {num_layers} samplers with a stride of at least 1, got {number} samplers with stride "
+            f"{stride}."
         )
     return [start + stride * index for index in range(number)]
 
 
 def named_tower(name: object) -> SiglipVisionConfig:
-    """Return the tower that the authors' code loads for `mm_vision_tower`.
+    """
+    Return the tower that the authors' code loads for a name.
+
+    Args:
+        name: Value of `mm_vision_tower`.
 
     Raises:
-        ConversionError: if it is no name.
+        ConversionError: If the value is not a name.
     """
     if not isinstance(name, str):
-        raise ConversionError(f"config.json: mm_vision_tower is {name!r}; allowed: the name of a tower.")
+        raise ConversionError(f"config.json: `mm_vision_tower` must be the name of a tower, got {name!r}.")
     return SiglipVisionConfig(**(GIANT_OPT if GIANT_MARK in name.lower() else SO400M), **SHARED_SIZES)
 
 
 def read_tower_config(path: Path) -> SiglipVisionConfig:
-    """Read the whole tower's sizes from a JSON file, or from the `config.json` of a SigLIP folder.
+    """
+    Read the sizes of the whole tower.
+
+    Args:
+        path: A JSON file with the sizes, or a SigLIP folder with `config.json`.
 
     Raises:
-        ConversionError: for missing or impossible sizes.
+        ConversionError: If a size is missing or impossible.
     """
     file = path / "config.json" if path.is_dir() else path
     values = read_json(file)
     values = values.get("vision_config", values)
     if not isinstance(values, dict):
-        raise ConversionError(f"{file}: vision_config is {values!r}; allowed: an object.")
+        raise ConversionError(f"{file}: `vision_config` must be an object, got {values!r}.")
     model_type = values.get("model_type")
     if model_type not in (None, SiglipVisionConfig.model_type):
-        raise ConversionError(f"{file}: model_type is {model_type!r}; allowed: {SiglipVisionConfig.model_type!r}.")
-    if model_type is not None:  # a model's own file leaves out what its class has as default
+        allowed = repr(SiglipVisionConfig.model_type)
+        raise ConversionError(f"{file}: `model_type` must be {allowed}, got {model_type!r}.")
+    if model_type is not None:  # the file of a model omits the defaults of its class
         values = SiglipVisionConfig().to_dict() | values
     missing = [name for name in REQUIRED_SIZES if name not in values]
     if missing:
         raise ConversionError(f"{file} lacks {', '.join(missing)}.")
-    wrong = [f"{n} is {values[n]!r}" for n in REQUIRED_SIZES if type(values[n]) is not int or values[n] < 1]
+    wrong = [f"`{n}` = {values[n]!r}" for n in REQUIRED_SIZES if type(values[n]) is not int or values[n] < 1]
     if wrong:
-        raise ConversionError(f"{file}: {', '.join(wrong)}; allowed: whole numbers, 1 or more.")
+        raise ConversionError(f"{file}: sizes must be whole numbers of at least 1, got {', '.join(wrong)}.")
     try:
         return SiglipVisionConfig(**_sizes(values))
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -183,7 +224,7 @@ def read_tower_config(path: Path) -> SiglipVisionConfig:
 
 
 def _sizes(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a tower's configuration that describe its layers."""
+    """Return the fields of a tower's configuration that describe its layers."""
     inherited = {field.name for field in fields(PreTrainedConfig)} | {"vision_use_head"}
     names = {field.name for field in fields(SiglipVisionConfig)} - inherited
     return {name: value for name, value in values.items() if name in names}

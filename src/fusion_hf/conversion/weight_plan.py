@@ -1,4 +1,4 @@
-"""What every weight of the new model is made from, checked completely before anything is written."""
+"""The plan for every weight of a new model, checked completely before anything is written."""
 
 import re
 from collections import Counter
@@ -17,12 +17,12 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-NUM_MARKS = 2  # rows for <vision_start> and <vision_end>
+NUM_MARKS = 2  # number of rows for <vision_start> and <vision_end>
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors under one naming scheme. `grows`: its vocabulary may lack the two marks, as a plain LLM's does."""
+    """Tensors with one naming scheme. `grows` means that the vocabulary may lack FUSION's two tokens, as in an LLM."""
 
     tensors: dict[str, StoredTensor]
     table: tuple[Row, ...]
@@ -31,13 +31,14 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class WeightRecipe:
-    """How to make one weight.
+    """
+    How to create one weight.
 
     Attributes:
-        stored: the weight on disk.
-        lora: a low-rank update to add.
-        rows: cut the matrix to this many rows, of which the last two become the mean of the others: what the authors'
-            training does to a backbone's embeddings before it begins.
+        stored: The weight on disk.
+        lora: A low-rank update to add.
+        rows: Number of rows to which the matrix is cut. The last two rows become the mean of the others, as in the
+            authors' training.
     """
 
     stored: StoredTensor
@@ -46,20 +47,20 @@ class WeightRecipe:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that comes out."""
+        """Shape of the new weight."""
         return self.stored.shape if self.rows is None else (self.rows, *self.stored.shape[1:])
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """All weights of the new model, in the order in which they lie on disk."""
+    """All weights of the new model, in the order in which they are stored on disk."""
 
     recipes: dict[str, WeightRecipe]
     num_dropped: int
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The type that most of the stored bytes have."""
+        """The dtype of most of the stored bytes."""
         sizes: Counter[torch.dtype] = Counter()
         for recipe in self.recipes.values():
             if isinstance(recipe.stored.dtype, torch.dtype):
@@ -67,27 +68,39 @@ class WeightPlan:
         return sizes.most_common(1)[0][0]
 
     def choose_dtype(self, name: str | None) -> torch.dtype:
-        """The type called `name`; without a name the main one, or float32 if a model folder cannot have that."""
+        """
+        Choose the dtype of the new model.
+
+        Args:
+            name: Name of the dtype. None chooses the main dtype, or float32 if a model folder cannot have that.
+        """
         dtype = self.main_dtype if name is None else torch_dtype(name)
         return dtype if dtype in DTYPE_CODES else torch.float32
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the new model."""
+        """Number of parameters of the new model."""
         return sum(torch.Size(recipe.shape).numel() for recipe in self.recipes.values())
 
 
 def expected_shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that the model saves, from a model without memory.
+    """
+    Return the shapes of all weights that a model saves, without allocating memory.
+
+    Args:
+        config: Configuration of the model.
+
+    Returns:
+        The shapes by name.
 
     Raises:
-        ConversionError: if the language model is not supported.
+        ConversionError: If the language model is not supported.
     """
     try:
         with torch.device("meta"):
             model = FusionForConditionalGeneration(config)
-    except (ValueError, RuntimeError) as error:  # torch raises the latter for sizes beyond its integers
-        raise ConversionError(f"The configuration makes no model: {first_line(error)}.") from error
+    except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for sizes beyond its integers
+        raise ConversionError(f"No model can be created from the configuration: {first_line(error)}.") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]
@@ -102,23 +115,28 @@ def make_plan(
     hint: str = "",
     fresh: re.Pattern[str] | None = None,
 ) -> WeightPlan:
-    """Assign a stored tensor to every weight; later sources replace what earlier ones hold.
+    """
+    Assign a stored tensor to every weight. Later sources replace earlier ones.
 
     Args:
-        config: the new model.
-        sources: what is on disk.
-        lora: low-rank updates by the name that the authors' checkpoint gives the weight.
-        tower_name: where the tower's sizes come from, for the error about a wrong tower.
-        hint: what to do about missing weights.
-        fresh: names that nothing on disk gives.
+        config: Configuration of the new model.
+        sources: Tensors on disk.
+        lora: Low-rank updates by the names of the weights in the authors' checkpoint.
+        tower_name: Origin of the tower's sizes, for the error about a wrong tower.
+        hint: Advice for missing weights.
+        fresh: Pattern of names that are not on disk.
+
+    Returns:
+        The plan.
 
     Raises:
-        ConversionError: lists every unknown, missing, doubly given or wrongly shaped tensor.
+        ConversionError: If tensors are unknown, missing, duplicate or have wrong shapes. The message lists all of
+            them.
     """
     sources = list(sources)
     num_stored = sum(len(source.tensors) for source in sources)
     if config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers > num_stored:
-        # before a model of that many layers is built
+        # checked before a model with that many layers is built
         raise ConversionError(
             f"The configuration has {config.text_config.num_hidden_layers} + {config.vision_config.num_hidden_layers} "
             f"layers, but the checkpoint has only {num_stored} tensors."
@@ -142,7 +160,7 @@ def make_plan(
 
 
 def _rename(config: FusionConfig, source: TensorSource, unknown: list[str]) -> tuple[dict[str, WeightRecipe], int]:
-    """Recipes by our names, and the number of tensors that are dropped. Appends to `unknown`."""
+    """Return recipes by the names of this package, and the number of dropped tensors. Append to `unknown`."""
     key_map = KeyMap(source.table, config)
     recipes: dict[str, WeightRecipe] = {}
     dropped = 0
@@ -165,7 +183,7 @@ def _rename(config: FusionConfig, source: TensorSource, unknown: list[str]) -> t
 
 
 def _attach_lora(recipes: dict[str, WeightRecipe], lora: dict[str, LoraPair], key_map: KeyMap) -> list[str]:
-    """Put each update beside its weight; returns the updates that have none."""
+    """Add each update to its weight, and return the updates without a weight."""
     homeless = []
     for key, pair in lora.items():
         try:
@@ -180,14 +198,14 @@ def _attach_lora(recipes: dict[str, WeightRecipe], lora: dict[str, LoraPair], ke
 
 
 def _check_tower(config: FusionConfig, recipes: dict[str, WeightRecipe], tower_name: str) -> None:
-    """Compare the sizes that a tower's weights show with the configured ones."""
+    """Compare the sizes of a tower's weights with those in the configuration."""
     prefix = "model.vision_tower."
     shapes = {name.removeprefix(prefix): r.stored.shape for name, r in recipes.items() if name.startswith(prefix)}
     layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
     patch = shapes.get("embeddings.patch_embedding.weight")
     positions, mlp = shapes.get("embeddings.position_embedding.weight"), shapes.get("layers.0.mlp.fc1.weight")
     if patch is None or positions is None or mlp is None or len(patch) < 3:
-        return  # missing or misshapen tensors are listed by name
+        return  # `_check` lists missing tensors and wrong shapes by name
     vision = config.vision_config
     stored = (patch[0], mlp[0], max(layers), patch[2], positions[0])
     wanted = (
@@ -199,8 +217,8 @@ def _check_tower(config: FusionConfig, recipes: dict[str, WeightRecipe], tower_n
     )
     if stored != wanted:
         raise ConversionError(
-            f"Wrong tower: the checkpoint's has {_describe_tower(*stored)}; {tower_name} has "
-            f"{_describe_tower(*wanted)}. Give the checkpoint's tower with --vision-config."
+            f"The tower does not fit: that of the checkpoint has {_describe_tower(*stored)}, but {tower_name} has "
+            f"{_describe_tower(*wanted)}. Pass the checkpoint's tower as --vision-config."
         )
 
 
@@ -211,7 +229,7 @@ def _describe_tower(width: int, mlp: int, last_layer: int, patch: int, positions
 def _check(
     recipes: dict[str, WeightRecipe], expected: dict[str, tuple[int, ...]], unknown: list[str], hint: str
 ) -> None:
-    """Compare recipes and expectation in both directions, and report all that differs at once."""
+    """Compare the recipes with the expected weights, and report all differences at once."""
     unknown = unknown + [recipe.stored.key for name, recipe in recipes.items() if name not in expected]
     missing = [name for name in expected if name not in recipes]
     known = {name: recipe for name, recipe in recipes.items() if name in expected}
@@ -239,13 +257,13 @@ def _check(
 
 
 class WeightReader:
-    """Makes weights, with at most one shard of the checkpoint in memory (and a small adapter file beside it)."""
+    """Creates weights with at most one shard of the checkpoint in memory (and a small adapter file)."""
 
     def __init__(self) -> None:
         self._shards, self._adapters = TensorReader(), TensorReader()
 
     def load(self, recipe: WeightRecipe, dtype: torch.dtype) -> torch.Tensor:
-        """Load the weight on the CPU, contiguous, in the type `dtype`."""
+        """Load a weight on the CPU, contiguous and in `dtype`."""
         tensor = self._shards.load(recipe.stored)
         if recipe.rows is not None:
             kept = tensor[: recipe.rows - NUM_MARKS]
@@ -256,6 +274,6 @@ class WeightReader:
         return tensor.to(dtype).contiguous()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._shards.close()
         self._adapters.close()

@@ -14,25 +14,56 @@ from fusion_hf.demo.demo_model import MAX_QUESTION, MAX_UPLOAD_BYTES, DemoModel
 from fusion_hf.demo.examples import draw_examples
 from fusion_hf.demo.guard import RequestGuard
 from fusion_hf.demo.handlers import Handlers
+from fusion_hf.drawing.drawn_images import MAX_COUNT, WORDS
+from fusion_hf.hub.folders import nano_path
 
 TITLE = "FUSION"
-INTRODUCTION = """# FUSION
-Show an image and ask about it. More latent tokens (`query_len`) look more closely at it while the answer is made."""
+FUSION = (
+    "[FUSION](https://arxiv.org/abs/2504.09925) is a family of vision-language models that read the question while "
+    "they encode the image."
+)
+NANO = (
+    "This page runs **fusion-nano**, a tiny demonstration model with {millions:.1f} million parameters. It was "
+    "trained on small drawings: it can name colors, shapes and positions, count to {most}, and read {words} words. "
+    "It cannot describe photos or chat: where it does not know the answer, it guesses."
+)
+OTHER = (
+    "This page runs a model with {millions:,.0f} million parameters. Its answers can be wrong, so check what matters."
+)
 EXPLANATION = """## What the model sees
-The question guides how the overview is read; the four tiles are read without it."""
+The model sees the whole image as an overview, and four tiles with more detail. Your question guides how it encodes the
+overview."""
+ATTENTION = (
+    "Choose a word of an answer: bright areas are the parts of the image that the model attended to most when it "
+    "wrote that word."
+)
+LATENT_TOKENS = (
+    "Tokens per question that collect details from the four tiles. Your choice applies to the next question."
+)
+START = "Choose an example below or upload an image, and ask a question."
 MAX_WAITING = 32  # calls in the queue
 MAX_SESSIONS = 64  # the one that was used longest ago is forgotten
 KEPT_SECONDS = 3600  # sessions and uploads
 FORM_BYTES = 2**16  # what a form has beside its file
 MODEL = "model"  # calls that share it come one after the other
-IMAGE_HEIGHT, CHAT_HEIGHT, COLUMN_WIDTH = 260, 420, 200  # pixels
+IMAGE_HEIGHT, CHAT_HEIGHT = 260, 300  # pixels
+HALF_A_PHONE, COLUMN_WIDTH = 140, 150  # pixels that columns have at least
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO_FONTS = ("ui-monospace", "Consolas", "Menlo", "monospace")
-# a small image is enlarged; a long answer's words do not fill the page
+# Small images are enlarged, and a long answer's words do not fill the page.
 CSS = """
-.picture img {object-fit: contain; width: 100%; height: 100%}
+.image img {object-fit: contain; width: 100%; height: 100%}
 .words .wrap {max-height: 9rem; overflow-y: auto}
+@media (max-width: 640px) {
+  .shown {height: 45vw !important}
+}
 """
+# The pixels of an enlarged image have sharp edges. A reduced image would lose lines that way.
+SHARP_IMAGES = """() => document.addEventListener("load", ({target}) => {
+  if (!(target instanceof HTMLImageElement)) return;
+  const scale = Math.min(target.clientWidth / target.naturalWidth, target.clientHeight / target.naturalHeight);
+  target.style.imageRendering = scale > 1 ? "pixelated" : "auto";
+}, true)"""
 
 
 class Parts(NamedTuple):
@@ -73,8 +104,16 @@ def launch_settings() -> dict[str, Any]:
         "state_session_capacity": MAX_SESSIONS,
         "theme": gr.themes.Default(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO_FONTS),
         "css": CSS,
+        "js": SHARP_IMAGES,
         "app_kwargs": {"middleware": [Middleware(RequestGuard, max_upload_bytes=MAX_UPLOAD_BYTES + FORM_BYTES)]},
     }
+
+
+def describe_model(demo_model: DemoModel) -> str:
+    """Describe in plain words which model answers, and what you can expect of it."""
+    model = demo_model.chat_model.model
+    text = NANO if model.name_or_path == nano_path() else OTHER
+    return text.format(millions=model.num_parameters() / 1e6, most=MAX_COUNT, words=len(WORDS))
 
 
 def _lay_out(demo_model: DemoModel) -> Parts:
@@ -88,56 +127,70 @@ def _lay_out(demo_model: DemoModel) -> Parts:
         stop_btn=True,
         render=False,
     )
-    gr.Markdown(INTRODUCTION)
-    with gr.Row():
-        with gr.Column(scale=2):
+    gr.Markdown(f"# FUSION\n{FUSION} {describe_model(demo_model)}")
+    with gr.Row(equal_height=True):
+        with gr.Column(scale=2, min_width=HALF_A_PHONE):
             image = gr.Image(
                 label="Image",
                 format="png",
                 sources=["upload", "clipboard"],
-                height=IMAGE_HEIGHT,
-                elem_id="picture",
-                elem_classes="picture",
+                height=CHAT_HEIGHT,
+                elem_id="image",
+                elem_classes="image",
             )
-            query_len = gr.Radio(
-                demo_model.query_lens, value=demo_model.budget.query_len, label="query_len", elem_id="query-len"
+        with gr.Column(scale=3, min_width=HALF_A_PHONE):
+            chat = gr.Chatbot(
+                label="Conversation",
+                placeholder=START,
+                height=CHAT_HEIGHT,
+                render_markdown=False,
+                buttons=[],
+                elem_id="chat",
             )
+    question.render()
+    with gr.Row():
+        with gr.Column():
             examples = [list(example) for example in draw_examples()]
             gr.Examples(examples, [image, question], cache_examples=False)
-        with gr.Column(scale=3):
-            chat = gr.Chatbot(
-                label="Conversation", height=CHAT_HEIGHT, render_markdown=False, buttons=[], elem_id="chat"
-            )
-            question.render()
+        with gr.Column():
             reset = gr.Button("New conversation", size="sm", elem_id="reset")
-            times = gr.Markdown(elem_id="times")
+            with gr.Accordion("Latent tokens and timings", open=False, elem_id="numbers"):
+                query_len = gr.Radio(
+                    demo_model.query_lens,
+                    value=demo_model.budget.query_len,
+                    label="Latent tokens (query_len)",
+                    info=LATENT_TOKENS,
+                    elem_id="query-len",
+                )
+                times = gr.Markdown(elem_id="times")
     gr.Markdown(EXPLANATION)
     with gr.Row():
         with gr.Column(min_width=COLUMN_WIDTH):
-            overview = _shown_image("**Overview**", "overview")
+            overview = _shown_image("Overview", "overview")
         with gr.Column(min_width=COLUMN_WIDTH):
-            quarters = _shown_image("**Four tiles**", "tiles")
+            quarters = _shown_image("Four tiles", "tiles")
+    gr.Markdown(f"### Where the model looked\n{ATTENTION}")
+    with gr.Row():
         with gr.Column(min_width=COLUMN_WIDTH):
-            gr.Markdown("**Words** of an answer")
             answer = gr.Dropdown([], label="Answer", elem_id="answer")
             word = gr.Radio([], label="Word", elem_id="word", elem_classes="words")
         with gr.Column(min_width=COLUMN_WIDTH):
-            overlay = _shown_image("**Attention** of the word", "overlay")
+            overlay = _shown_image("Attention", "overlay")
     return Parts(session, image, query_len, overview, quarters, times, chat, question, reset, answer, word, overlay)
 
 
 def _shown_image(title: str, name: str) -> gr.Image:
-    gr.Markdown(title)
+    gr.Markdown(f"**{title}**")
     return gr.Image(
         show_label=False,  # it would hide the image's corner
-        alt_text=title.replace("*", ""),
+        alt_text=title,
         format="png",
         image_mode=None,
         interactive=False,
         buttons=["fullscreen"],
         height=IMAGE_HEIGHT,
         elem_id=name,
-        elem_classes="picture",
+        elem_classes=["image", "shown"],
     )
 
 

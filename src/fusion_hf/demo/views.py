@@ -49,7 +49,7 @@ def draw_overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     factor = -(-SHOWN_SIDE // max(image.size))
     size = (factor * image.width, factor * image.height)
     colors = Image.fromarray(colormaps[COLORS](Normalize(vmin=0)(heat), bytes=True)[..., :3])
-    gray = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    gray = image.convert("L").convert("RGB").resize(size, Image.Resampling.NEAREST)
     return Image.blend(gray, colors.resize(size, Image.Resampling.BILINEAR), OPACITY)
 
 
@@ -73,10 +73,13 @@ def times_table(session: Session | None) -> str:
     """Return what the image and each answer took, as a Markdown table; the latest answer comes first."""
     if session is None:
         return ""
-    first = f"Image: {_ms(session.times.preprocessing)} preprocessing, {_ms(session.times.encoding)} four tiles."
+    first = (
+        f"The image took {_ms(session.times.preprocessing)} to preprocess and {_ms(session.times.encoding)} to encode "
+        "(its four tiles)."
+    )
     if not session.turns:
         return first
-    head = "| # | first token | tokens | tokens/s |\n|---:|---:|---:|---:|"
+    head = "| answer | first token | tokens | tokens/s |\n|---:|---:|---:|---:|"
     rows = [_row(number, turn) for number, turn in enumerate(session.turns, start=1)]
     return "\n".join([first, "", head, *reversed(rows)])
 

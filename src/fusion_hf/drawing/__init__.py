@@ -1,1 +1,1 @@
-"""Drawn images, and questions about them that have exact answers."""
+"""Drawn images, and questions about them with exact answers."""

@@ -1,9 +1,9 @@
-"""Images drawn for `fusion-nano`: one shape, several shapes, two shapes apart, and a written word.
+"""Images drawn for `fusion-nano`: one shape, several shapes, two separate shapes, or a written word.
 
-Everything is drawn on a canvas of twice the image's side and reduced with a bilinear filter, which is how the
-images of easy-vqa look (measured on its training images: edge pixels carry the weights 1/8, 1/2, 7/8).
-Their other statistics are measured as well: background channels uniform in 230 to 255, upright shapes whose sizes are
-uniform in 8 to 32 pixels and whose places are uniform inside the image.
+Everything is drawn on a canvas with twice the side of the image and reduced with a bilinear filter, which gives the
+look of the images of easy-vqa (in its training images, edge pixels have the weights 1/8, 1/2, 7/8). Other statistics
+are measured as well: background channels are uniform in 230 to 255, and upright shapes have sizes that are uniform in
+8 to 32 pixels and positions that are uniform inside the image.
 """
 
 import random
@@ -28,7 +28,7 @@ COLORS = {
     "teal": (0, 128, 128),
     "yellow": (255, 255, 0),
 }
-# Yellow letters on the light background are hard to read for people too.
+# Yellow letters on a light background are hard to read for people, too.
 WORD_COLORS = tuple(color for color in COLORS if color != "yellow")
 # Words of the same length differ in at least two letters.
 WORDS = tuple(
@@ -43,17 +43,17 @@ MAX_COUNT = 5
 BACKGROUND_RANGE = (230, 255)
 SINGLE_SIZE_RANGE = (16, 64)
 COUNT_SIZE_RANGE = (18, 32)
-COUNT_GRID = 3  # shapes of a counting image sit in different cells of a COUNT_GRID x COUNT_GRID grid
+COUNT_GRID = 3  # shapes of a counting image are in different cells of a COUNT_GRID x COUNT_GRID grid
 COUNT_MARGIN = 2
 SPATIAL_SIZE_RANGE = (20, 44)
-SPATIAL_GAP = 6  # free canvas pixels between two shapes along the axis that the answer names
-SPATIAL_SLOPE = 0.5  # the other axis' offset is at most this share of the named axis' offset
-# One size per word, the largest that fits up to this one: with sizes varied by a third, a small model needs several
-# times the training to tell the words apart.
+SPATIAL_GAP = 6  # free canvas pixels between two shapes along the axis in the answer
+SPATIAL_SLOPE = 0.5  # maximum offset along the other axis, as a share of the offset along the axis in the answer
+# Each word has one size, the largest that fits up to this one. With sizes that vary by a third, a small model needs
+# several times the training to distinguish the words.
 WORD_SIZE = 64
 WORD_MARGIN = 4
-SAME_KIND_SHARE = 0.5  # of counting images have one kind of shape only
-SAME_COLOR_SHARE = 0.5  # ... one colour only
+SAME_KIND_SHARE = 0.5  # share of counting images with a single kind of shape
+SAME_COLOR_SHARE = 0.5  # share of counting images with a single colour
 
 TRIANGLE_ASPECT = 3**0.5 / 2  # height of an equilateral triangle of side 1
 
@@ -65,7 +65,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class DrawnShape:
-    """One coloured shape; the box is in canvas pixels."""
+    """One coloured shape. Its box is in canvas pixels."""
 
     kind: str
     color: str
@@ -85,7 +85,7 @@ class DrawnShape:
 
 @dataclass(frozen=True)
 class DrawnWord:
-    """One written word; `left`, `top` is the ink's corner and `size` the font size, in canvas pixels."""
+    """One written word. `left` and `top` are the corner of the ink, and `size` is the font size, in canvas pixels."""
 
     text: str
     color: str
@@ -95,14 +95,14 @@ class DrawnWord:
 
     @property
     def origin(self) -> tuple[int, int]:
-        """Where Pillow begins to write: the ink has bearings."""
+        """Position at which Pillow starts to write, which differs from the corner of the ink."""
         left, top, _, _ = _ink_box(self.text, self.size)
         return self.left - left, self.top - top
 
 
 @dataclass(frozen=True)
 class DrawnElement:
-    """A shape or a letter of an image: its colour, its kind or letter, and where it is: white in `mask`."""
+    """A shape or letter of an image: its colour, its kind or letter, and its position, which is white in `mask`."""
 
     color: str
     name: str
@@ -111,7 +111,7 @@ class DrawnElement:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """All that is needed to draw an image and to know the answers about it."""
+    """All information that is needed to draw an image and to answer questions about it."""
 
     category: Category
     background: tuple[int, int, int]
@@ -119,7 +119,7 @@ class DrawnImage:
     word: DrawnWord | None = None
 
     def parts(self) -> list[DrawnElement]:
-        """List the shapes, or the letters of the word, with masks of CANVAS_SIDE x CANVAS_SIDE."""
+        """List the shapes, or the letters of the word, with masks of `CANVAS_SIDE` x `CANVAS_SIDE` pixels."""
         parts = []
         for shape in self.shapes:
             parts.append(DrawnElement(shape.color, shape.kind, Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))))
@@ -133,7 +133,7 @@ class DrawnImage:
         return parts
 
     def render(self) -> Image.Image:
-        """Draw the image: RGB, IMAGE_SIDE x IMAGE_SIDE."""
+        """Draw the image in mode RGB, with `IMAGE_SIDE` x `IMAGE_SIDE` pixels."""
         canvas = Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), self.background)
         draw = ImageDraw.Draw(canvas)
         for shape in self.shapes:
@@ -144,22 +144,39 @@ class DrawnImage:
 
 
 def draw_spec(category: Category, split: Split, index: int, seed: int | str = 0) -> DrawnImage:
-    """Plan the `index`-th image of a category and split.
+    """
+    Plan an image. Splits are disjoint, because the name of the split is part of the random generator's seed.
 
-    Splits are disjoint because the split's name is part of the random generator's seed.
+    Args:
+        category: A category in `CATEGORIES`.
+        split: A split in `SPLITS`.
+        index: Index of the image in its category and split.
+        seed: Further part of the seed.
+
+    Returns:
+        The plan of the image.
 
     Raises:
-        ValueError: if the category or the split is unknown.
+        ValueError: If the category or the split is unknown.
     """
     if category not in CATEGORIES:
-        raise ValueError(f"category is {category!r}, allowed are {', '.join(CATEGORIES)}")
+        raise ValueError(f"`category` must be one of {', '.join(CATEGORIES)}, got {category!r}.")
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, allowed are {', '.join(SPLITS)}")
+        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
     return _SPEC_MAKERS[category](random.Random(f"{category}/{split}/{seed}/{index}"))
 
 
 def direction(seen: DrawnShape, reference: DrawnShape) -> str | None:
-    """Tell where `seen` is from `reference`, one of `DIRECTIONS`; None if no axis has a clear margin."""
+    """
+    Return the direction from one shape to another.
+
+    Args:
+        seen: Shape whose position is asked for.
+        reference: Shape from which it is seen.
+
+    Returns:
+        One of `DIRECTIONS`, or None if the shapes are not clearly apart along one axis.
+    """
     dx, dy = (a - b for a, b in zip(seen.center, reference.center, strict=True))
     horizontal_gap = abs(dx) - (seen.width + reference.width) / 2
     vertical_gap = abs(dy) - (seen.height + reference.height) / 2
@@ -171,7 +188,7 @@ def direction(seen: DrawnShape, reference: DrawnShape) -> str | None:
 
 
 def single_spec(rng: random.Random) -> DrawnImage:
-    """Plan a look-alike of an easy-vqa image."""
+    """Plan an image that resembles those of easy-vqa."""
     kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     width, height = _random_size(rng, kind, SINGLE_SIZE_RANGE)
     left, top = rng.uniform(0, CANVAS_SIDE - width), rng.uniform(0, CANVAS_SIDE - height)
@@ -179,7 +196,7 @@ def single_spec(rng: random.Random) -> DrawnImage:
 
 
 def count_spec(rng: random.Random) -> DrawnImage:
-    """Plan one to MAX_COUNT shapes that do not touch each other."""
+    """Plan an image with one to `MAX_COUNT` shapes that do not touch each other."""
     count = rng.randint(1, MAX_COUNT)
     kinds = SHAPES if rng.random() >= SAME_KIND_SHARE else (rng.choice(SHAPES),)
     colors = tuple(COLORS) if rng.random() >= SAME_COLOR_SHARE else (rng.choice(tuple(COLORS)),)
@@ -196,7 +213,7 @@ def count_spec(rng: random.Random) -> DrawnImage:
 
 
 def spatial_spec(rng: random.Random) -> DrawnImage:
-    """Plan two shapes of different kinds and colours, clearly apart along one axis."""
+    """Plan an image with two shapes of different kinds and colours that are clearly apart along one axis."""
     kinds, colors = rng.sample(SHAPES, 2), rng.sample(tuple(COLORS), 2)
     sizes = [_random_size(rng, kind, SPATIAL_SIZE_RANGE) for kind in kinds]
     along = rng.randrange(2)  # 0: side by side, 1: one above the other
@@ -218,7 +235,7 @@ def spatial_spec(rng: random.Random) -> DrawnImage:
 
 
 def text_spec(rng: random.Random) -> DrawnImage:
-    """Plan one word of WORDS, wholly inside the image."""
+    """Plan an image with one word of `WORDS`, completely inside the image."""
     word = place_word(rng.choice(WORDS), rng.choice(WORD_COLORS), rng)
     return DrawnImage("text", _random_background(rng), word=word)
 
@@ -226,7 +243,16 @@ def text_spec(rng: random.Random) -> DrawnImage:
 def place_word(
     text: str, color: str, rng: random.Random, largest: int = WORD_SIZE, top: int = 0, bottom: int = CANVAS_SIDE
 ) -> DrawnWord:
-    """Place a text between two heights, at the largest font size up to `largest` at which it fits the width."""
+    """
+    Place a word at a random position, with the largest font size that fits.
+
+    Args:
+        text: The word.
+        color: Its colour, a key of `COLORS`.
+        rng: Random generator.
+        largest: Maximum font size.
+        top, bottom: Range for the word, in canvas pixels.
+    """
     size = _word_size(text, largest)
     _, _, width, height = _ink_box(text, size)
     left = WORD_MARGIN + rng.randint(0, CANVAS_SIDE - 2 * WORD_MARGIN - width)
@@ -248,7 +274,7 @@ def _random_background(rng: random.Random) -> tuple[int, int, int]:
 
 
 def _random_size(rng: random.Random, kind: str, size_range: tuple[int, int]) -> tuple[float, float]:
-    """Width and height: free for rectangles, one size for circles and equilateral triangles."""
+    """Draw a width and a height, which are equal for circles and fixed in proportion for triangles."""
     width = rng.randint(*size_range)
     if kind == "rectangle":
         return width, rng.randint(*size_range)
@@ -258,7 +284,7 @@ def _random_size(rng: random.Random, kind: str, size_range: tuple[int, int]) -> 
 
 
 def _random_starts(rng: random.Random, offset: float, first: float, second: float) -> tuple[float, float]:
-    """Starts of two intervals of the given lengths inside the canvas, whose centres differ by `offset`."""
+    """Draw the starts of two intervals with given lengths inside the canvas, whose centres differ by `offset`."""
     shift = offset + (first - second) / 2  # between the starts
     low, high = max(0.0, -shift), min(CANVAS_SIDE - first, CANVAS_SIDE - second - shift)
     start = rng.uniform(low, high)
@@ -266,7 +292,7 @@ def _random_starts(rng: random.Random, offset: float, first: float, second: floa
 
 
 def _whole_shape(kind: str, color: str, left: float, top: float, width: float, height: float) -> DrawnShape:
-    """A shape whose corner lies on whole canvas pixels, as in easy-vqa."""
+    """Create a shape whose corner lies on whole canvas pixels, as in easy-vqa."""
     return DrawnShape(kind, color, round(left), round(top), width, height)
 
 
@@ -282,19 +308,19 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: DrawnShape, color: int | tuple
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font: nothing beside Pillow is needed, and every machine draws the same letters."""
+    """Load Pillow's own font, so that every machine draws the same letters without another package."""
     return ImageFont.load_default(size)
 
 
 @cache
 def _word_size(text: str, largest: int) -> int:
-    """The largest font size up to `largest` at which the word fits into the canvas."""
+    """Return the largest font size up to `largest` at which a word fits in the canvas."""
     room = CANVAS_SIDE - 2 * WORD_MARGIN
     return next(size for size in range(largest, 0, -1) if _ink_box(text, size)[2] <= room)
 
 
 @cache
 def _ink_box(text: str, size: int) -> tuple[int, int, int, int]:
-    """Left and top bearing of the ink, its width and its height."""
+    """Return the left and top bearing of the ink, its width and its height."""
     left, top, right, bottom = _font(size).getbbox(text)
     return int(left), int(top), int(right - left), int(bottom - top)

@@ -1,8 +1,8 @@
-"""Questions and captions of `fusion-nano`'s images.
+"""Questions and captions for the images of `fusion-nano`.
 
-FUSION's tower reads all questions of a conversation (the instruct text), so a question must not give away what another
-one asks: "what is the blue shape?" answers "what color is the shape?". Each question therefore carries the attribute
-that it asks and those that it gives away.
+FUSION's tower reads all questions of a conversation (the instruct text), so a question must not reveal the answer to
+another one: "what is the blue shape?" answers "what color is the shape?". Therefore each question stores the attribute
+that it asks for and those that it reveals.
 """
 
 import random
@@ -27,10 +27,10 @@ RELATION_FORM = "where is the {seen}, seen from the {reference}?"
 WORD_FORMS = ("what word is written?", "which word is in the image?", "what does the picture say?")
 
 YES_NO = ("yes", "no")
-YES_NO_QUESTIONS = 4  # per look-alike of an easy-vqa image
-# Colours are learned long before words and relations are.
-WORD_COLOR_SHARE = 0.25  # of word images have a question about the colour
-TRUE_CANDIDATE_SHARE = 0.5  # of yes/no questions propose the true value
+YES_NO_QUESTIONS = 4  # number per image that resembles those of easy-vqa
+# Colours are learned long before words and relations.
+WORD_COLOR_SHARE = 0.25  # share of word images with a question about the colour
+TRUE_CANDIDATE_SHARE = 0.5  # share of yes/no questions that propose the true value
 RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 _VALUE = re.compile(rf"\b({'|'.join((*SHAPES, *COLORS))})\b")
@@ -40,9 +40,10 @@ _NEGATION = re.compile(r"\b(not|no)\b")
 
 @dataclass(frozen=True)
 class DrawnQuestion:
-    """A question with its answer, the attribute that it asks, and those that it gives away.
+    """
+    A question with its answer, the attribute that it asks for, and the attributes that it reveals.
 
-    `candidate` is the value that a yes/no question proposes ("is there a red shape?"), else None.
+    `candidate` is the value that a yes/no question proposes ("is there a red shape?"), or None.
     """
 
     text: str
@@ -53,10 +54,14 @@ class DrawnQuestion:
 
 
 def compatible(first: DrawnQuestion, second: DrawnQuestion) -> bool:
-    """Check that neither question gives away what the other one asks.
+    """
+    Return whether neither question reveals what the other one asks for.
 
-    Two questions about one attribute are compatible only as yes/no questions that propose different values: with the
-    same value, the second answer would be a copy of the first.
+    Two questions about the same attribute are compatible only if they are yes/no questions that propose different
+    values. With the same value, the second answer would follow from the first.
+
+    Args:
+        first, second: The questions.
     """
     if first.asks in second.names or second.asks in first.names:
         return False
@@ -66,21 +71,35 @@ def compatible(first: DrawnQuestion, second: DrawnQuestion) -> bool:
 
 
 def parse_easy_vqa(text: str, answer: str) -> DrawnQuestion:
-    """Find out what a question of easy-vqa asks and gives away.
+    """
+    Parse a question of easy-vqa.
+
+    Args:
+        text: Text of the question.
+        answer: Its answer.
+
+    Returns:
+        The question with the attributes that it asks for and reveals.
 
     Raises:
-        ValueError: if the question has none of easy-vqa's forms.
+        ValueError: If the question has an unknown form.
     """
     values = _VALUE.findall(text)
     if answer in YES_NO and len(values) == 1:
         return DrawnQuestion(text, answer, _ATTRIBUTES[values[0]], candidate=values[0])
     if answer in _ATTRIBUTES:
         return DrawnQuestion(text, answer, _ATTRIBUTES[answer], frozenset(_ATTRIBUTES[value] for value in values))
-    raise ValueError(f"easy-vqa question {text!r} with the answer {answer!r} has no known form")
+    raise ValueError(f"A question must have one of the forms of easy-vqa, got {text!r} with the answer {answer!r}.")
 
 
 def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """Draw questions about a drawn image."""
+    """
+    Draw questions about an image.
+
+    Args:
+        spec: The image.
+        rng: Random generator.
+    """
     if spec.word is not None:
         word = DrawnQuestion(rng.choice(WORD_FORMS), spec.word.text, "word")
         color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind="word"), spec.word.color, "color")
@@ -93,7 +112,7 @@ def drawn_questions(spec: DrawnImage, rng: random.Random) -> tuple[DrawnQuestion
 
 
 def drawn_caption(spec: DrawnImage) -> str:
-    """Say what a drawn image shows, in one sentence."""
+    """Describe an image in one sentence."""
     if spec.word is not None:
         return f'the {spec.word.color} word "{spec.word.text}".'
     if spec.category == "spatial":
@@ -105,7 +124,7 @@ def drawn_caption(spec: DrawnImage) -> str:
 
 
 def easy_vqa_caption(questions: tuple[DrawnQuestion, ...]) -> str | None:
-    """Write the caption that questions and answers about an easy-vqa image imply; None if they do not tell."""
+    """Write the caption that follows from questions and answers about an easy-vqa image, or return None."""
     known: dict[str, str] = {}
     for question in questions:
         if question.candidate is None:
@@ -119,14 +138,21 @@ def easy_vqa_caption(questions: tuple[DrawnQuestion, ...]) -> str | None:
 
 
 def casual(text: str, rng: random.Random, share: float) -> str:
-    """Begin a question with a capital letter now and then, or leave out the question mark."""
+    """
+    Randomly write the first letter of a question as a capital, and omit its question mark.
+
+    Args:
+        text: The question.
+        rng: Random generator.
+        share: Probability of each change.
+    """
     if rng.random() < share:
         text = text[0].upper() + text[1:]
     return text.removesuffix("?") if rng.random() < share else text
 
 
 def _single_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """Questions in easy-vqa's forms about its kind of image."""
+    """Draw questions in the forms of easy-vqa about an image with a single shape."""
     named = _named_questions(shape, rng)
     questions = [
         DrawnQuestion(rng.choice(SHAPE_FORMS), shape.kind, "shape"),
@@ -149,7 +175,7 @@ def _yes_no_question(shape: DrawnShape, rng: random.Random) -> DrawnQuestion:
 
 
 def _count_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """Counts of all shapes, of one kind that is there, and of one colour that is there; the colour if there is one."""
+    """Ask for the number of all shapes, of one kind and of one colour, and for the colour if there is only one."""
     kind, color = rng.choice(shapes).kind, rng.choice(shapes).color
     counted = {
         "shapes": len(shapes),
@@ -167,7 +193,7 @@ def _count_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tupl
 
 
 def _spatial_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tuple[DrawnQuestion, ...]:
-    """The relation in both directions, and shape or colour of one of the two."""
+    """Ask for the relation in both directions, and for the shape or colour of one of the two."""
     questions = []
     for first, second in (shapes, shapes[::-1]):
         seen, reference, names = rng.choice(
@@ -183,22 +209,22 @@ def _spatial_questions(shapes: tuple[DrawnShape, ...], rng: random.Random) -> tu
 
 
 def _named_questions(shape: DrawnShape, rng: random.Random) -> tuple[DrawnQuestion, DrawnQuestion]:
-    """Its colour, asked by its kind, and its kind, asked by its colour."""
+    """Ask for the colour of a shape by its kind, and for its kind by its colour."""
     color = DrawnQuestion(rng.choice(COLOR_FORMS).format(kind=shape.kind), shape.color, "color", frozenset({"shape"}))
     kind = DrawnQuestion(SHAPE_OF_FORM.format(color=shape.color), shape.kind, "shape", frozenset({"color"}))
     return color, kind
 
 
 def _relation(seen: DrawnShape, reference: DrawnShape) -> str:
-    """As `direction`, for shapes that are known to be clearly apart."""
+    """Return the `direction` between shapes that are known to be clearly apart."""
     found = direction(seen, reference)
     if found is None:
-        raise ValueError(f"the {seen.name} and the {reference.name} are not clearly apart along one axis")
+        raise ValueError(f"The {seen.name} and the {reference.name} must be clearly apart along one axis.")
     return found
 
 
 def _count_caption(shapes: tuple[DrawnShape, ...]) -> str:
-    """For example "3 circles.", "2 red triangles.", "4 shapes: 1 circle, 3 rectangles."."""
+    """Write a caption such as "3 circles.", "2 red triangles." or "4 shapes: 1 circle, 3 rectangles."."""
     kinds = Counter(shape.kind for shape in shapes)
     colors = sorted({shape.color for shape in shapes})
     color = f"{colors[0]} " if len(colors) == 1 else ""
@@ -209,5 +235,5 @@ def _count_caption(shapes: tuple[DrawnShape, ...]) -> str:
 
 
 def plural(noun: str, count: int) -> str:
-    """Write a noun as its number wants it: "circle", "circles"."""
+    """Return the singular or plural of a noun, such as "circle" or "circles"."""
     return noun if count == 1 else f"{noun}s"

@@ -1,1 +1,1 @@
-"""Model folders, on disk and on the Hub: found, checked, published, and known to transformers' auto classes."""
+"""Model folders on disk and on the Hub: finding, checking and publishing them, and registering the auto classes."""

@@ -1,9 +1,9 @@
-"""The authors' checkpoints by their names in transformers: `from_pretrained` gets the converted folder in their place.
+"""Loading the authors' checkpoints by name: `from_pretrained` gets the converted folder instead.
 
-transformers offers no place for this: `AutoTokenizer` and `AutoImageProcessor` read the files of a repository, and may
-fail, before they ask for a registered class. So the public `from_pretrained` of each class that loads a FUSION looks
-at the name first. The name of any other model goes through as it is. If its configuration is in the cache, the Hub is
-not asked about it; else it is fetched here rather than a little later.
+transformers has no hook for this. `AutoTokenizer` and `AutoImageProcessor` read the files of a repository, and may
+fail, before they look for a registered class. Therefore `from_pretrained` of each class that loads a FUSION checks the
+name first. Names of other models are passed on. If their configuration is in the cache, the Hub is not contacted;
+otherwise, it is fetched here instead of a little later.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ HUB_ERRORS = (OSError, HTTPError, HFValidationError, ValueError)
 
 
 def take_authors_names(*classes: type) -> None:
-    """Let `from_pretrained` of these classes take the authors' checkpoints; a second call changes nothing."""
+    """Let `from_pretrained` of these classes load the authors' checkpoints. A second call changes nothing."""
     for each in classes:
         loader = each.from_pretrained.__func__  # type: ignore[attr-defined]
         if not hasattr(loader, MARK):
@@ -49,14 +49,18 @@ def find_converted(
     subfolder: str = "",
     **others: Any,
 ) -> Path | None:
-    """The model folder of an authors' checkpoint, made if need be; None for every other name.
+    """
+    Return the model folder of one of the authors' checkpoints, which is converted if necessary.
 
     Args:
-        name, revision, cache_dir, token, local_files_only, subfolder: as of `from_pretrained`.
-        others: further arguments of it, which do not say where a model is.
+        name, revision, cache_dir, token, local_files_only, subfolder: Arguments of `from_pretrained`.
+        others: Further arguments of `from_pretrained`, which are ignored.
+
+    Returns:
+        The model folder, or None for every other name.
 
     Raises:
-        InputError: if the checkpoint cannot be converted.
+        InputError: If the checkpoint cannot be converted.
     """
     if subfolder or not isinstance(name, (str, Path)):
         return None
@@ -64,7 +68,7 @@ def find_converted(
     folder, repository = Path(name), str(name)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, ValueError):  # longer than a name can be, or with a null character
+    except (OSError, ValueError):  # the name is too long or contains a null character
         return None
     if is_folder:
         return convert_checkpoint(repository, folder, hub) if _is_authors(folder / CONFIG) else None
@@ -75,7 +79,7 @@ def find_converted(
         return None
     try:
         if not isinstance(known, str) and not local_files_only:
-            # one try, where a download is tried for half a minute, and then once more by the loader
+            # a single try, because a download is tried for half a minute, and then again by the loader
             HfApi().model_info(repository, revision=revision, timeout=SECONDS, token=token)
         config = hf_hub_download(
             repository,
@@ -85,7 +89,7 @@ def find_converted(
             token=token,
             local_files_only=local_files_only,
         )
-    except HUB_ERRORS:  # which the loader names better
+    except HUB_ERRORS:  # the loader reports them better
         return None
     return convert_checkpoint(repository, Path(config).parent, hub) if _is_authors(Path(config)) else None
 
@@ -93,5 +97,5 @@ def find_converted(
 def _is_authors(config: Path) -> bool:
     try:
         return is_authors_type(read_config(config))
-    except InputError:  # the loader says what is wrong with it
+    except InputError:  # the loader reports the problem
         return False

@@ -1,6 +1,6 @@
-"""What is published about the six models of the family: names, data, licences and benchmark figures.
+"""Published facts about the six models of the family: names, data, licences and benchmark results.
 
-The figures belong to the checkpoints of the last training stage.
+The results belong to the checkpoints of the last training stage.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-if TYPE_CHECKING:  # who makes a table of records needs no torch
+if TYPE_CHECKING:  # tables of results do not need torch
     from fusion_hf.model.configuration_fusion import FusionConfig
 
 PAPER = "https://arxiv.org/abs/2504.09925"
@@ -25,7 +25,7 @@ PUBLISHED_FILE = Path(__file__).with_name("published_results.yaml")
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as cards name it: the Hub's identifier, a name, where its text is, and what a reader should know."""
+    """A licence as model cards name it: identifier on the Hub, name, link to the text, and a note for the reader."""
 
     identifier: str
     name: str
@@ -35,7 +35,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A published language model: where it is, its own licence, and that of the authors' models made from it."""
+    """A published language model: its repository, its licence, and the licence of the authors' models based on it."""
 
     repository: str
     own_licence: Licence
@@ -69,7 +69,7 @@ GIANT = "google/siglip2-giant-opt-patch16-384"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A model's row of the published table: `values` by column, None where there is none."""
+    """The row of a model in the published table. Entries of `values` are None if they are not published."""
 
     name: str
     group: str
@@ -79,7 +79,7 @@ class PublishedRow:
 
 @cache
 def published_rows() -> dict[str, PublishedRow]:
-    """Return the published table by models' names, in its order."""
+    """Return the rows of the published table by the names of the models, in order."""
     content = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
     rows = {}
     for model in content["models"]:
@@ -90,7 +90,7 @@ def published_rows() -> dict[str, PublishedRow]:
 
 @dataclass(frozen=True)
 class FamilyMember:
-    """A published model. `checkpoint`: the repository of its last stage."""
+    """A published model. `checkpoint` is the repository of its last stage."""
 
     name: str
     checkpoint: str
@@ -99,7 +99,7 @@ class FamilyMember:
 
     @property
     def row(self) -> PublishedRow:
-        """Its row of the published table."""
+        """Row of the model in the published table."""
         return published_rows()[self.name]
 
 
@@ -112,25 +112,25 @@ MEMBERS = (
     FamilyMember("FUSION-L 8B", "starriver030515/FUSION-LLaMA3.1-8B", LLAMA, SO400M),
 )
 
-# (model type, width, layers) of the language models and (width, kept layers) of the towers that are published
+# (model type, width, layers) of the published language models, and (width, kept layers) of the published towers
 BACKBONE_SIZES = {("phi3", 3072, 32): PHI, ("llama", 4096, 32): LLAMA}
 TOWER_SIZES = {(1152, 26): SO400M, (1536, 39): GIANT}
 
 
 def is_of_authors(name: str, member: FamilyMember | None) -> bool:
     """
-    Whether a checkpoint of a published size, by its name, is one that the authors published, after any stage.
+    Return whether a checkpoint with published sizes was published by the authors, after any stage, by its name.
 
     Args:
-        name: a repository, or a folder's own name.
-        member: of the checkpoint's size.
+        name: A repository, or the name of a folder.
+        member: Published model with the sizes of the checkpoint.
     """
     owner, _, title = name.rpartition("/")
     return member is not None and owner in ("", AUTHORS) and title.startswith(member.checkpoint.rpartition("/")[2])
 
 
 def find_member(config: "FusionConfig") -> FamilyMember | None:
-    """Find the published model that has the sizes of `config`, if any."""
+    """Find the published model with the sizes of a configuration. Return None if there is none."""
     text, vision = config.text_config, config.vision_config
     backbone = BACKBONE_SIZES.get((text.model_type, text.hidden_size, text.num_hidden_layers))
     tower = TOWER_SIZES.get((vision.hidden_size, vision.num_hidden_layers))

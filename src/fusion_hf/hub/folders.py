@@ -1,4 +1,4 @@
-"""Model folders by their name: on disk, or on the Hub, from where they are fetched. Imports nothing heavy."""
+"""Finding model folders by name, on disk or on the Hub. This module imports nothing large."""
 
 import json
 import re
@@ -12,24 +12,24 @@ from fusion_hf.common.errors import InputError, short_name
 
 NANO = "checkpoints/fusion-nano"
 MODEL_TYPE = "fusion"
-AUTHORS_PREFIX = "fusion_"  # of the model types in the authors' checkpoints
+AUTHORS_PREFIX = "fusion_"  # prefix of the model types in the authors' checkpoints
 CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-# what tells a training run's folder, and that its model is there
+# files that mark the folder of a training run, and a run whose model is complete
 RECIPE_FILE, FINISHED_FILE = "recipe.yaml", "finished.json"
 MAX_CONFIG_BYTES = 2**20
-# a folder of the Hub without its code, which is not needed, and without weights in formats that can hold code
+# files of a model on the Hub, without code, which is not needed, and without weight formats that can contain code
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md")  # the card names the licence
 IN_FOLDERS = "*/*"
 PART = r"\w(?:[\w.-]*\w)?"
-REPOSITORY = re.compile(rf"{PART}(?:/{PART})?", re.ASCII)  # what the Hub's own rules allow, and a little more
-REVISION_MARK = "@"  # between a repository and its revision, as in the Hub's own `hf://` addresses
+REPOSITORY = re.compile(rf"{PART}(?:/{PART})?", re.ASCII)  # the Hub's own rules, and a few more names
+REVISION_MARK = "@"  # between a repository and its revision, as in `hf://` URLs
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How the Hub is asked, as `from_pretrained` takes it; the defaults are the Hub client's."""
+    """Options for requests to the Hub, as in `from_pretrained`. The defaults are those of the Hub client."""
 
     cache_dir: str | Path | None = None
     token: str | bool | None = None
@@ -37,75 +37,83 @@ class HubOptions:
 
 
 DEFAULT_HUB = HubOptions()
-# name, folder with its `config.json`, how the Hub is asked -> model folder
+# (name, folder with `config.json`, options for the Hub) -> model folder
 Converter = Callable[[str, Path, HubOptions], Path]
 _converters: list[Converter] = []
 
 
 def convert_with(converter: Converter) -> None:
-    """Say what makes a model folder of an authors' checkpoint: the package does, since that is on a floor above."""
+    """Set the function that converts the authors' checkpoints. The package sets it, because this module must not."""
     _converters[:] = [converter]
 
 
 def convert_checkpoint(name: str, folder: Path, hub: HubOptions = DEFAULT_HUB) -> Path:
-    """The model folder that an authors' checkpoint becomes; made only once.
+    """
+    Return the model folder of one of the authors' checkpoints, which is converted only once.
 
     Args:
-        name: a folder or a repository of the Hub.
-        folder: holds its `config.json`: the folder itself, or what is in the cache of one commit.
-        hub: how the Hub is asked for the rest.
+        name: A folder or a repository of the Hub.
+        folder: Folder with `config.json`: the checkpoint itself, or the cached files of one commit.
+        hub: Options for requests to the Hub.
 
     Raises:
-        InputError: if the checkpoint is unknown, damaged or incomplete.
+        InputError: If the checkpoint is unknown, damaged or incomplete.
     """
     (convert,) = _converters
     return convert(name, folder, hub)
 
 
 def nano_path() -> str:
-    """Folder of the bundled `fusion-nano`, as every `from_pretrained` takes it."""
+    """
+    Return the folder of the bundled model `fusion-nano`, which every `from_pretrained` accepts.
+
+    Returns:
+        The path of the folder.
+    """
     return str(resources.files("fusion_hf") / NANO)
 
 
 def find_folder(name: str, revision: str | None = None) -> Path:
-    """Find the folder called `name`, or a repository of the Hub, downloaded; its configuration is FUSION's.
-
-    A checkpoint of the authors is converted, once.
+    """
+    Find a model folder, or download a repository of the Hub. One of the authors' checkpoints is converted, once.
 
     Args:
-        name: a folder, a repository, or a repository, `@` and a revision.
-        revision: of a repository, if its name says none.
+        name: A folder, a repository, or a repository with `@` and a revision.
+        revision: Revision of a repository, if its name has none.
+
+    Returns:
+        The model folder, whose configuration is FUSION's.
 
     Raises:
-        InputError: if there is no such model, or it is no FUSION.
+        InputError: If there is no such model, or if it is not a FUSION model.
     """
     folder = Path(name).expanduser()
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, ValueError):  # longer than a name can be, or with a null character
+    except (OSError, ValueError):  # the name is too long or contains a null character
         is_folder = exists = False
     if is_folder:
         return convert_checkpoint(name, folder) if _is_authors(folder, name) else folder
     if exists:
-        raise InputError(f"The model {name} is a file; allowed: the folder that holds it, or a repository of the Hub.")
+        raise InputError(f"A model must be a folder or a repository of the Hub, got the file {name}.")
     repository, named = split_revision(name)
     if not REPOSITORY.fullmatch(repository):
         raise _impossible(name)
     revision = named or revision
     found = _download(repository, revision, (CONFIG,))
-    if _is_authors(found, name):  # before gigabytes of another model come
+    if _is_authors(found, name):  # before the gigabytes of another model are downloaded
         return convert_checkpoint(repository, found)
     return _download(repository, revision, HUB_FILES)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """A repository and its revision, if `name` has one behind `@`."""
+    """Split a name into a repository and its revision, which is None if there is no `@`."""
     repository, mark, revision = name.partition(REVISION_MARK)
     return repository, revision if mark else None
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    # half a second, which a folder on disk does not need
+    # this import takes half a second, which a folder on disk does not need
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
@@ -118,22 +126,25 @@ def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
         raise _impossible(name) from error
     except LocalEntryNotFoundError as error:
         raise InputError(
-            f"The model {shown} is no folder, and the Hub cannot be reached: check the name or the network."
+            f"The model {shown} is not a folder, and the Hub cannot be reached. Check the name or the network."
         ) from error
     except (OSError, HTTPError) as error:
-        raise InputError(f"The model {shown} is no folder, and cannot be fetched from the Hub: {error}") from error
+        raise InputError(f"The model {shown} is not a folder, and cannot be fetched from the Hub: {error}") from error
 
 
 def _impossible(name: str) -> InputError:
-    return InputError(f"The model {short_name(name)} is no folder, and no repository of the Hub can have that name.")
+    return InputError(f"The model {short_name(name)} is neither a folder nor a valid name of a Hub repository.")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """
-    Read a model's configuration, unchecked.
+    Read a model's configuration without checking it.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        InputError: if the file holds none.
+        InputError: If the file does not contain a JSON object.
     """
     try:
         content = path.read_bytes() if path.stat().st_size <= MAX_CONFIG_BYTES else b""
@@ -142,61 +153,70 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON, or of more than {MAX_CONFIG_BYTES} bytes: {error}.") from error
+        raise InputError(f"{path} must be JSON of at most {MAX_CONFIG_BYTES} bytes: {error}.") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; allowed: an object.")
+        raise InputError(f"{path} must contain a JSON object, got a {type(values).__name__}.")
     return values
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """Read what an adapter's configuration says, unchecked.
+    """
+    Read an adapter's configuration without checking it.
+
+    Args:
+        folder: Folder of the adapter.
 
     Raises:
-        InputError: if `folder` holds none.
+        InputError: If the folder does not contain a LoRA adapter.
     """
     path = folder / ADAPTER_CONFIG
     try:
         content = read_config(path)
     except InputError as error:
-        raise InputError(f"{error} Give the output_dir of a LoRA run, or copy the adapter again.") from error
+        raise InputError(f"{error} Pass the output_dir of a LoRA run, or copy the adapter again.") from error
     if content.get("peft_type") != "LORA":
-        raise InputError(f"{path} describes no LoRA; give the output_dir of a LoRA run.")
+        raise InputError(f"{path} does not describe a LoRA adapter. Pass the output_dir of a LoRA run.")
     return content
 
 
 def base_of(adapter: Path, given: str | None = None) -> str:
     """
-    Return the model that an adapter belongs to: the one given, or the one that the adapter names.
+    Return the base model of an adapter.
+
+    Args:
+        adapter: Folder of the adapter.
+        given: The base model. Defaults to the one that the adapter names.
 
     Raises:
-        InputError: if there is no adapter, or none is named.
+        InputError: If there is no adapter, or if no base model is known.
     """
     named = read_adapter(adapter).get("base_model_name_or_path")
     if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise InputError(f"{adapter / ADAPTER_WEIGHTS} is missing; adapters are read from safetensors only.")
+        raise InputError(f"{adapter / ADAPTER_WEIGHTS} is missing. Adapters are read only from safetensors.")
     base = named if given is None else given
     if not isinstance(base, str) or not base:
-        raise InputError(f"The adapter {adapter} names no base; give it with --base.")
+        raise InputError(f"The adapter {adapter} does not name its base model. Pass it as --base.")
     return base
 
 
 def is_authors_type(values: dict[str, Any]) -> bool:
-    """Whether a configuration's model type is one of the authors' code, known to conversion or not."""
+    """Return whether a configuration's model type belongs to the authors' code, even an unknown one."""
     return str(values.get("model_type")).startswith(AUTHORS_PREFIX)
 
 
 def _is_authors(folder: Path, name: str) -> bool:
-    """Whether a folder is a checkpoint of the authors' code rather than a model folder.
+    """
+    Return whether a folder is one of the authors' checkpoints instead of a model folder.
 
     Raises:
-        InputError: if it is neither.
+        InputError: If it is neither.
     """
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER_CONFIG).is_file():
             advice = f"fusion-hf merge --model {name} --output NEW_DIR"
-            raise InputError(f"The model {name} is a LoRA adapter: make a model of it and its base, with {advice}.")
+            raise InputError(f"The model {name} is a LoRA adapter. Merge it with its base model first: {advice}.")
         raise InputError(
-            f"The model {name} has no config.json; allowed: a model folder, as save_pretrained writes it."
+            f"The model {name} must be a folder as `save_pretrained` writes it, but it has no config.json."
         )
     try:
         values = read_config(folder / CONFIG)
@@ -207,5 +227,5 @@ def _is_authors(folder: Path, name: str) -> bool:
     model_type = values.get("model_type")
     if model_type != MODEL_TYPE:
         shown = short_name(repr(model_type))
-        raise InputError(f"The model {name} is a {shown} model; allowed: {MODEL_TYPE!r}.")
+        raise InputError(f"The model type of {name} must be {MODEL_TYPE!r}, got {shown}.")
     return False

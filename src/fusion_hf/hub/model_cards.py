@@ -1,4 +1,4 @@
-"""What the cards of all model folders share: their metadata, licences, how a model is used and what its limits are."""
+"""Common parts of all model cards: metadata, licences, usage and limitations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,20 +16,23 @@ USAGE = Path(__file__).with_name("model_usage.jinja")
 HUB = "https://huggingface.co/"
 LIBRARY, TASK = "transformers", "image-text-to-text"
 TAGS = ("fusion", "vision-language", "visual-question-answering", "custom_code")
-# of a model whose trainer is the only one who knows: the Hub's identifier, and the name that it asks for with it
+# licence of a model that only its trainer knows: the Hub's identifier, and the name that goes with it
 OTHER_LICENCE, UNKNOWN_LICENCE = "other", "unknown"
 
 
 def render_card(template: Path, **values: Any) -> str:
     """
-    Fill a card's template, which may include the shared parts beside this file.
+    Render the template of a card, which may include the shared parts beside this file.
 
     Args:
-        template: the file.
-        values: all that it names; one that is missing is an error.
+        template: Path of the template.
+        values: Values for all variables of the template. A missing one is an error.
+
+    Returns:
+        The text of the card.
     """
     loader = FileSystemLoader([template.parent, Path(__file__).parent])
-    # the card is Markdown, and no page
+    # a card is Markdown, not HTML
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.get_template(template.name).render(**values)
 
@@ -42,13 +45,16 @@ def card_metadata(
     **fields: Any,
 ) -> str:
     """
-    Write the metadata of a card as YAML.
+    Create the metadata of a card as YAML.
 
     Args:
-        licence: None: unknown here.
-        base_models, datasets: of the Hub.
-        tags: beside those that all cards have.
-        fields: further ones.
+        licence: Licence of the model, or None if it is unknown.
+        base_models, datasets: Repositories on the Hub.
+        tags: Tags besides those of all cards.
+        fields: Further fields.
+
+    Returns:
+        The YAML text.
     """
     data = ModelCardData(
         base_model=list(base_models) or None,
@@ -66,7 +72,7 @@ def card_metadata(
 
 
 def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a folder's card; nothing if it has none that can be read."""
+    """Read the metadata of a folder's card. Return an empty dict if there is none that can be read."""
     path = folder / CARD
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -77,7 +83,7 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def licence_of_card(metadata: dict[str, Any]) -> Licence | None:
-    """The licence that a card names, if it names one."""
+    """Return the licence that the metadata of a card names, or None."""
     identifier, name, link = (metadata.get(key) for key in ("license", "license_name", "license_link"))
     if not isinstance(identifier, str) or name == UNKNOWN_LICENCE:
         return None

@@ -1,4 +1,4 @@
-"""`parity.json`, a certificate by `fusion-hf verify`: checked before a folder is published, shown in its card."""
+"""Checks of `parity.json`, the certificate that `fusion-hf verify` writes, and its section in the model card."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ BLOCK_BYTES = 2**20
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return the SHA-256 digest of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -23,31 +23,36 @@ def digest_file(path: Path) -> str:
 
 def check_parity(folder: Path) -> None:
     """
-    Refuse a certificate that says that the folder differs, or that is of other weights. None at all is fine.
+    Check that a folder's certificate, if it has one, shows equal results and belongs to its weights.
+
+    Args:
+        folder: Model folder.
 
     Raises:
-        InputError: Names the file and what is wrong with it.
+        InputError: If the certificate does not fit. The message names the file and the problem.
     """
     path = folder / PARITY
     if not path.is_file():
         return
     report = read_config(path)
     if report.get("equal") is not True:
-        raise InputError(f"{path} says that the folder differs from the authors' model: convert again, or remove it.")
+        raise InputError(f"{path} shows that the folder differs from the authors' model. Convert again or remove it.")
     try:
         digests = dict(report["weights"]["folder"])
         render_parity(report)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} is no certificate of `fusion-hf verify`: {type(error).__name__}: {error}."
+            f"{path} is not a certificate of `fusion-hf verify`: {type(error).__name__}: {error}."
         ) from error
     for name, digest in digests.items():
         if Path(name).name != name or not (folder / name).is_file() or digest_file(folder / name) != digest:
-            raise InputError(f"{path} is of other weights than {name}: run `fusion-hf verify` again, or remove it.")
+            raise InputError(
+                f"{path} does not belong to {name}. Run `fusion-hf verify` again or remove the certificate."
+            )
 
 
 def card_with_parity(folder: Path, card: str) -> str:
-    """A model card with the figures of the folder's certificate, if it has one and the card does not show it yet."""
+    """Append the results of a folder's certificate to its card, unless there is none or the card shows it already."""
     path = folder / PARITY
     if not path.is_file() or HEADING in card:
         return card
@@ -56,10 +61,16 @@ def card_with_parity(folder: Path, card: str) -> str:
 
 def render_parity(report: dict[str, Any]) -> str:
     """
-    The section of a model card, in Markdown.
+    Render a certificate as a Markdown section of a model card.
+
+    Args:
+        report: Content of `parity.json`.
+
+    Returns:
+        The section.
 
     Raises:
-        KeyError, TypeError, ValueError: If the content is none of a certificate.
+        KeyError, TypeError, ValueError: If the content is not that of a certificate.
     """
     authors, asked, weights = report["authors"], report["questions"], report["weights"]
     commit = f", commit `{authors['commit'][:12]}`" if authors["commit"] else ""

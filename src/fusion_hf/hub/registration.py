@@ -1,8 +1,8 @@
-"""Tells transformers' auto classes about FUSION when, and only when, somebody uses them.
+"""Registration of FUSION with the auto classes of transformers, as soon as they are imported.
 
-`AutoConfig.register` and its siblings take classes, so calling them at once would import torch with every
-`import fusion_hf`. A finder on `sys.meta_path` waits instead until the auto modules are imported. The modules of
-transformers and ours import each other in many orders, so it registers when the outermost import is finished.
+`AutoConfig.register` and similar functions take classes, so calling them immediately would import torch with every
+`import fusion_hf`. Instead, a finder on `sys.meta_path` waits until the auto modules are imported. The modules of
+transformers and of this package import each other in many orders, so it registers when the outermost import is done.
 """
 
 import sys
@@ -19,8 +19,8 @@ WATCHED = ("transformers.", "fusion_hf.")
 
 
 def register() -> None:
-    """Register FUSION's classes in transformers' auto classes, so that no `trust_remote_code` is needed."""
-    if find_spec("torch") is None:  # a process that only reads images keeps it out
+    """Register FUSION's classes with the auto classes of transformers, so that no `trust_remote_code` is needed."""
+    if find_spec("torch") is None:  # a process that only reads images runs without torch
         return
     from transformers import (
         AutoConfig,
@@ -31,7 +31,7 @@ def register() -> None:
         AutoTokenizer,
     )
 
-    # transformers 5.17's top level hides it where torchvision is missing
+    # the top level of transformers 5.17 hides it if torchvision is missing
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from fusion_hf.hub.checkpoint_names import take_authors_names
@@ -55,7 +55,7 @@ def register() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Registers behind the outermost import in whose course an auto module was loaded."""
+    """Registers FUSION after the outermost import during which an auto module was loaded."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -71,14 +71,14 @@ class _Watcher(MetaPathFinder):
         return spec
 
     def finished(self) -> None:
-        """Called behind each watched import that went well."""
+        """Handle the end of each watched import that succeeded."""
         if self.depth == 0 and self in sys.meta_path and not sys.modules.keys().isdisjoint(AUTO_MODULES):
             sys.meta_path.remove(self)
             register()
 
 
 class _WatchedLoader(SourceFileLoader):
-    """Loads a module as usual, and tells the watcher."""
+    """Loads a module as usual and notifies the watcher."""
 
     def __init__(self, fullname: str, path: str, watcher: _Watcher):
         super().__init__(fullname, path)
@@ -94,7 +94,7 @@ class _WatchedLoader(SourceFileLoader):
 
 
 def register_lazily() -> None:
-    """Register now if the auto classes are imported already, else as soon as they are."""
+    """Register now if the auto classes are already imported, or else as soon as they are."""
     if not sys.modules.keys().isdisjoint(AUTO_MODULES):
         register()
     else:

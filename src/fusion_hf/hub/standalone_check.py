@@ -1,6 +1,6 @@
-"""Loads a model folder as a stranger does, and lets it answer: run by `publishing` in a process of its own.
+"""Check that a model folder loads and answers without this package. `publishing` runs it in a separate process.
 
-The package cannot be imported there and the network is off, so only what is in the folder counts.
+The package cannot be imported there and the network is off, so that only the content of the folder counts.
 """
 
 import socket
@@ -18,7 +18,7 @@ def refuse(*args: Any, **kwargs: Any) -> None:
 
 
 def answer(folder: str) -> str:
-    """To a question about a drawn image; ends the process if a tensor is missing or left over."""
+    """Answer a question about a drawn image. End the process if a tensor is missing or left over."""
     from PIL import Image, ImageDraw
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -1,4 +1,4 @@
-"""Asking a model: chat models and conversations, batches of questions, compiled generation."""
+"""Inference: chat models and conversations, batches of questions, and compiled generation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -39,5 +39,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # most of them take torch, and seconds to import: other modules of the folder need neither
+    # most of these names import torch, which takes seconds and which other modules of this folder do not need
     return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The answers of a batch run on disk: a batch that is done survives a kill, and the output is whole or absent."""
+"""Answers of a batch run on disk. Finished batches survive a kill, and the output is complete or absent."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,23 +11,23 @@ from fusion_hf.common.result_log import ResultLog, damaged_line, encode_line
 
 FORMAT = 1
 ANSWERS, LLAVA = OUTPUT_FORMATS = ("answers", "llava")  # of the lines of an output
-PARTIAL, LOCK = ".partial", ".lock"  # put behind the output's name
+PARTIAL, LOCK = ".partial", ".lock"  # suffixes of the output's name
 
 Result: TypeAlias = dict[str, Any]  # {"id", "answer"} or {"id", "error"}
 
 
 class AnswerFile:
     """
-    Keep the results of a run by index of their record. As a context, keep other processes away from the output.
+    Keeps the results of a run by the indices of their records. As a context manager, it locks the output.
 
-    The first line of the log beside the output names the run's settings, each further one holds a batch.
+    The log beside the output has one line with the settings of the run, and one line for each batch.
 
     Args:
-        output: the JSONL file that the run makes.
-        as_line: makes a line of it of a record's index and result; default: the result itself.
+        output: JSONL file that the run writes.
+        as_line: Function that converts a record's index and result to a line of the output. Defaults to the result.
 
     Raises:
-        InputError: on entering, if `output` is finished already, cannot be there, or another process works on it.
+        InputError: On entering, if `output` is already finished, cannot be written, or is locked by another process.
     """
 
     def __init__(self, output: Path, as_line: Callable[[int, Result], dict[str, Any]] | None = None):
@@ -35,34 +35,37 @@ class AnswerFile:
         self.as_line = as_line
         self.path = _beside(output, PARTIAL)
         self.results: dict[int, Result] = {}
-        self.log = ResultLog(self.path, _beside(output, LOCK), "remove it to begin anew")
+        self.log = ResultLog(self.path, _beside(output, LOCK), "remove it to begin again")
 
     def __enter__(self) -> "AnswerFile":
         check_output(self.output)
         try:
             acquired = self.log.acquire()
         except OSError as error:
-            raise InputError(f"output is {self.output}, which cannot be written ({error.strerror}).") from error
+            raise InputError(f"`output` must be a writable file, got {self.output} ({error.strerror}).") from error
         if not acquired:
-            raise InputError(f"output is {self.output}, which another process is working on; wait for it.")
+            raise InputError(f"Another process is writing `output`, {self.output}. Wait until it has finished.")
         try:
-            check_output(self.output)  # which another process may have finished
+            check_output(self.output)  # another process may have finished it
         except InputError:
             self._release()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a line that could not be written, which is known by now
+        with suppress(OSError):  # of a line that could not be written, which has been reported
             self.log.close()
         self._release()
 
     def begin(self, settings: dict[str, Any]) -> None:
         """
-        Take up what an earlier run with the same settings has left, and be ready for more.
+        Resume an earlier run with the same settings, or begin a new run.
+
+        Args:
+            settings: Settings on which the answers depend, and the number of `records`.
 
         Raises:
-            InputError: if it had other settings, or what it left is damaged.
+            InputError: If the earlier run had other settings, or if its log is damaged.
         """
         entries = self.log.read()
         if entries:
@@ -74,27 +77,32 @@ class AnswerFile:
             self.results.update((index, result) for index, result in results)
         if self.output.exists() and len(self.results) < settings["records"]:
             raise InputError(
-                f"output is {self.output}, which exists already, while {self.path} is the beginning of another run; "
-                "remove one of them."
+                f"`output`, {self.output}, exists, but {self.path} is the log of another run. Remove one of the two "
+                "files."
             )
         self.log.open()
         if not entries:
             self._write({"format": FORMAT, "settings": settings})
 
     def append(self, results: dict[int, Result]) -> None:
-        """Add the results of a batch; they are on the disk when this returns.
+        """
+        Append the results of a batch. They are on the disk when this returns.
+
+        Args:
+            results: Results by the indices of their records.
 
         Raises:
-            InputError: if they cannot be written.
+            InputError: If the results cannot be written.
         """
         self.results.update(results)
         self._write({"results": list(results.items())})
 
     def finish(self) -> None:
-        """Make the output, all results in their order, and remove the log.
+        """
+        Write the output with all results in their order, and remove the log.
 
         Raises:
-            InputError: if it cannot be written.
+            InputError: If the output cannot be written.
         """
         try:
             with atomic_file(self.output) as stream:
@@ -103,7 +111,7 @@ class AnswerFile:
                     stream.write(encode_line(result if self.as_line is None else self.as_line(index, result)))
         except OSError as error:
             raise self._unwritable(self.output, error) from error
-        self.log.close()  # Windows removes no open file
+        self.log.close()  # Windows cannot remove open files
         self.path.unlink()
 
     def _check_settings(self, header: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -113,13 +121,13 @@ class AnswerFile:
         for name in dict.fromkeys([*settings, *before]):  # a default may be absent from either
             if before.get(name) != settings.get(name):
                 raise InputError(
-                    f"{name} is {settings.get(name)}, but {self.path} was begun with {before.get(name)}; give "
-                    "the same again, or remove that file to begin anew."
+                    f"`{name}` must be {before.get(name)}, as when the run in {self.path} began, got "
+                    f"{settings.get(name)}. Remove that file to begin again."
                 )
 
     def _unwritable(self, path: Path, error: OSError) -> InputError:
-        advice = f"{len(self.results)} results are kept in {self.path}: give the same command again"
-        return InputError(f"{path} cannot be written ({error.strerror}); {advice}.")
+        advice = f"{len(self.results)} results are kept in {self.path}. Run the same command again"
+        return InputError(f"{path} cannot be written ({error.strerror}). {advice}.")
 
     def _write(self, entry: dict[str, Any]) -> None:
         try:
@@ -128,21 +136,24 @@ class AnswerFile:
             raise self._unwritable(self.path, error) from error
 
     def _release(self) -> None:
-        # whoever still gets the removed file's lock is stopped by the output, as it would be without
+        # another process that still gets the lock on the removed file stops when it sees the finished output
         self.log.release(remove=self.output.exists() and not self.path.exists())
 
 
 def check_output(output: Path) -> None:
     """
-    Refuse an output that no run can make, before a model is loaded.
+    Check that a run can write an output, before a model is loaded.
+
+    Args:
+        output: JSONL file that the run writes.
 
     Raises:
-        InputError: if it is finished already, or cannot be there.
+        InputError: If the output is already finished or cannot be written.
     """
     check_new_file(output, "output")
-    # with a log beside it, the run was killed between the output's last byte and the log's end
+    # a log beside the output means that the run was killed after the output's last byte
     if output.exists() and not _beside(output, PARTIAL).exists():
-        raise InputError(f"output is {output}, which exists already; remove it, or give another name.")
+        raise InputError(f"`output` must be a new file, got {output}, which exists. Remove it or choose another name.")
 
 
 def _beside(path: Path, suffix: str) -> Path:

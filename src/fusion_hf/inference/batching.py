@@ -1,4 +1,4 @@
-"""Answers to any number of questions, in batches: offline, resumable, and the same as one by one."""
+"""Answers to any number of questions in batches. Runs are offline and resumable, and match single-prompt answers."""
 
 import hashlib
 import json
@@ -40,11 +40,11 @@ from fusion_hf.model.quantization_fusion import plain_tensors
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 256
-DIGEST_VALUES = 16  # of each tensor: enough to tell two trainings apart, and read at once
+DIGEST_VALUES = 16  # of each tensor: enough to tell two trained models apart, and fast to read
 
 
 class Prompt(Protocol):
-    """What `plan_batches` looks at."""
+    """A prompt whose length `plan_batches` reads."""
 
     @property
     def length(self) -> int: ...
@@ -55,7 +55,7 @@ PromptT = TypeVar("PromptT", bound=Prompt)
 
 @dataclass(frozen=True, eq=False)
 class _Prompt:
-    """A question, its record's index, and how many tokens it has, or a few more."""
+    """A question, the index of its record, and an upper bound for its number of tokens."""
 
     index: int
     question: Question
@@ -64,7 +64,7 @@ class _Prompt:
 
 @dataclass(frozen=True, eq=False)
 class _Whole:
-    """A prompt whose image is open: its messages say where that is."""
+    """A prompt with an open image. The messages mark where the image is."""
 
     prompt: _Prompt
     messages: list[dict[str, Any]]
@@ -88,30 +88,35 @@ def batch_generate(
     bits: int | None = None,
 ) -> list[Result]:
     """
-    The answer to each record, in their order: `{"id", "answer"}`, or `{"id", "error"}` for a record that
-    cannot be answered. Long prompts come first, so that too large a batch shows at once; a batch that exceeds a GPU's
-    memory is halved. Images are opened when their batch is up.
+    Answer records in batches, by greedy decoding unless `sampling` says otherwise.
+
+    Long prompts are answered first, so that you notice at once if a batch is too large. A batch that exceeds the
+    memory of a GPU is halved. Images are opened when their batch is processed.
 
     Args:
-        records: `question`, or `messages` or LLaVA's `conversations` that end with a question; optionally `image` (a
-            path, an http(s) address, bytes of a file or a PIL image) and `id` (default: the index). Or a JSONL file of
-            them, to whose folder paths are relative. `text` and `question_id` of LLaVA's `question.jsonl` stand for
-            `question` and `id`.
-        model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
-        output: a JSONL file for the results. A run that was killed goes on when it is called again with the same
-            arguments (`batch_size` and `device` may differ).
-        batch_size: prompts that are answered together. One that might, with its answer, outgrow the model's maximum
-            or Phi-3's short RoPE is answered alone: only so is its answer that of one by one.
-        max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
-        device, dtype, bits: see [`ChatModel.load`]; not with a [`ChatModel`].
-        progress: whether to show a bar, if there is a terminal.
-        image_root: folder that paths of images are relative to.
-        sampling: how answers are chosen; default: the most likely ones. The seed of a record's answer is `seed` plus
-            the record's index, so that a sampled answer depends neither on the batch nor on a kill.
-        output_format: `answers`: lines of `output` are what this returns; `llava`: those of LLaVA's `answers.jsonl`.
+        records: Records with a `question`, or with `messages` or LLaVA's `conversations` that end with a question.
+            They may have an `image` (a path, an http(s) URL, the bytes of a file, or a PIL image) and an `id`
+            (default: the index). Or the path of a JSONL file of records, whose folder is the root of relative image
+            paths. `text` and `question_id` of LLaVA's `question.jsonl` are read as `question` and `id`.
+        model: A [`ChatModel`], a model folder, or a repository of the Hub. Defaults to the bundled `fusion-nano`.
+        output: JSONL file for the results. To resume a run that was killed, call this again with the same arguments
+            (`batch_size` and `device` may differ).
+        batch_size: Maximum number of prompts per batch. A prompt that may exceed the model's maximum length or Phi-3's
+            short RoPE is answered alone, because only then does the answer match single-prompt answers.
+        max_new_tokens, query_len, image_token_grid: See [`ChatModel.answer`].
+        device, dtype, bits: See [`ChatModel.load`]. Do not pass them with a [`ChatModel`].
+        progress: Whether to show a progress bar in a terminal.
+        image_root: Root of relative image paths.
+        sampling: How answers are chosen. Defaults to greedy decoding. The seed of a record's answer is `seed` plus the
+            record's index, so that a sampled answer depends neither on the batch nor on a kill.
+        output_format: `answers` writes the returned results to `output`, `llava` writes the lines of LLaVA's
+            `answers.jsonl`.
+
+    Returns:
+        One result per record, in order: `{"id", "answer"}`, or `{"id", "error"}` for a record that cannot be answered.
 
     Raises:
-        InputError: for wrong arguments, an output that exists, or one that was begun with others.
+        InputError: If an argument is invalid, or if `output` exists or was begun with other arguments.
 
     Example:
         >>> from fusion_hf import batch_generate
@@ -120,7 +125,8 @@ def batch_generate(
     """
     check_call(model, device, dtype, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if output_format not in OUTPUT_FORMATS:
-        raise InputError(f"output_format is {output_format!r}; allowed: {', '.join(OUTPUT_FORMATS)}.")
+        allowed = ", ".join(map(repr, OUTPUT_FORMATS))
+        raise InputError(f"`output_format` must be one of {allowed}, got {output_format!r}.")
     entries, root = read_entries(records)
     root = root if image_root is None else Path(image_root)
     with nullcontext() if output is None else AnswerFile(Path(output)) as answer_file:
@@ -146,7 +152,7 @@ def batch_generate(
 
 
 class _Run:
-    """What the batches of a run have in common."""
+    """Settings that all batches of a run share."""
 
     def __init__(
         self, chat_model: ChatModel, root: Path, max_new_tokens: int, budget: TokenBudget, sampling: SamplingOptions
@@ -158,18 +164,18 @@ class _Run:
         self.sampling = sampling
 
     def results(self, entries: list[Entry], done: set[int], batch_size: int) -> Iterator[dict[int, Result]]:
-        """By index, batch by batch, of all records that are not `done`."""
+        """Yield results by index, batch by batch, for all records that are not `done`."""
         prompts, broken = self._prompts(entries)
         if new := {index: result for index, result in broken.items() if index not in done}:
             yield new
-        # formed of all records, done or not: after a kill the same prompts meet in the same batches
+        # batches are formed from all records, so that after a kill the same prompts share a batch
         most = longest_together(self.chat_model, self.max_new_tokens)
         planned = plan_batches(prompts, batch_size, lambda prompt: prompt.index if prompt.length > most else None)
         batches = ([prompt for prompt in batch if prompt.index not in done] for batch in planned)
         yield from run_halving(filter(None, batches), self._answer, _too_large)
 
     def _prompts(self, entries: list[Entry]) -> tuple[list[_Prompt], dict[int, Result]]:
-        """What can be asked, and errors, by index, instead of what cannot."""
+        """Return the prompts of valid records, and error results by index for the others."""
         prompts, broken = [], {}
         for index, entry in enumerate(entries):
             where = "" if entry.line is None else f"line {entry.line}: "
@@ -178,27 +184,27 @@ class _Run:
                 identity = entry_id(entry, index)
                 question = parse_question(entry, identity)
                 prompts.append(_Prompt(index, question, self._length(question)))
-            except (RecordProblem, ValueError) as error:  # the latter from the processor
+            except (RecordProblem, ValueError) as error:  # ValueError: from the processor
                 broken[index] = _error(identity, f"{where}{error}")
         return prompts, broken
 
     def _length(self, question: Question) -> int:
-        """At least the number of the prompt's tokens."""
+        """Return an upper bound for the number of the prompt's tokens."""
         messages = question.with_image(None if question.image is None else {"type": "image"})
         return count_tokens(self.chat_model, render(self.chat_model, messages, self.budget), self.budget)
 
     def _answer(self, batch: list[_Prompt]) -> dict[int, Result]:
-        """Results by index; what cannot be answered does not keep the others from it."""
+        """Answer a batch and return results by index. A prompt that cannot be answered does not affect the others."""
         results: dict[int, Result] = {}
         whole: list[_Whole] = []
-        opened: dict[str, Image.Image] = {}  # of this batch alone
+        opened: dict[str, Image.Image] = {}  # for this batch only
         for prompt in batch:
             source = prompt.question.image
             try:
                 if isinstance(source, str) and source not in opened:
                     opened[source] = self._open(source)
                 image = opened[source] if isinstance(source, str) else None if source is None else self._open(source)
-            except (ValueError, OSError) as error:  # the latter of a name that no file can have
+            except (ValueError, OSError) as error:  # OSError: an impossible file name
                 results[prompt.index] = _error(prompt.question.id, str(error))
                 continue
             block = None if image is None else {"type": "image"}
@@ -215,13 +221,13 @@ class _Run:
             try:
                 answer = self.chat_model.answer(each.messages, self.max_new_tokens, **settings)
                 results[each.prompt.index] = _answered(each.prompt, answer)
-            except InputError as error:  # more tokens than the model reads
+            except InputError as error:  # the prompt is longer than the model's maximum
                 results[each.prompt.index] = _error(each.prompt.question.id, str(error))
         return results
 
     @torch.inference_mode()
     def _generate(self, batch: list[_Whole]) -> list[str]:
-        """Their answers, none of which reaches the model's maximum before `max_new_tokens`."""
+        """Answer prompts, none of which reaches the model's maximum length before `max_new_tokens`."""
         model, processor = self.chat_model.model, self.chat_model.processor
         conversations = [each.messages for each in batch]
         inputs = self.chat_model.prepare_batch(
@@ -235,31 +241,48 @@ class _Run:
         return [answer.strip() for answer in answers]
 
     def _encode(self, batch: list[_Whole]) -> list[ImageFeatures]:
-        """Features of the images; grey where there is none."""
+        """Encode the images. A prompt without an image gets mid grey."""
         images = [each.image for each in batch]
         digests = [None if image is None else hash_image(image) for image in images]
         return self.chat_model.encode_images(images, self.budget.query_len, digests)
 
     def _open(self, image: str | bytes | Image.Image) -> Image.Image:
-        """Open an image of a record; a broken one makes an `InputError`, `ValueError` or `OSError`."""
+        """Open the image of a record. A broken one raises `InputError`, `ValueError` or `OSError`."""
         if not isinstance(image, str) or is_address(image) or image.startswith("data:"):
             return self.chat_model.open_image(image)
         path = self.root / image
         if not path.is_file():
-            raise InputError(f"{short_name(image)!r} is no file; allowed: an image file, or an http(s) address.")
+            raise InputError(f"An image must be an existing file or an http(s) URL, got {short_name(image)!r}.")
         return self.chat_model.open_image(str(path))
 
 
 def render(chat_model: ChatModel, messages: list[dict[str, Any]], budget: TokenBudget) -> str:
-    """Render the prompt of a conversation that ends with a question, as text with one mark for the image."""
+    """
+    Render the prompt of a conversation that ends with a question.
+
+    Args:
+        chat_model: Model whose processor renders the prompt.
+        messages: Chat messages.
+        budget: Token counts of the call.
+
+    Returns:
+        The prompt as text, with one mark for the image.
+    """
     return chat_model.processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, query_len=budget.query_len
     )
 
 
 def count_tokens(chat_model: ChatModel, text: str, budget: TokenBudget) -> int:
-    """At least the number of tokens of what `render` gave."""
-    prefix = 1  # some tokenizers' first token
+    """
+    Return an upper bound for the number of tokens of a prompt.
+
+    Args:
+        chat_model: Model whose tokenizer counts the tokens.
+        text: Prompt from [`render`].
+        budget: Token counts of the call.
+    """
+    prefix = 1  # the first token of some tokenizers
     image_tokens = text.count(IMAGE_TOKEN) * budget.num_image_tokens
     return prefix + len(chat_model.processor.tokenizer(text)["input_ids"]) + image_tokens
 
@@ -268,15 +291,15 @@ def plan_batches(
     prompts: Iterable[PromptT], batch_size: int, kind: Callable[[PromptT], Hashable]
 ) -> Iterator[list[PromptT]]:
     """
-    Put prompts together that are of one kind and of similar length, the longest first.
+    Group prompts of the same kind and of similar length into batches, the longest first.
 
     Args:
-        prompts: Each with the number of its tokens.
-        batch_size: Most prompts of a batch.
-        kind: Of a prompt; one that is to be answered alone has a kind of its own.
+        prompts: Prompts with the numbers of their tokens.
+        batch_size: Maximum number of prompts per batch.
+        kind: Function that returns the kind of a prompt. A prompt that must be answered alone has its own kind.
 
     Yields:
-        Batches.
+        Batches of prompts.
     """
     kinds: dict[Hashable, list[PromptT]] = {}
     for prompt in sorted(prompts, key=lambda prompt: -prompt.length):
@@ -286,7 +309,7 @@ def plan_batches(
 
 
 def longest_together(chat_model: ChatModel, max_new_tokens: int) -> int:
-    """Tokens of the longest prompt whose answer does not depend on whether it is answered alone or in a batch."""
+    """Return the length in tokens up to which a prompt has the same answer alone and in a batch."""
     return chat_model.short_rope_length - max_new_tokens
 
 
@@ -299,12 +322,12 @@ def _error(identity: str | int, message: str) -> Result:
 
 
 def _too_large(batch: list[_Prompt], message: str) -> dict[int, Result]:
-    """What becomes of a prompt that exceeds the memory of a GPU by itself."""
+    """Return the result of a prompt that exceeds the memory of a GPU on its own."""
     return {prompt.index: _error(prompt.question.id, message) for prompt in batch}
 
 
 def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, budget: TokenBudget) -> dict[str, Any]:
-    """What the answers depend on."""
+    """Return the settings on which the answers depend."""
     return {
         "records": len(entries),
         "records_sha256": digest_entries(entries),
@@ -316,7 +339,7 @@ def _settings(entries: list[Entry], chat_model: ChatModel, max_new_tokens: int, 
 
 
 def digest_model(chat_model: ChatModel) -> str:
-    """Return the name of the model's folder, and what changes with its configuration, its template or a training."""
+    """Return the name of a model's folder with a digest of its configuration, its template and its weights."""
     config = chat_model.model.config.to_dict()
     name = config.pop("_name_or_path", "")
     config.pop("transformers_version", None)

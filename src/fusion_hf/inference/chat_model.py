@@ -1,4 +1,4 @@
-"""A model with its processor that answers questions: what `fusion-hf ask` and `fusion-hf chat` are made of."""
+"""A model with its processor that answers questions, used by `fusion-hf ask` and `fusion-hf chat`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +33,12 @@ from fusion_hf.model.processing_fusion import FusionProcessor
 @dataclass(frozen=True)
 class ChatModel:
     """
-    A model and its processor, ready to answer.
+    A model and its processor, ready to answer questions.
 
     Args:
-        model: What answers.
+        model: The model.
         processor: Its processor.
-        image_cache: What keeps features of images; `ImageFeatureCache(limit=0)` keeps none.
+        image_cache: Cache for features of images. `ImageFeatureCache(limit=0)` keeps nothing.
 
     Example:
         >>> from fusion_hf.inference import ChatModel, question_message
@@ -62,16 +62,23 @@ class ChatModel:
         bits: int | None = None,
     ) -> "ChatModel":
         """
+        Load a model and its processor.
+
         Args:
-            name: a model folder or a repository of the Hub, the authors' as well; None: the bundled `fusion-nano`.
+            name: A model folder or a repository of the Hub, including the authors' repositories. Defaults to the
+                bundled `fusion-nano`.
             device: `"auto"` or a device of torch.
-            dtype: `"auto"` (see `choose_dtype`) or a key of `DTYPES`. A quantized model has the type that it was saved
-                in.
-            revision: branch, tag or commit of a repository; None: the main branch, or what `name` has behind `@`.
-            bits: 8 or 4, to quantize the language model's layers with bitsandbytes (extra `quant`); None: as saved.
+            dtype: `"auto"` (see [`choose_dtype`]) or a key of `DTYPES`. A quantized model keeps its saved dtype.
+            revision: Branch, tag or commit of a repository. Defaults to the part of `name` behind `@`, or else to the
+                main branch.
+            bits: 8 or 4, to quantize the language model's layers with bitsandbytes (extra `quant`). By default, the
+                model is loaded as saved.
+
+        Returns:
+            The loaded model.
 
         Raises:
-            InputError: if there is no such FUSION, or no such device, or a quantized one of another type.
+            InputError: If there is no such model or device, or if a quantized model has another dtype.
         """
         chosen = choose_device(device)
         folder = find_folder(nano_path() if name is None else name, revision)
@@ -90,23 +97,29 @@ class ChatModel:
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model can read and write together."""
+        """Maximum number of tokens of a prompt and its answer together."""
         return min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
     @property
     def short_rope_length(self) -> int:
-        """The same, as far as Phi-3's long RoPE does not change the positions of all tokens, and of a whole batch."""
+        """Maximum number of tokens before Phi-3's long RoPE changes the positions of all tokens in a batch."""
         text_config = self.model.config.text_config
         if text_config.rope_parameters.get("rope_type") == "longrope":
             return min(self.max_length, text_config.original_max_position_embeddings)
         return self.max_length
 
     def open_image(self, source: Any) -> Image.Image:
-        """Open the image in a file, at an http(s) address, or of any other kind that the image processor takes, as
-        upright RGB.
+        """
+        Open an image as upright RGB.
+
+        Args:
+            source: A file, an http(s) URL, or any other kind of image that the image processor accepts.
+
+        Returns:
+            The image.
 
         Raises:
-            InputError: if it cannot be read or is too large; begins with its name.
+            InputError: If the image cannot be read or is too large. The message begins with its name.
         """
         processor = self.processor.image_processor
         try:
@@ -116,36 +129,45 @@ class ChatModel:
                 max_image_pixels=processor.max_image_pixels,
             )
         except (ValueError, HTTPError) as error:
-            advice = "Give another image, or save it as PNG or JPEG."
+            advice = "Use another image, or save it as PNG or JPEG."
             name = short_name(source) if isinstance(source, str) else f"The image {describe_source(source)}"
             raise InputError(f"{name}: {error} {advice}") from error
 
     def token_budget(self, query_len: int | None = None, image_token_grid: int | None = None) -> TokenBudget:
         """
-        Complete and check how many tokens show an image.
+        Combine the arguments of a call with the model's defaults, and check them.
 
         Args:
-            query_len: Latent tokens per question; None: the model's.
-            image_token_grid: Side of the grid of image tokens; None: the model's.
+            query_len: Number of latent tokens per question. Defaults to the model's.
+            image_token_grid: Side of the grid of image tokens. Defaults to the model's.
 
         Returns:
             Both numbers.
 
         Raises:
-            InputError: If `query_len` is no perfect square or more than the model reads, or `image_token_grid` is no
-                whole number from 1 to the tower's patches per side.
+            InputError: If `query_len` is not a perfect square or exceeds the model's maximum, or if `image_token_grid`
+                is not a whole number from 1 to the tower's patches per side.
         """
         length = self.processor.query_len if query_len is None else query_len
         if not is_perfect_square(length) or length >= self.max_length:
             allowed = f"a perfect square (1, 4, 9, 16, ...) below the model's maximum of {self.max_length} tokens"
-            raise InputError(f"query_len is {length}; allowed: {allowed}.")
+            raise InputError(f"`query_len` must be {allowed}, got {length}.")
         try:
             return TokenBudget(length, self.model.config.grid_side(image_token_grid))
         except ValueError as error:
             raise InputError(str(error)) from error
 
     def encode_image(self, image: Image.Image, query_len: int | None = None) -> ImageFeatures:
-        """Encode what all questions about an image share, as `answer` takes it; see `encode_images`."""
+        """
+        Encode the features of an image that all questions share.
+
+        Args:
+            image: The image.
+            query_len: See [`encode_images`].
+
+        Returns:
+            Features for the `image_features` of [`answer`].
+        """
         return self.encode_images([image], query_len)[0]
 
     def encode_images(
@@ -155,15 +177,21 @@ class ChatModel:
         digests: Sequence[str | None] | None = None,
     ) -> list[ImageFeatures]:
         """
-        Encode the same of several images, whose tiles are encoded together: of equal ones once, and of those in
-        `image_cache` not at all.
+        Encode the features of several images that all questions share.
+
+        Tiles of all images are encoded together. Equal images are encoded once, and images in `image_cache` not at
+        all.
 
         Args:
-            images: Of any kind that the image processor takes; None: grey, as for a prompt without image in a batch.
-            query_len: Latent tokens of the questions that follow; None: any number, which takes up to nine times as
-                much memory.
-            digests: Of the images, where they are known, so that those in the cache are not resized either; they must
-                tell apart all images that this model is given.
+            images: Images in any form that the image processor accepts. None stands for mid grey, for prompts without
+                an image in a batch.
+            query_len: Number of latent tokens of the following questions. None allows any number, but takes up to nine
+                times as much memory.
+            digests: Digests of the images, if they are known, which save resizing images that are in the cache. They
+                must distinguish all images that this model gets.
+
+        Returns:
+            The features of each image.
         """
         if digests is None:
             pixel_values = self._pixel_values(images)
@@ -172,14 +200,23 @@ class ChatModel:
         return self._collect(digests, lambda rows: self._pixel_values([images[row] for row in rows]), query_len)
 
     def encode_cut_image(self, tiles: np.ndarray, query_len: int | None = None) -> ImageFeatures:
-        """Encode the same of an image whose tiles `(5, 3, H, W)` were cut before, as bytes; see `encode_images`."""
+        """
+        Encode the features of an image whose tiles were cut before, see [`encode_images`].
+
+        Args:
+            tiles: Tiles and overview as bytes `(5, 3, H, W)`.
+            query_len: See [`encode_images`].
+
+        Returns:
+            Features for the `image_features` of [`answer`].
+        """
         processor = self.processor.image_processor
         return self._collect([digest_pixels(tiles)], lambda _: to_pixel_values(tiles, processor), query_len)[0]
 
     def _collect(
         self, digests: Sequence[str | None], load: Callable[[list[int]], torch.Tensor], query_len: int | None
     ) -> list[ImageFeatures]:
-        """Features by the images' digests; `load` gives `pixel_values` of those that are missing."""
+        """Collect features by the digests of images. `load` returns the `pixel_values` of those that are missing."""
 
         def encode(rows: list[int]) -> list[ImageFeatures]:
             return self.encode_tiles(load(rows).to(self.model.device, self.model.dtype), query_len)
@@ -188,7 +225,7 @@ class ChatModel:
         return self.image_cache.collect([(digest, query_len) for digest in digests], encode, state)
 
     def _pixel_values(self, images: Sequence[Image.Image | None]) -> torch.Tensor:
-        """`(n, 5, 3, H, W)`; zeros, which are mid grey, where there is no image."""
+        """Preprocess images to `(n, 5, 3, H, W)`. Missing images become zeros, which are mid grey."""
         processor, present = self.processor.image_processor, [image for image in images if image is not None]
         values = torch.zeros(len(images), NUM_TILES + 1, 3, processor.size["height"], processor.size["width"])
         if present:
@@ -197,17 +234,34 @@ class ChatModel:
         return values
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the `pixel_values` `(n, 5, 3, H, W)` of images, on the model's device."""
+        """
+        Preprocess images.
+
+        Args:
+            images: The images.
+
+        Returns:
+            `pixel_values` `(n, 5, 3, H, W)` on the model's device.
+        """
         inputs = self.processor.image_processor(list(images), return_tensors="pt")
         return inputs["pixel_values"].to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
     def encode_tiles(self, pixel_values: torch.Tensor, query_len: int | None = None) -> list[ImageFeatures]:
-        """Encode what `preprocess` gave, without looking into `image_cache`."""
+        """
+        Encode the tiles of images, without using `image_cache`.
+
+        Args:
+            pixel_values: Preprocessed images `(n, 5, 3, H, W)`, see [`preprocess`].
+            query_len: See [`encode_images`].
+
+        Returns:
+            The features of each image.
+        """
         overviews, features = pixel_values[:, -1:], self.model.get_global_features(pixel_values)
         if query_len is not None:
             features = pool_map(features, query_len, self.model.config.window_size)
-        # copies: a part would keep the whole in memory
+        # copies, because a view would keep the whole tensor in memory
         return [
             ImageFeatures(overviews[i : i + 1].clone(), features[i : i + 1].clone()) for i in range(len(overviews))
         ]
@@ -220,19 +274,19 @@ class ChatModel:
         **template: Any,
     ) -> BatchFeature:
         """
-        Turn conversations into the inputs of the model, padded on the left: an answer goes on where its row ends.
+        Convert conversations to model inputs, padded on the left so that answers follow the ends of their rows.
 
         Args:
-            conversations: Chat messages.
-            budget: Tokens per image.
-            process_images: Whether the inputs get the images' pixels; False: you add what `join_features` gives.
+            conversations: Chat messages of each conversation.
+            budget: Numbers of tokens per image.
+            process_images: Whether to preprocess the images. If False, add the result of `join_features` yourself.
             template: Further arguments of `apply_chat_template`.
 
         Returns:
             Inputs on the model's device.
 
         Raises:
-            InputError: For messages that the model cannot read.
+            InputError: If the model cannot read the messages.
         """
         try:
             inputs = self.processor.apply_chat_template(
@@ -259,22 +313,24 @@ class ChatModel:
         image_token_grid: int | None = None,
     ) -> BatchFeature:
         """
-        Turn a conversation that ends with a question into what `generate` takes.
+        Convert a conversation that ends with a question to inputs of [`generate`].
 
         Args:
-            messages, query_len, image_features, image_token_grid: As of `answer`.
+            messages, query_len, image_features, image_token_grid: See [`answer`].
 
         Returns:
             Inputs of the model for one prompt.
 
         Raises:
-            InputError: See `answer`.
+            InputError: See [`answer`].
         """
         budget = self.token_budget(query_len, image_token_grid)
         inputs = self.prepare_batch([messages], budget, image_features is None, add_generation_prompt=True)
         prompt = inputs["input_ids"].shape[1]
         if prompt >= self.max_length:
-            raise InputError(f"The prompt has {prompt} tokens; allowed: fewer than the model's {self.max_length}.")
+            raise InputError(
+                f"The prompt must have fewer tokens than the model's maximum {self.max_length}, got {prompt}."
+            )
         if image_features is not None:
             inputs.update(join_features([image_features]))
         return inputs
@@ -288,7 +344,19 @@ class ChatModel:
         sampling: SamplingOptions = MOST_LIKELY,
         **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput:
-        """Return the continuation of what `prepare` gave, never beyond the model's maximum."""
+        """
+        Generate the continuation of a prompt, up to the model's maximum length.
+
+        Args:
+            inputs: Inputs from [`prepare`].
+            max_new_tokens: Maximum number of tokens of the answer.
+            streamer: Streamer that receives the tokens.
+            sampling: How tokens are chosen. Defaults to greedy decoding.
+            kwargs: Further arguments of the model's `generate`.
+
+        Returns:
+            The output of the model's `generate`.
+        """
         return self.model.generate(
             **inputs,
             **generate_keywords([sampling]),
@@ -299,7 +367,16 @@ class ChatModel:
         )
 
     def decode(self, inputs: BatchFeature, output: GenerateDecoderOnlyOutput) -> str:
-        """Decode the text of an answer."""
+        """
+        Decode the text of an answer.
+
+        Args:
+            inputs: Inputs from [`prepare`].
+            output: Output of [`generate`].
+
+        Returns:
+            The text, without special tokens.
+        """
         prompt = inputs["input_ids"].shape[1]
         return self.processor.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
 
@@ -314,20 +391,25 @@ class ChatModel:
         sampling: SamplingOptions = MOST_LIKELY,
     ) -> str:
         """
-        Return the answer to a conversation that ends with a question; the same one every time.
+        Answer a conversation that ends with a question. The answer is deterministic.
 
         Args:
-            messages: chat messages of the ecosystem, with at most one image.
-            max_new_tokens: where to stop an answer that does not end.
-            query_len: latent tokens per question, a perfect square; None: the model's.
-            streamer: is given the tokens as they come.
-            image_features: the image in the messages, from `encode_image`; None: it is resized and encoded as a whole.
-            image_token_grid: side of the grid of image tokens, 1 to the tower's patches per side; None: the model's.
-            sampling: how the answer is chosen; default: the most likely one.
+            messages: Chat messages in the format of transformers, with at most one image.
+            max_new_tokens: Maximum number of tokens of the answer.
+            query_len: Number of latent tokens per question, a perfect square. Defaults to the model's.
+            streamer: Streamer that receives the tokens.
+            image_features: Features of the image in the messages, from [`encode_image`]. By default, the image is
+                preprocessed and encoded.
+            image_token_grid: Side of the grid of image tokens, from 1 to the tower's patches per side. Defaults to the
+                model's.
+            sampling: How the answer is chosen. Defaults to greedy decoding.
+
+        Returns:
+            The text of the answer.
 
         Raises:
-            InputError: if `query_len` or `image_token_grid` is impossible, or the conversation exceeds the model's
-                maximum.
+            InputError: If `query_len` or `image_token_grid` is invalid, or if the conversation exceeds the model's
+                maximum length.
         """
         inputs = self.prepare(messages, query_len, image_features, image_token_grid)
         return self.decode(inputs, self.generate(inputs, max_new_tokens, streamer, sampling))
@@ -341,7 +423,20 @@ class ChatModel:
         image_token_grid: int | None = None,
         sampling: SamplingOptions = MOST_LIKELY,
     ) -> Iterator[str]:
-        """Yield the answers to questions about one image, each asked by itself; its tiles are encoded once for all."""
+        """
+        Answer several independent questions about one image. Its tiles are encoded only once.
+
+        Args:
+            image: The image.
+            questions: The questions. Each is asked in a conversation of its own.
+            max_new_tokens, query_len, image_token_grid: See [`answer`].
+
+        Yields:
+            The text of each answer.
+
+        Raises:
+            InputError: See [`answer`].
+        """
         budget = self.token_budget(query_len, image_token_grid)
         image_features = self.encode_image(image, budget.query_len)
         settings = {"image_features": image_features, **budget._asdict()}
@@ -350,36 +445,55 @@ class ChatModel:
             yield self.answer(messages, max_new_tokens, sampling=sampling.of_answer(number), **settings)
 
 
-Assistant = ChatModel  # the class's former name
+Assistant = ChatModel  # former name of the class
 
 
 def check_call(model: str | ChatModel | None, device: str, dtype: str, **numbers: int) -> None:
     """
-    Check arguments that functions have in common which take a model or its name.
+    Check arguments of functions that accept a model or its name.
 
     Args:
-        model: What answers.
-        device, dtype: Of a model that is to be loaded.
-        numbers: Further arguments by their names; each has to be 1 or more.
+        model: A model or its name.
+        device, dtype: Device and dtype for a model that must be loaded.
+        numbers: Further arguments by their names, which must be at least 1.
 
     Raises:
-        InputError: If one is impossible, or `device` or `dtype` is given beside a model that is loaded already.
+        InputError: If a number is invalid, or if `device` or `dtype` is passed with a loaded model.
     """
     for name, number in numbers.items():
         if number < 1:
-            raise InputError(f"{name} is {number}; allowed: a whole number from 1.")
+            raise InputError(f"`{name}` must be a whole number of at least 1, got {number}.")
     if isinstance(model, ChatModel) and (device, dtype) != (AUTO, AUTO):
-        raise InputError(f"device is {device!r} and dtype {dtype!r}; allowed beside a ChatModel: {AUTO!r}.")
+        got = f"{device!r} and {dtype!r}"
+        raise InputError(f"`device` and `dtype` must be {AUTO!r} if `model` is a ChatModel, got {got}.")
 
 
 def question_message(question: str, image: Image.Image | None = None) -> dict[str, Any]:
-    """A user's chat message, with the image if it is the first of its conversation."""
+    """
+    Create a user message.
+
+    Args:
+        question: Text of the question.
+        image: Image, for the first message of a conversation.
+
+    Returns:
+        The chat message.
+    """
     content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
 def to_pixel_values(tiles: np.ndarray, processor: FusionImageProcessor) -> torch.Tensor:
-    """What the processor makes of an image with these tiles `(5, 3, H, W)`: `pixel_values` `(1, 5, 3, H, W)`."""
+    """
+    Convert the tiles of an image to the `pixel_values` that the processor would compute.
+
+    Args:
+        tiles: Tiles and overview as bytes `(5, 3, H, W)`.
+        processor: Image processor of the model.
+
+    Returns:
+        `pixel_values` `(1, 5, 3, H, W)`.
+    """
     table = values_of_bytes(
         processor.do_rescale,
         processor.rescale_factor,

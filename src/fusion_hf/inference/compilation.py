@@ -1,4 +1,4 @@
-"""Generation by compiled code: everything has one of a few shapes, so that nothing is compiled twice.
+"""Generation with compiled code. All inputs have one of a few shapes, so that no shape is compiled twice.
 
 Shapes: B batch, S prompt length, T question tokens, R user turns, n new tokens.
 """
@@ -23,33 +23,34 @@ from fusion_hf.model.turns_fusion import PromptTurns
 
 PROMPT_LENGTHS = (1024, 2048, 4096)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-SHORTEST_QUESTION = 32  # what shorter questions are padded to where the prompt is compiled
-# these change the cache's batch, need a cache that shrinks, or bring one of their own
+SHORTEST_QUESTION = 32  # shorter questions are padded to this length if the prompt is compiled
+# These options change the batch of the cache, need a cache that can shrink, or use their own.
 REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "prompt_lookup_num_tokens", *CACHE_NAMES)
 SHAPES_AT_MOST = 64  # torch's own limit, after which it stops compiling, is 8
 
 
 class CompiledGenerator:
     """
-    `generate` whose decoding steps and, on request, whose pass over the prompt are compiled.
+    Generates with compiled decoding steps and, if you ask for it, a compiled pass over the prompt.
 
-    Compiled code holds for the shapes that it was made for. So there is one static cache for each prompt length, kept
-    from call to call, and a smaller batch is filled up with copies of its last row. A prompt that is compiled too is
-    padded to its length, its question and its number of turns to a power of two. The first call of each shape
-    compiles, which takes minutes for a large model.
+    Compiled code is specific to the shapes for which it was made. Therefore one static cache per prompt length is kept
+    from call to call, and smaller batches are filled with copies of their last row. If the prompt is compiled as well,
+    it is padded to its prompt length, and its question and its number of turns are padded to powers of two. The first
+    call with each shape compiles, which takes minutes for a large model.
 
     Args:
-        model: not changed.
-        prompt_lengths: what prompts are sorted into: the smallest one that is long enough.
-        max_new_tokens: most tokens that a call can ask for.
-        batch_size: rows of every call.
-        compile_prompt: compile the pass over the prompt as well, tower and samplers included, as one graph.
-        mode: of `torch.compile`; `"reduce-overhead"` uses CUDA graphs where there is CUDA.
-        options: of `torch.compile`, beside mode `"default"` only; `{"cpp_wrapper": True}` is fastest on a CPU.
-        backend: of `torch.compile`.
+        model: The model, which is not changed.
+        prompt_lengths: Lengths to which prompts are assigned: the smallest one that is long enough.
+        max_new_tokens: Maximum number of new tokens of a call.
+        batch_size: Number of rows of every call.
+        compile_prompt: Whether to compile the pass over the prompt as well, with tower and samplers in one graph.
+        mode: Mode of `torch.compile`. `"reduce-overhead"` uses CUDA graphs on a GPU.
+        options: Options of `torch.compile`, only with the mode `"default"`. `{"cpp_wrapper": True}` is fastest on a
+            CPU.
+        backend: Backend of `torch.compile`.
 
     Raises:
-        ValueError: for what cannot be compiled; names the argument, the value and what is allowed.
+        ValueError: If an argument does not allow compilation. The message names its value and the allowed values.
     """
 
     def __init__(
@@ -64,67 +65,71 @@ class CompiledGenerator:
         backend: Any = "inductor",
     ):
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            require(value >= 1, name, value, "1 or more")
-        require(
-            len(prompt_lengths) > 0 and min(prompt_lengths) > 0, "prompt_lengths", prompt_lengths, "positive lengths"
-        )
+            require(value >= 1, name, value, "at least 1")
+        is_positive = len(prompt_lengths) > 0 and min(prompt_lengths) > 0
+        require(is_positive, "prompt_lengths", prompt_lengths, "a list of positive lengths")
         longest = model.config.text_config.max_position_embeddings - max_new_tokens
         require(max(prompt_lengths) <= longest, "prompt_lengths", prompt_lengths, f"at most {longest} for this model")
-        require(mode in MODES, "mode", mode, ", ".join(map(repr, MODES)))
-        require(not options or mode == "default", "mode", mode, "'default' beside options")
+        require(mode in MODES, "mode", mode, f"one of {', '.join(map(repr, MODES))}")
+        require(not options or mode == "default", "mode", mode, "'default' if you pass `options`")
         early = model.config.early_text_attention
-        allowed = "False where early_text_attention is 'uniform_padded', since padding the question changes answers"
+        allowed = "False if `early_text_attention` is 'uniform_padded', because padding the question changes answers"
         require(not (compile_prompt and early == "uniform_padded"), "compile_prompt", compile_prompt, allowed)
         parts = ("text_config", "vision_config") if compile_prompt else ("text_config",)
         for name in (getattr(model.config, part)._attn_implementation for part in parts):
-            # it takes padding out, so that shapes depend on values
-            allowed = "'eager', 'sdpa', 'flex_attention' in what is compiled"
+            # flash attention removes padding, so that shapes depend on values
+            allowed = "one of 'eager', 'sdpa', 'flex_attention' in compiled parts"
             require("flash" not in name, "attn_implementation", name, allowed)
         self.prompt_lengths = sorted(prompt_lengths)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.compile_prompt = compile_prompt
-        # shares all weights; what compiling leaves in a module is left in this copy
+        # the copy shares all weights, and compilation changes only the copy
         self._model = copy.copy(model)
         self._caches: dict[int, StaticCache] = {}
-        # older versions of transformers branch on the length there, which breaks the graph in two
+        # older releases of transformers branch on the length there, which breaks the graph in two
         whole = model.config.text_config.rope_parameters.get("rope_type") != "longrope"
         settings: dict[str, Any] = {"fullgraph": whole, "dynamic": False, "backend": backend, "mode": mode}
-        if options:  # torch takes one of both
+        if options:  # torch accepts either a mode or options
             settings.update(mode=None, options=options)
         if compile_prompt:
             self._model.compile(**settings)
-            self._options: dict[str, Any] = {"disable_compile": True}  # what it would compile is compiled already
+            self._options: dict[str, Any] = {"disable_compile": True}  # its steps are compiled already
         else:
             compile_config = CompileConfig(**settings)
-            compile_config._compile_all_devices = True  # also on a CPU
+            compile_config._compile_all_devices = True  # on a CPU as well
             self._options = {"compile_config": compile_config}
 
     @torch.inference_mode()
     def generate(self, max_new_tokens: int | None = None, **inputs: Any) -> torch.Tensor:
         """
-        Return what the model's `generate` returns for the same arguments: prompts and answers `(B, S + n)`.
+        Generate token ids, with the same result as the model's `generate` for the same arguments.
 
         Args:
-            max_new_tokens: n at most; None: as many as this generator allows.
-            inputs: what the processor gives for at most `batch_size` conversations, padded left; `query_len`,
-                `global_features`; options of `generate` that change neither batch nor cache.
+            max_new_tokens: Maximum number of new tokens, n. Defaults to that of this generator.
+            inputs: Outputs of the processor for at most `batch_size` conversations, padded on the left; `query_len`,
+                `global_features`; and options of `generate` that change neither the batch nor the cache.
+
+        Returns:
+            Prompts and answers `(B, S + n)`.
 
         Raises:
-            ValueError: for a prompt or a batch that fits no shape (with both numbers), an option that is not possible,
-                or inputs that disagree (see [`FusionForConditionalGeneration.forward`]).
+            ValueError: If a prompt or a batch fits no shape, if an option is not supported, or if inputs disagree (see
+                [`FusionForConditionalGeneration.forward`]).
         """
         new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        require(1 <= new_tokens <= self.max_new_tokens, "max_new_tokens", new_tokens, f"1 to {self.max_new_tokens}")
+        allowed = f"from 1 to {self.max_new_tokens}"
+        require(1 <= new_tokens <= self.max_new_tokens, "max_new_tokens", new_tokens, allowed)
         for name in REFUSED:
-            require(inputs.get(name) in (None, 1), name, inputs.get(name), "none: compiled generation has one way")
+            require(inputs.get(name) in (None, 1), name, inputs.get(name), "None in compiled generation")
         input_ids = inputs["input_ids"]  # (B, S)
         batch, length = input_ids.shape
-        require(batch <= self.batch_size, "batch", batch, f"at most batch_size = {self.batch_size} rows")
+        allowed = f"at most {self.batch_size} (the `batch_size` of this generator)"
+        require(batch <= self.batch_size, "batch", batch, allowed)
         padded = next((known for known in self.prompt_lengths if known >= length), None)
         if padded is None:
             longest = self.prompt_lengths[-1]
-            raise ValueError(f"A prompt has {length} tokens; allowed: at most {longest}, the last of prompt_lengths.")
+            raise ValueError(f"A prompt must have at most {longest} tokens (`prompt_lengths`), got {length}.")
         inputs = self._check(inputs)
         if self.compile_prompt:
             inputs = _pad(inputs, padded, self._model.config)
@@ -135,17 +140,17 @@ class CompiledGenerator:
                 **self._options,
                 **cache_keyword(self._cache(padded)),
                 max_new_tokens=new_tokens,
-                # transformers gives no streamer to such a function
+                # transformers does not pass the streamer to custom functions
                 custom_generate=partial(decode_ahead, streamer=inputs.get("streamer")),
             )
         return torch.cat([input_ids, output[:batch, inputs["input_ids"].shape[1] :]], dim=1)
 
     def _check(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model itself checks, and completes, only where it is not compiled."""
+        """Check and complete inputs, as the model does only if it is not compiled."""
         config, ids, mask = self._model.config, inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError("attention_mask ends with padding; allowed: padding on the left.")
-        # nothing is missing then, so that the model does not look for it in compiled code
+            raise ValueError("`attention_mask` must have its padding on the left, got padding on the right.")
+        # then nothing is missing, so compiled code does not search for it
         nothing = dict.fromkeys(PromptTurns._fields, ids[:, :0])
         inputs = inputs | nothing | find_missing_turns(config, ids, inputs)
         budget = TokenBudget.of(config, inputs.get("query_len"), inputs.get("image_token_grid"))
@@ -153,14 +158,14 @@ class CompiledGenerator:
         return inputs
 
     def _cache(self, prompt_length: int) -> StaticCache:
-        """The empty cache of a prompt length."""
+        """Return the empty cache for a prompt length."""
         cache = self._caches.get(prompt_length)
         if cache is not None:
             cache.reset()
             return cache
         text_config = self._model.config.text_config
         cache = StaticCache(text_config, max_cache_len=prompt_length + self.max_new_tokens)
-        if self.compile_prompt:  # else the prompt's pass makes the tensors
+        if self.compile_prompt:  # otherwise the pass over the prompt allocates the tensors
             heads = text_config.num_attention_heads
             cache.early_initialization(
                 batch_size=self.batch_size,
@@ -174,11 +179,11 @@ class CompiledGenerator:
 
 
 def _pad(inputs: dict[str, Any], length: int, config: FusionConfig) -> dict[str, Any]:
-    """Prompts padded left to `length`, questions right and turns by -1 to a power of two: values do not change."""
+    """Pad prompts left to `length`, and questions right and turns by -1 to powers of two. Values do not change."""
     missing = length - inputs["input_ids"].shape[1]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-    pad_token_id = config.text_config.pad_token_id or 0  # any id: it is masked
+    pad_token_id = config.text_config.pad_token_id or 0  # any id, because it is masked
     padded = inputs | {
         "input_ids": nn.functional.pad(inputs["input_ids"], (missing, 0), value=pad_token_id),
         "attention_mask": nn.functional.pad(mask, (missing, 0)),
@@ -199,12 +204,12 @@ def _pad(inputs: dict[str, Any], length: int, config: FusionConfig) -> dict[str,
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 def _fill_up(inputs: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Every tensor's last row repeated up to `batch_size` rows."""
+    """Repeat the last row of every tensor up to `batch_size` rows."""
     return {
         name: torch.cat([value, value[-1:].expand(batch_size - len(value), *value.shape[1:])])
         if isinstance(value, torch.Tensor) and value.ndim > 0

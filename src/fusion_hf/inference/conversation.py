@@ -1,4 +1,4 @@
-"""Several questions about one image, with what was said before."""
+"""Several questions about one image, with the conversation so far."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +19,21 @@ class Conversation:
     """
     Questions and answers about one image, whose tiles are encoded once.
 
-    The questions guide the vision tower together, as in training, so the image's overview and the whole conversation
-    are encoded again for each question. In fast mode they are not: the overview stays as the first question guided it,
-    and only what was said since the last answer is processed.
+    All questions guide the vision tower together, as in training. Therefore the overview of the image and the whole
+    conversation are encoded again for each question. In fast mode, the overview stays as the first question guided it,
+    and only the messages since the last answer are processed.
 
     Args:
-        chat_model: Who answers.
-        image: what the questions are about.
-        max_new_tokens, query_len, image_token_grid: see `ChatModel.answer`.
-        fast: keep the language model's cache from question to question.
-        image_features: what `ChatModel.encode_image` made of the image, for any number of latent tokens; None: it is
-            made with the first question, unless the model still has it.
-        sampling: how answers are chosen; each has random numbers of its own, which `reset` begins anew.
+        chat_model: Model that answers.
+        image: Image that the questions are about.
+        max_new_tokens, query_len, image_token_grid: See [`ChatModel.answer`].
+        fast: Whether to keep the cache of the language model between questions.
+        image_features: Features of the image from [`ChatModel.encode_image`], for any number of latent tokens. By
+            default, they are computed with the first question, unless the model has them in its cache.
+        sampling: How answers are chosen. Each answer has random numbers of its own, which `reset` begins again.
 
     Raises:
-        InputError: if `query_len` or `image_token_grid` is impossible, or `fast` is given with a beam search.
+        InputError: If `query_len` or `image_token_grid` is invalid, or if `fast` is given with a beam search.
 
     Example:
         >>> from fusion_hf.inference import ChatModel, Conversation
@@ -67,14 +67,22 @@ class Conversation:
         self.sampling = sampling
         self.messages: list[dict[str, Any]] = []
         self._image_features = image_features
-        self._guide: dict[str, torch.Tensor] = {}  # fast mode: the question that guides the overview
+        self._guide: dict[str, torch.Tensor] = {}  # in fast mode, the question that guides the overview
         self._memory: _Memory | None = None
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
-        """Answer a question; both become part of the conversation, but not if there is an error.
+        """
+        Answer a question. Both become part of the conversation, unless an error is raised.
+
+        Args:
+            question: Text of the question.
+            streamer: Streamer that receives the tokens of the answer.
+
+        Returns:
+            The text of the answer.
 
         Raises:
-            InputError: see `ChatModel.answer`.
+            InputError: See [`ChatModel.answer`].
         """
         messages = [*self.messages, question_message(question, None if self.messages else self.image)]
         if self._image_features is None:
@@ -90,7 +98,7 @@ class Conversation:
 
     @property
     def _sampling(self) -> SamplingOptions:
-        """Those of the next answer."""
+        """Sampling options of the next answer."""
         return self.sampling.of_answer(len(self.messages) // 2)
 
     @torch.inference_mode()
@@ -101,7 +109,7 @@ class Conversation:
         if not self.messages:
             self._guide = {name: inputs[name] for name in ("instruct_input_ids", "instruct_attention_mask")}
         inputs.update(self._guide)
-        # while an answer is made its cache grows, so an interrupted answer leaves none
+        # generation extends the cache, so an interrupted answer leaves none
         memory, self._memory = self._memory, None
         cache = memory.cache_before(inputs) if memory is not None else None
         if cache is None:
@@ -109,7 +117,7 @@ class Conversation:
         output = self.chat_model.generate(
             inputs, self.max_new_tokens, streamer, self._sampling, **cache_keyword(cache)
         )
-        cache = getattr(output, CACHE_NAME)  # another one than was given where long RoPE began
+        cache = getattr(output, CACHE_NAME)  # a new cache, if long RoPE began
         self._memory = _Memory(output.sequences[0, : cache.get_seq_length()], cache)
         return self.chat_model.decode(inputs, output)
 
@@ -120,21 +128,21 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Memory:
-    """The cache of a conversation so far, and the ids `(S)` whose keys and values it holds."""
+    """The cache of the conversation so far, and the ids `(S)` whose keys and values it holds."""
 
     ids: torch.Tensor
     cache: Cache
 
     def cache_before(self, inputs: BatchFeature) -> Cache | None:
-        """The cache as far as the prompt begins with the same ids; None if it does not reach the last answer."""
+        """Return the cache up to the common beginning of the ids, or None if that does not reach the last answer."""
         ids = inputs["input_ids"][0]
         length = min(len(ids), len(self.ids))
         differences = (ids[:length] != self.ids[:length]).nonzero()
         common = int(differences[0]) if len(differences) else length
         if common <= int(inputs["prompt_end_positions"][0, -2]):
             return None
-        if common < len(self.ids):  # an answer's text may be tokenised in another way than the model wrote it
-            if any(self.cache.is_sliding):  # which have dropped what would come back
+        if common < len(self.ids):  # the tokenizer may split an answer in another way than the model wrote it
+            if any(self.cache.is_sliding):  # sliding layers have dropped the earlier tokens
                 return None
             self.cache.crop(common - len(self.ids))
         return self.cache

@@ -1,8 +1,8 @@
-"""Linear layers by oneDNN, where that is faster than what torch takes on this CPU.
+"""Linear layers computed by oneDNN, if that is faster than torch's default on this CPU.
 
-torch gives float32 products to MKL, which computes a single row on one thread where the CPU is not Intel's, and it
-computes an activation in a pass of its own. oneDNN, which torch has as well, uses all threads and applies GELU to each
-block while that is in the caches.
+torch passes float32 products to MKL, which computes a single row on one thread if the CPU is not from Intel, and
+applies activations in a separate pass. oneDNN, which torch includes as well, uses all threads and applies GELU to each
+block while it is in the caches.
 """
 
 import platform
@@ -16,24 +16,24 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from fusion_hf.inference.cpu_speed import CLEARLY_FASTER, Computation, compare_times, trial_tensors
 
-PROCESSORS = ("x86_64", "AMD64")  # on which this was measured
-GELUS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}  # oneDNN's names of what configurations call so
-SMALLEST_WEIGHT = 2**16  # elements: the product of a smaller one takes less time than the call
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a trial, relative
+PROCESSORS = ("x86_64", "AMD64")  # processors on which this was measured
+GELUS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}  # oneDNN's names by those in configurations
+SMALLEST_WEIGHT = 2**16  # elements: products with smaller weights take less time than the call
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a trial
 
 
 def use_onednn(model: nn.Module) -> None:
     """
-    Have a model's linear layers computed by oneDNN on a CPU, in place, as far as that is faster there.
+    Let oneDNN compute a model's linear layers on a CPU, in place, if that is faster there.
 
-    A tower's GELU becomes part of the product before it. Products of float32 go to oneDNN if it is clearly faster at
-    single rows, which the first call measures in some milliseconds. Values agree but for the last bits. Wherever
-    oneDNN does not apply (gradients, autocast, `torch.compile`, exports, other devices, quantized weights, layers with
-    hooks), the layers compute as before. State dict, files and copies stay the same. [`ChatModel.load`] calls this on
-    a CPU; `torch.backends.mkldnn.flags(enabled=False)` around the call leaves a model as it is.
+    The GELU of the vision tower is fused with the product before it. float32 products use oneDNN if it is clearly
+    faster for single rows, which the first call measures in some milliseconds. Values agree except for the last bits.
+    If oneDNN does not apply (gradients, autocast, `torch.compile`, exports, other devices, quantized weights, layers
+    with hooks), the layers compute as before. State dict, files and copies stay the same. [`ChatModel.load`] calls
+    this function on a CPU. To leave a model unchanged, wrap the call in `torch.backends.mkldnn.flags(enabled=False)`.
 
     Args:
-        model: A model with its weights.
+        model: Model with its weights.
 
     Example:
         >>> from fusion_hf import FusionForConditionalGeneration, nano_path, use_onednn
@@ -43,7 +43,7 @@ def use_onednn(model: nn.Module) -> None:
     if platform.machine() not in PROCESSORS or not torch.backends.mkldnn.enabled:
         return
     for module in model.modules():
-        # exact types: a subclass computes something else
+        # exact types, because a subclass computes something else
         if type(module) is nn.Linear and _is_usual(module) and module.weight.numel() >= SMALLEST_WEIGHT:
             if module.weight.dtype == torch.float32 and _rows_are_faster(torch.get_num_threads()):
                 module.__class__ = OneDNNLinear
@@ -54,20 +54,20 @@ def use_onednn(model: nn.Module) -> None:
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer whose product oneDNN computes."""
+    """A linear layer whose product is computed by oneDNN."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
+        """Compute the layer for `(..., in_features)`. The result is `(..., out_features)`."""
         if input.dtype == torch.float32 and _applies(input, self):
             return _linear(input, self.weight, self.bias)
         return super().forward(input)
 
 
 class OneDNNSiglipMLP(SiglipMLP):
-    """A tower's MLP whose first product and GELU are one operation."""
+    """An MLP of the vision tower whose first product and GELU are one operation."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, N, Dv)` to the same."""
+        """Compute the MLP for `(B, N, Dv)`. The result has the same shape."""
         first = self.fc1
         if (
             isinstance(first, nn.Linear)
@@ -83,14 +83,14 @@ class OneDNNSiglipMLP(SiglipMLP):
 def _linear(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
 ) -> torch.Tensor:
-    """`(..., in)` by `(out, in)` to `(..., out)`; what torch.compile makes of a linear layer. `gelu`: of `GELUS`."""
+    """Multiply `(..., in)` by `(out, in)` to `(..., out)`, with the operator that torch.compile uses."""
     if gelu is None:
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "gelu", [], gelu)
 
 
 def _is_usual(layer: nn.Linear) -> bool:
-    """Whether a layer has plain weights (quantized and distributed ones are of other types) and computes with them."""
+    """Return whether a layer computes with plain weights, and not with quantized or distributed ones."""
     return (
         type(layer.weight) is nn.Parameter
         and type(layer) in (nn.Linear, OneDNNLinear)
@@ -99,23 +99,23 @@ def _is_usual(layer: nn.Linear) -> bool:
 
 
 def _is_unwatched(module: nn.Module) -> bool:
-    """Whether nobody waits for what goes into a module and comes out of it."""
+    """Return whether a module has no hooks on its inputs and outputs."""
     return not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _applies(rows: torch.Tensor, layer: nn.Linear) -> bool:
-    """Whether oneDNN may compute a product here and now."""
+    """Return whether oneDNN may compute a product now."""
     weight, bias = layer.weight, layer.bias
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and type(rows) is torch.Tensor  # no tensor of a tracer
+        and type(rows) is torch.Tensor  # not a tensor of a tracer
         and type(weight) is nn.Parameter
         and rows.device.type == weight.device.type == "cpu"
         and rows.dtype == weight.dtype
         and rows.dtype in TOLERANCE
         and weight.is_contiguous()
-        and (bias is None or bias.is_contiguous())  # the operator takes a bias for contiguous
+        and (bias is None or bias.is_contiguous())  # the operator assumes a contiguous bias
         and rows.dim() > 1
         and rows.numel() > 0
         and not torch.is_autocast_enabled("cpu")
@@ -125,7 +125,7 @@ def _applies(rows: torch.Tensor, layer: nn.Linear) -> bool:
 
 @cache
 def _rows_are_faster(threads: int) -> bool:
-    """Whether so many threads compute a single row of float32 clearly faster by oneDNN, and agree."""
+    """Return whether oneDNN computes a float32 row clearly faster with `threads` threads, and with the same values."""
     rows, weight, bias = trial_tensors(1, torch.float32)
 
     def usual() -> torch.Tensor:
@@ -139,7 +139,7 @@ def _rows_are_faster(threads: int) -> bool:
 
 @cache
 def _gelu_agrees() -> bool:
-    """Whether oneDNN's products with GELU are torch's."""
+    """Return whether oneDNN's products with GELU match torch's."""
     for dtype in TOLERANCE:
         rows, weight, bias = trial_tensors(1, dtype)
         product = nn.functional.linear(rows, weight, bias)
@@ -150,7 +150,7 @@ def _gelu_agrees() -> bool:
 
 
 def _agree(usual: Computation, by_onednn: Computation) -> bool:
-    """Whether torch has the operator, which is not public, with these arguments, and it gives the usual values."""
+    """Return whether torch has the private operator with these arguments, and it gives the usual values."""
     expected = usual()
     try:
         found = by_onednn()

@@ -1,7 +1,7 @@
-"""What this CPU computes faster, measured in milliseconds, once in a process.
+"""Trials of what this CPU computes faster. They take milliseconds, once per process.
 
-Names of processors and of their instructions do not say it: of two CPUs with the same instructions for bfloat16, one
-multiplies twice as fast in it as in float32, the other half as fast.
+The names of a processor and of its instructions do not tell which is faster. Of two CPUs with the
+same bfloat16 instructions, one multiplies twice as fast in bfloat16 as in float32, and the other half as fast.
 """
 
 import time
@@ -12,24 +12,28 @@ import torch
 from torch import nn
 
 TRIALS = 5
-IN_FEATURES, OUT_FEATURES = 1024, 2048  # 8 MiB in float32: more than a core's own caches
+IN_FEATURES, OUT_FEATURES = 1024, 2048  # 8 MiB in float32, more than the caches of one core
 MANY_ROWS = 128
-CLEARLY_FASTER = 0.8  # of the other time: noise must not make the same machine decide otherwise
+CLEARLY_FASTER = 0.8  # ratio of times: noise must not change the decision on the same machine
 NOT_SLOWER = 1.2
 
 Computation = Callable[[], torch.Tensor]
 
 
 def compare_times(first: Computation, second: Computation) -> float:
-    """Divide the shortest time of `first` by that of `second`, of alternating calls."""
-    first(), second()  # what only first calls do
+    """Return the shortest time of `first`, divided by that of `second`, over alternating calls."""
+    first(), second()  # warm-up
     times = [(_seconds(first), _seconds(second)) for _ in range(TRIALS)]
     return min(time for time, _ in times) / min(time for _, time in times)
 
 
 def trial_tensors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Make what a linear layer multiplies, with results between -4 and 4 and without a draw from torch's generator.
+    Create the inputs of a linear layer, with results from -4 to 4, without using torch's random generator.
+
+    Args:
+        rows: Number of rows.
+        dtype: Dtype of all tensors.
 
     Returns:
         Rows `(rows, in)`, a weight `(out, in)` and a bias `(out,)`.
@@ -40,7 +44,7 @@ def trial_tensors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 
 
 def is_bfloat16_faster() -> bool:
-    """Find out whether this CPU computes prompts clearly faster in bfloat16 than in float32, and tokens not slower."""
+    """Return whether this CPU processes prompts clearly faster in bfloat16 than in float32, and tokens no slower."""
     return _is_bfloat16_faster(torch.get_num_threads())
 
 
@@ -59,7 +63,7 @@ def _linear(rows: int, dtype: torch.dtype) -> Computation:
 
 
 def _seconds(function: Computation) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call in seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

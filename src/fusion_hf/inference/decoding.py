@@ -1,4 +1,4 @@
-"""The loop of `generate` for compiled steps: a GPU begins the next step before anybody has read the last one.
+"""The loop of `generate` for compiled steps. A GPU begins the next step before the last one has been read.
 
 Shapes: B batch, S ids so far.
 """
@@ -16,10 +16,10 @@ from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 
 class Reports:
     """
-    What steps tell, on the CPU.
+    Results of steps, copied to the CPU.
 
-    A reader waits for a device, and the device then waits for what the reader sends next. So the reader stays `delay`
-    steps behind.
+    Reading a result waits for the device, and the device then waits for the next step. The reader therefore stays
+    `delay` steps behind.
     """
 
     def __init__(self, delay: int):
@@ -30,7 +30,7 @@ class Reports:
         return len(self._sent)
 
     def send(self, report: torch.Tensor) -> None:
-        """Copy a report without waiting for it."""
+        """Copy a report to the CPU without waiting for it."""
         event = None
         copied = report.to("cpu", non_blocking=True)
         if report.device.type != "cpu":
@@ -39,7 +39,7 @@ class Reports:
         self._sent.append((copied, event))
 
     def receive(self, all_of_them: bool = False) -> Iterator[torch.Tensor]:
-        """The reports that are due."""
+        """Yield the reports that are due."""
         while len(self._sent) > (0 if all_of_them else self.delay):
             report, event = self._sent.popleft()
             if event is not None:
@@ -48,7 +48,7 @@ class Reports:
 
 
 def delay_of(device: torch.device) -> int:
-    """One step where steps run by themselves; on a CPU it would be computed in vain at each answer's end."""
+    """Return 1 on a GPU, whose steps run asynchronously, and 0 on a CPU, which would waste a step per answer."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -62,14 +62,16 @@ def decode_ahead(
     **model_kwargs: Any,
 ) -> torch.Tensor:
     """
-    Decode as `generate` does, greedily or by sampling, with an empty static cache: it is a `custom_generate`.
+    Decode as `generate` does, greedily or by sampling, with an empty static cache. Use it as `custom_generate`.
 
-    The loop of transformers asks after each step whether all rows have ended, and only then begins the next one.
+    The loop of transformers checks after each step whether all rows have ended, and only then begins the next step.
 
     Args:
-        input_ids: prompts `(B, S)`.
-        streamer: gets the tokens; the prompt it has got from `generate`.
-        model_kwargs: what `generate` has prepared for the model.
+        model: The model.
+        input_ids: Prompts `(B, S)`.
+        logits_processor, stopping_criteria, generation_config: Arguments that `generate` passes.
+        streamer: Streamer that receives the new tokens. `generate` has passed the prompt to it.
+        model_kwargs: Arguments that `generate` has prepared for the model.
 
     Returns:
         Prompts and answers `(B, S + n)`.
@@ -85,7 +87,7 @@ def decode_ahead(
     outputs = model(**prompt, return_dict=True)
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        # a copy: the next step of a CUDA graph writes over this one's logits
+        # a copy, because the next step of a CUDA graph overwrites the logits of this one
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)  # (B, vocabulary)
         del outputs
         scores = logits_processor(input_ids, logits)
@@ -110,11 +112,11 @@ def decode_ahead(
         outputs = step(**following, return_dict=True)
     if streamer is not None:
         streamer.end()
-    return input_ids[:, : input_ids.shape[1] - len(reports)]  # without what was computed in vain
+    return input_ids[:, : input_ids.shape[1] - len(reports)]  # without steps after the end
 
 
 def _padding(generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList) -> int | None:
-    """The id behind a row's end, as in transformers; None if rows have no end of their own."""
+    """Return the id that follows a row's end, as in transformers. None means that rows do not end on their own."""
     if not any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria):
         return None
     if generation_config.pad_token_id is not None:

@@ -1,4 +1,4 @@
-"""What tells two states of a model apart in which the tiles of an image have different features."""
+"""The state of a model on which the features of an image's tiles depend."""
 
 import sys
 from collections.abc import Hashable, Iterator
@@ -17,18 +17,24 @@ PEFT_LAYERS = "peft.tuners.tuners_utils"  # imported by whoever adds adapters
 @dataclass(frozen=True)
 class EncoderState:
     """
-    The weights of tower and projector, their adapters, and how pixels are made of images. Two are equal only if
-    nothing of these was replaced, moved or written to between them.
+    The weights of the tower and the projector, their adapters, and the settings of the image processor. Two states are
+    equal only if none of these was replaced, moved or written to in between.
 
-    What writes to `weight.data` leaves no trace in a tensor, so that it is not seen here; merging an adapter is.
+    Writing to `weight.data` leaves no trace in a tensor, so it is not detected. Merging an adapter is.
     """
 
     values: tuple[Hashable, ...]
-    tensors: tuple[torch.Tensor, ...] = field(compare=False, repr=False)  # kept: no others can get their ids
+    tensors: tuple[torch.Tensor, ...] = field(compare=False, repr=False)  # kept so that their ids are not reused
 
     @classmethod
     def of(cls, model: FusionForConditionalGeneration, processor: FusionProcessor) -> "EncoderState":
-        """Read the state of a model and of its processor as they are now."""
+        """
+        Read the current state of a model and its processor.
+
+        Args:
+            model: The model.
+            processor: Its processor.
+        """
         parts = (model.model.vision_tower, model.model.vision_projector)
         tensors = [
             stored
@@ -43,13 +49,13 @@ class EncoderState:
 
 
 def _identity(tensor: torch.Tensor) -> Hashable:
-    """Changes when a tensor is another one, lies elsewhere, or was written to."""
-    version = None if tensor.is_inference() else tensor._version  # inference tensors count no writes
+    """Return a value that changes if a tensor is replaced, moved or written to."""
+    version = None if tensor.is_inference() else tensor._version  # inference tensors do not count writes
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def _adapters(part: nn.Module) -> Iterator[Hashable]:
-    """Which adapters of its layers are in use, merged, and how much they weigh."""
+    """Yield which adapters of the layers are active and merged, and their scaling."""
     if PEFT_LAYERS not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer

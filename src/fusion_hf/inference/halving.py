@@ -1,4 +1,4 @@
-"""Batches that become smaller when they exceed the memory of a GPU."""
+"""Batches that are halved when they exceed the memory of a GPU."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,17 +14,18 @@ def run_halving(
     batches: Iterable[list[Item]], run: Callable[[list[Item]], Output], refuse: Callable[[list[Item], str], Output]
 ) -> Iterator[Output]:
     """
-    Run batches one after the other, in halves from the first one on that exceeds the memory of a GPU.
+    Run batches one after another. If a batch exceeds the memory of a GPU, it and all later ones are halved.
 
     Args:
-        batches: None of them is empty.
-        run: Makes an output of a batch.
-        refuse: Makes an output of a batch of one item that needs too much memory by itself, and of the reason.
+        batches: Batches, none of which is empty.
+        run: Function that returns the output of a batch.
+        refuse: Function that returns the output of a batch with a single item that exceeds the memory, from the batch
+            and the reason.
 
     Yields:
         Outputs, in the order of the items.
     """
-    largest: int | None = None  # what batches are cut to, once one was too large
+    largest: int | None = None  # maximum batch size, once a batch was too large
     for whole in batches:
         pending = deque([whole])
         while pending:
@@ -39,7 +40,7 @@ def run_halving(
             else:
                 yield output
                 continue
-            torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
+            torch.cuda.empty_cache()  # outside of the handler, because the traceback keeps the tensors alive
             if len(batch) > 1:
                 largest = len(batch) // 2
                 pending.appendleft(batch)

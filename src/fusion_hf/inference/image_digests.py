@@ -1,4 +1,4 @@
-"""Digests of images' pixels, by which an image that was shown before is known again; no client finds two alike."""
+"""Digests of the pixels of images, which identify images. Clients cannot construct two images with equal digests."""
 
 import hashlib
 
@@ -9,14 +9,14 @@ from fusion_hf.model.image_opening_fusion import UPRIGHT, read_orientation
 
 
 def digest_pixels(pixels: np.ndarray) -> str:
-    """Digest an image's values with their type and shape."""
+    """Return the digest of an image's values, type and shape."""
     digest = hashlib.sha256(f"{pixels.dtype.str} {pixels.shape} ".encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
 def hash_image(image: Image.Image) -> str:
-    """Hash an image's pixels, whatever file they came from, and how it is to be turned."""
+    """Return the digest of an image's pixels and its orientation, whatever file they came from."""
     orientation = read_orientation(image)
     turned = "" if orientation == UPRIGHT else f" {orientation}"
     return hashlib.sha256(f"{image.mode} {image.size}{turned}".encode() + image.tobytes()).hexdigest()

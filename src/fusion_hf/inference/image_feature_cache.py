@@ -1,17 +1,17 @@
-"""A cache of images' features for further questions; imports nothing heavy: the command line shows its size."""
+"""A cache of image features for further questions. It imports nothing large: the command line shows its size."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-# of features that a model keeps: with 36 latent tokens in 16 bits, 93 images for FUSION 3B, 75 for 8B
+# Default size of the cache: with 36 latent tokens in 16 bits, 93 images for FUSION 3B, and 75 for 8B.
 IMAGE_CACHE_BYTES = 2**28
-ENTRY_BYTES = 2**12  # of an entry beside its features: otherwise a client could fill the memory with tiny ones
+ENTRY_BYTES = 2**12  # size of an entry besides its features, so that clients cannot fill the memory with tiny entries
 
 
 class HasSize(Protocol):
-    """What can be kept: its size in bytes is known."""
+    """An object with a known size in bytes."""
 
     @property
     def nbytes(self) -> int: ...
@@ -22,25 +22,25 @@ Features = TypeVar("Features", bound=HasSize)
 
 class ImageFeatureCache(Generic[Features]):
     """
-    Keep features of the images that were asked about last: tiles take four fifths of an image's time.
+    A cache of the features of the images that were used last. Encoding tiles takes four fifths of an image's time.
 
-    Threads may share it. The features lie where they were made, on the model's device.
+    Threads may share the cache. The features stay on the device of the model.
 
     Args:
-        limit: Bytes of all features together; those that were used longest ago go first, and what is larger by itself
-            is not kept. 0: nothing is.
+        limit: Maximum size of all features in bytes. The least recently used features are removed first, and features
+            that exceed the limit on their own are not kept. 0 disables the cache.
     """
 
     def __init__(self, limit: int = IMAGE_CACHE_BYTES):
         self.limit = limit
         self._entries: OrderedDict[Hashable, Features] = OrderedDict()
         self._nbytes = 0
-        self._state: object = None  # of what made the entries
+        self._state: object = None  # state of the encoder that computed the entries
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all entries, `ENTRY_BYTES` of each included."""
+        """Size of all entries in bytes, including `ENTRY_BYTES` for each."""
         return self._nbytes
 
     def __len__(self) -> int:
@@ -53,12 +53,12 @@ class ImageFeatureCache(Generic[Features]):
         Get the features of several images.
 
         Args:
-            keys: Of the images; equal ones have equal features.
-            encode: Makes features of the images whose indices in `keys` it is given, all at once.
-            state: Of what encodes; features that were made in another state are forgotten.
+            keys: Keys of the images. Equal keys have equal features.
+            encode: Function that computes the features of all images with the given indices in `keys`.
+            state: State of the encoder. Features from another state are removed.
 
         Returns:
-            The features of each key.
+            The features for each key.
         """
         with self._lock:
             if state != self._state:
@@ -68,7 +68,7 @@ class ImageFeatureCache(Generic[Features]):
             for key in found:
                 self._entries.move_to_end(key)
         missing = {key: index for index, key in enumerate(keys) if key not in found}
-        if missing:  # without the lock: that takes long
+        if missing:  # without the lock, because encoding takes long
             made = dict(zip(missing, encode(list(missing.values())), strict=True))
             with self._lock:
                 if state == self._state:
@@ -77,7 +77,7 @@ class ImageFeatureCache(Generic[Features]):
         return [found[key] for key in keys]
 
     def clear(self) -> None:
-        """Forget all features."""
+        """Remove all features."""
         with self._lock:
             self._forget()
 

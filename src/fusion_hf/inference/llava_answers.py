@@ -1,4 +1,4 @@
-"""Answers in the layout of LLaVA's `answers.jsonl`, which its evaluation scripts read."""
+"""Answers in the format of LLaVA's `answers.jsonl`, which its evaluation scripts read."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +12,14 @@ from fusion_hf.model.chat_fusion import IMAGE_TOKEN
 
 def llava_answers(entries: Sequence[Entry], model_id: str) -> Callable[[int, Result], dict[str, Any]]:
     """
-    What makes a line of `answers.jsonl` of a record's index and result.
+    Return a function that converts a record's index and result to a line of `answers.jsonl`.
 
-    Where LLaVA draws `answer_id`, it follows from model, record and answer here, so that the same run writes the same
-    file. A record without an answer has an empty `text`, and its error in `metadata`.
+    LLaVA draws `answer_id` at random. Here it follows from model, record and answer, so that equal runs write equal
+    files. A record without an answer has an empty `text`, and its error is in `metadata`.
+
+    Args:
+        entries: Records of the run.
+        model_id: Name of the model.
     """
 
     def convert(index: int, result: Result) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def llava_answers(entries: Sequence[Entry], model_id: str) -> Callable[[int, Res
 
 
 def _prompt(entry: Entry) -> str:
-    """The question of a record, without marks; empty where none can be read."""
+    """Return the question of a record without marks, or an empty text if it cannot be read."""
     try:
         question = parse_question(entry, "")
     except RecordProblem:

@@ -1,6 +1,6 @@
-"""Loading a model with its processor from a folder, and a refusal of one that is not complete.
+"""Loading a complete model with its processor from a folder.
 
-Whose model it is does not matter: the classes are this package's own, and no code of a model folder is ever run.
+The classes are always those of this package. No code in a model folder is ever run.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ BITS = (8, 4)  # that bitsandbytes quantizes to
 
 
 class LoadedModel(NamedTuple):
-    """A model and its processor, as they are in their folder."""
+    """A model and its processor as stored in their folder."""
 
     model: FusionForConditionalGeneration
     processor: FusionProcessor
@@ -33,8 +33,11 @@ def load_config(folder: Path) -> FusionConfig:
     """
     Load the configuration in a model folder.
 
+    Args:
+        folder: Model folder.
+
     Raises:
-        InputError: If it cannot be read.
+        InputError: If the configuration cannot be read.
     """
     with _name_folder(folder):
         return FusionConfig.from_pretrained(folder)
@@ -45,18 +48,20 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
     Load the model and the processor in a folder.
 
     Args:
-        folder: The model folder.
-        dtype: Of the weights.
-        options: Further arguments of `from_pretrained` of the model, such as `config` and `quantization_config`.
+        folder: Model folder.
+        dtype: Dtype of the weights.
+        options: Further arguments of the model's `from_pretrained`, such as `config` and `quantization_config`.
+
+    Returns:
+        The model and its processor.
 
     Raises:
-        InputError: If they cannot be read, or if weights are missing: those would be random numbers, and so would
-            the answers.
+        InputError: If the files cannot be read, or if weights are missing. Missing weights would be random.
     """
     if not (folder / TOKENIZER_FILE).is_file():
         raise InputError(
-            f"The model {folder} has no {TOKENIZER_FILE} and cannot read questions. Copy it there, or convert the "
-            "checkpoint with fusion-hf convert --tokenizer DIR_OR_REPO."
+            f"The model {folder} has no {TOKENIZER_FILE}, so it cannot read questions. Copy that file there, or "
+            "convert the checkpoint with `fusion-hf convert --tokenizer DIR_OR_REPO`."
         )
     with _name_folder(folder):
         processor = FusionProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -65,7 +70,7 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
         )
     absent = sorted(info["missing_keys"])
     if absent:
-        raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}; copy them again.")
+        raise InputError(f"The weights in {folder} lack {len(absent)} tensors, such as {absent[0]}. Copy them again.")
     return LoadedModel(model, processor)
 
 
@@ -76,10 +81,10 @@ def quantization_config(
     Make the configuration that quantizes the language model's layers with bitsandbytes while they are loaded.
 
     Args:
-        config: The model's, which must not be quantized already.
+        config: Configuration of the model, which must not be quantized already.
         bits: 8 or 4 (nf4).
-        device: What the model is to run on.
-        dtype: What layers of 4 bits compute in.
+        device: Device on which the model will run.
+        dtype: Dtype in which 4-bit layers compute.
 
     Raises:
         InputError: If bitsandbytes is missing or does not support the device, or if the model is quantized already.
@@ -100,7 +105,7 @@ def quantization_config(
 
 @contextmanager
 def _name_folder(folder: Path) -> Iterator[None]:
-    """Make an `InputError` of what the folder's files make the libraries raise."""
+    """Convert the errors that the files of a folder cause in the libraries to an [`InputError`]."""
     try:
         yield
     except InputError:

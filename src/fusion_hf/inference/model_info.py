@@ -1,4 +1,4 @@
-"""What is known of a loaded model: of which answers and figures it is, for records and for who asks it as a server."""
+"""Identity of a loaded model, for records of answers and figures, and for clients of a server."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fusion_hf.inference.chat_model import ChatModel
     from fusion_hf.model.configuration_fusion import TokenBudget
 
-# fields of a model that a server lists; the last one is OpenAI's, of answers
+# fields of a model that a server lists; the last one is OpenAI's, in answers
 INFO, MAX_LENGTH, FINGERPRINT = "fusion", "max_model_len", "system_fingerprint"
 NUMBERS = ("query_len", "image_token_grid", "max_length")
 
@@ -17,11 +17,14 @@ NUMBERS = ("query_len", "image_token_grid", "max_length")
 @dataclass(frozen=True)
 class ModelInfo:
     """
-    revision: changes with the model's configuration, template and weights.
-    dtype, device: of its weights.
-    query_len, image_token_grid: of questions that say nothing about it.
-    max_length: tokens that it can read and write together.
-    published: the published model whose sizes it has, if any.
+    Identity of a loaded model.
+
+    Attributes:
+        revision: Changes with the model's configuration, template and weights.
+        dtype, device: Dtype and device of its weights.
+        query_len, image_token_grid: Token counts of questions that do not choose their own.
+        max_length: Maximum number of tokens of a prompt and its answer together.
+        published: Name of the published model with the same sizes, if there is one.
     """
 
     revision: str
@@ -34,13 +37,19 @@ class ModelInfo:
 
     @property
     def fingerprint(self) -> str:
-        """What answers depend on, for each of them."""
+        """Text that identifies the settings on which answers depend."""
         return f"{self.revision} {self.dtype} {self.query_len} {self.image_token_grid}"
 
     @classmethod
     def of(cls, chat_model: "ChatModel", budget: "TokenBudget") -> "ModelInfo":
-        """Of a loaded model."""
-        # those who read a record need no torch
+        """
+        Describe a loaded model.
+
+        Args:
+            chat_model: The model.
+            budget: Token counts of questions that do not choose their own.
+        """
+        # imported here, because reading a record does not need torch
         from fusion_hf.hub.family import find_member
         from fusion_hf.inference.batching import digest_model
 
@@ -57,7 +66,7 @@ class ModelInfo:
 
     @classmethod
     def read(cls, content: Any) -> "ModelInfo | None":
-        """Read what `write` gave; None for anything else."""
+        """Read what `write` returned. Return None for anything else."""
         names = cls.__dataclass_fields__
         if not isinstance(content, dict) or not names.keys() <= content.keys():
             return None
@@ -67,5 +76,5 @@ class ModelInfo:
         return cls(**known) if fitting and isinstance(known["published"], (str, type(None))) else None
 
     def write(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to a JSON object."""
         return asdict(self)

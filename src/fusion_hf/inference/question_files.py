@@ -1,4 +1,4 @@
-"""Records that ask something: their shapes, the file they come from, and what tells two sets of them apart."""
+"""Records with questions: their formats, their file, and a digest of a set of them."""
 
 import codecs
 import hashlib
@@ -27,15 +27,16 @@ from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import load_image
 
 QUESTION_KEYS = ("question", "messages", "conversations")
-# of LLaVA's `question.jsonl`; read where a record has none of ours, since other files have other texts there
+# keys of LLaVA's `question.jsonl`, read only if a record has none of ours, because other files use them for other
+# texts
 LLAVA_QUESTION, LLAVA_ID = "text", "question_id"
-IN_MEMORY = "<image in memory>"  # stands for a PIL image while a record's shape is checked
+IN_MEMORY = "<image in memory>"  # stands for a PIL image while the format of a record is checked
 
 Records: TypeAlias = Iterable[dict[str, Any]] | str | os.PathLike[str]
 
 
 class Entry(NamedTuple):
-    """A record as it was given; `line` in its file, or None."""
+    """A record as it was given, and the number of its line in a file, or None."""
 
     raw: Raw
     line: int | None
@@ -43,14 +44,19 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A conversation that ends with a question; `image` is a path, an http(s) address, bytes or an image."""
+    """A conversation that ends with a question. `image` is a path, an http(s) URL, bytes or an image."""
 
     id: str | int
     messages: Messages
     image: str | bytes | Image.Image | None
 
     def with_image(self, block: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The chat messages; an image block, if one is given, is in the questions with a mark, or in the first one."""
+        """
+        Return the chat messages with an image block in the questions with a mark, or in the first question.
+
+        Args:
+            block: Image block, or None for messages without an image.
+        """
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
         if block is not None:
             questions = [message for message in messages if message["role"] == "user"]
@@ -63,11 +69,16 @@ class Question:
 
 def read_entries(records: Records) -> tuple[list[Entry], Path]:
     """
-    Records and the folder that their paths are relative to: the one of the JSONL file, or the current one. Empty lines
-    are none.
+    Read records from a JSONL file or an iterable. Empty lines are skipped.
+
+    Args:
+        records: Path of a JSONL file, or records.
+
+    Returns:
+        The records, and the folder that is the root of their relative paths: that of the file, or the current one.
 
     Raises:
-        InputError: if there is no such file, or nothing in it.
+        InputError: If the file cannot be read or is empty.
     """
     if not isinstance(records, (str, os.PathLike)):
         return [Entry(record, None) for record in records], Path()
@@ -75,20 +86,27 @@ def read_entries(records: Records) -> tuple[list[Entry], Path]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"The records {path} cannot be read ({error.strerror}).") from error
+        raise InputError(f"The records in {path} cannot be read ({error.strerror}).") from error
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     entries = [Entry(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not entries:
-        raise InputError(f"The records {path} are empty; allowed: JSON Lines, a record per line.")
+        raise InputError(f"The records in {path} must be JSON Lines with one record per line, got an empty file.")
     return entries, path.parent
 
 
 def parse_question(entry: Entry, identity: str | int) -> Question:
     """
-    Parse the question of a record, which gets `identity` as its id.
+    Parse the question of a record.
+
+    Args:
+        entry: The record.
+        identity: Id for the question.
+
+    Returns:
+        The question.
 
     Raises:
-        RecordProblem: for what no image must be opened for.
+        RecordProblem: If the record has a problem that does not require opening its image.
     """
     fields = parse_json_object(entry.raw)
     images_in_memory: list[Image.Image] = []
@@ -99,11 +117,12 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
         fields, given = {**fields, "question": fields[LLAVA_QUESTION]}, ["question"]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise RecordProblem("shape", f"it has {found} of {', '.join(QUESTION_KEYS)}; allowed: one of them")
+        allowed = f"exactly one of {', '.join(QUESTION_KEYS)}"
+        raise RecordProblem("shape", f"it must have {allowed}, got {found}")
     if given == ["question"]:
         if not isinstance(fields["question"], str):
             kind = type(fields["question"]).__name__
-            raise RecordProblem("shape", f"question is {kind}; allowed: a text")
+            raise RecordProblem("shape", f"`question` must be text, got {kind}")
         fields = {**fields, "messages": [{"role": "user", "content": fields["question"]}]}
     turns, images = parse_turns(fields)
     check_images(turns, images)
@@ -112,17 +131,22 @@ def parse_question(entry: Entry, identity: str | int) -> Question:
     image = images[0] if images else None
     if image is not None and not isinstance(image, (str, bytes)):
         kind = type(image).__name__
-        raise RecordProblem("shape", f"image is {kind}; allowed: a path, an http(s) address, bytes or a PIL image")
+        raise RecordProblem("shape", f"`image` must be a path, an http(s) URL, bytes or a PIL image, got {kind}")
     if image == IN_MEMORY and images_in_memory:
         return Question(identity, messages, images_in_memory[0])
     return Question(identity, messages, image)
 
 
 def entry_id(entry: Entry, index: int) -> str | int:
-    """Return the record's own `id` or `question_id`; the index of a record without one, or in which none can be found.
+    """
+    Return the `id` or `question_id` of a record, or its index if it has none or cannot be parsed.
+
+    Args:
+        entry: The record.
+        index: Index of the record.
 
     Raises:
-        RecordProblem: if it is neither a text nor a whole number.
+        RecordProblem: If the id is neither text nor a whole number.
     """
     try:
         fields = parse_json_object(entry.raw)
@@ -132,13 +156,12 @@ def entry_id(entry: Entry, index: int) -> str | int:
     if identity is None:
         return index
     if not isinstance(identity, (str, int)) or isinstance(identity, bool):
-        allowed = "a text or a whole number"
-        raise RecordProblem("shape", f"id is {type(identity).__name__}; allowed: {allowed}")
+        raise RecordProblem("shape", f"`id` must be text or a whole number, got {type(identity).__name__}")
     return identity
 
 
 def digest_entries(entries: list[Entry]) -> str:
-    """Changes with any record, but not with the content of a file that one names."""
+    """Return a digest that changes with any record, but not with the content of files that records name."""
     digest = hashlib.sha256()
     for raw, _ in entries:
         content = raw if isinstance(raw, bytes) else json.dumps(raw, skipkeys=True, default=_describe).encode()
@@ -147,7 +170,7 @@ def digest_entries(entries: list[Entry]) -> str:
 
 
 def _describe(value: Any) -> str:
-    """What is no JSON: an image by its pixels or, if they are still to be read, by its file; bytes by a digest."""
+    """Describe a value that is not JSON: an image by its pixels or its unread file, and bytes by a digest."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if not isinstance(value, Image.Image):
@@ -157,12 +180,12 @@ def _describe(value: Any) -> str:
     try:
         load_image(value)
         return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    except ImageError:  # a broken one, which is reported when it is its turn
+    except ImageError:  # a broken image is reported when it is its turn
         return f"{value.mode} {value.size}"
 
 
 def _put_aside(value: Any, images: list[Image.Image]) -> Any:
-    """A copy with `IN_MEMORY` in place of PIL images, which go to `images`."""
+    """Copy a value with `IN_MEMORY` in place of PIL images, which are appended to `images`."""
     if isinstance(value, Image.Image):
         images.append(value)
         return IN_MEMORY
@@ -175,7 +198,7 @@ def _check_order(messages: Messages) -> None:
     roles = [message["role"] for message in messages]
     conversation = roles[1:] if roles[:1] == ["system"] else roles
     if conversation != [*["user", "assistant"] * (len(conversation) // 2), "user"]:
-        allowed = "user, or user, assistant, user, ...; a question is last"
-        raise RecordProblem("wrong order", f"its roles are {shown_roles(roles)}; allowed: {allowed}")
+        allowed = "user, or user, assistant, user, ... with a question at the end"
+        raise RecordProblem("wrong order", f"its roles must be {allowed}, got {shown_roles(roles)}")
     if not messages[-1]["content"].replace(IMAGE_TOKEN, "").strip():
         raise RecordProblem("empty conversation", "the question is empty")

@@ -1,4 +1,4 @@
-"""Sampled answers that do not depend on what is answered beside them."""
+"""Sampled answers that do not depend on the other answers in a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,10 +35,10 @@ def generate_keywords(rows: Sequence[SamplingOptions]) -> dict[str, Any]:
     Make the arguments of `generate` that choose the answers.
 
     Args:
-        rows: The options of each row of a batch, which differ at most in their seeds.
+        rows: Options of each row of a batch, which may differ only in their seeds.
 
     Returns:
-        Arguments without the length.
+        Keyword arguments of `generate`, without the length.
     """
     options = rows[0]
     keywords: dict[str, Any] = {"do_sample": False, "num_beams": options.num_beams}

@@ -1,4 +1,4 @@
-"""How an answer is chosen: the most likely one, by beam search, or sampled. Imports nothing heavy."""
+"""How an answer is chosen: the most likely one, by beam search, or sampled. This module imports nothing large."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +20,11 @@ class SamplingOptions:
     How an answer is chosen.
 
     Args:
-        temperature: 0 for the most likely answer; above 0, the answer is sampled from the probabilities after the
+        temperature: 0 for the most likely answer. Above 0, the answer is sampled from the probabilities after the
             logits are divided by this number.
         top_p: Sample only from the most likely tokens whose probabilities add up to this number.
-        seed: Where the random numbers begin. The same seed gives the same answer, whatever is answered beside it.
-        num_beams: Beams of a beam search; 1 for none.
+        seed: Seed of the random numbers. The same seed gives the same answer, whatever else is in the batch.
+        num_beams: Number of beams of a beam search. 1 means no beam search.
 
     Raises:
         InputError: If a value is out of range, or if values cannot be combined.
@@ -68,7 +68,7 @@ class SamplingOptions:
         return replace(self, seed=(self.seed + number) % (LARGEST_SEED + 1))
 
     def as_settings(self) -> dict[str, Any]:
-        """Return what the answers of a run depend on; nothing for the most likely answers."""
+        """Return the settings on which the answers of a run depend, none for the most likely answers."""
         if self.is_sampled:
             return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         return {} if self.num_beams == 1 else {"num_beams": self.num_beams}

@@ -1,4 +1,4 @@
-"""What the model looked at: attention of questions, latent tokens and answers, laid over the image."""
+"""Attention maps: attention from questions, latent tokens and answers to the image."""
 
 from fusion_hf.maps.attention import AttentionMaps, attention_maps
 from fusion_hf.maps.view import Maps, View, Word

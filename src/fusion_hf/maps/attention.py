@@ -1,4 +1,4 @@
-"""`attention_maps`: an answer, and what the model looked at for it."""
+"""`attention_maps`, which answers a question and returns the attention to the image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,20 +22,21 @@ MAX_NEW_TOKENS = 256
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """
-    Hold an answer and what the model looked at for it, as `attention_maps` returns it.
+    An answer and the attention to the image, as [`attention_maps`] returns it.
 
-    P patches per side, g side of the grid of image tokens, s * s latents, w window.
+    Shapes: P patches per side, g side of the grid of image tokens, s * s latent tokens, w window size, G groups of
+    layers.
 
     Attributes:
-        answer: the text, the same as without maps.
-        answer_ids: its tokens.
-        question: from each token of all questions to the patches of the overview, in the tower, `(G, T, P, P)`.
-            Layers whose question rows are uniform are left out. A row's sum is what is left beside the other question
-            tokens.
-        latents: from the latent tokens of each turn to the image, `(samplers, turns, s * w, s * w)`. Each latent token
-            sees a window, in which its weights sum to one.
-        answer_tokens: from where each token was chosen to the image tokens, in the language model, `(G, tokens, g,
-            g)`. A row's sum is the share of the image among all that was read.
+        answer: Text of the answer, which is the same as without maps.
+        answer_ids: Ids of its tokens.
+        question: Attention in the vision tower from each question token to the patches of the overview,
+            `(G, T, P, P)`. Layers in which question tokens attend uniformly are left out. A row does not sum to one,
+            because question tokens also attend to each other.
+        latents: Attention from the latent tokens of each turn to the image, `(samplers, turns, s * w, s * w)`. Each
+            latent token attends to a window, in which its weights sum to one.
+        answer_tokens: Attention in the language model to the image tokens, from the position at which each answer
+            token was chosen, `(G, tokens, g, g)`. The sum of a row is the share of the image among all tokens.
     """
 
     answer: str
@@ -45,7 +46,7 @@ class AttentionMaps:
     answer_tokens: Maps
 
     def kinds(self) -> dict[str, Maps]:
-        """Return all maps by name."""
+        """Return all maps by name: `question`, `latents` and `answer`."""
         return {"question": self.question, "latents": self.latents, "answer": self.answer_tokens}
 
 
@@ -62,21 +63,24 @@ def attention_maps(
     dtype: str = AUTO,
 ) -> AttentionMaps:
     """
-    Answer a question about an image, and tell where the model looked.
+    Answer a question about an image, and return the attention to the image.
 
-    Of each layer only the rows that are shown are kept, as a mean over heads and a sum over its group of layers.
+    For each layer, only these rows are kept, averaged over heads and summed over a group of layers.
 
     Args:
-        image: a file, an http(s) address or a PIL image.
-        question: the last question.
-        model: a [`ChatModel`], a model folder or a repository of the Hub; None: the bundled `fusion-nano`.
-        history: chat messages before the question, text only; the first user's gets the image.
-        max_new_tokens, query_len, image_token_grid: see [`ChatModel.answer`].
-        layer_groups: neighbouring layers are averaged in at most so many groups.
-        device, dtype: see [`ChatModel.load`]; not with a [`ChatModel`].
+        image: A file, an http(s) URL or a PIL image.
+        question: The last question.
+        model: A [`ChatModel`], a model folder or a repository of the Hub. Defaults to the bundled `fusion-nano`.
+        history: Chat messages before the question, with texts only. The first user message gets the image.
+        max_new_tokens, query_len, image_token_grid: See [`ChatModel.answer`].
+        layer_groups: Maximum number of groups of neighbouring layers, over which maps are averaged.
+        device, dtype: See [`ChatModel.load`]. Do not pass them with a [`ChatModel`].
+
+    Returns:
+        The answer and the maps.
 
     Raises:
-        InputError: for wrong arguments, or an image or model that cannot be read.
+        InputError: If an argument is invalid, or if the image or the model cannot be read.
 
     Example:
         >>> from fusion_hf import attention_maps
@@ -88,7 +92,7 @@ def attention_maps(
     """
     check_call(model, device, dtype, layer_groups=layer_groups, max_new_tokens=max_new_tokens)
     if not question.strip():
-        raise InputError("The question is empty; ask something.")
+        raise InputError(f"`question` must not be empty, got {question!r}.")
     chat_model = model if isinstance(model, ChatModel) else ChatModel.load(model, device, dtype)
     opened = chat_model.open_image(image)
     messages = _with_image([*history, question_message(question)], opened)
@@ -105,7 +109,7 @@ def _lay_on_image(
     recorder: AttentionRecorder,
     size: tuple[int, int],
 ) -> AttentionMaps:
-    """What was recorded while an answer was made, with the words and the places on an image of `size`."""
+    """Combine the recorded attention with the words and with the positions on an image of `size`."""
     question, latents, answer = (rows.float().numpy() for rows in recorder.rows())
     config, tokenizer = chat_model.model.config, chat_model.processor.tokenizer
     overview, tiles = (View.of(config, count, size) for count in (1, TILES_PER_SIDE))
@@ -122,7 +126,7 @@ def _lay_on_image(
 
 
 def _with_image(messages: list[dict[str, Any]], image: Image.Image) -> list[dict[str, Any]]:
-    """The messages with the image in the first user's, where every conversation has it."""
+    """Add the image to the first user message."""
     place = next(index for index, message in enumerate(messages) if message["role"] == "user")
     content = messages[place]["content"]
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,4 +1,4 @@
-"""Reads a few rows of attention while a model answers, whatever computes its attention, and keeps sums of them only.
+"""Recorder of attention rows while a model answers, for any attention implementation. It keeps only sums of rows.
 
 Shapes: P patches of a tile per side, N = P * P, T question tokens, R turns, q = s * s latent tokens, w window size,
 g side of the grid of image tokens, A new tokens, G groups of layers. The batch is one prompt.
@@ -20,24 +20,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_decoder import FusionSampler
 
-EAGER = "eager"  # the one implementation that is no entry of transformers' table, and that returns its weights
-_TABLE = threading.RLock()  # the table is the process's: one thread reads at a time
+EAGER = "eager"  # the only implementation that is not in transformers' table, and that returns its weights
+_TABLE = threading.RLock()  # the table belongs to the process, so only one thread records at a time
 
 
 class RecordedRows(NamedTuple):
-    """What was read: weights as they are, means over heads and, but for `latents`, over a group's layers."""
+    """Recorded attention weights, averaged over heads and, except for `latents`, over the layers of a group."""
 
-    question: torch.Tensor  # (G, T, P, P): of each question token, over the patches of the overview
-    latents: torch.Tensor  # (samplers, R, s * w, s * w): of all latent tokens, window beside window
-    answer: torch.Tensor  # (G, A, g, g): where each new token was chosen, over the image tokens
+    question: torch.Tensor  # (G, T, P, P): from each question token to the patches of the overview
+    latents: torch.Tensor  # (samplers, R, s * w, s * w): from all latent tokens to their windows, side by side
+    answer: torch.Tensor  # (G, A, g, g): from the position of each new token to the image tokens
 
 
-# how many queries and keys an attention has, and a function that gives rows of its weights, mean over heads
+# Arguments: the numbers of queries and keys, and a function that returns rows of the weights, averaged over heads.
 LayerRecorder = Callable[[int, int, Callable[[slice], torch.Tensor]], None]
 
 
 def split_layers(layers: range, groups: int) -> tuple[range, ...]:
-    """Neighbouring layers in at most `groups` groups of nearly equal size."""
+    """
+    Split layers into groups of neighbours with nearly equal sizes.
+
+    Args:
+        layers: Indices of the layers.
+        groups: Maximum number of groups.
+    """
     count = min(groups, len(layers))
     bounds = [layers.start + len(layers) * index // count for index in range(count + 1)]
     return tuple(range(begin, end) for begin, end in pairwise(bounds))
@@ -45,14 +51,14 @@ def split_layers(layers: range, groups: int) -> tuple[range, ...]:
 
 class AttentionRecorder:
     """
-    As a context, reads the attention of everything that `model` computes in this thread: one `generate` of one prompt.
+    A context manager that records the attention of one `generate` call for one prompt in this thread.
 
-    Nothing in the model changes. What other threads compute meanwhile is not read; another recorder waits.
+    The model is not changed. Computations of other threads are ignored. Another recorder waits until this one exits.
 
     Args:
-        model: any attention implementation.
-        input_ids: the prompt `(1, S)`.
-        layer_groups: most groups of layers of the tower, and of the language model.
+        model: Model with any attention implementation.
+        input_ids: Ids of the prompt `(1, S)`.
+        layer_groups: Maximum number of groups of layers, for the tower and for the language model.
     """
 
     def __init__(self, model: FusionForConditionalGeneration, input_ids: torch.Tensor, layer_groups: int):
@@ -60,7 +66,7 @@ class AttentionRecorder:
         self.window = config.window_size
         self.num_patches = config.num_patches_per_side**2
         self.image_places = (input_ids[0] == config.image_token_id).nonzero().flatten()  # (g * g)
-        # where early layers are uniform, all patches look alike to the question: there is nothing to read
+        # in uniform layers, question tokens attend equally to all patches, so there is nothing to record
         first = 0 if config.early_text_attention == "masked" else config.vision_early_layers
         self.tower_groups = split_layers(range(first, len(parts.vision_tower.layers)), layer_groups)
         self.language_groups = split_layers(range(len(parts.language_model.layers)), layer_groups)
@@ -82,7 +88,7 @@ class AttentionRecorder:
             layer: parts.language_model.layers[layer].vision_sampler for layer in sorted(config.sampler_layers)
         }
         self.sampler_layers = tuple(range(layer, layer + 1) for layer in self._samplers)
-        self._functions: set[str] = set()  # names of those that are to be replaced
+        self._functions: set[str] = set()  # names of the attention functions to replace
         self._eager: list[nn.Module] = []
         for part in (parts.vision_tower, parts.language_model):
             if part.config._attn_implementation == EAGER:
@@ -110,7 +116,7 @@ class AttentionRecorder:
         self._stack.close()
 
     def rows(self) -> RecordedRows:
-        """Return what was read so far; call it after the pass over a prompt with an image."""
+        """Return what has been recorded. Call it after the pass over a prompt with an image."""
         patches, grid = isqrt(self.num_patches), isqrt(len(self.image_places))
         question = [
             total.unflatten(-1, (patches, patches)) / len(layers)
@@ -134,10 +140,10 @@ class AttentionRecorder:
     def _read_tower(
         self, group: int, is_first: bool, queries: int, keys: int, weights: Callable[[slice], torch.Tensor]
     ) -> None:
-        if queries <= self.num_patches:  # tiles, which no question guides
+        if queries <= self.num_patches:  # tiles, which are not guided by a question
             return
         rows = weights(slice(self.num_patches, None))[:, : self.num_patches]  # (T, N)
-        # the first layer begins anew: a prompt may be read twice, as long RoPE does
+        # the first layer starts a new sum, because long RoPE processes a prompt twice
         total = None if is_first else self._question[group]
         self._question[group] = rows if total is None else total + rows.to(total.device)
 
@@ -145,8 +151,8 @@ class AttentionRecorder:
         self, group: int, layer: int, is_first: bool, queries: int, keys: int, weights: Callable[[slice], torch.Tensor]
     ) -> None:
         self._lengths[layer] = queries if queries > 1 else self._lengths[layer] + 1
-        row = weights(slice(-1, None))[0]  # (keys,): of the last token, which chooses the next one
-        # a cache of a sliding window has dropped the first keys
+        row = weights(slice(-1, None))[0]  # (keys,): of the last token, which predicts the next one
+        # the cache of a sliding window has dropped the first keys
         places = self.image_places.to(row.device) - max(self._lengths[layer] - keys, 0)
         seen = torch.where(places >= 0, row[places.clamp(min=0)], 0)
         if is_first:
@@ -165,7 +171,7 @@ class AttentionRecorder:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Stands for an attention function, and calls it."""
+        """Record attention and call the original attention function."""
         if module in self._recorders and self._is_here():
             options = (kwargs.get("scaling"), kwargs.get("sliding_window"))
             self._recorders[module](
@@ -174,7 +180,7 @@ class AttentionRecorder:
         return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     def _after_eager(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Eager attention returns its weights `(1, heads, queries, keys)`."""
+        """Record eager attention, which returns its weights `(1, heads, queries, keys)`."""
         if self._is_here():
             weights = output[1].detach()
             queries, keys = weights.shape[2:]
@@ -182,10 +188,10 @@ class AttentionRecorder:
 
     def _after_query(self, layer: int, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if self._is_here():
-            self._latents[layer] = output.detach()  # (1, R, q, D), until the keys are there
+            self._latents[layer] = output.detach()  # (1, R, q, D), until the keys are available
 
     def _after_key(self, layer: int, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        """Output: keys `(1, q, w * w, D)`."""
+        """Combine the recorded queries with the keys `(1, q, w * w, D)` in `output`."""
         if self._is_here():
             heads = self._samplers[layer].num_heads
             self._latents[layer] = window_weights(self._latents[layer], output.detach(), heads)
@@ -193,13 +199,13 @@ class AttentionRecorder:
 
 @contextmanager
 def _replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Another attention function under `name`."""
+    """Replace the attention function called `name`."""
     original = ALL_ATTENTION_FUNCTIONS[name]
     ALL_ATTENTION_FUNCTIONS[name] = function
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[name]  # which shows transformers' own entry again
+        del ALL_ATTENTION_FUNCTIONS[name]  # makes transformers' own entry visible again
         if ALL_ATTENTION_FUNCTIONS.get(name) is not original:
             ALL_ATTENTION_FUNCTIONS[name] = original
 
@@ -213,10 +219,20 @@ def mean_rows(
     rows: slice,
 ) -> torch.Tensor:
     """
-    Some rows `(rows, keys)` of the weights, mean over heads, of queries `(1, H, S, d)` and keys `(1, Hkv, K, d)`.
+    Compute some rows of attention weights, averaged over heads.
 
-    The mask is what attention functions of transformers are given: None, `(1, 1, S, K)` to be added or boolean,
-    `(1, K)` of keys, or flex attention's. A causal one that is left out hides nothing from the rows that are read.
+    Args:
+        query: Queries `(1, H, S, d)`.
+        key: Keys `(1, Hkv, K, d)`.
+        mask: Mask in any form that attention functions of transformers accept: None, additive or boolean
+            `(1, 1, S, K)`, a mask of the keys `(1, K)`, or that of flex attention. A causal mask may be omitted,
+            because it hides nothing from the requested rows.
+        scaling: Factor for the scores. Defaults to `d ** -0.5`.
+        sliding_window: Size of the sliding window, if there is one.
+        rows: The requested rows.
+
+    Returns:
+        The weights `(rows, keys)`.
     """
     groups = query.shape[1] // key.shape[1]
     chosen = query.detach()[:, :, rows]  # (1, H, r, d)
@@ -243,14 +259,24 @@ def mean_rows(
 
 
 def window_weights(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
-    """Where latent tokens `(1, R, q, D)` look in their windows, keys `(1, q, w * w, D)`: `(R, q, w * w)`."""
+    """
+    Compute the attention of latent tokens to their windows, averaged over heads.
+
+    Args:
+        query: Queries of the latent tokens `(1, R, q, D)`.
+        key: Keys of the windows `(1, q, w * w, D)`.
+        heads: Number of attention heads.
+
+    Returns:
+        The weights `(R, q, w * w)`.
+    """
     query, key = (x[0].unflatten(-1, (heads, -1)) for x in (query, key))  # (R, q, heads, d), (q, w * w, heads, d)
     scores = torch.einsum("rqhd,qwhd->hrqw", query, key).float() * query.shape[-1] ** -0.5
     return scores.softmax(-1).mean(0)
 
 
 def lay_out(weights: torch.Tensor, window: int) -> torch.Tensor:
-    """Return windows `(R, q, w * w)` where they are in the image: `(R, s * w, s * w)`."""
+    """Arrange the weights of windows `(R, q, w * w)` as they lie in the image: `(R, s * w, s * w)`."""
     side = isqrt(weights.shape[1])
     grid = weights.unflatten(2, (window, window)).unflatten(1, (side, side))  # (R, s, s, w, w)
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Maps drawn over their image, with matplotlib, which is imported when the first one is drawn."""
+"""Drawing of maps over their image with matplotlib, which is imported when the first map is drawn."""
 
 import re
 from pathlib import Path
@@ -13,24 +13,34 @@ from fusion_hf.maps.view import Maps, Word
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_SIDE = 512  # of a drawn image, in pixels
+LONGEST_SIDE = 512  # pixels of a drawn image
 PANEL = 3.0  # inches
 DPI = 100
 OPACITY = 0.65
 COLORS, WHITE = "inferno", 255
-LONGEST_NAME = 24  # characters of a word in a file's name
+LONGEST_NAME = 24  # characters of a word in a file name
 
 
 def check_matplotlib() -> None:
-    """Raise an `InputError` that names the extra if matplotlib is not installed."""
+    """Check that matplotlib is installed. Otherwise, raise an `InputError` that names the extra."""
     require(("matplotlib",), "Drawing maps", "maps")
 
 
 def draw_overlay(image: Image.Image, maps: Maps, word: Word, title: str = "") -> "Figure":
-    """Draw the image, and beside it one word's map of each group of layers over it; colours begin at zero.
+    """
+    Draw an image and, beside it, the maps of one word over the image, one for each group of layers.
+
+    Args:
+        image: The image.
+        maps: Maps of the image.
+        word: Word whose map is drawn.
+        title: Title of the figure.
+
+    Returns:
+        The figure. Its colours begin at zero.
 
     Raises:
-        InputError: if matplotlib is not installed.
+        InputError: If matplotlib is not installed.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -44,7 +54,7 @@ def draw_overlay(image: Image.Image, maps: Maps, word: Word, title: str = "") ->
     first.imshow(shown)
     first.set_axis_off()
     for axes, overlay, layers in zip(panels, overlays, maps.layers, strict=True):
-        axes.imshow(shown.convert("L"), cmap="gray", vmin=0, vmax=WHITE)  # its colours would mix with the map's
+        axes.imshow(shown.convert("L"), cmap="gray", vmin=0, vmax=WHITE)  # gray, so that only the map has colours
         drawn = axes.imshow(overlay, cmap=COLORS, vmin=0, alpha=OPACITY)
         axes.set_title(f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}")
         axes.set_axis_off()
@@ -54,10 +64,19 @@ def draw_overlay(image: Image.Image, maps: Maps, word: Word, title: str = "") ->
 
 
 def save_overlays(result: AttentionMaps, image: Image.Image, folder: Path) -> list[Path]:
-    """Save a PNG for each word of the question, each turn's latent tokens and each word of the answer.
+    """
+    Save a PNG file for each word of the question, the latent tokens of each turn, and each word of the answer.
+
+    Args:
+        result: The maps.
+        image: The image.
+        folder: Folder for the files, which is created if necessary.
+
+    Returns:
+        Paths of the files.
 
     Raises:
-        InputError: if matplotlib is not installed.
+        InputError: If matplotlib is not installed.
     """
     check_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Maps over an image: what their cells show, and the words that they belong to."""
+"""Maps over an image: positions of their cells, and the words to which they belong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from fusion_hf.model.configuration_fusion import FusionConfig
 
 class View(NamedTuple):
     """
-    How a grid of cells lies on an image, which is resized to a square without regard to its shape.
+    How a grid of cells lies on an image, which is resized to a square without keeping its aspect ratio.
 
-    tiles_per_side: 1 for the overview, 2 for the four tiles.
-    coverage: share of a tile's side that has patches; what is left at its right and lower edge is less than a patch.
-    width, height: of the image, in pixels.
+    Attributes:
+        tiles_per_side: 1 for the overview, 2 for the four tiles.
+        coverage: Share of a tile's side that is covered by patches. The rest at the right and lower edges is smaller
+            than a patch.
+        width, height: Size of the image in pixels.
     """
 
     tiles_per_side: int
@@ -26,23 +28,34 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, config: FusionConfig, tiles_per_side: int, size: tuple[int, int]) -> "View":
-        """Of an image of `size` (width, height), as a model sees it."""
+        """
+        Create the view that a model has of an image.
+
+        Args:
+            config: Configuration of the model.
+            tiles_per_side: 1 for the overview, 2 for the four tiles.
+            size: Width and height of the image in pixels.
+        """
         vision = config.vision_config
         return cls(tiles_per_side, config.num_patches_per_side * vision.patch_size / vision.image_size, *size)
 
     def resize(self, values: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
         """
-        Maps `(..., h, w)` at pixels `(..., H, W)`, bilinearly between the middles of cells; values stay as they are.
+        Resize maps to the pixels of the image, bilinearly between the centres of cells. Values are not rescaled.
 
         Args:
-            size: width and height; None: the image's.
+            values: Maps `(..., h, w)`.
+            size: Width and height of the result. Defaults to the size of the image.
+
+        Returns:
+            Maps `(..., H, W)`.
         """
         width, height = size or (self.width, self.height)
         rows, columns = self._weights(values.shape[-2], height), self._weights(values.shape[-1], width)
         return rows @ values @ columns.T
 
     def _weights(self, cells: int, pixels: int) -> np.ndarray:
-        """Weights of the cells at each pixel of a side, `(pixels, cells)`."""
+        """Compute the weights `(pixels, cells)` of the cells at each pixel along a side."""
         places = (np.arange(pixels) + 0.5) / pixels * self.tiles_per_side
         tiles = np.floor(places)
         inside = np.minimum((places - tiles) / self.coverage, 1)
@@ -56,7 +69,7 @@ class View(NamedTuple):
 
 
 class Word(NamedTuple):
-    """A word, and where its tokens are: rows `first` to before `end` of a `Maps`."""
+    """A word and its tokens, the rows from `first` to before `end` of a [`Maps`]."""
 
     text: str
     first: int
@@ -66,12 +79,13 @@ class Word(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Maps:
     """
-    Attention over an image.
+    Attention maps over an image.
 
-    values (`(G, R, h, w)`, float32): by group of layers and by row, a token or a turn.
-    layers: the layers of each group; `values` are means over them.
-    words: what the rows belong to.
-    view: how the cells lie on the image.
+    Attributes:
+        values: Maps `(G, R, h, w)` in float32, by group of layers and by row (a token or a turn).
+        layers: Layers of each group, over which `values` are averaged.
+        words: Words to which the rows belong.
+        view: Position of the cells on the image.
     """
 
     values: np.ndarray
@@ -80,16 +94,31 @@ class Maps:
     view: View
 
     def of_word(self, word: Word) -> np.ndarray:
-        """Return the mean over a word's tokens, `(G, h, w)`."""
+        """Return the mean map of a word's tokens, `(G, h, w)`."""
         return self.values[:, word.first : word.end].mean(1)
 
     def on_image(self, word: Word, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Return the same at the pixels of the image `(G, H, W)`, or of one of another size (width, height)."""
+        """
+        Return the map of a word at the pixels of the image.
+
+        Args:
+            word: The word.
+            size: Width and height of the result. Defaults to the size of the image.
+
+        Returns:
+            Maps `(G, H, W)`.
+        """
         return self.view.resize(self.of_word(word), size)
 
 
 def find_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[Word, ...]:
-    """Find the words of a text, with the tokens of each; special tokens belong to none."""
+    """
+    Find the words of a text and their tokens. Special tokens belong to no word.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        ids: Ids of the text.
+    """
     special = set(tokenizer.all_special_ids)
     bounds: list[list[int]] = []
     read: list[int] = []

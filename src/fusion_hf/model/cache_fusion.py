@@ -1,7 +1,7 @@
-"""Caches of keys and values that grow without copying what they hold.
+"""Key-value caches that grow without copying the cached tokens.
 
-transformers' own layers join all cached keys and values with those of each new token, which costs as much as reading
-a fifth of the weights once. Shapes: B batch, H heads, S cached tokens, N new ones, D numbers of a head.
+The layers of transformers concatenate all cached keys and values with those of each new token, which costs as much as
+reading a fifth of the weights once. Shapes: B batch, H heads, S cached tokens, N new tokens, D size of a head.
 """
 
 from typing import Any
@@ -10,21 +10,29 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 64  # tokens for which a layer has place before it is copied into a larger one
+ROOM = 64  # number of further tokens for which a layer allocates memory each time it grows
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer with room behind its last token. If its tensors are replaced, the next token gives it another room."""
+    """A cache layer with spare memory behind its last token. It allocates new memory if its tensors are replaced."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._rooms: tuple[torch.Tensor, ...] = ()  # keys and values (B, H, S + at most ROOM, D)
-        self._filled: tuple[torch.Tensor, ...] = ()  # the parts of both that `keys` and `values` are
+        self._filled: tuple[torch.Tensor, ...] = ()  # the views of both that `keys` and `values` refer to
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values `(B, H, N, D)` behind the cached ones, and return all of them `(B, H, S + N, D)`."""
+        """
+        Append keys and values to the cached ones.
+
+        Args:
+            key_states, value_states (`(B, H, N, D)`): Keys and values of the new tokens.
+
+        Returns:
+            All keys and all values, each `(B, H, S + N, D)`.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._append(key_states, value_states)
@@ -45,21 +53,21 @@ class RoomyLayer(DynamicLayer):
         return self._filled
 
     def _has_room(self, end: int) -> bool:
-        """Whether the tensors are still this layer's own parts of its room, with place for `end` tokens."""
+        """Return whether the tensors are still views of this layer's memory, with space for `end` tokens."""
         if not self._filled or self.keys is not self._filled[0] or self.values is not self._filled[1]:
-            return False  # a new layer, or one that was cropped, reordered, moved or repeated
+            return False  # a new layer, or a layer that was cropped, reordered, moved or repeated
         if self._rooms[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # tensors of inference mode cannot be written outside of it
         return end <= self._rooms[0].shape[-2]
 
 
 class RoomySlidingLayer(DynamicSlidingWindowLayer, RoomyLayer):
-    """The same of a layer with a sliding window, as long as the window is not full."""
+    """A [`RoomyLayer`] with a sliding window. Once the window is full, it behaves like the layer of transformers."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`RoomyLayer.update`]; a full window goes on as transformers has it."""
+        """Append keys and values, see [`RoomyLayer.update`]."""
         if self.record_past or self.cumulative_length + key_states.shape[-2] >= self.sliding_window:
             return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.cumulative_length += key_states.shape[-2]
@@ -67,7 +75,13 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer, RoomyLayer):
 
 
 def give_room(cache: Cache | None) -> None:
-    """Let an empty cache of transformers' own kind grow without copies; others stay as they are."""
+    """
+    Make an empty [`DynamicCache`] grow without copies.
+
+    Args:
+        cache ([`Cache`], *optional*): The cache, which is changed in place. Other kinds of caches, and caches that
+            hold tokens, are left as they are.
+    """
     if cache is None or type(cache) is not DynamicCache or cache.get_seq_length() > 0:
         return
     for index, layer in enumerate(cache.layers):

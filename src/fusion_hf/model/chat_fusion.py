@@ -1,4 +1,4 @@
-"""Chats as FUSION's backbones read them: chat formats, templates, what messages may hold.
+"""Chat formats of FUSION's backbones, their templates, and checks of messages.
 
 Source of the sequence: FUSION, arXiv 2504.09925, and its authors' code.
 """
@@ -11,13 +11,13 @@ from typing import Any
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, LATENT_TOKEN, VISION_START, VISION_END = "<image>", "<latent_image>", "<vision_start>", "<vision_end>"
 VISION_MARKS = (VISION_START, VISION_END, IMAGE_TOKEN, LATENT_TOKEN)
-BETWEEN_BLOCKS = 2  # most tokens between two blocks of one turn: <vision_end> and <vision_start>
-CONTROL_TOKEN = re.compile(r"<\|.*\|>", re.DOTALL)  # how they look where a backbone's are not called special
-# A record's further marks of its one image. The authors' code writes a block for each message with a mark.
+BETWEEN_BLOCKS = 2  # maximum number of tokens between two blocks of one turn: <vision_end> and <vision_start>
+CONTROL_TOKEN = re.compile(r"<\|.*\|>", re.DOTALL)  # control tokens that a backbone does not mark as special
+# Marks further mentions of a record's only image. The authors' code writes a block for each message with a mark.
 REPEATED = "repeated"
 MARKS = re.compile(f"{IMAGE_TOKEN}|(?:{LATENT_TOKEN})+")
 VISION_BLOCKS = re.compile(f"{VISION_START}(?:{IMAGE_TOKEN}|(?:{LATENT_TOKEN})*){VISION_END}|{MARKS.pattern}")
-# A code point that Unicode never assigns, put into text that looks like a special token so that it stays text.
+# A code point that Unicode never assigns. Inserted into text that looks like a special token, it keeps it plain text.
 BREAK = "\ufdd0"
 
 PHI3_SYSTEM = "You are a helpful AI assistant."
@@ -31,15 +31,15 @@ LLAMA3_SYSTEM = (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a family of backbones writes a conversation."""
+    """How a family of backbones formats a conversation."""
 
     system_header: str
     user_header: str
     assistant_header: str
-    turn_end: str  # the last token that the assistant must learn to write
+    turn_end: str  # the last token that the assistant must learn to generate
     separator: str  # between messages, after `turn_end`
-    system: str  # what FUSION says where the messages have no system message
-    # put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer
+    system: str  # system message of FUSION for conversations without one
+    # Put before a text that begins with a special token: the dummy prefix of the authors' slow Llama tokenizer.
     prompt_prefix: str = ""
 
     @property
@@ -50,23 +50,26 @@ class ChatFormat:
 
     @property
     def before_answer(self) -> str:
-        """What an answer alone is tokenized behind: a special token, after which Phi-3's swallows blanks."""
+        """The text before which a standalone answer is tokenized: a special token, after which Phi-3 drops blanks."""
         header = self.assistant_header.rstrip()
         return header if header.endswith("|>") else VISION_END
 
     def begins_with_answer(self, text: str) -> bool:
-        """Return whether a text begins with an answer and its end, as completions that trainers tokenize alone do."""
+        """Return whether a text begins with an answer and its end, like completions that trainers tokenize alone."""
         begin, end, _ = text.partition(self.turn_end)
         headers = (self.system_header, self.user_header, self.assistant_header)
         return bool(end) and not MARKS.search(begin) and not any(header in begin for header in headers)
 
     def write_template(self, query_len: int, begin: str = "") -> str:
         """
-        Write the Jinja template.
+        Write the Jinja template of this chat format.
 
         Args:
-            query_len (`int`): number of latent tokens per turn where a call names none.
-            begin (`str`): the token that the tokenizer puts before a text, since trainers tell it not to.
+            query_len (`int`): Number of latent tokens per turn for calls that do not pass their own.
+            begin (`str`): The token that the tokenizer puts before a text, since trainers disable it.
+
+        Returns:
+            `str`: The template.
         """
         parts = {name: getattr(self, name).replace("\n", "\\n") for name in self.__dataclass_fields__}
         return _TEMPLATE.format(query_len=query_len, begin=f"{{{{- '{begin}' -}}}}\n" if begin else "", **parts)
@@ -146,30 +149,32 @@ CHAT_FORMATS = {
 
 def check_messages(messages: Any, where: str = "") -> None:
     """
-    Check the form of one conversation.
+    Check the structure of one conversation.
 
     Args:
-        messages: of the conversation.
-        where (`str`): in front of a message's name in errors, to tell the conversations of a batch apart.
+        messages (`list[dict]`): Messages with a `role` and a `content`.
+        where (`str`): Prefix for the names of messages in errors, which tells the conversations of a batch apart.
 
     Raises:
-        ValueError: names the message and the block that FUSION cannot read.
+        ValueError: If FUSION cannot read a message. The error names the message and the block.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}messages must be a list of messages, got {messages!r}.")
+        raise ValueError(f"`{where}messages` must be a list of at least one message, got {messages!r}.")
     begins = 0
     for number, message in enumerate(messages):
         name = f"{where}messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise ValueError(f"{name} must have a role of {', '.join(map(repr, ROLES))}, got {role!r}.")
+            raise ValueError(f"`{name}.role` must be one of {', '.join(map(repr, ROLES))}, got {role!r}.")
         if number == 0 and role == "system":
             begins = 1
             expected = role
         else:
             expected = ("user", "assistant")[(number - begins) % 2]
         if role != expected:
-            raise ValueError(f"{name}.role must be {expected!r}, since users and assistants take turns, got {role!r}.")
+            raise ValueError(
+                f"`{name}.role` must be {expected!r} because users and assistants alternate, got {role!r}."
+            )
         _check_content(name, role, message.get("content"))
 
 
@@ -177,41 +182,42 @@ def _check_content(name: str, role: str, content: Any) -> None:
     if isinstance(content, str):
         return
     if not isinstance(content, list):
-        raise ValueError(f"{name}.content must be a string or a list of blocks, got {type(content).__name__}.")
+        raise ValueError(f"`{name}.content` must be a string or a list of blocks, got {type(content).__name__}.")
     allowed = ("text", "image", "image_url") if role == "user" else ("text",)
     for number, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
         if kind not in allowed:
             raise ValueError(
-                f"{name}.content[{number}] must have a type of {', '.join(map(repr, allowed))} in a message of "
+                f"`{name}.content[{number}].type` must be one of {', '.join(map(repr, allowed))} in a message with "
                 f"the role {role!r}, got {kind!r}."
             )
         if kind == "text" and not isinstance(block.get("text"), str):
-            raise ValueError(f"{name}.content[{number}].text must be a string, got {block.get('text')!r}.")
+            raise ValueError(f"`{name}.content[{number}].text` must be a string, got {block.get('text')!r}.")
         if kind == "image_url" and not isinstance(address_of(block), str):
-            raise ValueError(f"{name}.content[{number}].image_url must be an address, got {block.get('image_url')!r}.")
+            raise ValueError(f"`{name}.content[{number}].image_url` must be a URL, got {block.get('image_url')!r}.")
 
 
 def address_of(block: dict[str, Any]) -> Any:
-    """Return the address in OpenAI's `image_url` block."""
+    """Return the URL in an `image_url` block of the OpenAI API."""
     url = block.get("image_url")
     return url.get("url") if isinstance(url, dict) else url
 
 
 def require_question(messages: list[dict[str, Any]], where: str = "") -> None:
     """
-    Check that a conversation that is to be answered ends with a question.
+    Check that a conversation ends with a user message, so that the model can answer it.
 
     Args:
-        messages: see [`check_messages`], and `where` as well.
+        messages (`list[dict]`): Checked messages, see [`check_messages`].
+        where (`str`): Prefix for the names of messages in errors.
 
     Raises:
-        ValueError: names its last message.
+        ValueError: If the last message is not a user message.
     """
     last = messages[-1]["role"]
     if last != "user":
         raise ValueError(
-            f"{where}messages[{len(messages) - 1}].role must be 'user' with `add_generation_prompt=True`, "
+            f"`{where}messages[{len(messages) - 1}].role` must be 'user' with `add_generation_prompt=True`, "
             f"got {last!r}."
         )
 
@@ -220,51 +226,63 @@ def derive_chat_format(tokenizer: Any) -> str:
     """
     Find the chat format whose tokens a tokenizer knows.
 
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]): Tokenizer of the backbone.
+
     Returns:
-        A key of `CHAT_FORMATS`.
+        `str`: A key of `CHAT_FORMATS`.
 
     Raises:
-        ValueError: if it knows those of no format, or of several.
+        ValueError: If the tokenizer knows the tokens of no format or of several formats.
     """
     vocabulary = tokenizer.get_vocab()
     known = [name for name, chat_format in CHAT_FORMATS.items() if chat_format.tokens <= vocabulary.keys()]
     if len(known) != 1:
-        found = " and of ".join(map(repr, known)) if known else "no format"
+        found = f"the tokens of {' and of '.join(map(repr, known))}" if known else "the tokens of no chat format"
         raise ValueError(
-            f"`chat_format` is missing, and the tokenizer knows the tokens of {found}. Pass one of "
-            f"{', '.join(map(repr, CHAT_FORMATS))}."
+            f"`chat_format` must be one of {', '.join(map(repr, CHAT_FORMATS))}, got None. It cannot be derived, "
+            f"because the tokenizer knows {found}."
         )
     return known[0]
 
 
 def check_tokenizer(tokenizer: Any, chat_format: str) -> None:
     """
-    Check that a tokenizer knows what ends a turn, and FUSION's four marks.
+    Check that a tokenizer knows the end-of-turn token and FUSION's four special tokens.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]): Tokenizer to check.
+        chat_format (`str`): A key of `CHAT_FORMATS`.
 
     Raises:
-        ValueError: names the token that it does not know.
+        ValueError: If a token is missing. The error names the token.
     """
     vocabulary = tokenizer.get_vocab()
     if CHAT_FORMATS[chat_format].turn_end not in vocabulary:
         raise ValueError(
-            f"The tokenizer has no token {CHAT_FORMATS[chat_format].turn_end!r}, which ends a turn of the chat format "
+            f"The tokenizer has no token {CHAT_FORMATS[chat_format].turn_end!r}, which ends a turn in the chat format "
             f"{chat_format!r}."
         )
     for mark in VISION_MARKS:
         if mark not in vocabulary:
-            raise ValueError(f"The tokenizer has no token {mark!r}. Use the one in a FUSION model's folder.")
+            raise ValueError(
+                f"The tokenizer has no token {mark!r}. Use the tokenizer in the folder of a FUSION model."
+            )
 
 
 def find_control_tokens(tokenizer: Any, sanitize: bool = False) -> set[str]:
     """
-    Find the tokens that a text may not write: FUSION's marks, those of the chat formats and of the backbone.
+    Find the tokens that user text must not contain: the tokens of FUSION, of the chat formats and of the backbone.
 
-    Tokens that a user added, such as `<loc_1>`, are none of them: those behind the marks, which conversion adds last,
-    and before them those that are not special.
+    Tokens that a user added, such as `<loc_1>`, stay allowed. Conversion adds FUSION's tokens last, so added tokens
+    are those behind them, and those before them that are not special.
 
     Args:
-        tokenizer ([`PreTrainedTokenizerBase`]): with its added tokens.
-        sanitize (`bool`): all special tokens as well, whoever added them.
+        tokenizer ([`PreTrainedTokenizerBase`]): Tokenizer with its added tokens.
+        sanitize (`bool`): Whether to return all special tokens, including those that a user added.
+
+    Returns:
+        `set[str]`: The texts of the tokens.
     """
     added = tokenizer.added_tokens_decoder
     names = {*VISION_MARKS, *(token for chat_format in CHAT_FORMATS.values() for token in chat_format.tokens)}
@@ -281,11 +299,11 @@ def find_control_tokens(tokenizer: Any, sanitize: bool = False) -> set[str]:
 
 class TextProtector:
     """
-    Breaks up what a tokenizer would read as a control token, see [`find_control_tokens`], so that it stays text.
+    Breaks up text that a tokenizer would read as a control token (see [`find_control_tokens`]), so that it stays text.
 
     Args:
-        tokenizer ([`PreTrainedTokenizerBase`]): with its added tokens, which are read once.
-        sanitize (`bool`): protect all special tokens, whoever added them.
+        tokenizer ([`PreTrainedTokenizerBase`]): Tokenizer with its added tokens, which are read once.
+        sanitize (`bool`): Whether to protect against all special tokens, including those that a user added.
     """
 
     def __init__(self, tokenizer: Any, sanitize: bool = False):
@@ -293,17 +311,17 @@ class TextProtector:
         self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
     def protect(self, text: str) -> str:
-        """Break up the control tokens of a text that a user wrote."""
+        """Break up the control tokens in a text that a user wrote."""
         return self.break_up(text.replace(BREAK, ""))
 
     def break_up(self, text: str) -> str:
-        """Break up the control tokens of a text that may be protected already."""
+        """Break up the control tokens in a text that may already be protected."""
         while self.pattern.search(text):
             text = self.pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
         return text
 
     def protect_all(self, value: Any) -> Any:
-        """Protect each text in (nested) lists and dicts; everything else stays as it is."""
+        """Protect each text in (nested) lists and dicts. Other values are returned unchanged."""
         if isinstance(value, str):
             return self.protect(value)
         if isinstance(value, dict):
@@ -315,17 +333,17 @@ class TextProtector:
 
 def as_dicts(message: Any) -> Any:
     """
-    Turn a chat message, and the blocks in it, into dicts; images stay as they are.
+    Convert a chat message and its blocks to dicts. Images are returned unchanged.
 
-    Since 5.24 transformers takes dataclasses and pydantic models, such as the messages of the OpenAI package. As
-    there, a message's fields that are None are left out.
+    Since 5.24, transformers accepts dataclasses and pydantic models, such as the messages of the OpenAI package. As in
+    transformers, fields that are None are left out.
     """
     if isinstance(message, (list, tuple)):
         return [as_dicts(item) for item in message]
     if callable(getattr(message, "model_dump", None)):
         message = message.model_dump()
     elif is_dataclass(message) and not isinstance(message, type):
-        # not `dataclasses.asdict`, which would copy images
+        # `dataclasses.asdict` would copy the images.
         message = {field.name: getattr(message, field.name) for field in fields(message)}
     if not isinstance(message, Mapping):
         return message
@@ -334,18 +352,19 @@ def as_dicts(message: Any) -> Any:
 
 def prepare_messages(messages: Any, protector: TextProtector, where: str, keep_images: bool) -> list[dict[str, Any]]:
     """
-    Copy the messages of one conversation as lists of blocks, as the chat templates take them.
+    Copy the messages of one conversation as lists of blocks, the form that the chat templates expect.
 
     Args:
-        messages: see [`check_messages`], and `where` as well.
-        protector ([`TextProtector`]): for all texts that users wrote.
-        keep_images (`bool`): False leaves a block that only says where an image is.
+        messages (`list`): Messages of the conversation, see [`check_messages`].
+        protector ([`TextProtector`]): Protects all texts that users wrote.
+        where (`str`): Prefix for the names of messages in errors.
+        keep_images (`bool`): Whether to keep the images. If False, image blocks only mark where an image is.
 
     Returns:
-        Each message with one text, behind the image of its message.
+        `list[dict]`: The messages, each with its image, if it has one, and one text behind it.
 
     Raises:
-        ValueError: see [`check_messages`]; and for several images.
+        ValueError: If [`check_messages`] refuses the messages or if they have several images.
     """
     prepared, num_images = [], 0
     messages = as_dicts(messages)
@@ -357,24 +376,24 @@ def prepare_messages(messages: Any, protector: TextProtector, where: str, keep_i
         num_images += sum(not image.get(REPEATED) for image in images)
         if not keep_images:
             images = [{"type": "image"} for _ in images]
-        # joined before they are protected: two blocks could hold the halves of a mark
+        # Join before protecting, because two blocks could hold the halves of a special token.
         text = "".join(block["text"] for block in blocks if block["type"] == "text")
         text = protector.protect(text.strip() if images else text)
         others = {name: value for name, value in message.items() if name not in ("role", "content")}
         others = protector.protect_all(others)
         prepared.append({"role": message["role"], **others, "content": [*images, {"type": "text", "text": text}]})
     if num_images > 1:
-        raise ValueError(f"{where}messages has {num_images} images; FUSION reads 1.")
+        raise ValueError(f"`{where}messages` must have at most 1 image, got {num_images}.")
     return prepared
 
 
 def join_questions(messages: list[dict[str, Any]]) -> str:
-    """Return what a conversation asks, of prepared messages."""
+    """Return the questions of prepared messages as one text."""
     return "".join(message["content"][-1]["text"].strip() for message in messages if message["role"] == "user")
 
 
 def _as_image_block(block: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's `image_url` block, and one of datasets with `bytes` and `path`, as the ecosystem's `image` block."""
+    """Convert an `image_url` block of OpenAI, or a block of datasets with `bytes` and `path`, to an `image` block."""
     if block["type"] == "image_url":
         return {"type": "image", "url": address_of(block)}
     return {"type": "image", "image": block["bytes"]} if block.get("bytes") is not None else block

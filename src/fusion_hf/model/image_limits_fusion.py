@@ -1,4 +1,7 @@
-"""What an image's file may cost before PIL decodes it: its parts are counted and its decoder's time is estimated."""
+"""Limits on what decoding an image file may cost, checked before PIL decodes it.
+
+The parts of the file are counted and the time that the decoder needs is estimated.
+"""
 
 import re
 import struct
@@ -14,22 +17,22 @@ MAX_DECODING_SECONDS = 2.0
 MAX_READS, BYTES_PER_FURTHER_READ = 2**19, 2**10
 # A scan of a progressive JPEG visits every pixel, however few bytes it has: 0.55 ns per pixel. Encoders write 3 to 20.
 MIN_JPEG_SCANS, MAX_JPEG_SCANS, JPEG_SCAN_PIXELS = 20, 100, 2**31
-MAX_TAG_VALUES = 2**18  # of a TIFF or an EXIF block: PIL makes a Python object of each
+MAX_TAG_VALUES = 2**18  # in a TIFF or an EXIF block: PIL creates a Python object for each value
 SPARE_TAG_BYTES = 2**16
-MAX_TILE_PIXELS = 2**22  # of a TIFF, where the image itself has fewer
-MAX_CODESTREAM_TILES = 2**12  # of a JPEG2000: each takes kilobytes before it is decoded
-MIN_CODE_BLOCK_SIDES, MIN_PRECINCT_SIDE = 8, 4  # exponents of two; both sides of a code block together
-SMALL_CODESTREAM_PIXELS = 2**16  # smaller ones may have parts of any size
-MAX_COMMENTS = 1000  # of a plain PPM: PIL copies the file for each
+MAX_TILE_PIXELS = 2**22  # of a TIFF whose image has fewer pixels
+MAX_CODESTREAM_TILES = 2**12  # of a JPEG2000: each tile takes kilobytes before it is decoded
+MIN_CODE_BLOCK_SIDES, MIN_PRECINCT_SIDE = 8, 4  # exponents of two; the first is the sum for both sides of a code block
+SMALL_CODESTREAM_PIXELS = 2**16  # smaller images may have parts of any size
+MAX_COMMENTS = 1000  # of a plain PPM: PIL copies the file for each comment
 
 
 class ImageError(ValueError):
     """
-    An image that cannot be used. The same file has the same reason wherever it is opened.
+    An image that cannot be used. The same file gives the same reason wherever it is opened.
 
     Args:
-        reason: says what "it" is or does, without a full stop.
-        image: what is put before the reason; names the image where it is one of several.
+        reason (`str`): A clause about the image that begins with "it" or "its", without a full stop.
+        image (`str`): Subject of the message. It names the image where there are several.
     """
 
     def __init__(self, reason: str, image: str = "The image"):
@@ -37,15 +40,15 @@ class ImageError(ValueError):
         self.reason, self.image = reason, image
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        return type(self), (self.reason, self.image)  # it may cross processes
+        return type(self), (self.reason, self.image)  # the error may cross processes
 
 
 class OversizedImage(ImageError):
-    """An image that has more pixels, bytes or parts than allowed, or takes longer to decode."""
+    """An image with more pixels, bytes or parts than allowed, or one that takes too long to decode."""
 
 
 class BoundedStream(BytesIO):
-    """The bytes of an image's file, which may be read in a bounded number of steps."""
+    """The bytes of an image file, which can be read only a limited number of times."""
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -53,36 +56,45 @@ class BoundedStream(BytesIO):
         self.allow(MAX_READS + len(content) // BYTES_PER_FURTHER_READ)
 
     def allow(self, reads: int) -> None:
-        """Set how many more reads are allowed."""
+        """Set the number of further reads that are allowed."""
         self.allowed = self.reads + reads
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read as `BytesIO` does, and count it."""
+        """Read as `BytesIO` does and count the reads."""
         self.reads += 1
         if self.reads > self.allowed:
-            raise OversizedImage(f"it has too many parts to read; allowed: {self.allowed} reads")
+            raise OversizedImage(f"it has too many parts: decoding it takes more than {self.allowed} reads")
         return super().read(size)
 
 
 @dataclass(frozen=True)
 class DecoderCost:
-    """Nanoseconds that a decoder takes for a pixel and for a byte of the file, as measured, rounded up."""
+    """Nanoseconds that a decoder takes per pixel and per byte of the file, as measured and rounded up."""
 
     per_pixel: float
     per_byte: float = 0.0
 
     def seconds(self, pixels: int, size: int) -> float:
-        """Estimate the time for an image of `pixels` pixels in a file of `size` bytes."""
+        """
+        Estimate the time that decoding takes.
+
+        Args:
+            pixels (`int`): Number of pixels of the image.
+            size (`int`): Size of its file in bytes.
+
+        Returns:
+            `float`: The time in seconds.
+        """
         return (self.per_pixel * pixels + self.per_byte * size) / 1e9
 
 
 LZMA_TIFF, WEBP, LAB = "lzma", "WEBP", "LAB"
-# Decoders that are not listed take at most 40 ns per pixel. PIL runs those of `PLUGIN_LOOPS` in Python.
+# Decoders that are not listed take at most 40 ns per pixel. PIL runs the decoders in `PLUGIN_LOOPS` in Python.
 DECODER_COSTS = {
     "jpeg2k": DecoderCost(100, 250),
     WEBP: DecoderCost(80),  # at most 54 ns, but it also takes 20 bytes of memory per pixel
     LZMA_TIFF: DecoderCost(20, 120),
-    LAB: DecoderCost(150),  # the conversion by a colour profile
+    LAB: DecoderCost(150),  # conversion by a colour profile
     "bmp_rle": DecoderCost(200, 300),
     "ppm": DecoderCost(2500),
     "ppm_plain": DecoderCost(30, 350),
@@ -92,18 +104,18 @@ PLUGIN_LOOPS = ("bmp_rle", "ppm", "ppm_plain")
 
 def check_decoder(image: Image.Image, size: int) -> None:
     """
-    Refuse an image that is not decoded yet if that would take too long.
+    Check that decoding an image does not take too long.
 
     Args:
-        image: as `Image.open` gives it.
-        size: bytes of its file.
+        image (`PIL.Image.Image`): Image that `Image.open` returned and that is not decoded yet.
+        size (`int`): Size of its file in bytes.
 
     Raises:
-        OversizedImage: with the estimated and the allowed seconds.
+        OversizedImage: If the estimate exceeds `MAX_DECODING_SECONDS`. The message names both times.
     """
     if not isinstance(image, ImageFile.ImageFile):
         return
-    decoder = WEBP if image.format == WEBP else image.tile[0][0] if image.tile else None  # WebP names its own late
+    decoder = WEBP if image.format == WEBP else image.tile[0][0] if image.tile else None  # WebP sets its tile late
     if decoder == "libtiff":
         decoder = image.info.get("compression")
     decoder = LAB if image.mode == LAB and image.tile else decoder
@@ -114,8 +126,8 @@ def check_decoder(image: Image.Image, size: int) -> None:
     seconds = cost.seconds(pixels, size)
     if seconds > MAX_DECODING_SECONDS:
         raise OversizedImage(
-            f"it is {image.format} of {pixels} pixels in {size} bytes, {seconds:.1f} s to decode; allowed: "
-            f"{MAX_DECODING_SECONDS:g} s"
+            f"it is a {image.format} image with {pixels} pixels in {size} bytes and takes about {seconds:.1f} s to "
+            f"decode, more than {MAX_DECODING_SECONDS:g} s"
         )
     if decoder in PLUGIN_LOOPS and isinstance(image.fp, BoundedStream):
         image.fp.allow(2 * (pixels + size))
@@ -123,11 +135,15 @@ def check_decoder(image: Image.Image, size: int) -> None:
 
 def check_parts(content: bytes) -> None:
     """
-    Refuse a file whose parts would cost much more time or memory than its size suggests. PIL refuses what is not
-    understood here.
+    Check that the parts of a file do not cost much more time or memory than its size suggests.
+
+    PIL refuses files that this function does not understand.
+
+    Args:
+        content (`bytes`): Content of the file.
 
     Raises:
-        OversizedImage: with the number and the allowed number of parts.
+        OversizedImage: If a part occurs too often. The message names the number and the limit.
     """
     if content.startswith(b"\xff\xd8\xff"):
         _check_jpeg(content)
@@ -141,21 +157,21 @@ def check_parts(content: bytes) -> None:
 
 def _check_number(name: str, number: int, allowed: int) -> None:
     if number > allowed:
-        raise OversizedImage(f"it has {number} {name}; allowed: {allowed}")
+        raise OversizedImage(f"it has {number} {name}, more than the limit of {allowed}")
 
 
 # JPEG
 
-NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # stuffed bytes and restarts are parts of a scan
+NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # stuffed bytes and restart markers belong to a scan
 SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
-ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # a scan of them takes twice the time
+ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # their scans take twice the time
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, *ARITHMETIC_FRAMES}
 EXIF, EXTENDED_EXIF, MULTI_PICTURE = b"Exif\0\0", 0xE1, 0xE2
 MPF = b"MPF\0"
 
 
 def _check_jpeg(content: bytes) -> None:
-    """Its scans in relation to its pixels, and the tags of EXIF and of the index of a multi-picture file."""
+    """Check that the scans fit the pixels, and check the tags of EXIF and of the index of a multi-picture file."""
     scans = pixels = 0
     is_arithmetic = False
     exif = b""
@@ -175,12 +191,12 @@ def _check_jpeg(content: bytes) -> None:
 
 
 def max_jpeg_scans(pixels: int) -> int:
-    """Return how many scans a JPEG of so many pixels may have."""
+    """Return how many scans a JPEG with `pixels` pixels may have."""
     return min(MAX_JPEG_SCANS, max(MIN_JPEG_SCANS, JPEG_SCAN_PIXELS // max(pixels, 1)))
 
 
 def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Each marker up to the end of the first image, with begin and end of its segment's content."""
+    """Yield each marker up to the end of the first image, with the begin and end of its segment's content."""
     position = 2
     while (match := NEXT_MARKER.search(content, position)) is not None:
         marker, begin = content[match.end() - 1], match.end()
@@ -198,14 +214,14 @@ def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
 
 # TIFF and EXIF
 
-# bytes of a value, by the number of its type; PIL makes no objects of single bytes
+# size of a value in bytes, by the number of its type; PIL creates no objects for single bytes
 TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 TILE_WIDTH, TILE_LENGTH, COMPRESSION = 322, 323, 259
 JPEG_COMPRESSIONS = (6, 7)
 
 
 class Tag(NamedTuple):
-    """An entry of a directory: `values` of them, each of `size` bytes; `first` is known where it is a whole number."""
+    """An entry of a directory with `values` values of `size` bytes. `first` is known if it is a whole number."""
 
     number: int
     size: int
@@ -215,13 +231,18 @@ class Tag(NamedTuple):
 
 def check_tags(content: bytes) -> list[Tag]:
     """
-    Check that the first directory of a TIFF or EXIF block claims no more than it can hold: tags may share their bytes.
+    Check that the first directory of a TIFF or EXIF block claims no more than the block can hold.
+
+    Tags may share their bytes, so a small block can claim a lot of memory.
+
+    Args:
+        content (`bytes`): The block.
 
     Returns:
-        Its tags, as far as they can be read.
+        `list[Tag]`: The tags that can be read.
 
     Raises:
-        OversizedImage: with the number of values or bytes, and the allowed one.
+        OversizedImage: If the tags claim too many values or bytes. The message names the number and the limit.
     """
     tags = list(_read_tags(content))
     _check_number("values in its tags", sum(tag.values for tag in tags if tag.size > 1), MAX_TAG_VALUES)
@@ -249,7 +270,7 @@ def _read_tags(content: bytes) -> Iterator[Tag]:
         value = content[place + length - offset_size : place + length]
         first = struct.unpack(order + "H", value[:2])[0] if kind == 3 else None
         first = struct.unpack(order + "I", value[:4])[0] if kind in (4, 13) else first
-        # what would end behind the file, PIL does not read
+        # PIL does not read values that would end behind the file
         yield Tag(number, size, count if count * size <= len(content) else 0, first)
 
 
@@ -259,7 +280,7 @@ def _check_tiff(content: bytes) -> None:
     pixels = firsts.get(256, 0) * firsts.get(257, 0)
     _check_number("pixels in a tile", width * length, max(MAX_TILE_PIXELS, pixels))
     if firsts.get(COMPRESSION) in JPEG_COMPRESSIONS:
-        # each strip is a JPEG of its own
+        # each strip is a separate JPEG
         scans = max(strip.count(b"\xff\xda") for strip in content.split(b"\xff\xd8\xff"))
         _check_number("scans in a strip", scans, max_jpeg_scans(pixels))
 
@@ -272,7 +293,7 @@ MAX_CODESTREAMS = 16
 
 
 def _check_jpeg2000(content: bytes) -> None:
-    """Every codestream: a box may hold another one than the first that is found."""
+    """Check every codestream, because a box may hold a second one."""
     _check_number("codestreams", content.count(CODESTREAM), MAX_CODESTREAMS)
     begin = content.find(CODESTREAM)
     while begin >= 0:
@@ -302,22 +323,23 @@ def _check_codestream(content: bytes, begin: int) -> None:
 
 
 def _check_coding(segment: bytes, style: int, parameters: int) -> None:
-    """A COD or COC segment: the sizes of code blocks and precincts, which openjpeg allocates all at once."""
+    """Check the sizes of code blocks and precincts in a COD or COC segment: openjpeg allocates all of them at once."""
     if len(segment) < parameters + 5:
         return
     sides = (segment[parameters + 1] & 15) + (segment[parameters + 2] & 15) + 4
-    precincts = segment[parameters + 6 :] if segment[style] & 1 else b""  # all but the one of the lowest resolution
+    precincts = segment[parameters + 6 :] if segment[style] & 1 else b""  # without that of the lowest resolution
     smallest = min((min(exponents & 15, exponents >> 4) for exponents in precincts), default=MIN_PRECINCT_SIDE)
     if sides < MIN_CODE_BLOCK_SIDES:
-        raise OversizedImage(f"its code blocks have {2**sides} pixels; allowed: {2**MIN_CODE_BLOCK_SIDES} or more")
+        smallest_block = 2**MIN_CODE_BLOCK_SIDES
+        raise OversizedImage(f"its code blocks have {2**sides} pixels, fewer than the minimum of {smallest_block}")
     if smallest < MIN_PRECINCT_SIDE:
         raise OversizedImage(
-            f"its precincts are {2**smallest} pixels wide or high; allowed: {2**MIN_PRECINCT_SIDE} or more"
+            f"its precincts are {2**smallest} pixels wide or high, less than the minimum of {2**MIN_PRECINCT_SIDE}"
         )
 
 
 def _codestream_segments(content: bytes, position: int) -> Iterator[tuple[int, int, int]]:
-    """Each marker of the main header and of the tile-parts' headers, with begin and end of its segment's content."""
+    """Yield each marker of the main and tile-part headers, with the begin and end of its segment's content."""
     next_part: int | None = None
     while position + 4 <= len(content):
         marker, length = struct.unpack_from(">HH", content, position)

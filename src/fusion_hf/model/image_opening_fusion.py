@@ -1,4 +1,4 @@
-"""Opening an image that a stranger made: one way to read, decode and convert, and one list of what can go wrong."""
+"""Safe opening of untrusted images: one way to read, decode and convert them, and one set of errors."""
 
 import os
 import struct
@@ -21,11 +21,11 @@ from .image_limits_fusion import (
     check_tags,
 )
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none whose reader starts another program
-MAX_IMAGE_PIXELS = 89_478_485  # PIL warns above it
-MAX_SIDE = 2**20  # PIL has a pointer for each row, which takes more than a narrow row itself
-MAX_FILE_BYTES = 2**30  # more than any image of MAX_IMAGE_PIXELS has, compressed or not
-# What PIL raises for files that are broken or made to break it, while it opens, decodes, or converts them.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none of their readers starts a program
+MAX_IMAGE_PIXELS = 89_478_485  # PIL warns above this number
+MAX_SIDE = 2**20  # PIL keeps a pointer for each row, which takes more memory than a narrow row itself
+MAX_FILE_BYTES = 2**30  # more than any image with MAX_IMAGE_PIXELS takes, compressed or not
+# Errors that PIL raises when it opens, decodes or converts files that are broken or malicious.
 BROKEN_IMAGE: tuple[type[Exception], ...] = (
     ArithmeticError,
     AssertionError,
@@ -46,15 +46,15 @@ SPEAKING = (EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombE
 GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 FLOAT_MODE = "F"
 LARGEST_UINT8, LARGEST_UINT16 = 255, 65535
-BLOCK_PIXELS = 2**16  # that are converted at a time
+BLOCK_PIXELS = 2**16  # number of pixels that are converted at a time
 LONGEST_REASON = 200  # characters
 ORIENTATION_TAG, UPRIGHT = 0x0112, 1  # EXIF
 TIFF = "TIFF"
-FORMATS_WITH_PARTS = ("JPEG", "JPEG2000", "MPO", "PPM", TIFF)  # that `check_parts` looks into
+FORMATS_WITH_PARTS = ("JPEG", "JPEG2000", "MPO", "PPM", TIFF)  # the formats that `check_parts` examines
 
 
 class Turn(NamedTuple):
-    """How an image becomes upright, and where that puts its first column and row."""
+    """How to turn an image upright, and where its first column and row are afterwards."""
 
     method: Image.Transpose
     mirrors_columns: bool
@@ -62,7 +62,16 @@ class Turn(NamedTuple):
     swaps: bool = False
 
     def place(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int]:
-        """Return the upper left corner, in the upright image, of a box of an image of `size`."""
+        """
+        Return the position of a part of an image in the upright image.
+
+        Args:
+            box (`tuple[int, int, int, int]`): Left, top, right and bottom of the part in the original image.
+            size (`tuple[int, int]`): Width and height of the original image.
+
+        Returns:
+            `tuple[int, int]`: Left and top of the part in the upright image.
+        """
         left = size[0] - box[2] if self.mirrors_columns else box[0]
         top = size[1] - box[3] if self.mirrors_rows else box[1]
         return (top, left) if self.swaps else (left, top)
@@ -91,27 +100,34 @@ def open_image(
     Open an image and bound what decoding may cost.
 
     Args:
-        source: the content of a file, or its path.
-        max_pixels: an image with more is refused before it is decoded.
-        max_bytes: of the file.
-        formats: that are read, by PIL's names.
-        exif_transpose: turn the image upright by its EXIF orientation.
+        source (`bytes`, `str` or `os.PathLike`): Content of an image file, or its path.
+        max_pixels (`int`): Maximum number of pixels, checked before decoding.
+        max_bytes (`int`): Maximum size of the file in bytes.
+        formats (`Sequence[str]`): Accepted formats, by PIL's names.
+        exif_transpose (`bool`): Whether to turn the image upright by its EXIF orientation.
 
     Returns:
-        The decoded image in mode RGB.
+        `PIL.Image.Image`: The decoded image in mode RGB.
 
     Raises:
-        ImageError: if the file cannot be read, or holds no image that can be used.
+        ImageError: If the file cannot be read or does not hold a usable image.
     """
     return decode_image(identify_image(read_file(source, max_bytes), formats, max_bytes), max_pixels, exif_transpose)
 
 
 def read_file(source: bytes | str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """
-    Read an image's file, which PIL opens from memory: from a path it takes other ways, and says other words.
+    Read an image file into memory. PIL behaves differently when it opens a path.
+
+    Args:
+        source (`bytes`, `str` or `os.PathLike`): Content of an image file, which is returned, or its path.
+        max_bytes (`int`): Maximum size of the file in bytes.
+
+    Returns:
+        `bytes`: The content of the file.
 
     Raises:
-        ImageError: if it cannot be read or has more than `max_bytes` bytes.
+        ImageError: If the file cannot be read or has more than `max_bytes` bytes.
     """
     if isinstance(source, bytes):
         return source
@@ -119,7 +135,7 @@ def read_file(source: bytes | str | os.PathLike[str], max_bytes: int = MAX_FILE_
         with Path(source).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             content = file.read(max_bytes + 1) if size <= max_bytes else b""
-    except (OSError, ValueError) as error:  # the latter of a name with a null character
+    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
         raise ImageError(f"it cannot be read: {_shown(error)}") from error
     _check_size(max(size, len(content)), max_bytes)
     return content
@@ -129,10 +145,18 @@ def identify_image(
     content: bytes, formats: Sequence[str] = FORMATS, max_bytes: int = MAX_FILE_BYTES
 ) -> ImageFile.ImageFile:
     """
-    Open an image without decoding it; `decode_image` does that.
+    Open an image without decoding it. Use [`decode_image`] to decode it.
+
+    Args:
+        content (`bytes`): Content of an image file.
+        formats (`Sequence[str]`): Accepted formats, by PIL's names.
+        max_bytes (`int`): Maximum size of the file in bytes.
+
+    Returns:
+        `PIL.ImageFile.ImageFile`: The image, which is not decoded yet.
 
     Raises:
-        ImageError: if it is of none of the `formats`, or has too many bytes or parts.
+        ImageError: If the image has none of the `formats`, or has too many bytes or parts.
     """
     _check_size(len(content), max_bytes)
     check_parts(content)
@@ -140,32 +164,35 @@ def identify_image(
         try:
             return Image.open(BoundedStream(content), formats=tuple(formats))
         except UnidentifiedImageError as error:
-            raise ImageError(f"it cannot be decoded: it is none of {', '.join(formats)}, or is cut short") from error
+            raise ImageError(f"it cannot be decoded: it is none of {', '.join(formats)}, or is truncated") from error
 
 
 def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_transpose: bool = True) -> Image.Image:
     """
-    Decode an image of PIL, turn it upright, and convert it to RGB.
+    Decode a PIL image, turn it upright, and convert it to RGB.
 
-    Alpha is dropped, 16-bit gray and floats from 0 to 1 are scaled to 8 bits, the first frame of an animation is
-    taken. An RGB image that is upright is returned itself. Otherwise the result is made in blocks: beside both images
-    nothing is held.
+    Alpha is dropped. 16-bit gray values and floats from 0 to 1 are scaled to 8 bits. The first frame of an animation
+    is used. An upright RGB image is returned itself. Other images are converted in blocks, so that the conversion
+    takes no memory besides both images.
 
     Args:
-        image: decoded or not.
-        max_pixels: an image with more is refused before it is decoded.
-        exif_transpose: turn the image upright by its EXIF orientation. PIL itself turns TIFFs.
+        image (`PIL.Image.Image`): Image, decoded or not.
+        max_pixels (`int`): Maximum number of pixels, checked before decoding.
+        exif_transpose (`bool`): Whether to turn the image upright by its EXIF orientation. PIL always turns TIFFs.
+
+    Returns:
+        `PIL.Image.Image`: The upright image in mode RGB.
 
     Raises:
-        ImageError: if it is broken, too expensive to decode, or of floats beyond 0 to 255.
+        ImageError: If the image is broken, is too expensive to decode, or has floats outside 0 to 255.
     """
     width, height = image.size
     if width * height > max_pixels:
         raise OversizedImage(
-            f"it has {width} x {height} = {width * height} pixels; allowed: max_image_pixels = {max_pixels}"
+            f"it has {width} x {height} = {width * height} pixels, more than max_image_pixels = {max_pixels}"
         )
     if max(width, height) > MAX_SIDE:
-        raise OversizedImage(f"it is {width} x {height} pixels; allowed: {MAX_SIDE} in a row or column")
+        raise OversizedImage(f"it has {width} x {height} pixels, more than {MAX_SIDE} in a row or column")
     load_image(image)
     orientation = read_orientation(image) if exif_transpose else UPRIGHT
     with _reported():
@@ -173,7 +200,7 @@ def decode_image(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, exif_tr
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Read the EXIF orientation of an image, 1 to 8; 1 (upright) if it cannot be read."""
+    """Read the EXIF orientation of an image (1 to 8). Return 1, upright, if it cannot be read."""
     try:
         exif = image.info.get("exif")
         if isinstance(exif, bytes):
@@ -188,12 +215,12 @@ def read_orientation(image: Image.Image) -> int:
 
 def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise OversizedImage(f"it has {size} bytes; allowed: {max_bytes}")
+        raise OversizedImage(f"it has {size} bytes, more than the limit of {max_bytes}")
 
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Say in an `ImageError` what PIL raises."""
+    """Convert the errors that PIL raises to an [`ImageError`]."""
     try:
         yield
     except ImageError:
@@ -211,23 +238,26 @@ def _broken(error: Exception) -> ImageError:
 
 
 def _shown(error: Exception) -> str:
-    """What PIL says, in one line without a full stop; the kind of error where that is all there is."""
+    """Return PIL's message in one line without a full stop, or the type of an error without a message."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror  # without the file's name, which the caller knows
+        return error.strerror  # without the file name, which the caller knows
     text = " ".join(str(error).split()).rstrip(".")[:LONGEST_REASON] or type(error).__name__
-    # the others are mishaps of PIL's own code, whose words say nothing about the file
+    # other errors come from inside PIL, and their messages say nothing about the file
     return text if isinstance(error, SPEAKING) else f"its structure is broken ({text})"
 
 
 def load_image(image: Image.Image) -> None:
     """
-    Decode the pixels of an image of PIL in place.
+    Decode the pixels of a PIL image in place.
+
+    Args:
+        image (`PIL.Image.Image`): Image, decoded or not.
 
     Raises:
-        ImageError: if it is broken, or too expensive to decode.
+        ImageError: If the image is broken or too expensive to decode.
     """
     with _reported():
-        # a copy (`copy.deepcopy`, or from another process) holds decoded pixels and knows no file
+        # a copy (by `copy.deepcopy` or from another process) holds decoded pixels and has no file
         if isinstance(image, ImageFile.ImageFile) and "fp" in vars(image):
             _load_file(image)
         else:
@@ -240,18 +270,18 @@ def _load_file(image: ImageFile.ImageFile) -> None:
     check_decoder(image, size)
     if image.format == TIFF:
         _tame_tiff(image)
-    if isinstance(image.info.get("transparency"), str):  # a text chunk of that name, which PIL would take for a colour
+    if isinstance(image.info.get("transparency"), str):  # a text chunk of that name, which PIL would use as a colour
         del image.info["transparency"]
     image.load()
     if is_ours:
-        image.fp = None  # of a WebP, it holds the pixels once more
+        image.fp = None  # the decoder of a WebP holds a second copy of the pixels
 
 
 def _check_file(image: ImageFile.ImageFile) -> int:
-    """Check the file of an image that the caller has opened, and return its size; 0 if it is decoded and closed."""
+    """Check the file of an image that the caller opened. Return its size, or 0 if it is decoded and closed."""
     try:
         position = image.fp.tell() if image.fp is not None else 0
-    except ValueError:  # it is closed
+    except ValueError:  # the file is closed
         position = 0
     if image.fp is None or (not image.tile and image.format != WEBP):
         return 0
@@ -264,11 +294,11 @@ def _check_file(image: ImageFile.ImageFile) -> int:
 
 
 def _tame_tiff(image: ImageFile.ImageFile) -> None:
-    """Let PIL, which turns a TIFF while it decodes it, know the orientation alone: it fails on odd tags beside it."""
+    """Keep only the orientation of a TIFF, which PIL applies while decoding: PIL fails on other unusual tags."""
     try:
         exif = image.getexif()
     except BROKEN_IMAGE:
-        exif = image.getexif()  # now it is what could be read
+        exif = image.getexif()  # now it holds what could be read
     try:
         orientation = exif.get(ORIENTATION_TAG)
     except BROKEN_IMAGE:
@@ -281,17 +311,17 @@ def _tame_tiff(image: ImageFile.ImageFile) -> None:
 
 
 def _to_upright_rgb(image: Image.Image, turn: Turn | None) -> Image.Image:
-    # of a WebP, the decoder and its buffers would live as long as the image
+    # the decoder of a WebP and its buffers would live as long as the image
     if image.mode == "RGB" and turn is None and image.format != WEBP:
         return image
     is_gray_16 = image.mode in GRAY_16_BIT_MODES
-    is_scaled = image.mode != "I" or _largest(image) > LARGEST_UINT8  # an "I" may also hold bytes
+    is_scaled = image.mode != "I" or _largest(image) > LARGEST_UINT8  # mode "I" may also hold bytes
     is_share = holds_shares(image)
     upright = Image.new("RGB", image.size[::-1] if turn is not None and turn.swaps else image.size)
     for box in _boxes(image.size):
         block = image.crop(box)
-        block.info = {}  # a transparent colour changes no pixel, but PIL fails to convert odd ones
-        if is_gray_16:  # PIL would clip at 255, and the image be white
+        block.info = {}  # a transparent colour changes no pixel, but PIL fails to convert unusual ones
+        if is_gray_16:  # PIL would clip at 255, and the image would be white
             block = _gray_block(block, is_scaled)
         if is_share:
             block = _share_block(block)
@@ -305,7 +335,7 @@ def _to_upright_rgb(image: Image.Image, turn: Turn | None) -> Image.Image:
 
 
 def _largest(image: Image.Image) -> int:
-    """The largest value of an image of one channel."""
+    """Return the largest value of an image with one channel."""
     _, largest = image.getextrema()
     assert isinstance(largest, int)
     return largest
@@ -313,10 +343,13 @@ def _largest(image: Image.Image) -> int:
 
 def holds_shares(image: Image.Image) -> bool:
     """
-    Tell whether a decoded image holds shares of white, floats from 0 to 1.
+    Return whether a decoded image holds floats from 0 to 1.
+
+    Args:
+        image (`PIL.Image.Image`): Decoded image.
 
     Raises:
-        ImageError: if it holds floats that are neither shares nor from 0 to 255.
+        ImageError: If the image holds floats outside 0 to 255.
     """
     if image.mode != FLOAT_MODE:
         return False
@@ -324,14 +357,16 @@ def holds_shares(image: Image.Image) -> bool:
     for box in _boxes(image.size):
         block = np.asarray(image.crop(box))
         extremes += [block.min(), block.max()]
-    lowest, highest = np.min(extremes), np.max(extremes)  # not a number, if one of them is none
-    if not (lowest >= 0 and highest <= LARGEST_UINT8):  # PIL would clip the values, or make any byte of no number
-        raise ImageError(f"its floats are from {lowest:g} to {highest:g}; allowed: 0 to 1, or 0 to {LARGEST_UINT8}")
+    lowest, highest = np.min(extremes), np.max(extremes)  # NaN if any value is NaN
+    if not (lowest >= 0 and highest <= LARGEST_UINT8):  # PIL would clip these values, and convert NaN to any byte
+        raise ImageError(
+            f"its floats range from {lowest:g} to {highest:g}, but must be from 0 to 1 or from 0 to {LARGEST_UINT8}"
+        )
     return bool(highest <= 1)
 
 
 def _share_block(block: Image.Image) -> Image.Image:
-    """Bytes of floats from 0 to 1, rounded down as transformers does with arrays."""
+    """Convert floats from 0 to 1 to bytes, rounded down as transformers does for arrays."""
     scaled = (np.asarray(block).astype(np.float64) * LARGEST_UINT8).astype(np.float32)
     return Image.fromarray(scaled.astype(np.uint8))
 
@@ -344,7 +379,7 @@ def _gray_block(block: Image.Image, is_scaled: bool) -> Image.Image:
 
 
 def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks that cover an image of any proportions."""
+    """Yield blocks that cover an image of any proportions."""
     width, height = size
     columns = min(width, BLOCK_PIXELS)
     rows = max(BLOCK_PIXELS // columns, 1)

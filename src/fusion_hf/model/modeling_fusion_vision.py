@@ -1,4 +1,4 @@
-"""The vision side of FUSION: SigLIP layers over patches and question tokens, feature connector, projectors.
+"""Vision side of FUSION: SigLIP layers over patches and question tokens, feature connector, and projectors.
 
 Shapes: B batch, P patches of a tile per side, N = P * P, T question tokens, Dv tower width, D LLM width.
 Source: FUSION, arXiv 2504.09925, "text-guided vision encoding".
@@ -33,34 +33,52 @@ from .configuration_fusion import (
     FusionConfig,
 )
 
-# what the tower can be asked to return
+# outputs that the tower can record
 RECORDED = ("output_hidden_states", "output_attentions")
-TILES_AT_A_TIME = 2  # in a layer of which a CPU computes activations a second time: enough for its products
+TILES_AT_A_TIME = 2  # per layer when a CPU computes activations a second time: enough for efficient products
 
 
 class Packing(NamedTuple):
-    """The shapes of two parts, overviews with their questions and tiles, whose tokens follow each other in one row."""
+    """Shapes of two parts, overviews with questions and tiles, whose tokens are concatenated in one row."""
 
     guided: tuple[int, int]  # B, N + T
     tiles: tuple[int, int]  # 4 B, N
 
     @classmethod
     def of(cls, guided: torch.Tensor, tiles: torch.Tensor) -> "Packing":
-        """Describe `(B, N + T, ...)` and `(4 B, N, ...)`."""
+        """
+        Create the packing of two tensors.
+
+        Args:
+            guided (`(B, N + T, ...)`): Overviews with their questions.
+            tiles (`(4 B, N, ...)`): Tiles.
+
+        Returns:
+            [`Packing`]: Their shapes.
+        """
         return cls((guided.shape[0], guided.shape[1]), (tiles.shape[0], tiles.shape[1]))
 
     def join(self, guided: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-        """`(B, N + T, D)` and `(4 B, N, D)` to `(1, B (N + T) + 4 B N, D)`."""
+        """
+        Concatenate both parts in one row.
+
+        Args:
+            guided (`(B, N + T, D)`): Overviews with their questions.
+            tiles (`(4 B, N, D)`): Tiles.
+
+        Returns:
+            `(1, B (N + T) + 4 B N, D)`: The row.
+        """
         return torch.cat([guided.flatten(0, 1), tiles.flatten(0, 1)]).unsqueeze(0)
 
     def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Undo `join`."""
+        """Split a row into its parts, the inverse of `join`."""
         rows = self.guided[0] * self.guided[1]
         return packed[0, :rows].unflatten(0, self.guided), packed[0, rows:].unflatten(0, self.tiles)
 
 
 class FusionVisionAttention(SiglipAttention):
-    """SigLIP attention whose question rows, in early layers, attend uniformly."""
+    """SigLIP attention in which question tokens attend uniformly in early layers."""
 
     def forward(
         self,
@@ -72,16 +90,19 @@ class FusionVisionAttention(SiglipAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, N + T, Dv)`): patches, then question tokens; with `packing`,
-                `(1, B (N + T) + 4 B N, Dv)`: tiles behind them.
-            num_patches (`int`, *optional*): N, given in early layers only.
-            uniform_weights (`torch.Tensor` of shape `(B, 1, N + T)`, *optional*): weights that sum to one, over the
-                keys that a question row averages. None in an early layer: patches do not see the question instead.
-            packing ([`Packing`], *optional*): the parts of `hidden_states`, each of which attends to itself.
+        Compute self-attention over patches and question tokens.
 
-        Returns the output, of the shape of `hidden_states`, and, with eager attention and without `packing`, the
-        weights `(B, heads, N + T, N + T)`.
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, N + T, Dv)`): Patches, then question tokens. With `packing`,
+                the tiles follow them: `(1, B (N + T) + 4 B N, Dv)`.
+            num_patches (`int`, *optional*): N, passed in early layers only.
+            uniform_weights (`torch.Tensor` of shape `(B, 1, N + T)`, *optional*): Weights, with the sum 1, of the keys
+                that a question token averages. None in an early layer hides the question from the patches instead.
+            packing ([`Packing`], *optional*): Parts of `hidden_states`, each of which attends to itself.
+
+        Returns:
+            The output, of the shape of `hidden_states`, and the weights `(B, heads, N + T, N + T)`, which are None
+            with `packing` or without eager attention.
         """
         if packing is not None:
             packed = self._attend_packed(hidden_states, attention_mask, packing)
@@ -92,7 +113,7 @@ class FusionVisionAttention(SiglipAttention):
             return packing.join(output, tiles), None
         output, weights = super().forward(hidden_states, attention_mask, **kwargs)
         if self.config._attn_implementation != "eager":
-            weights = None  # flex attention has each row's normalizer in this place on a GPU
+            weights = None  # on a GPU, flex attention returns the normalizer of each row here
         if num_patches is None:
             return output, weights
         return self._guide(hidden_states, output, weights, num_patches, uniform_weights, **kwargs)
@@ -100,7 +121,7 @@ class FusionVisionAttention(SiglipAttention):
     def _attend_packed(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, packing: Packing
     ) -> torch.Tensor:
-        """Each linear layer over all tokens `(1, rows, Dv)` at once; the mask is that of overviews and questions."""
+        """Apply each linear layer to all tokens `(1, rows, Dv)` at once. The mask covers overviews and questions."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         projected = [packing.split(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj)]
         dropout, outputs = self.dropout if self.training else 0.0, []
@@ -121,7 +142,7 @@ class FusionVisionAttention(SiglipAttention):
         uniform_weights: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output and weights of an early layer, from those of an attention of all tokens to all."""
+        """Convert the output and weights of full attention to those of an early layer."""
         patches, text = output.split([num_patches, output.shape[1] - num_patches], dim=1)
         if uniform_weights is None:
             patches, patch_weights = super().forward(hidden_states[:, :num_patches], None, **kwargs)
@@ -129,7 +150,7 @@ class FusionVisionAttention(SiglipAttention):
                 patch_weights = nn.functional.pad(patch_weights, (0, text.shape[1]))
                 weights = torch.cat([patch_weights, weights[:, :, num_patches:]], dim=2)
         else:
-            # the mean of the values is the value of the mean, so one row through two layers stands for all T
+            # the mean of the values is the value of the mean, so one row passes both layers for all T rows
             mean = torch.bmm(uniform_weights.to(hidden_states.dtype), hidden_states)  # (B, 1, Dv)
             text = self.out_proj(self.v_proj(mean)).expand_as(text)
             if weights is not None:
@@ -149,10 +170,10 @@ class FusionVisionLayer(SiglipEncoderLayer):
 @dataclass
 class FusionVisionModelOutput(ModelOutput):
     """
-    features (`(B, N + T, 3 * Dv)`): last hidden state and the means of two groups of hidden states, for every token.
-    patch_embeddings (`(B, N, Dv)`): what enters the first layer for each patch.
-    tile_features (`(4 B, N, 3 * Dv)`, *optional*): those of the tiles that were given.
-    hidden_states, attentions (*optional*): of every layer, over patches and question tokens; only where asked for.
+    features (`(B, N + T, 3 * Dv)`): Last hidden state and the means of two groups of hidden states, for every token.
+    patch_embeddings (`(B, N, Dv)`): Input of the first layer for each patch.
+    tile_features (`(4 B, N, 3 * Dv)`, *optional*): Features of the tiles that were passed.
+    hidden_states, attentions (*optional*): Outputs of every layer, over patches and question tokens, if asked for.
     """
 
     features: torch.Tensor = None  # type: ignore[assignment]  # outputs have a default for every field
@@ -162,7 +183,15 @@ class FusionVisionModelOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
     def of_image(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
-        """Return what models of transformers say about images, with projected features `(B, n, D)`."""
+        """
+        Convert to the output that image models of transformers return.
+
+        Args:
+            image_features (`(B, n, D)`): Projected features.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: Output with `image_features` as `pooler_output`.
+        """
         num_patches, width = self.patch_embeddings.shape[1:]
         return BaseModelOutputWithPooling(
             last_hidden_state=self.features[:, :num_patches, :width],  # (B, N, Dv)
@@ -173,14 +202,14 @@ class FusionVisionModelOutput(ModelOutput):
 
 
 class FusionVisionModel(SiglipPreTrainedModel):
-    """SigLIP layers that also read a question, and the feature connector (paper, "text-guided vision encoding")."""
+    """SigLIP layers that also read a question, and the feature connector (paper: "text-guided vision encoding")."""
 
     config: SiglipVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["FusionVisionLayer"]
     _can_record_outputs = {"hidden_states": FusionVisionLayer, "attentions": FusionVisionAttention}
-    # A GPU would rather have all tiles at once. The memory planner, whose tensors are a CPU's, can ask for its way.
+    # GPUs are faster with all tiles at once. The memory planner, which uses CPU tensors, can ask for the GPU's way.
     splits_on_cpu = True
 
     def __init__(self, config: SiglipVisionConfig, early_layers: int):
@@ -192,10 +221,14 @@ class FusionVisionModel(SiglipPreTrainedModel):
 
     def takes_tiles(self, pixel_values: torch.Tensor, asked: dict[str, Any]) -> bool:
         """
-        Whether tiles run through the layers together with overviews, for which `asked` are other arguments.
+        Return whether tiles run through the layers together with overviews.
 
-        They fill a GPU better than one after the other, but not a CPU. Eager attention has weights that somebody wants
-        to see, and what watches layers expects overviews and tiles by themselves.
+        On a GPU, this is faster than one after the other. On a CPU, it is not. Callers that record eager attention
+        weights, or that watch layers by hooks, expect overviews and tiles in separate passes.
+
+        Args:
+            pixel_values (`(B, 5, 3, H, W)`): Tiles and overviews.
+            asked (`dict`): Further arguments of the pass, such as `output_attentions`.
         """
         if not _is_on_gpu(pixel_values) or self.config._attn_implementation == "eager":
             return False
@@ -214,15 +247,20 @@ class FusionVisionModel(SiglipPreTrainedModel):
         **kwargs: Any,
     ) -> FusionVisionModelOutput:
         """
+        Encode one tile of each image, guided by its question.
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): one tile of each image.
-            text_embeds (`torch.Tensor` of shape `(B, T, Dv)`, *optional*): the question in the tower's width.
-            text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): true where a question token is valid.
-            early_text_attention (`str`): see [`FusionConfig`].
-            tiles (`torch.Tensor` of shape `(B, 4, 3, H, W)`, *optional*): what no question guides, in the same pass;
-                nothing can be recorded then.
-            rows_at_a_time (`int`, *optional*): how many of the B tiles pass a layer together, so that its activations
-                take less memory. Not with a question.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): One tile of each image.
+            text_embeds (`torch.Tensor` of shape `(B, T, Dv)`, *optional*): Question in the width of the tower.
+            text_mask (`torch.Tensor` of shape `(B, T)`, *optional*): Mask of the valid question tokens.
+            early_text_attention (`str`): See [`FusionConfig`].
+            tiles (`torch.Tensor` of shape `(B, 4, 3, H, W)`, *optional*): Tiles that are encoded in the same pass
+                without a question. Nothing can be recorded then.
+            rows_at_a_time (`int`, *optional*): Number of the B tiles that pass a layer together, which limits the
+                memory for activations. Not supported with a question.
+
+        Returns:
+            [`FusionVisionModelOutput`]: Features of all tokens.
         """
         batch = len(pixel_values)
         pixels = pixel_values if tiles is None else torch.cat([pixel_values, tiles.flatten(0, 1)])
@@ -242,7 +280,7 @@ class FusionVisionModel(SiglipPreTrainedModel):
             hidden_states = packing.join(hidden_states, embeddings[batch:])
             kwargs["packing"] = packing
 
-        # running sums of h_0 .. h_{k-1} and h_k .. h_{2k-1}: the states themselves are never kept
+        # running sums of h_0 .. h_{k-1} and h_k .. h_{2k-1}, so that the states themselves are not kept
         sums: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
             group = index // self.early_layers
@@ -266,10 +304,10 @@ def _is_on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def _uniform_weights(key_mask: torch.Tensor, early_text_attention: str) -> torch.Tensor | None:
-    """Weights `(B, 1, N + T)` of the mean that a question row takes in early layers; None for `"masked"`."""
+    """Compute the weights `(B, 1, N + T)` of the mean that question tokens take in early layers; None if masked."""
     if early_text_attention not in EARLY_TEXT_ATTENTION:
-        allowed = " | ".join(map(repr, EARLY_TEXT_ATTENTION))
-        raise ValueError(f"early_text_attention is {early_text_attention!r}; allowed: {allowed}.")
+        allowed = ", ".join(map(repr, EARLY_TEXT_ATTENTION))
+        raise ValueError(f"`early_text_attention` must be one of {allowed}, got {early_text_attention!r}.")
     if early_text_attention == "masked":
         return None
     weights = (torch.ones_like(key_mask) if early_text_attention == "uniform_padded" else key_mask).float()
@@ -286,12 +324,12 @@ class FusionProjector(nn.Module):
         self.linear_2 = nn.Linear(out_features, out_features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
+        """Project features `(..., in_features)` to `(..., out_features)`."""
         return self.linear_2(self.act(self.linear_1(features)))
 
 
 class EncodedImage(NamedTuple):
-    """One image per sample, after tower and projector (before any reduction of the grid)."""
+    """One image per sample after the tower and the projector, before the grid is reduced."""
 
     image_features: torch.Tensor  # (B, N, D)
     global_features: torch.Tensor  # (B, D, 2P, 2P)
@@ -299,23 +337,33 @@ class EncodedImage(NamedTuple):
     instruct_embeds: torch.Tensor  # (B, T, D)
     instruct_features: torch.Tensor  # (B, T, D)
     instruct_mask: torch.Tensor  # (B, T)
-    guided: FusionVisionModelOutput  # of the overview with its question
+    guided: FusionVisionModelOutput  # output for the overview with its question
 
 
 def encode_tiles(tower: FusionVisionModel, projector: FusionProjector, tiles: torch.Tensor) -> torch.Tensor:
-    """Projected features `(4 B, N, D)` of tiles `(B, 4, 3, H, W)`, which no question guides."""
+    """
+    Encode tiles without a question.
+
+    Args:
+        tower ([`FusionVisionModel`]): Vision tower.
+        projector ([`FusionProjector`]): Projector to the width of the language model.
+        tiles (`(B, 4, 3, H, W)`): Tiles of the images.
+
+    Returns:
+        `(4 B, N, D)`: Projected features.
+    """
     on_cpu, splits = _is_lone_cpu(tiles), False
     if on_cpu and torch.is_grad_enabled():
         is_checkpointed = tower.training and any(layer.gradient_checkpointing for layer in tower.layers)
         splits = is_checkpointed and tower.splits_on_cpu
-    # four tiles fill a CPU, and activations of more leave its caches
+    # four tiles are enough for a CPU, and the activations of more do not fit in its caches
     parts = tiles.split(1) if on_cpu and not torch.is_grad_enabled() else [tiles]
     settings = {"rows_at_a_time": TILES_AT_A_TIME} if splits else {}
     return torch.cat([projector(tower(part.flatten(0, 1), **settings).features) for part in parts])
 
 
 def _is_lone_cpu(tiles: torch.Tensor) -> bool:
-    """Whether tiles may be encoded in parts: on a CPU, where no other process has to do the same."""
+    """Return whether tiles may be encoded in parts: on a CPU, if no other process must take the same steps."""
     if tiles.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     # all ranks of FSDP must call the tower equally often, whatever their images
@@ -324,32 +372,80 @@ def _is_lone_cpu(tiles: torch.Tensor) -> bool:
 
 
 def stitch_tiles(features: torch.Tensor, side: int) -> torch.Tensor:
-    """Return features `(4 B, N, D)` of images' tiles, P = `side` patches a side, as maps `(B, D, 2P, 2P)`."""
+    """
+    Stitch the features of tiles to one map per image.
+
+    Args:
+        features (`(4 B, N, D)`): Features of the tiles.
+        side (`int`): Number of patches per side of a tile, P.
+
+    Returns:
+        `(B, D, 2P, 2P)`: The maps.
+    """
     features = features.view(-1, TILES_PER_SIDE, TILES_PER_SIDE, side, side, features.shape[-1])
     # (B, row, column, y, x, D) -> (B, D, row, y, column, x)
     return features.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def blank_pixels(config: SiglipVisionConfig, like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Mid grey pixels `(*shape, 3, H, W)`, which are zeros, of the type and on the device of `like`."""
+    """
+    Create mid grey pixels, which are zeros.
+
+    Args:
+        config (`SiglipVisionConfig`): Configuration of the tower.
+        like (`torch.Tensor`): Tensor with the dtype and the device for the result.
+        shape (`int`): Leading dimensions of the result.
+
+    Returns:
+        `(*shape, 3, H, W)`: The pixels.
+    """
     return like.new_zeros(*shape, config.num_channels, config.image_size, config.image_size)
 
 
 def encode_blank_image(tower: FusionVisionModel, projector: FusionProjector, like: torch.Tensor) -> torch.Tensor:
-    """What samplers see in prompts without image: features `(1, D, 2P, 2P)` of mid grey, of one tile for all."""
+    """
+    Encode the blank (mid grey) image that samplers read in prompts without an image.
+
+    Args:
+        tower ([`FusionVisionModel`]): Vision tower.
+        projector ([`FusionProjector`]): Projector to the width of the language model.
+        like (`torch.Tensor`): Tensor with the dtype and the device for the pixels.
+
+    Returns:
+        `(1, D, 2P, 2P)`: Projected features as one map.
+    """
     features = projector(tower(blank_pixels(tower.config, like, 1)).features)  # (1, N, D)
     return stitch_tiles(features.repeat(NUM_TILES, 1, 1), tower.config.image_size // tower.config.patch_size)
 
 
 def adaptive_max_pool(feature_map: torch.Tensor, side: int) -> torch.Tensor:
-    """`(B, D, H, W)` to `(B, D, side, side)`."""
-    if feature_map.device.type == "mps":  # Metal refuses sizes that do not divide
+    """
+    Max-pool maps to a square.
+
+    Args:
+        feature_map (`(B, D, H, W)`): The maps.
+        side (`int`): Side of the result.
+
+    Returns:
+        `(B, D, side, side)`: The pooled maps.
+    """
+    if feature_map.device.type == "mps":  # Metal does not support sizes that do not divide evenly
         return nn.functional.adaptive_max_pool2d(feature_map.cpu(), side).to(feature_map.device)
     return nn.functional.adaptive_max_pool2d(feature_map, side)
 
 
 def reduce_grid(image_features: torch.Tensor, side: int, grid: int) -> torch.Tensor:
-    """FUSION-L: resize `(B, N, D)`, P = `side` patches a side, bilinearly to `(B, grid ** 2, D)`."""
+    """
+    Resize image features bilinearly to a smaller grid, as in FUSION-L.
+
+    Args:
+        image_features (`(B, N, D)`): Image features.
+        side (`int`): Number of patches per side, P.
+        grid (`int`): Side of the new grid.
+
+    Returns:
+        `(B, grid ** 2, D)`: The resized features.
+    """
     if grid == side:
         return image_features
     feature_map = image_features.transpose(1, 2).unflatten(-1, (side, side))
@@ -358,7 +454,17 @@ def reduce_grid(image_features: torch.Tensor, side: int, grid: int) -> torch.Ten
 
 
 def pool_context(global_features: torch.Tensor, query_len: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Initial latent tokens `(B, q, D)` and the windows that samplers look at `(B, q, w * w, D)`."""
+    """
+    Max-pool the global context to latent tokens and windows.
+
+    Args:
+        global_features (`(B, D, 2P, 2P)`): Features of the tiles as one map per image.
+        query_len (`int`): Number of latent tokens, q.
+        window (`int`): Side of a window, w.
+
+    Returns:
+        Initial latent tokens `(B, q, D)`, and the windows `(B, q, w * w, D)` that samplers attend to.
+    """
     side = isqrt(query_len)
     latents = adaptive_max_pool(global_features, side).flatten(2).transpose(1, 2)
     windows = adaptive_max_pool(global_features, side * window)  # (B, D, s * w, s * w)

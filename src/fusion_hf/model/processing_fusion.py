@@ -1,7 +1,7 @@
-"""Chats and images to FUSION's inputs: chat templates, image and latent blocks, questions, prompt ends.
+"""Processor of FUSION: chat templates, image and latent blocks, questions, and prompt ends.
 
-The sequence is what the authors' LLM reads (FUSION, arXiv 2504.09925, and their code): image block, latent block of
-turn 1, question 1, then latent block and question of each further turn.
+The sequence matches the input of the authors' LLM (FUSION, arXiv 2504.09925, and their code): the image block, the
+latent block of turn 1, question 1, then the latent block and the question of each further turn.
 """
 
 import copy
@@ -28,38 +28,41 @@ from .chat_fusion import (
     prepare_messages,
     require_question,
 )
-from .configuration_fusion import FusionConfig, is_perfect_square
+from .configuration_fusion import FusionConfig, is_perfect_square, require
 from .image_sources_fusion import defer_images, is_group
 from .prompt_tokens_fusion import PromptTokens, describe_replacement, pad_rows, shift_offsets, tokenize_alone
 
-# of what the processor gives, what the model can find in the ids as well
+# Outputs of the processor that the model can also find in the ids.
 TURN_INPUTS = ("instruct_input_ids", "instruct_attention_mask", "prompt_end_positions")
-# of a processor's arguments, those that a model's configuration has as well
+# Arguments of the processor that the model's configuration has as well.
 FIELDS_OF_CONFIG = ("num_image_tokens", "query_len", "instruct_pad_token_id")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 DEFAULT_SIDE, DEFAULT_IMAGE_TOKENS = 384, 729  # of FUSION 3B and 8B
 AS_TEXT = {"tokenize": False, "return_dict": False}  # of `apply_chat_template`
 NO_LATENTS = (
-    f"A prompt has {IMAGE_TOKEN} and no {LATENT_TOKEN}: FUSION's chat template was not used. The model gets no latent "
-    "tokens, and no question but what is behind the image. Write prompts with `apply_chat_template`."
+    f"A prompt has {IMAGE_TOKEN} but no {LATENT_TOKEN}, so it was not written by FUSION's chat template. The model "
+    "gets no latent tokens, and only the text behind the image as a question. Use `apply_chat_template`."
 )
-DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as texts or as transformers' enumeration
+DO_NOT_PAD, MAX_LENGTH = "do_not_pad", "max_length"  # values of `padding`, as strings or as transformers' enumeration
 
 
 class FusionProcessor(ProcessorMixin):
     """
-    Image processor and tokenizer as one, with FUSION's sequence around them.
+    Constructs a FUSION processor, which combines an image processor and a tokenizer and arranges FUSION's sequence.
 
     Args:
-        image_processor ([`FusionImageProcessor`]): makes the tiles.
-        tokenizer ([`PreTrainedTokenizerBase`]): knows the four marks as special tokens.
-        chat_template (`str`, *optional*): default: the one of `chat_format`.
-        chat_format (`str`, *optional*): headers and separators of the backbone, a key of `CHAT_FORMATS`; default: the
-            one whose tokens the tokenizer knows.
-        num_image_tokens (`int`, *optional*): image tokens that the LLM reads per image. There is a default, 729, for
-            tiles of 384 pixels only. Without either, calls need `image_token_grid`.
-        query_len (`int`): default number of latent tokens per turn.
-        instruct_pad_token_id (`int`): padding of the question, and ignored in it.
+        image_processor ([`FusionImageProcessor`]): Image processor that makes the tiles.
+        tokenizer ([`PreTrainedTokenizerBase`]): Tokenizer that knows FUSION's four special tokens.
+        chat_template (`str`, *optional*): Jinja template. Defaults to the template of `chat_format`.
+        chat_format (`str`, *optional*): Headers and separators of the backbone, a key of `CHAT_FORMATS`. Defaults to
+            the format whose tokens the tokenizer knows.
+        num_image_tokens (`int`, *optional*): Number of image tokens per image. Defaults to 729 for tiles of 384
+            pixels. For other sizes without this value, calls need `image_token_grid`.
+        query_len (`int`, defaults to 36): Number of latent tokens per turn, a perfect square.
+        instruct_pad_token_id (`int`, defaults to 0): Id that pads the questions and is ignored in them.
+
+    Raises:
+        ValueError: If `query_len` or `chat_format` is not supported, or if the tokenizer lacks a token.
 
     Example:
 
@@ -73,7 +76,7 @@ class FusionProcessor(ProcessorMixin):
     >>> inputs = processor.apply_chat_template(messages, **options)
     >>> tuple(inputs["pixel_values"].shape)
     (1, 5, 3, 48, 48)
-    >>> # of a later question about the image, whose features are kept
+    >>> # for a later question about the same image, whose features you keep
     >>> sorted(processor.apply_chat_template(messages, process_images=False, **options))
     ['attention_mask', 'input_ids', 'instruct_attention_mask', 'instruct_input_ids', 'prompt_end_positions']
 
@@ -94,7 +97,9 @@ class FusionProcessor(ProcessorMixin):
         if chat_format is None:
             chat_format = derive_chat_format(tokenizer)
         if chat_format not in CHAT_FORMATS:
-            raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(map(repr, CHAT_FORMATS))}.")
+            raise ValueError(
+                f"`chat_format` must be one of {', '.join(map(repr, CHAT_FORMATS))}, got {chat_format!r}."
+            )
         check_tokenizer(tokenizer, chat_format)
         self.chat_format = chat_format
         if num_image_tokens is None and image_processor.size["height"] == DEFAULT_SIDE:
@@ -110,7 +115,7 @@ class FusionProcessor(ProcessorMixin):
         self.returns_turns = True
         self.begin = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
         template = chat_template or CHAT_FORMATS[chat_format].write_template(query_len, self.begin)
-        if tokenizer.chat_template is None:  # so that a tokenizer that is used, or saved, by itself has FUSION's
+        if tokenizer.chat_template is None:  # so that a tokenizer used or saved on its own has FUSION's template
             tokenizer.chat_template = template
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
@@ -119,32 +124,34 @@ class FusionProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        Read `processor_config.json` or, in a folder to which the tokenizer and the image processor were saved one by
-        one (as `Pipeline.save_pretrained` does), the same values of the model's `config.json`. An `image_token_grid`
-        (FUSION-L: 16) is the side of the grid that the model's configuration gets under the same name.
+        Read the arguments of the processor from a model folder or repository.
+
+        They come from `processor_config.json` or, if the tokenizer and the image processor were saved separately (as
+        `Pipeline.save_pretrained` does), from the model's `config.json`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Model folder or repository.
+            kwargs: Arguments of `from_pretrained`, such as the `image_token_grid` of the model (FUSION-L: 16).
 
         Raises:
-            ValueError: names what neither file holds, or an impossible grid.
+            ValueError: If neither file has a value, or if the grid is impossible.
         """
         values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         grid = unused.pop("image_token_grid", None)
         if grid is not None:
-            if not isinstance(grid, int) or grid < 1:
-                raise ValueError(f"image_token_grid is {grid!r}; allowed: a whole number from 1.")
-            unused["num_image_tokens"] = grid**2
+            unused["num_image_tokens"] = _checked_grid(grid) ** 2
         missing = [name for name in FIELDS_OF_CONFIG if name not in values and name not in unused]
         if missing:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             try:
                 found, _ = FusionConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-            except OSError:  # newer releases of transformers return nothing where there is no file
+            except OSError:  # newer releases of transformers return nothing if the file does not exist
                 found = None
             if not found or found.get("model_type") != FusionConfig.model_type:
                 names = ", ".join(f"`{name}`" for name in missing)
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} has no processor_config.json, and no config.json of a FUSION "
-                    f"model. Pass {names} to `from_pretrained`, or save the processor there with "
-                    "`processor.save_pretrained`."
+                    f"{pretrained_model_name_or_path} has neither a processor_config.json nor the config.json of a "
+                    f"FUSION model. Pass {names}, or save the processor there with `processor.save_pretrained`."
                 )
             config = FusionConfig.from_dict(found)
             values |= {name: getattr(config, name) for name in missing}
@@ -156,9 +163,9 @@ class FusionProcessor(ProcessorMixin):
 
     def without_turns(self) -> "FusionProcessor":
         """
-        Return a processor that gives ids, masks and images alone, so that the model finds turns and questions.
+        Return a copy that returns only ids, masks and images, so that the model finds turns and questions.
 
-        For callers that hand on no others, as TRL's trainers that sample. Saved, it is an ordinary processor.
+        Use it for callers that pass on no other inputs, such as TRL. A saved copy is an ordinary processor.
         """
         processor = copy.copy(self)
         processor.returns_turns = False
@@ -174,19 +181,28 @@ class FusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Messages (or a list of conversations) to text or, with `tokenize=True, return_dict=True`, to model inputs.
+        Convert conversations to text or, with `tokenize=True, return_dict=True`, to model inputs.
 
-        A message's content is a string or a list of `{"type": "text", "text": ...}` and one
-        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has one image; it is read
-        where training puts it, see [`CHAT_FORMATS`]. What looks like a control token in a message stays text; with
-        `sanitize_control_tokens=True` so does every special token that a user added. `query_len`, `image_token_grid`
-        and `process_images` are those of the call; with `process_images=False`, an image block needs no image.
+        The content of a message is a string, or a list of blocks `{"type": "text", "text": ...}` and
+        `{"type": "image", "image" | "url" | "path" | "base64": ...}`. A conversation has at most one image. Text that
+        looks like a control token stays text.
+
+        Args:
+            conversation (`list`): Messages of one conversation, or a list of conversations.
+            chat_template (`str`, *optional*): Template to use instead of the processor's own.
+            query_len (`int`, *optional*): Number of latent tokens per turn. Defaults to the processor's.
+            image_token_grid (`int`, *optional*): Side of the grid of image tokens.
+            process_images (`bool`, defaults to `True`): Whether to open the images. If False, image blocks need none.
+            kwargs: Arguments of [`ProcessorMixin.apply_chat_template`].
+
+        Returns:
+            `str`, `list[str]` or [`BatchFeature`]: Prompts, or inputs as `__call__` returns them.
 
         Raises:
-            ValueError: names the message and the block that FUSION cannot read, or says what the template lacks.
+            ValueError: If FUSION cannot read a message, or if the template lacks something. The message names it.
         """
         self.count_image_tokens(image_token_grid)
-        # transformers' own way breaks offsets, and lacks in older releases: texts are protected here anyway
+        # transformers' own sanitizing breaks offsets, and older releases lack it: texts are protected here anyway
         sanitize = bool(kwargs.pop("sanitize_control_tokens", False))
         protector = TextProtector(self.tokenizer, sanitize)
         if sanitize:
@@ -204,14 +220,14 @@ class FusionProcessor(ProcessorMixin):
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         chats = prepared if batched else prepared[0]
         template = str(self.chat_template if chat_template is None else chat_template)
-        if "query_len" in template:  # older releases of transformers lose `processor_kwargs` with other arguments
+        if "query_len" in template:  # older releases of transformers drop `processor_kwargs` beside other arguments
             kwargs["query_len"] = length
         if not kwargs.get("tokenize"):
             text = super().apply_chat_template(chats, chat_template=chat_template, **kwargs)
             return [_order_marks(each) for each in text] if batched else _order_marks(text)
         if any(message["role"] == "assistant" for messages in prepared for message in messages):
             self._check_headers(prepared, chat_template, template, kwargs)
-        # a block of one latent token looks like a mark that stands for a block: say that it is none
+        # a block of one latent token looks like a mark that stands for a whole block, so pass the length
         processor_kwargs["query_len"] = length
         if not process_images:
             processor_kwargs["process_images"] = False
@@ -226,7 +242,7 @@ class FusionProcessor(ProcessorMixin):
     def _check_headers(
         self, prepared: list[list[dict[str, Any]]], chat_template: str | None, template: str, kwargs: dict[str, Any]
     ) -> None:
-        """Check that a template of the caller's own says where answers begin: writes the format's assistant header."""
+        """Check that a custom template marks where answers begin, by the assistant header of the chat format."""
         header = self._format.assistant_header
         if header.replace("\n", "\\n") in template:
             return
@@ -236,9 +252,8 @@ class FusionProcessor(ProcessorMixin):
             answers += bool(kwargs.get("add_generation_prompt"))
             if text.count(header) != answers:
                 raise ValueError(
-                    f"The chat template writes {text.count(header)} assistant headers {header!r} for {answers} "
-                    "answers, so that the ends of the prompts cannot be found. Write the headers of `chat_format` = "
-                    f"{self.chat_format!r}."
+                    f"The chat template must write {answers} assistant headers {header!r}, those of `chat_format` = "
+                    f"{self.chat_format!r}, so that prompt ends can be found, got {text.count(header)}."
                 )
 
     def __call__(
@@ -252,21 +267,25 @@ class FusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Prompts, as `apply_chat_template` writes them, and one image for each `<image>` in them.
+        Convert prompts, as `apply_chat_template` writes them, and their images to model inputs.
 
-        A single `<latent_image>` stands for a block of `query_len`, `<image>` for `image_token_grid ** 2` image tokens
-        (default: `num_image_tokens`). The authors' order of marks (latent block before the image) is accepted and
-        swapped. Batches that become tensors are padded. `questions` guide the vision tower, one text for each prompt;
-        default: the user messages in the prompt or, in a prompt without the user header of `chat_format`, what is
-        behind its image. `process_images=False` (default: True) is for prompts whose images the model gets in another
-        way, such as `global_features` that were computed for an earlier question: `<image>` is written as for an
-        image, but none is taken, opened or resized, and there are no `pixel_values`.
+        Args:
+            images (*optional*): One image for each `<image>` in the prompts.
+            text (`str` or `list[str]`, *optional*): Prompts. A single `<latent_image>` stands for a whole latent
+                block, and `<image>` for all image tokens. A latent block before the image is moved behind it.
+            query_len (`int`, *optional*): Number of latent tokens per turn. Defaults to the processor's.
+            image_token_grid (`int`, *optional*): Side of the grid of image tokens, `image_token_grid ** 2` per image.
+            questions (`str` or `list[str]`, *optional*): One text per prompt that guides the vision tower. Defaults to
+                the user messages or, in a prompt without user headers, to the text behind the image.
+            process_images (`bool`, *optional*): Pass False if the model gets the images in another way, such as
+                `global_features` of an earlier question. Prompts are the same, but there are no `pixel_values`.
 
-        Returns `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask` `(B, T)`,
-        `prompt_end_positions` `(B, R)` and, if there is an image, `pixel_values` `(B, 5, 3, H, W)`.
+        Returns:
+            [`BatchFeature`]: `input_ids`, `attention_mask` `(B, S)`, `instruct_input_ids`, `instruct_attention_mask`
+            `(B, T)`, `prompt_end_positions` `(B, R)` and, with an image, `pixel_values` `(B, 5, 3, H, W)`.
 
         Raises:
-            ValueError: for counts that disagree, and prompts longer than `tokenizer.model_max_length`; names both.
+            ValueError: If counts disagree, or if a prompt exceeds `tokenizer.model_max_length`.
         """
         num_image_tokens = self.count_image_tokens(image_token_grid)
         if questions is not None and not self.returns_turns:
@@ -275,7 +294,7 @@ class FusionProcessor(ProcessorMixin):
             )
         process_images = process_images is not False
         if images is not None and not process_images:
-            raise ValueError("`images` must be None with `process_images=False`, which is for images that you keep.")
+            raise ValueError("`images` must be None with `process_images=False`.")
         if text is None:
             return super().__call__(images=None if images is None else defer_images(images), **kwargs)
         if not isinstance(text, (str, list, tuple)) or text in ([], ()):
@@ -291,7 +310,7 @@ class FusionProcessor(ProcessorMixin):
         tensors = text_kwargs.get("return_tensors")
         kwargs = _without(kwargs, "return_tensors")
         flat_images, data = defer_images(images), {}
-        if flat_images:  # as one array, not a list
+        if flat_images:  # as one array instead of a list
             images_kwargs = {**kwargs.get("images_kwargs", {}), "return_tensors": "np"}
             pixels = super().__call__(images=flat_images, **kwargs | {"images_kwargs": images_kwargs})["pixel_values"]
             data["pixel_values"] = _one_per_sample(pixels, [IMAGE_TOKEN in t for t in texts])
@@ -302,7 +321,7 @@ class FusionProcessor(ProcessorMixin):
     def _without_first_token(
         self, texts: list[Any], text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[list[tuple[Any, bool]], dict[str, Any]]:
-        """Texts without the tokenizer's first token, each with whether it had one: it is put before the ids, once."""
+        """Remove the tokenizer's first token from texts, and tell which had it: the tokenizer adds it once."""
         begins = [bool(self.begin) and isinstance(text, str) and text.startswith(self.begin) for text in texts]
         if not all(begins) and not (any(begins) and text_kwargs.get("add_special_tokens", True)):
             return [(text, False) for text in texts], kwargs
@@ -313,7 +332,7 @@ class FusionProcessor(ProcessorMixin):
     def _tokenize(
         self, prompts: list["_ArrangedText"], needs_padding: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
     ) -> list[PromptTokens]:
-        """Tokens of prompts, padded as the arguments say, or where they become tensors."""
+        """Tokenize prompts, with padding if the arguments ask for it or if the result becomes tensors."""
         if needs_padding and "padding" not in text_kwargs | self.tokenizer.init_kwargs:
             kwargs = kwargs | {"padding": True}
         kwargs = kwargs | {"return_offsets_mapping": True}
@@ -327,7 +346,7 @@ class FusionProcessor(ProcessorMixin):
         padding = {**self.tokenizer.init_kwargs, **text_kwargs, **kwargs}.get("padding")
         padded = len(features["input_ids"][0])
         if padding not in (None, False, DO_NOT_PAD) and any(len(row.ids) < padded for row in rows):
-            # without the tokens that were dropped, rows differ in length again
+            # without the dropped tokens, rows differ in length again
             fixed = padding == MAX_LENGTH or text_kwargs.get("pad_to_multiple_of")
             length = padded if fixed else max(sum(row.mask) for row in rows)
             on_left = text_kwargs.get("padding_side", self.tokenizer.padding_side) == "left"
@@ -343,7 +362,7 @@ class FusionProcessor(ProcessorMixin):
         questions: str | list[str] | None,
         text_kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """What a call returns beside the images."""
+        """Build the outputs of a call besides the images."""
         data: dict[str, Any] = {
             "input_ids": [row.ids for row in rows],
             "attention_mask": [row.mask for row in rows],
@@ -352,7 +371,7 @@ class FusionProcessor(ProcessorMixin):
             data |= self._questions([prompt.text for prompt in prompts], questions)
             pairs = zip(rows, prompts, strict=True)
             ends = pad_rows([self._prompt_ends(row, prompt.expanded) for row, prompt in pairs], -1)
-            # of whole numbers, even where there are no turns
+            # integers even if there are no turns
             is_array = text_kwargs.get("return_tensors") is not None
             whole = np.array(ends, dtype=np.int64).reshape(len(rows), -1) if is_array else ends
             data["prompt_end_positions"] = whole
@@ -360,9 +379,9 @@ class FusionProcessor(ProcessorMixin):
             if any(_order_marks(prompt.given) != prompt.given for prompt in prompts):
                 raise ValueError(
                     f"`return_offsets_mapping` needs a text in FUSION's order, with {IMAGE_TOKEN} before the first "
-                    f"{LATENT_TOKEN}. Write it with FUSION's chat template."
+                    f"{LATENT_TOKEN}. Write prompts with FUSION's chat template."
                 )
-            # character spans in the prompt as it was given, without the prefix and with its first token
+            # character spans in the prompt as the caller passed it, without the prefix and with its first token
             pairs = zip(rows, prompts, strict=True)
             data["offset_mapping"] = [shift_offsets(row.offsets, prompt.shift) for row, prompt in pairs]
         if text_kwargs.get("return_text_replacement_offsets"):
@@ -378,27 +397,28 @@ class FusionProcessor(ProcessorMixin):
         return CHAT_FORMATS[self.chat_format]
 
     def count_image_tokens(self, image_token_grid: int | None = None) -> int:
-        """Image tokens of one image: of the given grid, or `num_image_tokens`. The model knows how many it can give.
+        """
+        Return the number of image tokens of one image.
+
+        Args:
+            image_token_grid (`int`, *optional*): Side of the grid. Defaults to the processor's `num_image_tokens`.
 
         Raises:
-            ValueError: if what is given is no whole number from 1, or if nothing is given and there is no default.
+            ValueError: If `image_token_grid` is not a whole number of at least 1, or if there is no default.
         """
         if image_token_grid is None:
             if self.num_image_tokens is None:
                 side = self.image_processor.size["height"]
                 raise ValueError(
-                    f"`num_image_tokens` is missing, and tiles have {side} pixels a side. Pass the `num_image_tokens` "
-                    "of the model's configuration to the processor."
+                    f"`num_image_tokens` has no default for tiles of {side} pixels. Pass that of the configuration."
                 )
             return self.num_image_tokens
-        if not isinstance(image_token_grid, int) or image_token_grid < 1:
-            raise ValueError(f"image_token_grid is {image_token_grid!r}; allowed: a whole number from 1.")
-        return image_token_grid**2
+        return _checked_grid(image_token_grid) ** 2
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, image_token_grid: int | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Image tokens and entries of `pixel_values` that images of these sizes take; one entry holds all tiles."""
+        """Count the image tokens and the entries of `pixel_values` for images. One entry holds all tiles."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
@@ -406,7 +426,7 @@ class FusionProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
     def validate_inputs(self, images: Any = None, text: list[str] | None = None, **kwargs: Any) -> None:
-        """Check as transformers does, but for the number of images: `__call__` compares it with marks as they came."""
+        """Check as transformers does, except for the number of images, which `__call__` compares with the marks."""
         without_marks = None if text is None else [each.replace(IMAGE_TOKEN, "") for each in text]
         super().validate_inputs(images=images, text=without_marks, **kwargs)
 
@@ -414,13 +434,12 @@ class FusionProcessor(ProcessorMixin):
         return IMAGE_TOKEN * self.count_image_tokens()
 
     def _arrange(self, text: Any, has_begin: bool, query_len: int | None, num_image_tokens: int) -> "_ArrangedText":
-        """Image mark first, latent marks as whole blocks of the call's length, the family's prefix in front."""
-        if not isinstance(text, str):
-            raise ValueError(f"text holds a {type(text).__name__}; allowed: a string or a list of strings.")
+        """Put the image mark first, expand latent marks to blocks of the call's length, and add the prefix."""
+        require(isinstance(text, str), "text", text, "a string or a list of strings")
         length = self.query_len if query_len is None else _checked_query_len(query_len)
         marks = MARKS.findall(text)
         if marks.count(IMAGE_TOKEN) > 1:
-            raise ValueError(f"A prompt has {marks.count(IMAGE_TOKEN)} {IMAGE_TOKEN} marks; FUSION reads 1 image.")
+            raise ValueError(f"A prompt must have at most 1 {IMAGE_TOKEN}, got {marks.count(IMAGE_TOKEN)}.")
         for number, mark in enumerate(marks):
             if mark == IMAGE_TOKEN:
                 continue
@@ -428,7 +447,7 @@ class FusionProcessor(ProcessorMixin):
             if count == 1:
                 marks[number] = LATENT_TOKEN * length
             elif query_len is not None and count != length:
-                raise ValueError(f"A latent block has {count} tokens, but query_len is {length}.")
+                raise ValueError(f"A latent block must have {length} tokens (`query_len`), got {count}.")
         ordered = iter(marks)
         prefix = self._prefix(text)
         arranged = prefix + _order_marks(MARKS.sub(lambda _: next(ordered), text))
@@ -436,7 +455,7 @@ class FusionProcessor(ProcessorMixin):
         return _ArrangedText(text, arranged, shift, num_image_tokens)
 
     def _prefix(self, text: str) -> str:
-        """What the tokenizer must see before a text, to give it the ids that it has in a conversation."""
+        """Return the text that must precede a text, so that its ids are the same as in a conversation."""
         if self._format.begins_with_answer(text):
             return self._format.before_answer
         if not self._format.prompt_prefix:
@@ -447,16 +466,18 @@ class FusionProcessor(ProcessorMixin):
     def _check_length(self, rows: list[PromptTokens]) -> None:
         longest, most = max(sum(row.mask) for row in rows), self.tokenizer.model_max_length
         if longest > most:
-            raise ValueError(f"A prompt has {longest} tokens; allowed: tokenizer.model_max_length = {most}.")
+            raise ValueError(
+                f"A prompt must have at most {most} tokens (`tokenizer.model_max_length`), got {longest}."
+            )
 
     def _questions(self, texts: list[str], given: str | list[str] | None) -> dict[str, list[list[int]]]:
-        """The questions of each prompt, tokenised on their own; a prompt without image has none."""
+        """Tokenize the questions of each prompt on their own. A prompt without an image has no question."""
         if given is not None:
             questions = list(map(TextProtector(self.tokenizer).break_up, [given] if isinstance(given, str) else given))
         else:
             questions = [self._find_question(text) if IMAGE_TOKEN in text else "" for text in texts]
         if len(questions) != len(texts):
-            raise ValueError(f"`questions` must hold a text for each of {len(texts)} prompts, got {len(questions)}.")
+            raise ValueError(f"`questions` must have one text for each of {len(texts)} prompts, got {len(questions)}.")
         rows = tokenize_alone(questions, self.tokenizer)
         rows = [ids if IMAGE_TOKEN in text else [] for ids, text in zip(rows, texts, strict=True)]
         ids = pad_rows([row or [self.instruct_pad_token_id] for row in rows], self.instruct_pad_token_id)
@@ -464,23 +485,23 @@ class FusionProcessor(ProcessorMixin):
         return {"instruct_input_ids": ids, "instruct_attention_mask": mask}
 
     def _find_question(self, text: str) -> str:
-        """The user messages of a prompt with an image."""
+        """Return the user messages of a prompt with an image."""
         chat_format = self._format
-        # the last user message may be open, to be continued
+        # the last user message may be open, so that the model continues it
         end = f"(?:{re.escape(chat_format.turn_end)}|{re.escape(chat_format.assistant_header)}|\\Z)"
         turns = re.findall(re.escape(chat_format.user_header) + "(.*?)" + end, text, re.DOTALL)
         if not turns and len(re.findall(f"(?:{LATENT_TOKEN})+", text)) > 1:
             raise ValueError(
-                f"A prompt has several latent blocks and no user header {chat_format.user_header!r}, so that its "
-                "questions cannot be found. Pass `questions`."
+                f"A prompt has several latent blocks but no user header {chat_format.user_header!r}, so its questions "
+                "cannot be found. Pass `questions`."
             )
         if not turns:
-            # of another template: what is before the marks may be a system message, so it is no question
+            # another template: the text before the marks may be a system message, so it is not a question
             turns = re.split(end, text[[mark.end() for mark in VISION_BLOCKS.finditer(text)][-1] :])[:1]
         return "".join(VISION_BLOCKS.sub("", turn).strip() for turn in turns)
 
     def _prompt_ends(self, row: PromptTokens, text: str) -> list[int]:
-        """Index of the last token of each assistant header; of the prompt, if it has no header but a latent block."""
+        """Find the last token of each assistant header, or of a prompt with a latent block but no header."""
         attended = [i for i, mask in enumerate(row.mask) if mask]
         if LATENT_TOKEN not in text or not attended:
             return []
@@ -490,9 +511,8 @@ class FusionProcessor(ProcessorMixin):
             blocks = len(re.findall(f"(?:{LATENT_TOKEN})+", text))
             if blocks > 1:
                 raise ValueError(
-                    f"A prompt has {blocks} latent blocks and no assistant header {header!r}, so that the ends of its "
-                    "turns cannot be found. Write it with the headers of `chat_format` = "
-                    f"{self.chat_format!r}."
+                    f"A prompt has {blocks} latent blocks but no assistant header {header!r}, so the ends of its "
+                    f"turns cannot be found. Use the headers of `chat_format` = {self.chat_format!r}."
                 )
             return [attended[-1]]
         last_character = row.offsets[attended[-1]][1]  # less than the text's length after truncation
@@ -501,28 +521,28 @@ class FusionProcessor(ProcessorMixin):
         kept = sum(row.ids[i] == self.latent_token_id for i in attended)
         if kept == text.count(LATENT_TOKEN):
             return found
-        # a turn loses its end where truncation took its latent block, which may be behind the end
+        # a turn has no end if truncation removed its latent block, which may be behind the end
         length = next(len(mark) // len(LATENT_TOKEN) for mark in MARKS.findall(text) if mark != IMAGE_TOKEN)
         return found[: -(-kept // length)]
 
 
 @dataclass(frozen=True)
 class _ArrangedText:
-    """A text of a call, and what is tokenized for it."""
+    """A text that a caller passed, and the text that is tokenized for it."""
 
     given: str  # without the tokenizer's first token
     text: str  # with one image mark at most, in its place
-    shift: int  # characters before the text that the caller did not give, less those that were taken
+    shift: int  # number of characters that were added before the text, minus those that were removed
     num_image_tokens: int
 
     @property
     def expanded(self) -> str:
-        """The text with all image tokens."""
+        """The text with all of its image tokens."""
         return self.text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
 
 
 def _order_marks(text: str) -> str:
-    """The text with its image mark first: the authors' code fills the first mark of a conversation with the image."""
+    """Move the image mark first, since the authors' code fills the first mark of a conversation with the image."""
     marks = sorted(MARKS.findall(text), key=lambda mark: mark != IMAGE_TOKEN)  # stable: only the image moves
     ordered = iter(marks)
     return MARKS.sub(lambda _: next(ordered), text)
@@ -530,17 +550,22 @@ def _order_marks(text: str) -> str:
 
 def _checked_query_len(query_len: int) -> int:
     is_number = isinstance(query_len, (int, np.integer)) and not isinstance(query_len, bool)
-    if not is_number or not is_perfect_square(query_len):
-        raise ValueError(f"query_len is {query_len!r}; allowed: a perfect square (1, 4, 9, 16, ...).")
+    is_valid = is_number and is_perfect_square(query_len)
+    require(is_valid, "query_len", query_len, "a perfect square (1, 4, 9, 16, ...)")
     return query_len
 
 
+def _checked_grid(grid: int) -> int:
+    require(isinstance(grid, int) and grid >= 1, "image_token_grid", grid, "a whole number of at least 1")
+    return grid
+
+
 def _check_images(images: Any, texts: list[str]) -> None:
-    """Compare prompts' image marks with images, prompt by prompt where lists say which images are whose."""
+    """Compare the image marks of prompts with the images, prompt by prompt if images are nested lists."""
     parts = list(images) if is_group(images) else [images]
     total, marks = len(defer_images(images)), sum(text.count(IMAGE_TOKEN) for text in texts)
     is_nested = total > 0 and any(part is None or is_group(part) for part in parts)
-    if marks != total and not (is_nested and len(parts) == len(texts)):  # in transformers' words
+    if marks != total and not (is_nested and len(parts) == len(texts)):  # the message of transformers
         raise ValueError(
             f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images: "
             f"found {marks} {IMAGE_TOKEN} tokens and {total} images."
@@ -548,22 +573,21 @@ def _check_images(images: Any, texts: list[str]) -> None:
     if not is_nested:
         return
     if len(parts) != len(texts):
-        raise ValueError(f"images has lists of images for {len(parts)} prompts, but there are {len(texts)} prompts.")
+        raise ValueError(f"`images` must have one list for each of {len(texts)} prompts, got {len(parts)}.")
     for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
         marks, count = text.count(IMAGE_TOKEN), len(defer_images(part))
         if marks != count:
-            raise ValueError(
-                f"Prompt {number} has {marks} {IMAGE_TOKEN} marks, but images[{number}] has {count} images."
-            )
+            allowed = f"one {IMAGE_TOKEN} for each of the {count} images in `images[{number}]`"
+            raise ValueError(f"Prompt {number} must have {allowed}, got {marks}.")
 
 
 def _without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
-    """A copy of (nested) keyword arguments that lacks `name`."""
+    """Copy (nested) keyword arguments without `name`."""
     return {k: _without(v, name) if isinstance(v, dict) else v for k, v in kwargs.items() if k != name}
 
 
 def _one_per_sample(pixel_values: np.ndarray, has_image: list[bool]) -> np.ndarray:
-    """Align images `(n, ...)` with samples `(B, ...)`: zeros, mid grey, for a sample without one."""
+    """Align images `(n, ...)` with samples `(B, ...)`. Samples without an image get zeros, which are mid grey."""
     if all(has_image):
         return pixel_values
     samples = np.zeros((len(has_image), *pixel_values.shape[1:]), dtype=pixel_values.dtype)

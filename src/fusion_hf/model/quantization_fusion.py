@@ -1,4 +1,4 @@
-"""Quantization of FUSION: what it leaves alone, declared by the model itself, and errors that say what is missing."""
+"""Quantization of FUSION: the modules that stay unquantized, and errors that name missing packages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# What quantization leaves alone unless it is told otherwise: few of the weights, and all that the LLM sees depends on
-# them. Patterns of module names, which match from the start.
+# Modules that stay unquantized unless you choose others: they hold few of the weights, and all inputs of the language
+# model depend on them. The patterns match module names from the start.
 NOT_QUANTIZED = (
     r".*\bvision_tower",
     r".*\bvision_projector",
@@ -19,22 +19,32 @@ NOT_QUANTIZED = (
     r".*\bvision_sampler",
     "lm_head",
 )
-SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")  # torchao's and others'; bitsandbytes'
+SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")  # of torchao and others; of bitsandbytes
 LIBRARIES = ("bitsandbytes", "torchao")
-LINEAR_4BIT = "Linear4bit"  # bitsandbytes' class, by its name because the library may be missing
+LINEAR_4BIT = "Linear4bit"  # name of bitsandbytes' class, since the library may not be installed
 
 
 class FusionQuantizationMixin:
-    """In front of `PreTrainedModel`: a `from_pretrained` that knows NOT_QUANTIZED."""
+    """Extends `PreTrainedModel` with a `from_pretrained` that leaves `NOT_QUANTIZED` unquantized by default."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers; a `quantization_config` without modules to leave alone leaves NOT_QUANTIZED alone."""
+        """
+        Load a model, see [`PreTrainedModel.from_pretrained`].
+
+        Args:
+            quantization_config (`dict` or `QuantizationConfigMixin`, *optional*): Quantization of the weights. If it
+                does not name modules to skip, the modules in NOT_QUANTIZED are skipped.
+
+        Raises:
+            ImportError: If the library for the quantization is not installed.
+            ValueError: If `quantization_config` is of another type.
+        """
         with name_extra():
             if quantization_config is not None:
                 kwargs["quantization_config"] = skip_by_default(quantization_config)
             loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside it, the keys that were missing
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`, a tuple
         for module in model.modules():
             if type(module).__name__ == LINEAR_4BIT:
                 module.register_state_dict_pre_hook(put_scales_back)
@@ -43,14 +53,17 @@ class FusionQuantizationMixin:
 
 def skip_by_default(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
     """
-    Return a quantization configuration that leaves NOT_QUANTIZED alone, unless it says itself what it leaves alone.
+    Return a quantization configuration that skips `NOT_QUANTIZED`, unless it already names modules to skip.
+
+    Args:
+        config (`dict` or `QuantizationConfigMixin`): Quantization configuration.
 
     Raises:
-        ValueError: if it is neither a configuration nor one's dict.
+        ValueError: If `config` is of another type.
     """
     if not isinstance(config, (dict, QuantizationConfigMixin)):
-        allowed = "a configuration of transformers, such as BitsAndBytesConfig(load_in_8bit=True), or its dict"
-        raise ValueError(f"quantization_config is {config!r}; allowed: {allowed}.")
+        allowed = "a configuration such as BitsAndBytesConfig(load_in_8bit=True), or its dict"
+        raise ValueError(f"`quantization_config` must be {allowed}, got {config!r}.")
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy(config)
     for name in SKIP_FIELDS:
         if name in vars(config) and not vars(config)[name]:
@@ -60,21 +73,24 @@ def skip_by_default(config: dict[str, Any] | QuantizationConfigMixin) -> Quantiz
 
 @contextmanager
 def name_extra() -> Iterator[None]:
-    """Where one of LIBRARIES, or what it needs, is missing, the error names the extra that installs all of it."""
+    """Add the extra to install to errors about one of `LIBRARIES`, or about a package that it needs."""
     try:
         yield
     except ImportError as error:
         if any(library in str(error) for library in LIBRARIES):
-            raise ImportError(f'{error}\nQuantization needs the extra: pip install "fusion_hf[quant]"') from error
+            raise ImportError(f'{error}\nFor quantization, run `pip install "fusion_hf[quant]"`.') from error
         raise
 
 
 def put_scales_back(layer: Any, prefix: str, keep_vars: bool) -> None:
     """
-    Before the state dict of a bitsandbytes layer of 4 bits is made: undo what its CPU kernel did to the scales.
+    Restore the scales of a bitsandbytes 4-bit layer, which its CPU kernel has transposed, for a state dict.
 
-    The first pass on a CPU with AVX512-BF16 packs the weights and transposes the scales. bitsandbytes (seen in 0.50.2)
-    unpacks only the weights for a state dict, after which the model, and what was saved of it, would be wrong.
+    On a CPU with AVX512-BF16, the first pass packs the weights and transposes the scales. For a state dict,
+    bitsandbytes (seen in 0.50.2) only unpacks the weights. The saved model would be wrong, and so would this one.
+
+    Args:
+        layer, prefix, keep_vars: Arguments of a state dict pre-hook.
     """
     state = layer.weight.quant_state
     if vars(state).get("packing_format_for_cpu", False) and not state.original_nested:
@@ -82,7 +98,7 @@ def put_scales_back(layer: Any, prefix: str, keep_vars: bool) -> None:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield what a weight is stored as: itself, or a quantized one's integers, scales and zero points."""
+    """Yield the tensors that store a weight: itself, or the integers, scales and zero points of a quantized one."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return

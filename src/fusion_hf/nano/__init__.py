@@ -1,1 +1,1 @@
-"""`fusion-nano`: the small FUSION that is trained from scratch and shipped with the package."""
+"""`fusion-nano`, the small FUSION model that is trained from scratch and shipped with the package."""

@@ -1,4 +1,4 @@
-"""`fusion-nano` before training: sizes, processor, and an initialisation that lets it learn from scratch."""
+"""`fusion-nano` before training: sizes, processor, and an initialization that allows learning from scratch."""
 
 from dataclasses import replace
 from math import pi, sqrt
@@ -16,17 +16,23 @@ from fusion_hf.model.modeling_fusion_vision import FusionVisionLayer, FusionVisi
 from fusion_hf.model.processing_fusion import CHAT_FORMATS, FusionProcessor
 from fusion_hf.model.turns_fusion import describe_turns
 
-TILE_SIDE = 48  # pixels of a tile; the four tiles show the image at twice that
+TILE_SIDE = 48  # pixels of a tile; the four tiles together have twice the side
 EMBEDDING_STD = 0.3
 HEAD_SCALE = 0.3
-BACKGROUND = 0.9  # mean normalised value of the light backgrounds: the patch bias maps it to about zero
+BACKGROUND = 0.9  # mean normalized value of the light backgrounds, which the patch bias maps to about zero
 CHAT_FORMAT = "chatml"
-POSITION_STD = 1.0  # as large as what a patch of a shape gives, or the place of a shape is hard to read
-FINEST_WAVE = 32  # the finest position wave is this many times as short as the coarsest
+POSITION_STD = 1.0  # as large as the embedding of a patch with a shape; otherwise positions are hard to learn
+FINEST_WAVE = 32  # frequency of the finest position wave, relative to the coarsest
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) -> FusionProcessor:
-    """Build the processor of `config`; its template has an empty system message, for a vocabulary of so few words."""
+    """
+    Build the processor. Its template has an empty system message, because the vocabulary has so few words.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model.
+    """
     tokenizer.padding_side = "left"
     image_processor = FusionImageProcessor(size={"height": TILE_SIDE, "width": TILE_SIDE})
     return FusionProcessor(
@@ -41,7 +47,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: FusionConfig) ->
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
-    """Build every mechanism of the large models at about two million parameters."""
+    """Build a configuration with all mechanisms of the large models and about two million parameters."""
     ids = tokenizer.convert_tokens_to_ids(["<image>", "<latent_image>", "<vision_start>", "<vision_end>"])
     config = FusionConfig(
         text_config=LlamaConfig(
@@ -81,8 +87,16 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FusionConfig:
 
 
 def build_model(config: FusionConfig, seed: int) -> FusionForConditionalGeneration:
-    """A model with fresh weights: variance-preserving layers, small residual outputs, light background at zero, and
-    position embeddings that tell left from right."""
+    """
+    Build a model with random weights.
+
+    Layers preserve the variance, residual outputs are small, the light background is mapped to zero, and position
+    embeddings distinguish left from right.
+
+    Args:
+        config: Configuration of the model.
+        seed: Seed for the weights.
+    """
     torch.manual_seed(seed)
     model = FusionForConditionalGeneration(config)
     for module in model.modules():
@@ -92,7 +106,7 @@ def build_model(config: FusionConfig, seed: int) -> FusionForConditionalGenerati
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=EMBEDDING_STD)
-    # the head begins with the embeddings: what the model attends to, it first of all says
+    # the head starts as the embeddings, so the model first predicts what it attends to
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     init.copy_(model.lm_head.weight, HEAD_SCALE * embeddings.weight)
@@ -120,10 +134,12 @@ def _init_tower(tower: FusionVisionModel) -> None:
 
 
 def _position_waves(side: int, width: int) -> torch.Tensor:
-    """Sines and cosines of column and row `(side * side, width)`, from a quarter of a wave per image to finer ones.
+    """
+    Compute sines and cosines of column and row `(side * side, width)`, from a quarter of a wave per image to finer
+    ones.
 
-    Random vectors do not tell left from right: from them the model learns which line two shapes lie on, but not their
-    order. The coarsest waves do: they grow from one edge to the other.
+    Random vectors do not distinguish left from right. With them, the model learns on which line two shapes lie, but
+    not their order. The coarsest waves do, because they increase from one edge to the other.
     """
     rates = pi / 2 * FINEST_WAVE ** torch.linspace(0, 1, width // 4)
     angles = torch.linspace(-0.5, 0.5, side)[:, None] * rates  # (side, width / 4)
@@ -133,5 +149,5 @@ def _position_waves(side: int, width: int) -> torch.Tensor:
 
 
 def _shrink(linear: nn.Linear, num_layers: int) -> None:
-    """Two residual branches per layer: their sum keeps the variance of one."""
+    """Initialize the output of a residual branch, so that two branches per layer keep a variance of one."""
     init.normal_(linear.weight, std=1 / sqrt(linear.in_features) / sqrt(2 * num_layers))

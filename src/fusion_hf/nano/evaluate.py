@@ -1,4 +1,4 @@
-"""Exact-match accuracy of `fusion-nano` by greedy generation, per category."""
+"""Exact-match accuracy of `fusion-nano` with greedy decoding, per category."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fusion_hf.model.processing_fusion import FusionProcessor
 from fusion_hf.nano.training_records import NanoRecord
 
 YES_NO = ("yes", "no")
-MAX_NEW_TOKENS = 6  # the longest answer is a word of one token and its end
+MAX_NEW_TOKENS = 6  # the longest answer is a word of one token and the end token
 
 
 def generate_answers(
@@ -25,12 +25,19 @@ def generate_answers(
     image_token_grid: int | None = None,
 ) -> list[str]:
     """
-    Answer each record's first question.
+    Answer the first question of each record.
 
     Args:
-        images: other images to ask about, one per record; default: the records' own.
-        query_len: latent tokens per question; default: the model's.
-        image_token_grid: side of the grid of image tokens; default: the model's.
+        model: The model.
+        processor: Its processor.
+        records: The records.
+        images: Other images to ask about, one per record. Defaults to the images of the records.
+        query_len: Number of latent tokens per question. Defaults to the model's.
+        batch_size: Number of questions per batch.
+        image_token_grid: Side of the grid of image tokens. Defaults to the model's.
+
+    Returns:
+        The answers.
     """
     chosen = [record.open_image() for record in records] if images is None else images
     asked = [{"image": image, "question": record.turns[0][0]} for record, image in zip(records, chosen, strict=True)]
@@ -46,7 +53,13 @@ def generate_answers(
 
 
 def accuracies(records: Sequence[NanoRecord], answers: Sequence[str]) -> dict[str, float]:
-    """Count the share of exact matches per category, and for easy-vqa also of yes/no and of other questions."""
+    """
+    Compute the share of exact matches per category, and for easy-vqa also of yes/no and of other questions.
+
+    Args:
+        records: Records with the expected answers.
+        answers: Answers of the model.
+    """
     hits: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
         expected = record.turns[0][1]

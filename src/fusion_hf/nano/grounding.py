@@ -1,9 +1,9 @@
-"""What `fusion-nano` learns before stage 1: which words a patch of an image shows.
+"""Training of `fusion-nano` before stage 1: which words each patch of an image shows.
 
-FUSION begins with a SigLIP tower, which knows images by their words, and with an LLM, which knows words. nano begins
-with noise, and as long as its patches look alike to the language model, that cannot learn what the questions ask. So
-tower and projector first learn, with SigLIP's sigmoid loss and from drawn images, to lead each patch to the
-embeddings of the words that tell what is there. No question is read yet, and nothing but drawn images is seen.
+FUSION starts from a SigLIP tower, which relates images to words, and from an LLM, which knows words. nano starts from
+noise, and while its patches look alike to the language model, it cannot learn what the questions ask for. Therefore
+tower and projector first learn, with SigLIP's sigmoid loss and drawn images, to map each patch to the embeddings of
+the words that describe it. No questions are read yet, and only drawn images are seen.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,28 @@ from fusion_hf.model.image_processing_fusion import FusionImageProcessor
 from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.model.modeling_fusion_vision import FusionProjector, FusionVisionModel
 
-MIDDLE = "shape"  # the word of the patch in which the middle of a shape lies: so many shapes there are
+MIDDLE = "shape"  # word of the patch with the centre of a shape, so that shapes can be counted
 TILE_WORDS = (*COLORS, *SHAPES, *ascii_lowercase, MIDDLE)
-OVERVIEW_WORDS = (*DIRECTIONS, *WORDS)  # a tile shows only a part of what they tell
+OVERVIEW_WORDS = (*DIRECTIONS, *WORDS)  # a tile shows only a part of what they describe
 PATCH_WORDS = (*TILE_WORDS, *OVERVIEW_WORDS)
-LEAST_COVER = 0.05  # share of a patch that a shape or letter covers where the patch shows it
-FIRST_BIAS = -4.0  # most words are not there
+LEAST_COVER = 0.05  # minimum share of a patch that a shape or letter covers for the patch to show it
+FIRST_BIAS = -4.0  # most words do not apply
 
 _INDEX = {word: index for index, word in enumerate(PATCH_WORDS)}
 
 
 def patch_words(spec: DrawnImage, side: int) -> np.ndarray:
-    """Find the words that tell what each patch of a drawn image shows: zeros and ones `(side, side, PATCH_WORDS)`.
+    """
+    Find the words that describe what each patch of a drawn image shows.
 
-    These are colour, kind or letter, the written word as a whole, and of two shapes, where each is from the other.
+    These are the colour, the kind or letter, the whole written word, and the direction of each of two shapes.
+
+    Args:
+        spec: The image.
+        side: Number of patches per side.
+
+    Returns:
+        Zeros and ones `(side, side, PATCH_WORDS)`.
     """
     labels = np.zeros((side, side, len(PATCH_WORDS)), dtype=np.float32)
     for index, part in enumerate(spec.parts()):
@@ -59,14 +67,14 @@ def _overview_words(spec: DrawnImage, part: int) -> list[str]:
 
 
 def tile_words(spec: DrawnImage, side: int) -> np.ndarray:
-    """`patch_words` of the four tiles and the overview, in the image processor's order `(5, side * side, words)`."""
+    """Return the `patch_words` of the four tiles and the overview, in order: `(5, side * side, words)`."""
     fine = patch_words(spec, TILES_PER_SIDE * side).reshape(TILES_PER_SIDE, side, TILES_PER_SIDE, side, -1)
     tiles = fine.transpose(0, 2, 1, 3, 4).reshape(NUM_TILES, side * side, -1)
     return np.concatenate([tiles, patch_words(spec, side).reshape(1, side * side, -1)])
 
 
 class PatchDataset(Dataset):
-    """Drawn images and the words of their patches; `side` is a tile's side in patches."""
+    """Drawn images and the words of their patches. `side` is the number of patches per side of a tile."""
 
     def __init__(self, specs: Sequence[DrawnImage], image_processor: FusionImageProcessor, side: int):
         self.specs, self.image_processor, self.side = specs, image_processor, side
@@ -75,7 +83,7 @@ class PatchDataset(Dataset):
         return len(self.specs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`pixel_values` `(5, 3, H, W)` and `labels` `(5, N, words)`."""
+        """Return `pixel_values` `(5, 3, H, W)` and `labels` `(5, N, words)` of an image."""
         spec = self.specs[index]
         pixel_values = self.image_processor(spec.render(), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": torch.from_numpy(tile_words(spec, self.side))}
@@ -84,8 +92,8 @@ class PatchDataset(Dataset):
 @dataclass
 class GroundingOutput(ModelOutput):
     """
-    loss (`()`): sigmoid losses, summed over words, averaged over patches.
-    logits (`(B, 5, N, words)`): how well each word tells what each patch shows.
+    loss (`()`): Sigmoid losses, summed over words and averaged over patches.
+    logits (`(B, 5, N, words)`): How well each word describes what each patch shows.
     """
 
     loss: torch.Tensor | None = None
@@ -93,7 +101,7 @@ class GroundingOutput(ModelOutput):
 
 
 class WordGrounding(nn.Module):
-    """Tower and projector of a model, whose weights are trained in place, and the embeddings of PATCH_WORDS."""
+    """Tower and projector of a model, which are trained in place, and the embeddings of `PATCH_WORDS`."""
 
     tower: FusionVisionModel
     projector: FusionProjector
@@ -114,7 +122,13 @@ class WordGrounding(nn.Module):
         self.bias = nn.Parameter(torch.full((len(PATCH_WORDS),), FIRST_BIAS))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> GroundingOutput:
-        """`pixel_values` `(B, 5, 3, H, W)` and `labels` `(B, 5, N, words)` as `PatchDataset` gives them."""
+        """
+        Compute the loss for images from a [`PatchDataset`].
+
+        Args:
+            pixel_values (`(B, 5, 3, H, W)`): Tiles and overviews.
+            labels (`(B, 5, N, words)`): Words of the patches.
+        """
         projected = self.projector(self.tower(pixel_values.flatten(0, 1)).features)  # (5 B, N, D)
         logits = self.scale * (projected @ self.words.T) + self.bias
         logits = logits.unflatten(0, pixel_values.shape[:2])
@@ -123,9 +137,11 @@ class WordGrounding(nn.Module):
 
 
 def _token_ids(word: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens of a word at the start of a text and after a space, as far as it is one token there."""
+    """Return the ids of a word at the start of a text and after a space, if it is a single token there."""
     spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
     ids = [spelling[0] for spelling in spellings if len(spelling) == 1]
     if not ids:
-        raise ValueError(f"the word {word!r} is not in the vocabulary: {len(spellings[0])} tokens")
+        raise ValueError(
+            f"The word {word!r} must be a single token of the vocabulary, got {len(spellings[0])} tokens."
+        )
     return ids

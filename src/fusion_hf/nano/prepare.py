@@ -1,4 +1,4 @@
-"""Writes the records of `fusion-nano`'s three stages: PNG files, and JSON of LLaVA's shape, which recipes read.
+"""Write the records of the three stages of `fusion-nano`: PNG files, and JSON in LLaVA's format for the recipes.
 
 Tested command: `python -m fusion_hf.nano.prepare runs/fusion-nano` (the first step of `make nano`).
 """
@@ -16,11 +16,11 @@ from fusion_hf.drawing.drawn_images import CATEGORIES
 from fusion_hf.nano.training_records import DrawnMixture, NanoRecord, Stage, evaluation_records, stage_records
 
 DATA = "data"
-VALIDATION_SAMPLE = 300  # questions of each category, asked after each stage
+VALIDATION_SAMPLE = 300  # questions of each category that are asked after each stage
 CHUNK = 256  # images that a process draws at a time
 
 
-# images of FUSION's stages; to count one kind or colour among others takes longest
+# Numbers of images in FUSION's stages. Counting one kind or colour among others takes longest to learn.
 MIXTURES: dict[Stage, DrawnMixture] = {
     "1": DrawnMixture(single=3000, count=5000, spatial=8000, text=6000),
     "1.5": DrawnMixture(single=2000, count=8000, spatial=8000, text=4000),
@@ -29,13 +29,13 @@ MIXTURES: dict[Stage, DrawnMixture] = {
 
 
 def scaled(mixture: DrawnMixture, share: float) -> DrawnMixture:
-    """Take a share of each kind of image, for a trial."""
+    """Return a mixture with a share of each kind of image, for a trial."""
     drawn = {category: round(share * getattr(mixture, category)) for category in CATEGORIES}
     return DrawnMixture(**drawn, easy_vqa=share * mixture.easy_vqa)
 
 
 def validation_sample(seed: int) -> list[NanoRecord]:
-    """VALIDATION_SAMPLE questions of each category, the same ones every time."""
+    """Draw `VALIDATION_SAMPLE` questions of each category. Equal seeds give equal questions."""
     records = evaluation_records("validation", seed, drawn=VALIDATION_SAMPLE)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
     drawn = [record for record in records if record.category != "easy-vqa"]
@@ -43,7 +43,17 @@ def validation_sample(seed: int) -> list[NanoRecord]:
 
 
 def write_records(folder: Path, name: str, records: Sequence[NanoRecord]) -> Path:
-    """`folder/name.json` and, under `folder/name`, each record's image, once."""
+    """
+    Write `folder/name.json` and, in `folder/name`, the image of each record once.
+
+    Args:
+        folder: Folder of the data.
+        name: Name of the file and of the folder of images.
+        records: The records.
+
+    Returns:
+        Path of the JSON file.
+    """
     (folder / name).mkdir(parents=True, exist_ok=True)
     first = {record.image: record for record in records}
     files = {image: f"{name}/{number}.png" for number, image in enumerate(first)}
@@ -63,9 +73,9 @@ def _draw(job: tuple[NanoRecord, Path]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of the run; the records go to its folder data")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="of the images, for a trial")
+    parser.add_argument("output", type=Path, help="folder of the run, whose subfolder `data` gets the records")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the images to write (default: %(default)s)")
     arguments = parser.parse_args(argv)
     folder = arguments.output / DATA
     for stage, mixture in MIXTURES.items():

@@ -1,4 +1,4 @@
-"""Final figures of a trained `fusion-nano` on the test split, and its model card. To be run once, at the end.
+"""Measure a trained `fusion-nano` on the test split, and write its model card. Run it once, at the end.
 
 Tested command: `python -m fusion_hf.nano.report runs/fusion-nano` (the last step of `make nano`).
 """
@@ -34,7 +34,7 @@ SHUFFLE_SEED = 0
 
 @dataclass(frozen=True)
 class Figures:
-    """Exact-match accuracies, shares of one; and the optimizer steps of what the model was trained on."""
+    """Exact-match accuracies from 0 to 1, and the number of optimizer steps of each stage of training."""
 
     questions: int
     seed: int
@@ -48,7 +48,18 @@ class Figures:
 def measure(
     model: FusionForConditionalGeneration, processor: FusionProcessor, seed: int, steps: dict[str, int]
 ) -> Figures:
-    """Answer every test question greedily: with its image, with another one, and with the fewest latent tokens."""
+    """
+    Answer all test questions greedily: with their images, with other images, and with the fewest latent tokens.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        seed: Seed of the training.
+        steps: Optimizer steps by stage.
+
+    Returns:
+        The figures.
+    """
     records = test_records(seed)
     easy_vqa = [record for record in records if record.category == "easy-vqa"]
     answers = generate_answers(model, processor, records)
@@ -66,7 +77,7 @@ def measure(
 
 
 def shuffled(records: Sequence[NanoRecord]) -> list[NanoRecord]:
-    """Draw for each record one about another image."""
+    """Draw, for each record, a record about another image."""
     rng = random.Random(SHUFFLE_SEED)
     others = []
     for record in records:
@@ -78,7 +89,7 @@ def shuffled(records: Sequence[NanoRecord]) -> list[NanoRecord]:
 
 
 def most_frequent_answers(records: Sequence[NanoRecord]) -> list[str]:
-    """What one can answer without looking: the training split's most frequent answer to each question."""
+    """Return the most frequent training answer to each question, which is a guess without looking at the image."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for split in ("train", "validation"):
         for image in easy_vqa_images(split):
@@ -89,7 +100,7 @@ def most_frequent_answers(records: Sequence[NanoRecord]) -> list[str]:
 
 
 def write_card(folder: Path, figures: Figures, parameters: int) -> None:
-    """`README.md` of the model folder, from the measured figures."""
+    """Write `README.md` of the model folder from the measured figures."""
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -101,7 +112,7 @@ def write_card(folder: Path, figures: Figures, parameters: int) -> None:
 
 
 def card_text(figures: Figures, parameters: int) -> str:
-    """Write the card without its metadata."""
+    """Write the text of the card without its metadata."""
 
     def percent(values: dict[str, float], name: str) -> str:
         return f"{100 * values[name]:.2f} %"
@@ -132,8 +143,8 @@ def card_text(figures: Figures, parameters: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of the run, with those of its stages")
-    parser.add_argument("--seed", type=int, default=0, help="the training's seed")
+    parser.add_argument("run", type=Path, help="folder of the run, with the folders of its stages")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the training (default: %(default)s)")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     folder = arguments.run / STAGES[-1]

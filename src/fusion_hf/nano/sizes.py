@@ -1,6 +1,6 @@
 """A task that `fusion-nano` was never trained on, for docs/lora.md: which of two shapes is smaller?
 
-`python -m fusion_hf.nano.sizes FOLDER` draws the images and writes `train.json` and `test.json`, in LLaVA's shape.
+`python -m fusion_hf.nano.sizes FOLDER` draws the images and writes `train.json` and `test.json` in LLaVA's format.
 """
 
 import argparse
@@ -16,23 +16,33 @@ from fusion_hf.drawing.drawn_images import DrawnImage, DrawnShape, Split, draw_s
 
 QUESTION = "what color is the smaller shape?"
 COUNTS: dict[Split, int] = {"train": 2000, "test": 200}
-CLEARLY = 1.5  # times the smaller one's area, the other's at least
-AREA_OF_BOX = {"rectangle": 1.0, "circle": 0.785, "triangle": 0.5}  # how much of its box a shape fills
+CLEARLY = 1.5  # minimum ratio of the areas of the two shapes
+AREA_OF_BOX = {"rectangle": 1.0, "circle": 0.785, "triangle": 0.5}  # share of its box that a shape covers
 
 
 def area(shape: DrawnShape) -> float:
-    """In canvas pixels."""
+    """Return the area of a shape in canvas pixels."""
     return AREA_OF_BOX[shape.kind] * shape.width * shape.height
 
 
 def smaller(spec: DrawnImage) -> DrawnShape | None:
-    """Find the smaller one of two shapes; None if that is not clear."""
+    """Return the smaller one of two shapes, or None if their areas are too similar."""
     small, large = sorted(spec.shapes, key=area)
     return small if area(large) >= CLEARLY * area(small) else None
 
 
 def write_split(folder: Path, split: Split, count: int) -> Path:
-    """Draw `count` images into `folder/split`, and write `folder/split.json` with a record for each."""
+    """
+    Draw images into `folder/split`, and write `folder/split.json` with a record for each.
+
+    Args:
+        folder: Folder of the data.
+        split: Name of the split.
+        count: Number of images.
+
+    Returns:
+        Path of the JSON file.
+    """
     (folder / split).mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     index = 0
@@ -53,8 +63,8 @@ def write_split(folder: Path, split: Split, count: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Images of two shapes, and which of them is smaller.")
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description="Draw images of two shapes, and ask which of them is smaller.")
+    parser.add_argument("folder", type=Path, help="folder for the images and records")
     folder = parser.parse_args().folder
     for split, count in COUNTS.items():
         write_split(folder, split, count)

@@ -1,4 +1,4 @@
-"""Makes the `fusion-nano` that stage 1 starts from: tokenizer, weights, and a tower that knows images by words.
+"""Create the `fusion-nano` from which stage 1 starts: tokenizer, weights, and a tower that relates images to words.
 
 Tested command: `torchrun --nproc-per-node 2 -m fusion_hf.nano.start runs/fusion-nano` (second step of `make nano`).
 """
@@ -36,7 +36,16 @@ ADAM_BETA2 = 0.98
 def train_grounding(
     model: FusionForConditionalGeneration, processor: FusionProcessor, output: Path, steps: int, seed: int
 ) -> None:
-    """Teach tower and projector the words of patches; the model is changed in place."""
+    """
+    Teach the tower and the projector the words of patches. The model is changed in place.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        output: Folder for the trainer's files.
+        steps: Number of optimizer steps.
+        seed: Seed of the images and of the trainer.
+    """
     specs = [image.image for image in draw_images("train", MIXTURE, f"grounding/{seed}")]
     dataset = PatchDataset(
         [spec for spec in specs if isinstance(spec, DrawnImage)],
@@ -66,21 +75,21 @@ def train_grounding(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of the run; the model goes to its folder start")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of learning words; default: %(default)s")
+    parser.add_argument("output", type=Path, help="folder of the run, whose subfolder `start` gets the model")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="number of optimizer steps (default: %(default)s)")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     folder = arguments.output / START
     if (folder / FINISHED).is_file():
-        logger.info("%s is finished", folder)
+        logger.info("%s is already finished.", folder)
         return
     torch.set_num_threads(1)
     tokenizer = build_tokenizer(training_texts(arguments.seed))
     config = build_config(tokenizer)
     processor = build_processor(tokenizer, config)
     model = build_model(config, arguments.seed)
-    logger.info("%d parameters", model.num_parameters())
+    logger.info("The model has %d parameters.", model.num_parameters())
     train_grounding(model, processor, folder, arguments.steps, arguments.seed)
     if int(os.environ.get("RANK", "0")) == 0:
         model.generation_config = make_generation_config(config, tokenizer, {})

@@ -1,4 +1,4 @@
-"""Training and evaluation records of `fusion-nano`: captions, and conversations of up to three questions."""
+"""Training and evaluation records of `fusion-nano`: captions, and conversations with up to three questions."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -24,18 +24,18 @@ from fusion_hf.drawing.drawn_questions import (
 Stage = Literal["1", "1.5", "2"]
 STAGES: tuple[Stage, ...] = ("1", "1.5", "2")
 
-VALIDATION_SHARE = 0.1  # of easy-vqa's training images
+VALIDATION_SHARE = 0.1  # share of easy-vqa's training images
 SPLIT_SEED = 20250414
 MAX_TURNS = 3
-TURN_WEIGHTS = (0.6, 0.25, 0.15)  # of conversations with at most one, two, three turns
-CASUAL_SHARE = 0.1  # of questions in stage 2 begin with a capital letter, and as many lack the question mark
+TURN_WEIGHTS = (0.6, 0.25, 0.15)  # weights of conversations with at most one, two, three turns
+CASUAL_SHARE = 0.1  # share of questions in stage 2 with a capital letter, and share without a question mark
 OWN_ATTRIBUTES = {"count": "count", "spatial": "relation", "text": "word"}
 CAPTION_PROMPTS = ("describe the picture.", "describe the image.", "what is in the picture?")
 
 
 @dataclass(frozen=True)
 class DescribedImage:
-    """An image and what can be said about it. `key` identifies it across splits."""
+    """An image with questions about it and a caption. `key` identifies it across splits."""
 
     image: Path | DrawnImage
     category: str
@@ -46,7 +46,7 @@ class DescribedImage:
 
 @dataclass(frozen=True)
 class NanoRecord:
-    """One conversation about one image; `turns` are (question, answer) pairs."""
+    """One conversation about one image. `turns` are (question, answer) pairs."""
 
     image: Path | DrawnImage
     turns: tuple[tuple[str, str], ...]
@@ -54,20 +54,25 @@ class NanoRecord:
     key: str
 
     def open_image(self) -> Image.Image:
-        """Open the image as RGB, 64 x 64."""
+        """Open the image in mode RGB, with 64 x 64 pixels."""
         if isinstance(self.image, DrawnImage):
             return self.image.render()
         with Image.open(self.image) as image:
             return image.convert("RGB")
 
     def to_llava(self, image: str | None = None) -> dict[str, Any]:
-        """Write the record as LLaVA's training data is shaped, with a file's name or a PIL image as the image."""
+        """
+        Convert to a record in LLaVA's format.
+
+        Args:
+            image: File name of the image. By default, the record contains the PIL image.
+        """
         return llava_record(self.key, self.open_image() if image is None else image, self.turns)
 
 
 @dataclass(frozen=True)
 class DrawnMixture:
-    """How many drawn images of each category a stage uses, and which share of easy-vqa's images."""
+    """Numbers of drawn images of each category in a stage, and the share of easy-vqa's images that is used."""
 
     single: int = 6000
     count: int = 5000
@@ -82,16 +87,23 @@ def stage_records(
     seed: int | str = 0,
     mixture: DrawnMixture | None = None,
 ) -> list[NanoRecord]:
-    """Make the shuffled records of a training stage.
+    """
+    Create the shuffled records of a training stage.
 
-    Stage 1: one caption per image. Stage 1.5: one caption and one conversation per image. Stage 2: conversations
-    that use every question of every image. Each stage draws its own images.
+    Stage 1 has one caption per image. Stage 1.5 has one caption and one conversation per image. Stage 2 has
+    conversations with all questions about all images. Each stage draws its own images.
+
+    Args:
+        stage: A stage in `STAGES`.
+        split: Split of the images.
+        seed: Seed of the images and the order.
+        mixture: Numbers of images.
 
     Raises:
-        ValueError: if the stage or the split is unknown.
+        ValueError: If the stage or the split is unknown.
     """
     if stage not in STAGES:
-        raise ValueError(f"stage is {stage!r}, allowed are {', '.join(STAGES)}")
+        raise ValueError(f"`stage` must be one of {', '.join(STAGES)}, got {stage!r}.")
     mixture = mixture or DrawnMixture()
     rng = random.Random(f"records/{stage}/{split}/{seed}")
     real = easy_vqa_images(split)
@@ -108,24 +120,41 @@ def stage_records(
 
 
 def evaluation_records(split: Literal["train", "validation"], seed: int = 0, drawn: int = 500) -> list[NanoRecord]:
-    """Ask single questions to choose settings: all of easy-vqa's split, and `drawn` images of each other category."""
+    """
+    Create single questions for choosing settings.
+
+    Args:
+        split: Split of easy-vqa, all of whose questions are used.
+        seed: Seed of the drawn images.
+        drawn: Number of images of each other category.
+    """
     return _single_questions(easy_vqa_images(split) + _drawn_for_evaluation(split, seed, drawn))
 
 
 def test_records(seed: int = 0, drawn: int = 1000) -> list[NanoRecord]:
-    """Ask single questions for the final figures only: easy-vqa's test questions, and `drawn` images per category."""
+    """
+    Create single questions for the final figures, which must not be used to choose settings.
+
+    Args:
+        seed: Seed of the drawn images.
+        drawn: Number of images of each category besides easy-vqa's test questions.
+    """
     easy_vqa = [_easy_vqa_image(image, "test") for image in read_easy_vqa("test")]
     return _single_questions(easy_vqa + _drawn_for_evaluation("test", seed, drawn))
 
 
 def easy_vqa_images(split: Literal["train", "validation"]) -> list[DescribedImage]:
-    """easy-vqa's training images, split by image (VALIDATION_SHARE of them are for validation).
+    """
+    Read easy-vqa's training images. A share of `VALIDATION_SHARE` is the validation split.
+
+    Args:
+        split: `"train"` or `"validation"`.
 
     Raises:
-        ValueError: if the split is unknown. The test images are reached through `test_records` alone.
+        ValueError: If the split is unknown. Only `test_records` reads the test images.
     """
     if split not in ("train", "validation"):
-        raise ValueError(f"split is {split!r}, allowed are train, validation")
+        raise ValueError(f"`split` must be one of train, validation, got {split!r}.")
     images = read_easy_vqa("train")
     count = round(VALIDATION_SHARE * len(images))
     held_out = set(random.Random(SPLIT_SEED).sample([image.image_id for image in images], count))
@@ -134,7 +163,7 @@ def easy_vqa_images(split: Literal["train", "validation"]) -> list[DescribedImag
 
 
 def draw_images(split: Split, mixture: DrawnMixture, seed: int | str) -> list[DescribedImage]:
-    """Draw the images of a split; other seeds give other images."""
+    """Draw the images of a split. Other seeds give other images."""
     return [
         _drawn_image(category, split, index, seed)
         for category in CATEGORIES
@@ -143,7 +172,7 @@ def draw_images(split: Split, mixture: DrawnMixture, seed: int | str) -> list[De
 
 
 def caption_records(images: Iterable[DescribedImage], rng: random.Random) -> list[NanoRecord]:
-    """Write one caption per image; images whose content is not known (a few of easy-vqa) are left out."""
+    """Create one caption record per image, except for a few images of easy-vqa whose content is unknown."""
     return [
         NanoRecord(image.image, ((rng.choice(CAPTION_PROMPTS), image.caption),), image.category, image.key)
         for image in images
@@ -154,7 +183,14 @@ def caption_records(images: Iterable[DescribedImage], rng: random.Random) -> lis
 def question_records(
     images: Iterable[DescribedImage], rng: random.Random, conversations_per_image: int | None = None
 ) -> list[NanoRecord]:
-    """Make conversations about each image: all of its questions, or the first few conversations only."""
+    """
+    Create conversations about each image.
+
+    Args:
+        images: The images.
+        rng: Random generator.
+        conversations_per_image: Maximum number of conversations per image. By default, all questions are asked.
+    """
     records = []
     for image in images:
         for turns in group_turns(image.questions, rng)[:conversations_per_image]:
@@ -164,7 +200,7 @@ def question_records(
 
 
 def group_turns(questions: Sequence[DrawnQuestion], rng: random.Random) -> list[list[DrawnQuestion]]:
-    """Shuffle questions and group them into conversations in which no question gives away another's answer."""
+    """Shuffle questions and group them into conversations in which no question reveals the answer to another."""
     waiting = rng.sample(questions, len(questions))
     conversations = []
     while waiting:
@@ -179,7 +215,7 @@ def group_turns(questions: Sequence[DrawnQuestion], rng: random.Random) -> list[
 
 
 def training_texts(seed: int = 0, mixture: DrawnMixture | None = None) -> list[str]:
-    """Collect every question, answer and caption of the three stages' training records, for building the tokenizer."""
+    """Collect all questions, answers and captions in the training records of the three stages, for the tokenizer."""
     records = [record for stage in STAGES for record in stage_records(stage, "train", seed, mixture)]
     return [text for record in records for turn in record.turns for text in turn]
 
@@ -198,7 +234,7 @@ def _easy_vqa_image(image: EasyVqaImage, part: Literal["train", "test"]) -> Desc
 
 
 def _drawn_for_evaluation(split: Split, seed: int, amount: int) -> list[DescribedImage]:
-    """Images of the categories that easy-vqa does not have, each with one question of its own category."""
+    """Draw images of the categories that easy-vqa lacks, each with one question of its own category."""
     mixture = DrawnMixture(single=0, count=amount, spatial=amount, text=amount)
     rng = random.Random(f"evaluation/{split}/{seed}")
     chosen = []

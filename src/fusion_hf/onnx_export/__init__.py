@@ -1,1 +1,1 @@
-"""FUSION outside PyTorch: export to ONNX, and answers of onnxruntime."""
+"""FUSION without PyTorch: export to ONNX, and inference with onnxruntime."""

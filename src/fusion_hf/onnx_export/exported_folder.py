@@ -1,4 +1,4 @@
-"""What an exported folder holds: two graphs, the names of their inputs and outputs, and settings."""
+"""Content of an exported folder: two graphs, the names of their inputs and outputs, and settings."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,10 +17,13 @@ LOGITS, PAST, PRESENT = "logits", "past", "present"
 @dataclass(frozen=True)
 class ExportSettings:
     """
-    query_len, image_token_grid: those of the graphs.
-    max_length: tokens of prompt and answer together.
-    eos_token_ids: end an answer.
-    suppressed_ids: are never written.
+    Settings of an exported model.
+
+    Attributes:
+        query_len, image_token_grid: Token counts that are fixed in the graphs.
+        max_length: Maximum number of tokens of a prompt and its answer together.
+        eos_token_ids: Ids that end an answer.
+        suppressed_ids: Ids that are never generated.
     """
 
     query_len: int
@@ -34,18 +37,18 @@ class ExportSettings:
 
     @classmethod
     def read(cls, folder: Path) -> "ExportSettings":
-        """Read the settings of an exported folder, or raise an `InputError` if it is none."""
+        """Read the settings of an exported folder. Raise an `InputError` if it is not one."""
         try:
             return cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{folder} is no exported folder: {error}") from error
+            raise InputError(f"{folder} is not an exported folder: {error}") from error
 
 
 def check_packages() -> None:
-    """Raise an `InputError` that names the extra if what writes ONNX is not installed."""
+    """Raise an `InputError` that names the extra, if the packages for writing ONNX are not installed."""
     require(("onnx", "onnxscript"), "Export to ONNX", "onnx")
 
 
 def cache_names(prefix: str, layers: int) -> list[str]:
-    """Of keys and values, as the language model's graph takes and returns them."""
+    """Return the names of keys and values in the inputs and outputs of the language model's graph."""
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]

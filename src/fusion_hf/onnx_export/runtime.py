@@ -1,4 +1,4 @@
-"""Answers of an exported FUSION, by onnxruntime. Images and prompts are made by the processor, as for the model."""
+"""Inference with an exported model in onnxruntime. The processor prepares images and prompts, as for the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 CPU = "CPUExecutionProvider"
-NO_TURN = np.array([[-1]])  # prompt_end_positions of passes behind the prompt
+NO_TURN = np.array([[-1]])  # prompt_end_positions of passes after the prompt
 
 
 @dataclass(frozen=True)
 class ExportedFusion:
-    """Both graphs, ready to answer; nothing is stored between calls."""
+    """An exported model with both graphs, ready to answer. It stores nothing between calls."""
 
     image_graph: "InferenceSession"
     language_graph: "InferenceSession"
@@ -42,12 +42,17 @@ class ExportedFusion:
     @classmethod
     def load(cls, folder: str | Path, providers: Sequence[str] = (CPU,)) -> "ExportedFusion":
         """
+        Load an exported model.
+
         Args:
-            folder: what `fusion-hf export` wrote.
-            providers: of onnxruntime, the first that can is taken.
+            folder: Folder that `fusion-hf export` wrote.
+            providers: Execution providers of onnxruntime. The first available one is used.
+
+        Returns:
+            The loaded model.
 
         Raises:
-            InputError: if it is no such folder, or onnxruntime is not installed.
+            InputError: If the folder is not an exported model, or if onnxruntime is not installed.
         """
         settings = ExportSettings.read(Path(folder))
         require(("onnxruntime",), "Running the graphs", "onnx")
@@ -60,10 +65,17 @@ class ExportedFusion:
 
     def answer(self, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
         """
-        Return the most likely answer to a conversation about an image that ends with a question.
+        Answer a conversation about an image that ends with a question, by greedy decoding.
+
+        Args:
+            messages: Chat messages with one image.
+            max_new_tokens: Maximum number of tokens of the answer.
+
+        Returns:
+            The text of the answer.
 
         Raises:
-            InputError: without an image, or for a conversation that is too long.
+            InputError: If there is no image, or if the conversation is too long.
         """
         try:
             inputs = self.processor.apply_chat_template(
@@ -82,22 +94,26 @@ class ExportedFusion:
 
     def generate(self, inputs: Arrays, max_new_tokens: int) -> list[int]:
         """
-        New tokens, each the most likely one, up to the end of the answer.
+        Generate token ids greedily, up to the end of the answer.
 
         Args:
-            inputs: of the processor, for one prompt.
+            inputs: Outputs of the processor for one prompt.
+            max_new_tokens: Maximum number of new tokens.
+
+        Returns:
+            Ids of the new tokens.
 
         Raises:
-            InputError: without an image, for several prompts, or for a prompt that is too long.
+            InputError: If there is no image, there are several prompts, or the prompt is too long.
         """
         prompt = inputs["input_ids"]
         if "pixel_values" not in inputs or len(prompt) != 1:
-            raise InputError(f"{len(prompt)} prompts with {sorted(inputs)}; allowed: one prompt, with an image.")
+            got = f"{len(prompt)} prompts with {', '.join(sorted(inputs))}"
+            raise InputError(f"The inputs must be one prompt with an image, got {got}.")
         room = self.settings.max_length - prompt.shape[1]
         if room < 1:
-            raise InputError(
-                f"The prompt has {prompt.shape[1]} tokens; allowed: fewer than {self.settings.max_length}."
-            )
+            most = self.settings.max_length
+            raise InputError(f"The prompt must have fewer than {most} tokens, got {prompt.shape[1]}.")
         image_features = self.encode_image(inputs)
         past = self.empty_cache()
         logits, past = self.run_language_model(prompt, inputs["prompt_end_positions"], image_features, past)
@@ -111,12 +127,20 @@ class ExportedFusion:
         return ids
 
     def encode_image(self, inputs: Arrays) -> Arrays:
-        """Of a prompt's image and questions: what every pass of the language model takes."""
+        """
+        Encode the image and the questions of a prompt.
+
+        Args:
+            inputs: Outputs of the processor for one prompt.
+
+        Returns:
+            Inputs for every pass of the language model.
+        """
         outputs = self.image_graph.run(IMAGE_OUTPUTS, {name: inputs[name] for name in IMAGE_INPUTS})
         return dict(zip(IMAGE_OUTPUTS, outputs, strict=True))
 
     def empty_cache(self) -> Arrays:
-        """Keys and values `(1, G, 0, E)` of each layer."""
+        """Return empty keys and values `(1, G, 0, E)` for each layer."""
         cache = [node for node in self.language_graph.get_inputs() if node.name.startswith(PAST)]
         return {node.name: np.zeros((1, node.shape[1], 0, node.shape[3]), dtype=np.float32) for node in cache}
 
@@ -124,10 +148,16 @@ class ExportedFusion:
         self, ids: np.ndarray, ends: np.ndarray, image_features: Arrays, past: Arrays
     ) -> tuple[np.ndarray, Arrays]:
         """
-        Run one pass over ids `(1, S)` behind a cache: logits `(1, 1, V)` of the last one, and the longer cache.
+        Run one pass of the language model after a cache.
 
         Args:
+            ids: Ids `(1, S)`.
             ends: `prompt_end_positions` `(1, R)`, counted from the first of `ids`.
+            image_features: Result of [`encode_image`].
+            past: Cache, which may be empty.
+
+        Returns:
+            Logits `(1, 1, V)` of the last id, and the extended cache.
         """
         length = next(iter(past.values())).shape[2] + ids.shape[1]
         given = dict(zip(LANGUAGE_INPUTS[:2], (ids, np.ones((1, length), dtype=np.int64)), strict=True))

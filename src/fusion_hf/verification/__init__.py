@@ -1,1 +1,1 @@
-"""Certificates: what a converted folder computes, beside what the authors' own code computes."""
+"""Certificates that compare a converted folder with the authors' own code."""

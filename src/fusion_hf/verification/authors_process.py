@@ -1,7 +1,7 @@
-"""Run `authors_worker.py` by the Python of the authors' environment, bounded in time; imports nothing heavy.
+"""Running `authors_worker.py` with the Python of the authors' environment and a time limit.
 
-Code of another repository is executed here, with the rights of the user. That is only ever done with a folder that the
-user names for it.
+Code of another repository is executed here, with the rights of the user. This happens only with a folder that the user
+names for this purpose. This module imports nothing large.
 """
 
 import json
@@ -22,16 +22,16 @@ REPORT, JOB, LOG = "report.json", "job.json", "worker.log"
 # files that the worker imports
 NEEDED = ("fusion/model/__init__.py", "fusion/constants.py", "fusion/conversation.py", "fusion/mm_utils.py")
 IMPORTS = "import torch, transformers, safetensors, PIL"
-IMPORT_SECONDS = 300  # of a cold disk
+IMPORT_SECONDS = 300  # enough for a cold disk
 NOT_GIVEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
 NO_SPACE = "No space left on device"
-LOG_TAIL = 20_000  # bytes of what the process wrote that are looked at
-LINES, LONGEST_REASON = 2, 300  # in an error: what failed, and the line of code above it
+LOG_TAIL = 20_000  # bytes at the end of the log that are read
+LINES, LONGEST_REASON = 2, 300  # lines of the log in an error (the failure and the line before it), and characters
 
 
 @dataclass(frozen=True)
 class AuthorsEnvironment:
-    """A checkout of the authors' repository, and the Python whose packages it runs with."""
+    """A checkout of the authors' repository, and the Python with the packages that it needs."""
 
     code: Path
     python: str
@@ -39,11 +39,14 @@ class AuthorsEnvironment:
 
 def find_environment(code: Path, python: str) -> AuthorsEnvironment:
     """
-    See that there is a repository and a Python; nothing is executed.
+    Check that there is a repository and a Python. Nothing is executed.
 
     Args:
-        code: The folder of the checkout.
-        python: A file, or the name of a command.
+        code: Folder of the checkout.
+        python: Path or name of the Python executable.
+
+    Returns:
+        The environment.
 
     Raises:
         InputError: If either is missing.
@@ -51,21 +54,25 @@ def find_environment(code: Path, python: str) -> AuthorsEnvironment:
     for name in NEEDED:
         if not (code / name).is_file():
             raise InputError(
-                f"--authors-code: {short_name(str(code))} has no {name}; give a checkout of the authors' repository."
+                f"--authors-code must be a checkout of the authors' repository, got {short_name(str(code))}, which "
+                f"has no {name}."
             )
     found = shutil.which(Path(python).expanduser())
     if found is None:
         raise InputError(
-            f"--authors-python: {short_name(python)!r} is no program; give the Python of an environment with the "
-            "authors' requirements."
+            "--authors-python must be the Python of an environment with the authors' requirements, got "
+            f"{short_name(python)!r}, which is not a program."
         )
-    # not resolved: the link in an environment says which environment it is
+    # not resolved, because the link in an environment identifies the environment
     return AuthorsEnvironment(code.resolve(), str(Path(found).absolute()))
 
 
 def check_packages(environment: AuthorsEnvironment) -> None:
     """
-    See that the Python has the packages that the worker needs.
+    Check that the Python has the packages that the worker needs.
+
+    Args:
+        environment: The authors' environment.
 
     Raises:
         InputError: If an import fails, or takes too long.
@@ -81,24 +88,24 @@ def check_packages(environment: AuthorsEnvironment) -> None:
         raise InputError(f"--authors-python: {environment.python} cannot be run: {error.strerror}.") from error
     if done.returncode != 0:
         reason = _last_lines(done.stderr)
-        raise InputError(f"--authors-python: {environment.python} cannot do `{IMPORTS}`: {reason}.")
+        raise InputError(f"--authors-python: `{IMPORTS}` failed in {environment.python}: {reason}.")
 
 
 def run_worker(environment: AuthorsEnvironment, job: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     """
-    Let the worker do a job, and wait for it.
+    Run a job in the worker and wait for it.
 
     Args:
-        environment: What runs it.
-        job: See `authors_worker.main`; `code` and `folder` are added.
-        folder: An empty one, for the job and its results.
-        seconds: How long it may take.
+        environment: The authors' environment.
+        job: Job for the worker, see `authors_worker.main`. `code` and `folder` are added.
+        folder: Empty folder for the job and its results.
+        seconds: Time limit in seconds.
 
     Returns:
-        The worker's report.
+        The report of the worker.
 
     Raises:
-        InputError: If it fails, or takes longer; the error has the last lines that it wrote.
+        InputError: If the worker fails or exceeds the limit. The message contains the last lines of its log.
     """
     (folder / JOB).write_bytes(json_bytes({**job, "code": str(environment.code), "folder": str(folder)}))
     command = [environment.python, str(WORKER), str(folder / JOB)]
@@ -116,7 +123,7 @@ def run_worker(environment: AuthorsEnvironment, job: dict[str, Any], folder: Pat
             status = process.wait(seconds)
         except subprocess.TimeoutExpired as error:
             raise InputError(
-                f"The authors' code did not end within {seconds:g} s (--timeout); its last lines: {_log_end(folder)}."
+                f"The authors' code exceeded {seconds:g} s (--timeout). The last lines of its log: {_log_end(folder)}."
             ) from error
         finally:
             _end(process)
@@ -126,14 +133,14 @@ def run_worker(environment: AuthorsEnvironment, job: dict[str, Any], folder: Pat
 
 
 def process_variables() -> dict[str, str]:
-    """The environment of their process: no secrets, no path of this package, no network, no files in the checkout."""
+    """Return environment variables for the worker, without secrets, paths of this package, or network access."""
     kept = {name: value for name, value in os.environ.items() if name not in NOT_GIVEN}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return {**kept, **offline, "PYTHONDONTWRITEBYTECODE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let nothing of a process go on, nor of those that it started."""
+    """End a process and all processes that it started."""
     if process.poll() is None:
         if os.name == "posix":
             with suppress(ProcessLookupError):
@@ -146,10 +153,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _failure(status: int, folder: Path) -> str:
     line = _log_end(folder)
     if NO_SPACE in line:
-        return f"{folder} has no space left for what the authors' code computes; set TMPDIR to a larger disk."
+        return f"{folder} has no space left for the results of the authors' code. Set TMPDIR to a larger disk."
     if status < 0:
-        cause = " (often: no memory left)" if -status == signal.SIGKILL else ""
-        return f"The authors' code was ended by signal {-status}{cause}; its last lines: {line}."
+        cause = " (often because memory is exhausted)" if -status == signal.SIGKILL else ""
+        return f"The authors' code was ended by signal {-status}{cause}. The last lines of its log: {line}."
     return f"The authors' code ended with status {status}: {line}."
 
 

@@ -1,10 +1,10 @@
-"""The authors' model in a process of its own: what it makes of images and questions, stage by stage.
+"""The authors' model in a separate process, which records its results for images and questions stage by stage.
 
-`python authors_worker.py JOB.json` is run by the Python of the authors' environment, with their repository on its
-path. So this file imports nothing of the package, and the package has nothing of theirs. Job and report are JSON;
-tensors are safetensors. `load`, `make_prompt` and `generate` also serve other measurements of their code.
+`python authors_worker.py JOB.json` runs with the Python of the authors' environment, with their repository on its
+path. Therefore this file imports nothing of the package, and the package contains nothing of theirs. Job and report
+are JSON, tensors are safetensors. `load`, `make_prompt` and `generate` are also used to measure their code.
 
-The authors' code is for CUDA and for float16. Each place that works around something says around what.
+The authors' code is written for CUDA and float16. Each workaround has a comment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 
 NUM_TILES = 4
 OVERVIEW, TILES = "overview", "tiles"
-# how the authors' scripts read the tokenizer, and which of their prompts they choose, by the model's type
+# model types whose tokenizer the authors' scripts read with the slow class, and their conversation templates
 SLOW_TOKENIZERS = ("fusion_phi", "fusion_llama")
 CONVERSATIONS = {
     "fusion_phi": "phi_3",
@@ -36,10 +36,10 @@ CONVERSATIONS = {
 
 class Recorder:
     """
-    Keeps what modules compute while one prompt is processed: the first value of each name.
+    Records the results of modules while one prompt is processed, the first value for each name.
 
-    Both sides of a comparison use it. Modules are called again in later steps, with one token; those values are not
-    kept. Tiles are told from the overview by their number.
+    Both sides of a comparison use it. Later steps call modules again with one token, and their values are ignored.
+    Tiles are distinguished from the overview by their number.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,13 @@ class Recorder:
         self._handles: list[Any] = []
 
     def keep(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a tensor, without a batch of one; `{image}` in the name becomes the kind of what is in it."""
+        """
+        Keep a tensor, without a batch dimension of one.
+
+        Args:
+            name: Name of the tensor. `{image}` is replaced by `tiles` or `overview`.
+            tensor: The tensor.
+        """
         name = name.format(image=TILES if tensor.shape[0] == NUM_TILES else OVERVIEW)
         if name not in self.tensors:
             kept = tensor.detach().squeeze(0) if tensor.shape[0] == 1 else tensor.detach()
@@ -56,7 +62,7 @@ class Recorder:
     def watch_output(
         self, module: nn.Module, name: str, choose: Callable[[Any, Any], torch.Tensor] | None = None
     ) -> None:
-        """Keep what a module returns, or what `choose` makes of its arguments and that."""
+        """Record the output of a module, or what `choose` computes from its arguments and output."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
@@ -67,7 +73,7 @@ class Recorder:
     def watch_input(
         self, module: nn.Module, name: str, choose: Callable[[Any], torch.Tensor] = lambda args: args[0]
     ) -> None:
-        """Keep what `choose` takes of a module's positional arguments."""
+        """Record what `choose` takes from the positional arguments of a module."""
 
         def hook(module: nn.Module, args: Any) -> None:
             self.keep(name, choose(args))
@@ -75,13 +81,13 @@ class Recorder:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def watch_layers(self, layers: nn.ModuleList, name: str) -> None:
-        """Keep what enters the first of some layers, and what each of them returns."""
+        """Record the input of the first layer and the output of each layer."""
         self.watch_input(layers[0], f"{name}.embeddings")
         for index, layer in enumerate(layers):
             self.watch_output(layer, f"{name}.layers.{index}")
 
     def close(self) -> None:
-        """Leave the modules alone."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -97,7 +103,7 @@ class Loaded:
 
 @dataclass
 class AuthorsPrompt:
-    """What the authors' model takes: ids with their marks (1, S), ids of the question (1, T), and tiles."""
+    """Inputs of the authors' model: ids with their marks (1, S), ids of the question (1, T), and tiles."""
 
     input_ids: torch.Tensor
     instructs: torch.Tensor
@@ -106,11 +112,14 @@ class AuthorsPrompt:
 
 def load(job: dict[str, Any]) -> Loaded:
     """
-    The authors' model for inference, by the steps of their `load_pretrained_model`.
+    Load the authors' model for inference, with the steps of their `load_pretrained_model`.
 
-    That function itself moves the tower to CUDA in float16, whatever device is asked for.
+    That function always moves the tower to CUDA in float16, whatever device you pass.
+
+    Args:
+        job: Job of the worker.
     """
-    importlib.import_module("fusion.model")  # which registers their classes
+    importlib.import_module("fusion.model")  # registers their classes
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
     logging.set_verbosity_error()
@@ -118,10 +127,10 @@ def load(job: dict[str, Any]) -> Loaded:
     slow = {"use_fast": False} if model_type in SLOW_TOKENIZERS else {}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, **slow)
     config = AutoConfig.from_pretrained(checkpoint)
-    # the tower would be fetched by its name, although its weights are in the checkpoint
+    # otherwise the tower would be fetched by its name, although its weights are in the checkpoint
     config.mm_vision_tower = job["tower"]
     config.unfreeze_mm_vision_tower = bool(job["has_tower"])
-    # it is drawn at random for each prompt, from those of training
+    # their code draws a number for each prompt at random from the training's numbers
     config.query_len = str(job["query_len"])
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint, config=config, torch_dtype=getattr(torch, job["weights_dtype"]), output_loading_info=True
@@ -135,13 +144,13 @@ def load(job: dict[str, Any]) -> Loaded:
     if not tower.is_loaded:
         tower.load_model()
     model = model.to(device=job["device"], dtype=getattr(torch, job["dtype"])).eval()
-    # sampling, penalties and ends of the checkpoint's own settings: so many tokens are compared, whatever they are
+    # ignore sampling, penalties and end tokens of the checkpoint, so that a fixed number of tokens is compared
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return Loaded(model, tokenizer, model_type)
 
 
 def add_marks(tokenizer: Any, model: Any) -> None:
-    """Add the marks that the checkpoint's tokenizer lacks, as `load_pretrained_model` does."""
+    """Add the special tokens that the checkpoint's tokenizer lacks, as `load_pretrained_model` does."""
     constants = importlib.import_module("fusion.constants")
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([constants.DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
@@ -152,7 +161,17 @@ def add_marks(tokenizer: Any, model: Any) -> None:
 
 
 def make_prompt(loaded: Loaded, image_path: str, question: str) -> AuthorsPrompt:
-    """Image and question as the authors' `run_fusion.py` prepares them, which moves them to CUDA in float16."""
+    """
+    Prepare an image and a question as the authors' `run_fusion.py` does, without moving them to CUDA in float16.
+
+    Args:
+        loaded: The authors' model.
+        image_path: Path of the image.
+        question: Text of the question.
+
+    Returns:
+        Inputs of the authors' model.
+    """
     from PIL import Image
 
     constants = importlib.import_module("fusion.constants")
@@ -175,7 +194,17 @@ def make_prompt(loaded: Loaded, image_path: str, question: str) -> AuthorsPrompt
 
 
 def generate(loaded: Loaded, prompt: AuthorsPrompt, num_tokens: int) -> Any:
-    """Greedy tokens of a prompt, with their logits."""
+    """
+    Generate tokens greedily.
+
+    Args:
+        loaded: The authors' model.
+        prompt: Its inputs.
+        num_tokens: Number of tokens to generate.
+
+    Returns:
+        The output of the authors' `generate`, with logits.
+    """
     with torch.inference_mode():
         return loaded.model.generate(
             prompt.input_ids,
@@ -207,7 +236,18 @@ def watch(model: Any) -> Recorder:
 
 
 def record(loaded: Loaded, image_path: str, question: str, num_tokens: int) -> dict[str, torch.Tensor]:
-    """All stages of one question: ids, pixels, features, the logits of `num_tokens` steps and their tokens."""
+    """
+    Record all stages of one question.
+
+    Args:
+        loaded: The authors' model.
+        image_path: Path of the image.
+        question: Text of the question.
+        num_tokens: Number of tokens to generate.
+
+    Returns:
+        Ids, pixels, features, logits and tokens by name.
+    """
     prompt = make_prompt(loaded, image_path, question)
     recorder = watch(loaded.model)
     try:
@@ -224,7 +264,7 @@ def record(loaded: Loaded, image_path: str, question: str, num_tokens: int) -> d
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:
-    """Versions, and how the authors' ids mark the image and latent tokens."""
+    """Describe the versions, and the ids with which the authors mark image and latent tokens."""
     import transformers
 
     constants = importlib.import_module("fusion.constants")
@@ -241,10 +281,15 @@ def describe(loaded: Loaded) -> dict[str, Any]:
 
 
 def main(path: Path) -> None:
-    """Do a job: write `question_N.safetensors` for each question, and `report.json` at last, into its folder."""
+    """
+    Run a job: write `question_N.safetensors` for each question, and finally `report.json`, into its folder.
+
+    Args:
+        path: Path of the job, a JSON file.
+    """
     job = json.loads(path.read_text(encoding="utf-8"))
-    sys.path[0] = job["code"]  # instead of the folder of this file, whose modules are none of theirs
-    torch.backends.cudnn.allow_tf32 = False  # which rounds the patch embedding on recent GPUs
+    sys.path[0] = job["code"]  # instead of this file's folder, whose modules are not theirs
+    torch.backends.cudnn.allow_tf32 = False  # TF32 rounds the patch embedding on recent GPUs
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     loaded = load(job)

@@ -1,4 +1,4 @@
-"""`fusion-hf verify`: a converted folder and the authors' own code on the same questions, and `parity.json`."""
+"""`fusion-hf verify`: comparison of a converted folder with the authors' code, written to `parity.json`."""
 
 import hashlib
 import math
@@ -37,12 +37,12 @@ from fusion_hf.verification.stages import TOLERANCES, AuthorsMarks, QuestionComp
 from fusion_hf.verification.weights import WeightsComparison, compare_weights
 
 NUM_TOKENS = 16
-LONGEST_TEXT = 512  # tokens of a prompt beside the image's, for the estimate of the space
+LONGEST_TEXT = 512  # tokens of a prompt besides the image's, to estimate the disk space
 SPARE = 1.2
-NAMED = 20  # weights that differ, in the file
+NAMED = 20  # maximum number of different weights that the file names
 WEIGHTS = "weights"
 REFERENCE = "ref: "
-# beginnings of features' names, and what the table calls them
+# prefixes of the names of features, and their names in the table
 KINDS = {
     "tower.overview": "tower, overview and question",
     "tower.tiles": "tower, tiles",
@@ -55,7 +55,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class VerificationOptions:
-    """What the command line of `verify` says; see its help."""
+    """Options of the command `verify`, see its help."""
 
     folder: Path
     checkpoint: str
@@ -69,12 +69,12 @@ class VerificationOptions:
 @dataclass(frozen=True)
 class Certificate:
     """
-    What was found out.
+    Result of a comparison.
 
     Attributes:
-        weights: Whether all weights are the checkpoint's.
-        questions: All stages of each question.
-        content: Of `parity.json`.
+        weights: Comparison of all weights with the checkpoint.
+        questions: Comparisons of all stages of each question.
+        content: Content of `parity.json`.
     """
 
     weights: WeightsComparison
@@ -83,7 +83,7 @@ class Certificate:
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differs by more than its tolerance."""
+        """Whether no difference exceeds its tolerance."""
         return bool(self.content["equal"])
 
 
@@ -94,15 +94,18 @@ def verify(
     questions: Sequence[VerificationQuestion],
 ) -> Certificate:
     """
-    Compare a converted folder with the authors' code, and write `parity.json` into it.
+    Compare a converted folder with the authors' code, and write `parity.json` into the folder.
 
-    The authors' process has ended before this package's model is loaded, so that one of them is in memory at a time.
+    The authors' process ends before this package's model is loaded, so that only one of them is in memory.
 
     Args:
         options: What to compare.
-        environment: The authors' code, which is executed.
-        inputs: The checkpoint, as conversion finds it.
-        questions: What both are asked.
+        environment: Environment of the authors' code, which is executed.
+        inputs: Inputs of the conversion.
+        questions: Questions for both models.
+
+    Returns:
+        The certificate.
 
     Raises:
         InputError: If the two cannot be compared.
@@ -112,7 +115,11 @@ def verify(
     check_packages(environment)
     conversion = prepare(ConversionOptions(options.checkpoint, None, options.vision_config), inputs)
     if config.query_len not in conversion.config.query_lens:
-        raise InputError(f"{options.folder} is not converted from {options.checkpoint}: its query_len is none of it.")
+        known = ", ".join(map(str, conversion.config.query_lens))
+        raise InputError(
+            f"{options.folder} was not converted from {options.checkpoint}: its `query_len` must be one of {known}, "
+            f"got {config.query_len}."
+        )
     weights = compare_weights(conversion, options.folder, _stored_dtype(config))
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     with tempfile.TemporaryDirectory(prefix="fusion-verify-") as name:
@@ -133,14 +140,14 @@ def verify(
 
 
 def _read_config(folder: Path) -> FusionConfig:
-    """The folder's configuration, of a kind that can be compared."""
+    """Read the configuration of a folder, and check that the folder can be compared."""
     config = load_config(folder)
     if "quantization_config" in vars(config):
-        raise InputError(f"{folder} is quantized; verify the folder that it was made from.")
+        raise InputError(f"{folder} is quantized. Verify the folder from which it was made.")
     if config.image_token_grid is not None:
         raise InputError(
-            f"{folder} is a FUSION-L, which the authors' code is not as it stands; verify the folder that the same "
-            "checkpoint gives without --image-token-grid: its weights are the same."
+            f"{folder} is a FUSION-L model, which the authors' code does not support. Verify the folder that the same "
+            "checkpoint gives without --image-token-grid, because its weights are the same."
         )
     return config
 
@@ -150,7 +157,7 @@ def _stored_dtype(config: FusionConfig) -> torch.dtype:
 
 
 def estimate_bytes(config: FusionConfig, dtype: str) -> int:
-    """What the worker's file of one question takes, a little more than less."""
+    """Estimate the size in bytes of the worker's file for one question, rounded up."""
     vision, text = config.vision_config, config.text_config
     patches, tiles = config.num_patches_per_side**2, 5
     tower = (tiles * patches + LONGEST_TEXT) * ((vision.num_hidden_layers + 1) * vision.hidden_size + text.hidden_size)
@@ -169,7 +176,7 @@ def _make_job(
     questions: Sequence[VerificationQuestion],
     folder: Path,
 ) -> dict[str, Any]:
-    """What the worker is to do; images are written as they are decoded here, so that both sides have the same."""
+    """Create the job of the worker. Images are written as decoded here, so that both sides read the same pixels."""
     asked = []
     for number, question in enumerate(questions):
         path = folder / f"image_{number}.png"
@@ -193,13 +200,13 @@ def _make_job(
 
 def _make_tower(inputs: ConversionInputs, has_tower: bool, folder: Path) -> Path:
     """
-    A folder that the authors' code takes as the tower: with weights only if the checkpoint has none.
+    Create a folder that the authors' code accepts as the tower, with weights only if the checkpoint has none.
 
-    Their classes choose by its name, and fetch the named tower from the Hub, to fill it from the checkpoint later.
+    Their classes depend on its name, and would fetch the named tower from the Hub to overwrite it later.
     """
     name = str(inputs.upstream.get("mm_vision_tower")).lower()
     tower = folder / ("siglip2-tower" if "siglip2" in name else "siglip-tower")
-    sizes, vision = b"{}", inputs.vision  # without sizes, their classes have those of the published towers
+    sizes, vision = b"{}", inputs.vision  # without sizes, their classes use those of the published towers
     if vision is not None and not has_tower:
         tower.symlink_to(vision.path, target_is_directory=True)
         return tower
@@ -249,7 +256,7 @@ def _content(
 
 
 def _differences(weights: WeightsComparison, compared: list[QuestionComparison]) -> Iterator[dict[str, Any]]:
-    """What differs: of each question, in the order of computing; at last weights that no question has to do with."""
+    """Yield the differences of each question in the order of computation, and finally those of the weights."""
     for number, question in enumerate(compared):
         for stage in question.stages:
             if stage.differs:
@@ -260,7 +267,7 @@ def _differences(weights: WeightsComparison, compared: list[QuestionComparison])
 
 
 def _summarise(compared: list[QuestionComparison]) -> list[dict[str, Any]]:
-    """The largest figures of each kind over all questions, a row of a table each."""
+    """Return the rows of a table with the largest figures of each kind over all questions."""
     rows: dict[str, list[StageComparison]] = {}
     for question in compared:
         for stage in question.stages:
@@ -279,7 +286,7 @@ def _kind(stage: StageComparison) -> str:
 
 
 def _features(compared: list[QuestionComparison]) -> dict[str, dict[str, float | None]]:
-    """The largest figures of each layer over all questions."""
+    """Return the largest figures of each layer over all questions."""
     layers: dict[str, list[StageComparison]] = {}
     for question in compared:
         for stage in question.stages:
@@ -289,7 +296,7 @@ def _features(compared: list[QuestionComparison]) -> dict[str, dict[str, float |
 
 
 def _figures(stages: Sequence[StageComparison]) -> dict[str, float | None]:
-    """None where shapes differ, or where there is no finite number."""
+    """Return the largest figures. A figure is None if shapes differ or if it is not finite."""
     relative = [math.inf if stage.relative is None else stage.relative for stage in stages]
     largest = [math.inf if stage.largest is None else stage.largest for stage in stages]
     figures = {"relative": max(relative), "largest": max(largest), "tolerance": stages[0].tolerance}
@@ -308,7 +315,7 @@ def _describe_question(question: VerificationQuestion, compared: QuestionCompari
 
 
 def read_commit(code: Path) -> str | None:
-    """The commit of a checkout, from git's files; None if it is none, or its files are packed."""
+    """Read the commit of a checkout from git's files. Return None if it is not a checkout or its files are packed."""
     try:
         head = (code / ".git" / "HEAD").read_text(encoding="ascii").strip()
         if head.startswith(REFERENCE):

@@ -1,4 +1,4 @@
-"""Images and questions of a certificate: drawn ones, or those of a file."""
+"""Images and questions for a certificate, drawn or from a file."""
 
 import random
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fusion_hf.model.chat_fusion import IMAGE_TOKEN
 from fusion_hf.model.image_limits_fusion import ImageError
 from fusion_hf.model.image_opening_fusion import open_image
 
-SIZES = ((64, 64), (400, 300), (1023, 517), (768, 1200))  # smaller and larger than tiles, and of other shapes
+SIZES = ((64, 64), (400, 300), (1023, 517), (768, 1200))  # smaller and larger than tiles, with other aspect ratios
 MAX_QUESTIONS = 64
 
 
@@ -29,26 +29,32 @@ class VerificationQuestion:
 
 
 def draw_questions() -> list[VerificationQuestion]:
-    """One drawn image of each kind, each in another size, with its first question."""
+    """Draw one image of each kind, each in a different size, and return them with their first questions."""
     asked = []
     for category, size in zip(CATEGORIES, SIZES, strict=True):
         spec = draw_spec(category, "test", 0)
         text = drawn_questions(spec, random.Random(0))[0].text
-        # edges as sharp as can be, which tell filters apart
+        # the sharpest edges, which reveal differences of resizing filters
         asked.append(VerificationQuestion(spec.render().resize(size, Image.Resampling.NEAREST), text))
     return asked
 
 
 def read_questions(path: Path) -> list[VerificationQuestion]:
     """
-    Read questions of the form of `fusion-hf ask --input`: one question about one image in each.
+    Read questions in the format of `fusion-hf ask --input`, one question about one image per line.
+
+    Args:
+        path: JSONL file.
+
+    Returns:
+        The questions with their opened images.
 
     Raises:
-        InputError: For anything else, with the line.
+        InputError: If a record has another form. The message names its line.
     """
     entries, root = read_entries(path)
     if len(entries) > MAX_QUESTIONS:
-        raise InputError(f"--input: {path} has {len(entries)} records; allowed: {MAX_QUESTIONS}.")
+        raise InputError(f"--input: {path} must have at most {MAX_QUESTIONS} records, got {len(entries)}.")
     asked = []
     for index, entry in enumerate(entries):
         place = f"--input: {path}, line {entry.line}"
@@ -57,7 +63,7 @@ def read_questions(path: Path) -> list[VerificationQuestion]:
         except RecordProblem as error:
             raise InputError(f"{place}: {error}.") from error
         if len(question.messages) != 1 or not isinstance(question.image, str) or is_address(question.image):
-            raise InputError(f"{place}: allowed: one question about one image in a file, without earlier turns.")
+            raise InputError(f"{place}: a record must have one question about one image file, without earlier turns.")
         try:
             image = open_image(root / question.image)
         except ImageError as error:

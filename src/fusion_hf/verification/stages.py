@@ -1,4 +1,4 @@
-"""This package's side of a certificate, under the names of `authors_worker`, and the comparison of both sides."""
+"""This package's results for a certificate, with the names of `authors_worker`, and the comparison of both sides."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from fusion_hf.model.modeling_fusion import FusionForConditionalGeneration
 from fusion_hf.verification.authors_worker import OVERVIEW, TILES, Recorder
 from fusion_hf.verification.questions import VerificationQuestion
 
-# the largest relative error that counts as equal. Normalised pixels are computed in other orders, even in float32.
+# Largest relative error that counts as equal. Pixels are normalized in different orders, even in float32.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 PIXEL_TOLERANCE = 1e-6
 ASKED, PROJECTOR_BACK, CONTEXT = "instruct_ids", "projector_back", "context"
@@ -33,7 +33,7 @@ EMBEDDINGS, TEXT, SAMPLERS = "embeddings", "text", "samplers"
 
 @dataclass(frozen=True)
 class AuthorsMarks:
-    """Ids by which the authors' code marks the places of the image and of latent tokens."""
+    """Ids with which the authors' code marks the positions of the image and of latent tokens."""
 
     image: int
     latent: int
@@ -41,7 +41,7 @@ class AuthorsMarks:
 
 @dataclass
 class QuestionComparison:
-    """All stages of one question, in the order of computing, and the tokens of both sides."""
+    """All stages of one question in the order of computation, and the tokens of both sides."""
 
     stages: list[StageComparison] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -49,7 +49,7 @@ class QuestionComparison:
 
 
 def feature_names(config: FusionConfig) -> Iterator[str]:
-    """Names of the compared features, in the order of computing."""
+    """Yield the names of the compared features in the order of computation."""
     yield PROJECTOR_BACK
     for image in (OVERVIEW, TILES):
         yield f"tower.{image}.{EMBEDDINGS}"
@@ -66,7 +66,7 @@ def feature_names(config: FusionConfig) -> Iterator[str]:
 
 
 def watch(model: FusionForConditionalGeneration) -> Recorder:
-    """Record this package's modules. A layer's features are those in front of its sampler."""
+    """Record this package's modules. The features of a layer are those before its sampler."""
     recorder, core = Recorder(), model.model
     recorder.watch_output(core.vision_projector_back, PROJECTOR_BACK)
     recorder.watch_layers(core.vision_tower.layers, "tower.{image}")
@@ -85,12 +85,22 @@ def watch(model: FusionForConditionalGeneration) -> Recorder:
 
 
 def _rewritten(args: Any, output: torch.Tensor) -> torch.Tensor:
-    """Latent tokens (1, q, D) of the one turn in a sampler's output (1, S, D)."""
+    """Return the latent tokens (1, q, D) of the only turn in a sampler's output (1, S, D)."""
     return output[:, args[1].latent_positions[0, 0]]
 
 
 def record(chat_model: ChatModel, question: VerificationQuestion, num_tokens: int) -> dict[str, torch.Tensor]:
-    """All stages of one question as this package computes them, of as many tokens as the worker."""
+    """
+    Record all stages of one question as this package computes them.
+
+    Args:
+        chat_model: The model.
+        question: The question with its image.
+        num_tokens: Number of tokens to generate.
+
+    Returns:
+        The tensors by the names of `authors_worker`.
+    """
     model, processor = chat_model.model, chat_model.processor
     inputs = processor.apply_chat_template(
         [question_message(question.text, question.image)],
@@ -107,7 +117,7 @@ def record(chat_model: ChatModel, question: VerificationQuestion, num_tokens: in
                 **inputs.to(model.device, model.dtype),
                 max_new_tokens=num_tokens,
                 do_sample=False,
-                # ends and suppressed tokens are settings, which the authors' checkpoint has its own of
+                # end tokens and suppressed tokens are settings, and the authors' checkpoint has other ones
                 eos_token_id=None,
                 suppress_tokens=None,
                 output_logits=True,
@@ -128,14 +138,17 @@ def compare_question(
     ours: dict[str, torch.Tensor], theirs: Path, config: FusionConfig, marks: AuthorsMarks, tolerance: float
 ) -> QuestionComparison:
     """
-    Compare what both sides make of one question.
+    Compare the results of both sides for one question.
 
     Args:
-        ours: What `record` gave.
-        theirs: The worker's file; one tensor of it is in memory.
-        config: Of the model.
-        marks: In the authors' ids.
-        tolerance: Of features and logits.
+        ours: Result of `record`.
+        theirs: File of the worker, of which one tensor at a time is in memory.
+        config: Configuration of the model.
+        marks: Ids of the authors' marks.
+        tolerance: Tolerance for features and logits.
+
+    Returns:
+        The comparison.
     """
     result = QuestionComparison()
     with safe_open(theirs, framework="pt") as stored:
@@ -152,7 +165,7 @@ def compare_question(
             second = {name: ours[name]} if name in ours else {}
             result.stages.append(replace(compare_stage(FEATURES, first, second, tolerance), part=name))
         result.authors_tokens, result.tokens = stored.get_tensor("tokens").tolist(), ours["tokens"].tolist()
-        # behind the first token that differs, the two sides read different texts
+        # behind the first different token, the two sides read different texts
         same = sum(1 for _ in _equal_beginning(result.authors_tokens, result.tokens)) + 1
         logits = stored.get_tensor("logits")[:same]
         result.stages.append(compare_stage(LOGITS, logits, ours["logits"][:same], tolerance))
@@ -168,7 +181,17 @@ def _equal_beginning(first: list[int], second: list[int]) -> Iterator[int]:
 
 
 def expand_ids(ids: list[int], config: FusionConfig, marks: AuthorsMarks) -> list[int]:
-    """The authors' ids as this package writes them: their first mark is filled with the image, others with latents."""
+    """
+    Expand the marks in the authors' ids to the placeholders of this package.
+
+    Args:
+        ids: Ids of the authors' prompt. Its first mark stands for the image, and other marks for latent blocks.
+        config: Configuration of the model.
+        marks: Ids of the authors' marks.
+
+    Returns:
+        The ids as this package writes them.
+    """
     blocks = [[config.image_token_id] * config.num_image_tokens]
     result: list[int] = []
     for number in ids:
@@ -180,7 +203,7 @@ def expand_ids(ids: list[int], config: FusionConfig, marks: AuthorsMarks) -> lis
 
 
 def _arranged(name: str, tensor: torch.Tensor, config: FusionConfig) -> torch.Tensor:
-    """A feature of the authors' in this package's shape: the context (s w * s w, D) as windows (q, w * w, D)."""
+    """Reshape a feature of the authors: the context (s w * s w, D) becomes windows (q, w * w, D)."""
     if name != CONTEXT:
         return tensor
     side, window = isqrt(config.query_len), config.window_size

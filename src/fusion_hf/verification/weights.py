@@ -1,4 +1,4 @@
-"""Whether a folder has the weights of the authors' checkpoint, tensor by tensor, and digests of both."""
+"""Comparison of a folder's weights with those of the authors' checkpoint, and digests of both."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from fusion_hf.hub.parity import digest_file
 @dataclass(frozen=True)
 class WeightsComparison:
     """
-    Weights that are compared, and those that differ, by this package's names.
+    Result of comparing weights, with the names of this package.
 
     Attributes:
-        compared: How many tensors.
-        different: Names of those that are not equal to the bit, missing or unknown, in the order of the checkpoint.
-        folder, checkpoint: SHA-256 of each file with weights.
+        compared: Number of compared tensors.
+        different: Names of tensors that are not exactly equal, missing or unknown, in the order of the checkpoint.
+        folder, checkpoint: SHA-256 digests of all weight files, by name.
     """
 
     compared: int
@@ -31,14 +31,17 @@ class WeightsComparison:
 
 def compare_weights(conversion: Conversion, folder: Path, dtype: torch.dtype) -> WeightsComparison:
     """
-    Compare every weight that conversion makes of a checkpoint with what a folder holds.
+    Compare every weight that conversion creates from a checkpoint with the content of a folder.
 
-    One shard of each is in memory.
+    At most one shard of each is in memory.
 
     Args:
-        conversion: Of the checkpoint.
-        folder: The model folder.
-        dtype: Of the folder's weights, which the checkpoint's are cast to.
+        conversion: Conversion of the checkpoint.
+        folder: Model folder.
+        dtype: Dtype of the folder's weights, to which the checkpoint's are cast.
+
+    Returns:
+        The comparison.
 
     Raises:
         InputError: If a file cannot be read.

@@ -1,4 +1,4 @@
-"""Where images come from: files, addresses, base64, bytes, streams, arrays, and lists of all these."""
+"""Sources of images: files, URLs, base64, bytes, streams, arrays, and lists of them."""
 
 import base64
 import importlib
@@ -18,11 +18,11 @@ from transformers.utils import is_torch_tensor
 from .image_limits_fusion import ImageError
 from .image_opening_fusion import MAX_FILE_BYTES, identify_image, read_file
 
-MAX_DOWNLOAD_BYTES = 2**28  # of an image at an address: who serves it may never stop sending
-MAX_DOWNLOAD_SECONDS = 30.0  # for an image at an address, redirects included
-IMAGE_DIMENSIONS = (2, 3)  # of the array of one image; with more it is a batch of images
-LIST_DTYPES = "OU"  # of arrays that hold paths or objects, not pixels
-SOURCE: Any = ("fusion_hf", "source")  # a key of PIL's `info`; what a file brings there has keys of text
+MAX_DOWNLOAD_BYTES = 2**28  # of an image at a URL: a server may never stop sending
+MAX_DOWNLOAD_SECONDS = 30.0  # for an image at a URL, redirects included
+IMAGE_DIMENSIONS = (2, 3)  # of the array of one image; an array with more dimensions is a batch
+LIST_DTYPES = "OU"  # of arrays that hold paths or objects instead of pixels
+SOURCE: Any = ("fusion_hf", "source")  # a key of PIL's `info`; keys that come from a file are strings
 ADDRESSES = ("http://", "https://")
 DATASETS_KEYS = ("bytes", "path")  # of an image that the library datasets has not decoded
 LONGEST_NAME = 100  # characters
@@ -43,11 +43,14 @@ class Stream(Protocol):
 
 def flatten_images(images: Any) -> list[Any]:
     """
-    List the images of a caller in their order, each as it was given.
+    List images in their order, each as it was given.
 
     Args:
-        images: one image, or (nested) lists of them. An array or tensor of more than three dimensions is a list of its
-            parts.
+        images: One image, or (nested) lists of images. An array or tensor with more than three dimensions is a list of
+            images.
+
+    Returns:
+        `list`: The images.
     """
     if isinstance(images, np.ndarray) and images.dtype.kind in LIST_DTYPES:
         return flatten_images(images.tolist())
@@ -55,24 +58,30 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def is_group(images: Any) -> bool:
-    """Return whether it stands for several images, or for none."""
+    """Return whether `images` stands for several images, or for none."""
     if is_array(images):
         return bool(images.ndim > max(IMAGE_DIMENSIONS))
     return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
 
 
 def is_array(image: Any) -> bool:
-    """Return whether it is an array or a tensor. Processes that decode images have no torch."""
+    """Return whether `image` is an array or a tensor. This works without torch, for processes that decode images."""
     return isinstance(image, np.ndarray) or is_torch_tensor(image)
 
 
 def defer_images(images: Any) -> list[Image.Image]:
     """
-    Return the images of `flatten_images`, to be opened when it is their turn; None stands for no image.
+    Wrap images so that each is opened only when it is its turn.
 
-    transformers passes nothing but images of PIL, arrays and tensors from a processor to its image processor. So each
-    is an empty image of PIL that carries its source. A class of our own would not do: with `trust_remote_code`,
-    processor and image processor come from two copies of this file.
+    transformers passes only PIL images, arrays and tensors from a processor to its image processor. Each source is
+    therefore wrapped in an empty PIL image. A class of its own would not work: with `trust_remote_code`, processor
+    and image processor come from two copies of this file.
+
+    Args:
+        images: One image, or (nested) lists of images. None stands for no image.
+
+    Returns:
+        `list[PIL.Image.Image]`: The wrapped sources, in order.
     """
     return [_defer(image) for image in flatten_images(images) if image is not None]
 
@@ -84,20 +93,23 @@ def _defer(source: Any) -> Image.Image:
 
 
 def is_deferred(image: Any) -> bool:
-    """Return whether it comes from `defer_images`."""
+    """Return whether `image` comes from [`defer_images`]."""
     return isinstance(image, Image.Image) and SOURCE in image.info
 
 
 def open_source(source: Any) -> Any:
     """
-    Open an image without decoding it. Images, arrays and tensors are returned themselves.
+    Open an image without decoding it. Images, arrays and tensors are returned unchanged.
 
     Args:
-        source: a path, an http(s) address, base64, a data URI, the content of a file as bytes or a binary stream, or
-            `{"bytes": ..., "path": ...}` of the library datasets, one of which may be None.
+        source: A path, an http(s) URL, base64, a data URI, the content of a file as bytes or a binary stream, or
+            `{"bytes": ..., "path": ...}` as in the library datasets, where one of the two may be None.
+
+    Returns:
+        `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: The image.
 
     Raises:
-        ValueError: names the source, and says why there is no image in it.
+        ValueError: If the image cannot be opened. The message names the source and the reason.
     """
     if is_deferred(source):
         return open_source(source.info[SOURCE])
@@ -112,12 +124,12 @@ def open_source(source: Any) -> Any:
         raise ValueError(f"The image {name} cannot be opened: {error.reason}.") from error
     except (OSError, HTTPError, InvalidURL) as error:
         raise ValueError(f"The image {name} cannot be opened: {str(error).rstrip('.')}.") from error
-    except (ValueError, IndexError) as error:  # of base64, of a data URI without a comma, and of a closed stream
-        raise ValueError(f"No image: {name} is neither a file, an http(s) URL, a data URI nor base64.") from error
+    except (ValueError, IndexError) as error:  # invalid base64, a data URI without a comma, or a closed stream
+        raise ValueError(f"An image must be a file, an http(s) URL, a data URI or base64, got {name}.") from error
 
 
 def describe_source(source: Any) -> str:
-    """Name a source in an error: its path or address where it has one, else its kind."""
+    """Describe a source in an error message: by its path or URL, or else by its size or type."""
     if is_deferred(source):
         return describe_source(source.info[SOURCE])
     if isinstance(source, Mapping):
@@ -131,12 +143,12 @@ def describe_source(source: Any) -> str:
 
 
 def _choose(source: Mapping[str, Any]) -> Any:
-    """The content or else the path of an image that datasets has not decoded."""
+    """Return the content, or else the path, of an image that the library datasets has not decoded."""
     given = [source[key] for key in DATASETS_KEYS if source.get(key) is not None]
     if not given or not set(source) <= set(DATASETS_KEYS):
         raise ValueError(
-            f"An image is a dict with the keys {', '.join(map(repr, source)) or 'none'}; allowed: 'bytes' and 'path', "
-            "one of which may be None."
+            "An image that is a dict must have the keys 'bytes' and 'path', one of which may be None, got "
+            f"{', '.join(map(repr, source)) or 'no key'}."
         )
     return given[0]
 
@@ -151,8 +163,8 @@ def _read(source: Any) -> bytes:
     if isinstance(source, Stream):
         return _read_stream(source)
     raise ImageError(
-        "allowed are a path, an address, base64, bytes, a binary stream, an image of PIL, an array, a tensor, a dict "
-        "with bytes or path, and lists of them"
+        "an image must be a path, a URL, base64, bytes, a binary stream, a PIL image, an array, a tensor, a dict "
+        "with 'bytes' or 'path', or a list of them"
     )
 
 
@@ -166,28 +178,28 @@ def _read_text(source: str) -> bytes:
 
 
 def _read_stream(stream: Stream) -> bytes:
-    """The content from the beginning, as PIL reads it: who has written an image to a stream stands at its end."""
+    """Read a stream from its beginning, as PIL does: after writing an image to a stream, its position is the end."""
     try:
         position = stream.tell()
         stream.seek(0)
-    except OSError:  # it cannot seek
+    except OSError:  # the stream cannot seek
         position = None
     content = stream.read(MAX_FILE_BYTES + 1)
     if position is not None:
         stream.seek(position)
     if not isinstance(content, bytes):
-        raise ImageError(f"the stream gives {type(content).__name__}; allowed: bytes, as of a file opened with 'rb'")
+        raise ImageError(f"its stream must return bytes, like a file opened with 'rb', got {type(content).__name__}")
     return content
 
 
 def _download(url: str) -> bytes:
-    """What is at an http(s) address, up to MAX_DOWNLOAD_BYTES within MAX_DOWNLOAD_SECONDS."""
+    """Download the content of an http(s) URL, at most `MAX_DOWNLOAD_BYTES` in `MAX_DOWNLOAD_SECONDS`."""
     try:
         is_address = url.isprintable() and urlsplit(url).port != 0
-    except ValueError:  # of its host or port
+    except ValueError:  # of the host or the port
         is_address = False
     if not is_address:
-        raise OSError("this is no address")
+        raise OSError("it is not a valid URL")
     download = _DownloadThread(url, MAX_DOWNLOAD_BYTES, MAX_DOWNLOAD_SECONDS)
     download.start()
     return download.result()
@@ -195,8 +207,8 @@ def _download(url: str) -> bytes:
 
 class _DownloadThread(threading.Thread):
     """
-    A download in a thread of its own: no setting of an HTTP client bounds its whole time, since each byte that
-    arrives, of the headers too, begins the waiting anew.
+    A thread that downloads a URL. HTTP clients cannot bound the total time, because their timeouts start again with
+    each byte that arrives, even in the headers.
     """
 
     def __init__(self, url: str, max_bytes: int, seconds: float):
@@ -220,38 +232,41 @@ class _DownloadThread(threading.Thread):
             "GET",
             self.url,
             follow_redirects=True,
-            timeout=2 * self.seconds,  # of a single wait; `result` does not wait for it
+            timeout=2 * self.seconds,  # for a single wait; `result` does not wait for it
             extensions={"trace": self._watch},
-            headers={"Connection": "close"},  # an older connection's socket is not known, and could not be shut
+            headers={"Connection": "close"},  # the socket of a reused connection is unknown and could not be shut down
         ) as response:
             response.raise_for_status()
             for chunk in response.iter_bytes():
                 self._check()
                 content += chunk
                 if len(content) > self.max_bytes:
-                    raise OSError(f"it has more than the allowed {self.max_bytes} bytes")
+                    raise OSError(f"it has more than {self.max_bytes} bytes, the maximum for a download")
         return bytes(content)
 
     def result(self) -> bytes:
         """
-        Wait for the content.
+        Wait for the download to end.
+
+        Returns:
+            `bytes`: The content.
 
         Raises:
-            OSError: if it takes too long, or the server or the network refuse.
+            OSError: If the download takes too long, or if the server or the network fails.
         """
         try:
             self.join(self.seconds)
             is_late = self.is_alive()
         finally:
             self._end()
-        if is_late:  # whatever the thread has made of its sockets' end
+        if is_late:  # whatever the thread reports after its sockets were shut down
             raise OSError(f"it did not arrive within {self.seconds:g} seconds")
         if self.content is None:
-            raise self.error or OSError("the download has failed")
+            raise self.error or OSError("the download failed")
         return self.content
 
     def _watch(self, event: str, info: dict[str, Any]) -> None:
-        """Keep the sockets that are connected, so that `_end` can shut them."""
+        """Remember connected sockets, so that `_end` can shut them down."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             with self.lock:
                 self.sockets.append(info["return_value"].get_extra_info("socket"))
@@ -266,6 +281,6 @@ class _DownloadThread(threading.Thread):
             self.is_over = True
             for connected in self.sockets:
                 try:
-                    socket.socket.shutdown(connected, socket.SHUT_RDWR)  # a TLS socket's own is not for other threads
-                except OSError:  # it is closed
+                    socket.socket.shutdown(connected, socket.SHUT_RDWR)  # TLS `shutdown` is not thread-safe
+                except OSError:  # it is already closed
                     continue

@@ -1,4 +1,4 @@
-"""FUSION: a tower guided by the question, latent tokens that samplers rewrite between LLM layers, two mapping losses.
+"""FUSION: a tower guided by the question, latent tokens that samplers update between LLM layers, two mapping losses.
 
 Shapes: B batch, P patches per side, N = P * P, T question tokens, Dv tower width, D LLM width, q latent tokens
 (`query_len`), w window size, R user turns, S sequence length. Source: FUSION, arXiv 2504.09925.
@@ -66,7 +66,7 @@ HIDDEN_MAPPING_LOSS = (
 
 
 class FusionModel(FusionPreTrainedModel):
-    """Tower, both projectors and the language model, without the language head."""
+    """The FUSION model without a language head: vision tower, both projectors, and language model with samplers."""
 
     def __init__(self, config: FusionConfig):
         super().__init__(config)
@@ -83,13 +83,13 @@ class FusionModel(FusionPreTrainedModel):
         self.post_init()
 
     def _add_samplers(self) -> None:
-        """Make every layer of the LLM one that knows `latent_updates`, and give some of them a sampler."""
+        """Convert each layer of the language model to one that takes `latent_updates`, and add the samplers."""
         model_type = self.config.text_config.model_type
         if model_type not in DECODER_LAYERS:
             supported = ", ".join(sorted(DECODER_LAYERS))
-            raise ValueError(f"text_config.model_type is {model_type!r}; FUSION supports: {supported}.")
+            raise ValueError(f"`text_config.model_type` must be one of {supported}, got {model_type!r}.")
         for index, layer in enumerate(self.language_model.layers):
-            # same weights, one more keyword: building the layers a second time would double the peak memory
+            # changing the class keeps the weights: building the layers a second time would double the peak memory
             layer.__class__ = decoder_layer(model_type)
             layer.vision_sampler = FusionSampler(self.config) if index in self.config.sampler_layers else None
 
@@ -103,11 +103,17 @@ class FusionModel(FusionPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
-        Encode the overviews of images `(B, 5, 3, H, W)` under their questions `(B, T)`.
+        Encode the overviews of images, guided by their questions.
 
-        Returns `pooler_output`, the projected features `(B, image_token_grid ** 2, D)` that the LLM reads, and
-        `last_hidden_state`, the tower's last layer `(B, N, Dv)`. The tower's `hidden_states` and (with eager
-        attention) `attentions`, if asked for, are those of patches and question tokens, N + T.
+        Args:
+            pixel_values (`(B, 5, 3, H, W)`): Tiles and overviews of the images. Only the overviews are encoded.
+            instruct_input_ids, instruct_attention_mask (`(B, T)`, *optional*): Questions.
+            image_token_grid (`int`, *optional*): Side of the grid of the features. Defaults to the configuration's.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `pooler_output` are the projected features `(B, image_token_grid ** 2, D)`
+            that the language model reads, `last_hidden_state` the last layer of the tower `(B, N, Dv)`. If asked for,
+            `hidden_states` and (with eager attention) `attentions` cover patches and question tokens, N + T.
         """
         grid = self.config.grid_side(image_token_grid)
         overview = pixel_values[:, NUM_TILES]
@@ -118,10 +124,13 @@ class FusionModel(FusionPreTrainedModel):
 
     def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Encode the tiles of images, `(B, 5, 3, H, W)` or without the overview `(B, 4, 3, H, W)`.
+        Encode the tiles of images. They can be reused for any number of questions, because no question guides them.
 
-        Returns their projected features as one map per image `(B, D, 2P, 2P)`. No question guides them, so that
-        [`forward`] and `generate` take them, as `global_features`, for any number of questions.
+        Args:
+            pixel_values (`(B, 5, 3, H, W)` or `(B, 4, 3, H, W)`): Tiles, with or without the overviews.
+
+        Returns:
+            `(B, D, 2P, 2P)`: Projected features as one map per image, for `global_features` of `forward`, `generate`.
         """
         check_tiles(self.config, pixel_values)
         features = encode_tiles(self.vision_tower, self.vision_projector, pixel_values[:, :NUM_TILES])
@@ -134,7 +143,7 @@ class FusionModel(FusionPreTrainedModel):
         instruct_attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """The tower's output for `(B, 3, H, W)` and its question; the question's embeddings `(B, T, D)` and mask."""
+        """Encode `(B, 3, H, W)` with its question. Return the output, question embeddings `(B, T, D)`, and mask."""
         if instruct_input_ids is None:
             instruct_input_ids = torch.zeros(len(overview), 0, dtype=torch.long, device=overview.device)
         mask = instruct_input_ids != self.config.instruct_pad_token_id  # (B, T)
@@ -153,10 +162,7 @@ class FusionModel(FusionPreTrainedModel):
         global_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EncodedImage:
-        """
-        Tower and projector over the overview `pixel_values[:, -1]` with its question and, unless their features are
-        given, over the four tiles without it.
-        """
+        """Encode the overview `pixel_values[:, -1]` with its question and, without `global_features`, the tiles."""
         if global_features is None and self.vision_tower.takes_tiles(pixel_values, kwargs):
             check_tiles(self.config, pixel_values)
             kwargs["tiles"] = pixel_values[:, :NUM_TILES]
@@ -184,7 +190,7 @@ class FusionModel(FusionPreTrainedModel):
         )
 
     def compute_mapping_loss(self, image: EncodedImage, counts: LossCounts | None = None) -> torch.Tensor:
-        """Mean cosine distances of question and features, and of patch embeddings and mapped-back image tokens."""
+        """Compute the mean cosine distances of questions to their features, and of patches to mapped-back tokens."""
         mask = image.instruct_mask
         distance = 1 - nn.functional.cosine_similarity(image.instruct_embeds, image.instruct_features, dim=-1)
         num_tokens = mask.sum() if counts is None else counts.instruct_tokens
@@ -195,7 +201,7 @@ class FusionModel(FusionPreTrainedModel):
         return text_loss + vision_loss
 
     def _embed_text(self, input_ids: torch.Tensor, marks: PlaceholderMasks) -> torch.Tensor:
-        """Embeddings `(B, S, D)`; zeros where `marks` keep places free, whose ids have no embedding."""
+        """Embed ids as `(B, S, D)`. Placeholders in `marks` become zeros, because their ids have no embedding."""
         free = marks.image | marks.latent
         return torch.where(free.unsqueeze(-1), 0, self.get_input_embeddings()(torch.where(free, 0, input_ids)))
 
@@ -214,20 +220,20 @@ class FusionModel(FusionPreTrainedModel):
         **kwargs: Any,
     ) -> EmbeddedPrompt:
         """
-        Embed a prompt, with image and latent tokens in place.
+        Embed a prompt and fill in its image and latent tokens.
 
-        Without images, latent tokens are zeros, and samplers see a blank image. With `global_features` and without
-        `pixel_values`, the prompt continues one that is in a cache, with its image.
+        Without an image, latent tokens are zeros, and samplers read a blank image. With `global_features` but without
+        `pixel_values`, the prompt continues a cached prompt and uses its image.
 
         Args:
             input_ids (`(B, S)`), pixel_values, instruct_input_ids, instruct_attention_mask, prompt_end_positions,
-                global_features, loss_counts: see [`FusionForConditionalGeneration.forward`]. They are not checked.
-            budget ([`TokenBudget`]): of the call.
-            output_mapping_loss (`bool`): whether to compute it.
-            kwargs: what the tower is to record.
+                global_features, loss_counts: See [`FusionForConditionalGeneration.forward`]. They are not checked.
+            budget ([`TokenBudget`]): Token counts of the call.
+            output_mapping_loss (`bool`): Whether to compute the mapping loss.
+            kwargs: Outputs that the tower should record.
 
         Returns:
-            [`EmbeddedPrompt`]: what enters the language model.
+            [`EmbeddedPrompt`]: Inputs of the language model.
         """
         placeholders = PlaceholderMasks.find(input_ids, self.config)
         inputs_embeds = self._embed_text(input_ids, placeholders)
@@ -253,7 +259,7 @@ class FusionModel(FusionPreTrainedModel):
                 outputs["mapping_loss"] = self.compute_mapping_loss(image, loss_counts)
         latents, windows = pool_context(context, budget.query_len, self.config.window_size)
         if pixel_values is not None or global_features is None:
-            # a sample without image tokens starts from zero latents; one in a cache has an image
+            # a sample without image tokens starts from zeros; a sample that continues a cache has an image
             latents = torch.where(placeholders.image.any(1)[:, None, None], latents, 0)
         updates = None if ends is None else placeholders.latent_updates(windows, ends, budget.query_len)
         inputs_embeds = placeholders.fill(inputs_embeds, outputs.get("image_features"), latents)
@@ -268,9 +274,9 @@ class FusionModel(FusionPreTrainedModel):
         turns: PromptTurns,
         query_len: int,
     ) -> PromptTurns:
-        """Complete turns without reading a value, which breaks a compiled graph, unless something is missing."""
+        """Complete turns. Values are read, which breaks a compiled graph, only if something is missing."""
         check_image(self.config, len(input_ids), pixel_values, global_features, query_len)
-        if input_ids.shape[1] == 1:  # no turn begins in a later step of generation
+        if input_ids.shape[1] == 1:  # no turn begins in a later generation step
             return turns
         if lacks_turns(pixel_values, turns):
             return complete_turns(self.config, input_ids, attention_mask, pixel_values, turns)
@@ -280,7 +286,7 @@ class FusionModel(FusionPreTrainedModel):
     def _add_mapping_loss(
         self, hidden_states: torch.Tensor, mapping_loss: torch.Tensor, receiver: MappingLossReceiver | None
     ) -> torch.Tensor:
-        """Hand it to its receiver, or return hidden states (B, S, H) whose gradient it is added to."""
+        """Pass the loss to its receiver, or add its gradient to that of the hidden states `(B, S, D)`."""
         if receiver is not None:
             receiver.mapping_loss = mapping_loss
             return hidden_states
@@ -312,12 +318,12 @@ class FusionModel(FusionPreTrainedModel):
         **kwargs: Any,
     ) -> FusionModelOutputWithPast:
         """
-        Run the model without its language head, see [`FusionForConditionalGeneration.forward`].
+        Run the model without its language head. For other arguments, see [`FusionForConditionalGeneration.forward`].
 
         Args:
-            output_mapping_loss (`bool`, *optional*): True returns the mapping loss. None adds its gradient to that of
-                `last_hidden_state` in a training pass, for callers that make a loss of their own.
-            mapping_loss_receiver ([`MappingLossReceiver`], *optional*): takes the mapping loss instead.
+            output_mapping_loss (`bool`, *optional*): Whether to return the mapping loss. None adds its gradient to
+                that of `last_hidden_state` in a training pass, for callers that compute a loss of their own.
+            mapping_loss_receiver ([`MappingLossReceiver`], *optional*): Receives the mapping loss instead.
         """
         cache = either_cache(cache, past_key_values)
         adds_gradient = output_mapping_loss is None and self.training and torch.is_grad_enabled()
@@ -346,12 +352,12 @@ class FusionModel(FusionPreTrainedModel):
                 **{name: kwargs[name] for name in RECORDED if name in kwargs},
             )
         else:
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError("You must pass exactly one of `input_ids` and `inputs_embeds`.")
         if prompt.latent_updates is not None:
             kwargs["latent_updates"] = prompt.latent_updates
-        # a mask of four dimensions, or one for each kind of layer, comes with its position ids
+        # masks with four dimensions, or one mask per kind of layer, come with their position ids
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            # count from the first real token, so that left padding changes nothing (long RoPE depends on lengths)
+            # count from the first real token, so that left padding has no effect (long RoPE depends on the length)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -prompt.inputs_embeds.shape[1] :]
 
         outputs = self.language_model(
@@ -379,10 +385,10 @@ class FusionModel(FusionPreTrainedModel):
 
 class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixin):
     """
-    FUSION with its language head: answers questions about images, and trains.
+    The FUSION model with a language head, for answering questions about images and for training.
 
     Args:
-        config ([`FusionConfig`]): of the model.
+        config ([`FusionConfig`]): Configuration of the model.
 
     Example:
 
@@ -406,7 +412,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # Trainer would else stop dividing the loss by the accumulation steps, and the mapping loss would weigh too much
+    # Trainer would otherwise not divide the loss by the accumulation steps, and overweight the mapping loss
     accepts_loss_kwargs = False
 
     def __init__(self, config: FusionConfig):
@@ -416,19 +422,19 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """See [`FusionModel.get_image_features`]."""
+        """Encode the overviews of images, see [`FusionModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
     def get_global_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See [`FusionModel.get_global_features`]."""
+        """Encode the tiles of images, see [`FusionModel.get_global_features`]."""
         return self.model.get_global_features(pixel_values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Run the model, also where a trainer has put a function of its own in place of `forward`.
+        Run the model, even if a trainer has replaced `forward` by a function of its own.
 
-        Such a function (TRL's fused language head) makes its loss of the labels and of the base model's hidden
-        states. It gets labels without placeholders, and the log-probabilities that it returns carry the gradient of
+        Such a function (TRL's fused language head) computes its loss from the labels and the hidden states of the base
+        model. It receives labels without placeholders, and the log-probabilities that it returns carry the gradient of
         the mapping loss.
         """
         if "forward" not in self.__dict__:
@@ -441,12 +447,12 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         receiver = MappingLossReceiver()
         outputs = super().__call__(*args, mapping_loss_receiver=receiver, **kwargs)
         if receiver.mapping_loss is None:
-            return outputs  # of the model's own `forward` behind a wrapper, whose loss has the mapping loss
+            return outputs  # from the model's own `forward` in a wrapper, whose loss includes the mapping loss
         if not isinstance(outputs, ModelOutput) or not {"log_probs", "label_mask"} <= outputs.keys():
             raise ValueError(
-                "The `forward` that was put in place of the model's own returns no `log_probs` and `label_mask`, "
-                "through which the mapping loss could be trained. Set `config.mapping_loss_weight` to 0 to train "
-                "without it."
+                "The function that replaces `forward` must return `log_probs` and `label_mask`, through which the "
+                "mapping loss is trained, but at least one is missing. Set `config.mapping_loss_weight` to 0 to train "
+                "without the mapping loss."
             )
         weighted = self.config.mapping_loss_weight * receiver.mapping_loss
         outputs.log_probs = MappingLossGradient.apply(outputs.log_probs, weighted, outputs.label_mask)
@@ -463,9 +469,9 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         loss_positions: torch.Tensor | None,
         loss_counts: LossCounts | None,
     ) -> torch.Tensor:
-        """Of logits, or of the hidden states `(B, S, D)` at `loss_positions`, see `forward`; `()`."""
+        """Compute the loss `()` from logits, or from hidden states `(B, S, D)` at `loss_positions`, see `forward`."""
         vocab_size = self.config.text_config.vocab_size
-        # without a single label, the mean of the whole batch would be no number, that of a part is zero
+        # without any label, the mean over a whole batch would be NaN, but the loss of a part is zero
         num_labels = None if loss_counts is None else loss_counts.labels.clamp(min=1)
         if loss_positions is None:
             settings = {"vocab_size": vocab_size, "shift_labels": shift_labels, "num_items_in_batch": num_labels}
@@ -496,7 +502,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        # no name with `label` in it: Trainer would take it for another kind of labels
+        # no name that contains `label`: Trainer would treat it as another kind of labels
         loss_positions: torch.Tensor | None = None,
         loss_counts: LossCounts | None = None,
         global_features: torch.Tensor | None = None,
@@ -506,37 +512,37 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         **kwargs: Any,
     ) -> FusionCausalLMOutputWithPast:
         """
+        Run the model and, with `labels`, compute the loss.
+
         Args:
-            input_ids (`(B, S)`): `image_token_grid ** 2` image tokens; latent blocks of `query_len` tokens, one per
-                user turn; the image before the first latent block.
-            attention_mask (`(B, S)`): padded left or right.
-            pixel_values (`(B, 5, 3, H, W)`, *optional*): four tiles and the overview. A sample without image tokens in
-                a mixed batch carries zeros, and its latents are zeros.
-            instruct_input_ids, instruct_attention_mask (`(B, T)`, *optional*): the questions; T may be 0. Without
-                them the questions are found in `input_ids`; an empty `(B, 0)` tensor is no question.
-            prompt_end_positions (`(B, R)`, *optional*): index in `input_ids` of each turn's last prompt token, -1
-                padded. Turn t belongs to latent block t; blocks beyond the last given turn stay as they are. Without
-                them the turns are found in `input_ids`; an empty `(B, 0)` tensor leaves all blocks as they are.
-            query_len (`int`, *optional*): None reads it from the configuration.
-            labels (`(B, S)`, *optional*): -100 is ignored, and so are image and latent placeholders. Trainers that
-                split sequences also give `shift_labels`, which are aligned with the logits already.
-            loss_positions (`(M,)`, *optional*): where labelled tokens are predicted, `row * S + position`: the token
-                behind each is a label of the same row. The loss is computed of these alone, some at a time, and no
-                logits are returned.
-            loss_counts ([`LossCounts`], *optional*): what the means are taken over, where this is a part of a batch.
-            global_features (`(B, D, 2P, 2P)`, *optional*): what `get_global_features` gave for the images, one row
-                per sample, on any device. They may be max-pooled to the side `isqrt(query_len) * window_size`, which
-                changes nothing. Only the overview is encoded then, the last of `pixel_values`, which may be the
-                overviews alone `(B, 1, 3, H, W)`. Without `pixel_values`: `input_ids` continue `past_key_values`,
-                which hold each sample's image, and `prompt_end_positions` are those of the new turns.
-            image_token_grid (`int`, *optional*): side of the grid that image features are resized to, 1 to P; None
-                reads it from the configuration.
-            cache ([`Cache`], *optional*): another name of `past_key_values`, as in transformers since 5.24.
-            check_inputs (`bool`): False for inputs that were checked before, as `FusionDataCollator` does for a
-                training step: shapes are compared all the same, but no value, so that nothing waits for a GPU.
+            input_ids (`(B, S)`): Ids with `image_token_grid ** 2` image tokens, and one latent block of `query_len`
+                tokens per user turn. The image comes before the first latent block.
+            attention_mask (`(B, S)`): Mask of the padding, on the left or on the right.
+            pixel_values (`(B, 5, 3, H, W)`, *optional*): Four tiles and the overview of each image. Samples without
+                image tokens in a mixed batch have zeros here, and their latent tokens are zeros.
+            instruct_input_ids, instruct_attention_mask (`(B, T)`, *optional*): Questions. By default, they are found
+                in `input_ids`. Pass an empty `(B, 0)` tensor for no question.
+            prompt_end_positions (`(B, R)`, *optional*): Index in `input_ids` of the last prompt token of each turn,
+                padded with -1. Turn t belongs to latent block t. Blocks without a turn are not updated. By default,
+                turns are found in `input_ids`. Pass an empty `(B, 0)` tensor to update no block.
+            query_len (`int`, *optional*): Number of latent tokens per turn. Defaults to the configuration's.
+            labels (`(B, S)`, *optional*): Labels of the language loss. -100 and placeholders are ignored. Trainers
+                that split sequences also pass `shift_labels`, which are already aligned with the logits.
+            loss_positions (`(M,)`, *optional*): Positions `row * S + position` whose next token is a label in the same
+                row. Only these enter the loss, which is computed in chunks, and no logits are returned.
+            loss_counts ([`LossCounts`], *optional*): Denominators of the means if this is a part of a batch.
+            global_features (`(B, D, 2P, 2P)`, *optional*): Features from `get_global_features`, one row per sample, on
+                any device. Max-pooling them to the side `isqrt(query_len) * window_size` changes nothing. Only the
+                overviews are encoded then, and `pixel_values` may be these alone `(B, 1, 3, H, W)`. Without
+                `pixel_values`, `input_ids` continue a cache that holds the images, and `prompt_end_positions` are
+                those of the new turns.
+            image_token_grid (`int`, *optional*): Side of the grid of image tokens. Defaults to the configuration's.
+            cache ([`Cache`], *optional*): Another name of `past_key_values`, as in transformers since 5.24.
+            check_inputs (`bool`): Whether to check values. Pass False for inputs that are already checked, as
+                `FusionDataCollator` does in training. Shapes are still checked, but nothing waits for a GPU.
 
         Raises:
-            ValueError: where ids, images, blocks and turns disagree (with both counts).
+            ValueError: If ids, images, blocks and turns disagree. The message names both counts.
         """
         shift_labels = ignore_placeholders(kwargs.pop("shift_labels", None), self.config)
         labels = ignore_placeholders(labels, self.config)
@@ -586,7 +592,7 @@ class FusionForConditionalGeneration(FusionPreTrainedModel, FusionGenerationMixi
         )
 
 
-# so that saving a model brings the code files along
+# saving a model then copies the code files as well
 FusionModel.register_for_auto_class("AutoModel")
 FusionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 

@@ -1,4 +1,4 @@
-"""The decoding side of FUSION: latent tokens in the prompt, and samplers that rewrite them inside the LLM's layers.
+"""Decoder side of FUSION: latent tokens in the prompt, and samplers that update them inside the LLM's layers.
 
 Shapes: B batch, S sequence length, R user turns, q latent tokens per turn, w window size, D LLM width.
 Source: FUSION, arXiv 2504.09925, "context-aware recursive alignment decoding".
@@ -17,12 +17,12 @@ from .configuration_fusion import FusionConfig
 
 class LatentUpdates(NamedTuple):
     """
-    What a sampler needs beside the hidden states. A named tuple: device maps and FSDP move tensors inside tuples.
+    Inputs of a sampler besides the hidden states. A named tuple, because device maps and FSDP move tensors in tuples.
 
-    windows (`(B, q, w * w, D)`): the cell of the global context that each latent token sees.
-    latent_positions (`(B, R, q)`): where each turn's latent tokens are; 0 where `valid` is false.
-    prompt_end_positions (`(B, R)`): where each turn's prompt ends; 0 where `valid` is false.
-    valid (`(B, R)`): whether the turn exists.
+    windows (`(B, q, w * w, D)`): Cells of the global context that each latent token attends to.
+    latent_positions (`(B, R, q)`): Positions of each turn's latent tokens; 0 where `valid` is false.
+    prompt_end_positions (`(B, R)`): Position of each turn's last prompt token; 0 where `valid` is false.
+    valid (`(B, R)`): Whether the turn exists.
     """
 
     windows: torch.Tensor
@@ -32,7 +32,7 @@ class LatentUpdates(NamedTuple):
 
 
 class FusionSampler(nn.Module):
-    """Rewrites the latent tokens of each turn from its question and the global context."""
+    """Updates the latent tokens of each turn from the question and the global context."""
 
     def __init__(self, config: FusionConfig):
         super().__init__()
@@ -49,7 +49,16 @@ class FusionSampler(nn.Module):
         self.act = ACT2FN[config.projector_hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, updates: LatentUpdates) -> torch.Tensor:
-        """`(B, S, D)` to `(B, S, D)`, changed at the latent positions of valid turns only."""
+        """
+        Update the latent tokens of all valid turns.
+
+        Args:
+            hidden_states (`(B, S, D)`): Hidden states after a layer of the language model.
+            updates ([`LatentUpdates`]): Windows and positions of the latent tokens.
+
+        Returns:
+            `(B, S, D)`: The hidden states, changed only at the latent positions of valid turns.
+        """
         width = hidden_states.shape[-1]
         positions = updates.latent_positions.flatten(1).unsqueeze(-1).expand(-1, -1, width)  # (B, R * q, D)
         ends = updates.prompt_end_positions.unsqueeze(-1).expand(-1, -1, width)  # (B, R, D)
@@ -58,17 +67,37 @@ class FusionSampler(nn.Module):
 
         change = self.change(latents, questions, updates.windows)
         change = torch.where(updates.valid[:, :, None, None], change, 0)
-        # adding keeps shapes fixed: a turn that does not exist adds zeros at position 0
+        # adding keeps shapes fixed: a turn that does not exist adds zeros to position 0
         return hidden_states.scatter_add(1, positions, change.flatten(1, 2).to(hidden_states.dtype))
 
     def change(self, latents: torch.Tensor, questions: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """What is added to latents `(B, R, q, D)` with questions of the same shape and windows `(B, q, w * w, D)`."""
+        """
+        Compute the change of latent tokens.
+
+        Args:
+            latents (`(B, R, q, D)`): Latent tokens of each turn.
+            questions (`(B, R, q, D)`): Hidden state of the last prompt token of each turn, repeated for each latent
+                token.
+            windows (`(B, q, w * w, D)`): Cells of the global context.
+
+        Returns:
+            `(B, R, q, D)`: What is added to the latent tokens.
+        """
         inputs = self.proj_in(torch.cat([questions, latents], dim=-1))  # (B, R, q, D)
         outputs = self.norm(self.attend(inputs, windows) + inputs)
         return self.linear_2(self.act(self.linear_1(outputs)))
 
     def attend(self, inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Latent token j of every turn looks at window j. Keys and values, of the image, serve all turns."""
+        """
+        Let latent token j of every turn attend to window j. All turns share the keys and values.
+
+        Args:
+            inputs (`(B, R, q, D)`): Latent tokens, combined with their questions.
+            windows (`(B, q, w * w, D)`): Cells of the global context.
+
+        Returns:
+            `(B, R, q, D)`: The attention outputs.
+        """
         batch, turns, latents, width = inputs.shape
         context = self.proj_context(windows.to(inputs.dtype))  # (B, q, w * w, D)
         heads = (self.num_heads, width // self.num_heads)
@@ -81,14 +110,14 @@ class FusionSampler(nn.Module):
 
 
 class FusionDecoderLayerMixin:
-    """A decoder layer that takes `latent_updates` out of its keywords and, where it has a sampler, applies them."""
+    """A decoder layer that takes `latent_updates` from its keywords and applies them if it has a sampler."""
 
     vision_sampler: FusionSampler | None  # no default: a class attribute would hide the registered module
 
     def __call__(
         self, hidden_states: torch.Tensor, latent_updates: LatentUpdates | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        # reentrant checkpointing brings gradients to positional tensors only, so the windows become one
+        # reentrant checkpointing passes gradients only to positional tensors, so the windows become one
         windows = () if latent_updates is None else (latent_updates.windows,)
         return super().__call__(hidden_states, *windows, latent_updates=latent_updates, **kwargs)  # type: ignore[misc]
 
@@ -105,7 +134,7 @@ class FusionDecoderLayerMixin:
         return hidden_states
 
 
-# the layers that get samplers, by the model type of their language model. A new backbone is a line here.
+# Layers that can get samplers, by the model type of their language model. To add a backbone, add a line here.
 DECODER_LAYERS = {
     "llama": "LlamaDecoderLayer",
     "mistral": "MistralDecoderLayer",
@@ -114,12 +143,17 @@ DECODER_LAYERS = {
     "qwen3": "Qwen3DecoderLayer",
     "smollm3": "SmolLM3DecoderLayer",
 }
-# by the names of their classes, which pickles have and `_no_split_modules` compares
+# Names of the classes, which pickles contain and `_no_split_modules` compares.
 FUSION_LAYERS = {f"Fusion{name}": model_type for model_type, name in DECODER_LAYERS.items()}
 
 
 def decoder_layer(model_type: str) -> type[FusionDecoderLayerMixin]:
-    """Return the class of a layer that knows `latent_updates`; no other language model is imported for it."""
+    """
+    Return the class of a layer that takes `latent_updates`. No other language model is imported.
+
+    Args:
+        model_type (`str`): Model type of the language model, a key of `DECODER_LAYERS`.
+    """
     name = DECODER_LAYERS[model_type]
     return globals().get(f"Fusion{name}") or _make_layer(model_type, name)
 
@@ -127,18 +161,18 @@ def decoder_layer(model_type: str) -> type[FusionDecoderLayerMixin]:
 def _make_layer(model_type: str, name: str) -> type[FusionDecoderLayerMixin]:
     base = getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
     layer = type(f"Fusion{name}", (FusionDecoderLayerMixin, base), {"__module__": __name__})
-    return globals().setdefault(layer.__name__, layer)  # one for all threads
+    return globals().setdefault(layer.__name__, layer)  # one class for all threads
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class of a layer when a pickle or an import asks for it by its name."""
+    """Create the class of a layer when a pickle or an import asks for its name."""
     if name in FUSION_LAYERS:
         return decoder_layer(FUSION_LAYERS[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class EmbeddedPrompt(NamedTuple):
-    """What enters the language model."""
+    """Inputs of the language model for one prompt."""
 
     inputs_embeds: torch.Tensor  # (B, S, D)
     latent_updates: LatentUpdates | None = None
@@ -148,22 +182,41 @@ class EmbeddedPrompt(NamedTuple):
 
 
 class PlaceholderMasks(NamedTuple):
-    """Where image and latent tokens are: boolean masks `(B, S)`."""
+    """Positions of image and latent tokens as boolean masks `(B, S)`."""
 
     image: torch.Tensor
     latent: torch.Tensor
 
     @classmethod
     def find(cls, input_ids: torch.Tensor, config: FusionConfig) -> "PlaceholderMasks":
-        """Find the placeholders of prompts `(B, S)` by their ids."""
+        """
+        Find the placeholders of prompts by their ids.
+
+        Args:
+            input_ids (`(B, S)`): Ids of the prompts.
+            config ([`FusionConfig`]): Configuration of the model.
+
+        Returns:
+            [`PlaceholderMasks`]: Masks of the placeholders.
+        """
         return cls(input_ids == config.image_token_id, input_ids == config.latent_token_id)
 
     def any(self) -> bool:
-        """Return whether there is a placeholder; reads a value from the device."""
+        """Return whether there is a placeholder. This reads a value from the device."""
         return bool((self.image | self.latent).any())
 
     def fill(self, embeds: torch.Tensor, image: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
-        """Put image features `(B, n, D)` and, in each block, latents `(B, q, D)` into `(B, S, D)`; fixed shapes."""
+        """
+        Fill image features and latent tokens into embeddings, with fixed shapes.
+
+        Args:
+            embeds (`(B, S, D)`): Embeddings of the prompts.
+            image (`(B, n, D)`, *optional*): Image features.
+            latents (`(B, q, D)`): Initial latent tokens, which fill each block.
+
+        Returns:
+            `(B, S, D)`: The embeddings with both in place.
+        """
         for mask, features in ((self.image, image), (self.latent, latents)):
             if features is None:
                 continue
@@ -173,11 +226,21 @@ class PlaceholderMasks(NamedTuple):
         return embeds
 
     def latent_updates(self, windows: torch.Tensor, ends: torch.Tensor, query_len: int) -> LatentUpdates:
-        """Positions of the latent blocks that belong to the turns in `ends` `(B, R)`."""
+        """
+        Find the positions of the latent blocks that belong to given turns.
+
+        Args:
+            windows (`(B, q, w * w, D)`): Cells of the global context.
+            ends (`(B, R)`): Position of each turn's last prompt token, -1 for a turn that does not exist.
+            query_len (`int`): Number of latent tokens per turn, q.
+
+        Returns:
+            [`LatentUpdates`]: Inputs of the samplers.
+        """
         batch, length = self.latent.shape
         slots = ends.shape[1] * query_len
         order = self.latent.cumsum(1) - 1  # (B, S)
-        # every position that is no latent of a given turn goes to a slot of its own behind the others
+        # positions that are not latent tokens of a given turn go to an extra slot behind the others
         slot = torch.where(self.latent & (order < slots), order, slots)
         positions = torch.full((batch, slots + 1), -1, device=ends.device)
         positions = positions.scatter(1, slot, torch.arange(length, device=ends.device).expand(batch, -1))
