@@ -43,9 +43,9 @@ def test_wrong_numbers(arguments: list[str], part: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--api-key-env", "FUSION_NO_KEY"], "FUSION_NO_KEY, which --api-key-env names"),
+        (["--api-key-env", "FUSION_NO_KEY"], "variable FUSION_NO_KEY (--api-key-env) is not set"),
         (["--api-key-env", "FUSION_ODD_KEY"], "printable ASCII"),
-        (["--allow-image-host", "http://a"], "image host must be .*got 'http://a'"),
+        (["--allow-image-host", "http://a"], "or an IP address, got 'http://a'"),
         (["--allow-private-image-host", "*"], "got '*'"),
         (["--engine", "vllm", "--device", "cpu"], "`--device` is not allowed with `--engine vllm`"),
         (["--engine", "vllm", "--max-seconds", "9"], "`--max-seconds` is not allowed with `--engine vllm`"),

@@ -312,7 +312,7 @@ def test_wrong_input(recipe, capsys, given, message):
 
 def test_model_that_is_nowhere(recipe):
     (recipe.parents[2] / "models" / "tiny.json").unlink()
-    with pytest.raises(InputError, match="model .nowhere. is not on disk.*--config"):
+    with pytest.raises(InputError, match=r"model 'nowhere' is not on disk.*--config"):
         main(["plan", str(recipe), "--debug"])
 
 
