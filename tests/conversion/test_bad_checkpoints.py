@@ -226,7 +226,7 @@ def test_bin_file_with_other_things_than_tensors(tmp_path, refuse):
         ({"intermediate_size": 10**18}, "configuration"),
         ({"num_hidden_layers": 10**9}, "1000000000"),
         ({"window_size": 0}, "window_size"),
-        ({"window_size": "3"}, "window_size is '3'"),
+        ({"window_size": "3"}, "`window_size` = '3'"),
         ({"query_len": "4,x"}, "'4,x'"),
         ({"query_len": "4,5"}, "query_lens"),
         ({"num_of_vision_sampler_layers": 10**9}, "samplers"),
@@ -312,7 +312,7 @@ def test_output_that_exists(tmp_path, refuse):
     write_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "precious").write_text("mine")
-    assert "not an empty folder" in refuse()
+    assert "must be a new or an empty folder" in refuse()
     assert (tmp_path / "output" / "precious").read_text() == "mine"
 
 

@@ -188,7 +188,7 @@ def test_without_tokenizer(tmp_path, build):
         (["--query-lens", "4,5"], "query_lens"),
         (["--window-size", "0"], "window_size"),
         (["--text", "VISION"], "siglip"),
-        (["--vision", "TEXT"], "model_type is 'llama'"),
+        (["--vision", "TEXT"], "`model_type` must be 'siglip_vision_model', got 'llama'"),
     ],
 )
 def test_mistakes(tmp_path, build, capsys, extra, named):

@@ -281,7 +281,7 @@ def test_a_tower_that_the_checkpoint_names(tmp_path, capsys):
     capsys.readouterr()
     for content, parts in (
         (TOWER | {"model_type": "clip_vision_model"}, (str(tower), "'clip_vision_model'", "'siglip_vision_model'")),
-        (TOWER | {"hidden_size": 24}, ("Wrong tower", "width 16", "siglip-tower has width 24")),
+        (TOWER | {"hidden_size": 24}, ("The tower does not fit", "width 16", "siglip-tower has width 24")),
     ):
         write_json(tower, content)
         assert run_convert(command) == 2

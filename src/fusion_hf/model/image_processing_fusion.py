@@ -69,10 +69,10 @@ class FusionImageProcessor(PilBackend):
     return `pixel_values` of shape `(num_images, 5, 3, height, width)`.
 
     Args:
-        size (`dict[str, int]`, defaults to `{"height": 384, "width": 384}`): Height and width of a tile in pixels.
+        size (`dict[str, int]`, *optional*): Height and width of a tile in pixels. The default is 384 for both.
         resample (`PILImageResampling`, defaults to `PILImageResampling.BICUBIC`): Filter for resizing.
         do_rescale (`bool`, defaults to `True`): Whether to multiply the pixels by `rescale_factor`.
-        rescale_factor (`float`, defaults to `1 / 255`): Factor for the pixels.
+        rescale_factor (`float`, *optional*): Factor for the pixels. The default is 1 / 255.
         do_normalize (`bool`, defaults to `True`): Whether to normalize the pixels.
         image_mean, image_std (`float` or `list[float]`): Mean and standard deviation per channel.
         exif_transpose (`bool`, defaults to `True`): Whether to turn images upright by their EXIF orientation.

@@ -364,4 +364,4 @@ def read_texts(path: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     with Image.open(path, formats=("PNG",)) as image:
-        return {name: str(text) for name, text in image.info.items()}
+        return {str(name): str(text) for name, text in image.info.items()}
