@@ -464,12 +464,12 @@ def test_keys_that_are_none(monkeypatch, value: str | None, message: str):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("127.0.0.1:8000", "--url must be an http(s) URL such as http://HOST:PORT/v1, got '127.0.0.1:8000'"),
-        ("file:///etc/passwd", "must be http"),
-        ("http://", "must be http"),
+        ("127.0.0.1:8000", r"--url must be an http\(s\) URL such as http://HOST:PORT/v1, got .127.0.0.1:8000."),
+        ("file:///etc/passwd", r"must be an http\(s\) URL.*got"),
+        ("http://", r"must be an http\(s\) URL.*got"),
         ("http://[::1/v1", "got an invalid URL"),
         ("http://host:99999/v1", "got an invalid URL"),
-        ("http://a b/v1", "must be http"),
+        ("http://a b/v1", r"must be an http\(s\) URL.*got"),
         ("http://me:secret@host/v1", "Pass a key by --api-key-env"),
         ("http://host/v1?key=secret", "Pass a key by --api-key-env"),
     ],

@@ -247,8 +247,16 @@ def test_batches_pass_unchanged_from_a_worker(processor):
 @pytest.mark.parametrize(
     ("written", "instead", "message"),
     [
-        ("{%- set conversation.block = latents -%}", "{%- set conversation.block = '' -%}", "2 .*for 1 latent blocks"),
-        ("{{- text + '<|im_end|>' -}}", "{{- text + latents + '<|im_end|>' -}}", r"prompt_end_positions\[1\] is \d+"),
+        (
+            "{%- set conversation.block = latents -%}",
+            "{%- set conversation.block = '' -%}",
+            "2 `prompt_end_positions` but 1 latent blocks",
+        ),
+        (
+            "{{- text + '<|im_end|>' -}}",
+            "{{- text + latents + '<|im_end|>' -}}",
+            r"`prompt_end_positions\[1\]` must be from .* got \d+",
+        ),
     ],
 )
 def test_prompts_that_the_model_would_refuse_are_refused_here(written, instead, message, compact):

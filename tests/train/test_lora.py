@@ -336,8 +336,8 @@ def test_merge_casts(trained: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        (["--output", "{used}"], "exists and is not an empty folder"),
-        (["--output", "{new}", "--base", "{used}/nothing here"], "is no folder"),
+        (["--output", "{used}"], "--output must be a new or an empty folder"),
+        (["--output", "{new}", "--base", "{used}/nothing here"], "nothing here is neither a folder"),
     ],
 )
 def test_merge_refuses(
@@ -402,7 +402,7 @@ def test_wrong_keys_are_errors(model_folder: Path, adapter: Path, key: str, chan
         ({"target_modules": "(a+)+$"}, "target_modules"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
         ({"modules_to_save": ["lm_head"]}, "`modules_to_save` may hold"),
-        ({"peft_type": "IA3"}, "no LoRA"),
+        ({"peft_type": "IA3"}, "does not describe a LoRA adapter"),
     ],
 )
 def test_strange_configurations_are_errors(

@@ -48,23 +48,7 @@ def add_parser(commands: Any) -> None:
         help="Names of tasks, separated by commas, or all. Required unless --table is given.",
     )
     parser.add_argument("--model", metavar="DIR_OR_REPO", help=MODEL_HELP)
-    parser.add_argument(
-        "--url",
-        metavar="ADDRESS",
-        help="Ask a server with an OpenAI-compatible API instead. --model is then the name of a model on the server.",
-    )
-    parser.add_argument(
-        "--api-key-env",
-        metavar="NAME",
-        help="With --url: the environment variable with the API key of the server (default: none).",
-    )
-    parser.add_argument(
-        "--concurrency",
-        dest="parallel",
-        type=positive,
-        metavar="N",
-        help="With --url: maximum number of concurrent requests (default: 4).",
-    )
+    _add_server_options(parser)
     parser.add_argument(
         "--data-root",
         metavar="DIR",
@@ -93,6 +77,43 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="Check that the data are present and complete; evaluate nothing. Requires no lmms-eval.",
     )
+    _add_table_options(parser)
+    parser.add_argument(
+        "--device",
+        type=device,
+        default=AUTO,
+        help="Device to run on: cpu, cuda, cuda:1, mps or auto (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=AUTO, help="Data type of the weights (default: %(default)s)."
+    )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the server that is asked instead of a model in this process."""
+    parser.add_argument(
+        "--url",
+        metavar="ADDRESS",
+        help="Ask a server with an OpenAI-compatible API instead. --model is then the name of a model on the server.",
+    )
+    parser.add_argument(
+        "--api-key-env",
+        metavar="NAME",
+        help="With --url: the environment variable with the API key of the server (default: none).",
+    )
+    parser.add_argument(
+        "--concurrency",
+        dest="parallel",
+        type=positive,
+        metavar="N",
+        help="With --url: maximum number of concurrent requests (default: 4).",
+    )
+
+
+def _add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the table of results shows, and of which runs."""
     parser.add_argument(
         "--published",
         metavar="NAME",
@@ -105,17 +126,6 @@ def add_parser(commands: Any) -> None:
         metavar="RECORD.json",
         help="Print one table of these records of a model's runs; evaluate nothing.",
     )
-    parser.add_argument(
-        "--device",
-        type=device,
-        default=AUTO,
-        help="Device to run on: cpu, cuda, cuda:1, mps or auto (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default=AUTO, help="Data type of the weights (default: %(default)s)."
-    )
-    parser.add_argument("--json", action="store_true", help=JSON_HELP)
-    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -67,6 +67,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="The sizes of the vision tower, as given to `fusion-hf convert` (default: those of the tower that the "
         "checkpoint names).",
     )
+    _add_comparison_options(parser)
+    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
+
+
+def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is compared, where, and how closely."""
     parser.add_argument(
         "--input",
         type=Path,
@@ -100,7 +106,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="SECONDS",
         help="Maximum time of the authors' code in seconds (default: %(default)s).",
     )
-    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
