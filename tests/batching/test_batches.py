@@ -189,7 +189,7 @@ def test_broken_records_are_reported_in_their_places(nano: ChatModel, tmp_path: 
         ({"id": "endless", "question": "why? " * 2000}, "must have at most 1024 tokens"),
         ({"id": [1], "question": question}, "`id` must be text or a whole number, got list"),
         (b'{"id": "cut", "ques', "line 38: unreadable"),
-        (b"[1, 2]", "it is list"),
+        (b"[1, 2]", "must be a JSON object, got list"),
         (b"\xff\xfe", "it is no UTF-8"),
     ]
     lines = []
@@ -253,7 +253,7 @@ def test_records_in_memory(nano: ChatModel, tmp_path: Path):
     expected = Conversation(nano, nano.open_image(image), 8).ask(question)
     assert [result.get("answer") for result in results[:4]] == [expected] * 3 + [None]
     assert "cannot be decoded" in results[3]["error"]
-    assert "it is str" in results[5]["error"]
+    assert "must be a JSON object, got str" in results[5]["error"]
     assert [json.loads(line) for line in output.read_text().splitlines()] == results
     assert batch_generate([], nano) == []
 

@@ -43,5 +43,5 @@ def test_run(tmp_path):
 
 
 def test_a_failed_command_is_an_error():
-    with pytest.raises(RuntimeError, match="tasks is 0"):
+    with pytest.raises(RuntimeError, match=r"`executor.tasks` must be more than 0, got 0"):
         synthesis.run_command(1, 1, 0)

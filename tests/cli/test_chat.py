@@ -41,7 +41,7 @@ def test_commands_and_errors_do_not_end_it(run, image_path, answers):
     assert result.stdout.splitlines() == [answers[0], *answers]
     errors = result.stderr.splitlines()
     assert errors[0] == "error: A command must be /reset or /exit, got /help."
-    assert errors[1].startswith("error: A prompt has ") and errors[1].endswith("/reset.")
+    assert errors[1].startswith("error: A prompt must have at most ") and errors[1].endswith("/reset.")
     assert len(errors) == 2
     assert result.returncode == 0
 

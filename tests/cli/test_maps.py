@@ -34,9 +34,18 @@ def test_without_matplotlib(run_here, image_path, tmp_path: Path, monkeypatch: p
     [
         (("docs/assets/red_circle.png", " "), "question is empty"),
         (("nowhere.png", QUESTION), "nowhere.png"),
-        (("docs/assets/red_circle.png", QUESTION, "--layer-groups", 0), "argument --layer-groups: '0'"),
-        (("docs/assets/red_circle.png", QUESTION, "--output", "docs"), "--output: docs exists"),
-        (("docs/assets/red_circle.png", QUESTION, "--output", "README.md"), "--output: README.md exists"),
+        (
+            ("docs/assets/red_circle.png", QUESTION, "--layer-groups", 0),
+            "argument --layer-groups: must be a whole number from 1, got '0'",
+        ),
+        (
+            ("docs/assets/red_circle.png", QUESTION, "--output", "docs"),
+            "--output must be a new or an empty folder, got docs",
+        ),
+        (
+            ("docs/assets/red_circle.png", QUESTION, "--output", "README.md"),
+            "--output must be a new or an empty folder, got README.md",
+        ),
     ],
 )
 def test_wrong_arguments(run_here, arguments: tuple, message: str):

@@ -69,7 +69,7 @@ def test_a_sampled_run_resumes(nano_model: ChatModel, questions: Path, tmp_path:
         batch_generate(questions, nano_model, output, batch_size=2, sampling=HOT, **SETTINGS)
     monkeypatch.undo()
     for other, part in (
-        (SamplingOptions(), "temperature is None, but .* with 2.0"),
+        (SamplingOptions(), "`temperature` must be 2.0, .*, got None"),
         (SamplingOptions(2.0, 0.999, seed=4), "seed is 4, but .* with 3"),
     ):
         with pytest.raises(InputError, match=part):

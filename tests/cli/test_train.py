@@ -18,7 +18,7 @@ import pytest
             "recipe.yaml has the unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
         ),
         ("model: m\ndata: d\noutput_dir: out", ["seed=many"], "`seed` must be a whole number, got 'many'."),
-        ("model: m\ndata: d", [], "gives no output_dir"),
+        ("model: m\ndata: d", [], "must set `output_dir`"),
     ],
 )
 def test_errors_in_one_line(tmp_path, content, overrides, message):

@@ -18,10 +18,15 @@ NAMED_TUPLES = {"_asdict", "_fields", "_replace"}  # public in spite of their un
 OTHERS = {
     "vllm": {"_executor", "_get_dummy_images", "_mark_language_model", "_mark_tower_model"}
 }  # see tests/vllm/test_contract.py
+PARSER = argparse.ArgumentParser()  # the help of `fusion-hf` is grouped and ends with examples
 # what is read or called; what is overridden is in docs/architecture.md and in tests/train/test_trainer_contract.py
 ATTRIBUTES: dict[str, Any] = {
+    "_HelpAction": argparse,
     "_SubParsersAction": argparse,
+    "_action_groups": PARSER,
+    "_actions": PARSER,
     "_attn_implementation": SiglipVisionConfig(),  # which attention a part of the model uses
+    "_choices_actions": PARSER.add_subparsers(),
     "_dynamo": torch,
     "_exit": os,
     "_forward_hooks": torch.nn.Module(),  # whoever watches a layer sees it computed as usual
@@ -29,8 +34,11 @@ ATTRIBUTES: dict[str, Any] = {
     "_from_config": PreTrainedModel,  # a part with the attention of its configuration
     "_get_dataloader": Trainer,
     "_get_output_dir": Trainer,
+    "_group_actions": PARSER.add_argument_group(),
     "_linear_pointwise": torch.ops.mkldnn,  # use_onednn leaves a model as it is without it
+    "_mutually_exclusive_groups": PARSER,
     "_name_or_path": SiglipVisionConfig(),  # where the model was loaded from, with the tokenizer beside it
+    "_optionals": PARSER,
     "_update_model_kwargs_for_generation": GenerationMixin,  # a step of decoding, as transformers' own loop
     "_valid_auto_compile_criteria": GenerationMixin,
     "_version": torch.zeros(1),  # counts writes, so that features of former weights are forgotten

@@ -167,7 +167,7 @@ def test_impossible_calls(llama: FusionForConditionalGeneration) -> None:
         mask = inputs["attention_mask"].clone()
         mask[:, -1] = 0
         generator.generate(**inputs | {"attention_mask": mask})
-    with pytest.raises(ValueError, match="query_len is 9"):
+    with pytest.raises(ValueError, match=r"must have 9 tokens \(`query_len`\), got 4"):
         generator.generate(**inputs | {"query_len": 9})
     with pytest.raises(ValueError, match=r"Sample 0 must have 16 image tokens.*got 15"):
         ids = inputs["input_ids"].clone()

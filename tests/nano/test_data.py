@@ -392,7 +392,7 @@ def test_images_open_from_files_and_specs():
 
 def test_missing_data_set_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
-    with pytest.raises(ImportError, match="easy-vqa.*extra `train`"):
+    with pytest.raises(ImportError, match=r"easy-vqa.*extra `train`"):
         easy_vqa_module.read_easy_vqa("train")
 
 

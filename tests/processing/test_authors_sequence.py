@@ -221,7 +221,7 @@ def test_the_model_takes_an_image_in_a_later_turn(pair: tuple[Model, FusionProce
     begun = {**rows[0], "input_ids": ids[:, :border], "attention_mask": rows[0]["attention_mask"][:, :border]}
     features = model.get_global_features(rows[0]["pixel_values"])
     model(**{**begun, "prompt_end_positions": ids[:, :0]}, query_len=QUERY_LEN, **cache_keyword(cache), use_cache=True)
-    with pytest.raises(ValueError, match="0 latent blocks and the ends of 1 turns"):
+    with pytest.raises(ValueError, match="0 latent blocks but the ends of 1 turns"):
         model.generate(
             **{**rows[0], "global_features": features}, **cache_keyword(cache), query_len=QUERY_LEN, max_new_tokens=1
         )

@@ -112,7 +112,7 @@ def test_blank_in_the_template(certify: Certify, copy: Path):
     template.write_text(text.replace("helpful AI", "helpful  AI"))
     certificate = certify(copy)
     assert first(certificate) == ("ids", None)
-    assert "from place" in certificate.content["first_difference"]["detail"]
+    assert "from position" in certificate.content["first_difference"]["detail"]
 
 
 def test_tolerance(certify: Certify, copy: Path):
