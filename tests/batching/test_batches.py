@@ -190,7 +190,7 @@ def test_broken_records_are_reported_in_their_places(nano: ChatModel, tmp_path: 
         ({"id": [1], "question": question}, "`id` must be text or a whole number, got list"),
         (b'{"id": "cut", "ques', "line 38: unreadable"),
         (b"[1, 2]", "must be a JSON object, got list"),
-        (b"\xff\xfe", "it is no UTF-8"),
+        (b"\xff\xfe", "not valid UTF-8"),
     ]
     lines = []
     for index, (record, _) in enumerate(broken):

@@ -70,7 +70,7 @@ def test_a_sampled_run_resumes(nano_model: ChatModel, questions: Path, tmp_path:
     monkeypatch.undo()
     for other, part in (
         (SamplingOptions(), "`temperature` must be 2.0, .*, got None"),
-        (SamplingOptions(2.0, 0.999, seed=4), "seed is 4, but .* with 3"),
+        (SamplingOptions(2.0, 0.999, seed=4), "`seed` must be 3, .*, got 4"),
     ):
         with pytest.raises(InputError, match=part):
             batch_generate(questions, nano_model, output, batch_size=2, sampling=other, **SETTINGS)

@@ -33,6 +33,7 @@ ATTRIBUTES: dict[str, Any] = {
     "_forward_pre_hooks": torch.nn.Module(),
     "_from_config": PreTrainedModel,  # a part with the attention of its configuration
     "_get_dataloader": Trainer,
+    "_get_formatter": PARSER,
     "_get_output_dir": Trainer,
     "_group_actions": PARSER.add_argument_group(),
     "_linear_pointwise": torch.ops.mkldnn,  # use_onednn leaves a model as it is without it

@@ -164,7 +164,7 @@ def hostile(image_host: ImageHost) -> dict[str, dict[str, Any]]:
         "400000000 pixels": {"messages": [user(QUESTION, data_uri(png_claiming(20_000)))]},
         "truncated": {"messages": [user(QUESTION, data_uri(IMAGE_FILE.read_bytes()[:300]))]},
         "it is none of": {"messages": [user(QUESTION, data_uri(b"no picture"))]},
-        "tokens, got": {"messages": [user("word " * 5_000)]},
+        "`tokenizer.model_max_length`), got": {"messages": [user("word " * 5_000)]},
         "`query_len` must be one of 4, 16, got 9": {"messages": [user(QUESTION, red_circle())], "query_len": 9},
         "image_token_grid": {"messages": [user(QUESTION, red_circle())], "image_token_grid": 99},
         "`mm_processor_kwargs` must be among": {"messages": [user(QUESTION)], "mm_processor_kwargs": {"size": 1}},
@@ -222,7 +222,7 @@ def test_key_queue_and_settings_of_the_operator(tmp_path):
             try:
                 ask(client, user(QUESTION, red_circle()), max_tokens=200, extra_body={"ignore_eos": True})
             except openai.RateLimitError as error:
-                assert "try again soon" in str(error)
+                assert "try again soon" in str(error).lower()
                 return 429
             return 200
 
