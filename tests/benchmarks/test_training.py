@@ -124,6 +124,7 @@ def test_weights_and_products_in_half_precision():
         assert benchmark.result()["ratios"]["step_seconds"][OURS]["reference"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_a_variant_without_enough_memory_is_left_out(monkeypatch):
     passes = StepBenchmark.passes
 
@@ -142,6 +143,7 @@ def test_a_variant_without_enough_memory_is_left_out(monkeypatch):
     assert result["relative_errors"].keys() == {"eager", "reference_checkpointed"}
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_it_is_said(monkeypatch):
     def run_out(*_):
         raise torch.OutOfMemoryError

@@ -68,7 +68,7 @@ def test_prompts_are_compiled_once_for_each_shape(llama: FusionForConditionalGen
     assert graphs() == 4
 
 
-@pytest.mark.parametrize("compile_prompt", [False, True])
+@pytest.mark.parametrize("compile_prompt", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_long_rope(compile_prompt: bool) -> None:
     """Of Phi-3, whose frequencies depend on the length."""
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "rope_theta": 10000.0}
@@ -88,6 +88,7 @@ def test_transformers_own_way_compiles_a_step_once(llama: FusionForConditionalGe
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_features_of_tiles(llama: FusionForConditionalGeneration) -> None:
     generator = CompiledGenerator(llama, [SHORT], 8, compile_prompt=True, backend=TRACE)
     inputs = make_inputs(llama.config, BATCHES[0])
@@ -97,6 +98,7 @@ def test_features_of_tiles(llama: FusionForConditionalGeneration) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(llama: FusionForConditionalGeneration) -> None:
     inputs = make_inputs(llama.config, BATCHES[0])
     before = dict(vars(llama))
