@@ -169,6 +169,21 @@ def _models(structure: dict[Any, dict[str, Any]], prefix: str | None) -> dict[An
     return {backends: modules for backends, modules in own.items() if modules}
 
 
+def test_submodules_of_the_compiler_can_be_imported():
+    """As torchao and Triton do while transformers is imported: the compiler comes instead of its stand-in."""
+    script = """
+import sys
+from fusion_hf.cli.lean_imports import lean_imports
+with lean_imports(True):
+    from torch._dynamo.utils import warn_once
+    import torch._dynamo.config
+import torch
+assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"] and torch._dynamo.utils.warn_once is warn_once
+print(torch._dynamo.utils.__spec__.name, type(torch._dynamo).__name__, torch._dynamo.is_compiling())
+"""
+    assert _run(script) == "torch._dynamo.utils module False\n"
+
+
 def test_names_are_those_of_the_libraries():
     """A release that renames one would only be slower to start; here it is noticed."""
     for name, known in KNOWN.items():

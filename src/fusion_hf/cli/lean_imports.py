@@ -11,11 +11,13 @@ stand-in makes room for the module itself. Answers are the same, bit for bit.
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +26,8 @@ from fusion_hf.common.outputs import cache_folder
 
 COMPILER = "torch._dynamo"
 INDEXING = "torch._dynamo._trace_wrapped_higher_order_op"
-# questions of transformers about what is installed
-ABSENT = ("is_scipy_available", "is_sklearn_available", "is_torch_distributed_available")
+# questions of transformers about what is installed; quantized models are imported as usual
+ABSENT = ("is_scipy_available", "is_sklearn_available", "is_torch_distributed_available", "is_torchao_available")
 # where these are imported already, they have taken what they need
 TAKERS = (COMPILER, "transformers.generation.utils", "transformers.modeling_utils", "transformers.masking_utils")
 
@@ -99,12 +101,40 @@ class _StandIn(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
+class _SubmoduleFinder(MetaPathFinder):
+    """Puts the module itself in the place of a stand-in when somebody imports one of its submodules."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        parent, _, _ = name.rpartition(".")
+        if not isinstance(sys.modules.get(parent), _StandIn):
+            return None
+        _remove_stand_ins()
+        import_module(parent)  # first, since it imports its submodules in an order of its own
+        return spec_from_loader(name, _LoadedModule(import_module(name)))
+
+
+class _LoadedModule(Loader):
+    """Gives a module that has been imported already."""
+
+    def __init__(self, module: ModuleType):
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # which the import system has replaced
+
+
 @contextmanager
 def _stand_ins() -> Iterator[None]:
     sys.modules.update({name: _StandIn(name) for name in KNOWN if name not in sys.modules})
+    finder = _SubmoduleFinder()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         _remove_stand_ins()
 
 
